@@ -1,0 +1,48 @@
+"""The error tree: who, what, why and the remedy, in one line each.
+
+Lives here: every exception the library raises on purpose. Does not live here: any decision to raise one.
+"""
+
+
+class ApoptosisError(Exception):
+    """Base of all errors raised on purpose. The user's model and optimizer are as they were before the call."""
+
+
+class ArgumentError(ApoptosisError, ValueError):
+    """An argument is outside what the function takes."""
+
+
+class ShapeError(ApoptosisError, ValueError):
+    """Tensors whose shapes do not fit together."""
+
+
+class CaptureError(ApoptosisError):
+    """The model's forward pass could not be captured on the example input."""
+
+
+class StructureChangedError(ApoptosisError):
+    """After an edit, a consumer column meets another channel than the one it was folded for."""
+
+
+class PinnedGroupError(ApoptosisError):
+    """A group that was asked to shrink is pinned."""
+
+
+class UnsupportedOptimizerError(ApoptosisError):
+    """The optimizer's state has no rule for being sliced; raised before anything changes."""
+
+
+class NonFiniteError(ApoptosisError, ValueError):
+    """Statistics, weights or losses hold NaN or infinity."""
+
+
+class BudgetError(ApoptosisError, ValueError):
+    """The budget cannot be granted: no classes to read, or a probe that is too small."""
+
+
+class CheckpointError(ApoptosisError):
+    """A checkpoint is damaged, foreign, newer than this library, or of another network."""
+
+
+class DataError(ApoptosisError):
+    """A data file is missing, cut off or not of the format it should be."""

@@ -1,0 +1,227 @@
+"""The frozen records that travel the one-way path; they hold names, numbers and tensors, never live modules.
+
+Lives here: data without behaviour (a few derived properties at most). Does not live here: anything that computes.
+Names of parameters, buffers and modules are qualified names in the user's model; a tied tensor goes by its first name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+
+SiteKind = Literal["linear", "conv", "conv_transpose"]
+CertificateKind = Literal["worst_case", "empirical", "accuracy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Why channels are never removed.
+
+    `reason` is one sentence that names the operator and, where known, `where` = "file.py:line" of the user's code.
+    """
+
+    group: str
+    num_channels: int
+    reason: str
+    where: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        place = f" ({self.where})" if self.where else ""
+        remedy = f" {self.remedy}" if self.remedy else ""
+        return f"'{self.group}' ({self.num_channels} channels): {self.reason}{place}.{remedy}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Member:
+    """One tensor axis that loses positions when a channel of the group goes.
+
+    positions: (channels, m): for every channel of the group, the m positions it owns along `dim` of `tensor`.
+    role: "producer" for the weight whose rows make the channel, "bias" for that weight's bias,
+        "channelwise" for everything met on the way (normalisation weights and buffers, PReLU slopes, layer scales).
+    macs: multiply-adds per forward pass of the example input that one channel costs here (producers only).
+    """
+
+    tensor: str
+    dim: int
+    positions: IntArray
+    role: Literal["producer", "bias", "channelwise"]
+    is_buffer: bool = False
+    macs: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Site:
+    """A consumer site: a module that reads the group's channels linearly, y = W z + b.
+
+    module: qualified name of the nn.Linear or convolution (also when it is called several times: inputs pool).
+    weight, dim: the weight and its contracted axis; columns: (channels, P), the columns each channel owns along it
+        (P > 1 after a flatten, with grouped convolutions, or when a channel is concatenated twice).
+    input_columns: (channels, P): the positions each channel owns along the channel axis of the module's *input*
+        (-1 for linear, 1 for convolutions). Equal to `columns` except for grouped convolutions, whose weight has
+        in_channels / groups columns while the input has in_channels.
+    num_columns: size of `dim` (all groups and pinned inputs together).
+    taps: how many input positions one output reads per column (1 for linear and 1x1, kh*kw for a kernel).
+    zero_padded: the convolution pads with zeros, so a constant offset cannot be folded exactly at the borders.
+    norm: qualified name of a BatchNorm module that alone reads the site's output, directly; else None.
+    dropout: p of a dropout that feeds the site with nothing but data movement between; 0.0 for none.
+    macs: multiply-adds per forward pass of the example input that one channel costs here.
+    """
+
+    module: str
+    kind: SiteKind
+    weight: str
+    dim: int
+    bias: str | None
+    columns: IntArray
+    input_columns: IntArray
+    num_columns: int
+    taps: int = 1
+    zero_padded: bool = False
+    norm: str | None = None
+    dropout: float = 0.0
+    macs: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neuron:
+    """How every channel of a group is computed, where that is simple enough to say: z = φ(norm(w·x + b)).
+
+    activation: "identity", "relu", "tanh", ... (names of numerics.activations); args: its scalar arguments.
+    slopes: qualified name of a PReLU weight. max_pool: a max-pooling lies between φ and a consumer site.
+    """
+
+    weight: str
+    dim: int
+    bias: str | None
+    norm: str | None
+    activation: str
+    args: tuple[float, ...] = ()
+    slopes: str | None = None
+    max_pool: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """A coupled channel group: `num_channels` channels that are removed together from all members and sites.
+
+    name: qualified name of the module that owns the first producer (with ":dim" or "#k" appended only if needed to be
+        unique). pin: set when the group may not shrink; groups without any site are pinned with that reason.
+    """
+
+    name: str
+    num_channels: int
+    members: tuple[Member, ...]
+    sites: tuple[Site, ...]
+    neuron: Neuron | None = None
+    pin: Pin | None = None
+
+    @property
+    def macs_per_channel(self) -> float:
+        """Multiply-adds per forward pass of the example input that one channel costs, producers and sites."""
+        return sum(m.macs for m in self.members) + sum(s.macs for s in self.sites)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Structure:
+    """What one capture of the model found.
+
+    groups: all groups, pinned ones included, in forward order. macs: multiply-adds of one forward pass on the example
+    input. shapes: shape of every parameter and buffer at capture. aliases: tied name -> first name.
+    """
+
+    groups: tuple[Group, ...]
+    macs: float
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SiteReduction:
+    """z ~= z[keep] @ mix + offset at one site. mix: (kept, channels) float64; offset: (channels,) or None for zero."""
+
+    mix: Tensor
+    offset: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reduction:
+    """Which channels of one group stay, and how each site makes up for the rest.
+
+    keep: (kept,) sorted int64. sites: key `module:weight:dim` -> SiteReduction. merge: (kept, channels), set only for
+    pairwise merges, whose producers' first moments follow the chain rule: m'_k = sum_j merge[k, j] m_j.
+    """
+
+    group: str
+    keep: Tensor
+    sites: Mapping[str, SiteReduction]
+    merge: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """One bound, named by kind, with what it speaks of.
+
+    kind "worst_case": absolute rms at the site for inputs of the stated norm; "empirical": relative rms at the site on
+    `rows` rows; "accuracy": upper limit on the share of predictions that changed, at `confidence`
+    (confidence 1.0 and population False: exact on those rows only).
+    """
+
+    kind: CertificateKind
+    subject: str
+    value: float
+    rows: int = 0
+    confidence: float = 1.0
+    population: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ColumnFold:
+    """Along `dim`, the kept channels' columns take over the removed ones': W'[.., columns[keep]] = W[.., columns] mixᵀ.
+
+    columns: (channels, P); keep: (kept,); mix: (kept, channels). Applied before the slice of TensorEdit.keep.
+    """
+
+    dim: int
+    columns: IntArray
+    keep: Tensor
+    mix: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OffsetFold:
+    """b' = b + sign * sum over columns and taps of W[:, column(c)] offset[c], with W the weight *before* its folds.
+
+    weight, dim, columns: as in Site; offset: (channels,). sign: +1 for a bias, -1 for a BatchNorm running mean.
+    """
+
+    weight: str
+    dim: int
+    columns: IntArray
+    offset: Tensor
+    sign: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorEdit:
+    """Everything that happens to one parameter or buffer in an event; applies unchanged to an averaged copy.
+
+    Order: column folds and offsets (and the elementwise `scale`), each on the old shape, then the slice `keep`
+    (dim -> kept positions). `merge`: first moments along (dim): (positions kept, positions) matrix, else sliced.
+    """
+
+    tensor: str
+    keep: Mapping[int, Tensor]
+    folds: tuple[ColumnFold, ...] = ()
+    offsets: tuple[OffsetFold, ...] = ()
+    scale: Tensor | None = None
+    merge: Mapping[int, Tensor] = field(default_factory=dict)
