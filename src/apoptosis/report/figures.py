@@ -1,0 +1,303 @@
+"""The plots: widths, size, loss and metric, certificates, time.
+
+Lives here: drawing with matplotlib's object interface (no pyplot, no global state is left changed). Does not live here:
+numbers that the log does not hold. Every plot comes as PNG bytes, as themed inline SVG, or as a sentence why not.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from apoptosis.report.run import APOPTOSIS, DENSE, Curve, RunData, certificates, measured, number, step_of
+from apoptosis.report.theme import (
+    APOPTOSIS_COLOUR,
+    DENSE_COLOUR,
+    GRID,
+    INK,
+    MUTED,
+    SERIES,
+    VARIABLES,
+)
+from apoptosis.report.words import METRIC_WORDS, short_number
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlesize": 11,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "apoptosis",
+    "figure.constrained_layout.use": True,
+}
+LOOKS: dict[str, dict[str, Any]] = {
+    DENSE: {"color": DENSE_COLOUR, "linestyle": "--", "marker": "s"},
+    APOPTOSIS: {"color": APOPTOSIS_COLOUR, "linestyle": "-", "marker": "o"},
+}
+DASHES = ("-", "--", "-.", ":")
+MAX_LABELLED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """One plot, or why there is none. alt: what it shows, in words and numbers, for those who do not see it."""
+
+    key: str
+    title: str
+    caption: str
+    alt: str = ""
+    missing: str = ""
+    png: bytes = b""
+    svg: str = ""
+
+
+def draw_all(run: RunData) -> tuple[Plot, ...]:
+    """Draw every plot that the log has the data for, in the order of the page."""
+    with mpl.rc_context(STYLE):
+        return tuple(draw(run) for draw in (_widths, _size, _learning, _certificates, _time))
+
+
+def _plot(key: str, title: str, caption: str, alt: str, fig: Figure) -> Plot:
+    FigureCanvasAgg(fig)
+    png, svg = io.BytesIO(), io.StringIO()
+    fig.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    fig.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return Plot(key=key, title=title, caption=caption, alt=alt, png=png.getvalue(), svg=_inline(svg.getvalue(), key))
+
+
+def _inline(svg: str, key: str) -> str:
+    """Make a standalone SVG fit for the page: ids of its own, colours from the style sheet, no outside references."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", svg)
+    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"|(<svg[^>]*?)\sheight="[^"]*"', r"\1\2", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{key}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", svg)
+    for colour, (name, _, _) in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg.strip()
+
+
+def _axes(num: int, title: str = "", width: float = 9.6) -> tuple[Figure, list[Axes]]:
+    fig = Figure(figsize=(width, 3.7))
+    axes = [fig.add_subplot(1, num, i + 1) for i in range(num)]
+    for ax in axes:
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
+        ax.xaxis.set_major_locator(MaxNLocator(6))
+    return fig, axes
+
+
+def _widths(run: RunData) -> Plot:
+    key, title = "widths", "Widths over steps"
+    caption = "Channels of each coupled channel group. Every fall is an event; widths hold in between."
+    seed = run.seeds[0] if run.seeds else 0
+    lines = run.width_steps(seed)
+    if not lines:
+        return Plot(key=key, title=title, caption=caption, missing="The log has no widths yet: no epoch and no event.")
+    fig, (ax,) = _axes(1)
+    order = sorted(lines, key=lambda g: -lines[g][0][1])
+    labelled = set(order[:MAX_LABELLED]) if len(order) > MAX_LABELLED else set(order)
+    for i, group in enumerate(lines):
+        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)], "label": group}
+        if group not in labelled:
+            look = {"color": MUTED, "linestyle": "-", "linewidth": 0.8}
+        ax.step([x for x, _ in lines[group]], [y for _, y in lines[group]], where="post", **look)
+    rolled_back = [step_of(e) for e in run.events.get(seed, ()) if e.get("rolled_back")]
+    if rolled_back:
+        ax.plot(rolled_back, [0.0] * len(rolled_back), "x", color=MUTED, label="rolled back", clip_on=False)
+        caption += " A cross on the axis is an attempt that was rolled back."
+    if len(lines) > MAX_LABELLED:
+        caption += f" {len(lines) - MAX_LABELLED} narrower groups are thin grey lines; the events table has all."
+    if len(run.seeds) > 1:
+        caption += f" Seed {seed} of {len(run.seeds)}."
+    ax.set(xlabel="step", ylabel="channels", ylim=(0, None), xlim=(0, None))
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ends = "; ".join(f"{g} from {int(line[0][1])} to {int(line[-1][1])}" for g, line in lines.items())
+    return _plot(key, title, caption, f"Staircase plot of {len(lines)} group widths over steps: {ends}.", fig)
+
+
+def _size(run: RunData) -> Plot:
+    key, title = "size", "Parameters and multiply-adds over time"
+    caption = "Parameters of the network, and multiply-adds (MACs) of one forward pass on the example input."
+    panels = [p for p in (("parameters", "parameters"), ("macs", "MACs")) if _has(run, p[0])]
+    if not panels:
+        return Plot(key=key, title=title, caption=caption, missing="The log has no sizes yet: no finished epoch.")
+    fig, axes = _axes(len(panels))
+    said = []
+    for ax, (column, label) in zip(axes, panels, strict=True):
+        for contestant, seed in _lines(run):
+            x, y = run.size_over_time(contestant, seed, column)
+            if x:
+                look = LOOKS[contestant] | {"marker": ""}
+                ax.step(x, y, where="post", label=_once(ax, _name(contestant)), **look)
+                said.append(f"{_name(contestant)}, {label}: from {short_number(y[0])} to {short_number(y[-1])}")
+        ax.set(title=label, xlabel="training seconds", ylim=(0, None), xlim=(0, None))
+        ax.legend(loc="best")
+    return _plot(key, title, caption, f"Staircase plots over training time. {'; '.join(said)}.", fig)
+
+
+def _learning(run: RunData) -> Plot:
+    key, title = "learning", "Loss and metric over time"
+    metric = METRIC_WORDS.get(run.metric_name, run.metric_name)
+    caption = f"Training loss and {metric} after each epoch, over cumulative training seconds."
+    panels = [p for p in (("loss", "training loss"), ("metric", metric)) if _has(run, p[0])]
+    if not panels:
+        return Plot(key=key, title=title, caption=caption, missing="The log has no finished epoch yet.")
+    if run.curve(DENSE) is None:
+        caption += " This run has no twin without apoptosis; `apoptosis compare` trains one beside it."
+    fig, axes = _axes(len(panels))
+    said = []
+    for ax, (column, label) in zip(axes, panels, strict=True):
+        for contestant, seed in _lines(run):
+            curve = run.curve(contestant, seed)
+            x, y = curve.points("seconds", column) if curve else ([], [])
+            if x:
+                ax.plot(x, y, label=_once(ax, _name(contestant)), markersize=4, **LOOKS[contestant])
+                said.append(f"{_name(contestant)}, {label}: {short_number(y[-1])} after {short_number(x[-1])} s")
+        ax.set(title=label, xlabel="training seconds", xlim=(0, None))
+        ax.legend(loc="best")
+    return _plot(key, title, caption, f"Line plots over training time. {'; '.join(said)}.", fig)
+
+
+CERTIFICATE_WORDS = {
+    "empirical": "empirical: relative rms at a site",
+    "accuracy": "accuracy: share of changed predictions",
+    "worst_case": "worst case: rms at a site",
+}
+
+
+OUTPUT_LABEL = "measured at the outputs"
+
+
+def _output_rms(run: RunData) -> list[tuple[float, float]]:
+    """(step, relative rms change of the network's outputs on the probe) of every attempt that measured it."""
+    found = [(step_of(e), e.get("measured")) for seed in run.seeds for e in run.events.get(seed, ())]
+    pairs = [(step, number(m.get("output_rms"))) for step, m in found if isinstance(m, dict)]
+    return [(step, value) for step, value in pairs if value is not None]
+
+
+def _certificates(run: RunData) -> Plot:
+    key, title = "certificates", "Certificates against measurements"
+    caption = (
+        "Triangles are bounds, each computed before its event was committed; dots are what was then measured of the "
+        "same quantity and belong at or below their triangle. Diamonds, where shown, are the change that all site "
+        "errors of an event made together at the network's outputs: not bounded by a site's certificate alone."
+    )
+    found = [(seed, e, c) for seed in run.seeds for e in run.events.get(seed, ()) for c in certificates(e)]
+    kinds = [k for k in CERTIFICATE_WORDS if any(c.get("kind") == k for _, _, c in found)]
+    if not kinds:
+        why = "No event carries a certificate." if any(run.events.values()) else "There has been no event yet."
+        return Plot(key=key, title=title, caption=caption, missing=why)
+    fig, axes = _axes(len(kinds))
+    said = []
+    for ax, kind in zip(axes, kinds, strict=True):
+        pairs = [(step_of(e), float(c["value"]), measured(e, c)) for _, e, c in found if c.get("kind") == kind]
+        for step, bound, value in pairs:
+            if value is not None:
+                ax.plot([step, step], [value, bound], color=MUTED, linewidth=0.8, zorder=1)
+        certified: dict[str, Any] = {"linestyle": "", "marker": "v", "markerfacecolor": "none", "color": DENSE_COLOUR}
+        ax.plot([s for s, _, _ in pairs], [b for _, b, _ in pairs], label="certified", **certified)
+        dots = [(s, v) for s, _, v in pairs if v is not None]
+        if dots:
+            ax.plot([s for s, _ in dots], [v for _, v in dots], "o", color=APOPTOSIS_COLOUR, label="measured", ms=4)
+        outputs = [(s, v) for s, v in _output_rms(run) if kind == "empirical"]
+        if outputs:
+            ax.plot([s for s, _ in outputs], [v for _, v in outputs], "D", color=SERIES[2], ms=4, label=OUTPUT_LABEL)
+        _scale(ax, [*(v for _, b, m in pairs for v in (b, m) if v is not None), *(v for _, v in outputs)])
+        ax.set(title=CERTIFICATE_WORDS[kind], xlabel="step", xlim=(0, None))
+        ax.legend(loc="best")
+        held = sum(v <= b for _, b, v in pairs if v is not None)
+        said.append(f"{kind}: {len(pairs)} certified, {len(dots)} measured, {held} of these at or below their bound")
+    return _plot(key, title, caption, f"Points over steps. {'; '.join(said)}.", fig)
+
+
+def _time(run: RunData) -> Plot:
+    key, title = "time", "Time saved"
+    caption = "Cumulative training seconds at the end of each epoch; the gap is the time saved so far."
+    pairs = [(run.curve(DENSE, s), run.curve(APOPTOSIS, s), s) for s in run.seeds]
+    both = [
+        (d, a, s)
+        for d, a, s in pairs
+        if d and a and d.points("epoch", "seconds")[0] and a.points("epoch", "seconds")[0]
+    ]
+    if not both:
+        why = "This run has no twin without apoptosis, so no time saved can be told; `apoptosis compare` trains one."
+        return Plot(key=key, title=title, caption=caption, missing=why if run.curves else "The log has no epoch yet.")
+    fig, (ax,) = _axes(1)
+    said = []
+    for dense, apo, seed in both:
+        for curve in (dense, apo):
+            x, y = curve.points("epoch", "seconds")
+            look = LOOKS[curve.contestant] | {"markersize": 4}
+            ax.plot([0.0, *x], [0.0, *y], label=_once(ax, _name(curve.contestant)), **look)
+        if len(both) == 1:
+            x, low, high = _shared(apo, dense)
+            ax.fill_between([0.0, *x], [0.0, *low], [0.0, *high], color=APOPTOSIS_COLOUR, alpha=0.12, linewidth=0)
+        d, a = dense.last("seconds") or 0.0, apo.last("seconds") or 0.0
+        said.append(f"seed {seed}: {short_number(d)} s without, {short_number(a)} s with apoptosis")
+    ax.set(xlabel="epoch", ylabel="training seconds", ylim=(0, None), xlim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.legend(loc="upper left")
+    return _plot(key, title, caption, f"Line plot of cumulative seconds by epoch. {'; '.join(said)}.", fig)
+
+
+def _shared(apo: Curve, dense: Curve) -> tuple[list[float], list[float], list[float]]:
+    """Epochs that both have, with the seconds of both."""
+    low, high = (dict(zip(*c.points("epoch", "seconds"), strict=True)) for c in (apo, dense))
+    x = sorted(low.keys() & high.keys())
+    return x, [low[e] for e in x], [high[e] for e in x]
+
+
+def _scale(ax: Axes, values: Iterable[float]) -> None:
+    """From 0, linear; logarithmic above the smallest positive value where two decades would hide the small ones."""
+    positive = [v for v in values if v > 0]
+    if positive and max(positive) > 100 * min(positive):
+        ax.set_yscale("symlog", linthresh=min(positive))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
+    ax.set_ylim(0, None)
+
+
+def _has(run: RunData, column: str) -> bool:
+    return any(c.points("seconds", column)[0] for c in run.curves)
+
+
+def _lines(run: RunData) -> list[tuple[str, int]]:
+    return [(c, s) for c in (DENSE, APOPTOSIS) for s in run.seeds if run.curve(c, s)]
+
+
+def _name(contestant: str) -> str:
+    return "with apoptosis" if contestant == APOPTOSIS else "without"
+
+
+def _once(ax: Axes, label: str) -> str:
+    """Return the label, the first time; seeds after the first share it."""
+    taken = {line.get_label() for line in ax.get_lines()}
+    return f"_{label}" if label in taken else label
