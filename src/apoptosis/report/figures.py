@@ -137,7 +137,7 @@ def _widths(run: RunData) -> Plot:
     if len(lines) > MAX_LABELLED:
         caption += f" {len(lines) - MAX_LABELLED} narrower groups are thin grey lines; the events table has all."
     if len(run.seeds) > 1:
-        caption += f" Seed {seed} of {len(run.seeds)}."
+        caption += f" Shown is seed {seed}, one of {len(run.seeds)}."
     ax.set(xlabel="step", ylabel="channels", ylim=(0, None), xlim=(0, None))
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     ends = "; ".join(f"{g} from {int(line[0][1])} to {int(line[-1][1])}" for g, line in lines.items())
@@ -233,7 +233,7 @@ def _certificates(run: RunData) -> Plot:
             ax.plot([s for s, _ in outputs], [v for _, v in outputs], "D", color=SERIES[2], ms=4, label=OUTPUT_LABEL)
         _scale(ax, [*(v for _, b, m in pairs for v in (b, m) if v is not None), *(v for _, v in outputs)])
         ax.set(title=CERTIFICATE_WORDS[kind], xlabel="step", xlim=(0, None))
-        ax.legend(loc="best")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
         held = sum(v <= b for _, b, v in pairs if v is not None)
         said.append(f"{kind}: {len(pairs)} certified, {len(dots)} measured, {held} of these at or below their bound")
     return _plot(key, title, caption, f"Points over steps. {'; '.join(said)}.", fig)
@@ -263,6 +263,10 @@ def _time(run: RunData) -> Plot:
             ax.fill_between([0.0, *x], [0.0, *low], [0.0, *high], color=APOPTOSIS_COLOUR, alpha=0.12, linewidth=0)
         d, a = dense.last("seconds") or 0.0, apo.last("seconds") or 0.0
         said.append(f"seed {seed}: {short_number(d)} s without, {short_number(a)} s with apoptosis")
+        if len(both) == 1 and d > a:
+            at = max(dense.points("epoch", "seconds")[0])
+            ax.annotate(f"{short_number(d - a)} s saved", (at, (d + a) / 2), (-8, 0), ha="right", va="center",
+                        textcoords="offset points")  # fmt: skip
     ax.set(xlabel="epoch", ylabel="training seconds", ylim=(0, None), xlim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.legend(loc="upper left")

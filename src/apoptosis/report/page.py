@@ -67,7 +67,7 @@ def _lead(run: RunData) -> str:
     num_events = sum(len(run.committed(s)) for s in run.seeds)
     num_back = sum(len(e) for e in run.events.values()) - num_events
     seeds = f", over {len(run.seeds)} seeds" if len(run.seeds) > 1 else ""
-    back = f" {num_back} attempts were rolled back." if num_back else ""
+    back = f" {num_back} {'attempts were' if num_back > 1 else 'attempt was'} rolled back." if num_back else ""
     said += [f"{num_events} event{'s' * (num_events != 1)} removed channels while the network trained{seeds}.{back}"]
     if run.curve(DENSE) is None and run.curves:
         said += ["The run has no twin without apoptosis, so there is nothing to compare its time and metric with."]

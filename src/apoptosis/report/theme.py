@@ -60,6 +60,7 @@ figcaption{font-size:.9rem;margin-top:8px}
  max-width:none}
 .scroll{overflow-x:auto}
 .scroll:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
+.scroll{margin:0 0 20px}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:50%}
 caption{text-align:left;padding:0 0 8px;font-size:.9rem}
 th,td{text-align:left;padding:6px 16px 6px 0;border-bottom:1px solid var(--grid);vertical-align:top}
