@@ -1,0 +1,196 @@
+"""The transaction: edits reach model, optimizers and followers together, or not at all.
+
+Lives here: computing all new values first, exchanging them under every tensor's identity, commit and rollback.
+Does not live here: the values themselves (values.py, optimizers.py), measuring what a surgery did, and its budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.records import TensorEdit
+from apoptosis.surgery.attributes import attribute_changes
+from apoptosis.surgery.journal import Journal
+from apoptosis.surgery.optimizers import StateChange, check_optimizers, state_changes
+from apoptosis.surgery.values import apply_edit, merge_like
+
+
+class Transaction:
+    """One surgery on model, optimizers and followers; undone bitwise until it is committed.
+
+    Every Parameter and buffer keeps its identity and hooks: only its storage and shape are exchanged, so optimizers,
+    ties and the user's references stay valid, and a loss of the step before may still be alive. (Calling backward
+    once more through a graph from before the surgery is refused by autograd, as after any in-place change.)
+
+    As a context manager it commits at the end of the block, and rolls back when the block raises.
+
+    Args:
+        model: the model. optimizers: those that hold its parameters; state of other models is left alone.
+        followers: averaged copies (`AveragedModel`, or modules with the model's tensor names), which get the same
+            folds and slices on their own values.
+
+    Raises:
+        UnsupportedOptimizerError: see `check_optimizers`. ArgumentError: see `check_follower`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> keep = torch.tensor([0, 2])
+        >>> edits = [TensorEdit(tensor="0.weight", keep={0: keep}), TensorEdit(tensor="0.bias", keep={0: keep}),
+        ...          TensorEdit(tensor="2.weight", keep={1: keep})]
+        >>> with Transaction(net) as transaction:
+        ...     transaction.apply(edits)
+        >>> net[0].out_features, net[2].in_features, tuple(net(torch.ones(4, 2)).shape)
+        (2, 2, (4, 1))
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer] = (), followers: Sequence[nn.Module] = ()
+    ) -> None:
+        check_optimizers(optimizers, model)
+        self._optimizers = tuple(optimizers)
+        self._targets = [model, *(_copy_of(follower) for follower in followers)]
+        for follower in followers:
+            check_follower(model, follower)
+        self._journal = Journal()
+        self._open = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._open:
+            return
+        if kind is None:
+            self.commit()
+        else:
+            self.rollback()
+
+    def apply(self, edits: Sequence[TensorEdit]) -> None:
+        """Compute everything that changes, then change it.
+
+        Args:
+            edits: at most one per tensor, all speaking of the shapes before the event.
+
+        Raises:
+            ShapeError: an edit does not fit its tensor. UnsupportedOptimizerError: state without a rule.
+            ArgumentError: an edit of an unknown tensor, two edits of one tensor, or a transaction that is over.
+            Whatever is raised, everything is as before the call.
+        """
+        if not self._open or len(self._journal):
+            raise ArgumentError("a transaction takes one set of edits; open another one.")
+        by_name = {edit.tensor: edit for edit in edits}
+        if len(by_name) < len(edits):
+            raise ArgumentError("two edits of one tensor in one transaction.")
+        plans = _plan_targets(self._targets, by_name)
+        parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
+        states = [change for o in self._optimizers for change in state_changes(o, parameters, by_name)]
+        try:
+            self._swap(plans, states)
+        except BaseException:
+            self._journal.undo()
+            raise
+        torch.clear_autocast_cache()  # an enclosing autocast would go on with the old weights' casts
+
+    def rollback(self) -> None:
+        """Put everything back, bitwise, and end the transaction.
+
+        Tensors, gradients, optimizer state, module attributes and followers are as before `apply`.
+        """
+        self._journal.undo()
+        self._open = False
+
+    def commit(self) -> None:
+        """Let go of the old values and end the transaction."""
+        self._journal.forget()
+        self._open = False
+
+    def _swap(self, plans: Sequence[_Plan], states: Iterable[StateChange]) -> None:
+        for plan in plans:
+            for tensor, value, grad in plan.tensors:
+                self._journal.set_tensor(tensor, value, grad)
+            for module, name, attribute in plan.attributes:
+                self._journal.set_attribute(module, name, attribute)
+        for change in states:
+            self._journal.set_item(change.state, change.key, change.value)
+
+
+class _Plan:
+    """New tensors (with gradients) and attributes of the model or one follower."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.attributes: list[tuple[nn.Module, str, Any]] = []
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """List every parameter and buffer by qualified name: tied ones under each name, non-persistent ones too."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def check_follower(model: nn.Module, follower: nn.Module) -> None:
+    """Refuse an averaged copy that is none: it needs the model's tensor names and shapes.
+
+    Raises: ArgumentError: with the first name that differs.
+    """
+    if not isinstance(follower, nn.Module):
+        raise ArgumentError(f"a follower is an AveragedModel or a copy of the model, not a {type(follower).__name__}.")
+    mine, theirs = named_tensors(model), named_tensors(_copy_of(follower))
+    for name, tensor in mine.items():
+        if name not in theirs:
+            raise ArgumentError(f"follower {type(follower).__name__} is no copy of the model: it has no '{name}'.")
+        if theirs[name].shape != tensor.shape:
+            raise ArgumentError(
+                f"follower {type(follower).__name__} is no copy of the model: '{name}' has shape "
+                f"{tuple(theirs[name].shape)} instead of {tuple(tensor.shape)}. Register it before the first event."
+            )
+
+
+def _copy_of(follower: nn.Module) -> nn.Module:
+    return follower.module if isinstance(follower, AveragedModel) else follower
+
+
+def _plan_targets(targets: Sequence[nn.Module], edits: Mapping[str, TensorEdit]) -> list[_Plan]:
+    done: set[int] = set()  # a follower may share frozen tensors with the model: those are edited once
+    plans = []
+    for target in targets:
+        tensors = named_tensors(target)
+        plan = _Plan()
+        edited: dict[int, TensorEdit] = {}
+        for name, edit in edits.items():
+            if name not in tensors:
+                raise ArgumentError(f"an edit speaks of tensor '{name}', which {type(target).__name__} does not have.")
+            tensor = tensors[name]
+            if id(tensor) in edited:
+                raise ShapeError(f"tensor '{name}' is tied to another one, and both have an edit.")
+            edited[id(tensor)] = edit
+            if id(tensor) not in done:
+                grad = tensor.grad if tensor.is_leaf else None
+                new_grad = None if grad is None else merge_like(edit, grad)
+                plan.tensors.append((tensor, apply_edit(edit, tensor, tensors), new_grad))
+        plan.attributes = _plan_attributes(target, edited)
+        done.update(edited)
+        plans.append(plan)
+    return plans
+
+
+def _plan_attributes(target: nn.Module, edited: Mapping[int, TensorEdit]) -> list[tuple[nn.Module, str, Any]]:
+    changes: list[tuple[nn.Module, str, Any]] = []
+    for module in target.modules():
+        merged: dict[str, Any] = {}
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) in edited:
+                merged.update(attribute_changes(module, leaf, edited[id(tensor)].keep, tuple(tensor.shape)))
+        changes.extend((module, name, value) for name, value in merged.items())
+    return changes

@@ -1,0 +1,137 @@
+"""What an edit makes of a tensor, of a second moment and of a first moment: pure functions of tensors.
+
+Lives here: `apply_edit`, `slice_like`, `merge_like`. Does not live here: how edits come about (edits.py), where the
+values go (modules.py) and which rule an optimizer's state follows (optimizers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apoptosis.errors import ShapeError
+from apoptosis.records import ColumnFold, OffsetFold, TensorEdit
+
+
+def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Compute a tensor after its edit: folds, offsets, scale, then the slice.
+
+    Folds are computed in float64 and cast back; what they do not touch stays bitwise.
+
+    Args:
+        edit: the edit.
+        old: the tensor before, of the shape that the edit speaks of.
+        tensors: name -> tensor before the event, for the weights that the edit's offsets name.
+
+    Returns: a new tensor in the dtype, on the device and in the memory format of `old`, without gradient history.
+
+    Raises: ShapeError: the edit does not fit the tensor.
+    """
+    _check_fits(edit, old)
+    with torch.no_grad():
+        value = old.detach()
+        if edit.folds or edit.offsets or edit.scale is not None:
+            value = value.clone()
+        for fold in edit.folds:
+            _fold_(value, fold)
+        if edit.offsets:
+            wide = value.double()
+            for offset in edit.offsets:
+                wide += offset.sign * _offset_delta(offset, tensors[offset.weight].detach(), value.numel())
+            value = wide.to(old.dtype)
+        if edit.scale is not None:
+            value = (value.double() * edit.scale.to(value.device).double()).to(old.dtype)
+        return _sliced(value, edit.keep, old)
+
+
+def slice_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
+    """Slice a tensor of the edited tensor's shape: second moments, step sizes, consumers' momenta.
+
+    Returns: a new tensor in the memory format of `tensor`. Raises: ShapeError: the edit does not fit the tensor.
+    """
+    _check_fits(edit, tensor)
+    with torch.no_grad():
+        return _sliced(tensor.detach(), edit.keep, tensor)
+
+
+def merge_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
+    """Compute a first moment or gradient after the edit: by the chain rule m'_k = sum_j merge[k, j] m_j, else sliced.
+
+    Sparse gradients are sliced. Returns: a new tensor in the memory format of `tensor`.
+
+    Raises: ShapeError: the edit does not fit the tensor.
+    """
+    _check_fits(edit, tensor)
+    if not edit.merge or tensor.is_sparse:
+        return slice_like(edit, tensor)
+    with torch.no_grad():
+        value = tensor.detach()
+        for dim, matrix in edit.merge.items():
+            wide = value.movedim(dim, -1).double() @ matrix.to(value.device).double().T
+            value = wide.movedim(-1, dim).to(tensor.dtype)
+        return _sliced(value, {dim: keep for dim, keep in edit.keep.items() if dim not in edit.merge}, tensor)
+
+
+def _check_fits(edit: TensorEdit, tensor: Tensor) -> None:
+    needed = [(dim, int(keep.max())) for dim, keep in edit.keep.items()]
+    needed += [(fold.dim, int(fold.columns.max())) for fold in edit.folds]
+    for dim, last in needed:
+        if dim >= tensor.ndim or last >= tensor.shape[dim]:
+            raise ShapeError(f"the edit of '{edit.tensor}' does not fit a tensor of shape {tuple(tensor.shape)}.")
+
+
+def _fold_(value: Tensor, fold: ColumnFold) -> None:
+    """Write W[.., columns[keep]] = W[.., columns] mixᵀ into `value`; touches the kept columns only."""
+    device = value.device
+    along = value.movedim(fold.dim, -1)
+    columns = torch.from_numpy(fold.columns).to(device)
+    keep, mix = fold.keep.to(device), fold.mix.to(device).double()
+    taps = columns.shape[1]
+    targets = columns[keep].T.reshape(-1)
+    plain = torch.equal(mix[:, keep], torch.eye(keep.numel(), dtype=mix.dtype, device=device))
+    if plain:  # the usual case: what is kept passes through as it is, so only the removed columns are multiplied
+        sources = torch.from_numpy(np.setdiff1d(np.arange(fold.columns.shape[0]), fold.keep.cpu().numpy())).to(device)
+    else:
+        sources = torch.arange(columns.shape[0], device=device)
+    read = along[..., columns[sources].T.reshape(-1)].double()
+    new = (read.reshape(*read.shape[:-1], taps, sources.numel()) @ mix[:, sources].T).flatten(-2)
+    if plain:
+        new += along[..., targets].double()
+    along[..., targets] = new.to(value.dtype)
+
+
+def _offset_delta(fold: OffsetFold, weight: Tensor, num_outputs: int) -> Tensor:
+    """W @ offset summed over taps, (out,) float64; convolution groups of a transposed weight stay apart."""
+    wide = weight.flatten(2).sum(-1, dtype=torch.float64) if weight.ndim > 2 else weight.double()
+    vector = torch.zeros(wide.shape[fold.dim], dtype=torch.float64, device=weight.device)
+    columns = torch.from_numpy(fold.columns).to(weight.device)
+    vector[columns] = fold.offset.to(weight.device).double()[:, None].expand(columns.shape)
+    if fold.dim == 1:
+        delta = wide @ vector
+    else:
+        num_groups = num_outputs // wide.shape[1]
+        delta = (wide * vector[:, None]).reshape(num_groups, -1, wide.shape[1]).sum(1).flatten()
+    if delta.numel() != num_outputs:
+        raise ShapeError(f"an offset through '{fold.weight}' has {delta.numel()} outputs, its target {num_outputs}.")
+    return delta
+
+
+def _sliced(value: Tensor, keep: Mapping[int, Tensor], like: Tensor) -> Tensor:
+    for dim, index in keep.items():
+        value = value.index_select(dim, index.to(value.device))
+    if value.is_sparse:
+        return value
+    fresh = torch.empty(value.shape, dtype=like.dtype, device=value.device, memory_format=memory_format(like))
+    return fresh.copy_(value)
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Choose the memory format of a tensor's successor: channels-last where the tensor is that alone."""
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if tensor.ndim == 5 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
