@@ -1,0 +1,269 @@
+"""The house's rules, read off the source: floors, sizes, habits. docs/architecture.md says what they are for."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import apoptosis.records
+
+SRC = Path(apoptosis.records.__file__).parent
+MAX_FILE, MAX_FUNCTION = 350, 60
+
+#: Room (first part of the module's name under apoptosis) -> floor. A room imports from lower floors and from itself.
+#: "" is the package's own face, apoptosis/__init__.py.
+FLOORS = {
+    "records": 1,
+    "errors": 1,
+    "numerics": 2,
+    "policy": 2,
+    "events": 2,
+    "ledger": 2,
+    "sites": 2,
+    "calibration": 2,
+    "collectives": 2,
+    "criteria": 3,
+    "graph": 3,
+    "surgery": 3,
+    "observe": 3,
+    "probe": 3,
+    "budget": 3,
+    "report": 3,
+    "planner": 4,
+    "operate": 4,
+    "state": 5,
+    "engine": 6,
+    "": 7,
+    "integrations": 8,
+    "recipes": 8,
+    "cli": 9,
+}
+#: What may be imported from outside; the rooms not listed here take CORE alone.
+CORE = {"torch", "numpy", "scipy", "safetensors"}
+EXTRAS = {"typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "tensorboard"}
+EXTRA_ROOMS = {
+    "recipes": EXTRAS,
+    "cli": EXTRAS,
+    "report": {"matplotlib"},
+    "integrations": {"lightning", "transformers"},
+}
+
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+PATHS = {module_name(path): path for path in FILES}
+every_module = pytest.mark.parametrize("module", sorted(TREES))
+
+
+def room(module):
+    return module.split(".")[0]
+
+
+def run_time_nodes(tree):
+    """All nodes but those under `if TYPE_CHECKING:`, which import nothing when the program runs."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        yield node
+        children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            children = node.orelse
+        todo.extend(children)
+
+
+def imports(module, tree):
+    """(line, absolute dotted name) of everything imported; `from a import b` gives a.b where that is a module."""
+    found = []
+    package = module.split(".") if PATHS.get(module, Path()).name == "__init__.py" else module.split(".")[:-1]
+    for node in run_time_nodes(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package[: len(package) - node.level + 1]
+                base = ".".join(["apoptosis", *(p for p in above if p), *([base] if base else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                is_module = inner.removeprefix("apoptosis.") in TREES and inner.startswith("apoptosis.")
+                found.append((node.lineno, inner if is_module else base))
+    return found
+
+
+def own_imports(module, tree):
+    names = [(line, name) for line, name in imports(module, tree) if name.split(".")[0] == "apoptosis"]
+    return [(line, name.removeprefix("apoptosis").removeprefix(".")) for line, name in names]
+
+
+def outside_imports(module, tree):
+    tops = {(line, name.split(".")[0]) for line, name in imports(module, tree)}
+    return {(line, top) for line, top in tops if top != "apoptosis" and top not in sys.stdlib_module_names}
+
+
+def upward(module, tree):
+    """Imports that do not point down: (line, imported)."""
+    here = room(module)
+    return [
+        (line, name)
+        for line, name in own_imports(module, tree)
+        if room(name) != here and FLOORS[room(name)] >= FLOORS[here]
+    ]
+
+
+def cycle(edges):
+    """Modules on a circle of imports, in order; [] if there is none."""
+    state = {}
+
+    def visit(module, path):
+        if state.get(module) == "done":
+            return []
+        if state.get(module) == "open":
+            return [*path[path.index(module) :], module]
+        state[module] = "open"
+        for target in edges.get(module, ()):
+            if found := visit(target, [*path, module]):
+                return found
+        state[module] = "done"
+        return []
+
+    return next((found for module in edges if (found := visit(module, []))), [])
+
+
+def long_functions(tree):
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {n.name: n.end_lineno - n.lineno + 1 for n in nodes if n.end_lineno - n.lineno + 1 >= MAX_FUNCTION}
+
+
+def prints(tree):
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    return [n.lineno for n in calls if ast.unparse(n.func) in ("print", "sys.stdout.write", "sys.stderr.write")]
+
+
+def mutable_defaults(tree):
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            for default in (*node.args.defaults, *(d for d in node.args.kw_defaults if d is not None)):
+                literal = isinstance(default, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp)
+                made = isinstance(default, ast.Call) and ast.unparse(default.func) in (
+                    "list",
+                    "dict",
+                    "set",
+                    "defaultdict",
+                )
+                found += [default.lineno] if literal or made else []
+    return found
+
+
+def swallowing_handlers(tree):
+    """Bare `except:`, and `except BaseException` that does not raise again."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            base = node.type is not None and "BaseException" in ast.unparse(node.type)
+            raises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+            found += [node.lineno] if node.type is None or (base and not raises) else []
+    return found
+
+
+def test_every_room_has_a_floor():
+    missing = {room(module) for module in TREES} - FLOORS.keys()
+    assert not missing, f"rooms without a floor: {sorted(missing)}; put them into FLOORS and docs/architecture.md"
+
+
+@every_module
+def test_imports_point_down(module):
+    assert upward(module, TREES[module]) == []
+
+
+def test_no_module_imports_itself_through_others():
+    edges = {m: [n for _, n in own_imports(m, tree) if n in TREES and n != m] for m, tree in TREES.items()}
+    assert cycle(edges) == []
+
+
+@every_module
+def test_the_core_needs_four_packages_and_the_standard_library(module):
+    allowed = CORE | EXTRA_ROOMS.get(room(module), set())
+    assert {(line, top) for line, top in outside_imports(module, TREES[module]) if top not in allowed} == set()
+
+
+@every_module
+def test_files_and_functions_stay_short(module):
+    num_lines = PATHS[module].read_text(encoding="utf-8").count("\n")
+    assert num_lines < MAX_FILE
+    assert long_functions(TREES[module]) == {}
+
+
+@every_module
+def test_habits(module):
+    tree = TREES[module]
+    assert room(module) == "cli" or prints(tree) == []
+    assert mutable_defaults(tree) == []
+    assert swallowing_handlers(tree) == []
+
+
+@every_module
+def test_every_module_says_what_lives_there(module):
+    docstring = ast.get_docstring(TREES[module]) or ""
+    if PATHS[module].name == "__init__.py":
+        assert docstring or not TREES[module].body
+    else:
+        assert "Lives here:" in docstring
+        assert "not live here:" in " ".join(docstring.split())
+
+
+@pytest.mark.parametrize("module", sorted(m for m in TREES if room(m) == "numerics"))
+def test_numerics_knows_no_module(module):
+    names = {name for _, name in imports(module, TREES[module])}
+    uses = {ast.unparse(n) for n in ast.walk(TREES[module]) if isinstance(n, ast.Attribute)}
+    assert "torch.nn" not in names
+    assert not {u for u in uses if u.endswith("nn.Module")}
+
+
+def test_the_report_reads_the_log_alone():
+    used = {room(name) for m, tree in TREES.items() if room(m) == "report" for _, name in own_imports(m, tree)}
+    assert used <= {"report", "events", "errors"}
+
+
+# The checks themselves: each must be able to fail.
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("records", "from apoptosis.engine import Apoptosis"),
+        ("numerics.bounds", "from ..planner import make_plan"),
+        ("graph", "from apoptosis import surgery"),
+        ("engine", "import apoptosis.recipes.loop"),
+        ("policy", "def f():\n    from apoptosis import Apoptosis"),
+        ("events", "from apoptosis.policy import decide"),
+    ],
+)
+def test_an_upward_or_sideways_import_is_seen(module, code):
+    assert len(upward(module, ast.parse(code))) == 1
+
+
+def test_imports_for_types_alone_are_no_imports():
+    code = "if TYPE_CHECKING:\n    from apoptosis.engine import Apoptosis\nelse:\n    import numpy"
+    assert upward("state", ast.parse(code)) == []
+    assert outside_imports("state", ast.parse(code)) == {(4, "numpy")}
+
+
+def test_the_other_checks_can_fail():
+    body = "\n".join("    x = 1" for _ in range(MAX_FUNCTION))
+    assert long_functions(ast.parse(f"def f():\n{body}")) == {"f": MAX_FUNCTION + 1}
+    assert prints(ast.parse("print(1)")) == [1]
+    assert mutable_defaults(ast.parse("def f(a=[], *, b={}, c=set(), d=()): ...")) == [1, 1, 1]
+    assert swallowing_handlers(ast.parse("try:\n    f()\nexcept:\n    raise")) == [3]
+    assert swallowing_handlers(ast.parse("try:\n    f()\nexcept BaseException:\n    pass")) == [3]
+    assert swallowing_handlers(ast.parse("try:\n    f()\nexcept BaseException:\n    raise")) == []
+    assert outside_imports("engine", ast.parse("import rich.table, os, torch.nn")) == {(1, "rich"), (1, "torch")}
+    assert cycle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    assert cycle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
