@@ -230,6 +230,15 @@ def test_an_event_falls_at_its_place_in_time(run):
     assert read_run(run).width_steps(0)["fc1"] == [(0.0, 64.0), (150.0, 48.0), (300.0, 48.0)]
 
 
+def test_macs_of_events_are_counted_per_example_like_those_of_epochs(tmp_path):
+    with EventLog(tmp_path / "events.jsonl") as log:
+        epoch(log, "apoptosis", 1, 64)
+        event(log, 150, 64, 48, macs=(4 * 9_000.0 * 64, 4 * 9_000.0 * 48))
+        epoch(log, "apoptosis", 2, 48)
+    _, macs = read_run(tmp_path).size_over_time("apoptosis", 0, "macs")
+    assert sorted(set(macs)) == [9_000.0 * 48, 9_000.0 * 64]
+
+
 def test_several_seeds_are_averaged_and_named(tmp_path):
     page = page_of(whole_run(tmp_path / "run", seeds=(3, 4)))
     assert "over 2 seeds" in page.text()

@@ -146,7 +146,7 @@ def _widths(run: RunData) -> Plot:
 
 def _size(run: RunData) -> Plot:
     key, title = "size", "Parameters and multiply-adds over time"
-    caption = "Parameters of the network, and multiply-adds (MACs) of one forward pass on the example input."
+    caption = "Parameters of the network, and multiply-adds (MACs) of a forward pass per example."
     panels = [p for p in (("parameters", "parameters"), ("macs", "MACs")) if _has(run, p[0])]
     if not panels:
         return Plot(key=key, title=title, caption=caption, missing="The log has no sizes yet: no finished epoch.")

@@ -103,12 +103,24 @@ class RunData:
         seconds = [0.0, *curve.points("step", "seconds")[1]]
         points = list(zip(*curve.points("seconds", key), strict=True))
         if contestant == APOPTOSIS:
-            sizes = [(interpolate(step_of(e), steps, seconds), before_after(e, key)) for e in self.committed(seed)]
-            points += [(at, size) for at, pair in sizes for size in pair]
+            unit = self._epoch_unit(curve, key)
+            for event in self.committed(seed):
+                at = interpolate(step_of(event), steps, seconds)
+                points += [(at, unit * size) for size in before_after(event, key)]
         if points:  # the network begins as wide as it ever is
             points.append((0.0, max(size for _, size in points)))
         points.sort(key=lambda p: (p[0], -p[1]))
         return [x for x, _ in points], [y for _, y in points]
+
+    def _epoch_unit(self, curve: Curve, key: str) -> float:
+        """Epochs count MACs per example, events per example input: how much one is of the other."""
+        for event in reversed(self.committed(curve.seed)):
+            sizes = before_after(event, key)
+            steps, values = curve.points("step", key)
+            later = [v for s, v in zip(steps, values, strict=True) if s >= step_of(event)]
+            if sizes and sizes[-1] > 0 and later:  # nothing shrinks between the last event and the next epoch's end
+                return later[0] / sizes[-1]
+        return 1.0
 
 
 def read_run(run_dir: Path) -> RunData:
