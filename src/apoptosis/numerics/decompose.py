@@ -1,0 +1,319 @@
+"""Which channels to keep, how the kept ones stand in for the rest, and what that costs a consumer.
+
+Lives here: pivoted Cholesky, least-squares mixing, the joint residual and its error curve, the fold.
+Does not live here: where the moments come from, tolerances, groups of sites (criteria.py), edits of modules.
+All of it is float64. G is a Gram matrix over channels: the covariance where an offset can be folded, else the
+uncentred second moment.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
+
+FloatArray = npt.NDArray[np.float64]
+EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Factor:
+    """G ~= factor @ factorᵀ, built one channel at a time.
+
+    order: (channels,) int64, all channels, best to keep first; the first `rank` are the pivots.
+    factor: (channels, rank) float64; column i is what pivot i explains of every channel beyond the pivots before it,
+        so the remainder after k pivots is factor[:, k:] @ factor[:, k:]ᵀ.
+    remainder_trace: (rank + 1,) trace of that remainder for k = 0 .. rank, in the weights the order was chosen with.
+    """
+
+    order: Tensor
+    factor: Tensor
+    rank: int
+    remainder_trace: Tensor
+
+
+def roundoff_floor(num_channels: int) -> float:
+    """Return the relative rms that stands for tolerance 0: what float64 cannot tell from zero.
+
+    The residual R = G_RR - G_RK G_KK⁻¹ G_KR is a difference of sums of C products, each rounded to eps = 2.2e-16, so
+    tr(W R Wᵀ) is known up to a small multiple of C eps tr(W G Wᵀ): relative rms sqrt(8 C eps), 1.3e-6 for 1024
+    channels. Moments must have been taken with exact=True to mean anything at this level.
+
+    Example:
+        >>> roundoff_floor(1024) < 1.5e-6
+        True
+    """
+    return math.sqrt(8.0 * num_channels * EPS)
+
+
+def pivoted_cholesky(
+    gram_CC: Tensor, *, weights_C: Tensor | None = None, relative_tolerance: float | None = None
+) -> Factor:
+    """Order the channels by one pivoted Cholesky factorisation (LAPACK dpstrf, C³/3 multiply-adds).
+
+    Every step takes the channel with the largest weighted remainder weights_C² * diag(S). A positive diagonal scaling
+    commutes with Schur complements, so the factor returned is that of G itself, for any weights.
+
+    Args:
+        gram_CC: (channels, channels), symmetric positive semidefinite.
+        weights_C: (channels,) non-negative, for instance the norms of the consumer's columns; a channel of weight
+            zero is read by nobody and comes last. None: ones.
+        relative_tolerance: stop where the largest weighted remainder falls below this share of the largest weighted
+            diagonal; None: channels * eps.
+
+    Raises:
+        ShapeError: gram_CC is not square or weights_C does not fit.
+        NonFiniteError: an argument holds NaN or infinity.
+
+    References: Higham, "Analysis of the Cholesky decomposition of a semi-definite matrix" (1990); LAPACK Working
+        Note 161.
+    """
+    gram = _square(gram_CC, "pivoted_cholesky")
+    num = gram.shape[0]
+    weights = np.ones(num) if weights_C is None else _array(weights_C, "pivoted_cholesky")
+    if weights.shape != (num,):
+        raise ShapeError(f"pivoted_cholesky: {weights.shape[0]} weights for {num} channels.")
+    scaled = gram * weights[:, None] * weights[None, :]
+    largest = float(scaled.diagonal().max())
+    if largest <= 0.0:
+        empty = torch.zeros(num, 0, dtype=torch.float64)
+        return Factor(order=torch.arange(num), factor=empty, rank=0, remainder_trace=torch.zeros(1).double())
+    tolerance = (num * EPS if relative_tolerance is None else relative_tolerance) * largest
+    # A symmetric C-ordered array is its own Fortran-ordered transpose: LAPACK works in place, nothing is copied.
+    packed, pivots, rank, _ = lapack.dpstrf(scaled.T, tol=tolerance, lower=1, overwrite_a=1)
+    order = pivots.astype(np.int64) - 1
+    lower = np.tril(packed[:, :rank])
+    remainder = _tails(np.square(lower).sum(0))
+    kept = weights[order]
+    lower *= np.divide(1.0, kept, out=np.zeros(num), where=kept > 0)[:, None]
+    factor = np.empty_like(lower)
+    factor[order] = lower
+    return Factor(
+        order=torch.from_numpy(order),
+        factor=torch.from_numpy(factor),
+        rank=int(rank),
+        remainder_trace=torch.from_numpy(remainder),
+    )
+
+
+def ordered_cholesky(gram_CC: Tensor, order: Tensor) -> Factor:
+    """Factorise G in a given order of the channels, to read off the error curve of an order chosen elsewhere.
+
+    G is replaced by G + ε diag(G) with the smallest ε (from channels * eps) that LAPACK accepts. Schur complements
+    grow with their matrix, so the curve read from the factor never lies below the one of G, and above it by O(ε).
+
+    Raises: ShapeError, NonFiniteError: as in pivoted_cholesky.
+    """
+    gram = _square(gram_CC, "ordered_cholesky")
+    num = gram.shape[0]
+    index = order.cpu().numpy()
+    permuted = gram[index][:, index]
+    diagonal = permuted.diagonal().clip(min=0.0).copy()
+    scale = np.sqrt(diagonal)
+    inverse = np.divide(1.0, scale, out=np.zeros(num), where=scale > 0)
+    unit = permuted * inverse[:, None] * inverse[None, :]
+    ridge = num * EPS
+    while True:
+        np.fill_diagonal(unit, 1.0 + ridge)
+        lower, info = lapack.dpotrf(unit.T, lower=1, clean=1)
+        if info == 0:
+            break
+        ridge *= 10.0
+    lower = lower * scale[:, None]
+    factor = np.empty_like(lower)
+    factor[index] = lower
+    remainder = torch.from_numpy(_tails(np.square(lower).sum(0)))
+    return Factor(order=order.cpu().clone(), factor=torch.from_numpy(factor), rank=num, remainder_trace=remainder)
+
+
+def joint_error_curve(weight_OC: Tensor, factor: Factor) -> Tensor:
+    """tr(W S_k Wᵀ) for every number k of kept channels at once, S_k the least-squares remainder after k pivots.
+
+    With G = F Fᵀ in pivot order, S_k = Σ_{i >= k} f_i f_iᵀ, so the joint error is Σ_{i >= k} ‖W f_i‖²: one product
+    W F and a cumulative sum, exact for everything removed together (docs/theory.md, Theorem 2).
+
+    Args:
+        weight_OC: (out, channels).
+        factor: of the Gram matrix at this site.
+
+    Returns: (channels + 1,) float64, never rising; zero beyond the factor's rank.
+
+    Raises: ShapeError: the numbers of channels differ.
+    """
+    num = factor.order.numel()
+    if weight_OC.ndim != 2 or weight_OC.shape[1] != num:
+        raise ShapeError(f"joint_error_curve: weight of shape {tuple(weight_OC.shape)} for {num} channels.")
+    weight = weight_OC.detach().to("cpu", torch.float64)
+    if weight.shape[0] > num:  # ‖W f‖² = fᵀ WᵀW f: the cheaper form for many outputs
+        columns = ((weight.T @ weight) @ factor.factor).mul_(factor.factor).sum(0).clamp_min_(0.0)
+    else:
+        columns = (weight @ factor.factor).square_().sum(0)
+    curve = torch.zeros(num + 1, dtype=torch.float64)
+    curve[: factor.rank + 1] = torch.from_numpy(_tails(columns.numpy()))
+    return curve
+
+
+def solve_mix(gram_CC: Tensor, keep_K: Tensor, *, mean_C: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Least squares: the best linear stand-in for every channel from the kept ones.
+
+    mix_K,R = G_KK⁻¹ G_KR by Cholesky on the matrix scaled to unit diagonal, with a ridge of channels * eps; where
+    that fails, by a truncated eigendecomposition. Kept columns are exactly the identity.
+
+    Args:
+        gram_CC: the covariance when mean_C is given, else the uncentred second moment.
+        keep_K: (kept,) int64.
+        mean_C: (channels,): also fit an offset μ - mixᵀ μ_K, exactly zero for kept channels.
+
+    Returns: mix (kept, channels) and offset (channels,) or None, float64 on the device of gram_CC.
+
+    Raises: ArgumentError: keep_K is empty and there is no mean, repeats, or lies outside the channels.
+    """
+    gram = gram_CC.double()
+    num = gram.shape[0]
+    keep = _index(keep_K, num, "solve_mix").to(gram.device)
+    removed = complement(keep, num)
+    mix = torch.zeros(keep.numel(), num, dtype=torch.float64, device=gram.device)
+    if keep.numel() and removed.numel():
+        mix[:, removed] = _solve(gram[keep][:, keep], gram[keep][:, removed])
+    mix[torch.arange(keep.numel(), device=gram.device), keep] = 1.0
+    if mean_C is None:
+        return mix, None
+    mean = mean_C.double().to(gram.device)
+    offset = mean - mean[keep] @ mix
+    offset[keep] = 0.0
+    return mix, offset
+
+
+def residual_gram(
+    covariance_CC: Tensor, mean_C: Tensor, keep_K: Tensor, mix_KC: Tensor, offset_C: Tensor | None
+) -> Tensor:
+    """R = E[(z - ẑ)(z - ẑ)ᵀ] for ẑ = z_K @ mix + offset: exact for any mix and offset, least squares or not.
+
+    With e = z - ẑ: R = Cov(e) + E[e] E[e]ᵀ.
+
+    Returns: (channels, channels) float64.
+    """
+    cov, mean, mix = covariance_CC.double(), mean_C.double(), mix_KC.double()
+    num = cov.shape[0]
+    keep = _index(keep_K, num, "residual_gram").to(cov.device)
+    removed = torch.arange(num, device=cov.device)
+    identity = torch.eye(num, dtype=torch.float64, device=cov.device)[keep]
+    if torch.equal(mix[:, keep], identity[:, keep]):  # kept channels stand for themselves: only the rest can err
+        removed = complement(keep, num)
+    part = mix[:, removed]
+    cross = part.T @ cov[keep][:, removed]
+    block = cov[removed][:, removed] - cross - cross.T + part.T @ cov[keep][:, keep] @ part
+    bias = (mean - mean[keep] @ mix)[removed] - (0.0 if offset_C is None else offset_C.double()[removed])
+    block += torch.outer(bias, bias)
+    out = torch.zeros_like(cov)
+    out[removed[:, None], removed[None, :]] = block
+    if offset_C is not None and removed.numel() != num and bool(offset_C[keep].any()):
+        # An offset on kept channels errs against every channel: fall back to the full mean error.
+        full = mean - mean[keep] @ mix - offset_C.double()
+        full_removed = torch.zeros_like(full)
+        full_removed[removed] = bias
+        out += torch.outer(full, full) - torch.outer(full_removed, full_removed)
+    return out
+
+
+def site_error(weight_OC: Tensor, residual_CC: Tensor) -> float:
+    """tr(W R Wᵀ), the consumer's mean squared error, joint over everything removed; never below zero."""
+    return float(site_diag(weight_OC, residual_CC).sum())
+
+
+def site_diag(weight_OC: Tensor, residual_CC: Tensor) -> Tensor:
+    """diag(W R Wᵀ): the mean squared error of every output, (out,) float64, never below zero."""
+    weight = weight_OC.detach().to(residual_CC.device, torch.float64)
+    if weight.ndim != 2 or weight.shape[1] != residual_CC.shape[0]:
+        raise ShapeError(f"site_diag: weight of shape {tuple(weight.shape)} for {residual_CC.shape[0]} channels.")
+    return ((weight @ residual_CC) * weight).sum(1).clamp_min_(0.0)
+
+
+def fold_consumer(
+    weight_OC: Tensor, bias_O: Tensor | None, mix_KC: Tensor, offset_C: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rewrite a consumer to read only the kept channels.
+
+    With z ~= z_K @ mix + offset:   W z + b ~= (W mixᵀ) z_K + (b + W offset).
+
+    Args:
+        weight_OC: (out, channels).
+        bias_O: (out,) or None.
+        mix_KC: (kept, channels).
+        offset_C: (channels,) or None for zero.
+
+    Returns: weight (out, kept) and bias (out,) (None only when both bias and offset are), in the dtype and on the
+        device of weight_OC; computed in float64.
+
+    Raises: ShapeError: mix_KC and weight_OC disagree on the number of channels.
+
+    Example:
+        >>> weight, bias = fold_consumer(torch.tensor([[1.0, 2.0]]), None, torch.tensor([[1.0, 3.0]]), None)
+        >>> weight.tolist(), bias
+        ([[7.0]], None)
+    """
+    if weight_OC.ndim != 2 or mix_KC.ndim != 2 or weight_OC.shape[1] != mix_KC.shape[1]:
+        raise ShapeError(f"fold_consumer: weight {tuple(weight_OC.shape)} and mix {tuple(mix_KC.shape)} do not fit.")
+    weight = weight_OC.double()
+    folded = (weight @ mix_KC.to(weight.device, torch.float64).T).to(weight_OC.dtype)
+    if offset_C is None:
+        return folded, bias_O
+    shift = weight @ offset_C.to(weight.device, torch.float64)
+    bias = shift if bias_O is None else bias_O.double() + shift
+    return folded, bias.to(weight_OC.dtype)
+
+
+def complement(keep: Tensor, num_channels: int) -> Tensor:
+    """Return the channels not in `keep`, sorted, (removed,) int64."""
+    mask = torch.ones(num_channels, dtype=torch.bool, device=keep.device)
+    mask[keep] = False
+    return mask.nonzero().flatten()
+
+
+def _solve(matrix_KK: Tensor, right_KR: Tensor) -> Tensor:
+    """Solve on the unit-diagonal scale; channels of zero energy get coefficient zero."""
+    scale = matrix_KK.diagonal().clamp_min(0.0).sqrt()
+    inverse = torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    unit = matrix_KK * inverse[:, None] * inverse[None, :]
+    unit.diagonal().fill_(1.0 + matrix_KK.shape[0] * EPS)
+    right = right_KR * inverse[:, None]
+    lower, info = torch.linalg.cholesky_ex(unit)
+    if int(info) == 0:
+        return torch.cholesky_solve(right, lower) * inverse[:, None]
+    values, vectors = torch.linalg.eigh(unit)
+    usable = values > values[-1] * matrix_KK.shape[0] * EPS
+    basis = vectors[:, usable]
+    return (basis @ ((basis.T @ right) / values[usable, None])) * inverse[:, None]
+
+
+def _tails(values: FloatArray) -> FloatArray:
+    """Sum values[k:] for k = 0 .. n, from the small end so that the tail keeps its digits."""
+    return np.concatenate([np.cumsum(values[::-1])[::-1], [0.0]])
+
+
+def _array(tensor: Tensor, who: str) -> FloatArray:
+    array: FloatArray = tensor.detach().to("cpu", torch.float64).numpy()
+    if not np.isfinite(array).all():
+        raise NonFiniteError(f"{who}: an argument holds NaN or infinity.")
+    return array
+
+
+def _square(gram_CC: Tensor, who: str) -> FloatArray:
+    if gram_CC.ndim != 2 or gram_CC.shape[0] != gram_CC.shape[1]:
+        raise ShapeError(f"{who}: Gram matrix of shape {tuple(gram_CC.shape)}, expected (channels, channels).")
+    return _array(gram_CC, who)
+
+
+def _index(keep: Tensor, num: int, who: str) -> Tensor:
+    if keep.ndim != 1 or (keep.numel() and (int(keep.min()) < 0 or int(keep.max()) >= num)):
+        raise ArgumentError(f"{who}: keep must list channels between 0 and {num - 1}.")
+    if torch.unique(keep).numel() != keep.numel():
+        raise ArgumentError(f"{who}: keep names a channel twice.")
+    return keep

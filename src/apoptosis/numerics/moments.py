@@ -1,0 +1,225 @@
+"""Streaming moments: count, mean and Gram matrix of C channels, mergeable across batches, windows and ranks.
+
+Lives here: the arithmetic on rows that somebody else collected. Does not live here: hooks, modules, any decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
+
+_STATE_KEYS = ("num_rows", "num_examples", "mean", "scatter")
+
+
+@contextmanager
+def _true_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products in full float32 or float64: no autocast, no TF32 or bfloat16 shortcuts, user's flags restored.
+
+    A product rounded to ten bits would put a floor of about 1e-3 under every relative residual.
+    """
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+    name = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
+    exact: object = "ieee" if name == "fp32_precision" else False
+    before = getattr(backend, name, exact)
+    shortcut = before not in ("ieee", "none", False)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            if shortcut:
+                setattr(backend, name, exact)
+            yield
+        finally:
+            if shortcut:
+                setattr(backend, name, before)
+
+
+class Moments:
+    """Count, mean and centred Gram matrix of `num_channels` channels, accumulated in float64 on the data's device.
+
+    Every batch is centred by its own mean and joined by Chan's formula, so large means do not cancel:
+
+        scatter = scatter_a + scatter_b + n_a n_b / (n_a + n_b) d dᵀ,   d = mean_b - mean_a
+
+    Any split of the same rows into batches, in any order, gives the same moments up to round-off.
+
+    Attributes:
+        num_channels: C. num_rows: rows seen. num_examples: examples they came from (positions of one image are
+        correlated, so this is the number that says how much has been seen).
+
+    Example:
+        >>> moments = Moments(2)
+        >>> moments.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> moments.mean.tolist(), moments.covariance()[0, 0].item()
+        ([2.0, 0.0], 1.0)
+
+    References: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+        Stanford CS-79-773 (1979).
+    """
+
+    __slots__ = ("_mean", "_scatter", "num_channels", "num_examples", "num_rows")
+
+    def __init__(self, num_channels: int, *, device: torch.device | str = "cpu") -> None:
+        if num_channels < 1:
+            raise ArgumentError(f"Moments: num_channels is {num_channels}; at least one channel is needed.")
+        self.num_channels = num_channels
+        self.num_rows = 0
+        self.num_examples = 0
+        self._mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(num_channels, num_channels, dtype=torch.float64, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the accumulators live."""
+        return self._mean.device
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the rows, (channels,) float64; zeros before the first row."""
+        return self._mean.clone()
+
+    def update(self, rows_NC: Tensor, *, exact: bool = False, examples: int | None = None) -> None:
+        """Add N rows.
+
+        Args:
+            rows_NC: (rows, channels), any floating dtype; no gradient is recorded.
+            exact: take the products in float64. Otherwise the centred rows are multiplied in float32 and only summed
+                in float64: a variance below about (6e-8 |mean|)² or 1e-7 of the largest one is not resolved.
+            examples: how many examples the rows came from; None: one each.
+
+        Raises:
+            ShapeError: rows_NC is not (rows, num_channels).
+            NonFiniteError: a row holds NaN or infinity, or a product overflows; nothing is added.
+        """
+        if rows_NC.ndim != 2 or rows_NC.shape[1] != self.num_channels:
+            raise ShapeError(
+                f"Moments.update: rows of shape {tuple(rows_NC.shape)}, expected (N, {self.num_channels})."
+            )
+        num_rows = rows_NC.shape[0]
+        if num_rows == 0:
+            return
+        if self.num_rows == 0 and rows_NC.device != self.device:
+            self._move(rows_NC.device)
+        with _true_float32(rows_NC.device):
+            rows = rows_NC.detach()
+            if exact:
+                rows = rows.double()
+            elif rows.dtype not in (torch.float32, torch.float64):
+                rows = rows.float()
+            mean = rows.mean(0, dtype=torch.float64)
+            total = self.num_rows + num_rows
+            step = mean - self._mean if self.num_rows else torch.zeros_like(mean)
+            weight = self.num_rows * num_rows / total
+            # The step between the means rides along as one more row: one product does the batch and Chan's term.
+            work = torch.empty(num_rows + 1, self.num_channels, dtype=rows.dtype, device=rows.device)
+            torch.sub(rows, mean.to(rows.dtype), out=work[:num_rows])
+            work[num_rows] = step.to(rows.dtype) * weight**0.5
+            if not exact:
+                work = work.float()
+            product = work.T @ work
+            if not bool(torch.isfinite(mean.sum() + product.diagonal().sum(dtype=torch.float64))):
+                raise NonFiniteError(
+                    "Moments.update: the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
+                    "Leave out steps that the gradient scaler skips, or lower the learning rate."
+                )
+            self._scatter.add_(product)
+            self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
+        self.num_rows = total
+        self.num_examples += num_rows if examples is None else examples
+
+    def merge(self, other: Moments) -> None:
+        """Add the rows that `other` has seen, on this object's device.
+
+        Raises: ShapeError: the numbers of channels differ.
+        """
+        if other.num_channels != self.num_channels:
+            raise ShapeError(f"Moments.merge: {other.num_channels} channels into {self.num_channels}.")
+        if other.num_rows == 0:
+            return
+        if self.num_rows == 0:
+            self._move(other.device)
+        total = self.num_rows + other.num_rows
+        step = other._mean.to(self.device) - self._mean
+        self._scatter.add_(other._scatter.to(self.device))
+        self._scatter.addr_(step, step, alpha=self.num_rows * other.num_rows / total)
+        self._mean.add_(step, alpha=other.num_rows / total)
+        self.num_rows = total
+        self.num_examples += other.num_examples
+
+    def covariance(self) -> Tensor:
+        """Return E[(z - μ)(z - μ)ᵀ] of the sample, divided by the number of rows: (channels, channels)."""
+        self._need_rows()
+        return self._scatter / self.num_rows
+
+    def second_moment(self) -> Tensor:
+        """Return the uncentred second moment E[z zᵀ] of the sample: (channels, channels)."""
+        return self.covariance().addr_(self._mean, self._mean)
+
+    def without_dropout(self, p: float) -> Moments:
+        """Undo what dropout does to the moments: as observed before an elementwise dropout of probability p.
+
+        Dropout scales what survives by 1/(1-p): means and off-diagonals of the second moment stay (in expectation),
+        the diagonal grows by 1/(1-p). Only the expectation is restored, so on few rows a variance can come out
+        below zero; it is cut at zero.
+
+        Raises: ArgumentError: p is not in [0, 1).
+        """
+        if not 0.0 <= p < 1.0:
+            raise ArgumentError(f"Moments.without_dropout: p is {p}; it must lie in [0, 1).")
+        out = self.select(torch.arange(self.num_channels, device=self.device))
+        square = self._mean.square() * self.num_rows
+        diagonal = out._scatter.diagonal()
+        diagonal.copy_(((diagonal + square) * (1.0 - p) - square).clamp_min_(0.0))
+        return out
+
+    def select(self, index: Tensor) -> Moments:
+        """Return the moments of the channels `index` (kept,) alone, in that order."""
+        out = Moments(int(index.numel()), device=self.device)
+        index = index.to(self.device)
+        out.num_rows, out.num_examples = self.num_rows, self.num_examples
+        out._mean = self._mean[index].clone()
+        out._scatter = self._scatter[index][:, index].clone()
+        return out
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return counts, mean (channels,) and scatter (channels, channels): copies, ready for safetensors."""
+        return {
+            "num_rows": torch.tensor(self.num_rows),
+            "num_examples": torch.tensor(self.num_examples),
+            "mean": self._mean.clone(),
+            "scatter": self._scatter.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state written by `state_dict`, on this object's device.
+
+        Raises:
+            ArgumentError: a key is missing or unknown.
+            ShapeError: the state is of another number of channels.
+            NonFiniteError: the state holds NaN or infinity.
+        """
+        if set(state) != set(_STATE_KEYS):
+            raise ArgumentError(f"Moments.load_state_dict: keys {sorted(state)}, expected {sorted(_STATE_KEYS)}.")
+        mean, scatter = state["mean"], state["scatter"]
+        if mean.shape != (self.num_channels,) or scatter.shape != (self.num_channels, self.num_channels):
+            raise ShapeError(f"Moments.load_state_dict: state of {tuple(mean.shape)}, expected ({self.num_channels},).")
+        if not bool(torch.isfinite(mean).all() and torch.isfinite(scatter).all()):
+            raise NonFiniteError("Moments.load_state_dict: the state holds NaN or infinity.")
+        self._mean = mean.to(self.device, torch.float64, copy=True)
+        self._scatter = scatter.to(self.device, torch.float64, copy=True)
+        self.num_rows, self.num_examples = int(state["num_rows"]), int(state["num_examples"])
+
+    def _move(self, device: torch.device) -> None:
+        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+
+    def _need_rows(self) -> None:
+        if self.num_rows == 0:
+            raise ArgumentError("Moments: no rows have been added yet; there is no covariance of nothing.")
+
+    def __repr__(self) -> str:
+        return f"Moments({self.num_channels} channels, {self.num_rows} rows, {self.num_examples} examples)"

@@ -1,0 +1,206 @@
+"""Factorisations, least squares and error curves against slow, obvious twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
+from apoptosis.numerics.decompose import (
+    Factor,
+    complement,
+    fold_consumer,
+    joint_error_curve,
+    ordered_cholesky,
+    pivoted_cholesky,
+    residual_gram,
+    roundoff_floor,
+    site_diag,
+    site_error,
+    solve_mix,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def sample(seed: int, channels: int, rank: int, rows: int = 60) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
+    z = z @ torch.randn(rank, channels, generator=generator, dtype=torch.float64)
+    return z + torch.randn(channels, generator=generator, dtype=torch.float64)
+
+
+def covariance(z: torch.Tensor) -> torch.Tensor:
+    centred = z - z.mean(0)
+    return centred.T @ centred / len(z)
+
+
+def weights(seed: int, out: int, channels: int) -> torch.Tensor:
+    return torch.randn(out, channels, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+
+
+def slow_pivots(gram: np.ndarray, weight: np.ndarray, steps: int) -> list[int]:
+    """The obvious twin: after every choice, the Schur complement written out."""
+    rest, chosen = gram.copy(), []
+    for _ in range(steps):
+        score = rest.diagonal() * weight**2
+        score[chosen] = -np.inf
+        j = int(score.argmax())
+        chosen.append(j)
+        rest = rest - np.outer(rest[:, j], rest[j]) / rest[j, j]
+    return chosen
+
+
+def brute_force(gram: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> float:
+    """tr(W S Wᵀ) of the least-squares remainder through a pseudo-inverse."""
+    g = gram.numpy()
+    k = keep.numpy()
+    s = g - g[:, k] @ np.linalg.pinv(g[np.ix_(k, k)], rcond=1e-12, hermitian=True) @ g[k]
+    w = weight.numpy()
+    return float(np.trace(w @ s @ w.T))
+
+
+@given(seed=seeds, channels=st.integers(2, 12), weighted=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_pivots_equal_the_slow_twin(seed: int, channels: int, weighted: bool) -> None:
+    gram = covariance(sample(seed, channels, channels))
+    weight = torch.rand(channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    found = pivoted_cholesky(gram, weights_C=weight if weighted else None)
+    used = weight.numpy() if weighted else np.ones(channels)
+    assert found.order.tolist() == slow_pivots(gram.numpy(), used, channels)
+    torch.testing.assert_close(found.factor @ found.factor.T, gram, rtol=1e-9, atol=1e-9)
+
+
+@given(seed=seeds, channels=st.integers(3, 14), rank=st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_rank_is_found_and_the_factor_reproduces_the_gram(seed: int, channels: int, rank: int) -> None:
+    gram = covariance(sample(seed, channels, rank))
+    found = pivoted_cholesky(gram, relative_tolerance=1e-11)
+    assert found.rank == min(rank, channels)
+    assert sorted(found.order.tolist()) == list(range(channels))
+    torch.testing.assert_close(found.factor @ found.factor.T, gram, rtol=1e-8, atol=1e-8 * float(gram.max()))
+    torch.testing.assert_close(found.remainder_trace[0], gram.trace(), rtol=1e-9, atol=1e-12)
+
+
+@given(seed=seeds, channels=st.integers(2, 10), out=st.integers(1, 14), rank=st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_joint_curve_equals_brute_force_for_every_number_kept(seed: int, channels: int, out: int, rank: int) -> None:
+    gram, weight = covariance(sample(seed, channels, rank)), weights(seed, out, channels)
+    for found in (
+        pivoted_cholesky(gram),
+        pivoted_cholesky(gram, weights_C=weight.norm(dim=0)),
+        ordered_cholesky(gram, torch.randperm(channels, generator=torch.Generator().manual_seed(seed))),
+    ):
+        curve = joint_error_curve(weight, found)
+        assert curve.shape == (channels + 1,)
+        assert (curve.diff() <= 0).all()
+        for k in range(channels + 1):
+            want = brute_force(gram, weight, found.order[:k])
+            assert curve[k].item() == pytest.approx(want, rel=1e-6, abs=1e-6 * float(curve[0]))
+
+
+@given(seed=seeds, channels=st.integers(2, 10), rank=st.integers(1, 10), kept=st.integers(1, 9), centred=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_solve_mix_equals_lstsq_on_the_rows(seed: int, channels: int, rank: int, kept: int, centred: bool) -> None:
+    z = sample(seed, channels, rank)
+    keep = pivoted_cholesky(covariance(z)).order[: min(kept, rank, channels)].sort().values
+    gram = covariance(z) if centred else z.T @ z / len(z)
+    mix, offset = solve_mix(gram, keep, mean_C=z.mean(0) if centred else None)
+    left = torch.cat([z[:, keep], torch.ones(len(z), 1).double()], 1) if centred else z[:, keep]
+    target = z.numpy()
+    want = target - left.numpy() @ np.linalg.lstsq(left.numpy(), target, rcond=1e-11)[0]
+    got = z - z[:, keep] @ mix - (0.0 if offset is None else offset)
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-6 * float(z.abs().max()))
+    assert torch.equal(mix[:, keep], torch.eye(keep.numel(), dtype=torch.float64))
+    if centred:
+        assert offset is not None
+        assert not offset[keep].any()
+    else:
+        assert offset is None
+
+
+def test_solve_mix_survives_duplicates_and_dead_channels_among_the_kept() -> None:
+    z = sample(0, 4, 3)
+    z = torch.cat([z, z[:, :1], torch.zeros(len(z), 1).double()], 1)
+    keep = torch.tensor([0, 1, 2, 4, 5])
+    mix, offset = solve_mix(covariance(z), keep, mean_C=z.mean(0))
+    assert torch.isfinite(mix).all()
+    error = z - z[:, keep] @ mix - offset
+    assert error.abs().max() < 1e-6
+
+
+@given(
+    seed=seeds, channels=st.integers(2, 9), kept=st.integers(0, 8), offset_kind=st.sampled_from(["no", "any", "all"])
+)
+@settings(max_examples=60, deadline=None)
+def test_residual_gram_is_the_measured_one_for_any_mix(seed: int, channels: int, kept: int, offset_kind: str) -> None:
+    z = sample(seed, channels, channels)
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.randperm(channels, generator=generator)[: min(kept, channels)].sort().values
+    mix = torch.randn(keep.numel(), channels, generator=generator, dtype=torch.float64)
+    offset = torch.randn(channels, generator=generator, dtype=torch.float64) if offset_kind != "no" else None
+    if offset_kind == "any" or seed % 2:
+        mix[:, keep] = torch.eye(keep.numel(), dtype=torch.float64)
+    error = z - z[:, keep] @ mix - (0.0 if offset is None else offset)
+    want = error.T @ error / len(z)
+    got = residual_gram(covariance(z), z.mean(0), keep, mix, offset)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8 * float(want.abs().max()) + 1e-10)
+    weight = weights(seed, 3, channels)
+    measured = (error @ weight.T).square().mean(0)
+    torch.testing.assert_close(site_diag(weight, got), measured, rtol=1e-6, atol=1e-8)
+    assert site_error(weight, got) == pytest.approx(float(measured.sum()), rel=1e-6, abs=1e-8)
+
+
+@given(seed=seeds, channels=st.integers(2, 8), kept=st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_fold_is_the_consumer_on_the_stand_ins(seed: int, channels: int, kept: int) -> None:
+    z, weight = sample(seed, channels, channels), weights(seed, 3, channels)
+    keep = torch.arange(min(kept, channels))
+    mix, offset = solve_mix(covariance(z), keep, mean_C=z.mean(0))
+    bias = torch.ones(3, dtype=torch.float64)
+    folded, shifted = fold_consumer(weight, bias, mix, offset)
+    torch.testing.assert_close(z[:, keep] @ folded.T + shifted, (z[:, keep] @ mix + offset) @ weight.T + bias)
+    assert fold_consumer(weight.float(), None, mix, offset)[0].dtype == torch.float32
+
+
+def test_roundoff_floor_covers_what_exact_duplicates_leave() -> None:
+    z = sample(7, 40, 12, rows=200)
+    gram, weight = covariance(z), weights(7, 5, 40)
+    found = pivoted_cholesky(gram, weights_C=weight.norm(dim=0))
+    mix, offset = solve_mix(gram, found.order[:12].sort().values, mean_C=z.mean(0))
+    left = site_error(weight, residual_gram(gram, z.mean(0), found.order[:12].sort().values, mix, offset))
+    assert (left / site_error(weight, gram)) ** 0.5 < roundoff_floor(40) < 1e-5
+
+
+def test_channels_nobody_reads_come_last_and_an_empty_gram_has_rank_zero() -> None:
+    gram, weight = covariance(sample(8, 5, 5)), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    found = pivoted_cholesky(gram, weights_C=weight)
+    assert set(found.order[3:].tolist()) == {1, 3}
+    assert torch.isfinite(found.factor).all()
+    nothing = pivoted_cholesky(torch.zeros(3, 3))
+    assert isinstance(nothing, Factor)
+    assert nothing.rank == 0
+    assert joint_error_curve(torch.ones(2, 3), nothing).tolist() == [0.0] * 4
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ShapeError):
+        pivoted_cholesky(torch.zeros(2, 3))
+    with pytest.raises(NonFiniteError):
+        pivoted_cholesky(torch.full((2, 2), float("nan")))
+    with pytest.raises(ShapeError):
+        pivoted_cholesky(torch.eye(3), weights_C=torch.ones(2))
+    with pytest.raises(ArgumentError, match="twice"):
+        solve_mix(torch.eye(3), torch.tensor([0, 0]))
+    with pytest.raises(ArgumentError, match="between"):
+        solve_mix(torch.eye(3), torch.tensor([3]))
+    with pytest.raises(ShapeError):
+        joint_error_curve(torch.ones(2, 4), pivoted_cholesky(torch.eye(3)))
+    with pytest.raises(ShapeError):
+        fold_consumer(torch.ones(2, 4), None, torch.ones(2, 3), None)
+    with pytest.raises(ShapeError):
+        site_diag(torch.ones(2, 4), torch.eye(3))
+    assert complement(torch.tensor([1]), 3).tolist() == [0, 2]
