@@ -89,6 +89,11 @@ class Site:
     dropout: float = 0.0
     macs: float = 0.0
 
+    @property
+    def key(self) -> str:
+        """Name of the site within a structure: module, weight and contracted axis."""
+        return f"{self.module}:{self.weight}:{self.dim}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neuron:
@@ -215,13 +220,14 @@ class OffsetFold:
 class TensorEdit:
     """Everything that happens to one parameter or buffer in an event; applies unchanged to an averaged copy.
 
-    Order: column folds and offsets (and the elementwise `scale`), each on the old shape, then the slice `keep`
-    (dim -> kept positions). `merge`: first moments along (dim): (positions kept, positions) matrix, else sliced.
+    Order: column folds and offsets, each on the old shape, then the slice `keep` (dim -> kept positions).
+    `dropped_variance` (old size): what the outputs of a site lose, taken off the running variance that follows it.
+    `merge`: first moments along (dim): (positions kept, positions) matrix, else sliced.
     """
 
     tensor: str
     keep: Mapping[int, Tensor]
     folds: tuple[ColumnFold, ...] = ()
     offsets: tuple[OffsetFold, ...] = ()
-    scale: Tensor | None = None
+    dropped_variance: Tensor | None = None
     merge: Mapping[int, Tensor] = field(default_factory=dict)

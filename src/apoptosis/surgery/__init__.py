@@ -1,7 +1,8 @@
 """Surgery: the only room that changes the user's objects."""
 
-from apoptosis.surgery.edits import build_edits, site_key
-from apoptosis.surgery.modules import Transaction, check_follower, named_tensors
+from apoptosis.surgery.checkpoint import load, save
+from apoptosis.surgery.edits import build_edits
+from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
 from apoptosis.surgery.optimizers import check_optimizers
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like
 
@@ -9,10 +10,11 @@ __all__ = [
     "Transaction",
     "apply_edit",
     "build_edits",
-    "check_follower",
+    "check_followers",
     "check_optimizers",
+    "load",
     "merge_like",
     "named_tensors",
-    "site_key",
+    "save",
     "slice_like",
 ]

@@ -27,14 +27,6 @@ from apoptosis.records import (
     TensorEdit,
 )
 
-VARIANCE_FLOOR = 1e-3
-"""Smallest ratio by which one event may scale a running variance: it stays positive whatever the estimate says."""
-
-
-def site_key(site: Site) -> str:
-    """Key of a consumer site in `Reduction.sites`: module:weight:dim."""
-    return f"{site.module}:{site.weight}:{site.dim}"
-
 
 @dataclass(slots=True)
 class _Draft:
@@ -43,7 +35,7 @@ class _Draft:
     removed: dict[int, list[IntArray]] = field(default_factory=dict)
     folds: list[ColumnFold] = field(default_factory=list)
     offsets: list[OffsetFold] = field(default_factory=list)
-    scale: Tensor | None = None
+    dropped_variance: Tensor | None = None
     merges: dict[int, list[tuple[IntArray, Tensor, Tensor]]] = field(default_factory=dict)
 
 
@@ -51,8 +43,6 @@ def build_edits(
     structure: Structure,
     reductions: Sequence[Reduction],
     dropped_variance: Mapping[str, Tensor] | None = None,
-    *,
-    tensors: Mapping[str, Tensor] | None = None,
 ) -> tuple[TensorEdit, ...]:
     """Combine all reductions of one event into one edit per tensor.
 
@@ -63,13 +53,12 @@ def build_edits(
         structure: the structure that the reductions speak of.
         reductions: at most one per group; a reduction that keeps every channel is passed over.
         dropped_variance: site key -> (out,), diag(W R Wᵀ): the variance that the site's outputs lose. Where a BatchNorm
-            reads the site, its running variance is scaled by 1 - dropped / running_var, at least `VARIANCE_FLOOR`.
-        tensors: name -> tensor; needed with dropped_variance only, for the running variances.
+            reads the site, its running variance falls by that much. Sites that lose nothing may be named.
 
     Returns: the edits, in the order in which tensors are first met.
 
     Raises:
-        ArgumentError: an unknown group, two reductions of one group, dropped_variance without tensors.
+        ArgumentError: an unknown group, two reductions of one group.
         PinnedGroupError: a reduction of a pinned group.
         ShapeError: sizes that disagree, a group that would lose every channel, an offset that cannot be folded.
     """
@@ -90,13 +79,13 @@ def build_edits(
         for member in group.members:
             _add_member(drafts, structure, member, reduction)
         for site in group.sites:
-            key = site_key(site)
+            key = site.key
             if key not in reduction.sites:
                 raise ShapeError(f"the reduction of group '{group.name}' says nothing about its site '{key}'.")
             _add_site(drafts, structure, site, reduction.keep, reduction.sites[key])
             if key not in scaled and dropped_variance is not None and key in dropped_variance:
                 scaled.add(key)
-                _add_variance(drafts, structure, site, dropped_variance[key], tensors)
+                _add_variance(drafts, structure, site, dropped_variance[key])
     return tuple(_finish(name, draft, structure.shapes[name]) for name, draft in drafts.items())
 
 
@@ -170,7 +159,7 @@ def _add_site(
 ) -> None:
     name = _first_name(structure, site.weight)
     num_channels = reduction.mix.shape[1]
-    _check_positions(site.columns, num_channels, structure.shapes[name][site.dim], f"site '{site_key(site)}'")
+    _check_positions(site.columns, num_channels, structure.shapes[name][site.dim], f"site '{site.key}'")
     columns = _unique_columns(site.columns)
     draft = drafts.setdefault(name, _Draft())
     fold = ColumnFold(dim=site.dim, columns=columns, keep=keep, mix=reduction.mix)
@@ -195,13 +184,13 @@ def _is_new(draft: _Draft, fold: ColumnFold, site: Site) -> bool:
             continue
         if np.array_equal(other.columns, fold.columns) and torch.equal(other.mix, fold.mix):
             return False
-        raise ShapeError(f"site '{site_key(site)}': its weight is shared, and its columns are folded in two ways.")
+        raise ShapeError(f"site '{site.key}': its weight is shared, and its columns are folded in two ways.")
     return True
 
 
 def _offset_target(structure: Structure, site: Site) -> tuple[str, float] | None:
     """Where a constant at the site's input goes: (tensor, sign), or None where batch statistics absorb it."""
-    who = f"site '{site_key(site)}'"
+    who = f"site '{site.key}'"
     if site.zero_padded or (site.kind == "conv_transpose" and site.taps > 1):
         raise ShapeError(f"{who}: an offset cannot be folded where positions at the border read fewer taps.")
     if site.bias is not None:
@@ -213,24 +202,17 @@ def _offset_target(structure: Structure, site: Site) -> tuple[str, float] | None
     return (mean, -1.0) if mean in structure.shapes else None
 
 
-def _add_variance(
-    drafts: dict[str, _Draft], structure: Structure, site: Site, dropped: Tensor, tensors: Mapping[str, Tensor] | None
-) -> None:
+def _add_variance(drafts: dict[str, _Draft], structure: Structure, site: Site, dropped: Tensor) -> None:
     if site.norm is None:
         return
     name = f"{site.norm}.running_var"
     name = structure.aliases.get(name, name)
     if name not in structure.shapes:
         return
-    if tensors is None:
-        raise ArgumentError("dropped_variance needs tensors=, which hold the running variances.")
-    variance = tensors[name].detach().double().cpu()
-    if dropped.shape != variance.shape:
-        raise ShapeError(f"'{name}' has shape {tuple(variance.shape)}, the dropped variance {tuple(dropped.shape)}.")
-    ratio = 1.0 - dropped.detach().double().cpu() / variance
-    ratio = torch.where(variance > 0, ratio, torch.ones_like(ratio)).clamp(VARIANCE_FLOOR, 1.0)
+    if tuple(dropped.shape) != structure.shapes[name]:
+        raise ShapeError(f"'{name}' has shape {structure.shapes[name]}, the dropped variance {tuple(dropped.shape)}.")
     draft = drafts.setdefault(name, _Draft())
-    draft.scale = ratio if draft.scale is None else draft.scale * ratio
+    draft.dropped_variance = dropped if draft.dropped_variance is None else draft.dropped_variance + dropped
 
 
 def _finish(name: str, draft: _Draft, shape: tuple[int, ...]) -> TensorEdit:
@@ -244,7 +226,12 @@ def _finish(name: str, draft: _Draft, shape: tuple[int, ...]) -> TensorEdit:
             keep[dim] = torch.from_numpy(np.flatnonzero(mask))
     merge = {dim: _merge_matrix(shape[dim], keep[dim], parts) for dim, parts in draft.merges.items() if dim in keep}
     return TensorEdit(
-        tensor=name, keep=keep, folds=tuple(draft.folds), offsets=tuple(draft.offsets), scale=draft.scale, merge=merge
+        tensor=name,
+        keep=keep,
+        folds=tuple(draft.folds),
+        offsets=tuple(draft.offsets),
+        dropped_variance=draft.dropped_variance,
+        merge=merge,
     )
 
 

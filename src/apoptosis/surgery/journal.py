@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MISSING = object()
-
 
 class Journal:
     """Write through it, then either `undo` everything in reverse order or `forget`.
@@ -48,6 +46,11 @@ class Journal:
         self._undo.append(lambda: _restore(mapping, old))
         mapping[key] = value
 
+    def call(self, function: Callable[[Any], None], old: object, new: object) -> None:
+        """Call a setter with a new value; undoing calls it with the old one."""
+        self._undo.append(lambda: function(old))
+        function(new)
+
     def replace_items(self, mapping: MutableMapping[Any, Any], items: MutableMapping[Any, Any]) -> None:
         """Give a dictionary other contents under its identity."""
         old = dict(mapping)
@@ -75,8 +78,5 @@ def _exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
 
 
 def _restore(mapping: MutableMapping[Any, Any], items: MutableMapping[Any, Any]) -> None:
-    for key in [key for key in mapping if items.get(key, _MISSING) is _MISSING]:
-        del mapping[key]
-    ordered = dict(items)
     mapping.clear()
-    mapping.update(ordered)
+    mapping.update(items)

@@ -38,7 +38,7 @@ class Transaction:
             folds and slices on their own values.
 
     Raises:
-        UnsupportedOptimizerError: see `check_optimizers`. ArgumentError: see `check_follower`.
+        UnsupportedOptimizerError: see `check_optimizers`. ArgumentError: see `check_followers`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -57,8 +57,7 @@ class Transaction:
         check_optimizers(optimizers, model)
         self._optimizers = tuple(optimizers)
         self._targets = [model, *(_copy_of(follower) for follower in followers)]
-        for follower in followers:
-            check_follower(model, follower)
+        check_followers(followers, model)
         self._journal = Journal()
         self._open = True
 
@@ -139,14 +138,20 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def check_follower(model: nn.Module, follower: nn.Module) -> None:
-    """Refuse an averaged copy that is none: it needs the model's tensor names and shapes.
+def check_followers(followers: Iterable[nn.Module], model: nn.Module) -> None:
+    """Refuse averaged copies that are none: each needs the model's tensor names and shapes.
 
     Raises: ArgumentError: with the first name that differs.
     """
-    if not isinstance(follower, nn.Module):
-        raise ArgumentError(f"a follower is an AveragedModel or a copy of the model, not a {type(follower).__name__}.")
-    mine, theirs = named_tensors(model), named_tensors(_copy_of(follower))
+    mine = named_tensors(model)
+    for follower in followers:
+        if not isinstance(follower, nn.Module):
+            raise ArgumentError(f"a follower is an AveragedModel or a copy of the model, not a {type(follower)}.")
+        _check_copy(follower, mine)
+
+
+def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor]) -> None:
+    theirs = named_tensors(_copy_of(follower))
     for name, tensor in mine.items():
         if name not in theirs:
             raise ArgumentError(f"follower {type(follower).__name__} is no copy of the model: it has no '{name}'.")

@@ -15,9 +15,12 @@ from torch import Tensor
 from apoptosis.errors import ShapeError
 from apoptosis.records import ColumnFold, OffsetFold, TensorEdit
 
+VARIANCE_FLOOR = 1e-3
+"""Smallest ratio by which one event may scale a running variance: it stays positive whatever the estimate says."""
+
 
 def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Compute a tensor after its edit: folds, offsets, scale, then the slice.
+    """Compute a tensor after its edit: folds, offsets, dropped variance, then the slice.
 
     Folds are computed in float64 and cast back; what they do not touch stays bitwise.
 
@@ -33,17 +36,19 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
     _check_fits(edit, old)
     with torch.no_grad():
         value = old.detach()
-        if edit.folds or edit.offsets or edit.scale is not None:
+        if edit.folds:
             value = value.clone()
         for fold in edit.folds:
             _fold_(value, fold)
         if edit.offsets:
-            wide = value.double()
+            wide = value.to(torch.float64, copy=True)
             for offset in edit.offsets:
                 wide += offset.sign * _offset_delta(offset, tensors[offset.weight].detach(), value.numel())
             value = wide.to(old.dtype)
-        if edit.scale is not None:
-            value = (value.double() * edit.scale.to(value.device).double()).to(old.dtype)
+        if edit.dropped_variance is not None:
+            dropped = edit.dropped_variance.to(value.device).double().clamp(min=0.0)
+            wide = value.double()
+            value = torch.maximum(wide - dropped, VARIANCE_FLOOR * wide).to(old.dtype)
         return _sliced(value, edit.keep, old)
 
 

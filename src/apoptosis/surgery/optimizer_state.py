@@ -1,0 +1,104 @@
+"""The optimizers' part of a checkpoint: hyperparameters per group and state per parameter, by name.
+
+Lives here: what is saved of one optimizer and how it is checked and taken up again. Does not live here: how state
+follows an edit (optimizers.py), and the checkpoint as a whole (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apoptosis.errors import CheckpointError
+from apoptosis.surgery.journal import Journal
+from apoptosis.surgery.tree import pack, unpack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedOptimizer:
+    """Checked state of one optimizer, not yet written. groups: per group; state: per parameter."""
+
+    optimizer: Optimizer
+    groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+
+    def write(self, journal: Journal) -> None:
+        """Write hyperparameters and state through a journal."""
+        for group, stored in zip(self.optimizer.param_groups, self.groups, strict=True):
+            journal.replace_items(group, {**group, **stored})
+        journal.replace_items(self.optimizer.state, self.state)
+
+
+def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Describe one optimizer as JSON plus tensors.
+
+    Raises: CheckpointError: a hyperparameter or state entry that a checkpoint cannot hold.
+    """
+    names = _names(optimizer, model)
+    by_id = {id(p): known for group in names for known, p in group}
+    groups = []
+    for i, (group, members) in enumerate(zip(optimizer.param_groups, names, strict=True)):
+        settings = {key: value for key, value in group.items() if key != "params"}
+        packed = pack(settings, f"{name}.groups.{i}", tensors)
+        groups.append({"parameters": [known for known, _ in members], "settings": packed})
+    state: dict[str, Any] = {}
+    for p, entries in optimizer.state.items():
+        if id(p) not in by_id:
+            raise CheckpointError(f"cannot save {type(optimizer).__name__}: it holds state of no parameter of its own.")
+        known = by_id[id(p)]
+        state[known] = pack(dict(entries), f"{name}.state.{known}", tensors)
+    return {"class": type(optimizer).__qualname__, "groups": groups, "state": state}
+
+
+def unpack_optimizer(
+    stored: Mapping[str, Any], optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> LoadedOptimizer:
+    """Check one optimizer's entry against the given optimizer; writes nothing.
+
+    Raises: CheckpointError: another class, other groups or other parameters.
+    """
+    kind = type(optimizer).__qualname__
+    if stored["class"] != kind:
+        raise CheckpointError(f"it holds the state of {stored['class']}, the optimizer given is {kind}.")
+    names = _names(optimizer, model)
+    theirs = [list(group["parameters"]) for group in stored["groups"]]
+    ours = [[known for known, _ in group] for group in names]
+    if theirs != ours:
+        sizes = [len(group) for group in theirs], [len(group) for group in ours]
+        raise CheckpointError(
+            f"{kind} has other parameter groups: {sizes[0]} parameters per group there, {sizes[1]} here"
+            + (", of other names or order." if sizes[0] == sizes[1] else ".")
+        )
+    by_name = {
+        known: (p, group) for members, group in zip(names, stored["groups"], strict=True) for known, p in members
+    }
+    groups = [unpack(group["settings"], tensors) for group in stored["groups"]]
+    settings = {id(group): found for group, found in zip(stored["groups"], groups, strict=True)}
+    state: dict[Tensor, dict[str, Any]] = {}
+    for known, entries in stored["state"].items():
+        p, group = by_name[known]
+        state[p] = {key: _placed(key, value, p, settings[id(group)]) for key, value in unpack(entries, tensors).items()}
+    return LoadedOptimizer(optimizer=optimizer, groups=groups, state=state)
+
+
+def _names(optimizer: Optimizer, model: nn.Module) -> list[list[tuple[str, Tensor]]]:
+    """Per group (name, parameter); a parameter that is not the model's goes by its place."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    return [
+        [(known.get(id(p), f"@{i}.{j}"), p) for j, p in enumerate(group["params"])]
+        for i, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def _placed(key: str, value: Any, p: Tensor, settings: Mapping[str, Any]) -> Any:
+    """State goes to its parameter's device, but a step count stays on the CPU unless a kernel reads it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if key == "step" and not (settings.get("capturable") or settings.get("fused")):
+        return value
+    return value.to(p.device)
