@@ -1,0 +1,64 @@
+"""The commands put together, and every foreseen failure turned into one line.
+
+Lives here: registration, exit statuses. Does not live here: what a command does.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+import typer
+
+from apoptosis.cli.compare import compare
+from apoptosis.cli.inspect import inspect
+from apoptosis.cli.plan import plan
+from apoptosis.cli.report import report
+from apoptosis.cli.train import train
+from apoptosis.errors import ApoptosisError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="apoptosis",
+    help="Remove redundant neurons while a network trains.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _command in (train, compare, inspect, plan, report):
+    app.command()(_command)
+
+# typer hands on the errors of its parser, whose base class it exports in some versions only.
+_ParserError = typer.BadParameter.__mro__[2]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command.
+
+    Returns: its exit status: 0 done, 2 bad input, 130 interrupted. Failures print one line on stderr.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            # Without arguments: the help, as if it had been asked for.
+            status = typer.main.get_command(app)(args=list(argv) or ["--help"], standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; what was saved stays, and train goes on from it with --resume", INTERRUPTED)
+    except (ApoptosisError, OSError, torch.OutOfMemoryError) as error:
+        return _fail(str(error) or type(error).__name__, BAD_INPUT)
+    except _ParserError as error:
+        wording = getattr(error, "format_message", error.__str__)
+        return _fail(wording(), BAD_INPUT)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"apoptosis: error: {' '.join(message.split())}\n")
+    return status
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
+    sys.stderr.write(f"apoptosis: warning: {' '.join(str(message).split())}\n")

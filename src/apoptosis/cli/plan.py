@@ -1,0 +1,101 @@
+"""`apoptosis plan`: what apoptosis would remove from the network of a checkpoint now.
+
+Lives here: the dry run. It shrinks a copy in memory, measures what that does, and writes nothing.
+Does not live here: planning and surgery (the library).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import Tensor
+
+from apoptosis import shrink_
+from apoptosis.cli.display import console
+from apoptosis.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance
+from apoptosis.errors import ArgumentError, CheckpointError
+from apoptosis.policy import START_TOLERANCE
+from apoptosis.recipes.config import RunConfig
+from apoptosis.recipes.datasets import Dataset
+from apoptosis.recipes.folder import CHECKPOINT, CONFIG, write_json
+from apoptosis.recipes.networks import build_network
+from apoptosis.recipes.train import prepare
+from apoptosis.surgery import load
+
+# Enough for every width the reference networks have by default: three rows per channel and some to spare.
+OBSERVED_ROWS = 8192
+
+
+def plan(
+    checkpoint: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint file in it.")],
+    tolerance: Tolerance = None,
+    criterion: Criterion = "",
+    data_dir: DataDir = None,
+    device: Device = "",
+    json_file: JsonFile = None,
+) -> None:
+    """Say what would be removed from the network of a checkpoint, and what that would change. Nothing is written."""
+    path, config = _find(checkpoint)
+    asked = {"tolerance": tolerance, "criterion": criterion or None, "data_dir": data_dir, "device": device or None}
+    config = RunConfig.checked(**{**config.model_dump(), **{k: v for k, v in asked.items() if v is not None}})
+    data, place = prepare(config)
+    model = build_network(
+        config.network,
+        data.shape,
+        data.num_classes,
+        widths=config.widths,
+        activation=config.activation,
+        dropout=config.dropout,
+    ).to(place)
+    load(path, model)
+    rows = min(config.probe_rows, len(data.validation))
+    example, _ = data.train.between(0, 2)
+    event = shrink_(
+        model,
+        example.to(place),
+        _batches(data, config.batch),
+        tolerance=START_TOLERANCE if config.tolerance is None else config.tolerance,
+        criterion=config.criterion,
+        probe=tuple(t.to(place) for t in data.validation.between(0, rows)) if rows else None,
+        align=config.align,
+        exclude=config.exclude,
+    )
+    shown = console()
+    shown.print(f"dry run of '{path}' at tolerance {event.tolerance:g}; nothing is written", markup=False)
+    for name, (before, after) in event.groups.items():
+        shown.print(f"  {name}: {before} -> {after} channels", markup=False)
+    for certificate in event.certificates:
+        shown.print(
+            f"  {certificate.kind} <= {certificate.value:.3g} at '{certificate.subject}' on {certificate.rows} rows",
+            soft_wrap=True,
+            markup=False,
+        )
+    shown.print(str(event), soft_wrap=True, markup=False)
+    if json_file is not None:
+        write_json(json_file, {"checkpoint": str(path), **event.as_dict()})
+
+
+def _find(given: Path) -> tuple[Path, RunConfig]:
+    """Find the checkpoint and the configuration of a run folder, or of a file in one."""
+    if not given.exists():
+        raise ArgumentError(f"there is no '{given}'.")
+    folder = given if given.is_dir() else given.parent
+    config = RunConfig.read(folder / CONFIG)
+    if given.is_file():
+        return given, config
+    if (given / CHECKPOINT).exists():
+        return given / CHECKPOINT, config
+    others = sorted(path.name for path in given.glob("*.safetensors"))
+    hint = f"; name one of {', '.join(others)}" if others else ""
+    raise CheckpointError(f"'{given}' holds no {CHECKPOINT}{hint}.")
+
+
+def _batches(data: Dataset, batch: int) -> Iterator[Tensor]:
+    """Training inputs, in order, until there are enough."""
+    device = data.validation.labels.device
+    for start in range(0, min(OBSERVED_ROWS, len(data.train) - batch + 1), batch):
+        inputs, _ = data.train.between(start, start + batch)
+        yield inputs.to(device)

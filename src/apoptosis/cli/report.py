@@ -1,0 +1,20 @@
+"""`apoptosis report`: a run's log as one page.
+
+Lives here: the command. Does not live here: page and plots (apoptosis.report).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apoptosis.cli.display import console
+
+
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run of train or compare.")]) -> None:
+    """Write one self-contained HTML page about a run, and its plots as PNGs."""
+    from apoptosis.report import write_report
+
+    console().print(f"report: {write_report(run)}", soft_wrap=True, markup=False)

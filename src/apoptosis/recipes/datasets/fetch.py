@@ -1,0 +1,70 @@
+"""Where a publisher's file lies, and how it gets there.
+
+Lives here: addresses, published checksums, downloads. Does not live here: file formats.
+A file that is there already is used whatever its checksum (people re-pack); only downloads are checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apoptosis.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file of a publisher. checksum: "md5:..." or "sha256:..." of the file as published."""
+
+    filename: str
+    url: str
+    checksum: str
+
+
+def default_data_dir() -> Path:
+    """Where data lie when `--data-dir` is not given: $APOPTOSIS_DATA, else the user's cache folder."""
+    if given := os.environ.get("APOPTOSIS_DATA"):
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "torch-apoptosis"
+
+
+def find(name: str, folders: Sequence[Path]) -> Path | None:
+    """Return the path of `name` in the first of `folders` that holds it; None where none does."""
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
+def obtain(source: Source, folders: Sequence[Path]) -> Path:
+    """Return the path of a source file: where it lies among `folders`, else downloaded into the first of them.
+
+    Raises: DataError: it is nowhere and the download failed or arrived with another checksum.
+    """
+    return find(source.filename, folders) or download(source, folders[0])
+
+
+def download(source: Source, folder: Path) -> Path:
+    """Download one file into `folder`, checked against the published checksum; nothing is left behind on failure.
+
+    Raises: DataError: no connection, an error of the server, a full disk, or another checksum.
+    """
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = pooch.retrieve(
+            source.url,
+            known_hash=source.checksum,
+            fname=source.filename,
+            path=folder,
+            downloader=pooch.HTTPDownloader(timeout=30),
+        )
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise DataError(
+            f"'{source.filename}' is not in '{folder}' and could not be downloaded from {source.url}: {why[:200]}. "
+            "Place the publisher's file there, or name its folder with --data-dir."
+        ) from error
+    return Path(path)

@@ -1,0 +1,131 @@
+"""The folder of a run: what lies where, and the guard against writing over another run.
+
+Lives here: names, the configuration, the log, the summary, TensorBoard scalars. Does not live here: training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from apoptosis.errors import ArgumentError, DataError
+from apoptosis.events import EventLog, to_json
+from apoptosis.recipes.config import RunConfig
+from apoptosis.recipes.loop import Epoch, LogRecord
+from apoptosis.recipes.machine import machine, versions
+
+CONFIG, LOG, SUMMARY, CHECKPOINT = "config.json", "events.jsonl", "summary.json", "last.safetensors"
+
+
+class RunFolder:
+    """An open run folder; use it as a context.
+
+    Args:
+        path: created when absent. resume: the folder must hold a run already; otherwise it must hold none.
+
+    Raises: ArgumentError: a run lies there already. DataError: none does, to resume. OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        self.path = path
+        if resume and not (path / CONFIG).is_file():
+            raise DataError(f"'{path}' is not the folder of a run: it holds no {CONFIG}.")
+        if not resume:
+            path.mkdir(parents=True, exist_ok=True)
+            if (path / CONFIG).exists():
+                raise ArgumentError(f"'{path}' holds a run already: resume it with --resume, or name another folder.")
+        self._log = EventLog(path / LOG)
+        self._scalars: dict[str, Any] = {}
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the last checkpoint lies."""
+        return self.path / CHECKPOINT
+
+    def config(self) -> RunConfig:
+        """Read the run's configuration.
+
+        Raises: DataError: missing or not readable.
+        """
+        return RunConfig.read(self.path / CONFIG)
+
+    def begin(self, config: RunConfig, device: torch.device, **more: Any) -> None:
+        """Write configuration, versions and machine."""
+        config.write(self.path / CONFIG)
+        self._log.append(
+            "run", config=config.model_dump(mode="json"), versions=versions(), machine=machine(device), **more
+        )
+
+    def event_logger(self, seed: int, kept: list[Mapping[str, Any]] | None = None) -> LogRecord:
+        """Return what apoptosis' records are to be given to; `kept` collects them as well."""
+
+        def log(record: Mapping[str, Any]) -> None:
+            fields = {key: value for key, value in record.items() if key not in ("kind", "time")}
+            self._log.append(str(record.get("kind", "event")), contestant="apoptosis", seed=seed, **fields)
+            if kept is not None:
+                kept.append(fields)
+
+        return log
+
+    def add_epoch(self, contestant: str, seed: int, epoch: Epoch, metric_name: str) -> None:
+        """Log one epoch of one contestant."""
+        self._log.append("epoch", contestant=contestant, seed=seed, metric_name=metric_name, **asdict(epoch))
+
+    def add(self, kind: str, **fields: Any) -> None:
+        """Log a record of another kind."""
+        self._log.append(kind, **fields)
+
+    def add_scalars(self, contestant: str, seed: int, epoch: Epoch) -> None:
+        """Write one epoch's scalars for TensorBoard, below tensorboard/."""
+        name = f"{contestant}-seed{seed}"
+        if name not in self._scalars:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._scalars[name] = SummaryWriter(str(self.path / "tensorboard" / name))
+        writer = self._scalars[name]
+        values: dict[str, float | None] = {
+            "loss": epoch.loss,
+            "metric": epoch.metric,
+            "seconds": epoch.seconds,
+            "parameters": epoch.parameters,
+            "macs": epoch.macs,
+        }
+        values |= {f"width/{group}": width for group, width in epoch.widths.items()}
+        for tag, value in values.items():
+            if value is not None:
+                writer.add_scalar(tag, value, epoch.step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Log the summary and write it as JSON."""
+        self._log.append("summary", **{k: v for k, v in summary.items() if k not in ("kind", "time")})
+        write_json(self.path / SUMMARY, summary)
+
+    def close(self) -> None:
+        """Close what is open; closing twice does nothing."""
+        self._log.close()
+        for writer in self._scalars.values():
+            writer.close()
+        self._scalars = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values as JSON; the file appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(to_json(dict(values)), indent=2, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

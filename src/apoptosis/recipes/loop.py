@@ -1,0 +1,294 @@
+"""The training loop behind the command: one contestant, epoch by epoch.
+
+Lives here: `Trainer`, the same for a network with and without apoptosis, used by train and compare alike.
+Does not live here: folders, logs, displays; which contestant goes when.
+Everything random in an epoch follows from (seed, epoch): the order of the examples, and the generator that dropout
+draws from. So twins see the same, and a run can be continued in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apoptosis.engine import Apoptosis
+from apoptosis.errors import CheckpointError, NonFiniteError
+from apoptosis.ledger import Event
+from apoptosis.recipes.config import RunConfig
+from apoptosis.recipes.datasets import Dataset
+from apoptosis.recipes.interrupt import Interrupt
+from apoptosis.recipes.metrics import evaluate
+from apoptosis.recipes.networks import build_network, num_macs, num_parameters
+from apoptosis.recipes.optim import learning_rate, make_optimizer
+
+# Reading the loss waits for the device, so it is read this often only: for the display and the check for NaN.
+CHECK_EVERY = 50
+
+Record = dict[str, Any]
+LogRecord = Callable[[Mapping[str, Any]], None]
+
+
+class Watcher(Protocol):
+    """Told of progress; must be quick, for its time counts as training."""
+
+    def step(self, trainer: Trainer, loss: float) -> None:
+        """Every CHECK_EVERY steps: mean loss of the epoch so far."""
+
+    def event(self, trainer: Trainer, event: Event) -> None:
+        """After shapes have changed."""
+
+    def epoch(self, trainer: Trainer, epoch: Epoch) -> None:
+        """After an epoch and its evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """What one epoch gave. seconds: of training, since the run began; loss: mean over its steps; metric: on validation.
+
+    metric is None where no validation part is held out.
+    """
+
+    epoch: int
+    step: int
+    seconds: float
+    loss: float
+    metric: float | None
+    parameters: int
+    macs: int
+    widths: Mapping[str, int]
+
+
+class Trainer:
+    """A network, its optimizer and, if the config says so, its apoptosis, trained on one data set.
+
+    Args:
+        config: the run. data: parts on the device already (see `Part.resident`). device: where to train.
+        log: gets apoptosis' own records.
+        interrupt: asked after every step; None when nobody may interrupt.
+
+    `seconds` is wall time of training so far: setting apoptosis up and all it does included, evaluation excluded;
+    `evaluation_seconds` is the rest of the run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Dataset,
+        device: torch.device,
+        *,
+        log: LogRecord | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.interrupt = interrupt or Interrupt()
+        torch.manual_seed(config.seed)
+        self.model = build_network(
+            config.network,
+            data.shape,
+            data.num_classes,
+            widths=config.widths,
+            activation=config.activation,
+            dropout=config.dropout,
+        ).to(device)
+        self.optimizer = make_optimizer(config, self.model)
+        self.batch = min(config.batch, len(data.train))
+        self.steps_per_epoch = len(data.train) // self.batch
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.step = 0
+        self.seconds = self.evaluation_seconds = 0.0
+        self.last_epoch_seconds = 0.0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._rng: Tensor | None = None
+        self._macs: tuple[int, int] | None = None
+        self.apo: Apoptosis | None = None
+        if config.apoptosis:
+            started = time.perf_counter()
+            self.apo = self._start_apoptosis(log)
+            self.seconds = time.perf_counter() - started
+
+    def _start_apoptosis(self, log: LogRecord | None) -> Apoptosis:
+        config, held_out = self.config, self.data.validation
+        rows = len(held_out) if config.budget is not None else min(config.probe_rows, len(held_out))
+        probe = tuple(t.to(self.device) for t in held_out.between(0, rows)) if rows else None
+        example, _ = self.data.train.between(0, 2)
+        return Apoptosis(
+            self.model,
+            self.optimizer,
+            example.to(self.device),
+            tolerance=config.tolerance,
+            criterion=config.criterion,
+            total_steps=self.total_steps,
+            budget=config.budget,
+            probe=probe,
+            align=config.align,
+            exclude=config.exclude,
+            log=log,
+            seed=config.seed,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.step >= self.total_steps
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs completed."""
+        return self.step // self.steps_per_epoch
+
+    def widths(self) -> dict[str, int]:
+        """Return channels per group that may shrink, by name; empty without apoptosis."""
+        return {} if self.apo is None else {g.name: g.num_channels for g in self.apo.groups() if g.pin is None}
+
+    def parameters(self) -> int:
+        """Count the network's parameters now."""
+        return num_parameters(self.model)
+
+    def macs(self) -> int:
+        """Count multiply-adds per example now; counted again only after the network has shrunk."""
+        size = self.parameters()
+        if self._macs is None or self._macs[0] != size:
+            self._macs = (size, num_macs(self.model, self.data.shape))
+        return self._macs[1]
+
+    def run_epoch(self, watch: Watcher | None = None) -> Epoch:
+        """Train to the end of the current epoch, then evaluate on the validation part.
+
+        Raises: NonFiniteError: the loss is NaN or infinite. KeyboardInterrupt: asked for by `interrupt`, after a whole
+            step; `state_dict` then holds all it takes to go on.
+        """
+        started, epoch = time.perf_counter(), self.epoch
+        try:
+            self._train(watch)
+            self._synchronize()
+        finally:
+            self.last_epoch_seconds = time.perf_counter() - started
+            self.seconds += self.last_epoch_seconds
+        loss = float(self._loss_sum) / self.steps_per_epoch
+        metric = self.evaluate_on("validation") if len(self.data.validation) else None
+        done = Epoch(
+            epoch=epoch + 1,
+            step=self.step,
+            seconds=self.seconds,
+            loss=loss,
+            metric=metric,
+            parameters=self.parameters(),
+            macs=self.macs(),
+            widths=self.widths(),
+        )
+        if watch is not None:
+            watch.epoch(self, done)
+        return done
+
+    def evaluate_on(self, which: str) -> float:
+        """Metric on the "validation" or "test" part; its time is no training time."""
+        started = time.perf_counter()
+        part = self.data.validation if which == "validation" else self.data.test
+        value = evaluate(self.model, part, self.data.metric, self.device)
+        self.evaluation_seconds += time.perf_counter() - started
+        return value
+
+    def state_dict(self) -> Record:
+        """Return what a checkpoint needs besides model, optimizer and apoptosis."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "loss_sum": self._loss_sum,
+            "rng": self._random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises: CheckpointError: it is of another run.
+        """
+        try:
+            step = int(state["step"])
+            self.seconds, self.evaluation_seconds = float(state["seconds"]), float(state["evaluation_seconds"])
+            self._loss_sum = state["loss_sum"].to(self.device)
+            self._rng = state["rng"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not hold the state of a training run ({error!r}).") from error
+        if not 0 <= step <= self.total_steps:
+            raise CheckpointError(f"the checkpoint stands at step {step}; this run has {self.total_steps}.")
+        self.step = step
+
+    def _train(self, watch: Watcher | None) -> None:
+        """Run the steps that are left of the current epoch."""
+        config, data, model, optimizer, apo = self.config, self.data.train, self.model, self.optimizer, self.apo
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        batches = self._begin_epoch(epoch, first)
+        group = optimizer.param_groups[0]
+        precision = self._precision()
+        for position in range(first, self.steps_per_epoch):
+            inputs, labels = data.take(batches[position])
+            inputs, labels = inputs.to(self.device), labels.to(self.device)
+            group["lr"] = learning_rate(config.schedule, config.lr, self.step, self.total_steps)
+            with precision:
+                loss = F.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if apo is not None:
+                event = apo.step()
+                if event and watch is not None:
+                    watch.event(self, event)
+            self._loss_sum += loss.detach()
+            self.step += 1
+            if self.step % CHECK_EVERY == 0:
+                self._check(epoch, position + 1, watch)
+            if self.interrupt.requested:
+                self._rng = self._random_state()
+                raise KeyboardInterrupt
+        self._check(epoch, self.steps_per_epoch, watch)
+
+    def _begin_epoch(self, epoch: int, first: int) -> tuple[Tensor, ...]:
+        """Set the random state of this place in the run; return the rows of every batch of the epoch."""
+        seed = 2 * (self.config.seed * 100_003 + epoch)
+        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
+        if first and self._rng is not None:
+            self._restore_random_state(self._rng)
+        else:
+            torch.manual_seed(seed + 1)
+            self._loss_sum = torch.zeros_like(self._loss_sum)
+        self.model.train()
+        order = order[: self.steps_per_epoch * self.batch].to(self.data.train.labels.device)
+        return order.split(self.batch)
+
+    def _check(self, epoch: int, done: int, watch: Watcher | None) -> None:
+        mean = float(self._loss_sum) / done
+        if not math.isfinite(mean):
+            raise NonFiniteError(
+                f"the training loss is {mean} by step {self.step} (epoch {epoch + 1}); "
+                f"lower --lr (now {self.config.lr:g}) or check the data."
+            )
+        if watch is not None:
+            watch.step(self, mean)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _random_state(self) -> Tensor:
+        state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+        return state.clone()
+
+    def _restore_random_state(self, state: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state.cpu(), self.device)
+        else:
+            torch.set_rng_state(state.cpu())

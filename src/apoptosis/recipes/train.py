@@ -1,0 +1,124 @@
+"""One run, with or without apoptosis, in a folder: train, checkpoint, resume, evaluate once.
+
+Lives here: the order of things in `apoptosis train`. Does not live here: steps (loop), files' names (folder).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apoptosis.errors import CheckpointError
+from apoptosis.recipes.config import RunConfig, resolve_device
+from apoptosis.recipes.datasets import Dataset, load_dataset
+from apoptosis.recipes.folder import RunFolder
+from apoptosis.recipes.interrupt import Interrupt
+from apoptosis.recipes.loop import Epoch, Trainer, Watcher
+from apoptosis.recipes.machine import machine, versions
+from apoptosis.recipes.results import SCHEMA, Result, finish
+from apoptosis.surgery import load, save
+
+
+def prepare(config: RunConfig) -> tuple[Dataset, torch.device]:
+    """Set threads, find the device, read the data and put them where they train.
+
+    Raises: ArgumentError, DataError: the device is not there, or the data are not.
+    """
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = load_dataset(
+        config.data,
+        data_dir=None if config.data_dir is None else Path(config.data_dir),
+        validation=config.validation,
+        train_rows=config.train_rows,
+        test_rows=config.test_rows,
+    )
+    parts = {name: getattr(data, name).resident(device) for name in ("train", "validation", "test")}
+    return replace(data, **parts), device
+
+
+def write_checkpoint(folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -> None:
+    """Write all it takes to go on exactly here; the last checkpoint is replaced only by a whole one."""
+    history = [_epoch_fields(epoch) for epoch in epochs]
+    save(
+        folder.checkpoint,
+        trainer.model,
+        trainer.optimizer,
+        trainer.apo,
+        trainer=trainer.state_dict(),
+        epochs=history,
+        config=trainer.config.model_dump(mode="json"),
+    )
+
+
+def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
+    """Take a freshly built trainer to where the checkpoint stands; returns the epochs done.
+
+    Raises: CheckpointError: none is there, or it is damaged or of another run.
+    """
+    if not folder.checkpoint.exists():
+        raise CheckpointError(f"'{folder.path}' holds no checkpoint yet: start the run anew in another folder.")
+    extra = load(folder.checkpoint, trainer.model, trainer.optimizer, trainer.apo)
+    try:
+        trainer.load_state_dict(extra["trainer"])
+        return [Epoch(**values) for values in extra["epochs"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"'{folder.checkpoint}' is not a checkpoint of apoptosis train ({error!r}).") from error
+
+
+def train(
+    folder: RunFolder, config: RunConfig, *, resume: bool = False, watch: Watcher | None = None
+) -> dict[str, Any]:
+    """Train to the end, or on to the end; returns the summary that is also written into the folder.
+
+    A checkpoint is written after every epoch, and when the run is interrupted between two steps.
+
+    Raises: NonFiniteError: the loss is NaN or infinite; the last checkpoint stays. KeyboardInterrupt: interrupted.
+        ArgumentError, DataError, CheckpointError: before anything is trained.
+    """
+    data, device = prepare(config)
+    contestant = "apoptosis" if config.apoptosis else "dense"
+    with Interrupt() as interrupt:
+        trainer = Trainer(config, data, device, log=folder.event_logger(config.seed), interrupt=interrupt)
+        epochs = read_checkpoint(folder, trainer) if resume else []
+        folder.begin(config, device, **({"resumed_at_step": trainer.step} if resume else {}))
+        try:
+            while not trainer.finished:
+                epoch = trainer.run_epoch(watch)
+                epochs.append(epoch)
+                folder.add_epoch(contestant, config.seed, epoch, data.metric)
+                if config.tensorboard:
+                    folder.add_scalars(contestant, config.seed, epoch)
+                write_checkpoint(folder, trainer, epochs)
+        except KeyboardInterrupt:
+            if interrupt.requested and trainer.step > 0:
+                write_checkpoint(folder, trainer, epochs)
+            raise
+    return _summary(folder, trainer, finish(trainer, epochs))
+
+
+def _summary(folder: RunFolder, trainer: Trainer, result: Result) -> dict[str, Any]:
+    config, apo = trainer.config, trainer.apo
+    summary: dict[str, Any] = {
+        "kind": "train",
+        "schema": SCHEMA,
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": machine(trainer.device),
+        "result": result,
+    }
+    if apo is not None:
+        ledger = apo.ledger()
+        summary |= {"ledger": ledger.as_dict(), "ledger_text": str(ledger)}
+        folder.add("ledger", seed=config.seed, ledger=ledger.as_dict(), text=str(ledger))
+        apo.close()
+    folder.finish(summary)
+    return summary
+
+
+def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
+    return {name: getattr(epoch, name) for name in Epoch.__slots__} | {"widths": dict(epoch.widths)}
