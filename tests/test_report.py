@@ -239,6 +239,37 @@ def test_macs_of_events_are_counted_per_example_like_those_of_epochs(tmp_path):
     assert sorted(set(macs)) == [9_000.0 * 48, 9_000.0 * 64]
 
 
+def test_the_test_metric_is_the_summarys(tmp_path):
+    folder = whole_run(tmp_path / "run")
+    assert "validation accuracy, with apoptosis" in page_of(folder).text()
+    with EventLog(folder / "events.jsonl") as log:
+        overall = {"test_metric_dense": 0.98765, "test_metric_apoptosis": 0.98654, "speedup_run": 1.75}
+        log.append("summary", overall=overall, runs=[{"events": ["told above"], "macs_ratio": 3.5}])
+    page = page_of(folder)
+    assert "test accuracy, with apoptosis 0.98654" in page.text()
+    assert "test accuracy, without 0.98765" in page.text()
+    assert "1.75x the speed" in page.text()
+    assert "told above" not in page.text("summary")
+    assert "macs_ratio" in page.text("summary")
+
+
+def test_an_unfinished_comparison_counts_the_epochs_that_both_have(tmp_path):
+    folder = whole_run(tmp_path / "run")
+    with EventLog(folder / "events.jsonl") as log:
+        epoch(log, "dense", 4, 64, slower=99.0)
+    assert "15 s without, 7.5 s with" in page_of(folder).text()
+
+
+def test_a_dense_run_is_called_one(tmp_path):
+    with EventLog(tmp_path / "events.jsonl") as log:
+        epoch(log, "dense", 1, 64, widths={})
+        log.append("ledger", seed=0, ledger={"events": 3}, text="first line\nsecond < line")
+    page = page_of(tmp_path)
+    assert "trained without apoptosis" in page.text()
+    assert "first line second < line" in page.text("ledger")
+    assert "no widths yet" in page.text("widths")
+
+
 def test_several_seeds_are_averaged_and_named(tmp_path):
     page = page_of(whole_run(tmp_path / "run", seeds=(3, 4)))
     assert "over 2 seeds" in page.text()
@@ -313,6 +344,20 @@ def test_a_resumed_run_supersedes_what_it_repeats(tmp_path):
     run = read_run(tmp_path)
     assert [e["metric"] for e in run.curve("apoptosis").epochs] == [0.91, 0.2]
     assert [e["step"] for e in run.events[0]] == [150]
+
+
+def test_a_run_resumed_at_a_step_keeps_what_came_before_it(tmp_path):
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log.append("run", config={})
+        event(log, 150, 64, 48)
+        epoch(log, "apoptosis", 2, 48, metric=0.1)
+        event(log, 250, 48, 40)
+        event(log, 270, 40, 32)
+        log.append("run", config={}, resumed_at_step=260)
+        epoch(log, "apoptosis", 3, 32, metric=0.2)
+    run = read_run(tmp_path)
+    assert [e["step"] for e in run.events[0]] == [150, 250]
+    assert [e["metric"] for e in run.curve("apoptosis").epochs] == [0.1, 0.2]
 
 
 def test_page_and_plots_can_go_elsewhere_and_a_second_report_replaces_the_first(tmp_path):

@@ -167,8 +167,8 @@ def _size(run: RunData) -> Plot:
 def _learning(run: RunData) -> Plot:
     key, title = "learning", "Loss and metric over time"
     metric = METRIC_WORDS.get(run.metric_name, run.metric_name)
-    caption = f"Training loss and {metric} after each epoch, over cumulative training seconds."
-    panels = [p for p in (("loss", "training loss"), ("metric", metric)) if _has(run, p[0])]
+    caption = f"Training loss of each epoch and {metric} on the validation part after it, over training seconds."
+    panels = [p for p in (("loss", "training loss"), ("metric", f"validation {metric}")) if _has(run, p[0])]
     if not panels:
         return Plot(key=key, title=title, caption=caption, missing="The log has no finished epoch yet.")
     if run.curve(DENSE) is None:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from apoptosis.report.figures import Plot
-from apoptosis.report.run import APOPTOSIS, DENSE, RunData, number
+from apoptosis.report.run import APOPTOSIS, DENSE, RunData, number, summary_value
 from apoptosis.report.tables import epochs_table, events_table, ledger_table, pairs_table
 from apoptosis.report.theme import style_sheet
 from apoptosis.report.words import METRIC_WORDS, exact_number, short_number, times
 
 HIDDEN = frozenset({"kind", "time", "config", "versions", "machine"})
+TOLD = HIDDEN | {"epochs", "events", "ledger_text"}  # of the summary: what the page has in its own sections
 
 
 def render(run: RunData, plots: Sequence[Plot]) -> str:
@@ -24,9 +25,7 @@ def render(run: RunData, plots: Sequence[Plot]) -> str:
     sections = [_figure(plot) for plot in plots]
     sections += [_ledger(run), _events(run), _epochs(run), _config(run)]
     if run.summary is not None:
-        sections.append(
-            _section("summary", "Summary", _json({k: v for k, v in run.summary.items() if k not in HIDDEN}))
-        )
+        sections.append(_section("summary", "Summary", _json(_without_told(run.summary))))
     title = html.escape(run.name)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -68,7 +67,12 @@ def _lead(run: RunData) -> str:
     num_back = sum(len(e) for e in run.events.values()) - num_events
     seeds = f", over {len(run.seeds)} seeds" if len(run.seeds) > 1 else ""
     back = f" {num_back} {'attempts were' if num_back > 1 else 'attempt was'} rolled back." if num_back else ""
-    said += [f"{num_events} event{'s' * (num_events != 1)} removed channels while the network trained{seeds}.{back}"]
+    if run.curve(APOPTOSIS) is None and run.curves and not run.events:
+        said += ["This run trained without apoptosis."]
+    else:
+        said += [
+            f"{num_events} event{'s' * (num_events != 1)} removed channels while the network trained{seeds}.{back}"
+        ]
     if run.curve(DENSE) is None and run.curves:
         said += ["The run has no twin without apoptosis, so there is nothing to compare its time and metric with."]
     if run.summary is None and not run.ledgers:
@@ -77,16 +81,16 @@ def _lead(run: RunData) -> str:
 
 
 def _tiles(run: RunData) -> str:
-    """Key figures; means over the seeds that both contestants have."""
-    pairs = [(run.curve(DENSE, s), run.curve(APOPTOSIS, s)) for s in run.seeds]
-    both = [(d, a) for d, a in pairs if d is not None and a is not None]
+    """Key figures; sums and means over the seeds."""
     metric = METRIC_WORDS.get(run.metric_name, run.metric_name)
     tiles: list[tuple[str, str, str]] = []
-    speed = _mean([_ratio(d.last("seconds"), a.last("seconds")) for d, a in both])
-    if speed is not None:
-        seconds = [_mean([c.last("seconds") for c in side]) or 0.0 for side in zip(*both, strict=True)]
-        tiles.append(("training time", f"{times(speed)} faster" if speed >= 1 else f"{times(1 / speed)} slower",
-                      f"{short_number(seconds[0])} s without, {short_number(seconds[1])} s with"))  # fmt: skip
+    dense, apo = run.shared_seconds()
+    if dense and apo:
+        speed = f"{times(dense / apo)} faster" if dense >= apo else f"{times(apo / dense)} slower"
+        tiles.append(("training time", speed, f"{short_number(dense)} s without, {short_number(apo)} s with"))
+    whole = summary_value(run, "overall", "speedup_run")
+    if whole is not None:
+        tiles.append(("whole run", f"{times(whole)} the speed", "evaluation included"))
     for column, label in (("parameters", "parameters"), ("macs", "multiply-adds")):
         sizes = [run.size_over_time(APOPTOSIS, s, column)[1] for s in run.seeds]
         shrunk = _mean([_ratio(y[0], y[-1]) for y in sizes if y])
@@ -94,11 +98,15 @@ def _tiles(run: RunData) -> str:
             first, last = (_mean([y[i] for y in sizes if y]) or 0.0 for i in (0, -1))
             tiles.append((label, f"{times(shrunk)} fewer", f"{short_number(first)} to {short_number(last)}"))
     for contestant, words in ((APOPTOSIS, "with apoptosis"), (DENSE, "without")):
+        test = summary_value(run, "overall", f"test_metric_{contestant}")
+        if test is None and [c.contestant for c in run.curves] == [contestant]:
+            test = summary_value(run, "result", "test_metric")
         values = [c.last("metric") for c in run.curves if c.contestant == contestant]
-        mean = _mean(values)
-        if mean is not None:
-            over = f"mean of {len(values)} seeds, " if len(values) > 1 else ""
-            tiles.append((f"{metric}, {words}", exact_number(mean), f"{over}last epoch"))
+        over = f"mean of {len(values)} seeds, " if len(values) > 1 else ""
+        if test is not None:
+            tiles.append((f"test {metric}, {words}", exact_number(test), f"{over}after the last epoch"))
+        elif (mean := _mean(values)) is not None:
+            tiles.append((f"validation {metric}, {words}", exact_number(mean), f"{over}last epoch"))
     items = "".join(
         f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)}<small>{html.escape(c)}</small></dd></div>\n"
         for a, b, c in tiles
@@ -110,7 +118,9 @@ def _ledger(run: RunData) -> str:
     if not run.ledgers:
         return _section("ledger", "Ledger", _missing("The log has no ledger: it is written when the run ends."))
     many = len(run.ledgers) > 1
-    body = "".join(ledger_table(ledger, f"Seed {int(number(ledger.get('seed')) or 0)}" if many else "")
+    texts = [str(ledger["text"]) for ledger in run.ledgers if ledger.get("text")]
+    said = "".join(f"<p>{'<br>'.join(html.escape(line) for line in text.splitlines())}</p>\n" for text in texts)
+    body = said + "".join(ledger_table(ledger, f"Seed {int(number(ledger.get('seed')) or 0)}" if many else "")
                    for ledger in run.ledgers)  # fmt: skip
     return _section("ledger", "Ledger: what all removals together cost", body)
 
@@ -141,6 +151,12 @@ def _config(run: RunData) -> str:
 def _json(value: Any) -> str:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return f'<details><summary>as JSON</summary><pre tabindex="0">{html.escape(text)}</pre></details>\n'
+
+
+def _without_told(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_told(v) for k, v in value.items() if k not in TOLD}
+    return [_without_told(v) for v in value] if isinstance(value, list) else value
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

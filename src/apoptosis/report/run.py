@@ -69,6 +69,17 @@ class RunData:
         found = [c for c in self.curves if c.contestant == contestant and seed in (None, c.seed)]
         return found[0] if found else None
 
+    def shared_seconds(self) -> tuple[float, float]:
+        """Return training seconds without and with apoptosis, summed over seeds, up to the last epoch both have."""
+        dense, apo = 0.0, 0.0
+        for seed in self.seeds:
+            pair = self.curve(DENSE, seed), self.curve(APOPTOSIS, seed)
+            columns = [dict(zip(*c.points("epoch", "seconds"), strict=True)) for c in pair if c is not None]
+            if len(columns) == 2 and (both := columns[0].keys() & columns[1].keys()):
+                dense += columns[0][max(both)]
+                apo += columns[1][max(both)]
+        return dense, apo
+
     def committed(self, seed: int) -> tuple[Record, ...]:
         """Return the events that changed the network."""
         return tuple(e for e in self.events.get(seed, ()) if not e.get("rolled_back"))
@@ -126,8 +137,8 @@ class RunData:
 def read_run(run_dir: Path) -> RunData:
     """Read a run folder's log.
 
-    A resumed run writes another "run" record; what the interrupted part had written from the first resumed step on is
-    superseded and left out.
+    A resumed run writes another "run" record, with `resumed_at_step`; what the interrupted part had written after that
+    step (without it: from the first resumed step on) is superseded and left out.
 
     Raises: DataError: not a folder, no log in it, or a damaged log.
     """
@@ -230,12 +241,23 @@ def _superseded_left_out(records: Iterable[Record]) -> list[Record]:
     for record in records:
         part += record["kind"] == "run"
         key = (part, seed_of(record))
+        again = number(record.get("resumed_at_step")) if record["kind"] == "run" else None
+        if again is not None:
+            kept = [(p, r) for p, r in kept if step_of(r) <= again]
         if record["kind"] in ("epoch", "event") and key not in resumed:
             resumed.add(key)
             start, seed = step_of(record), key[1]
             kept = [(p, r) for p, r in kept if p == part or seed_of(r) != seed or step_of(r) < start]
         kept.append((part, record))
     return [record for _, record in kept if record["kind"] in ("epoch", "event")]
+
+
+def summary_value(run: RunData, *path: str) -> float | None:
+    """Return a number of the summary, by its path; None where the run has not come to it."""
+    found: Any = run.summary
+    for key in path:
+        found = _mapping(found).get(key)
+    return number(found)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -58,7 +58,9 @@ def ledger_table(ledger: Record, caption: str) -> str:
     """Return the ledger's entries, known ones in words, unknown ones under their own name."""
     inner = ledger.get("ledger")
     entries = (
-        inner if isinstance(inner, dict) else {k: v for k, v in ledger.items() if k not in ("kind", "time", "seed")}
+        inner
+        if isinstance(inner, dict)
+        else {k: v for k, v in ledger.items() if k not in ("kind", "time", "seed", "text")}
     )
     order = [k for k in LEDGER_WORDS if k in entries] + [k for k in entries if k not in LEDGER_WORDS]
     rows = [(html.escape(LEDGER_WORDS.get(k, k.replace("_", " "))), cell(entries[k])) for k in order]
