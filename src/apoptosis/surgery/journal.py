@@ -37,8 +37,8 @@ class Journal:
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Set a plain attribute of a module."""
         old = getattr(module, name)
-        self._undo.append(lambda: setattr(module, name, old))
         setattr(module, name, value)
+        self._undo.append(lambda: setattr(module, name, old))
 
     def set_item(self, mapping: MutableMapping[Any, Any], key: object, value: object) -> None:
         """Set an item of a dictionary, the keys' order included in what is undone."""
@@ -48,8 +48,8 @@ class Journal:
 
     def call(self, function: Callable[[Any], None], old: object, new: object) -> None:
         """Call a setter with a new value; undoing calls it with the old one."""
-        self._undo.append(lambda: function(old))
         function(new)
+        self._undo.append(lambda: function(old))
 
     def replace_items(self, mapping: MutableMapping[Any, Any], items: MutableMapping[Any, Any]) -> None:
         """Give a dictionary other contents under its identity."""
