@@ -1,0 +1,276 @@
+"""The pages: their code runs, their links lead somewhere, their tables are the JSON's, their options exist."""
+
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+table = load_script("table")
+
+
+# ---------------------------------------------------------------- code
+
+
+def names_that_readers_have():
+    """What the pages take for granted: a small model whose first layer is wider than its data have directions."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 6) @ torch.randn(6, 12)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+    def build():
+        model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+        return model, torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    model, optimizer = build()
+    loader = DataLoader(TensorDataset(x[:384], y[:384]), batch_size=32)
+    return {
+        "build": build,
+        "model": model,
+        "optimizer": optimizer,
+        "trained": build()[0],
+        "example_input": x[:2],
+        "loader": loader,
+        "batches": [batch for batch, _ in loader],
+        "loss_fn": nn.CrossEntropyLoss(),
+        "epochs": 12,
+        "probe_x": x[384:],
+        "probe_y": y[384:],
+    }
+
+
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=[str(p.relative_to(ROOT)) for p in WITH_CODE])
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = names_that_readers_have()
+    for number, code in enumerate(blocks(page, "python"), start=1):
+        exec(compile(code, f"{page.name}, python block {number}", "exec"), names)
+    if page.name == "README.md":
+        assert sum(p.numel() for p in names["model"].parameters()) < 12 * 64 + 64 + 64 * 32 + 32 + 32 * 3 + 3
+        assert re.search(r"^step \d+: .*->", capsys.readouterr().out, flags=re.MULTILINE)
+        assert names["event"] or names["event"] is None
+
+
+def test_readme_has_exactly_the_two_commands():
+    shell = [line.split("#")[0].strip() for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+    assert [line for line in shell if line] == ["make demo", "make test"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {"demo", "test", "check", "format"} <= set(targets)
+
+
+# ---------------------------------------------------------------- links
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def broken_links(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("http://", "https://", "mailto:")):
+            continue
+        found = (page.parent / path).resolve() if path else page
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            broken.append(target)
+    return broken
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One, two\n[a](none.md) [b](#one-two) [c](#three) [d](https://example.org) [e](page.md)\n")
+    assert broken_links(page) == ["none.md", "#three"]
+
+
+@every_page
+def test_pages_name_no_place_of_one_machine(page):
+    assert re.findall(r"(?:^|[\s`'\"(])/(?:home|root|work|tmp|Users)/\S*", page.read_text(encoding="utf-8")) == []
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_tables_are_what_the_json_says():
+    results = table.read_results()
+    for page in table.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert table.fill(text, results) == text, "run: python benchmarks/table.py --write"
+
+
+def test_every_table_has_its_place_and_every_marker_its_table():
+    text = "".join(page.read_text(encoding="utf-8") for page in table.PAGES)
+    assert set(re.findall(r"<!-- ([\w-]+):begin -->", text)) == set(table.TABLES)
+    assert text.count(":begin -->") == text.count(":end -->")
+
+
+def comparison():
+    """A compare record as the recipes write it, with figures of no run."""
+    from apoptosis.recipes.results import Pair, Result, overall
+
+    dense = Result(
+        contestant="dense",
+        seed=0,
+        steps=100,
+        seconds_training=10.0,
+        seconds_run=12.0,
+        step_seconds=0.1,
+        last_step_seconds=0.1,
+        metric_name="accuracy",
+        test_metric=0.9812,
+        validation_metric=0.98,
+        loss=0.1,
+        parameters=3000,
+        macs=2000,
+        widths={},
+    )
+    slim = replace(
+        dense,
+        contestant="apoptosis",
+        seconds_training=4.0,
+        seconds_run=6.0,
+        step_seconds=0.04,
+        test_metric=0.9805,
+        parameters=500,
+        macs=400,
+        widths={"a": 16, "b": 8},
+        apoptosis_seconds=0.3,
+        hook_seconds=0.1,
+    )
+    ledger = {"accuracy_cost": 0.0123, "population": True, "confidence": 0.95}
+    pairs = [Pair(seed=s, dense=dense, apoptosis=slim, ledger=ledger, ledger_text="", events=()) for s in (0, 1)]
+    config = {"data": "mnist", "network": "mlp", "widths": [64, 64], "epochs": 3}
+    runs = [pair.as_dict() for pair in pairs]
+    return {"kind": "compare", "config": config, "runs": runs, "overall": overall(pairs), "machine": {"cpu": "x|y"}}
+
+
+def test_rows_are_made_from_what_compare_writes():
+    results = {"mnist": comparison()}
+    row = table.results_table(results).splitlines()[2]
+    assert row == (
+        "| mnist, mlp 64,64, 3 epochs | 2 | 2.00x faster | 6.0x fewer | 5.0x fewer "
+        "| 98.12 %, 98.05 % | -0.07 points | 5.0 % |"
+    )
+    rows = table.seeds_table(results).splitlines()[2:]
+    assert len(rows) == 2
+    assert "| 16-8 |" in rows[0]
+    assert "at most 1.23 points (95 %)" in rows[0]
+    assert "not reached" in rows[0]
+    assert "x\\|y" in table.machines_table(results)
+
+
+def test_rivals_and_overhead_rows():
+    side = {"metric_name": "auc", "test_metric": 0.78125, "seconds_training": 7.5}
+    rivals = {"kind": "rivals", "row": "higgs", "runs": [{"seed": 1, "rival_widths": [8, 4], "dense": side,
+              "apoptosis": side | {"seconds_training": 3.0}, "rival": side | {"seconds_training": 2.0}}]}  # fmt: skip
+    assert table.rivals_table({"r": rivals}).splitlines()[2] == (
+        "| higgs | 1 | 8-4 | AUC 0.7812, 7.5 s | AUC 0.7812, 3.0 s | AUC 0.7812, 2.0 s |"
+    )
+    run = {"seed": 0, "events": 4, "seconds_with": 10.0, "seconds_without": 9.8, "share_by_difference": 0.02,
+           "share_by_clock": 0.015, "hook_share": 0.005}  # fmt: skip
+    overhead = {"kind": "overhead", "row": "mnist", "runs": [run]}
+    assert table.overhead_table({"o": overhead}).splitlines()[2] == (
+        "| mnist | 0 | 4 | 10.00 s | 9.80 s | 2.00 % | 1.50 % | 0.50 % |"
+    )
+
+
+def test_filling_is_stable_and_says_what_is_missing():
+    page = "a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb"
+    empty = table.fill(page, {})
+    assert "run_figures.py" in empty
+    assert "old" not in empty
+    assert table.fill(empty, {}) == empty
+    full = table.fill(empty, {"mnist": comparison()})
+    assert full.startswith("a\n<!-- results:begin -->\n| run |")
+    assert full.endswith("|\n<!-- results:end -->\nb")
+    with pytest.raises(ValueError, match="has no"):
+        table.fill("<!-- results:begin -->", {})
+
+
+# ---------------------------------------------------------------- the command
+
+
+def options_of():
+    """Verb -> option names, as the command itself has them."""
+    typer = pytest.importorskip("typer")
+    from apoptosis.cli.app import app
+
+    command = typer.main.get_command(app)
+    flags = {
+        verb: {n for p in sub.params for n in (*p.opts, *p.secondary_opts)} for verb, sub in command.commands.items()
+    }
+    return {verb: {n for n in names if n.startswith("--")} - {"--help"} for verb, names in flags.items()}
+
+
+def cli_sections():
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    return {part.split("\n")[0]: part for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]}
+
+
+def test_every_option_is_in_the_section_of_its_verb_and_no_other():
+    options, sections = options_of(), cli_sections()
+    assert set(sections) == set(options)
+    for verb, section in sections.items():
+        told = set(re.findall(r"`(--[\w-]+)`", section))
+        known = options[verb]
+        if verb == "compare":
+            assert known <= told | set(re.findall(r"`(--[\w-]+)`", sections["train"]))
+            assert options["train"] - known == {"--seed", "--resume", "--apoptosis", "--no-apoptosis"}
+            told -= {"--seed", "--resume", "--no-apoptosis"}
+        else:
+            assert known <= told, f"{verb} has options that docs/cli.md does not tell"
+        assert told <= known, f"docs/cli.md tells options that {verb} has not"
+
+
+def test_command_lines_of_the_pages_have_only_options_that_exist():
+    options = options_of()
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    calls = [line.split() for line in lines if line.startswith("apoptosis ")]
+    assert calls
+    for call in calls:
+        assert {word for word in call[2:] if word.startswith("--")} <= options[call[1]]
+
+
+def test_the_rows_of_the_figures_are_configurations_of_compare():
+    from apoptosis.recipes.config import RunConfig
+
+    figures = load_script("run_figures")
+    for name, fields in figures.ROWS.items():
+        config = RunConfig.checked(**figures.COMMON, **fields)
+        assert (config.batch, config.optimizer) == (128, "adam")
+        call = figures.command(name, "0,1", Path("a.json"), Path("run"), "data")
+        assert {word for word in call if word.startswith("--")} <= options_of()["compare"]
+    assert set(figures.SEEDS) == set(figures.ROWS) == set(table.ORDER)
