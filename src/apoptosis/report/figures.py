@@ -172,7 +172,7 @@ def _learning(run: RunData) -> Plot:
     if not panels:
         return Plot(key=key, title=title, caption=caption, missing="The log has no finished epoch yet.")
     if run.curve(DENSE) is None:
-        caption += " This run has no twin without apoptosis; `apoptosis compare` trains one beside it."
+        caption += " This run has no twin without apoptosis; the command apoptosis compare trains one beside it."
     fig, axes = _axes(len(panels))
     said = []
     for ax, (column, label) in zip(axes, panels, strict=True):
@@ -249,7 +249,7 @@ def _time(run: RunData) -> Plot:
         if d and a and d.points("epoch", "seconds")[0] and a.points("epoch", "seconds")[0]
     ]
     if not both:
-        why = "This run has no twin without apoptosis, so no time saved can be told; `apoptosis compare` trains one."
+        why = "This run has no twin without apoptosis, so no time saved can be told; the command apoptosis compare trains one."
         return Plot(key=key, title=title, caption=caption, missing=why if run.curves else "The log has no epoch yet.")
     fig, (ax,) = _axes(1)
     said = []

@@ -51,7 +51,8 @@ def _figure(plot: Plot) -> str:
         return _section(plot.key, plot.title, _missing(plot.missing))
     alt, caption = html.escape(plot.alt, quote=True), html.escape(plot.caption)
     svg = plot.svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
-    return _section(plot.key, plot.title, f"<figure>\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>")
+    scrolled = f'<div class="scroll">{svg}</div>'
+    return _section(plot.key, plot.title, f"<figure>\n{scrolled}\n<figcaption>{caption}</figcaption>\n</figure>")
 
 
 def _lead(run: RunData) -> str:
@@ -85,9 +86,10 @@ def _tiles(run: RunData) -> str:
     metric = METRIC_WORDS.get(run.metric_name, run.metric_name)
     tiles: list[tuple[str, str, str]] = []
     dense, apo = run.shared_seconds()
+    over = f", {len(run.seeds)} seeds" if len(run.seeds) > 1 else ""
     if dense and apo:
         speed = f"{times(dense / apo)} faster" if dense >= apo else f"{times(apo / dense)} slower"
-        tiles.append(("training time", speed, f"{short_number(dense)} s without, {short_number(apo)} s with"))
+        tiles.append(("training time", speed, f"{short_number(dense)} s without, {short_number(apo)} s with{over}"))
     whole = summary_value(run, "overall", "speedup_run")
     if whole is not None:
         tiles.append(("whole run", f"{times(whole)} the speed", "evaluation included"))
@@ -96,7 +98,8 @@ def _tiles(run: RunData) -> str:
         shrunk = _mean([_ratio(y[0], y[-1]) for y in sizes if y])
         if shrunk is not None:
             first, last = (_mean([y[i] for y in sizes if y]) or 0.0 for i in (0, -1))
-            tiles.append((label, f"{times(shrunk)} fewer", f"{short_number(first)} to {short_number(last)}"))
+            fewer = "unchanged" if shrunk == 1 else f"{times(shrunk)} fewer"
+            tiles.append((label, fewer, f"{short_number(first)} to {short_number(last)}"))
     for contestant, words in ((APOPTOSIS, "with apoptosis"), (DENSE, "without")):
         test = summary_value(run, "overall", f"test_metric_{contestant}")
         if test is None and [c.contestant for c in run.curves] == [contestant]:

@@ -53,7 +53,7 @@ dl.tiles dt{color:var(--muted);font-size:.85rem}
 dl.tiles dd{margin:0;font-size:1.45rem;font-weight:600;font-variant-numeric:tabular-nums}
 dl.tiles dd small{display:block;font-size:.8rem;font-weight:400;color:var(--muted)}
 figure{margin:0 0 8px;background:var(--card);border:1px solid var(--grid);border-radius:8px;padding:16px}
-figure svg{display:block;width:100%;height:auto;max-height:440px}
+figure svg{display:block;width:100%;min-width:600px;height:auto;max-height:440px}
 figure svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,Arial,"DejaVu Sans",sans-serif!important}
 figcaption{font-size:.9rem;margin-top:8px}
 .missing{background:var(--card);border:1px dashed var(--grid);border-radius:8px;padding:16px;color:var(--muted);
@@ -61,6 +61,7 @@ figcaption{font-size:.9rem;margin-top:8px}
 .scroll{overflow-x:auto}
 .scroll:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
 .scroll{margin:0 0 20px}
+figure .scroll{margin:0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:50%}
 caption{text-align:left;padding:0 0 8px;font-size:.9rem}
 th,td{text-align:left;padding:6px 16px 6px 0;border-bottom:1px solid var(--grid);vertical-align:top}
