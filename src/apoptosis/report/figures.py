@@ -249,7 +249,7 @@ def _time(run: RunData) -> Plot:
         if d and a and d.points("epoch", "seconds")[0] and a.points("epoch", "seconds")[0]
     ]
     if not both:
-        why = "This run has no twin without apoptosis, so no time saved can be told; the command apoptosis compare trains one."
+        why = "This run has no twin without apoptosis, so no time saved can be told."
         return Plot(key=key, title=title, caption=caption, missing=why if run.curves else "The log has no epoch yet.")
     fig, (ax,) = _axes(1)
     said = []
