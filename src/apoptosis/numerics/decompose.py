@@ -290,7 +290,8 @@ def _solve(matrix_KK: Tensor, right_KR: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(unit)
     usable = values > values[-1] * matrix_KK.shape[0] * EPS
     basis = vectors[:, usable]
-    return (basis @ ((basis.T @ right) / values[usable, None])) * inverse[:, None]
+    solved: Tensor = basis @ ((basis.T @ right) / values[usable, None])
+    return solved * inverse[:, None]
 
 
 def _tails(values: FloatArray) -> FloatArray:

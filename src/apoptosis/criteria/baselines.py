@@ -1,0 +1,126 @@
+"""Criteria that drop channels and put at most a constant in their place: constant, magnitude, random.
+
+Lives here: these three and their exact error curve. Does not live here: anything that mixes channels.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from apoptosis.criteria.views import (
+    Criterion,
+    GroupView,
+    Ranking,
+    device_of,
+    energy,
+    flat_weight,
+    gram,
+    selection,
+    statistics,
+)
+from apoptosis.numerics.decompose import complement
+from apoptosis.records import Reduction, SiteReduction
+
+
+def dropping_curve(gram_CC: Tensor, weight_OC: Tensor, order: Tensor) -> Tensor:
+    """tr(W G_RR Wᵀ) over R = order[k:], for every k at once, (channels + 1,) float64.
+
+    Σ_{i,j in R} (WᵀW ∘ G)_ij: sums over the lower right corners of one matrix, with nothing standing in for R.
+    """
+    order = order.to(gram_CC.device)
+    weight = weight_OC.to(gram_CC.device, torch.float64)
+    joint = ((weight.T @ weight) * gram_CC)[order][:, order]
+    corners = joint.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    return torch.cat([corners.clamp_min(0.0), corners.new_zeros(1)]).cpu()
+
+
+def _with_curves(view: GroupView, order: Tensor, *, offsets: bool) -> Ranking:
+    curves = {}
+    for site in view.sites:
+        if site.moments is None:
+            continue
+        covariance, mean = statistics(site)
+        matrix = covariance if offsets and site.centred else covariance.addr_(mean, mean)
+        scale = energy(site)
+        errors = site.num_taps * dropping_curve(matrix, flat_weight(site), order)
+        curves[site.key] = (errors / scale).sqrt() if scale > 0 else torch.where(errors > 0, torch.inf, 0.0)
+    return Ranking(order=order, curves=curves)
+
+
+def _descending(score_C: Tensor) -> Tensor:
+    return torch.sort(score_C.cpu(), descending=True, stable=True).indices
+
+
+def _rank_constant(view: GroupView) -> Ranking:
+    cost = torch.zeros(view.num_channels, dtype=torch.float64)
+    for site in view.sites:
+        scale = energy(site)
+        if scale > 0:
+            cost += site.weight.detach().double().square().sum((0, 2)).cpu() * gram(site).diagonal().cpu() / scale
+    return _with_curves(view, _descending(cost), offsets=True)
+
+
+def _reduce_constant(view: GroupView, keep: Tensor) -> Reduction:
+    sites = {}
+    for site in view.sites:
+        _, mean = statistics(site)
+        offset = torch.zeros_like(mean)
+        removed = complement(keep.to(mean.device), view.num_channels)
+        offset[removed] = mean[removed]
+        mix = selection(keep, view.num_channels, mean.device)
+        sites[site.key] = SiteReduction(mix=mix, offset=offset if site.centred else None)
+    return Reduction(group=view.name, keep=keep, sites=sites)
+
+
+def incoming_norms(view: GroupView) -> Tensor:
+    """Return ‖w̃_j‖ where the incoming weights are known, else the norm of the consumers' columns, (channels,) float64."""
+    if view.neuron is not None:
+        norms: Tensor = torch.linalg.vector_norm(view.neuron.incoming.detach().double(), dim=1)
+        return norms.cpu()
+    squares = torch.zeros(view.num_channels, dtype=torch.float64)
+    for site in view.sites:
+        squares += site.weight.detach().double().square().sum((0, 2)).cpu()
+    return squares.sqrt()
+
+
+def _rank_magnitude(view: GroupView) -> Ranking:
+    return _with_curves(view, _descending(incoming_norms(view)), offsets=False)
+
+
+def _rank_random(view: GroupView) -> Ranking:
+    generator = torch.Generator().manual_seed((view.seed * 1_000_003 + zlib.crc32(view.name.encode())) % 2**63)
+    return _with_curves(view, torch.randperm(view.num_channels, generator=generator), offsets=False)
+
+
+def _reduce_drop(view: GroupView, keep: Tensor) -> Reduction:
+    sites = {
+        site.key: SiteReduction(mix=selection(keep, view.num_channels, device_of(site)), offset=None)
+        for site in view.sites
+    }
+    return Reduction(group=view.name, keep=keep, sites=sites)
+
+
+CONSTANT = Criterion(
+    name="constant",
+    needs_data=True,
+    rank=_rank_constant,
+    reduce=_reduce_constant,
+    summary="channels that hardly vary are replaced by their mean",
+)
+MAGNITUDE = Criterion(
+    name="magnitude",
+    needs_data=False,
+    rank=_rank_magnitude,
+    reduce=_reduce_drop,
+    summary="channels with small incoming weights are dropped (a baseline)",
+)
+RANDOM = Criterion(
+    name="random",
+    needs_data=False,
+    rank=_rank_random,
+    reduce=_reduce_drop,
+    summary="channels drawn at random are dropped (a baseline)",
+)

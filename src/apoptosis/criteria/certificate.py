@@ -1,0 +1,201 @@
+"""The one certificate formula, and the search for how many channels a tolerance lets go.
+
+Lives here: relative_error, dropped_variance, choose. Does not live here: the order of the channels (each criterion's
+own), budgets over events, alignment to hardware beyond rounding up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, energy, flat_weight, statistics
+from apoptosis.errors import ArgumentError
+from apoptosis.numerics.decompose import complement, residual_gram, roundoff_floor, site_diag
+from apoptosis.records import Certificate, CertificateKind, Reduction, SiteReduction
+
+
+def dropped_variance(site: SiteView, keep: Tensor, reduction: SiteReduction) -> Tensor:
+    """Return diag(W R Wᵀ), the mean squared error of every output, (out,) float64.
+
+    Exact on the sample for P = 1. For P > 1 the sum over taps Σ_p diag(W_p R W_pᵀ) from pooled moments: an estimate,
+    and after multiplication with P an upper bound (docs/theory.md, Theorem 3).
+
+    Raises: ArgumentError: the site has no moments.
+    """
+    covariance, mean = statistics(site)
+    residual = residual_gram(
+        covariance,
+        mean,
+        keep,
+        reduction.mix.to(covariance.device),
+        None if reduction.offset is None else reduction.offset.to(covariance.device),
+    )
+    removed = complement(keep.to(covariance.device), covariance.shape[0])
+    weight = flat_weight(site).to(covariance.device)
+    per_tap = site_diag(weight[:, removed], residual[removed][:, removed])
+    return per_tap.reshape(site.weight.shape[0], -1).sum(1)
+
+
+def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float:
+    """Relative rms change of a consumer's output: sqrt(E‖W(z - ẑ)‖² / E‖W(z - μ)‖²), bias excluded.
+
+    Exact on the sample for P = 1 and wherever the site can be measured; otherwise the upper bound
+    P Σ_p tr(W_p R W_pᵀ) over the estimated energy. A site whose output does not vary is a constant: 0.0 if the
+    constant is kept to round-off, else infinity.
+    """
+    scale = energy(site)
+    if site.measure is not None:
+        error = site.measure(keep, reduction)
+    else:
+        error = site.num_taps * float(dropped_variance(site, keep, reduction).sum())
+    return _ratio(error, scale, site)
+
+
+def _ratio(error: float, scale: float, site: SiteView) -> float:
+    floor = roundoff_floor(site.weight.shape[1]) ** 2
+    if site.moments is not None:
+        # Relative to the uncentred energy: a mean of 1e6 leaves round-off that is no variation.
+        mean = site.moments.mean
+        offset = flat_weight(site).to(mean.device) @ mean
+        tiny = floor * (scale + float(offset.square().sum()))
+    else:
+        tiny = floor * scale
+    if scale <= tiny:
+        return 0.0 if error <= tiny else math.inf
+    return math.sqrt(max(error, 0.0) / scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Proposal:
+    """A reduction within its limits and what it costs.
+
+    errors: site key -> relative rms. kind: "empirical" when they were computed on a sample, "worst_case" when they are
+    the data-free score of a criterion on sites without moments.
+    """
+
+    reduction: Reduction
+    errors: Mapping[str, float]
+    kind: CertificateKind
+
+    def certificates(self, view: GroupView) -> tuple[Certificate, ...]:
+        """One certificate per site."""
+        rows = {site.key: site.moments.num_rows if site.moments is not None else 0 for site in view.sites}
+        return tuple(
+            Certificate(kind=self.kind, subject=key, value=value, rows=rows[key]) for key, value in self.errors.items()
+        )
+
+
+def choose(
+    criterion: Criterion,
+    view: GroupView,
+    limits: float | Mapping[str, float],
+    *,
+    align: int = 1,
+    min_keep: int = 1,
+) -> Proposal | None:
+    """Remove as many channels as the limits allow.
+
+    Where the criterion knows its error curve, the number kept is read off it; elsewhere it is found by bisection with
+    the certificate formula. Either way the certificate of the result is computed from its actual mix and offset, and
+    channels are added back until it holds.
+
+    Args:
+        criterion: how to order and to reduce.
+        view: the group.
+        limits: relative rms per site key, or one for all; a limit below the round-off floor means that floor.
+        align: the number kept is rounded up to a multiple.
+        min_keep: fewer are never kept.
+
+    Returns: None when nothing can go.
+
+    Raises:
+        ArgumentError: a site has no limit, or no moments though the criterion needs them.
+        NonFiniteError: weights or moments hold NaN or infinity.
+    """
+    floor = roundoff_floor(view.num_channels)
+    caps = {site.key: max(floor, _cap(limits, site)) for site in view.sites}
+    ranking = criterion.rank(view)
+    search = _Search(criterion, view, ranking, caps)
+    low = _aligned(max(min_keep, ranking.min_keep, 1), align)
+    high = max(low, _aligned(search.from_curves(), align))
+    if not search.curves_are_exact:
+        high = search.bisect(low, min(high, _aligned(view.num_channels, align)), align)
+    step = align
+    while high < view.num_channels:
+        reduction = search.reduction(high)
+        errors = search.errors(high, reduction)
+        if all(errors[key] <= caps[key] for key in caps):
+            return Proposal(reduction=reduction, errors=errors, kind="empirical" if search.has_data else "worst_case")
+        high, step = high + step, 2 * step
+    return None
+
+
+class _Search:
+    """Errors of keeping the first k of one ranking."""
+
+    def __init__(self, criterion: Criterion, view: GroupView, ranking: Ranking, caps: Mapping[str, float]) -> None:
+        self._criterion, self._view, self._ranking, self._caps = criterion, view, ranking, caps
+        self.has_data = all(site.moments is not None or site.measure is not None for site in view.sites)
+        if criterion.needs_data and any(site.moments is None for site in view.sites):
+            raise ArgumentError(f"criterion '{criterion.name}' needs moments at every site of group '{view.name}'.")
+        known = all(site.key in ranking.curves for site in view.sites)
+        exact = all(site.measure is None for site in view.sites)
+        self.curves_are_exact = known and exact
+        if not known and not self.has_data:
+            raise ArgumentError(f"criterion '{criterion.name}' gives no score without data for group '{view.name}'.")
+
+    def from_curves(self) -> int:
+        """Smallest number kept whose curves meet the caps, all channels where a curve is missing.
+
+        A measured site's curve is only a bound (over its measured energy), so it says where bisection ends.
+        """
+        num = self._view.num_channels
+        good = torch.ones(num + 1, dtype=torch.bool)
+        for key, cap in self._caps.items():
+            curve = self._ranking.curves.get(key)
+            good &= curve <= cap if curve is not None else torch.arange(num + 1) >= num
+        good[num] = True
+        return int((~good).nonzero().max()) + 1 if not bool(good.all()) else 0
+
+    def reduction(self, num_keep: int) -> Reduction:
+        return self._criterion.reduce(self._view, self._ranking.order[:num_keep].sort().values)
+
+    def errors(self, num_keep: int, reduction: Reduction) -> dict[str, float]:
+        if not self.has_data:
+            return {key: float(curve[num_keep]) for key, curve in self._ranking.curves.items()}
+        sites = self._view.sites
+        return {site.key: relative_error(site, reduction.keep, reduction.sites[site.key]) for site in sites}
+
+    def good(self, num_keep: int) -> bool:
+        if num_keep >= self._view.num_channels:
+            return True
+        reduction = self.reduction(num_keep)
+        return all(error <= self._caps[key] for key, error in self.errors(num_keep, reduction).items())
+
+    def bisect(self, low: int, high: int, align: int) -> int:
+        """Smallest multiple of align in [low, high] that is good, taking errors to fall with the number kept."""
+        left, right = low // align, max(high, low) // align
+        while left < right:
+            middle = (left + right) // 2
+            if self.good(middle * align):
+                right = middle
+            else:
+                left = middle + 1
+        return right * align
+
+
+def _aligned(number: int, align: int) -> int:
+    return -(-number // align) * align
+
+
+def _cap(limits: float | Mapping[str, float], site: SiteView) -> float:
+    if isinstance(limits, float | int):
+        return limits
+    if site.key not in limits:
+        raise ArgumentError(f"choose: no limit for site '{site.key}'.")
+    return limits[site.key]

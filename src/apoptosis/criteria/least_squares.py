@@ -1,0 +1,90 @@
+"""The interpolative decomposition: keep channels that explain the rest, and mix the rest from them.
+
+Lives here: "interpolative" (order by one weighted pivoted Cholesky) and "greedy" (order by forward selection on the
+consumers' full error). Does not live here: the linear algebra (numerics), how many to keep (certificate.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, energy, flat_weight, gram, statistics
+from apoptosis.numerics.decompose import Factor, joint_error_curve, ordered_cholesky, pivoted_cholesky, solve_mix
+from apoptosis.numerics.selection import greedy_order
+from apoptosis.records import Reduction, SiteReduction
+
+
+def _column_norms(site: SiteView) -> Tensor:
+    """‖W_j‖ over outputs and taps, (channels,) float64 on the CPU."""
+    return site.weight.detach().double().square().sum((0, 2)).sqrt().cpu()
+
+
+def _curve(site: SiteView, factor: Factor) -> Tensor:
+    """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
+    scale = energy(site)
+    errors = site.num_taps * joint_error_curve(flat_weight(site), factor)
+    if scale <= 0.0:  # a constant output: any number kept will do if the fit may use an offset
+        return torch.zeros_like(errors) if site.centred else torch.where(errors > 0, torch.inf, 0.0)
+    return (errors / scale).sqrt()
+
+
+def _relative_weight(site: SiteView) -> float:
+    scale = energy(site)
+    return 1.0 / scale if scale > 0.0 else 0.0
+
+
+def _rank_interpolative(view: GroupView) -> Ranking:
+    if len(view.sites) == 1:
+        site = view.sites[0]
+        factor = pivoted_cholesky(gram(site), weights_C=_column_norms(site))
+        return Ranking(order=factor.order, curves={site.key: _curve(site, factor)})
+    total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64)
+    for site in view.sites:
+        norms = _column_norms(site)
+        total += gram(site).cpu() * torch.outer(norms, norms) * _relative_weight(site)
+    return _with_curves(view, pivoted_cholesky(total).order)
+
+
+def _rank_greedy(view: GroupView) -> Ranking:
+    total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64)
+    rows = []
+    for site in view.sites:
+        weight = flat_weight(site).cpu()
+        share = _relative_weight(site) ** 0.5
+        total += gram(site).cpu() / len(view.sites)
+        rows.append(weight * share)
+    return _with_curves(view, greedy_order(total, torch.cat(rows)))
+
+
+def _with_curves(view: GroupView, order: Tensor) -> Ranking:
+    curves = {site.key: _curve(site, ordered_cholesky(gram(site), order)) for site in view.sites}
+    return Ranking(order=order, curves=curves)
+
+
+def _reduce(view: GroupView, keep: Tensor) -> Reduction:
+    sites = {}
+    for site in view.sites:
+        covariance, mean = statistics(site)
+        if site.centred:
+            mix, offset = solve_mix(covariance, keep, mean_C=mean)
+        else:
+            mix, offset = solve_mix(covariance.addr_(mean, mean), keep)
+        sites[site.key] = SiteReduction(mix=mix, offset=offset)
+    return Reduction(group=view.name, keep=keep, sites=sites)
+
+
+INTERPOLATIVE = Criterion(
+    name="interpolative",
+    needs_data=True,
+    rank=_rank_interpolative,
+    reduce=_reduce,
+    summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation",
+)
+GREEDY = Criterion(
+    name="greedy",
+    needs_data=True,
+    rank=_rank_greedy,
+    reduce=_reduce,
+    summary="least squares from kept channels, ordered by forward selection on the consumers' own error",
+)

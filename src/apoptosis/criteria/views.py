@@ -1,0 +1,166 @@
+"""What a criterion sees of a group, and what it answers: names, numbers and tensors, never modules.
+
+Lives here: SiteView, NeuronView, GroupView (in), Ranking and Criterion (out), and the plain statistics of a site.
+Does not live here: any choice of channels; how a view is made from modules and moments (planner).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.numerics.moments import Moments
+from apoptosis.records import Reduction, SiteReduction
+
+Measure = Callable[[Tensor, SiteReduction], float]
+"""(keep, reduction at this site) -> E‖W(z - ẑ)‖² on sampled inputs, in the units of `scale`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SiteView:
+    """One consumer site as a linear map with the moments of what it reads.
+
+    key: of the site (records.Site). weight: (out, channels, P) float, the consumer's columns of every channel, kernel
+    taps and owned columns side by side (P = 1 for Linear and 1x1).
+    moments: of the channels, pooled over positions; None for a data-free criterion.
+    centred: an offset can be folded exactly here (a bias or a normalisation to take it, no zero padding).
+    dropout: p of an elementwise dropout that the moments were observed behind.
+    measure, scale: exact error on sampled inputs and the centred energy E‖W(z - μ)‖² it relates to, for sites with
+    P > 1, where pooled moments give only a bound; both or neither.
+    """
+
+    key: str
+    weight: Tensor
+    moments: Moments | None = None
+    centred: bool = True
+    dropout: float = 0.0
+    measure: Measure | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 3:
+            raise ShapeError(f"site '{self.key}': weight of shape {tuple(self.weight.shape)}, expected (out, C, P).")
+        if self.moments is not None and self.moments.num_channels != self.weight.shape[1]:
+            raise ShapeError(f"site '{self.key}': moments of {self.moments.num_channels} channels, weight of others.")
+        if (self.measure is None) != (self.scale is None):
+            raise ArgumentError(f"site '{self.key}': give measure and scale together, or neither.")
+
+    @property
+    def num_taps(self) -> int:
+        """P: positions of one channel that one output reads."""
+        return int(self.weight.shape[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NeuronView:
+    """How the channels are computed: z = φ(w̃ · (x, 1)).
+
+    incoming: (channels, F + 1), incoming weights with the bias as the last column, a BatchNorm folded in.
+    activation, args: as in numerics.activations. slopes: (channels,) of a PReLU. max_pool: one lies between φ and a
+    site. normalised: a BatchNorm was folded in, so that raw weights do not follow the merge's chain rule.
+    """
+
+    incoming: Tensor
+    activation: str
+    args: tuple[float, ...] = ()
+    slopes: Tensor | None = None
+    max_pool: bool = False
+    normalised: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupView:
+    """One coupled channel group. seed: of every random choice about it."""
+
+    name: str
+    num_channels: int
+    sites: tuple[SiteView, ...]
+    neuron: NeuronView | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ArgumentError(f"group '{self.name}' has no consumer site: nothing can take over a removed channel.")
+        for site in self.sites:
+            if site.weight.shape[1] != self.num_channels:
+                raise ShapeError(f"group '{self.name}' has {self.num_channels} channels, site '{site.key}' others.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranking:
+    """An order of the channels and, where the criterion knows it, what every number kept costs.
+
+    order: (channels,) int64, best to keep first. curves: site key -> (channels + 1,) relative rms error with the
+    first k of the order kept; an upper bound for P > 1; a data-free worst-case score when the site has no moments.
+    Sites left out have to be measured. min_keep: fewer cannot be reduced to by this criterion.
+    """
+
+    order: Tensor
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
+    min_keep: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Criterion:
+    """A way of removing channels, as a value.
+
+    rank(view) orders the channels; reduce(view, keep) says how the kept ones stand in for the rest, for any sorted
+    keep. needs_data: every site needs moments. summary: one line for humans.
+    """
+
+    name: str
+    needs_data: bool
+    rank: Callable[[GroupView], Ranking]
+    reduce: Callable[[GroupView, Tensor], Reduction]
+    summary: str = ""
+
+
+def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
+    """Return covariance (channels, channels) and mean (channels,) of a site, dropout taken out, float64.
+
+    Raises: ArgumentError: the site has no moments.
+    """
+    if site.moments is None:
+        raise ArgumentError(f"site '{site.key}' has no moments; this criterion needs data.")
+    moments = site.moments.without_dropout(site.dropout) if site.dropout > 0 else site.moments
+    return moments.covariance(), moments.mean
+
+
+def gram(site: SiteView) -> Tensor:
+    """Return what least squares works on: the covariance where an offset can be folded, else the second moment."""
+    covariance, mean = statistics(site)
+    return covariance if site.centred else covariance.addr_(mean, mean)
+
+
+def flat_weight(site: SiteView) -> Tensor:
+    """Return the weight as (out * P, channels) float64: taps stacked as if they were outputs."""
+    return site.weight.detach().double().permute(0, 2, 1).reshape(-1, site.weight.shape[1])
+
+
+def energy(site: SiteView) -> float:
+    """Return what relative errors at a site relate to: tr(W C Wᵀ), the centred energy of its output, bias excluded.
+
+    `scale` where it was measured; from pooled moments with P > 1 the sum over taps Σ_p tr(W_p C W_pᵀ), which is an
+    estimate (exact for taps that are not correlated).
+    """
+    if site.scale is not None:
+        return site.scale
+    covariance, _ = statistics(site)
+    weight = flat_weight(site).to(covariance.device)
+    return float(((weight @ covariance) * weight).sum().clamp_min(0.0))
+
+
+def selection(keep: Tensor, num_channels: int, device: torch.device) -> Tensor:
+    """Return the mix (kept, channels) in which every kept channel stands for itself alone."""
+    mix = torch.zeros(keep.numel(), num_channels, dtype=torch.float64, device=device)
+    mix[torch.arange(keep.numel(), device=device), keep.to(device)] = 1.0
+    return mix
+
+
+def device_of(site: SiteView) -> torch.device:
+    """Return where a site's mix and offset live: with its moments, else with its weight."""
+    return site.moments.device if site.moments is not None else site.weight.device

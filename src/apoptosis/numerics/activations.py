@@ -1,0 +1,245 @@
+"""Neuron types: for every elementwise activation of torch.nn its formula, Lipschitz constant and symmetry.
+
+Lives here: one table of scalar functions φ with their scalar arguments, named as in torch.nn.functional, arguments in
+the order of the torch.nn constructor. Does not live here: nn.Module classes (the table names them in strings), merging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from apoptosis.errors import ArgumentError
+
+Scalars = tuple[float, ...]
+
+# max |φ'|, rounded up in the last digit: GELU at √2 is Φ(√2) + √2 N(√2); SiLU and Mish found by bisection on φ''.
+_GELU, _GELU_TANH, _SILU, _MISH = 1.1289042, 1.1289931, 1.0998394, 1.0884982
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Symmetry:
+    """What merges φ allows exactly (docs/theory.md, Theorems 5 to 7).
+
+    homogeneous: φ(s x) = s φ(x) for every s > 0. reflection: c with φ(-x) = c - φ(x) for every x (0.0 for odd
+    functions, 1.0 for the sigmoid), None where there is no such c.
+    """
+
+    homogeneous: bool = False
+    reflection: float | None = None
+
+
+_NONE, _ODD, _HOMOGENEOUS = Symmetry(), Symmetry(reflection=0.0), Symmetry(homogeneous=True)
+_LINEAR, _POINT = Symmetry(homogeneous=True, reflection=0.0), Symmetry(reflection=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NeuronType:
+    """One elementwise activation.
+
+    name: as in torch.nn.functional. defaults: values of the scalar arguments left out. phi: the function, on tensors.
+    lipschitz, jump, symmetry: of the scalar arguments, with |φ(a) - φ(b)| <= lipschitz |a - b| + jump for all a, b
+    (jump is 0 for continuous functions; an infinite constant means that no bound holds).
+    module: the class in torch.nn, "" where there is none. slopes: a weight per channel takes the place of the argument.
+    """
+
+    name: str
+    module: str
+    phi: Callable[..., Tensor]
+    lipschitz: Callable[..., float]
+    symmetry: Callable[..., Symmetry]
+    defaults: Scalars = ()
+    jump: Callable[..., float] = lambda *_: 0.0
+    slopes: bool = False
+
+    def fill(self, args: Sequence[float]) -> Scalars:
+        """Return all scalar arguments, the ones left out at their defaults.
+
+        Raises: ArgumentError: too many arguments.
+        """
+        if len(args) > len(self.defaults):
+            raise ArgumentError(f"activation '{self.name}' takes {len(self.defaults)} arguments, {len(args)} given.")
+        return (*args, *self.defaults[len(args) :])
+
+
+def _elu(x: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
+    return torch.where(x > 0, scale * x, scale * alpha * torch.expm1(input_scale * x.clamp(max=0)))
+
+
+def _elu_lipschitz(alpha: float, scale: float, input_scale: float) -> float:
+    return abs(scale) * max(1.0, abs(alpha * input_scale)) if input_scale >= 0 else math.inf
+
+
+def _elu_symmetry(alpha: float, scale: float, input_scale: float) -> Symmetry:
+    return _HOMOGENEOUS if alpha == 0 or input_scale == 0 else _NONE
+
+
+def _softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
+    return F.softplus(x, beta, threshold)
+
+
+def _softplus_jump(beta: float, threshold: float) -> float:
+    return abs(math.log1p(math.exp(-threshold)) / beta) if threshold > -700 else math.inf
+
+
+def _sloped(slope: float) -> Symmetry:
+    return _LINEAR if slope == 1.0 else _HOMOGENEOUS
+
+
+def _always(value: float) -> Callable[..., float]:
+    return lambda *_: value
+
+
+def _is(symmetry: Symmetry) -> Callable[..., Symmetry]:
+    return lambda *_: symmetry
+
+
+def _hardtanh_symmetry(low: float, high: float) -> Symmetry:
+    point = low + high  # φ(-x) = (low + high) - φ(x) would need the kink at 0 to be the centre
+    if low == 0.0 and high == math.inf:
+        return _HOMOGENEOUS
+    return Symmetry(reflection=0.0) if point == 0.0 else _NONE
+
+
+_BUILT_IN = (
+    NeuronType(name="identity", module="Identity", phi=lambda x: x, lipschitz=_always(1.0), symmetry=_is(_LINEAR)),
+    NeuronType(name="relu", module="ReLU", phi=F.relu, lipschitz=_always(1.0), symmetry=_is(_HOMOGENEOUS)),
+    NeuronType(name="relu6", module="ReLU6", phi=F.relu6, lipschitz=_always(1.0), symmetry=_is(_NONE)),
+    NeuronType(
+        name="leaky_relu",
+        module="LeakyReLU",
+        phi=F.leaky_relu,
+        lipschitz=lambda slope: max(1.0, abs(slope)),
+        symmetry=_sloped,
+        defaults=(0.01,),
+    ),
+    NeuronType(
+        name="prelu",
+        module="PReLU",
+        phi=F.leaky_relu,
+        lipschitz=lambda slope: max(1.0, abs(slope)),
+        symmetry=_sloped,
+        defaults=(0.25,),
+        slopes=True,
+    ),
+    NeuronType(  # in training every element draws its own slope: equal inputs give unequal outputs, nothing merges
+        name="rrelu",
+        module="RReLU",
+        phi=lambda x, lower, upper: F.rrelu(x, lower, upper, training=False),
+        lipschitz=lambda lower, upper: max(1.0, abs(lower), abs(upper)),
+        symmetry=_is(_NONE),
+        defaults=(1 / 8, 1 / 3),
+    ),
+    NeuronType(
+        name="threshold",
+        module="Threshold",
+        phi=F.threshold,
+        lipschitz=_always(1.0),
+        symmetry=lambda at, value: _HOMOGENEOUS if at == value == 0 else _NONE,
+        defaults=(0.0, 0.0),
+        jump=lambda at, value: abs(at - value),
+    ),
+    NeuronType(
+        name="hardtanh",
+        module="Hardtanh",
+        phi=F.hardtanh,
+        lipschitz=_always(1.0),
+        symmetry=_hardtanh_symmetry,
+        defaults=(-1.0, 1.0),
+    ),
+    NeuronType(name="tanh", module="Tanh", phi=torch.tanh, lipschitz=_always(1.0), symmetry=_is(_ODD)),
+    NeuronType(name="softsign", module="Softsign", phi=F.softsign, lipschitz=_always(1.0), symmetry=_is(_ODD)),
+    NeuronType(name="tanhshrink", module="Tanhshrink", phi=F.tanhshrink, lipschitz=_always(1.0), symmetry=_is(_ODD)),
+    NeuronType(
+        name="softshrink",
+        module="Softshrink",
+        phi=F.softshrink,
+        lipschitz=_always(1.0),
+        symmetry=lambda lambd: _LINEAR if lambd == 0 else _ODD,
+        defaults=(0.5,),
+    ),
+    NeuronType(
+        name="hardshrink",
+        module="Hardshrink",
+        phi=F.hardshrink,
+        lipschitz=_always(1.0),
+        symmetry=lambda lambd: _LINEAR if lambd <= 0 else _ODD,
+        defaults=(0.5,),
+        jump=lambda lambd: max(0.0, lambd),
+    ),
+    NeuronType(name="sigmoid", module="Sigmoid", phi=torch.sigmoid, lipschitz=_always(0.25), symmetry=_is(_POINT)),
+    NeuronType(
+        name="hardsigmoid", module="Hardsigmoid", phi=F.hardsigmoid, lipschitz=_always(1 / 6), symmetry=_is(_POINT)
+    ),
+    NeuronType(name="logsigmoid", module="LogSigmoid", phi=F.logsigmoid, lipschitz=_always(1.0), symmetry=_is(_NONE)),
+    NeuronType(
+        name="softplus",  # beyond the threshold the identity: a step of log(1 + e^-threshold) / beta
+        module="Softplus",
+        phi=_softplus,
+        lipschitz=_always(1.0),
+        symmetry=_is(_NONE),
+        defaults=(1.0, 20.0),
+        jump=_softplus_jump,
+    ),
+    NeuronType(
+        name="elu",  # the operator's own arguments alpha, scale, input_scale; nn.ELU has the first alone
+        module="ELU",
+        phi=_elu,
+        lipschitz=_elu_lipschitz,
+        symmetry=_elu_symmetry,
+        defaults=(1.0, 1.0, 1.0),
+    ),
+    NeuronType(
+        name="celu",
+        module="CELU",
+        phi=F.celu,
+        lipschitz=lambda alpha: 1.0 if alpha > 0 else math.inf,
+        symmetry=_is(_NONE),
+        defaults=(1.0,),
+    ),
+    NeuronType(
+        name="selu",
+        module="SELU",
+        phi=F.selu,
+        lipschitz=_always(_SELU_SCALE * _SELU_ALPHA),
+        symmetry=_is(_NONE),
+    ),
+    NeuronType(name="gelu", module="GELU", phi=F.gelu, lipschitz=_always(_GELU), symmetry=_is(_NONE)),
+    NeuronType(
+        name="gelu_tanh",
+        module="GELU",
+        phi=lambda x: F.gelu(x, approximate="tanh"),
+        lipschitz=_always(_GELU_TANH),
+        symmetry=_is(_NONE),
+    ),
+    NeuronType(name="silu", module="SiLU", phi=F.silu, lipschitz=_always(_SILU), symmetry=_is(_NONE)),
+    NeuronType(name="mish", module="Mish", phi=F.mish, lipschitz=_always(_MISH), symmetry=_is(_NONE)),
+    NeuronType(name="hardswish", module="Hardswish", phi=F.hardswish, lipschitz=_always(1.5), symmetry=_is(_NONE)),
+)
+
+NEURON_TYPES: MappingProxyType[str, NeuronType] = MappingProxyType({entry.name: entry for entry in _BUILT_IN})
+"""Every neuron type by name."""
+
+NOT_ELEMENTWISE = ("GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax")
+"""Activations of torch.nn whose channels depend on one another: no neuron type, nothing merges through them."""
+
+
+def neuron_type(name: str) -> NeuronType:
+    """Look a neuron type up.
+
+    Raises: ArgumentError: there is none of that name; the message lists what there is.
+
+    Example:
+        >>> neuron_type("sigmoid").lipschitz(), neuron_type("tanh").symmetry().reflection
+        (0.25, 0.0)
+    """
+    if name not in NEURON_TYPES:
+        raise ArgumentError(f"no neuron type '{name}'; there are {', '.join(sorted(NEURON_TYPES))}.")
+    return NEURON_TYPES[name]
