@@ -167,7 +167,7 @@ def _copy_of(follower: nn.Module) -> nn.Module:
 
 
 def _plan_targets(targets: Sequence[nn.Module], edits: Mapping[str, TensorEdit]) -> list[_Plan]:
-    done: set[int] = set()  # a follower may share frozen tensors with the model: those are edited once
+    # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
     plans = []
     for target in targets:
         tensors = named_tensors(target)
@@ -180,12 +180,10 @@ def _plan_targets(targets: Sequence[nn.Module], edits: Mapping[str, TensorEdit])
             if id(tensor) in edited:
                 raise ShapeError(f"tensor '{name}' is tied to another one, and both have an edit.")
             edited[id(tensor)] = edit
-            if id(tensor) not in done:
-                grad = tensor.grad if tensor.is_leaf else None
-                new_grad = None if grad is None else merge_like(edit, grad)
-                plan.tensors.append((tensor, apply_edit(edit, tensor, tensors), new_grad))
+            grad = tensor.grad if tensor.is_leaf else None
+            new_grad = None if grad is None else merge_like(edit, grad)
+            plan.tensors.append((tensor, apply_edit(edit, tensor, tensors), new_grad))
         plan.attributes = _plan_attributes(target, edited)
-        done.update(edited)
         plans.append(plan)
     return plans
 
