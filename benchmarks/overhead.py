@@ -14,6 +14,8 @@ import argparse
 import copy
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from apoptosis.recipes.optim import learning_rate, make_optimizer
 from apoptosis.recipes.train import prepare
 from run_figures import COMMON, RESULTS, ROWS
 
+Step = Callable[[], object]
 CHUNK = 25  # steps of A before B repeats them: short, so that both meet the same disturbances
 
 
@@ -48,42 +51,51 @@ def copy_of(trainer: Trainer) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def timed_steps(clock: Clock, steps: list[Step]) -> list[float]:
+    """Seconds from the start to the end of every step; ends with the first step that returns something truthy."""
+    start, ends = clock(), []
+    for step in steps:
+        event = step()
+        ends.append(clock() - start)
+        if event:
+            break
+    return ends
+
+
 def measure(config: RunConfig) -> dict[str, Any]:
-    """Time one run against its steps without apoptosis."""
+    """Time one run against its steps without apoptosis; which of the two goes first alternates."""
     data, device = prepare(config)
     trainer = Trainer(config, data, device)
-    assert trainer.apo is not None
+    apo = trainer.apo
+    assert apo is not None
     clock = Clock(device)
     seconds = {"with": trainer.seconds, "without": 0.0}  # the first capture is apoptosis' own
-    twin, twin_optimizer = copy_of(trainer)
-    batches: list[Tensor] = []
-    step = num_events = 0
+    batches: list[tuple[Tensor, Tensor]] = []
+    step = num_events = turn = 0
+    twin = copy_of(trainer)
+    warm_up(copy_of(trainer), (data.train.between(0, trainer.batch), config.lr))
+
+    def full(batch: tuple[Tensor, Tensor], lr: float) -> bool:
+        train_step(trainer.model, trainer.optimizer, batch, lr)
+        return bool(apo.step())
+
     while step < trainer.total_steps:
-        if not batches:
-            order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(step + config.seed))
-            batches = list(
-                order[: trainer.steps_per_epoch * trainer.batch].to(data.train.labels.device).split(trainer.batch)
-            )
-        now = [tuple(t.to(device) for t in data.train.take(rows)) for rows in batches[:CHUNK]]
+        batches = batches or epoch_batches(trainer, step)
+        now = batches[:CHUNK]
         rates = [learning_rate(config.schedule, config.lr, step + i, trainer.total_steps) for i in range(len(now))]
-        start = clock()
-        done, event = 0, None
-        for batch, lr in zip(now, rates, strict=True):
-            train_step(trainer.model, trainer.optimizer, batch, lr)
-            event = trainer.apo.step()
-            done += 1
-            if event:
-                break
-        seconds["with"] += clock() - start
-        start = clock()
-        for batch, lr in zip(now[:done], rates[:done], strict=True):
-            train_step(twin, twin_optimizer, batch, lr)
-        seconds["without"] += clock() - start
-        if event:
+        both: dict[str, list[Step]] = {
+            "with": [partial(full, b, lr) for b, lr in zip(now, rates, strict=True)],
+            "without": [partial(train_step, *twin, b, lr) for b, lr in zip(now, rates, strict=True)],
+        }
+        order = ("with", "without") if turn % 2 == 0 else ("without", "with")
+        ends = {name: timed_steps(clock, both[name]) for name in order}
+        done = len(ends["with"])  # fewer than the chunk where an event changed the widths
+        for name in order:
+            seconds[name] += ends[name][done - 1]
+        if trainer_changed(trainer, twin[0]):
             num_events += 1
-            twin, twin_optimizer = copy_of(trainer)
-        step += done
-        batches = batches[done:]
+            twin = copy_of(trainer)
+        step, turn, batches = step + done, turn + 1, batches[done:]
     total = seconds["with"]
     return {
         "seed": config.seed,
@@ -93,9 +105,31 @@ def measure(config: RunConfig) -> dict[str, Any]:
         "seconds_with": total,
         "seconds_without": seconds["without"],
         "share_by_difference": (total - seconds["without"]) / total,
-        "share_by_clock": trainer.apo.seconds / total,
-        "hook_share": trainer.apo.hook_seconds / total,
+        "share_by_clock": apo.seconds / total,
+        "hook_share": apo.hook_seconds / total,
     }
+
+
+def epoch_batches(trainer: Trainer, step: int) -> list[tuple[Tensor, Tensor]]:
+    """One epoch in random order, on the device: reading the data is not what is timed."""
+    part = trainer.data.train
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(step + trainer.config.seed))
+    rows = order[: trainer.steps_per_epoch * trainer.batch].to(part.labels.device).split(trainer.batch)
+    taken = [part.take(r) for r in rows]
+    return [(x.to(trainer.device), y.to(trainer.device)) for x, y in taken]
+
+
+def trainer_changed(trainer: Trainer, twin: nn.Module) -> bool:
+    shapes = [[p.shape for p in model.parameters()] for model in (trainer.model, twin)]
+    return shapes[0] != shapes[1]
+
+
+def warm_up(copied: tuple[nn.Module, torch.optim.Optimizer], example: tuple[tuple[Tensor, Tensor], float]) -> None:
+    """First steps are slow (allocation, choice of kernels) and would count for whoever goes first."""
+    device = next(copied[0].parameters()).device
+    (x, y), lr = example
+    for _ in range(20):
+        train_step(*copied, (x.to(device), y.to(device)), lr)
 
 
 class Clock:
