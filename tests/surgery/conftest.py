@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from apoptosis.errors import CheckpointError
 from apoptosis.records import Group, Member, Reduction, Site, SiteReduction, Structure
+from apoptosis.surgery import Transaction, build_edits, named_tensors
+from apoptosis.surgery.attributes import attributes_of
 
 
 def _positions(num: int) -> np.ndarray:
@@ -111,6 +115,77 @@ def exact_reductions(structure: Structure, twins: dict[str, dict[int, int]], mer
     return found
 
 
+def train(model, optimizers, steps, first=0):
+    for i in range(first, first + steps):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(11, 5, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 3, (11,), generator=generator)
+        loss = nn.functional.cross_entropy(model(x), y)
+        for opt in optimizers:
+            opt.zero_grad()
+        loss.backward()
+        for opt in optimizers:
+            opt.step()
+    return loss
+
+
+def step(model, opt, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(7, 5, generator=generator), torch.randint(0, 3, (7,), generator=generator)
+    loss = nn.functional.cross_entropy(model(x), y)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+
+
+def shrunk(make=torch.optim.AdamW, steps=3):
+    """A trained network after a surgery, with its optimizer."""
+    model = mlp()
+    opt = make(model.parameters())
+    for i in range(steps):
+        step(model, opt, i)
+    structure = mlp_structure(model)
+    edits = build_edits(structure, [random_reduction(g, range(1, g.num_channels, 2)) for g in structure.groups])
+    with Transaction(model, [opt]) as transaction:
+        transaction.apply(edits)
+    step(model, opt, 8)
+    return model, opt
+
+
+def contents(model, optimizers=()):
+    found = [(n, id(t), t.detach().clone(), t.grad is None) for n, t in named_tensors(model).items()]
+    found += [(n, attributes_of(m)) for n, m in model.named_modules()]
+    for opt in optimizers:
+        found += [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in opt.param_groups]
+        found += [(id(p), copy.deepcopy(state)) for p, state in opt.state.items()]
+    return found
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype is b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
+
+
+class Apo:
+    """Stands for apoptosis: anything with nested state."""
+
+    def __init__(self, state=None, refuse=False):
+        self.state, self.refuse = state, refuse
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        if self.refuse:
+            raise CheckpointError("apoptosis state is of another network")
+        self.state = state
+
+
 @pytest.fixture(scope="session")
 def nets() -> SimpleNamespace:
     return SimpleNamespace(
@@ -123,4 +198,10 @@ def nets() -> SimpleNamespace:
         random_reduction=random_reduction,
         make_duplicates_=make_duplicates_,
         exact_reductions=exact_reductions,
+        train=train,
+        step=step,
+        shrunk=shrunk,
+        contents=contents,
+        same=same,
+        Apo=Apo,
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 from apoptosis.errors import ArgumentError, PinnedGroupError, ShapeError
 from apoptosis.records import Group, Member, Pin, Reduction, Site, Structure, TensorEdit
-from apoptosis.surgery import apply_edit, build_edits, merge_like, named_tensors, slice_like
+from apoptosis.surgery import Transaction, apply_edit, build_edits, merge_like, named_tensors, slice_like
 
 C, KEEP = 6, (0, 2, 3, 5)
 
@@ -302,3 +302,20 @@ def test_an_edit_of_another_shape_is_refused():
         for function in (slice_like, merge_like, lambda e, t: apply_edit(e, t, {})):
             with pytest.raises(ShapeError, match="does not fit"):
                 function(edit, wrong)
+
+
+def test_sparse_gradients_are_sliced():
+    module = nn.Embedding(6, 5, sparse=True)
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        module(torch.tensor([1, 4, 1])).square().sum().backward()
+        dense = module.weight.grad.to_dense()
+        with Transaction(module) as transaction:
+            transaction.apply([TensorEdit(tensor="weight", keep={1: torch.tensor([0, 3])})])
+        assert module.weight.grad.is_sparse
+        assert module.weight.grad.to_dense().equal(dense[:, [0, 3]])
+
+
+def test_second_moments_have_the_layout_of_what_they_came_from():
+    tensor = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
+    edit = TensorEdit(tensor="w", keep={0: torch.tensor([0, 3])})
+    assert slice_like(edit, tensor).is_contiguous(memory_format=torch.channels_last)

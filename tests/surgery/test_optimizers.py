@@ -9,15 +9,12 @@ import copy
 import inspect
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.records import Group, Member, Structure, TensorEdit
 from apoptosis.surgery import Transaction, build_edits, check_optimizers
-from apoptosis.surgery.optimizers import rules_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
@@ -104,20 +101,6 @@ def optimizers_of(name, case, model):
     return [kind(halves, **case.options)]
 
 
-def train(model, optimizers, steps, first=0):
-    for i in range(first, first + steps):
-        generator = torch.Generator().manual_seed(i)
-        x = torch.randn(11, 5, generator=generator, dtype=torch.float64)
-        y = torch.randint(0, 3, (11,), generator=generator)
-        loss = nn.functional.cross_entropy(model(x), y)
-        for opt in optimizers:
-            opt.zero_grad()
-        loss.backward()
-        for opt in optimizers:
-            opt.step()
-    return loss
-
-
 def cut(tensor, keep):
     """Plain indexing along every dim."""
     for dim, kept in enumerate(keep):
@@ -178,7 +161,7 @@ def _check_step(name, case, nets):
     readers = {"table": "reader.weight", "0": "2.weight", "2": "4.weight"}
     model = build(name, nets)
     opts = optimizers_of(name, case, model)
-    train(model, opts, 5)
+    nets.train(model, opts, 5)
     if name == "SparseAdam":
         with torch.no_grad():
             for j, k in twins["table"].items():
@@ -208,8 +191,8 @@ def _check_step(name, case, nets):
         transaction.apply(build_edits(structure, nets.exact_reductions(structure, twins)))
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
     for i in range(3):
-        train(model, opts, 1, first=10 + i)
-        train(small, small_opts, 1, first=10 + i)
+        nets.train(model, opts, 1, first=10 + i)
+        nets.train(small, small_opts, 1, first=10 + i)
         for key, p in model.named_parameters():
             torch.testing.assert_close(p, small.get_parameter(key), rtol=1e-9, atol=1e-11)
 
@@ -231,7 +214,7 @@ def test_removing_dead_neurons_leaves_the_others_on_their_way(name, case, nets):
                     model.get_submodule(layer).bias[c] = 0
                     model.get_submodule(reader).weight[:, c] = 0
     opts = optimizers_of(name, case, model)
-    train(model, opts, 4)
+    nets.train(model, opts, 4)
     twin = copy.deepcopy(model)
     twin_opts = optimizers_of(name, case, twin)
     for opt, other in zip(opts, twin_opts, strict=True):
@@ -243,8 +226,8 @@ def test_removing_dead_neurons_leaves_the_others_on_their_way(name, case, nets):
     with Transaction(model, opts) as transaction:
         transaction.apply(build_edits(structure, reductions))
     keep = kept_of(name, dead)
-    train(model, opts, 6, first=4)
-    train(twin, twin_opts, 6, first=4)
+    nets.train(model, opts, 6, first=4)
+    nets.train(twin, twin_opts, 6, first=4)
     for key, p in model.named_parameters():
         survivors = cut(twin.get_parameter(key).detach(), [list(k) for k in keep[key]])
         torch.testing.assert_close(p.detach(), survivors, rtol=1e-9, atol=1e-11)
@@ -257,7 +240,7 @@ def test_first_moments_follow_the_chain_rule_of_a_merge(name, nets):
     case = Case({"lr": 0.01, "momentum": 0.9} if name in ("SGD", "RMSprop") else {"lr": 0.01})
     model = build(name, nets)
     opts = optimizers_of(name, case, model)
-    train(model, opts, 3)
+    nets.train(model, opts, 3)
     nets.make_duplicates_(model, TWINS)
     weight, reader = model[0].weight, model[2].weight
     old, old_reader = opts[0].state[weight][key].clone(), opts[0].state[reader][key].clone()
@@ -291,84 +274,3 @@ def test_adafactor_keeps_the_estimates_of_convolutions(nets):
         with Transaction(conv, [opt]) as transaction:
             transaction.apply([TensorEdit(tensor="weight", keep=index)])
         torch.testing.assert_close(state["row_var"] @ state["col_var"] / state["row_var"].mean(-2, keepdim=True), full)
-
-
-def test_lbfgs_is_refused(nets):
-    model = nets.mlp()
-    with pytest.raises(UnsupportedOptimizerError, match="LBFGS cannot follow"):
-        check_optimizers([torch.optim.LBFGS(model.parameters())], model)
-    check_optimizers([torch.optim.LBFGS(nets.mlp().parameters())], model)  # another model's
-
-
-class Foreign(torch.optim.Optimizer):
-    """An optimizer that is not of torch, with whatever state the test gives it."""
-
-    def __init__(self, parameters, value):
-        super().__init__(parameters, {"lr": 0.1})
-        self.value = value
-
-    @torch.no_grad()
-    def step(self):
-        for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
-            p.add_(p.grad, alpha=-0.1)
-            self.state[p].setdefault("thing", self.value(p))
-
-
-@pytest.mark.parametrize(
-    "value",
-    [torch.ones_like, lambda p: torch.ones(()), lambda p: torch.ones(1), lambda p: 3, lambda p: None, lambda p: "a"],
-)
-def test_foreign_state_of_the_parameters_shape_follows(value, nets):
-    model = nets.mlp(dtype=torch.float64)
-    opt = Foreign(model.parameters(), value)
-    train(model, [opt], 2)
-    check_optimizers([opt], model)
-    structure = nets.mlp_structure(model)
-    with Transaction(model, [opt]) as transaction:
-        transaction.apply(build_edits(structure, [nets.reduction(g, (0, 1)) for g in structure.groups]))
-    train(model, [opt], 2)
-    thing = opt.state[model[2].weight]["thing"]
-    assert not isinstance(thing, torch.Tensor) or thing.shape in ((2, 2), (), (1,))
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (
-            lambda p: torch.ones(p.shape[0], 1),
-            r"Foreign holds state 'thing' of parameter '0.weight' \(8, 5\).*\(8, 1\)",
-        ),
-        (lambda p: [torch.ones_like(p)], "of type list"),
-        (lambda p: np.ones(3), "of type ndarray"),
-    ],
-)
-def test_foreign_state_of_another_shape_is_refused(value, message, nets):
-    model = nets.mlp(dtype=torch.float64)
-    opt = Foreign(model.parameters(), value)
-    train(model, [opt], 1)
-    with pytest.raises(UnsupportedOptimizerError, match=message):
-        Transaction(model, [opt])
-    with pytest.raises(ArgumentError, match=r"not a torch\.optim\.Optimizer"):
-        check_optimizers([model], model)
-
-
-def test_a_subclass_follows_its_parents_rules(nets):
-    class Mine(torch.optim.ASGD):
-        pass
-
-    assert rules_of(Mine(nets.mlp().parameters())) == {"ax": "value"}
-
-
-def test_other_models_state_is_left_alone(nets):
-    model, other = nets.mlp(dtype=torch.float64), nets.mlp(dtype=torch.float64, seed=3)
-    opt = torch.optim.Adam([*model.parameters(), *other.parameters()])
-    train(model, [opt], 2)
-    train(other, [opt], 2)
-    before = {id(p): copy.deepcopy(opt.state[p]) for p in other.parameters()}
-    structure = nets.mlp_structure(model)
-    with Transaction(model, [opt]) as transaction:
-        transaction.apply(build_edits(structure, [nets.reduction(structure.groups[0], (1, 2))]))
-    for p in other.parameters():
-        assert all(torch.equal(opt.state[p][k], v) for k, v in before[id(p)].items())
-    train(other, [opt], 1)
-    train(model, [opt], 1)
