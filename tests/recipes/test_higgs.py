@@ -127,6 +127,20 @@ def test_conversion_is_bounded_in_memory(publisher):
     assert peak < 32 * 2**20  # less than the text as a whole
 
 
+def test_a_folder_that_may_not_be_written_stays_as_it_is(publisher, tmp_path, monkeypatch):
+    path = publisher.higgs(50)
+    monkeypatch.setenv("APOPTOSIS_DATA", str(publisher.root))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path.parent.chmod(0o555)
+    try:
+        train, _ = higgs.load_higgs(publisher.root, 10)
+        assert len(train) == 40
+        assert [p.name for p in path.parent.iterdir()] == ["HIGGS.csv.gz"]
+        assert len(list((tmp_path / "cache" / "torch-apoptosis" / "higgs").glob("HIGGS-*.npy"))) == 1
+    finally:
+        path.parent.chmod(0o755)
+
+
 @pytest.mark.data
 def test_real_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where the array goes if the folder is not writable

@@ -32,7 +32,7 @@ for _command in (train, compare, inspect, plan, report):
     app.command()(_command)
 
 # typer hands on the errors of its parser, whose base class it exports in some versions only.
-_ParserError = typer.BadParameter.__mro__[2]
+_ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -46,12 +46,14 @@ def run(argv: Sequence[str]) -> int:
             # Without arguments: the help, as if it had been asked for.
             status = typer.main.get_command(app)(args=list(argv) or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; what was saved stays, and train goes on from it with --resume", INTERRUPTED)
+        status = INTERRUPTED
     except (ApoptosisError, OSError, torch.OutOfMemoryError) as error:
         return _fail(str(error) or type(error).__name__, BAD_INPUT)
     except _ParserError as error:
         wording = getattr(error, "format_message", error.__str__)
         return _fail(wording(), BAD_INPUT)
+    if status == INTERRUPTED:  # typer turns an interrupt into this status by itself, in some versions
+        return _fail("interrupted; what was saved stays, and train goes on from it with --resume", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 

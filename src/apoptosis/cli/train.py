@@ -5,6 +5,7 @@ Lives here: arguments to run and back to words. Does not live here: the run (rec
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,8 +65,10 @@ def train(
 
 
 def default_folder(config: RunConfig) -> Path:
-    """Name a folder after data, network and time."""
-    return Path("runs") / f"{config.data}-{config.network}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Name a folder after data, network and time; one that is not there yet."""
+    name = f"{config.data}-{config.network}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 
 
 def _stored(path: Path) -> RunConfig:

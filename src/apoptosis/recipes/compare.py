@@ -90,10 +90,12 @@ def _twins(
             folder.add_epoch(name, seed, epoch, data.metric)
             if config.tensorboard:
                 folder.add_scalars(name, seed, epoch)
+            if interrupt.requested:
+                raise KeyboardInterrupt
     results = {name: finish(trainers[name], epochs[name]) for name in CONTESTANTS}
     for name, trainer in trainers.items():
-        own = trainer.config.model_dump(mode="json")
-        save(folder.path / f"{name}-seed{seed}.safetensors", trainer.model, config=own)
+        path = folder.path / f"{name}-seed{seed}.safetensors"
+        save(path, trainer.model, config=trainer.config.model_dump(mode="json"))
     apo = trainers["apoptosis"].apo
     assert apo is not None
     ledger = apo.ledger()

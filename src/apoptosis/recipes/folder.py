@@ -41,6 +41,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if (path / CONFIG).exists():
                 raise ArgumentError(f"'{path}' holds a run already: resume it with --resume, or name another folder.")
+        self._begun = resume
         self._log = EventLog(path / LOG)
         self._scalars: dict[str, Any] = {}
 
@@ -57,7 +58,8 @@ class RunFolder:
         return RunConfig.read(self.path / CONFIG)
 
     def begin(self, config: RunConfig, device: torch.device, **more: Any) -> None:
-        """Write configuration, versions and machine."""
+        """Write configuration, versions and machine; from here on the folder is that of a run."""
+        self._begun = True
         config.write(self.path / CONFIG)
         self._log.append(
             "run", config=config.model_dump(mode="json"), versions=versions(), machine=machine(device), **more
@@ -108,8 +110,13 @@ class RunFolder:
         write_json(self.path / SUMMARY, summary)
 
     def close(self) -> None:
-        """Close what is open; closing twice does nothing."""
+        """Close what is open; closing twice does nothing. A folder whose run never began is removed if it is empty."""
         self._log.close()
+        if not self._begun:
+            self._begun = True
+            (self.path / LOG).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
         for writer in self._scalars.values():
             writer.close()
         self._scalars = {}

@@ -163,7 +163,8 @@ class Trainer:
         """Train to the end of the current epoch, then evaluate on the validation part.
 
         Raises: NonFiniteError: the loss is NaN or infinite. KeyboardInterrupt: asked for by `interrupt`, after a whole
-            step; `state_dict` then holds all it takes to go on.
+            step inside the epoch; `state_dict` then holds all it takes to go on. After the epoch's last step the epoch
+            is brought to its end, and whoever runs epochs asks `interrupt`.
         """
         started, epoch = time.perf_counter(), self.epoch
         try:
@@ -236,7 +237,7 @@ class Trainer:
             with precision:
                 loss = F.cross_entropy(model(inputs), labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             if apo is not None:
                 event = apo.step()
@@ -246,13 +247,13 @@ class Trainer:
             self.step += 1
             if self.step % CHECK_EVERY == 0:
                 self._check(epoch, position + 1, watch)
-            if self.interrupt.requested:
+            if self.interrupt.requested and position + 1 < self.steps_per_epoch:
                 self._rng = self._random_state()
                 raise KeyboardInterrupt
         self._check(epoch, self.steps_per_epoch, watch)
 
-    def _begin_epoch(self, epoch: int, first: int) -> tuple[Tensor, ...]:
-        """Set the random state of this place in the run; return the rows of every batch of the epoch."""
+    def _begin_epoch(self, epoch: int, first: int) -> Tensor:
+        """Set the random state of this place in the run; return the epoch's rows, (steps, batch)."""
         seed = 2 * (self.config.seed * 100_003 + epoch)
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
         if first and self._rng is not None:
@@ -262,7 +263,7 @@ class Trainer:
             self._loss_sum = torch.zeros_like(self._loss_sum)
         self.model.train()
         order = order[: self.steps_per_epoch * self.batch].to(self.data.train.labels.device)
-        return order.split(self.batch)
+        return order.view(self.steps_per_epoch, self.batch)
 
     def _check(self, epoch: int, done: int, watch: Watcher | None) -> None:
         mean = float(self._loss_sum) / done

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from apoptosis.errors import CheckpointError
+from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.recipes.config import RunConfig, resolve_device
 from apoptosis.recipes.datasets import Dataset, load_dataset
 from apoptosis.recipes.folder import RunFolder
@@ -42,7 +42,13 @@ def prepare(config: RunConfig) -> tuple[Dataset, torch.device]:
 
 
 def write_checkpoint(folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -> None:
-    """Write all it takes to go on exactly here; the last checkpoint is replaced only by a whole one."""
+    """Write all it takes to go on exactly here; the last checkpoint is replaced only by a whole and finite one.
+
+    Raises: NonFiniteError: a weight is NaN or infinite; the last checkpoint stays. CheckpointError: it cannot be written.
+    """
+    for name, parameter in trainer.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"the weights of '{name}' hold NaN or infinity at step {trainer.step}; lower --lr.")
     history = [_epoch_fields(epoch) for epoch in epochs]
     save(
         folder.checkpoint,
@@ -64,6 +70,8 @@ def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
         raise CheckpointError(f"'{folder.path}' holds no checkpoint yet: start the run anew in another folder.")
     extra = load(folder.checkpoint, trainer.model, trainer.optimizer, trainer.apo)
     try:
+        if extra["config"] != trainer.config.model_dump(mode="json"):
+            raise CheckpointError(f"'{folder.checkpoint}' is of a run with another configuration than its folder says.")
         trainer.load_state_dict(extra["trainer"])
         return [Epoch(**values) for values in extra["epochs"]]
     except (KeyError, TypeError) as error:
@@ -94,6 +102,8 @@ def train(
                 if config.tensorboard:
                     folder.add_scalars(contestant, config.seed, epoch)
                 write_checkpoint(folder, trainer, epochs)
+                if interrupt.requested and not trainer.finished:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             if interrupt.requested and trainer.step > 0:
                 write_checkpoint(folder, trainer, epochs)

@@ -25,8 +25,12 @@ class Source:
 
 def default_data_dir() -> Path:
     """Where data lie when `--data-dir` is not given: $APOPTOSIS_DATA, else the user's cache folder."""
-    if given := os.environ.get("APOPTOSIS_DATA"):
-        return Path(given)
+    given = os.environ.get("APOPTOSIS_DATA")
+    return Path(given) if given else cache_dir()
+
+
+def cache_dir() -> Path:
+    """Return the user's cache folder for data: below $XDG_CACHE_HOME or ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "torch-apoptosis"
 

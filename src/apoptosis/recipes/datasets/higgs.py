@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from apoptosis.errors import DataError
-from apoptosis.recipes.datasets.fetch import Source, default_data_dir, obtain
+from apoptosis.recipes.datasets.fetch import Source, cache_dir, obtain
 from apoptosis.recipes.datasets.parts import Part
 
 SOURCE = Source(
@@ -104,11 +104,16 @@ def _array_path(source: Path) -> Path:
         stream.seek(max(0, source.stat().st_size - 8))
         trailer = stream.read(8).hex()
     name = f"HIGGS-{trailer}.npy"
-    if (source.parent / name).exists() or os.access(source.parent, os.W_OK):
+    if (source.parent / name).exists() or _writable(source.parent):
         return source.parent / name
-    cache = default_data_dir() / "higgs"
+    cache = cache_dir() / "higgs"
     cache.mkdir(parents=True, exist_ok=True)
     return cache / name
+
+
+def _writable(folder: Path) -> bool:
+    # The superuser may write anywhere; a folder that nobody was given leave to write in stays as it is all the same.
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
 def _write_header(out: IO[bytes], num_rows: int) -> None:
