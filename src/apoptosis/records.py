@@ -140,6 +140,8 @@ class Structure:
 
     groups: all groups, pinned ones included, in forward order. macs: multiply-adds of one forward pass on the example
     input. shapes: shape of every parameter and buffer at capture. aliases: tied name -> first name.
+    classes: for every parameter and buffer, per dim, the number of the channel that owns each position: what verify()
+    compares. pinned_classes: the numbers that are pinned.
     """
 
     groups: tuple[Group, ...]
@@ -147,6 +149,8 @@ class Structure:
     shapes: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    classes: Mapping[str, tuple[IntArray, ...]] = field(default_factory=dict)
+    pinned_classes: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

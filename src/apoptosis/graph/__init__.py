@@ -1,1 +1,10 @@
+"""A model's structure, measured by sending channel ids through one real forward pass.
 
+Lives here: model in, groups, sites and pins out. Does not live here: statistics, decisions, edits.
+"""
+
+from apoptosis.graph.analysis import analyse
+from apoptosis.graph.rules import register_rule
+from apoptosis.graph.verification import verify
+
+__all__ = ["analyse", "register_rule", "verify"]

@@ -1,0 +1,81 @@
+"""analyse(): two captures, one structure.
+
+Lives here: the order of the steps, and the notes. Does not live here: any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from apoptosis.errors import CaptureError
+from apoptosis.graph.capture import capture
+from apoptosis.graph.findings import Findings
+from apoptosis.graph.groups import build_groups, classify, close
+from apoptosis.graph.slots import Slots, named_tensors
+from apoptosis.records import Structure
+
+
+def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Structure:
+    """Find the coupled channel groups of a model from one forward pass in training and one in evaluation mode.
+
+    The model, its buffers, gradients, training flags and all random generators are afterwards as they were. What holds
+    in either mode holds: channels tied in one are tied, channels pinned in one are pinned.
+
+    Args:
+        model: any module; parameters initialised.
+        args: positional arguments of the forward pass (at least two examples where the model has batch normalisation).
+        kwargs: its named arguments.
+
+    Returns: the structure; its groups are in forward order, pinned ones included.
+
+    Raises:
+        CaptureError: the forward pass fails on this input, or a parameter is not initialised yet.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        >>> import torch
+        >>> structure = analyse(net, (torch.zeros(3, 4),), {})
+        >>> [(g.name, g.num_channels, g.pin.reason if g.pin else None) for g in structure.groups]
+        [('0', 6, None), ('2', 2, "they are the network's output")]
+    """
+    tensors, aliases, buffers = named_tensors(model)
+    lazy = [name for name, tensor in tensors.items() if isinstance(tensor, UninitializedTensorMixin)]
+    if lazy:
+        raise CaptureError(f"parameter '{lazy[0]}' is not initialised: run the model once before.")
+    findings = Findings(Slots(tensors, buffers))
+    modules: list[dict[str | None, int]] = []
+    for training in (True, False):
+        before = len(findings.ties), len(findings.pins)
+        capture(model, args, kwargs or {}, findings, training=training)
+        modules.append({"ties": len(findings.ties) - before[0], "pins": len(findings.pins) - before[1]})
+    close(findings)
+    classes = classify(findings)
+    first_pins = {name: tuple(classes.labels[owner.axis(d)] for d in range(len(owner.shape)))
+                  for name, owner in findings.slots.owners.items()}  # fmt: skip
+    return Structure(
+        groups=build_groups(findings, classes),
+        macs=findings.macs.get("training", 0.0),
+        shapes={name: owner.shape for name, owner in findings.slots.owners.items()},
+        aliases=aliases,
+        notes=_notes(findings),
+        classes=first_pins,
+        pinned_classes=np.array(sorted(classes.reasons), dtype=np.int64),
+    )
+
+
+def _notes(findings: Findings) -> tuple[str, ...]:
+    """Say what a user may want to know: unused parameters, modes that compute different things."""
+    notes = []
+    unread = [name for name, owner in findings.slots.owners.items() if not findings.reads[name] and not owner.is_buffer]
+    notes += [f"parameter '{name}' is not read by the forward pass on this input" for name in unread]
+    for consumer in findings.consumers.values():
+        modes = set(consumer.macs)
+        if len(modes) == 1:
+            only = modes.pop()
+            notes.append(f"'{consumer.module or consumer.weight}' takes part in {only} mode only")
+    return tuple(notes)

@@ -1,0 +1,119 @@
+"""What happens where the elements of several tensors meet one another.
+
+Lives here: the one procedure behind all elementwise operators, biases and masks. Does not live here: which operator
+is elementwise (rules.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from apoptosis.graph.slots import View
+from apoptosis.graph.tracer import Call
+from apoptosis.graph.values import Value, align, nothing, varying
+from apoptosis.records import IntArray
+
+
+def _bind(call: Call, view: View, ndim: int, axes: frozenset[int] | None) -> IntArray | None:
+    """Return the slots of the one axis of a parameter that runs along `axes` (None: any), else None.
+
+    None stands for "runs along no channel axis", or for a parameter that had to be pinned.
+    """
+    lead = ndim - view.ndim
+    if view.dims is None:
+        call.pin_owner(view.owner, "uses several axes of it as one")
+        return None
+    runs = view.varied()
+    if axes is not None:
+        runs = [dim for dim in runs if any(axis + lead in axes for axis in view.axes(dim))]
+    if len(runs) == 1:
+        return align(view.slots(runs[0]), ndim)
+    if runs:
+        call.pin_owner(view.owner, "meets several axes of it at once")
+    return None
+
+
+def _spans(tensor: Tensor, ndim: int, axes: frozenset[int]) -> bool:
+    """Whether the tensor has elements of its own along any of these axes of the result."""
+    lead = ndim - tensor.dim()
+    return any(axis >= lead and tensor.shape[axis - lead] > 1 and tensor.stride(axis - lead) != 0 for axis in axes)
+
+
+def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple[Tensor, Value]] = ()) -> Value:
+    """Tie the channels of operands that meet element by element, after broadcasting.
+
+    Channels that meet values without channels (the network input, a mask of fixed size) are pinned; values that are the
+    same everywhere, or independent noise, meet them harmlessly. A parameter gives the slots of the axis that runs along
+    the channels.
+
+    given: further operands whose values are not those on record.
+
+    Returns: the ids of the result, without paths.
+    """
+    tracer = call.tracer
+    live: list[tuple[Tensor, IntArray]] = []
+    dull: list[tuple[Tensor, Value]] = []
+    views: list[tuple[Tensor, View]] = []
+    free = True
+    operands: list[tuple[Tensor, Value | None]] = [*given, *((tensor, None) for tensor in tensors)]
+    for tensor, known in operands:
+        view = tracer.view(tensor) if known is None else None
+        if view is not None:
+            tracer.read(view.owner, "operator")
+            views.append((tensor, view))
+            free = free and tensor.numel() == 1
+            continue
+        value = tracer.value(tensor) if known is None else known
+        free = free and (value.free or tensor.numel() == 1)
+        if value.live:
+            live.append((tensor, align(value.ids, ndim)))
+        elif not value.free:
+            dull.append((tensor, value))
+    axes = frozenset().union(*(varying(ids) for _, ids in live)) if live else None
+    for tensor, view in views:
+        bound = _bind(call, view, ndim, axes)
+        if bound is not None:
+            live.append((tensor, bound))
+        elif view.dims is None and axes is not None and tensor.numel() > 1:
+            dull.append((tensor, nothing(tensor.dim(), f"'{view.owner.name}'")))
+    if not live:
+        origin = dull[0][1].origin if dull else "a constant"
+        return nothing(ndim, origin, free=free)
+    result = live[0][1]
+    for (left, _), (tensor, ids) in zip(live, live[1:], strict=False):
+        result = _join(call, left, result, tensor, ids, ndim)
+    for tensor, value in dull:
+        if _spans(tensor, ndim, varying(result)):
+            call.pin(result, f"combines channels with {value.origin}, which has none")
+            break
+    return Value(result)
+
+
+def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:
+    """Tie two id arrays; the one that varies more is the result."""
+    if a is b or (a.shape == b.shape and np.array_equal(a, b)):
+        return a
+    along_a, along_b = varying(a), varying(b)
+    if not along_a and along_b:
+        call.pin(a, "spreads one channel over others")
+        if _spans(left, ndim, along_b):
+            call.pin(b, "combines channels with positions of another channel")
+        return b
+    if along_a and not along_b:
+        call.pin(b, "spreads one channel over others")
+        if _spans(right, ndim, along_a):
+            call.pin(a, "combines channels with positions of another channel")
+        return a
+    if not (along_a <= along_b or along_b <= along_a):
+        call.pin(a, "combines channels that lie along different axes")
+        call.pin(b, "combines channels that lie along different axes")
+        return a
+    wide_a, wide_b = np.broadcast_arrays(a, b)
+    call.tracer.findings.tie(wide_a, wide_b)
+    lone = (wide_a == 0) != (wide_b == 0)
+    if bool(lone.any()):
+        call.pin(np.where(lone, wide_a + wide_b, 0), "combines channels with values that are none")
+    return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)

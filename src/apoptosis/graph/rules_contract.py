@@ -1,0 +1,333 @@
+"""Contractions and batch normalisation: the few operators with rules of their own.
+
+Lives here: matrix products and convolutions with a parameter (consumer sites and producers), batch normalisation.
+Does not live here: products of activations with one another, which pin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from apoptosis.graph.findings import Consumer
+from apoptosis.graph.meet import meet
+from apoptosis.graph.slots import Owner, View
+from apoptosis.graph.tracer import Call, Result, Rule
+from apoptosis.graph.values import Path, Paths, Value, nothing, spoiled
+from apoptosis.records import IntArray, SiteKind
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_STOCK: dict[Any, Any] = {cls.forward: getattr(cls, "_conv_forward", None) for cls in _CONVS}
+_NORMS = (_BatchNorm.forward, SyncBatchNorm.forward)
+_REMEDY = "Let an nn.Linear or nn.Conv module compute it."
+
+
+def _stock_linear(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+
+
+def _stock_conv(module: nn.Module | None) -> bool:
+    if not isinstance(module, _ConvNd) or "forward" in vars(module):
+        return False
+    forward = type(module).forward
+    return forward in _STOCK and getattr(type(module), "_conv_forward", None) is _STOCK[forward]
+
+
+@dataclass(slots=True)
+class _Weight:
+    """A parameter in a contraction: the slots along its contracted and its other axis, and where these lie."""
+
+    owner: Owner
+    dim_in: int
+    dim_out: int
+    columns: IntArray
+    rows: IntArray
+
+
+def _matrix(view: View, axis_in: int, axis_out: int) -> _Weight | None:
+    """Read a view as a matrix of one parameter; None when its axes are not axes of the parameter."""
+    owner = view.owner
+    if view.dims is None:
+        return None
+    found: dict[int, tuple[int, IntArray]] = {}
+    for axis in (axis_in, axis_out):
+        if view.shape[axis] > 1:
+            slots = view.sole(axis)
+            dims = [d for d in view.varied() if axis in view.axes(d)]
+            if slots is None:
+                return None
+            found[axis] = (dims[0], slots)
+    taken = {dim for dim, _ in found.values()}
+    for axis, wanted in ((axis_in, len(owner.shape) - 1), (axis_out, 0)):
+        if axis not in found:  # an axis of size 1: the parameter's axis that is left over
+            dim = wanted if wanted not in taken else next((d for d in range(len(owner.shape)) if d not in taken), -1)
+            if dim < 0 or len(owner.shape) != 2:
+                return None
+            taken.add(dim)
+            found[axis] = (dim, np.array([owner.bases[dim] + view.dims[dim][0]], dtype=np.int64))
+    (dim_in, columns), (dim_out, rows) = found[axis_in], found[axis_out]
+    return None if dim_in == dim_out else _Weight(owner, dim_in, dim_out, columns, rows)
+
+
+def _consume(call: Call, weight: _Weight, tensor: Tensor, axis: int, columns: IntArray) -> Value:
+    """Tie the channels along `axis` of an operand to the columns that read them."""
+    tracer = call.tracer
+    value = tracer.value(tensor)
+    size = tensor.shape[axis]
+    if not value.live:
+        call.pin(columns, f"reads {value.origin}, which carries no channels")
+    elif value.ids.shape[axis] != size:
+        text = "mixes the positions of single channels"
+        call.pin(value.ids, text)
+        call.pin(columns, text)
+    else:
+        ids = np.moveaxis(value.ids, axis, -1).reshape(-1, size)
+        wide = np.broadcast_to(columns, ids.shape)
+        tracer.findings.tie(ids, wide)
+        if bool((ids == 0).any()):
+            call.pin(np.where(ids == 0, wide, 0), "reads channels beside values that are none")
+    return value
+
+
+def _register(call: Call, weight: _Weight, value: Value, site: Consumer, direct: bool, macs: float) -> None:
+    """Record the consumer and the producer that this contraction is."""
+    tracer, findings = call.tracer, call.tracer.findings
+    name = tracer.module_name
+    if not direct:
+        call.pin(weight.columns, "is a consumer without a module", _REMEDY)
+    key = (site.module, site.weight, site.dim)
+    known = findings.consumers.setdefault(key, site)
+    known.inputs.append(value.paths)
+    known.dropout = max(known.dropout, value.dropout if tracer.mode == "training" else 0.0)
+    known.zero_padded = known.zero_padded or site.zero_padded
+    known.macs[tracer.mode] += macs
+    axis = (weight.owner.name, weight.dim_out)
+    findings.producers.setdefault(axis, name if direct else weight.owner.name.rpartition(".")[0])
+    findings.axis_macs[axis][tracer.mode] += macs
+
+
+def _site_bias(call: Call, direct: bool) -> str | None:
+    module = call.tracer.module
+    owner = call.tracer.owner_of(module, "bias") if direct and module is not None else None
+    return owner.name if owner is not None else None
+
+
+def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Result:
+    """Matrix product: the last axis of `a` with the last but one of `b`."""
+    tracer, out = call.tracer, call.outs[0]
+    macs = float(out.numel()) * (a.shape[-1] if a.dim() else 1)
+    tracer.findings.macs[tracer.mode] += macs
+    view_a, view_b = tracer.view(a), tracer.view(b)
+    value: Value | None = None
+    if view_b is not None and view_a is None and b.dim() >= 2:
+        value = _apply(call, view_b, b.dim() - 2, b.dim() - 1, a, a.dim() - 1, out.dim() - 1, macs)
+    elif view_a is not None and view_b is None and a.dim() >= 2:
+        axis = max(0, b.dim() - 2)
+        value = _apply(call, view_a, a.dim() - 1, a.dim() - 2, b, axis, max(0, out.dim() - min(2, b.dim())), macs)
+    if value is None:
+        text = "contracts channels with values that are not a parameter"
+        for tensor, view in ((a, view_a), (b, view_b)):
+            if view is not None:
+                call.pin_owner(view.owner, "does not use it as a plain matrix")
+            else:
+                call.pin(tracer.value(tensor).ids, text)
+        value = nothing(out.dim(), f"the result of {call.label}")
+    return value if bias is None else _biased(call, value, bias, out)
+
+
+def _apply(
+    call: Call, view: View, axis_in: int, axis_out: int, x: Tensor, axis: int, axis_result: int, macs: float
+) -> Value | None:
+    """One operand is a parameter: consumer of `x` along `axis`, producer along `axis_result` of the result."""
+    tracer, out = call.tracer, call.outs[0]
+    module = tracer.module
+    weight = _matrix(view, axis_in, axis_out)
+    if weight is None or any(view.axes(d) & set(range(view.ndim - 2)) for d in view.varied()):
+        return None
+    direct = (
+        _stock_linear(module)
+        and module is not None
+        and tracer.owner_of(module, "weight") is weight.owner
+        and (weight.dim_in, weight.dim_out) == (1, 0)
+        and (weight.columns.size, weight.rows.size) == (weight.owner.shape[1], weight.owner.shape[0])
+    )
+    value = _consume(call, weight, x, axis, weight.columns)
+    name = tracer.module_name if direct else None
+    site = Consumer(name, "linear", weight.owner.name, weight.dim_in, _site_bias(call, direct))
+    _register(call, weight, value, site, direct, macs)
+    ids = weight.rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
+    return Value(ids, paths={(weight.owner.name, weight.dim_out): Path()}, source=name)
+
+
+def _biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
+    """Add a bias, which belongs to the rows when it is a parameter along them."""
+    view = call.tracer.view(bias)
+    if view is None:
+        other = call.tracer.value(bias)
+        met = meet(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition
+        return replace(met, paths=spoiled([value.paths, other.paths]))
+    if view.ndim == 1 and len(view.varied()) == 1 and value.live:
+        slots = view.slots(view.varied()[0])
+        call.tracer.findings.tie(value.ids.reshape(-1), slots.reshape(-1))
+        call.tracer.findings.biases.add((view.owner.name, view.varied()[0]))
+        return value
+    if view.varied():
+        call.pin_owner(view.owner, "adds it across channels")
+        call.pin(value.ids, "adds a parameter across channels")
+    return value
+
+
+def _mm(call: Call) -> Result:
+    return _product(call, call.args[0], call.args[1])
+
+
+def _addmm(call: Call) -> Result:
+    return _product(call, call.args[1], call.args[2], call.args[0])
+
+
+def _linear(call: Call) -> Result:
+    x, weight = call.args[0], call.args[1]
+    bias = call.arg(2, "bias")
+    return _product(call, x, weight.t(), bias)
+
+
+def _convolution(call: Call) -> Result:
+    x, w, bias = call.args[0], call.args[1], call.arg(2, "bias")
+    stride, padding = call.arg(3, "stride"), call.arg(4, "padding")
+    transposed, groups = bool(call.arg(6, "transposed")), int(call.arg(8, "groups"))
+    tracer, out = call.tracer, call.outs[0]
+    taps = math.prod(w.shape[2:])
+    macs = float(x.numel() if transposed else out.numel()) * w.shape[1] * taps
+    tracer.findings.macs[tracer.mode] += macs
+    view = tracer.view(w)
+    if view is None or not view.whole:
+        if view is not None:
+            call.pin_owner(view.owner, "does not use it whole")
+        call.pin(tracer.value(x).ids, "contracts channels with values that are not a parameter")
+        if bias is not None and (found := tracer.view(bias)) is not None:
+            call.pin_owner(found.owner, "adds it to values without channels")
+        return None
+    owner = view.owner
+    dim_in, dim_out = (0, 1) if transposed else (1, 0)
+    weight = _Weight(owner, dim_in, dim_out, owner.axis(dim_in), owner.axis(dim_out))
+    module = tracer.module
+    direct = _stock_conv(module) and module is not None and tracer.owner_of(module, "weight") is owner
+    if groups > 1 and (w.shape[0] // groups if transposed else w.shape[1]) == 1:
+        value = _depthwise(call, weight, x, groups, transposed, macs)
+        if not direct:
+            call.pin(weight.owner.slots(), "is a depthwise convolution without a module", _REMEDY)
+    else:
+        columns, rows = _grouped(call, weight, groups, transposed)
+        read = _consume(call, weight, x, 1, columns)
+        kind: SiteKind = "conv_transpose" if transposed else "conv"
+        padded = transposed and (taps > 1 or bool(np.any(np.array(stride) != 1)))  # borders read fewer taps
+        padded = padded or bool(np.any(padding)) or _pads_itself(module, taps)
+        name = tracer.module_name if direct else None
+        site = Consumer(name, kind, owner.name, dim_in, _site_bias(call, direct), taps, padded, groups)
+        _register(call, weight, read, site, direct, macs)
+        value = Value(_channels_first(rows, out.dim()), paths={(owner.name, dim_out): Path()}, source=name)
+    return value if bias is None else _biased(call, value, bias, out)
+
+
+def _pads_itself(module: nn.Module | None, taps: int) -> bool:
+    """Whether a convolution pads with zeros before the operator ("same" with an even kernel)."""
+    return isinstance(module, _ConvNd) and module.padding == "same" and module.padding_mode == "zeros" and taps > 1
+
+
+def _channels_first(slots: IntArray, ndim: int) -> IntArray:
+    return slots.reshape([-1 if i == 1 else 1 for i in range(ndim)])
+
+
+def _grouped(call: Call, weight: _Weight, groups: int, transposed: bool) -> tuple[IntArray, IntArray]:
+    """Return the slot that reads each input channel and the slot that makes each output channel.
+
+    With several blocks the same position of every block goes together, so that the blocks stay of one size.
+    """
+    columns, rows = weight.columns, weight.rows
+    if groups == 1:
+        return columns, rows
+    split = (columns if transposed else rows).reshape(groups, -1)
+    call.tracer.findings.tie(split[1:], np.broadcast_to(split[0], split[1:].shape))
+    if transposed:
+        return columns, np.tile(rows, groups)
+    return np.tile(columns, groups), rows
+
+
+def _depthwise(call: Call, weight: _Weight, x: Tensor, groups: int, transposed: bool, macs: float) -> Value:
+    """Every block reads one channel: its outputs are removed with it, and it is no producer of its own."""
+    tracer, owner = call.tracer, weight.owner
+    slots = owner.axis(0).reshape(groups, -1)
+    value = _consume(call, weight, x, 1, slots[:, 0])
+    tracer.findings.tie(slots[:, 1:], np.broadcast_to(slots[:, :1], slots[:, 1:].shape))
+    tracer.findings.axis_macs[(owner.name, 0)][tracer.mode] += macs
+    ids = np.repeat(slots[:, 0], owner.shape[1]) if transposed else slots.reshape(-1)
+    return Value(_channels_first(ids, call.outs[0].dim()), paths=spoiled([value.paths]))
+
+
+def _batch_norm(call: Call) -> Result:
+    """Statistics per channel along axis 1, one entry of each operand per channel."""
+    tracer, x = call.tracer, call.args[0]
+    value = tracer.value(x)
+    ndim = x.dim()
+    module = tracer.module
+    stock = isinstance(module, _BatchNorm) and type(module).forward in _NORMS
+    shape = [-1 if i == 1 else 1 for i in range(ndim)]
+    given: list[tuple[Tensor, Value]] = []
+    operands: list[Tensor] = []
+    for tensor in call.args[1:5]:
+        if not isinstance(tensor, Tensor) or tensor.dim() != 1:
+            continue
+        if tracer.view(tensor) is not None:
+            operands.append(tensor.view(shape))
+        else:
+            found = tracer.value(tensor)
+            given.append((tensor.view(shape), found.moved(found.ids.reshape(shape))))
+    if value.source is not None:
+        reader = tracer.module_name if stock else "operator"
+        tracer.findings.readers[value.source].add(reader)
+    if stock:
+        tracer.findings.normalised[tracer.module_name].add(value.source or "")
+    met = meet(call, [x, *operands], ndim, given)
+    result = replace(met, paths=_normalised(value.paths, tracer.module_name if stock else None))
+    moments = Value(met.ids.reshape(-1)) if met.ids.size == met.ids.shape[1] else None
+    return [result, *[moments if o.dim() == 1 and o.shape[0] == x.shape[1] else None for o in call.outs[1:]]]
+
+
+def _normalised(paths: Paths, norm: str | None) -> Paths:
+    out: dict[tuple[str, int], Path | None] = {}
+    for key, path in paths.items():
+        plain = path is not None and norm is not None and path == Path()
+        out[key] = Path(norm=norm) if plain else None
+    return out
+
+
+CONTRACTIONS: dict[str, tuple[Rule, bool]] = {
+    "mm": (_mm, True),
+    "bmm": (_mm, True),
+    "mv": (_mm, True),
+    "matmul": (_mm, True),
+    "addmm": (_addmm, True),
+    "baddbmm": (_addmm, True),
+    "linear": (_linear, True),
+    "convolution": (_convolution, True),
+    **{
+        name: (_batch_norm, False)
+        for name in (
+            "native_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "_batch_norm_with_update",
+            "_batch_norm_no_update",
+            "cudnn_batch_norm",
+            "miopen_batch_norm",
+            "batch_norm",
+        )
+    },
+}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

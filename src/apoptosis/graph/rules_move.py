@@ -1,0 +1,298 @@
+"""Operators that only move data: executed on the ids.
+
+Lives here: one short function per family of movement. Does not live here: arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apoptosis.graph.meet import meet
+from apoptosis.graph.tracer import Call, Result, Rule, no_rule
+from apoptosis.graph.values import (
+    SIZE_LIMIT,
+    TooLargeError,
+    Value,
+    align,
+    collapse,
+    expand,
+    joined,
+    nothing,
+    reshape,
+    spoiled,
+    varying,
+)
+from apoptosis.records import IntArray
+
+
+def _same_memory(call: Call) -> bool:
+    """Whether the result is a view of a parameter, which needs no rule."""
+    return bool(call.outs) and call.tracer.view(call.outs[0]) is not None
+
+
+def _move(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
+    """Make a rule for one tensor in, one out."""
+
+    def rule(call: Call) -> Result:
+        if _same_memory(call):
+            return None
+        tensor = call.args[0]
+        value = call.tracer.value(tensor)
+        if not value.live:
+            return Value(
+                np.zeros((1,) * call.outs[0].dim(), dtype=np.int64),
+                free=value.free,
+                origin=value.origin,
+                keep=value.keep,
+            )
+        return value.moved(step(call, tensor, value.ids))
+
+    return rule
+
+
+def _copy(call: Call) -> Result:
+    """Copies in the same shape; one laid out as a parameter's view stands for the parameter."""
+    if _same_memory(call) or call.tracer.adopt(call.outs[0], call.args[0]):
+        return None
+    return call.tracer.value(call.args[0])
+
+
+def _reshape(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    return reshape(ids, tensor.shape, call.outs[0].shape)
+
+
+def _view(call: Call) -> Result:
+    if call.overload == "dtype" and call.outs[0].shape != call.args[0].shape:
+        return no_rule(call)
+    return _move(_reshape)(call)
+
+
+def _permute(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    return ids.transpose([d % tensor.dim() for d in call.arg(1, "dims")])
+
+
+def _transpose(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    if call.name == "t":
+        return ids.T
+    return ids.swapaxes(int(call.arg(1, "dim0")), int(call.arg(2, "dim1")))
+
+
+def _expand(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    return align(ids, call.outs[0].dim())
+
+
+def _select(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    dim, index = int(call.arg(1, "dim")) % tensor.dim(), int(call.arg(2, "index"))
+    return ids.take(index if ids.shape[dim] > 1 else 0, axis=dim)
+
+
+def _slice(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    dim = int(call.arg(1, "dim", 0)) % tensor.dim()
+    if ids.shape[dim] == 1:
+        return ids
+    start, end, step = call.arg(2, "start"), call.arg(3, "end"), int(call.arg(4, "step", 1))
+    return collapse(ids[(slice(None),) * dim + (slice(start, end, step),)])
+
+
+def _split(call: Call) -> Result:
+    if not call.outs or _same_memory(call):
+        return None
+    value = call.tracer.value(call.args[0])
+    dim = int(call.arg(2, "dim", 0)) % call.args[0].dim()
+    if value.ids.shape[dim] == 1:
+        return [value] * len(call.outs)
+    ends = np.cumsum([t.shape[dim] for t in call.outs])[:-1]
+    return [value.moved(collapse(part)) for part in np.split(value.ids, ends.tolist(), axis=dim)]
+
+
+def _unbind(call: Call) -> Result:
+    if not call.outs or _same_memory(call):
+        return None
+    value = call.tracer.value(call.args[0])
+    dim = int(call.arg(1, "dim", 0)) % call.args[0].dim()
+    wide = value.ids.shape[dim] > 1
+    return [value.moved(collapse(value.ids.take(i if wide else 0, axis=dim))) for i in range(len(call.outs))]
+
+
+def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: int) -> Value:
+    """Lay values side by side along `dim`."""
+    if not any(v.live for v in values):
+        return nothing(values[0].ids.ndim, values[0].origin, free=all(v.free for v in values))
+    ndim = values[0].ids.ndim
+    axes = frozenset().union(*(varying(v.ids) for v in values)) - {dim}
+    first = values[0].ids
+    rates = {v.dropout for v in values}
+    shared = {
+        "paths": joined([v.paths for v in values]),
+        "dropout": rates.pop() if len(rates) == 1 else 0.0,
+    }
+    if dim not in varying(first) and all(np.array_equal(v.ids, first) for v in values):
+        return Value(first, **shared)  # type: ignore[arg-type]
+    parts = [expand(v.ids, t.shape, [*axes, dim]) for t, v in zip(tensors, values, strict=True)]
+    if ndim and sum(p.size for p in parts) > SIZE_LIMIT:
+        raise TooLargeError
+    return Value(collapse(np.concatenate(parts, axis=dim)), **shared)  # type: ignore[arg-type]
+
+
+def _cat(call: Call) -> Result:
+    tensors = [t for t in call.args[0] if t.dim() > 1 or t.numel()]
+    if not tensors:
+        return None
+    dim = int(call.arg(1, "dim", 0)) % tensors[0].dim()
+    return _side_by_side(call, tensors, [call.tracer.value(t) for t in tensors], dim)
+
+
+def _stack(call: Call) -> Result:
+    tensors = list(call.args[0])
+    dim = int(call.arg(1, "dim", 0)) % (tensors[0].dim() + 1)
+    values = [call.tracer.value(t) for t in tensors]
+    values = [v.moved(np.expand_dims(v.ids, dim)) for v in values]
+    return _side_by_side(call, [t.unsqueeze(dim) for t in tensors], values, dim)
+
+
+def _flip(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    return np.flip(ids, [d % tensor.dim() for d in call.arg(1, "dims")])
+
+
+def _roll(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    shifts, dims = call.arg(1, "shifts"), call.arg(2, "dims", [])
+    if not dims:
+        return collapse(np.roll(expand(ids, tensor.shape), shifts))
+    return np.roll(ids, tuple(shifts), axis=tuple(d % tensor.dim() for d in dims))
+
+
+def _repeat(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    repeats = list(call.arg(1, "repeats"))
+    ids = align(ids, len(repeats))
+    return np.tile(ids, [n if size > 1 else 1 for n, size in zip(repeats, ids.shape, strict=True)])
+
+
+def _pad(call: Call) -> Result:
+    """Padding; constants beside channels are no channels, and end what is known of the way here."""
+    tensor, pad = call.args[0], list(call.arg(1, "pad" if call.name == "constant_pad_nd" else "padding"))
+    value = call.tracer.value(tensor)
+    widths = [(0, 0)] * tensor.dim()
+    for i in range(len(pad) // 2):
+        widths[tensor.dim() - 1 - i] = (pad[2 * i], pad[2 * i + 1])
+    ids = value.ids
+    for axis in varying(ids):
+        before, after = widths[axis]
+        cut = [slice(None)] * ids.ndim
+        cut[axis] = slice(max(0, -before), ids.shape[axis] - max(0, -after))
+        ids = ids[tuple(cut)]
+        mode: Any = {"reflection": "reflect", "replication": "edge"}.get(call.name.split("_")[0], "constant")
+        grow = [(max(0, before), max(0, after)) if i == axis else (0, 0) for i in range(ids.ndim)]
+        ids = np.pad(ids, grow, mode=mode)
+    if not value.live:
+        return nothing(tensor.dim(), value.origin, free=value.free and call.name != "constant_pad_nd")
+    paths = spoiled([value.paths]) if call.name == "constant_pad_nd" else value.paths
+    return replace(value, ids=ids, paths=paths, source=None)
+
+
+def _index_select(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    dim = int(call.arg(1, "dim")) % tensor.dim()
+    if ids.shape[dim] == 1:
+        return ids
+    return collapse(ids.take(call.arg(2, "index").reshape(-1).cpu().numpy(), axis=dim))
+
+
+def _index(call: Call) -> Result:
+    tensor, indices = call.args[0], list(call.arg(1, "indices"))
+    value = call.tracer.value(tensor)
+    for index in indices:
+        if isinstance(index, Tensor):
+            found = call.tracer.value(index)
+            call.pin(found.ids, "uses them as an index")
+    if not value.live:
+        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    axes: list[int] = []
+    position = 0
+    for index in indices:
+        width = index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            axes.extend(range(position, position + width))
+        position += width
+    wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))
+    found = tuple(slice(None) if i is None else i.cpu() for i in indices)
+    return value.moved(collapse(wide[found].numpy()))
+
+
+def _trailing(call: Call) -> Result:
+    """Rearrangements of the last three axes, executed on fully expanded ids of those."""
+    tensor = call.args[0]
+    value = call.tracer.value(tensor)
+    if not value.live:
+        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    keep = max(0, tensor.dim() - 3) if call.name.startswith("pixel") else 0
+    wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, range(keep, tensor.dim()))))
+    moved = getattr(torch.ops.aten, call.name)(wide, *call.args[1:], **call.kwargs)
+    return value.moved(collapse(moved.numpy()))
+
+
+def _channel_shuffle(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    groups = int(call.arg(1, "groups"))
+    if ids.shape[1] == 1:
+        return ids
+    split = ids.reshape(ids.shape[0], groups, -1, *ids.shape[2:])
+    return split.swapaxes(1, 2).reshape(ids.shape)
+
+
+def _copy_into(call: Call) -> Result:
+    """Overwrite: an empty place takes the ids, channels already there are tied to the new ones."""
+    target, source = call.args[0], call.args[1]
+    if call.tracer.view(target) is not None or call.tracer.value(target).live:
+        return meet(call, [target, source], target.dim())
+    value = call.tracer.value(source)
+    return replace(value, ids=align(value.ids, target.dim()), source=None)
+
+
+def _unfold(call: Call) -> Result:
+    tensor = call.args[0]
+    value = call.tracer.value(tensor)
+    dim, size, step = (int(a) for a in (call.arg(1, "dimension"), call.arg(2, "size"), call.arg(3, "step")))
+    ids = value.ids[..., None]
+    dim %= max(1, tensor.dim())
+    if ids.shape[dim] > 1:
+        windows = [ids[(slice(None),) * dim + (slice(i, i + size),)] for i in range(0, ids.shape[dim] - size + 1, step)]
+        ids = collapse(np.stack([w.swapaxes(dim, -1).squeeze(dim) for w in windows], axis=dim))
+    return value.moved(ids)
+
+
+MOVES: dict[str, Rule] = {
+    **{name: _copy for name in ("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh", "positive", "to")},
+    **{name: _copy for name in ("lift", "lift_fresh_copy", "detach_copy", "_conj", "resolve_conj", "resolve_neg")},
+    **{
+        name: _move(_reshape)
+        for name in ("_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten")
+    },
+    "view": _view,
+    "permute": _move(_permute),
+    **{name: _move(_transpose) for name in ("t", "transpose")},
+    "expand": _move(_expand),
+    "select": _move(_select),
+    "slice": _move(_slice),
+    **{name: _split for name in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")},
+    "unbind": _unbind,
+    "cat": _cat,
+    "stack": _stack,
+    "flip": _move(_flip),
+    "roll": _move(_roll),
+    "repeat": _move(_repeat),
+    **{name: _pad for name in ("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")},
+    **{name: _pad for name in ("replication_pad1d", "replication_pad2d", "replication_pad3d")},
+    "index_select": _move(_index_select),
+    "index": _index,
+    "pixel_shuffle": _trailing,
+    "pixel_unshuffle": _trailing,
+    "channel_shuffle": _move(_channel_shuffle),
+    "native_channel_shuffle": _move(_channel_shuffle),
+    "copy": _copy_into,
+    "unfold": _unfold,
+}
+"""Operator name -> rule."""

@@ -1,0 +1,158 @@
+"""Slots: one integer for every position along every axis of every parameter and buffer.
+
+Lives here: the numbering, and the answer to "which positions of which parameter is this tensor a view of".
+Does not live here: activations, operators.
+
+A view is recognised by its storage and its strides, so that any chain of views of a parameter needs no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from apoptosis.records import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One parameter or buffer: where its elements lie in its storage, and the first slot of each axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    bases: tuple[int, ...]
+    is_buffer: bool
+
+    @property
+    def span(self) -> int:
+        """Number of storage elements from the first to the last one."""
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
+    def axis(self, dim: int) -> IntArray:
+        """Return the slots along `dim`."""
+        return np.arange(self.bases[dim], self.bases[dim] + self.shape[dim], dtype=np.int64)
+
+    def slots(self) -> IntArray:
+        """Return every slot of every axis longer than one."""
+        parts = [self.axis(dim) for dim in range(len(self.shape)) if self.shape[dim] > 1]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor that is a view of an owner.
+
+    dims: per axis of the owner, (start, {axis of the view: step}); None when an axis of the view runs over several
+    axes of the owner. whole: same shape, strides and offset as the owner.
+    """
+
+    owner: Owner
+    ndim: int
+    shape: tuple[int, ...]
+    dims: tuple[tuple[int, Mapping[int, int]], ...] | None
+    whole: bool
+
+    def varied(self) -> list[int]:
+        """Return the axes of the owner along which this view runs."""
+        return [] if self.dims is None else [dim for dim, (_, steps) in enumerate(self.dims) if steps]
+
+    def axes(self, dim: int) -> frozenset[int]:
+        """Return the axes of the view that run along `dim` of the owner."""
+        return frozenset() if self.dims is None else frozenset(self.dims[dim][1])
+
+    def slots(self, dim: int) -> IntArray:
+        """Return the slot of `dim` at each position of the view; axes of size 1 where it does not depend."""
+        assert self.dims is not None  # noqa: S101 - callers look at dims first
+        start, steps = self.dims[dim]
+        out = np.full((1,) * self.ndim, self.owner.bases[dim] + start, dtype=np.int64)
+        for axis, step in steps.items():
+            shape = [1] * self.ndim
+            shape[axis] = self.shape[axis]
+            out = out + step * np.arange(self.shape[axis], dtype=np.int64).reshape(shape)
+        return out
+
+    def sole(self, axis: int) -> IntArray | None:
+        """Return the slots along one axis of the view when it runs along exactly one axis of the owner, else None."""
+        if self.dims is None:
+            return None
+        found = [dim for dim in self.varied() if axis in self.axes(dim)]
+        if len(found) != 1 or len(self.axes(found[0])) != 1:
+            return None
+        return self.slots(found[0]).reshape(-1)
+
+
+def _locate(owner: Owner, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> View:
+    whole = shape == owner.shape and stride == owner.stride and offset == 0
+    order = sorted((d for d in range(len(owner.shape)) if owner.shape[d] > 1), key=lambda d: -owner.stride[d])
+    start = [0] * len(owner.shape)
+    steps: list[dict[int, int]] = [{} for _ in owner.shape]
+    rest = offset
+    for dim in order:
+        start[dim], rest = divmod(rest, owner.stride[dim])
+    mixed = rest != 0
+    for axis, (size, step) in enumerate(zip(shape, stride, strict=True)):
+        if size <= 1 or step == 0:
+            continue
+        dim = next((d for d in order if owner.stride[d] <= step and step % owner.stride[d] == 0), -1)
+        if dim < 0:
+            mixed = True
+            break
+        steps[dim][axis] = step // owner.stride[dim]
+    for dim in order:
+        last = start[dim] + sum(step * (shape[axis] - 1) for axis, step in steps[dim].items())
+        mixed = mixed or last >= owner.shape[dim]
+    dims = None if mixed else tuple(zip(start, steps, strict=True))
+    return View(owner, len(shape), shape, dims, whole)
+
+
+class Slots:
+    """All slots of a model. Slot 0 is never given out."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], buffers: Iterable[str]) -> None:
+        self.owners: dict[str, Owner] = {}
+        self.num_slots = 1
+        names = frozenset(buffers)
+        for name, tensor in tensors.items():
+            bases = []
+            for size in tensor.shape:
+                bases.append(self.num_slots)
+                self.num_slots += size
+            self.owners[name] = Owner(
+                name, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tuple(bases), name in names
+            )
+        self._cache: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], View] = {}
+
+    def view(self, owner: Owner, offset: int, tensor: Tensor) -> View:
+        """Return `tensor` as a view of `owner`, `offset` elements after the owner's first."""
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        key = (owner.name, offset, shape, stride)
+        found = self._cache.get(key)
+        if found is None:
+            found = self._cache[key] = _locate(owner, offset, shape, stride)
+        return found
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Return all parameters and buffers by first name, the further names of tied ones, and the names of buffers."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    buffers: list[str] = []
+    seen: dict[int, str] = {}
+    for is_buffer, named in (
+        (False, model.named_parameters(remove_duplicate=False)),
+        (True, model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in named:
+            if id(tensor) in seen:
+                aliases[name] = seen[id(tensor)]
+                continue
+            seen[id(tensor)] = name
+            tensors[name] = tensor
+            if is_buffer:
+                buffers.append(name)
+    return tensors, aliases, buffers

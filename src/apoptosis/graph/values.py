@@ -1,0 +1,159 @@
+"""What is known about one activation: the channel ids of its elements, and how simply they were computed.
+
+Lives here: the Value record and pure index arithmetic on id arrays. Does not live here: tensors, operators, the model.
+
+An id array has the number of axes of its tensor; an axis along which the ids are constant has size 1, whatever the
+tensor's size is there. Id 0 means "not a channel".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from apoptosis.records import IntArray
+
+Axis = tuple[str, int]
+"""A tensor's qualified name and one of its dimensions."""
+
+SIZE_LIMIT = 1 << 24
+"""Largest id array that is ever expanded; what would need more is pinned."""
+
+
+class TooLargeError(Exception):
+    """An id array would grow beyond SIZE_LIMIT; never leaves this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The steps from a producer to here: [normalisation] -> [activation] -> pooling."""
+
+    norm: str | None = None
+    activation: str = "identity"
+    args: tuple[float, ...] = ()
+    slopes: str | None = None
+    activated: bool = False
+    max_pool: bool = False
+    pooled: bool = False
+
+
+Paths = Mapping[Axis, Path | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Ids of an activation and what led to it.
+
+    free: no ids, and the values say nothing of their position (fills, independent noise): meets channels harmlessly.
+    origin: what values without ids are, for messages. paths: per producer, the steps since it; None: not simple.
+    dropout: rate of a dropout with nothing but data movement since. keep: set on a Bernoulli mask, its keep rate.
+    source: module whose contraction this is the untouched output of.
+    """
+
+    ids: IntArray
+    free: bool = False
+    origin: str = "a constant"
+    paths: Paths = field(default_factory=dict)
+    dropout: float = 0.0
+    keep: float | None = None
+    source: str | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether any element is a channel."""
+        return self.ids.size > 1 or (self.ids.size == 1 and int(self.ids.flat[0]) != 0)
+
+    def moved(self, ids: IntArray) -> Value:
+        """Return the same value with its elements rearranged."""
+        return replace(self, ids=ids)
+
+
+def nothing(ndim: int, origin: str = "a constant", *, free: bool = False) -> Value:
+    """Return a value that carries no channel."""
+    return Value(np.zeros((1,) * ndim, dtype=np.int64), free=free, origin=origin)
+
+
+def spoiled(paths: Sequence[Paths]) -> Paths:
+    """Return the producers of all operands, none of them simple any more."""
+    return {key: None for part in paths for key in part}
+
+
+def joined(paths: Sequence[Paths]) -> Paths:
+    """Return the paths of tensors laid side by side: what disagrees for one producer is not simple."""
+    out: dict[Axis, Path | None] = {}
+    for part in paths:
+        for key, path in part.items():
+            out[key] = path if key not in out or out[key] == path else None
+    return out
+
+
+def collapse(ids: IntArray) -> IntArray:
+    """Shrink to size 1 every axis along which the ids are constant.
+
+    Example:
+        >>> collapse(np.array([[3, 4], [3, 4]])).tolist()
+        [[3, 4]]
+    """
+    for axis, size in enumerate(ids.shape):
+        if size > 1:
+            first = ids.take([0], axis=axis)
+            if bool((ids == first).all()):
+                ids = first
+    return ids
+
+
+def expand(ids: IntArray, shape: Sequence[int], axes: Sequence[int] | None = None) -> IntArray:
+    """Give `axes` (all when None) their full size; the result is read-only.
+
+    Raises: TooLargeError: more than SIZE_LIMIT elements.
+    """
+    target = list(ids.shape)
+    for axis in range(len(target)) if axes is None else axes:
+        target[axis] = shape[axis]
+    if int(np.prod(target, dtype=np.float64)) > SIZE_LIMIT:
+        raise TooLargeError
+    return np.broadcast_to(ids, target)
+
+
+def align(ids: IntArray, ndim: int) -> IntArray:
+    """Prepend axes of size 1 up to `ndim`, as broadcasting does."""
+    return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
+
+
+def varying(ids: IntArray) -> frozenset[int]:
+    """Return the axes along which the ids vary."""
+    return frozenset(axis for axis, size in enumerate(ids.shape) if size > 1)
+
+
+def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
+    """Reshape an id array of a tensor of shape `old` as the tensor is reshaped to `new`.
+
+    Consecutive axes are matched into the smallest blocks of equal size; only blocks in which ids vary are expanded.
+
+    Example:
+        >>> reshape(np.array([[[5], [6]]]), (10, 2, 3), (10, 6)).tolist()  # channels of 3 positions, flattened
+        [[5, 5, 5, 6, 6, 6]]
+        >>> reshape(np.array([[5, 6]]), (30, 2), (10, 3, 2)).shape
+        (1, 1, 2)
+    """
+    if ids.size == 1 or 0 in old:
+        return ids.reshape(-1)[:1].reshape((1,) * len(new)) if ids.size else np.zeros((1,) * len(new), dtype=np.int64)
+    source, target = list(ids.shape), [1] * len(new)
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i0, j0 = i, j
+        a, i = (old[i], i + 1) if i < len(old) else (1, i)
+        b, j = (new[j], j + 1) if j < len(new) else (1, j)
+        while a != b:
+            if a < b:
+                a, i = a * old[i], i + 1
+            else:
+                b, j = b * new[j], j + 1
+        if any(source[k] > 1 for k in range(i0, i)):
+            source[i0:i] = old[i0:i]
+            target[j0:j] = new[j0:j]
+    if int(np.prod(source, dtype=np.float64)) > SIZE_LIMIT:
+        raise TooLargeError
+    return collapse(np.broadcast_to(ids, source).reshape(target))

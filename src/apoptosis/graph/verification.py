@@ -1,0 +1,91 @@
+"""Checking, after an edit, that every column still meets the channel it was folded for.
+
+Lives here: the comparison of two structures through the positions that were kept. Does not live here: rolling back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from apoptosis.errors import StructureChangedError
+from apoptosis.records import IntArray, Structure
+
+
+def _indices(kept: Tensor | IntArray) -> IntArray:
+    array = kept.detach().cpu().numpy() if isinstance(kept, Tensor) else np.asarray(kept)
+    return array.astype(np.int64).reshape(-1)
+
+
+def _group_names(structure: Structure) -> dict[int, str]:
+    """Return the name of the group of each channel class."""
+    out: dict[int, str] = {}
+    for group in structure.groups:
+        for member in group.members[:1]:
+            for label in structure.classes[member.tensor][member.dim][member.positions[:, 0]].tolist():
+                out[label] = group.name
+    return out
+
+
+def _first_clash(left: IntArray, right: IntArray) -> int | None:
+    """Return an index at which `left` values meet two different `right` values, or None."""
+    order = np.lexsort((right, left))
+    clash = (left[order][1:] == left[order][:-1]) & (right[order][1:] != right[order][:-1])
+    return int(order[1:][clash][0]) if bool(clash.any()) else None
+
+
+def _place(structure: Structure, names: list[tuple[str, int]], old: IntArray, which: IntArray, at: int) -> str:
+    groups = _group_names(structure)
+    tensor, dim = names[int(which[at])]
+    name = groups.get(int(old[at]))
+    return f"group '{name}', at dim {dim} of '{tensor}'" if name else f"dim {dim} of '{tensor}'"
+
+
+def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
+    """Compare the structure after an edit with the one before, through the positions that were kept.
+
+    Every channel of `new` must be exactly one channel of `old`: the same positions of the same tensors tied together.
+    Code that picks channels by literal positions (`h[:, ::2]`) keeps valid shapes and reads other channels; only this
+    shows it.
+
+    Args:
+        old: structure before the edit.
+        new: structure of the edited model.
+        kept: tensor name -> dim -> kept old positions, ascending; axes that are not named are whole.
+
+    Raises:
+        StructureChangedError: names the group and the tensor where they differ.
+    """
+    if set(old.shapes) != set(new.shapes):
+        odd = sorted(set(old.shapes) ^ set(new.shapes))
+        raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
+    names: list[tuple[str, int]] = []
+    olds: list[IntArray] = []
+    news: list[IntArray] = []
+    for tensor, labels in new.classes.items():
+        for dim, label in enumerate(labels):
+            before = old.classes[tensor][dim]
+            if dim in kept.get(tensor, {}):
+                before = before[_indices(kept[tensor][dim])]
+            if before.shape != label.shape:
+                raise StructureChangedError(
+                    f"'{tensor}' has {label.size} positions along dim {dim}, {before.size} were kept."
+                )
+            names.append((tensor, dim))
+            olds.append(before)
+            news.append(label)
+    if not names:
+        return
+    which = np.repeat(np.arange(len(names)), [o.size for o in olds])
+    left, right = np.concatenate(olds), np.concatenate(news)
+    for a, b, text in ((right, left, "meets channels that were apart"), (left, right, "no longer meets its channel")):
+        at = _first_clash(a, b)
+        if at is not None:
+            place = _place(old, names, left, which, at)
+            raise StructureChangedError(f"{place} {text}: the model picks channels by literal positions or sizes.")
+    fresh = np.isin(right, new.pinned_classes) & ~np.isin(left, old.pinned_classes)
+    if bool(fresh.any()):
+        place = _place(old, names, left, which, int(np.flatnonzero(fresh)[0]))
+        raise StructureChangedError(f"{place} reaches an operator or an output that it did not reach before.")
