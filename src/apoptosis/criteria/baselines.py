@@ -76,7 +76,7 @@ def _reduce_constant(view: GroupView, keep: Tensor) -> Reduction:
 
 
 def incoming_norms(view: GroupView) -> Tensor:
-    """Return ‖w̃_j‖ where the incoming weights are known, else the norm of the consumers' columns, (channels,) float64."""
+    """Return ‖w̃_j‖ where the incoming weights are known, else norms of the consumers' columns, (channels,)."""
     if view.neuron is not None:
         norms: Tensor = torch.linalg.vector_norm(view.neuron.incoming.detach().double(), dim=1)
         return norms.cpu()

@@ -22,8 +22,8 @@ from apoptosis.records import Certificate, CertificateKind, Reduction, SiteReduc
 def dropped_variance(site: SiteView, keep: Tensor, reduction: SiteReduction) -> Tensor:
     """Return diag(W R Wᵀ), the mean squared error of every output, (out,) float64.
 
-    Exact on the sample for P = 1. For P > 1 the sum over taps Σ_p diag(W_p R W_pᵀ) from pooled moments: an estimate,
-    and after multiplication with P an upper bound (docs/theory.md, Theorem 3).
+    Exact on the sample for P = 1. For P > 1 the sum over taps Σ_p diag(W_p R W_pᵀ) from pooled moments, an estimate;
+    P times it is an upper bound where all taps see alike distributed positions (docs/theory.md, "Several taps").
 
     Raises: ArgumentError: the site has no moments.
     """
@@ -44,9 +44,9 @@ def dropped_variance(site: SiteView, keep: Tensor, reduction: SiteReduction) -> 
 def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float:
     """Relative rms change of a consumer's output: sqrt(E‖W(z - ẑ)‖² / E‖W(z - μ)‖²), bias excluded.
 
-    Exact on the sample for P = 1 and wherever the site can be measured; otherwise the upper bound
-    P Σ_p tr(W_p R W_pᵀ) over the estimated energy. A site whose output does not vary is a constant: 0.0 if the
-    constant is kept to round-off, else infinity.
+    Exact on the sample for P = 1 and wherever the site can be measured; otherwise P Σ_p tr(W_p R W_pᵀ), a bound under
+    the condition stated at dropped_variance, over the estimated energy. A site whose output does not vary is a
+    constant: 0.0 if the constant is kept to round-off, else infinity.
     """
     scale = energy(site)
     if site.measure is not None:

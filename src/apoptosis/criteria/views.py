@@ -30,7 +30,7 @@ class SiteView:
     centred: an offset can be folded exactly here (a bias or a normalisation to take it, no zero padding).
     dropout: p of an elementwise dropout that the moments were observed behind.
     measure, scale: exact error on sampled inputs and the centred energy E‖W(z - μ)‖² it relates to, for sites with
-    P > 1, where pooled moments give only a bound; both or neither.
+    P > 1, where pooled moments give only an estimate; both or neither.
     """
 
     key: str
@@ -95,8 +95,9 @@ class Ranking:
     """An order of the channels and, where the criterion knows it, what every number kept costs.
 
     order: (channels,) int64, best to keep first. curves: site key -> (channels + 1,) relative rms error with the
-    first k of the order kept; an upper bound for P > 1; a data-free worst-case score when the site has no moments.
-    Sites left out have to be measured. min_keep: fewer cannot be reduced to by this criterion.
+    first k of the order kept; exact for P = 1, with a factor sqrt(P) to spare beyond; a data-free worst-case score when
+    the site has no moments.
+    Sites left out have to be tried. min_keep: fewer cannot be reduced to by this criterion.
     """
 
     order: Tensor

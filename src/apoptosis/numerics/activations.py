@@ -26,7 +26,7 @@ _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Symmetry:
-    """What merges φ allows exactly (docs/theory.md, Theorems 5 to 7).
+    """What merges φ allows exactly (docs/theory.md, the three "merge" theorems).
 
     homogeneous: φ(s x) = s φ(x) for every s > 0. reflection: c with φ(-x) = c - φ(x) for every x (0.0 for odd
     functions, 1.0 for the sigmoid), None where there is no such c.

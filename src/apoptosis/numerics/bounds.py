@@ -60,18 +60,27 @@ def required_probe_rows(budget: float, alpha: float) -> int:
     return rows
 
 
-def alpha_for_attempt(attempt: int, alpha: float) -> float:
+def alpha_for_attempt(attempt: int, alpha: float, *, earlier_verdicts: int = 0) -> float:
     """Return what attempt 1, 2, 3 ... may spend of the error probability: 6 alpha / (π² attempt²).
 
     These sum to alpha over all attempts, so that all limits of a run, rolled back attempts included, hold together
     with confidence 1 - alpha (Theorem "Alpha spending").
 
-    Raises: ArgumentError: attempt below 1, or alpha not in (0, 1).
+    Args:
+        attempt: counts all attempts of a run, from 1.
+        alpha: error probability of the whole run.
+        earlier_verdicts: how many earlier attempts were judged on some of the same rows. What is tried now may depend
+            on each of these yes-or-no answers, so that one of 2^earlier_verdicts possible attempts is being judged:
+            each gets its share.
+
+    Raises: ArgumentError: attempt below 1, verdicts below 0, or alpha not in (0, 1).
     """
     if attempt < 1:
         raise ArgumentError(f"alpha_for_attempt: attempts count from 1, not {attempt}.")
+    if earlier_verdicts < 0:
+        raise ArgumentError(f"alpha_for_attempt: {earlier_verdicts} earlier verdicts.")
     _check_alpha(alpha)
-    return 6.0 * alpha / (math.pi**2 * attempt**2)
+    return math.ldexp(6.0 * alpha / (math.pi**2 * attempt**2), -earlier_verdicts)
 
 
 def _check_alpha(alpha: float) -> None:

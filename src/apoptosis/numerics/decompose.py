@@ -137,7 +137,7 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor) -> Tensor:
     """tr(W S_k Wᵀ) for every number k of kept channels at once, S_k the least-squares remainder after k pivots.
 
     With G = F Fᵀ in pivot order, S_k = Σ_{i >= k} f_i f_iᵀ, so the joint error is Σ_{i >= k} ‖W f_i‖²: one product
-    W F and a cumulative sum, exact for everything removed together (docs/theory.md, Theorem 2).
+    W F and a cumulative sum, exact for everything removed together (docs/theory.md, "Error curve").
 
     Args:
         weight_OC: (out, channels).

@@ -1,0 +1,321 @@
+"""One checker over all criteria: whatever they answer obeys the one certificate formula."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apoptosis.criteria import (
+    Criterion,
+    GroupView,
+    NeuronView,
+    SiteView,
+    choose,
+    criteria,
+    dropped_variance,
+    get_criterion,
+    register_criterion,
+    relative_error,
+)
+from apoptosis.criteria.baselines import dropping_curve
+from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
+from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.moments import Moments
+from apoptosis.records import Reduction
+
+seeds = st.integers(0, 2**32 - 1)
+every_criterion = pytest.mark.parametrize("name", criteria())
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moments_of(z: torch.Tensor) -> Moments:
+    moments = Moments(z.shape[1])
+    moments.update(z, exact=True)
+    return moments
+
+
+class Sample:
+    """A small ReLU layer with redundant, dead and parallel neurons, its rows, and views of its consumers."""
+
+    def __init__(self, seed: int, channels: int = 12, centred: tuple[bool, ...] = (True,), data: bool = True) -> None:
+        incoming = draw(seed, channels, 5)
+        incoming[1] = 2.0 * incoming[0]
+        incoming[2] = 0.0
+        incoming[2, -1] = 0.7
+        x = draw(seed + 1, 80, 4)
+        self.z = (x @ incoming[:, :-1].T + incoming[:, -1]).relu()
+        self.weights = [draw(seed + 2 + i, 6, channels, 1) for i in range(len(centred))]
+        sites = [
+            SiteView(key=f"site{i}", weight=w, moments=moments_of(self.z) if data else None, centred=c)
+            for i, (w, c) in enumerate(zip(self.weights, centred, strict=True))
+        ]
+        neuron = NeuronView(incoming=incoming, activation="relu")
+        self.view = GroupView(name="fc", num_channels=channels, sites=tuple(sites), neuron=neuron, seed=seed)
+
+    def measured(self, site: int, reduction: Reduction) -> tuple[torch.Tensor, float]:
+        """Mean squared error of every output, and the relative rms, from the rows themselves."""
+        found = reduction.sites[f"site{site}"]
+        offset = 0.0 if found.offset is None else found.offset
+        error = self.z - self.z[:, reduction.keep] @ found.mix - offset
+        weight = self.weights[site][:, :, 0]
+        per_output = (error @ weight.T).square().mean(0)
+        energy = ((self.z - self.z.mean(0)) @ weight.T).square().mean(0).sum()
+        return per_output, float((per_output.sum() / energy).sqrt())
+
+
+@every_criterion
+@given(seed=seeds, centred=st.lists(st.booleans(), min_size=1, max_size=2), kept=st.integers(1, 11))
+@settings(max_examples=15, deadline=None)
+def test_the_certificate_is_the_error_measured_on_the_rows(
+    name: str, seed: int, centred: list[bool], kept: int
+) -> None:
+    sample = Sample(seed, centred=tuple(centred))
+    criterion = get_criterion(name)
+    ranking = criterion.rank(sample.view)
+    assert sorted(ranking.order.tolist()) == list(range(12))
+    kept = max(kept, ranking.min_keep)
+    keep = ranking.order[:kept].sort().values
+    reduction = criterion.reduce(sample.view, keep)
+    assert torch.equal(reduction.keep, keep)
+    assert set(reduction.sites) == {site.key for site in sample.view.sites}
+    for i, site in enumerate(sample.view.sites):
+        found = reduction.sites[site.key]
+        assert found.mix.shape == (kept, 12)
+        assert torch.equal(found.mix[:, keep], torch.eye(kept, dtype=torch.float64))
+        assert found.offset is None or not found.offset[keep].any()
+        assert site.centred or found.offset is None or not found.offset.any()
+        per_output, relative = sample.measured(i, reduction)
+        torch.testing.assert_close(dropped_variance(site, keep, found), per_output, rtol=1e-6, atol=1e-9)
+        assert relative_error(site, keep, found) == pytest.approx(relative, rel=1e-6, abs=1e-6)
+
+
+@every_criterion
+@given(seed=seeds, centred=st.lists(st.booleans(), min_size=1, max_size=2))
+@settings(max_examples=6, deadline=None)
+def test_curves_are_the_certificate_for_every_number_kept(name: str, seed: int, centred: list[bool]) -> None:
+    sample = Sample(seed, centred=tuple(centred))
+    criterion = get_criterion(name)
+    ranking = criterion.rank(sample.view)
+    for kept in range(max(1, ranking.min_keep), 13):
+        reduction = criterion.reduce(sample.view, ranking.order[:kept].sort().values)
+        for site in sample.view.sites:
+            if site.key in ranking.curves:
+                got = float(ranking.curves[site.key][kept])
+                want = relative_error(site, reduction.keep, reduction.sites[site.key])
+                assert got == pytest.approx(want, rel=1e-5, abs=2e-6)
+
+
+@every_criterion
+@given(seed=seeds, limit=st.sampled_from([0.0, 0.03, 0.3, 0.9]), align=st.sampled_from([1, 4]))
+@settings(max_examples=8, deadline=None)
+def test_choose_stays_within_the_limit_and_is_deterministic(name: str, seed: int, limit: float, align: int) -> None:
+    sample = Sample(seed, centred=(True, True))
+    proposal = choose(get_criterion(name), sample.view, {"site0": limit, "site1": 0.9}, align=align, min_keep=2)
+    again = choose(get_criterion(name), sample.view, {"site0": limit, "site1": 0.9}, align=align, min_keep=2)
+    if proposal is None:
+        assert again is None
+        return
+    assert again is not None
+    kept = proposal.reduction.keep
+    assert torch.equal(kept, again.reduction.keep)
+    assert 2 <= kept.numel() < 12
+    assert kept.numel() % align == 0
+    assert proposal.kind == "empirical"
+    for i, cap in enumerate((limit, 0.9)):
+        relative = sample.measured(i, proposal.reduction)[1]
+        assert relative <= max(cap, roundoff_floor(12)) * (1 + 1e-6)
+        assert proposal.errors[f"site{i}"] == pytest.approx(relative, rel=1e-6, abs=1e-6)
+    certificates = proposal.certificates(sample.view)
+    assert [(c.kind, c.rows) for c in certificates] == [("empirical", 80)] * 2
+
+
+@pytest.mark.parametrize("name", ["interpolative", "greedy", "constant", "duplicate", "pairwise"])
+def test_what_is_redundant_goes_at_tolerance_zero(name: str) -> None:
+    sample = Sample(11)
+    proposal = choose(get_criterion(name), sample.view, 0.0)
+    assert proposal is not None
+    gone = set(range(12)) - set(proposal.reduction.keep.tolist())
+    assert 2 in gone  # the neuron without inputs
+    if name != "constant":
+        assert gone & {0, 1}  # one of the parallel pair
+        assert not {0, 1} <= gone
+
+
+def test_interpolative_needs_no_more_channels_than_any_other() -> None:
+    for seed in range(5):
+        sample = Sample(seed, channels=20)
+        kept = {}
+        for name in criteria():
+            proposal = choose(get_criterion(name), sample.view, 0.1)
+            kept[name] = 20 if proposal is None else proposal.reduction.keep.numel()
+        least_squares = min(kept["interpolative"], kept["greedy"])
+        assert least_squares <= min(kept.values())
+        assert least_squares < kept["random"]
+
+
+def test_dropping_curve_equals_brute_force() -> None:
+    gram, weight, order = draw(0, 7, 7), draw(1, 3, 7), torch.randperm(7, generator=torch.Generator().manual_seed(2))
+    gram = gram @ gram.T
+    curve = dropping_curve(gram, weight, order)
+    for k in range(8):
+        gone = order[k:]
+        want = torch.trace(weight[:, gone] @ gram[gone][:, gone] @ weight[:, gone].T)
+        assert float(curve[k]) == pytest.approx(float(want), rel=1e-9, abs=1e-12)
+
+
+@every_criterion
+def test_several_taps_are_measured_exactly_where_a_measure_is_given(name: str) -> None:
+    taps, channels = 3, 10
+    base = draw(5, 60, channels // 2)
+    maps = torch.stack([torch.cat([base + 0.3 * draw(6 + p, 60, 5), base], 1) for p in range(taps)], 2)
+    weight = draw(9, 4, channels, taps)
+    pooled = moments_of(maps.permute(0, 2, 1).reshape(-1, channels))
+
+    def energy_of(residual: torch.Tensor) -> float:
+        return float(torch.einsum("ocp,ncp->no", weight, residual).square().sum(1).mean())
+
+    def measure(keep: torch.Tensor, reduction) -> float:
+        standing = torch.einsum("nkp,kc->ncp", maps[:, keep], reduction.mix)
+        offset = 0.0 if reduction.offset is None else reduction.offset[:, None]
+        return energy_of(maps - standing - offset)
+
+    scale = energy_of(maps - maps.mean((0, 2), keepdim=True))
+    neuron = NeuronView(incoming=draw(10, channels, 4), activation="tanh")
+    plain = SiteView(key="conv", weight=weight, moments=pooled)
+    exact = replace(plain, measure=measure, scale=scale)
+    view = GroupView(name="conv", num_channels=channels, sites=(exact,), neuron=neuron)
+    proposal = choose(get_criterion(name), view, 0.5)
+    if proposal is not None:
+        found = proposal.reduction.sites["conv"]
+        assert proposal.errors["conv"] == pytest.approx((measure(proposal.reduction.keep, found) / scale) ** 0.5)
+        assert proposal.errors["conv"] <= 0.5
+        bound = taps * float(dropped_variance(plain, proposal.reduction.keep, found).sum())
+        assert measure(proposal.reduction.keep, found) <= bound * (1 + 1e-9)  # Cauchy-Schwarz over taps
+
+
+def test_more_is_removed_when_the_exact_value_is_known_than_by_the_bound_over_taps() -> None:
+    base = draw(1, 200, 6)
+    maps = torch.stack([base + 0.05 * draw(2 + p, 200, 6) for p in range(4)], 2)
+    weight = draw(8, 3, 6, 4)
+    pooled = moments_of(maps.permute(0, 2, 1).reshape(-1, 6))
+    site = SiteView(key="s", weight=weight, moments=pooled)
+
+    def measure(keep: torch.Tensor, reduction) -> float:
+        error = maps - torch.einsum("nkp,kc->ncp", maps[:, keep], reduction.mix) - reduction.offset[:, None]
+        return float(torch.einsum("ocp,ncp->no", weight, error).square().sum(1).mean())
+
+    centred = maps - maps.mean((0, 2), keepdim=True)
+    scale = float(torch.einsum("ocp,ncp->no", weight, centred).square().sum(1).mean())
+    known = replace(site, measure=measure, scale=scale)
+    tight, loose = (
+        choose(get_criterion("interpolative"), GroupView(name="g", num_channels=6, sites=(s,)), 0.8)
+        for s in (known, site)
+    )
+    assert tight is not None
+    assert loose is None or tight.reduction.keep.numel() <= loose.reduction.keep.numel()
+
+
+def test_dropout_in_front_of_the_site_is_taken_out() -> None:
+    z = draw(3, 40_000, 3) + 1.0
+    z = torch.cat([z, z[:, :1]], 1)  # an exact duplicate that dropout hides
+    mask = (torch.rand(z.shape, generator=torch.Generator().manual_seed(4)) > 0.5).double() / 0.5
+    weight = draw(5, 3, 4, 1)
+    seen = SiteView(key="s", weight=weight, moments=moments_of(z * mask), dropout=0.5)
+    hidden = replace(seen, dropout=0.0)
+    errors = []
+    for site in (seen, hidden):
+        view = GroupView(name="g", num_channels=4, sites=(site,))
+        errors.append(float(get_criterion("interpolative").rank(view).curves["s"][3]))
+    assert errors[0] < 0.25 * errors[1]
+
+
+@every_criterion
+def test_a_constant_output_costs_nothing_and_never_divides_by_zero(name: str) -> None:
+    z = torch.full((20, 4), 3.0, dtype=torch.float64)
+    site = SiteView(key="s", weight=draw(0, 2, 4, 1), moments=moments_of(z))
+    neuron = NeuronView(incoming=torch.cat([torch.zeros(4, 2), torch.full((4, 1), 3.0)], 1), activation="relu")
+    view = GroupView(name="g", num_channels=4, sites=(site,), neuron=neuron)
+    proposal = choose(get_criterion(name), view, 0.01)
+    if name in ("magnitude", "random"):  # they put nothing in its place: infinite error, so nothing goes
+        assert proposal is None
+    else:
+        assert proposal is not None
+        assert proposal.errors == {"s": 0.0}
+        assert proposal.reduction.keep.numel() == 1
+
+
+@every_criterion
+def test_a_criterion_that_needs_data_says_so(name: str) -> None:
+    criterion = get_criterion(name)
+    view = Sample(0, data=False).view
+    if criterion.needs_data:
+        with pytest.raises(ArgumentError, match="needs"):
+            choose(criterion, view, 0.1)
+    elif name == "pairwise":
+        proposal = choose(criterion, view, 0.05)
+        assert proposal is not None
+        assert proposal.kind == "worst_case"
+        assert max(proposal.errors.values()) <= 0.05
+    else:
+        with pytest.raises(ArgumentError, match="without data"):
+            choose(criterion, view, 0.1)
+
+
+def test_registry_refuses_duplicates_and_lists_what_there_is() -> None:
+    with pytest.raises(ArgumentError, match="registered already"):
+        register_criterion(get_criterion("random"))
+    with pytest.raises(ArgumentError, match="interpolative, greedy"):
+        get_criterion("no such thing")
+    assert all(isinstance(get_criterion(name), Criterion) and get_criterion(name).summary for name in criteria())
+
+
+def test_views_refuse_what_does_not_fit() -> None:
+    weight = torch.zeros(2, 3, 1)
+    with pytest.raises(ShapeError, match="expected"):
+        SiteView(key="s", weight=torch.zeros(2, 3))
+    with pytest.raises(ShapeError, match="moments"):
+        SiteView(key="s", weight=weight, moments=Moments(2))
+    with pytest.raises(ArgumentError, match="together"):
+        SiteView(key="s", weight=weight, scale=1.0)
+    with pytest.raises(ArgumentError, match="no consumer"):
+        GroupView(name="g", num_channels=3, sites=())
+    with pytest.raises(ShapeError, match="others"):
+        GroupView(name="g", num_channels=4, sites=(SiteView(key="s", weight=weight),))
+    with pytest.raises(ArgumentError, match="no limit"):
+        choose(get_criterion("interpolative"), Sample(0).view, {})
+
+
+def test_random_depends_on_seed_and_name_alone() -> None:
+    view = Sample(0).view
+    rank = get_criterion("random").rank
+    assert torch.equal(rank(view).order, rank(view).order)
+    assert not torch.equal(rank(view).order, rank(replace(view, seed=1)).order)
+    assert not torch.equal(rank(view).order, rank(replace(view, name="other")).order)
+
+
+def test_limits_hold_for_every_site_where_sites_see_different_data() -> None:
+    z = draw(0, 100, 8)
+    first = SiteView(key="a", weight=draw(1, 3, 8, 1), moments=moments_of(z))
+    second = SiteView(key="b", weight=draw(2, 3, 8, 1), moments=moments_of(z[:, :4].repeat(1, 2)))
+    view = GroupView(name="g", num_channels=8, sites=(first, second))
+    assert choose(get_criterion("interpolative"), view, 0.01) is None  # b alone would let half of them go
+    alone = choose(get_criterion("interpolative"), replace(view, sites=(second,)), 0.01)
+    assert alone is not None
+    assert alone.reduction.keep.numel() == 4
+
+
+def test_non_finite_weights_are_refused() -> None:
+    sample = Sample(0)
+    broken = draw(0, 6, 12, 1)
+    broken[0, 0] = math.nan
+    view = replace(sample.view, sites=(replace(sample.view.sites[0], weight=broken),))
+    with pytest.raises(NonFiniteError):
+        choose(get_criterion("interpolative"), view, 0.1)
