@@ -36,7 +36,11 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
     _check_fits(edit, old)
     with torch.no_grad():
         value = old.detach()
-        if edit.folds:
+        todo = dict(edit.keep)
+        if edit.folds and not edit.offsets and edit.dropped_variance is None:
+            folded = {fold.dim for fold in edit.folds}  # what goes along the other dims need not be folded first
+            value = _sliced(value, {dim: todo.pop(dim) for dim in edit.keep if dim not in folded}, old)
+        elif edit.folds:
             value = value.clone()
         for fold in edit.folds:
             _fold_(value, fold)
@@ -49,7 +53,7 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
             dropped = edit.dropped_variance.to(value.device).double().clamp(min=0.0)
             wide = value.double()
             value = torch.maximum(wide - dropped, VARIANCE_FLOOR * wide).to(old.dtype)
-        return _sliced(value, edit.keep, old)
+        return _sliced(value, todo, old)
 
 
 def slice_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
@@ -125,12 +129,12 @@ def _offset_delta(fold: OffsetFold, weight: Tensor, num_outputs: int) -> Tensor:
 
 
 def _sliced(value: Tensor, keep: Mapping[int, Tensor], like: Tensor) -> Tensor:
-    for dim, index in keep.items():
+    """Make a new tensor of the kept positions along every dim, laid out like `like`."""
+    if not any(index.numel() < value.shape[dim] for dim, index in keep.items()):
+        return value.clone() if value.is_sparse else value.clone(memory_format=memory_format(like))
+    for dim, index in sorted(keep.items()):  # rows first: columns of a smaller tensor are quicker to gather
         value = value.index_select(dim, index.to(value.device))
-    if value.is_sparse:
-        return value
-    fresh = torch.empty(value.shape, dtype=like.dtype, device=value.device, memory_format=memory_format(like))
-    return fresh.copy_(value)
+    return value if value.is_sparse else value.contiguous(memory_format=memory_format(like))
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
