@@ -1,0 +1,14 @@
+"""Redundant neurons are removed while a PyTorch network trains.
+
+Lives here: the public face. Source of the idea: Siegel, Daily, Vishnu, "Adaptive Neuron Apoptosis for Accelerating Deep
+Learning on Large Scale Systems", IEEE Big Data 2016 (arXiv 1610.00790).
+"""
+
+from apoptosis.engine import Apoptosis
+from apoptosis.ledger import Event, Ledger
+from apoptosis.oneshot import shrink_
+from apoptosis.planner import Plan
+from apoptosis.surgery import load, save
+
+__all__ = ["Apoptosis", "Event", "Ledger", "Plan", "load", "save", "shrink_"]
+__version__ = "0.1.0"

@@ -1,0 +1,69 @@
+"""What a user may pass: checked once, at the door, with one clear line each.
+
+Lives here: validation of the arguments of Apoptosis and shrink_. Does not live here: anything that needs a capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from apoptosis.errors import ArgumentError
+
+
+def check_model(model: object) -> nn.Module:
+    """A materialised nn.Module. Raises: ArgumentError."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module.")
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ArgumentError(f"parameter '{name}' is lazy: run the model once so that it gets its shape.")
+        if parameter.device == torch.device("meta"):
+            raise ArgumentError(f"parameter '{name}' lies on the meta device: materialise the model first.")
+    return model
+
+
+def check_optimizers_given(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """One optimizer, a sequence of them, or None. Raises: ArgumentError."""
+    if optimizer is None:
+        return ()
+    if isinstance(optimizer, Optimizer):
+        return (optimizer,)
+    found = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    for entry in found:
+        if not isinstance(entry, Optimizer):
+            raise ArgumentError(f"optimizer is a {type(entry).__name__}, not a torch.optim.Optimizer.")
+    return found
+
+
+def check_exclude(exclude: Iterable[str]) -> tuple[str, ...]:
+    """Names or wildcards, not one bare string. Raises: ArgumentError."""
+    if isinstance(exclude, str):
+        raise ArgumentError(f"exclude={exclude!r}: give a sequence of names, for instance exclude=({exclude!r},).")
+    return tuple(exclude)
+
+
+def check_numbers(
+    *, tolerance: float | None, align: int, total_steps: int | None = None, budget: float | None = None
+) -> None:
+    """Ranges of the numeric arguments. Raises: ArgumentError: naming the argument, its value and its range."""
+    checks = (
+        ("tolerance", tolerance, tolerance is None or _number(tolerance) and 0 <= tolerance < 1, "in 0 <= t < 1"),
+        ("budget", budget, budget is None or _number(budget) and 0 < budget < 1, "a share in 0 < b < 1"),
+        ("total_steps", total_steps, total_steps is None or _whole(total_steps), "a whole number >= 1, or None"),
+        ("align", align, _whole(align), "a whole number >= 1"),
+    )
+    for name, value, good, wanted in checks:
+        if not good:
+            raise ArgumentError(f"{name}={value!r} must be {wanted}.")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,75 @@
+"""The account of what all removals may cost in accuracy: which probe rows an attempt uses, at which confidence.
+
+Lives here: the arithmetic of spending the budget (Theorem "Ledger sum" of docs/theory.md). Does not live here: running
+the network (probe) or the limits themselves (numerics.bounds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from apoptosis.errors import BudgetError
+from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper, required_probe_rows
+
+ALPHA = 0.05  # the ledger's limit holds with confidence 1 - ALPHA over all attempts of a run
+CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean events fit the budget
+
+
+@dataclass(slots=True)
+class Account:
+    """Limits granted so far. budget: share of accuracy, or None when only the sum is kept; rows: of the probe."""
+
+    budget: float | None
+    rows: int
+    attempts: int = 0
+    spent: float = 0.0
+    used: int = 0
+    reused: bool = False
+
+    def check(self) -> None:
+        """Refuse a probe that can never grant the budget, naming the number of rows that could.
+
+        Raises: BudgetError: even one clean event costs more than the budget.
+        """
+        if self.budget is None:
+            return
+        needed = required_probe_rows(self.budget, alpha_for_attempt(1, ALPHA))
+        if self.rows < needed:
+            raise BudgetError(
+                f"budget={self.budget:g} can never be granted by a probe of {self.rows} examples: even an event that "
+                f"changes no prediction needs N = {needed}. Give a larger probe or a larger budget."
+            )
+
+    def next_rows(self) -> tuple[int, int]:
+        """Probe rows (start, stop) of the next attempt: rows no attempt has used while there are enough, else all."""
+        if self.budget is None:
+            return 0, self.rows
+        block = required_probe_rows(self.budget / CLEAN_EVENTS, alpha_for_attempt(self.attempts + 1, ALPHA))
+        if self.used + block <= self.rows:
+            return self.used, self.used + block
+        return 0, self.rows
+
+    def attempt(self, start: int, stop: int, losses: int) -> float:
+        """Book an attempt on rows start..stop with `losses` changed examples; returns its upper limit (a share).
+
+        Every attempt spends confidence, rolled back or not.
+        """
+        self.attempts += 1
+        self.reused = self.reused or start < self.used
+        self.used = max(self.used, stop)
+        return clopper_pearson_upper(losses, stop - start, alpha_for_attempt(self.attempts, ALPHA))
+
+    def grants(self, limit: float) -> bool:
+        """Whether the budget still covers a limit."""
+        return self.budget is None or self.spent + limit <= self.budget
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"attempts": self.attempts, "spent": self.spent, "used": self.used, "reused": self.reused}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote."""
+        self.attempts, self.spent = int(state["attempts"]), float(state["spent"])
+        self.used, self.reused = int(state["used"]), bool(state["reused"])

@@ -1,0 +1,119 @@
+"""What an event did and what all events together cost at most: the records a user prints.
+
+Lives here: Event, Ledger and their wording. Does not live here: how a number in them was measured (probe, numerics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from apoptosis.records import Certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Shapes changed in place.
+
+    groups: name -> (channels before, after). parameters, macs: (before, after); macs are multiply-adds of one forward
+    pass on the example input. bytes_freed: parameters and optimizer state. measured: what the transaction measured on
+    the probe ("output_rms": relative rms change of the outputs, "flips": share of changed predictions ...).
+    seconds: wall time of the event, window hooks excluded.
+    """
+
+    step: int
+    tolerance: float
+    criterion: str
+    groups: Mapping[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    macs: tuple[float, float]
+    bytes_freed: int
+    certificates: tuple[Certificate, ...]
+    measured: Mapping[str, float]
+    measured_on: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(before != after for before, after in self.groups.values())
+
+    def __str__(self) -> str:
+        if not self:
+            return f"step {self.step}: nothing removed" + "".join(f"; {note}" for note in self.notes)
+        widths = ", ".join(f"{name} {a}->{b}" for name, (a, b) in self.groups.items() if a != b)
+        empirical = [c.value for c in self.certificates if c.kind == "empirical"]
+        worst = f", site error <= {max(empirical):.3g} (relative rms)" if empirical else ""
+        measured = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in self.measured.items())
+        return (
+            f"step {self.step}: {widths}; parameters {self.parameters[0]:,}->{self.parameters[1]:,}"
+            f"{worst}{measured} {self.measured_on}; {self.bytes_freed:,} bytes freed in {self.seconds:.3f} s"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        found = asdict(self)
+        found["groups"] = {name: list(pair) for name, pair in self.groups.items()}
+        found["certificates"] = [asdict(c) for c in self.certificates]
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The sum over all events of a run.
+
+    accuracy_cost: upper limit on what all removals together cost in accuracy (a share), before training went on;
+    None where nothing could be read off the outputs. confidence: of that limit; population: whether it speaks of the
+    population the probe was drawn from, or only of the training inputs it was measured on.
+    site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
+    event; site_limit: what that sum may reach at most.
+    """
+
+    events: int
+    attempts: int
+    rolled_back: int
+    parameters: tuple[int, int]
+    macs: tuple[float, float]
+    accuracy_cost: float | None
+    confidence: float
+    population: bool
+    probe_rows: int
+    budget: float | None
+    site_cost: Mapping[str, float]
+    site_limit: float
+    seconds: float
+    hook_seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        shrunk = self.parameters[0] / max(self.parameters[1], 1)
+        lines = [
+            f"{self.events} events of {self.attempts} attempts ({self.rolled_back} rolled back): "
+            f"{self.parameters[0]:,} -> {self.parameters[1]:,} parameters ({shrunk:.1f}x fewer), "
+            f"{self.macs[0] / max(self.macs[1], 1.0):.1f}x fewer multiply-adds"
+        ]
+        if self.accuracy_cost is not None:
+            points = f"{100 * self.accuracy_cost:.3g} points"
+            if self.population:
+                lines.append(
+                    f"all removals together cost at most {points} of accuracy, with {100 * self.confidence:.0f} % "
+                    f"confidence, before training went on ({self.probe_rows:,} held-out probe rows)"
+                )
+            else:
+                lines.append(
+                    f"all removals together changed {points} of the predictions on training inputs, before training "
+                    "went on; without a held-out probe nothing is claimed about the population"
+                )
+        if self.site_cost:
+            site = max(self.site_cost, key=lambda name: self.site_cost[name])
+            lines.append(
+                f"relative error summed over events: {self.site_cost[site]:.3g} at '{site.split(':')[0]}' "
+                f"(limit {self.site_limit:.3g})"
+            )
+        lines.append(f"{self.seconds:.2f} s spent on apoptosis, {self.hook_seconds:.2f} s of it in hooks")
+        lines.extend(self.notes)
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        return asdict(self)

@@ -1,0 +1,155 @@
+"""shrink_: one surgery on a trained network.
+
+Lives here: observing on batches that the user hands over, then one transaction. Does not live here: a schedule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given
+from apoptosis.criteria import get_criterion
+from apoptosis.errors import ArgumentError
+from apoptosis.graph import analyse
+from apoptosis.ledger import Event
+from apoptosis.observe import Observer
+from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
+from apoptosis.planner import Plan, Request, make_plan
+from apoptosis.probe import as_call, make_probe, without_trace
+from apoptosis.records import Certificate, Structure
+from apoptosis.surgery import check_optimizers
+from apoptosis.verdict import Verdict
+
+_TRIES = 6  # halvings of the tolerance before a surgery beyond the sanity limit is given up
+
+
+def shrink_(
+    model: nn.Module,
+    example_input: Any,
+    batches: Iterable[Any],
+    *,
+    tolerance: float,
+    criterion: str = "interpolative",
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    probe: Any = None,
+    align: int = 1,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+) -> Event:
+    """Remove redundant channels from a trained network, once, in place.
+
+    Args:
+        model: the network; batches are run through it in evaluation mode, which leaves no trace.
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
+        batches: each of the form of example_input; read until every site has seen enough. One suffices, but a width
+            is only trusted when there were three rows for every channel kept.
+        tolerance: cap per consumer site on the relative rms change of its output, 0 for what is redundant to
+            round-off.
+        criterion, optimizer, probe, align, exclude, seed: as in Apoptosis. Without a probe the change is measured on
+            the last batch.
+
+    Returns: the Event; falsy when nothing could go, with the reasons in its notes.
+
+    Raises: ArgumentError, CaptureError, UnsupportedOptimizerError, NonFiniteError: model and optimizer are untouched.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> _ = net[0].weight.data[4:].copy_(net[0].weight.data[:4]), net[0].bias.data[4:].copy_(net[0].bias.data[:4])
+        >>> event = shrink_(net, torch.zeros(2, 4), [torch.randn(512, 4)], tolerance=1e-3)
+        >>> event.groups
+        {'0': (8, 4)}
+    """
+    start = time.perf_counter()
+    model = check_model(model)
+    optimizers = check_optimizers_given(optimizer)
+    check_numbers(tolerance=tolerance, align=align)
+    if tolerance is None:
+        raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
+    chosen = get_criterion(criterion)
+    check_optimizers(optimizers, model)
+    patient = Patient(model=model, optimizers=optimizers, followers=(), call=as_call(example_input))
+    verdict = Verdict(None, None if probe is None else make_probe(probe, example_input))
+    structure = analyse(model, *patient.call)
+    structure = with_pins(structure, exclude_pins(structure, check_exclude(exclude)))
+    observer = _observe(model, structure, example_input, batches, exact=tolerance == 0, seed=seed)
+    observations = observer.observations()
+    before = size_of(patient, structure)
+    notes: list[str] = []
+    used = tolerance
+    for _ in range(_TRIES):
+        request = Request(criterion=chosen, tolerance=used, align=align, max_drop=1.0, seed=seed)
+        plan = make_plan(model, structure, observations, request)
+        outcome, certificates = _surgery(patient, structure, plan, verdict, observer)
+        if outcome.committed or not plan.reductions or outcome.change is None:
+            break
+        notes.append(f"rolled back at tolerance {used:g}: {outcome.refused}")
+        used /= 2
+    if not outcome.committed:
+        notes += [outcome.refused, *plan.notes, *(str(g.pin) for g in structure.groups if g.pin is not None)]
+    else:
+        notes += plan.notes
+    return make_event(
+        step=0,
+        plan=plan,
+        outcome=outcome,
+        before=before,
+        after=size_of(patient, outcome.structure),
+        certificates=certificates,
+        measured_on="held-out examples" if verdict.held_out else "of the given inputs",
+        seconds=time.perf_counter() - start,
+        notes=tuple(notes),
+    )
+
+
+def _surgery(
+    patient: Patient, structure: Structure, plan: Plan, verdict: Verdict, observer: Observer
+) -> tuple[Outcome, tuple[Certificate, ...]]:
+    probe = verdict.begin(observer.inputs)
+    outcome = operate(patient, structure, plan.reductions, plan.dropped_variance, probe, verdict.judge)
+    return outcome, verdict.settle() if outcome.committed else ()
+
+
+def _observe(
+    model: nn.Module, structure: Structure, example: Any, batches: Iterable[Any], *, exact: bool, seed: int
+) -> Observer:
+    """Run batches through the model until every site has seen enough."""
+    groups = [group for group in structure.groups if group.pin is None]
+    observer = Observer(model, groups, seed=seed, exact=exact, keep_inputs=True, any_mode=True)
+    count = 0
+    observer.open()
+    try:
+        with without_trace(model):
+            for batch in batches:
+                args, kwargs = _call_of(batch, example)
+                model(*args, **kwargs)
+                count += 1
+                if observer.end_step():
+                    break
+    finally:
+        observer.close()
+    if count == 0:
+        raise ArgumentError("batches is empty: at least one batch of inputs is needed.")
+    return observer
+
+
+def _call_of(batch: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Tensor) and not isinstance(batch, Tensor):
+        remedy = ""
+        if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
+            remedy = " For a loader of (x, y) give (x for x, y in loader)."
+        raise ArgumentError(f"batches: example_input is a tensor, but a batch is a {type(batch).__name__}.{remedy}")
+    if isinstance(example, tuple) and (not isinstance(batch, tuple | list) or len(batch) != len(example)):
+        raise ArgumentError(
+            f"batches: example_input is a tuple of {len(example)} arguments, but a batch is a {type(batch).__name__}"
+            f"{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}. Give tuples of the model's arguments, "
+            "without labels."
+        )
+    if isinstance(example, Mapping) and not isinstance(batch, Mapping):
+        raise ArgumentError(f"batches: example_input is a dict, but a batch is a {type(batch).__name__}.")
+    return as_call(tuple(batch) if isinstance(batch, list) else batch)

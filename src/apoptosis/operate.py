@@ -1,0 +1,247 @@
+"""One surgery as a transaction: edit, capture again, follow the surviving ids, measure on the probe, commit or roll back.
+
+Lives here: the order of these steps and what ends in a rollback. Does not live here: what to remove (planner), how a
+tensor is edited (surgery), what a change may cost (the caller's judge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
+from apoptosis.graph import analyse, verify
+from apoptosis.ledger import Event
+from apoptosis.planner import Plan
+from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs
+from apoptosis.records import Certificate, Group, Pin, Reduction, Structure, TensorEdit
+from apoptosis.surgery import Transaction, build_edits
+
+Judge = Callable[[Change], str]  # why the change is refused, "" when it is granted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patient:
+    """What one surgery touches: the model, its optimizers, averaged copies, and how to call and read the model."""
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    followers: tuple[nn.Module, ...]
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    read: ReadLogits | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """structure: as it is now (new after a commit). change: measured, None if it never came to that. refused: why."""
+
+    committed: bool
+    structure: Structure
+    change: Change | None
+    refused: str = ""
+    pins: tuple[Pin, ...] = ()
+    done: tuple[Reduction, ...] = ()
+
+
+def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
+    """The structure with further groups pinned (by name); groups pinned already keep their own reason."""
+    if not pins:
+        return structure
+    groups = tuple(
+        replace(group, pin=pins[group.name]) if group.name in pins and group.pin is None else group
+        for group in structure.groups
+    )
+    return replace(structure, groups=groups)
+
+
+def exclude_pins(structure: Structure, patterns: Sequence[str]) -> dict[str, Pin]:
+    """Pins for the groups that the user left out; a pattern is a group's name or a wildcard.
+
+    Raises: ArgumentError: a pattern that matches no group (a typing error would silently exclude nothing).
+    """
+    pins: dict[str, Pin] = {}
+    for pattern in patterns:
+        hits = [g for g in structure.groups if fnmatchcase(g.name, pattern)]
+        if not hits:
+            names = ", ".join(g.name for g in structure.groups[:20])
+            raise ArgumentError(f"exclude={pattern!r} matches no group; the groups are: {names}.")
+        for group in hits:
+            pins[group.name] = Pin(group=group.name, num_channels=group.num_channels, reason="left out by exclude=")
+    return pins
+
+
+def kept_positions(edits: Sequence[TensorEdit]) -> dict[str, Mapping[int, Tensor]]:
+    """Tensor name -> dim -> positions that stay, as verify() wants them."""
+    return {edit.tensor: edit.keep for edit in edits}
+
+
+def operate(
+    patient: Patient,
+    structure: Structure,
+    reductions: Sequence[Reduction],
+    dropped_variance: Mapping[str, Tensor],
+    probe: Probe | None,
+    judge: Judge,
+) -> Outcome:
+    """Carry out reductions in place, or leave everything bitwise as it was.
+
+    A group whose edit breaks the forward pass or changes which channel a column reads is rolled back and pinned, and
+    the others are tried again without it. A change the judge refuses rolls everything back.
+    """
+    pins: dict[str, Pin] = {}
+    todo = list(reductions)
+    before = outputs(patient.model, probe) if probe is not None else None
+    while todo:
+        outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge)
+        if outcome is not None:
+            return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
+        guilty = _guilty(patient, structure, todo, dropped_variance) or {todo[0].group: fault}
+        for name, reason in guilty.items():
+            pins[name] = _pin(structure, name, reason)
+        todo = [r for r in todo if r.group not in pins]
+    return Outcome(
+        committed=False,
+        structure=with_pins(structure, pins),
+        change=None,
+        refused="no group can be edited: " + "; ".join(str(p) for p in pins.values()) if pins else "nothing to remove",
+        pins=tuple(pins.values()),
+    )
+
+
+def _attempt(
+    patient: Patient,
+    structure: Structure,
+    reductions: list[Reduction],
+    dropped_variance: Mapping[str, Tensor],
+    probe: Probe | None,
+    before: list[Any] | None,
+    judge: Judge,
+) -> tuple[Outcome | None, str]:
+    """One try with all of `reductions`: an outcome, or None and what went wrong with the structure."""
+    edits = build_edits(structure, reductions, dropped_variance)
+    with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
+        transaction.apply(edits)
+        try:
+            new = _recapture(patient, structure, edits)
+        except (CaptureError, StructureChangedError, ShapeError) as error:
+            transaction.rollback()
+            return None, str(error)
+        change = None
+        if probe is not None and before is not None:
+            change = compare(before, outputs(patient.model, probe), probe.labels, patient.read)
+            refused = judge(change)
+            if refused:
+                transaction.rollback()
+                return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
+        transaction.commit()
+    return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
+
+
+def _recapture(patient: Patient, structure: Structure, edits: Sequence[TensorEdit]) -> Structure:
+    new = analyse(patient.model, *patient.call)
+    verify(structure, new, kept_positions(edits))
+    return new
+
+
+def _guilty(
+    patient: Patient, structure: Structure, reductions: list[Reduction], dropped: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Which groups fail on their own, with the reason; every trial is rolled back."""
+    found: dict[str, str] = {}
+    for reduction in reductions:
+        edits = build_edits(structure, [reduction], dropped)
+        with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
+            transaction.apply(edits)
+            try:
+                _recapture(patient, structure, edits)
+            except (CaptureError, StructureChangedError, ShapeError) as error:
+                found[reduction.group] = str(error)
+            transaction.rollback()
+    return found
+
+
+def _pin(structure: Structure, name: str, reason: str) -> Pin:
+    group: Group = next(g for g in structure.groups if g.name == name)
+    return Pin(
+        group=name,
+        num_channels=group.num_channels,
+        reason=f"removing channels broke the forward pass: {reason}",
+        remedy="Look for a literal width or index in the model's forward, or leave the group out with exclude=.",
+    )
+
+
+def _keep_pins(old: Structure, new: Structure) -> Structure:
+    """Pins that were set from outside (excluded, broken before) survive a new capture."""
+    return with_pins(new, {g.name: g.pin for g in old.groups if g.pin is not None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large a patient is: number of parameters, bytes of parameters, buffers and optimizer state, MACs."""
+
+    parameters: int
+    bytes: int
+    macs: float
+
+
+def size_of(patient: Patient, structure: Structure) -> Size:
+    """Measure a patient."""
+    return Size(parameters=num_parameters(patient.model), bytes=state_bytes(patient), macs=structure.macs)
+
+
+def make_event(
+    *,
+    step: int,
+    plan: Plan,
+    outcome: Outcome,
+    before: Size,
+    after: Size,
+    certificates: tuple[Certificate, ...],
+    measured_on: str,
+    seconds: float,
+    notes: tuple[str, ...] = (),
+) -> Event:
+    """The record of one surgery, from what was planned and what came of it."""
+    done = {reduction.group for reduction in outcome.done}
+    subjects = {key for key, group in plan.site_group.items() if group in done}
+    measured: dict[str, float] = {}
+    change = outcome.change
+    if change is not None:
+        measured["output_rms"] = change.rms
+        if change.readable:
+            measured |= {"flips": change.flips / change.rows, "margin_share": change.margin_share}
+    return Event(
+        step=step,
+        tolerance=plan.tolerance,
+        criterion=plan.criterion,
+        groups={name: plan.widths[name] for name in plan.widths if name in done},
+        parameters=(before.parameters, after.parameters),
+        macs=(before.macs, after.macs),
+        bytes_freed=before.bytes - after.bytes,
+        certificates=(*(c for c in plan.certificates if c.subject in subjects), *certificates),
+        measured=measured,
+        measured_on=f"on {change.rows if change is not None else 0} {measured_on}",
+        seconds=seconds,
+        notes=(*notes, *(str(pin) for pin in outcome.pins)),
+    )
+
+
+def state_bytes(patient: Patient) -> int:
+    """Bytes of parameters, buffers and optimizer state now."""
+    total = sum(t.numel() * t.element_size() for t in (*patient.model.parameters(), *patient.model.buffers()))
+    for optimizer in patient.optimizers:
+        for state in optimizer.state.values():
+            if isinstance(state, dict):
+                total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
+    return total
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,167 @@
+"""When to look, when to remove and how much at most: a pure function of telemetry.
+
+Lives here: the schedule, the tolerance of an event, the question whether an event pays. Does not live here: clocks,
+models, random numbers. Costs are multiply-adds (MACs); what an event costs beside its arithmetic enters as
+`overhead_macs`, calibrated once per run, so that the same seed and calibration give the same widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRAIN_MACS = 3.0  # a training step costs about three forward passes: forward, and two products in backward
+OPTIMISTIC_YIELD = 0.5  # share of MACs the first event is taken to save
+POOR_YIELD = 0.02  # an event that saved less than this share makes the policy skip a turn
+LAST_SHARE = 0.7  # no event later than this share of the run: what is left must be learnt again
+WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 100, 500
+NUM_TURNS = 6  # turns of the schedule, in geometric progression from warm-up to LAST_SHARE
+START_TOLERANCE = 0.03  # of the library's own schedule; falls linearly to 0 at LAST_SHARE
+SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastEvent:
+    """What the policy remembers of an attempt."""
+
+    step: int
+    macs_before: float
+    macs_after: float
+    rolled_back: bool = False
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the forward pass's MACs that the event removed."""
+        return 1.0 - self.macs_after / self.macs_before if self.macs_before > 0 and not self.rolled_back else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """All the policy sees.
+
+    step: optimizer steps so far. total_steps: of the whole run, None if unknown. macs: of one forward pass per
+    example. batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
+    factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event.
+    tolerance: the user's cap, None for the library's schedule. halvings: rollbacks so far.
+    """
+
+    step: int
+    total_steps: int | None
+    macs: float
+    batch_rows: float
+    event_macs: float
+    overhead_macs: float
+    tolerance: float | None
+    halvings: int
+    history: tuple[PastEvent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Open a window at `at_step` with `tolerance` per site, or never again (`at_step` None), and why."""
+
+    at_step: int | None
+    tolerance: float
+    reason: str
+
+
+def warmup_steps(total_steps: int | None) -> int:
+    """Steps before the first event: 3 % of the run within 100..500, and never more than a tenth of a short run."""
+    if total_steps is None:
+        return WARMUP_MIN
+    wanted = min(max(round(WARMUP_SHARE * total_steps), WARMUP_MIN), WARMUP_MAX)
+    return max(1, min(wanted, total_steps // 10))
+
+
+def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
+    """Steps later than `after` at which an event may happen.
+
+    With a known length: NUM_TURNS in geometric progression from warm-up to LAST_SHARE of the run, because a channel
+    removed early saves most. With an unknown one: each turn at twice the steps of the last.
+
+    Example:
+        >>> turns(1000, after=0)
+        (100, 148, 218, 321, 474, 700)
+    """
+    first = warmup_steps(total_steps)
+    if total_steps is None:
+        step = first
+        while step <= after:
+            step *= 2
+        return (step,)
+    last = int(LAST_SHARE * total_steps)
+    count = max(1, min(NUM_TURNS, (last - first) // 10 + 1))
+    steps = [round(first * (last / first) ** (i / max(count - 1, 1))) for i in range(count)]
+    return tuple(step for step in steps if step > after)
+
+
+def tolerance_at(step: int, total_steps: int | None, cap: float | None, halvings: int) -> float:
+    """Tolerance per consumer site of an event at `step`: the user's cap, or the falling schedule; halved by rollbacks.
+
+    Example:
+        >>> tolerance_at(0, 1000, None, 0), tolerance_at(350, 1000, None, 1), tolerance_at(350, 1000, 0.02, 0)
+        (0.03, 0.0075, 0.02)
+    """
+    if cap is not None:
+        return cap * 0.5**halvings
+    fall = 1.0 if total_steps is None else max(0.0, 1.0 - step / (LAST_SHARE * total_steps))
+    start = START_TOLERANCE if total_steps is not None else START_TOLERANCE / 2
+    return start * fall * 0.5**halvings
+
+
+def site_limit(cap: float | None) -> float:
+    """What the relative errors of one site may add up to over all events.
+
+    By the triangle inequality the sum bounds the error that all events together made at the site.
+    """
+    return SITE_LIMIT_FACTOR * (START_TOLERANCE if cap is None else cap)
+
+
+def saves(telemetry: Telemetry, share: float, step: int) -> float:
+    """MACs saved until the end of the run by removing `share` of the forward pass's MACs at `step`."""
+    remaining = step if telemetry.total_steps is None else telemetry.total_steps - step
+    return share * TRAIN_MACS * telemetry.macs * telemetry.batch_rows * max(0, remaining)
+
+
+def expected_yield(history: tuple[PastEvent, ...]) -> float:
+    """Share of MACs the next event is taken to save: optimistic at first, then what the last attempt saved."""
+    if not history:
+        return OPTIMISTIC_YIELD
+    return max(history[-1].saved_share, 0.5 * POOR_YIELD)
+
+
+def decide(telemetry: Telemetry) -> Decision:
+    """The next window: the next turn of the schedule at which an event is expected to pay, or none."""
+    upcoming = turns(telemetry.total_steps, after=telemetry.step)
+    if not upcoming:
+        return Decision(at_step=None, tolerance=0.0, reason="the schedule has no turn left")
+    past = telemetry.history
+    skip = 0
+    for event in reversed(past):  # back off: one more turn is skipped for every poor event in a row
+        if event.saved_share >= POOR_YIELD:
+            break
+        skip += 1
+    if telemetry.total_steps is None:
+        step = upcoming[0] << min(skip, 20)
+    elif skip >= len(upcoming):
+        return Decision(at_step=None, tolerance=0.0, reason=f"the last {skip} events saved too little to go on")
+    else:
+        step = upcoming[skip]
+    tolerance = tolerance_at(step, telemetry.total_steps, telemetry.tolerance, telemetry.halvings)
+    if past and telemetry.batch_rows > 0:
+        saved = saves(telemetry, expected_yield(past), step)
+        cost = telemetry.event_macs + telemetry.overhead_macs
+        if saved <= cost:
+            return Decision(
+                at_step=None,
+                tolerance=0.0,
+                reason=f"an event would save {saved:.3g} MACs in the steps that remain and cost {cost:.3g}",
+            )
+    return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule")
+
+
+def pays(telemetry: Telemetry, macs_after: float) -> bool:
+    """Whether a plan is worth its surgery in the steps that remain (the window is already paid for)."""
+    share = 1.0 - macs_after / telemetry.macs if telemetry.macs > 0 else 0.0
+    if share <= 0.0:
+        return False
+    return telemetry.total_steps is None or saves(telemetry, share, telemetry.step) > telemetry.overhead_macs

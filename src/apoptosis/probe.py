@@ -1,0 +1,204 @@
+"""The network's outputs before and after surgery, compared on probe examples.
+
+Lives here: reading classes off outputs, slicing a probe, running the model without leaving a trace, counting flips
+and margins. Does not live here: what follows from the numbers (bounds) or who rolls back (engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from apoptosis.errors import ArgumentError, NonFiniteError
+
+ReadLogits = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Probe:
+    """Inputs (positional and keyword) of `rows` examples along dimension 0, with labels where there are any."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    labels: Tensor | None
+    rows: int
+    held_out: bool
+
+    def take(self, start: int, stop: int) -> Probe:
+        """Examples start..stop as a probe of their own."""
+
+        def cut(x: Any) -> Any:
+            return x[start:stop] if isinstance(x, Tensor) and x.dim() and x.shape[0] == self.rows else x
+
+        labels = None if self.labels is None else self.labels[start:stop]
+        args, kwargs = tree_map(cut, (self.args, dict(self.kwargs)))
+        return Probe(args=args, kwargs=kwargs, labels=labels, rows=stop - start, held_out=self.held_out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """How far the outputs moved. rms: relative to the centred output; flips, losses: numbers of examples.
+
+    flips: predictions that changed. losses: right before and wrong after (equal to flips where labels are missing).
+    margin_share: share of examples whose two largest logits differ by at most twice the largest change of a logit.
+    readable: whether the outputs have classes at all.
+    """
+
+    rms: float
+    rows: int
+    flips: int
+    losses: int
+    margin_share: float
+    readable: bool
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn an example input (tensor, tuple of arguments or dict of keyword arguments) into (args, kwargs)."""
+    if isinstance(example, Mapping):
+        if not all(isinstance(key, str) for key in example):
+            raise ArgumentError("example input: a dict is taken as keyword arguments, so its keys must be strings.")
+        return (), dict(example)
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, Tensor):
+        return (example,), {}
+    raise ArgumentError(
+        f"example input is a {type(example).__name__}: give a tensor, a tuple of arguments or a dict of keyword "
+        "arguments, as you would call the model."
+    )
+
+
+def num_rows(call: Any) -> int:
+    """Examples in a call: the size of dimension 0 of its first tensor."""
+    tensors = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    return int(tensors[0].shape[0]) if tensors else 0
+
+
+def make_probe(probe: Any, example: Any) -> Probe:
+    """Read what the user gave as `probe`: inputs of the form of the example input, or (inputs, labels).
+
+    Raises: ArgumentError: neither form fits.
+    """
+    labels = None
+    inputs = probe
+    is_pair = isinstance(probe, Sequence) and not isinstance(probe, Tensor) and len(probe) == 2
+    if is_pair and (not isinstance(example, tuple) or isinstance(probe[0], tuple)):
+        inputs, labels = probe
+    form = Tensor if isinstance(example, Tensor) else tuple if isinstance(example, tuple) else Mapping
+    if not isinstance(inputs, form) or (isinstance(example, tuple) and len(inputs) != len(example)):
+        raise ArgumentError(
+            f"probe: expected inputs of the form of example_input ({type(example).__name__}) or (inputs, labels), "
+            f"got {type(probe).__name__}."
+        )
+    args, kwargs = as_call(inputs)
+    rows = num_rows((args, kwargs))
+    if rows == 0:
+        raise ArgumentError("probe holds no examples along dimension 0.")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.dim() != 1 or len(labels) != rows):
+        raise ArgumentError(f"probe labels must be a tensor of shape ({rows},): one class index per example.")
+    return Probe(args=args, kwargs=kwargs, labels=labels, rows=rows, held_out=True)
+
+
+@contextmanager
+def without_trace(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, random state and every module's mode as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def outputs(model: nn.Module, probe: Probe, *, chunk: int = 1024) -> list[Any]:
+    """The model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model."""
+    found = []
+    with without_trace(model):
+        for start in range(0, probe.rows, chunk):
+            part = probe.take(start, min(start + chunk, probe.rows)) if probe.rows > chunk else probe
+            found.append(model(*part.args, **part.kwargs))
+    return found
+
+
+def _leaves(out: Any) -> list[Tensor]:
+    leaves = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+    if leaves:
+        return leaves
+    values = vars(out).values() if hasattr(out, "__dict__") else ()  # a plain object of tensors
+    return [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def logits_of(out: Any, read: ReadLogits | None) -> Tensor | None:
+    """(examples, classes) logits, or None where the output has none: one tensor of two dimensions with >= 2 columns."""
+    if read is not None:
+        logits = read(out)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+            raise ArgumentError("logits=: the function must return a tensor of shape (examples, classes >= 2).")
+        return logits
+    named = getattr(out, "logits", None)
+    if isinstance(named, Tensor) and named.dim() == 2 and named.shape[1] >= 2:
+        return named
+    leaves = _leaves(out)
+    if len(leaves) == 1 and leaves[0].dim() == 2 and leaves[0].shape[1] >= 2:
+        return leaves[0]
+    return None
+
+
+def compare(before: list[Any], after: list[Any], labels: Tensor | None, read: ReadLogits | None) -> Change:
+    """How far the outputs moved between two passes over the same examples.
+
+    Raises: NonFiniteError: the outputs before hold NaN or infinity (after: the change is infinite).
+    """
+    change = scale = 0.0
+    rows = flips = losses = close = start = 0
+    readable = True
+    for old, new in zip(before, after, strict=True):
+        for x, y in zip(_leaves(old), _leaves(new), strict=True):
+            x, y = x.double(), y.double()
+            if not bool(torch.isfinite(x).all()):
+                raise NonFiniteError("the network's outputs on the probe hold NaN or infinity before any change.")
+            change += float((y - x).square().sum())
+            scale += float((x - x.mean(0, keepdim=True)).square().sum())
+        a, b = logits_of(old, read), logits_of(new, read)
+        if a is None or b is None:
+            readable = False
+            rows += num_rows(_leaves(old))
+            continue
+        a, b = a.double(), b.double()
+        rows += len(a)
+        first, second = a.argmax(1), b.argmax(1)
+        flipped = (first != second) | ~torch.isfinite(b).all(1)
+        flips += int(flipped.sum())
+        if labels is not None:
+            truth = labels[start : start + len(a)].to(first.device)
+            losses += int(((first == truth) & flipped).sum())
+        top = a.topk(2, dim=1).values
+        close += int(((top[:, 0] - top[:, 1]) <= 2 * (b - a).abs().amax(1)).sum())
+        start += len(a)
+    if change != change:
+        change = float("inf")
+    rms = (change / scale) ** 0.5 if scale > 0 else (0.0 if change == 0 else float("inf"))
+    return Change(
+        rms=rms,
+        rows=rows,
+        flips=flips,
+        losses=flips if labels is None else losses,
+        margin_share=close / rows if readable and rows else 1.0,
+        readable=readable and rows > 0,
+    )
+
+
+def has_classes(model: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], read: ReadLogits | None) -> bool:
+    """Whether logits can be read off the model's output on the example input."""
+    example = Probe(args=call[0], kwargs=call[1], labels=None, rows=max(1, num_rows(call)), held_out=False)
+    return logits_of(outputs(model, example, chunk=example.rows)[0], read) is not None

@@ -1,0 +1,85 @@
+"""What a run of apoptosis remembers, as plain values and tensors, and how it is taken up again.
+
+Lives here: the fields of `Apoptosis.state_dict()` and the checks before they are loaded. Does not live here: files
+(surgery.checkpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from apoptosis.errors import CheckpointError
+from apoptosis.graph import analyse
+from apoptosis.observe import Observer
+from apoptosis.operate import with_pins
+from apoptosis.policy import Decision, PastEvent
+from apoptosis.records import Pin
+
+if TYPE_CHECKING:
+    from apoptosis.engine import Apoptosis
+
+VERSION = 1
+_PLAIN = (
+    "_step",
+    "_halvings",
+    "_rolled_back",
+    "_num_events",
+    "_batch_rows",
+    "_overhead",
+    "_window_start",
+    "_own_seconds",
+    "_hook_seconds",
+    "_closed",
+)
+
+
+def dump_state(apo: Apoptosis) -> dict[str, Any]:
+    """All that decides what `apo` does next."""
+    observer: Observer | None = apo._observer
+    return {
+        "version": VERSION,
+        "widths": {g.name: g.num_channels for g in apo._structure.groups},
+        "full": list(apo._full),
+        "pins": [asdict(g.pin) for g in apo._structure.groups if g.pin is not None],
+        "plain": {name.lstrip("_"): getattr(apo, name) for name in _PLAIN},
+        "history": [asdict(past) for past in apo._history],
+        "site_cost": dict(apo._site_cost),
+        "verdict": apo._verdict.state_dict(),
+        "decision": asdict(apo._decision),
+        "window": None if observer is None else observer.state_dict(),
+    }
+
+
+def restore_state(apo: Apoptosis, state: Mapping[str, Any]) -> None:
+    """Take over what `dump_state` wrote, or raise CheckpointError and change nothing."""
+    if not isinstance(state, Mapping) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, Mapping) else None
+        raise CheckpointError(f"apoptosis state has version {found!r}, this library reads {VERSION}.")
+    structure = analyse(apo._patient.model, *apo._patient.call)
+    have = {g.name: g.num_channels for g in structure.groups}
+    if have != dict(state["widths"]):
+        odd = sorted(set(have.items()) ^ set(dict(state["widths"]).items()))[:4]
+        raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
+    try:
+        pins = {entry["group"]: Pin(**entry) for entry in state["pins"]}
+        history = tuple(PastEvent(**past) for past in state["history"])
+        decision = Decision(**state["decision"])
+        plain = {name: state["plain"][name.lstrip("_")] for name in _PLAIN}
+        full = (int(state["full"][0]), float(state["full"][1]))
+        site_cost = {str(k): float(v) for k, v in state["site_cost"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"apoptosis state is damaged: {error!r}.") from error
+    apo._structure = with_pins(structure, pins)
+    for name, value in plain.items():
+        setattr(apo, name, value)
+    apo._history, apo._decision, apo._full, apo._site_cost = history, decision, full, site_cost
+    apo._verdict.load_state_dict(state["verdict"])
+    apo._drop_window()
+    apo._hook_seconds = plain["_hook_seconds"]
+    if state["window"] is not None:
+        observer = apo._new_observer()
+        observer.load_state_dict(state["window"])
+        observer.open()
+        apo._observer = observer

@@ -1,0 +1,102 @@
+"""Reading, slicing and comparing outputs; leaving no trace on the model."""
+
+import pytest
+import torch
+from torch import nn
+
+from apoptosis.errors import ArgumentError, NonFiniteError
+from apoptosis.probe import as_call, compare, has_classes, logits_of, make_probe, outputs
+
+
+def test_forms_of_a_call():
+    x = torch.zeros(2, 3)
+    assert as_call(x) == ((x,), {})
+    assert as_call((x, x)) == ((x, x), {})
+    assert as_call({"x": x}) == ((), {"x": x})
+    with pytest.raises(ArgumentError, match="list"):
+        as_call([x])
+    with pytest.raises(ArgumentError, match="keys"):
+        as_call({1: x})
+
+
+@pytest.mark.parametrize(
+    ("example", "given", "labelled"),
+    [
+        (torch.zeros(2, 3), torch.zeros(5, 3), False),
+        (torch.zeros(2, 3), (torch.zeros(5, 3), torch.zeros(5)), True),
+        (torch.zeros(2, 3), [torch.zeros(5, 3), torch.zeros(5)], True),
+        ((torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(5, 3), torch.zeros(5)), False),
+        ((torch.zeros(2, 3),), ((torch.zeros(5, 3),), torch.zeros(5)), True),
+        ({"x": torch.zeros(2, 3)}, {"x": torch.zeros(5, 3)}, False),
+        ({"x": torch.zeros(2, 3)}, ({"x": torch.zeros(5, 3)}, torch.zeros(5)), True),
+    ],
+)
+def test_forms_of_a_probe(example, given, labelled):
+    found = make_probe(given, example)
+    assert found.rows == 5
+    assert (found.labels is not None) == labelled
+    assert found.take(1, 3).rows == 2
+
+
+@pytest.mark.parametrize("given", [[torch.zeros(5, 3)], "x", torch.zeros(0, 3), (torch.zeros(5, 3), torch.zeros(4))])
+def test_unreadable_probe_is_refused(given):
+    with pytest.raises(ArgumentError, match="probe"):
+        make_probe(given, torch.zeros(2, 3))
+
+
+def test_outputs_leave_no_trace():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    net.train()
+    net[1].eval()
+    modes = [m.training for m in net.modules()]
+    buffers = {k: v.clone() for k, v in net.named_buffers()}
+    state = torch.get_rng_state()
+    probe = make_probe(torch.randn(2500, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3))
+    found = outputs(net, probe)
+    assert sum(len(x) for x in found) == 2500
+    assert torch.equal(torch.cat(found), torch.cat(outputs(net, probe, chunk=100)).view(2500, 2)) or torch.allclose(
+        torch.cat(found), torch.cat(outputs(net, probe, chunk=100))
+    )
+    assert [m.training for m in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, buffers[k]) for k, v in net.named_buffers())
+
+
+def test_flips_losses_and_margins_against_a_slow_twin():
+    gen = torch.Generator().manual_seed(1)
+    a, b = torch.randn(300, 4, generator=gen), torch.randn(300, 4, generator=gen) * 0.3
+    labels = torch.randint(0, 4, (300,), generator=gen)
+    found = compare([a[:100], a[100:]], [(a + b)[:100], (a + b)[100:]], labels, None)
+    flips = losses = close = 0
+    for x, y, label in zip(a, a + b, labels, strict=True):
+        i, j = int(x.argmax()), int(y.argmax())
+        flips += i != j
+        losses += i != j and i == int(label)
+        top = x.sort().values
+        close += float(top[-1] - top[-2]) <= 2 * float((y - x).abs().max())
+    assert (found.flips, found.losses) == (flips, losses)
+    assert found.margin_share == pytest.approx(close / 300)
+    assert found.flips <= close
+
+
+def test_relative_rms_and_constant_outputs():
+    x = torch.randn(50, 3)
+    assert compare([x], [x], None, None).rms == 0.0
+    assert compare([torch.ones(4, 3)], [torch.ones(4, 3)], None, None).rms == 0.0
+    assert compare([torch.ones(4, 3)], [2 * torch.ones(4, 3)], None, None).rms == float("inf")
+    broken = x.clone()
+    broken[0, 0] = float("nan")
+    assert compare([x], [broken], None, None).rms == float("inf")
+    with pytest.raises(NonFiniteError):
+        compare([broken], [x], None, None)
+
+
+def test_what_counts_as_classes():
+    assert logits_of(torch.zeros(3, 1), None) is None
+    assert logits_of(torch.zeros(3, 2, 2), None) is None
+    assert logits_of((torch.zeros(3, 2), torch.zeros(3, 2)), None) is None
+    assert logits_of((torch.zeros(3, 2), torch.zeros(3, 2)), lambda out: out[0]).shape == (3, 2)
+    with pytest.raises(ArgumentError, match="logits="):
+        logits_of(torch.zeros(3, 1), lambda out: out)
+    assert has_classes(nn.Linear(3, 2), ((torch.zeros(2, 3),), {}), None)
+    assert not has_classes(nn.Linear(3, 1), ((torch.zeros(2, 3),), {}), None)

@@ -1,0 +1,95 @@
+"""The budget: what is granted, what is refused, and what is booked."""
+
+import pytest
+import torch
+
+from apoptosis.budget import ALPHA, Account
+from apoptosis.errors import BudgetError
+from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper, required_probe_rows
+from apoptosis.probe import Change, make_probe
+from apoptosis.verdict import SANITY_RMS, Verdict
+
+
+def change(flips=0, rows=1000, rms=0.01, losses=None, readable=True):
+    return Change(
+        rms=rms,
+        rows=rows,
+        flips=flips,
+        losses=flips if losses is None else losses,
+        margin_share=0.0,
+        readable=readable,
+    )
+
+
+def probe(rows):
+    return make_probe((torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.long)), torch.zeros(2, 3))
+
+
+def test_a_probe_too_small_names_the_number_needed():
+    needed = required_probe_rows(0.002, alpha_for_attempt(1, ALPHA))
+    Verdict(0.002, probe(needed)).check(readable=True)
+    with pytest.raises(BudgetError, match=str(needed)):
+        Verdict(0.002, probe(needed - 1)).check(readable=True)
+
+
+def test_budget_needs_probe_and_classes():
+    with pytest.raises(BudgetError, match="probe="):
+        Verdict(0.01, None).check(readable=True)
+    with pytest.raises(BudgetError, match="logits="):
+        Verdict(0.01, probe(5000)).check(readable=False)
+    Verdict(None, None).check(readable=False)
+
+
+def test_limits_add_up_and_attempts_spend_confidence():
+    verdict = Verdict(0.02, probe(4000))
+    total = 0.0
+    for attempt in (1, 2, 3):
+        part = verdict.begin(None)
+        assert verdict.judge(change(rows=part.rows)) == ""
+        (certificate,) = verdict.settle()
+        assert certificate.value == clopper_pearson_upper(0, part.rows, alpha_for_attempt(attempt, ALPHA))
+        total += certificate.value
+    assert verdict.account.spent == pytest.approx(total)
+
+
+def test_fresh_rows_first_then_all():
+    account = Account(0.05, 3000)
+    first = account.next_rows()
+    account.attempt(*first, losses=0)
+    second = account.next_rows()
+    assert second[0] == first[1]
+    assert not account.reused
+    while not account.reused:
+        account.attempt(*account.next_rows(), losses=0)
+    assert account.next_rows() == (0, 3000)
+
+
+def test_refused_attempt_is_not_booked_but_spends_confidence():
+    verdict = Verdict(0.005, probe(4000))
+    verdict.begin(None)
+    assert "exceeds the budget" in verdict.judge(change(flips=300))
+    assert verdict.account.spent == 0.0
+    assert verdict.account.attempts == 1
+
+
+def test_sanity_limit_without_budget():
+    verdict = Verdict(None, None)
+    verdict.begin(((torch.zeros(4, 3),), {}))
+    assert "sanity" in verdict.judge(change(rms=2 * SANITY_RMS))
+    assert "sanity" in verdict.judge(change(rms=float("inf")))
+    assert verdict.judge(change(rms=SANITY_RMS / 2, flips=3)) == ""
+    (certificate,) = verdict.settle()
+    assert not certificate.population
+    assert "training inputs" in certificate.note
+    assert verdict.training_flips == pytest.approx(0.003)
+
+
+def test_state_round_trip():
+    verdict = Verdict(0.02, probe(4000))
+    verdict.begin(None)
+    verdict.judge(change(rows=4000))
+    verdict.settle()
+    other = Verdict(0.02, probe(4000))
+    other.load_state_dict(verdict.state_dict())
+    assert other.state_dict() == verdict.state_dict()
+    assert other.account.next_rows() == verdict.account.next_rows()
