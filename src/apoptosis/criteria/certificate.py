@@ -85,8 +85,14 @@ class Proposal:
     def certificates(self, view: GroupView) -> tuple[Certificate, ...]:
         """One certificate per site."""
         rows = {site.key: site.moments.num_rows if site.moments is not None else 0 for site in view.sites}
+        note = (
+            ""
+            if self.kind == "empirical"
+            else "relative, from weights alone, for inputs of equal size in all directions"
+        )
         return tuple(
-            Certificate(kind=self.kind, subject=key, value=value, rows=rows[key]) for key, value in self.errors.items()
+            Certificate(kind=self.kind, subject=key, value=value, rows=rows[key], note=note)
+            for key, value in self.errors.items()
         )
 
 

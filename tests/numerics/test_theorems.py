@@ -1,0 +1,360 @@
+"""Every theorem of docs/theory.md, under its own name: hypothesis looks for a counterexample."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.nn import functional as F
+
+from apoptosis.numerics import bounds
+from apoptosis.numerics.activations import NEURON_TYPES, neuron_type
+from apoptosis.numerics.decompose import (
+    fold_consumer,
+    joint_error_curve,
+    ordered_cholesky,
+    pivoted_cholesky,
+    residual_gram,
+    site_diag,
+    solve_mix,
+)
+from apoptosis.numerics.moments import Moments
+
+PAGE = Path(__file__).parents[2] / "docs" / "theory.md"
+seeds = st.integers(0, 2**32 - 1)
+quick = settings(max_examples=40, deadline=None)
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated(seed: int, rows: int, channels: int) -> torch.Tensor:
+    return draw(seed, rows, channels) @ draw(seed + 1, channels, channels) + draw(seed + 2, channels)
+
+
+def moments_of(z: torch.Tensor) -> Moments:
+    moments = Moments(z.shape[1])
+    moments.update(z, exact=True)
+    return moments
+
+
+def mean_square(rows: torch.Tensor) -> float:
+    return float(rows.square().sum(1).mean())
+
+
+def slug(name: str) -> str:
+    return "test_" + re.sub(r"[^a-z]+", "_", name.lower()).strip("_")
+
+
+def test_page_and_tests_name_each_other() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    headings = re.findall(r"^## Theorem (\d+) \((.+)\)$", text, flags=re.MULTILINE)
+    assert [int(number) for number, _ in headings] == list(range(1, len(headings) + 1))
+    named = re.findall(r"^Test: `(\w+)`\.$", text, flags=re.MULTILINE)
+    assert named == [slug(name) for _, name in headings]
+    assert len(re.findall(r"^Proof\.|^Proof\b", text, flags=re.MULTILINE)) == len(headings)
+    here = {name for name in globals() if name.startswith("test_")} - {"test_page_and_tests_name_each_other"}
+    assert here == set(named)
+
+
+@given(seed=seeds, channels=st.integers(2, 8), out=st.integers(1, 5), kept=st.integers(1, 7), offset=st.booleans())
+@quick
+def test_joint_site_error(seed: int, channels: int, out: int, kept: int, offset: bool) -> None:
+    z, weight, bias = correlated(seed, 40, channels), draw(seed + 3, out, channels), draw(seed + 4, out)
+    keep = torch.arange(min(kept, channels))
+    mix = draw(seed + 5, keep.numel(), channels)
+    shift = draw(seed + 6, channels) if offset else None
+    folded, moved = fold_consumer(weight, bias, mix, shift)
+    change = (z @ weight.T + bias) - (z[:, keep] @ folded.T + moved)
+    moments = moments_of(z)
+    residual = residual_gram(moments.covariance(), moments.mean, keep, mix, shift)
+    torch.testing.assert_close(site_diag(weight, residual), change.square().mean(0), rtol=1e-7, atol=1e-9)
+
+
+@given(seed=seeds, channels=st.integers(2, 8), out=st.integers(1, 10), centred=st.booleans())
+@quick
+def test_error_curve(seed: int, channels: int, out: int, centred: bool) -> None:
+    z, weight = correlated(seed, 40, channels), draw(seed + 3, out, channels)
+    moments = moments_of(z)
+    gram = moments.covariance() if centred else moments.second_moment()
+    scaling = draw(seed + 4, channels).abs() + 0.1
+    for factor in (pivoted_cholesky(gram, weights_C=scaling), ordered_cholesky(gram, torch.arange(channels))):
+        curve = joint_error_curve(weight, factor)
+        for k in range(1, channels + 1):
+            keep = factor.order[:k].sort().values
+            mix, shift = solve_mix(gram, keep, mean_C=moments.mean if centred else None)
+            error = z - z[:, keep] @ mix - (0.0 if shift is None else shift)
+            assert float(curve[k]) == pytest.approx(mean_square(error @ weight.T), rel=1e-5, abs=1e-7 * float(curve[0]))
+    torch.testing.assert_close(factor.factor @ factor.factor.T, gram, rtol=1e-9, atol=1e-9)
+
+
+@given(seed=seeds, taps=st.integers(1, 6), same=st.booleans())
+@quick
+def test_several_taps(seed: int, taps: int, same: bool) -> None:
+    error = draw(seed, 30, 4, 1).repeat(1, 1, taps) if same else draw(seed, 30, 4, taps)
+    weight = draw(seed + 1, 3, 4, 1).repeat(1, 1, taps) if same else draw(seed + 1, 3, 4, taps)
+    exact = mean_square(torch.einsum("ocp,ncp->no", weight, error))
+    pairs = torch.einsum("ncp,ndq->pqcd", error, error) / 30
+    joint = torch.einsum("ocp,pqcd,odq->", weight, pairs, weight)
+    assert exact == pytest.approx(float(joint), rel=1e-9)
+    apart = sum(float(site_diag(weight[:, :, p], pairs[p, p]).sum()) for p in range(taps))
+    assert exact <= taps * apart * (1 + 1e-9)
+    if same:
+        assert exact == pytest.approx(taps * apart, rel=1e-9)
+
+
+@given(seed=seeds, channels=st.integers(2, 8), kept=st.integers(1, 7))
+@quick
+def test_batchnorm_after_the_consumer(seed: int, channels: int, kept: int) -> None:
+    z, weight = correlated(seed, 60, channels), draw(seed + 3, 5, channels)
+    moments, keep = moments_of(z), torch.arange(min(kept, channels))
+    mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+    old, new = z @ weight.T, (z[:, keep] @ mix + shift) @ weight.T
+    residual = residual_gram(moments.covariance(), moments.mean, keep, mix, shift)
+    torch.testing.assert_close(new.mean(0), old.mean(0), rtol=1e-9, atol=1e-9)
+    want = old.var(0, correction=0) - site_diag(weight, residual)
+    torch.testing.assert_close(new.var(0, correction=0), want, rtol=1e-7, atol=1e-7)
+    assert float(new.var(0).sum()) <= float(old.var(0).sum()) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", NEURON_TYPES)
+@given(seed=seeds, s=st.floats(1e-3, 1e3))
+@settings(max_examples=15, deadline=None)
+def test_merge_of_positively_homogeneous_neurons(name: str, seed: int, s: float) -> None:
+    kind = neuron_type(name)
+    if not kind.symmetry(*kind.defaults).homogeneous:
+        s = 1.0
+    w, x = draw(seed, 4), draw(seed + 1, 20, 4) * 3
+    torch.testing.assert_close(kind.phi(x @ (s * w), *kind.defaults), s * kind.phi(x @ w, *kind.defaults))
+
+
+@pytest.mark.parametrize("name", [n for n, k in NEURON_TYPES.items() if k.symmetry(*k.defaults).reflection is not None])
+@given(seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_merge_of_odd_and_point_symmetric_neurons(name: str, seed: int) -> None:
+    kind = neuron_type(name)
+    centre = kind.symmetry(*kind.defaults).reflection
+    u = draw(seed, 20, 4) @ draw(seed + 1, 4) * 3
+    torch.testing.assert_close(kind.phi(-u, *kind.defaults), centre - kind.phi(u, *kind.defaults))
+
+
+@pytest.mark.parametrize("name", NEURON_TYPES)
+@given(seed=seeds, bias=st.floats(-5, 5))
+@settings(max_examples=10, deadline=None)
+def test_constant_neurons(name: str, seed: int, bias: float) -> None:
+    kind = neuron_type(name)
+    incoming = torch.tensor([0.0, 0.0, bias], dtype=torch.float64)
+    x = torch.cat([draw(seed, 20, 2), torch.ones(20, 1, dtype=torch.float64)], 1)
+    value = kind.phi(torch.tensor(bias, dtype=torch.float64), *kind.defaults)
+    torch.testing.assert_close(kind.phi(x @ incoming, *kind.defaults), value.expand(20), rtol=1e-14, atol=0.0)
+
+
+@given(seed=seeds, s=st.floats(0, 100), c=st.floats(-5, 5))
+@quick
+def test_merges_through_max_pooling(seed: int, s: float, c: float) -> None:
+    u = draw(seed, 1, 2, 6, 6)
+    torch.testing.assert_close(F.max_pool2d(s * u + c, 2), s * F.max_pool2d(u, 2) + c)
+    assert not torch.allclose(F.max_pool2d(-u, 2), -F.max_pool2d(u, 2))
+
+
+@given(seed=seeds, t=st.floats(0.1, 10), sign=st.sampled_from([1.0, -1.0]), s=st.floats(0.1, 10))
+@quick
+def test_batchnorm_inside_the_group(seed: int, t: float, sign: float, s: float) -> None:
+    x, w, b, mean, bias = draw(seed, 50, 4), draw(seed + 1, 4), draw(seed + 2, 2), draw(seed + 3, 1), draw(seed + 4, 1)
+    var = draw(seed + 5, 1).square() + 0.5
+    raw = torch.stack([w, sign * t * w])  # neuron 1 is a scaled, perhaps mirrored copy of neuron 0
+    gamma, beta = torch.tensor([1.0, s * sign], dtype=torch.float64), torch.cat([bias, s * bias])
+    # Running statistics that belong to the weights: those of neuron 1 follow from those of neuron 0.
+    running_mean = torch.cat([mean, sign * t * (mean - b[0]) + b[1]])
+    running_var = torch.cat([var, t**2 * var])
+    u = x @ raw.T + b
+    for training in (False, True):
+        stats_in = (running_mean.clone(), running_var.clone())
+        z = F.relu(F.batch_norm(u, *stats_in, gamma, beta, training=training, eps=1e-12))
+        torch.testing.assert_close(z[:, 1], s * z[:, 0], rtol=1e-6, atol=1e-6 * s)
+    scale = gamma / running_var.sqrt()
+    folded = torch.cat([raw * scale[:, None], ((b - running_mean) * scale + beta)[:, None]], 1)
+    torch.testing.assert_close(folded[1], s * folded[0], rtol=1e-9, atol=1e-9 * s)
+
+
+EXACT = [("relu", 2.5), ("leaky_relu", 0.3), ("tanh", -1.0), ("sigmoid", -1.0), ("identity", -3.0), ("gelu", 1.0)]
+
+
+@pytest.mark.parametrize(("name", "s"), EXACT)
+@given(seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_chain_rule_of_an_exact_merge(name: str, s: float, seed: int) -> None:
+    kind = neuron_type(name)
+    x = torch.cat([draw(seed, 30, 3), torch.ones(30, 1, dtype=torch.float64)], 1)
+    w = draw(seed + 1, 2, 4)
+    w = torch.cat([w, s * w[:1]]).requires_grad_()  # neuron 2 goes into neuron 0
+    consumer = draw(seed + 2, 3, 3).requires_grad_()
+    target = draw(seed + 3, 30, 3)
+    offset = consumer.detach()[:, 2] * (kind.symmetry(*kind.defaults).reflection or 0.0) if s < 0 else 0.0
+    (kind.phi(x @ w.T, *kind.defaults) @ consumer.T - target).square().mean().backward()
+    mix = torch.tensor([[1.0, 0.0, s], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    small = w.detach()[:2].requires_grad_()
+    folded = (consumer.detach() @ mix.T).requires_grad_()
+    (kind.phi(x @ small.T, *kind.defaults) @ folded.T + offset - target).square().mean().backward()
+    assert w.grad is not None
+    assert consumer.grad is not None
+    torch.testing.assert_close(small.grad, mix @ w.grad)
+    torch.testing.assert_close(folded.grad, consumer.grad[:, :2])
+
+
+@given(seed=seeds)
+@quick
+def test_dead_neurons(seed: int) -> None:
+    x, w, consumer, target = draw(seed, 30, 3), draw(seed + 1, 4, 3), draw(seed + 2, 2, 4), draw(seed + 3, 30, 2)
+    bias = torch.tensor([0.1, -0.2, 0.3, -1e3], dtype=torch.float64)  # the last never fires
+    grads = []
+    for keep in (torch.arange(4), torch.arange(3)):
+        parts = [w[keep].clone().requires_grad_(), consumer[:, keep].clone().requires_grad_()]
+        (F.relu(x @ parts[0].T + bias[keep]) @ parts[1].T - target).square().mean().backward()
+        grads.append((parts[0].grad, parts[1].grad))
+    torch.testing.assert_close(grads[0][0][:3], grads[1][0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(grads[0][1][:, :3], grads[1][1], rtol=1e-12, atol=1e-13)
+    assert not grads[0][0][3].any()
+    assert not grads[0][1][:, 3].any()
+
+
+@given(seed=seeds, places=st.integers(1, 4), kept=st.integers(1, 4))
+@quick
+def test_tied_weights(seed: int, places: int, kept: int) -> None:
+    rows = [correlated(seed + 10 * i, 30, 5) for i in range(places)]
+    weight, keep = draw(seed + 3, 4, 5), torch.arange(kept)
+    moments = moments_of(torch.cat(rows))
+    mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+    assert shift is not None
+    total = sum(mean_square((z - z[:, keep] @ mix - shift) @ weight.T) for z in rows)
+    pooled = residual_gram(moments.covariance(), moments.mean, keep, mix, shift)
+    assert total == pytest.approx(places * float(site_diag(weight, pooled).sum()), rel=1e-7, abs=1e-9)
+    other = mix + 0.1 * draw(seed + 7, kept, 5)
+    assert total <= sum(mean_square((z - z[:, keep] @ other - shift) @ weight.T) for z in rows) + 1e-9
+
+
+@given(seed=seeds, p=st.sampled_from([0.1, 0.5]))
+@settings(max_examples=6, deadline=None)
+def test_dropout_correction(seed: int, p: float) -> None:
+    z = correlated(seed, 3, 3).repeat(40_000, 1)
+    mask = (torch.rand(z.shape, generator=torch.Generator().manual_seed(seed + 1)) >= p).double() / (1 - p)
+    plain, seen = moments_of(z), moments_of(z * mask)
+    scale = float(plain.second_moment().diagonal().max())
+    corrected = seen.without_dropout(p)
+    torch.testing.assert_close(corrected.second_moment(), plain.second_moment(), rtol=0.0, atol=0.05 * scale)
+    diagonal = seen.second_moment().diagonal() * (1 - p)
+    torch.testing.assert_close(diagonal, plain.second_moment().diagonal(), rtol=0.0, atol=0.05 * scale)
+    torch.testing.assert_close(corrected.mean, seen.mean)
+
+
+@pytest.mark.parametrize("name", NEURON_TYPES)
+@given(seed=seeds, near=st.floats(0, 1))
+@settings(max_examples=15, deadline=None)
+def test_worst_case_bound(name: str, seed: int, near: float) -> None:
+    kind = neuron_type(name)
+    args = kind.defaults
+    symmetry = kind.symmetry(*args)
+    w = draw(seed, 2, 4)
+    s, centre = (2.0, 0.0) if symmetry.homogeneous else (1.0, 0.0)
+    if symmetry.reflection is not None and seed % 2:
+        s, centre = -1.0, symmetry.reflection
+    w = torch.cat([w, s * w[:1] + near * draw(seed + 1, 1, 4)])  # neuron 2 is nearly s times neuron 0
+    consumer = draw(seed + 2, 3, 3)
+    x = torch.cat([draw(seed + 3, 200, 3), torch.ones(200, 1, dtype=torch.float64)], 1)
+    z = kind.phi(x @ w.T, *args)
+    standing = z.clone()
+    standing[:, 2] = s * z[:, 0] + centre
+    deviation = torch.tensor([0.0, 0.0, kind.lipschitz(*args) * float((w[2] - s * w[0]).norm())])
+    jump = torch.tensor([0.0, 0.0, kind.jump(*args) + 1e-9])
+    limit = bounds.worst_case_site_error(consumer, deviation, float(x.norm(dim=1).max()), jump)
+    change = (z - standing) @ consumer.T
+    assert float(change.norm(dim=1).max()) <= limit + 1e-9
+    later = draw(seed + 4, 2, 3)
+    final = torch.tanh(change @ later.T + 1.0) - torch.tanh(torch.ones(2, dtype=torch.float64))
+    certificate = bounds.worst_case_certificate("site", limit, [bounds.spectral_norm(later), 1.0], 1.0)
+    assert float(final.norm(dim=1).max()) <= certificate.value + 1e-9
+
+
+@given(seed=seeds, classes=st.integers(2, 6), size=st.floats(0, 3))
+@quick
+def test_margin(seed: int, classes: int, size: float) -> None:
+    before = draw(seed, 50, classes)
+    after = before + size * draw(seed + 1, 50, classes)
+    found = bounds.compare_logits(before, after)
+    assert found.flips <= found.at_risk
+    labels = torch.randint(0, classes, (50,), generator=torch.Generator().manual_seed(seed))
+    lost = int((before.argmax(1) == labels).sum()) - int((after.argmax(1) == labels).sum())
+    assert lost <= found.flips
+    # Each row alone, against its own change: never a flip beyond twice the change.
+    top = before.topk(2, dim=1).values
+    safe = top[:, 0] - top[:, 1] > 2 * (after - before).abs().amax(1)
+    assert torch.equal(before.argmax(1)[safe], after.argmax(1)[safe])
+
+
+@given(rows=st.integers(1, 300), p=st.floats(0.0, 1.0), alpha=st.floats(0.001, 0.4))
+@quick
+def test_clopper_pearson(rows: int, p: float, alpha: float) -> None:
+    # Coverage, summed exactly over everything that can be drawn.
+    covered = sum(
+        float(stats.binom.pmf(k, rows, p)) for k in range(rows + 1) if p <= bounds.clopper_pearson_upper(k, rows, alpha)
+    )
+    assert covered >= 1 - alpha - 1e-9
+
+
+@given(p=st.floats(0.0, 0.05), reuse=st.integers(0, 3))
+@settings(max_examples=10, deadline=None)
+def test_alpha_spending(p: float, reuse: int) -> None:
+    alpha, rows = 0.2, 60
+    assert sum(bounds.alpha_for_attempt(i, alpha) for i in range(1, 2000)) <= alpha
+    # The worst adversary: among 2^reuse removals, try the one whose rows look best. All must be covered at once.
+    level = bounds.alpha_for_attempt(1, alpha, earlier_verdicts=reuse)
+    miss = sum(
+        float(stats.binom.pmf(k, rows, p)) for k in range(rows + 1) if p > bounds.clopper_pearson_upper(k, rows, level)
+    )
+    assert 2**reuse * miss <= bounds.alpha_for_attempt(1, alpha) + 1e-9
+
+
+@given(seed=seeds, removals=st.integers(1, 5), size=st.floats(0, 1))
+@quick
+def test_ledger_sum(seed: int, removals: int, size: float) -> None:
+    labels = torch.randint(0, 4, (80,), generator=torch.Generator().manual_seed(seed))
+    logits, parts, lost = draw(seed, 80, 4), [], 0.0
+    for i in range(removals):
+        after = logits + size * draw(seed + i + 1, 80, 4)
+        parts.append(bounds.accuracy_certificate(bounds.compare_logits(logits, after), population=False))
+        lost += float((logits.argmax(1) == labels).double().mean() - (after.argmax(1) == labels).double().mean())
+        logits = after + draw(seed + i + 50, 80, 4)  # training goes on in between
+    assume(sum(p.value for p in parts) <= 1.0)
+    assert lost <= bounds.ledger_sum(parts).value + 1e-12
+
+
+@given(seed=seeds, least_squares=st.booleans())
+@quick
+def test_compounding(seed: int, least_squares: bool) -> None:
+    z, weight = correlated(seed, 60, 8), draw(seed + 3, 5, 8)
+    first = z @ weight.T
+    sigma = mean_square(first - first.mean(0)) ** 0.5
+    errors, product = [], 1.0
+    channels = 8
+    for _ in range(4):  # take one or two channels away, again and again
+        moments, keep = moments_of(z), torch.arange(channels - 1 - (seed + channels) % 2)
+        mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+        if not least_squares:
+            mix = torch.eye(channels, dtype=torch.float64)[keep]
+        old = z @ weight.T
+        folded, moved = fold_consumer(weight, None, mix, shift if least_squares else None)
+        new = z[:, keep] @ folded.T + (0.0 if moved is None else moved)
+        errors.append((mean_square(old - new) / mean_square(old - old.mean(0))) ** 0.5)
+        product *= 1 + errors[-1]
+        if moved is not None:  # keep what was folded into the bias: shift the rows by a channel that is always one
+            first = first - moved
+        z, weight, channels = z[:, keep], folded, keep.numel()
+    total = mean_square(first - z @ weight.T) ** 0.5 / sigma
+    limit = bounds.summed_errors(errors) if least_squares else product - 1
+    assert total <= limit * (1 + 1e-9) + 1e-9
