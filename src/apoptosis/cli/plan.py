@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from torch import Tensor
 
@@ -24,9 +25,6 @@ from apoptosis.recipes.folder import CHECKPOINT, CONFIG, write_json
 from apoptosis.recipes.networks import build_network
 from apoptosis.recipes.train import prepare
 from apoptosis.surgery import load
-
-# Enough for every width the reference networks have by default: three rows per channel and some to spare.
-OBSERVED_ROWS = 8192
 
 
 def plan(
@@ -56,7 +54,7 @@ def plan(
     event = shrink_(
         model,
         example.to(place),
-        _batches(data, config.batch),
+        _batches(data, min(config.batch, len(data.train)), place),
         tolerance=START_TOLERANCE if config.tolerance is None else config.tolerance,
         criterion=config.criterion,
         probe=tuple(t.to(place) for t in data.validation.between(0, rows)) if rows else None,
@@ -93,9 +91,8 @@ def _find(given: Path) -> tuple[Path, RunConfig]:
     raise CheckpointError(f"'{given}' holds no {CHECKPOINT}{hint}.")
 
 
-def _batches(data: Dataset, batch: int) -> Iterator[Tensor]:
-    """Training inputs, in order, until there are enough."""
-    device = data.validation.labels.device
-    for start in range(0, min(OBSERVED_ROWS, len(data.train) - batch + 1), batch):
+def _batches(data: Dataset, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield training inputs in order; the library stops when it has seen enough."""
+    for start in range(0, len(data.train) - batch + 1, batch):
         inputs, _ = data.train.between(start, start + batch)
         yield inputs.to(device)

@@ -13,6 +13,10 @@ from typing import Any, Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stopped(KeyboardInterrupt):
+    """Raised between two steps of an epoch, in answer to an interrupt: the state is whole and can be saved."""
+
+
 class Interrupt:
     """A context in which the first SIGINT or SIGTERM only sets `requested`; a second one interrupts at once.
 

@@ -24,7 +24,7 @@ from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.ledger import Event
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.datasets import Dataset
-from apoptosis.recipes.interrupt import Interrupt
+from apoptosis.recipes.interrupt import Interrupt, Stopped
 from apoptosis.recipes.metrics import evaluate
 from apoptosis.recipes.networks import build_network, num_macs, num_parameters
 from apoptosis.recipes.optim import learning_rate, make_optimizer
@@ -162,7 +162,7 @@ class Trainer:
     def run_epoch(self, watch: Watcher | None = None) -> Epoch:
         """Train to the end of the current epoch, then evaluate on the validation part.
 
-        Raises: NonFiniteError: the loss is NaN or infinite. KeyboardInterrupt: asked for by `interrupt`, after a whole
+        Raises: NonFiniteError: the loss is NaN or infinite. Stopped: asked for by `interrupt`, after a whole
             step inside the epoch; `state_dict` then holds all it takes to go on. After the epoch's last step the epoch
             is brought to its end, and whoever runs epochs asks `interrupt`.
         """
@@ -249,7 +249,7 @@ class Trainer:
                 self._check(epoch, position + 1, watch)
             if self.interrupt.requested and position + 1 < self.steps_per_epoch:
                 self._rng = self._random_state()
-                raise KeyboardInterrupt
+                raise Stopped
         self._check(epoch, self.steps_per_epoch, watch)
 
     def _begin_epoch(self, epoch: int, first: int) -> Tensor:

@@ -15,7 +15,7 @@ from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.recipes.config import RunConfig, resolve_device
 from apoptosis.recipes.datasets import Dataset, load_dataset
 from apoptosis.recipes.folder import RunFolder
-from apoptosis.recipes.interrupt import Interrupt
+from apoptosis.recipes.interrupt import Interrupt, Stopped
 from apoptosis.recipes.loop import Epoch, Trainer, Watcher
 from apoptosis.recipes.machine import machine, versions
 from apoptosis.recipes.results import SCHEMA, Result, finish
@@ -44,7 +44,7 @@ def prepare(config: RunConfig) -> tuple[Dataset, torch.device]:
 def write_checkpoint(folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -> None:
     """Write all it takes to go on exactly here; the last checkpoint is replaced only by a whole and finite one.
 
-    Raises: NonFiniteError: a weight is NaN or infinite; the last checkpoint stays. CheckpointError: it cannot be written.
+    Raises: NonFiniteError: a weight is NaN or infinite. CheckpointError: it cannot be written.
     """
     for name, parameter in trainer.model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -85,7 +85,8 @@ def train(
 
     A checkpoint is written after every epoch, and when the run is interrupted between two steps.
 
-    Raises: NonFiniteError: the loss is NaN or infinite; the last checkpoint stays. KeyboardInterrupt: interrupted.
+    Raises: NonFiniteError: the loss is NaN or infinite; the last checkpoint stays. KeyboardInterrupt: interrupted; a
+            second interrupt ends the run at once, with the last checkpoint that is there.
         ArgumentError, DataError, CheckpointError: before anything is trained.
     """
     data, device = prepare(config)
@@ -104,9 +105,8 @@ def train(
                 write_checkpoint(folder, trainer, epochs)
                 if interrupt.requested and not trainer.finished:
                     raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            if interrupt.requested and trainer.step > 0:
-                write_checkpoint(folder, trainer, epochs)
+        except Stopped:
+            write_checkpoint(folder, trainer, epochs)
             raise
     return _summary(folder, trainer, finish(trainer, epochs))
 
