@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
@@ -44,18 +44,15 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         [('0', 6, None), ('2', 2, "they are the network's output")]
     """
     tensors, aliases, buffers = named_tensors(model)
-    lazy = [name for name, tensor in tensors.items() if isinstance(tensor, UninitializedTensorMixin)]
+    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise CaptureError(f"parameter '{lazy[0]}' is not initialised: run the model once before.")
     findings = Findings(Slots(tensors, buffers))
-    modules: list[dict[str | None, int]] = []
     for training in (True, False):
-        before = len(findings.ties), len(findings.pins)
         capture(model, args, kwargs or {}, findings, training=training)
-        modules.append({"ties": len(findings.ties) - before[0], "pins": len(findings.pins) - before[1]})
     close(findings)
     classes = classify(findings)
-    first_pins = {name: tuple(classes.labels[owner.axis(d)] for d in range(len(owner.shape)))
+    labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
     return Structure(
         groups=build_groups(findings, classes),
@@ -63,7 +60,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         shapes={name: owner.shape for name, owner in findings.slots.owners.items()},
         aliases=aliases,
         notes=_notes(findings),
-        classes=first_pins,
+        classes=labels,
         pinned_classes=np.array(sorted(classes.reasons), dtype=np.int64),
     )
 

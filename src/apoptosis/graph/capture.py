@@ -32,11 +32,11 @@ from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Hands every operator, once executed, to the tracer."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self._tracer = tracer
 
     def __torch_dispatch__(

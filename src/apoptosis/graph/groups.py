@@ -65,7 +65,7 @@ def _axes(findings: Findings) -> list[Axis]:
 
 
 def _signatures(findings: Findings, axes: Sequence[Axis], classes: Classes) -> tuple[IntArray, IntArray]:
-    """Number the signatures of all classes that own a position along a producing axis.
+    """Give a number to the signature of every class that owns a position along a producing axis.
 
     Returns: group per class (-1: none), and the slots of the producing axes in forward order.
     """

@@ -7,6 +7,7 @@ is elementwise (rules.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -83,7 +84,7 @@ def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple
         origin = dull[0][1].origin if dull else "a constant"
         return nothing(ndim, origin, free=free)
     result = live[0][1]
-    for (left, _), (tensor, ids) in zip(live, live[1:], strict=False):
+    for (left, _), (tensor, ids) in pairwise(live):
         result = _join(call, left, result, tensor, ids, ndim)
     for tensor, value in dull:
         if _spans(tensor, ndim, varying(result)):

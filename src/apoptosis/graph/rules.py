@@ -44,13 +44,13 @@ ACTIVATIONS: dict[str, tuple[str, int]] = {
 }
 
 _ELEMENTWISE = (
-    "abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor "
-    "ceil clamp clamp_max clamp_min clip copysign cos cosh deg2rad digamma div eq erf erfc erfinv exp exp2 expm1 floor "
-    "floor_divide fmax fmin fmod frac ge gt heaviside hypot i0 isfinite isinf isnan isneginf isposinf ldexp le lerp "
-    "lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill "
-    "maximum minimum mul nan_to_num ne neg nextafter polygamma pow prelu rad2deg reciprocal remainder round rrelu rsqrt "
-    "rsub sgn sign signbit sin sinc sinh special_entr special_log_ndtr sqrt square sub tan trunc where xlogy "
-    "_prelu_kernel rrelu_with_noise rrelu_with_noise_functional gelu"
+    "abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or "
+    "bitwise_xor ceil clamp clamp_max clamp_min clip copysign cos cosh deg2rad digamma div eq erf erfc erfinv exp "
+    "exp2 expm1 floor floor_divide fmax fmin fmod frac ge gt heaviside hypot i0 isfinite isinf isnan isneginf "
+    "isposinf ldexp le lerp lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or "
+    "logical_xor logit lt masked_fill maximum minimum mul nan_to_num ne neg nextafter polygamma pow prelu rad2deg "
+    "reciprocal remainder round rrelu rsqrt rsub sgn sign signbit sin sinc sinh special_entr special_log_ndtr sqrt "
+    "square sub tan trunc where xlogy _prelu_kernel rrelu_with_noise rrelu_with_noise_functional gelu"
 ).split()
 
 # Position of the `dim` argument.
@@ -72,8 +72,9 @@ _POOLED = (
     "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
     "_adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
     "fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
-    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa"
 ).split()
 
 
@@ -180,8 +181,8 @@ def _like(call: Call) -> Result:
     value = call.tracer.value(first)
     keep = None
     if call.name == "bernoulli":
-        rate = call.arg(1, "p")
-        keep = float(rate) if call.inplace and isinstance(rate, (int, float)) else None
+        rate = call.arg(1, "p", 0.5)  # the dispatcher leaves defaults out
+        keep = float(rate) if call.inplace and call.overload == "float" else None
     return Value(value.ids, free=not value.live, origin=value.origin, keep=keep)
 
 

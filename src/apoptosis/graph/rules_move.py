@@ -57,8 +57,8 @@ def _move(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
 
 
 def _copy(call: Call) -> Result:
-    """Copies in the same shape; one laid out as a parameter's view stands for the parameter."""
-    if _same_memory(call) or call.tracer.adopt(call.outs[0], call.args[0]):
+    """Copy in the same shape; one laid out as a parameter's view stands for the parameter."""
+    if _same_memory(call) or call.tracer.memory.adopt(call.outs[0], call.args[0]):
         return None
     return call.tracer.value(call.args[0])
 
@@ -87,9 +87,14 @@ def _expand(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     return align(ids, call.outs[0].dim())
 
 
+def _take(ids: IntArray, index: int, dim: int) -> IntArray:
+    taken: IntArray = ids[(slice(None),) * dim + (index,)]
+    return taken
+
+
 def _select(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     dim, index = int(call.arg(1, "dim")) % tensor.dim(), int(call.arg(2, "index"))
-    return ids.take(index if ids.shape[dim] > 1 else 0, axis=dim)
+    return _take(ids, index if ids.shape[dim] > 1 else 0, dim)
 
 
 def _slice(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
@@ -117,7 +122,7 @@ def _unbind(call: Call) -> Result:
     value = call.tracer.value(call.args[0])
     dim = int(call.arg(1, "dim", 0)) % call.args[0].dim()
     wide = value.ids.shape[dim] > 1
-    return [value.moved(collapse(value.ids.take(i if wide else 0, axis=dim))) for i in range(len(call.outs))]
+    return [value.moved(collapse(_take(value.ids, i if wide else 0, dim))) for i in range(len(call.outs))]
 
 
 def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: int) -> Value:
@@ -157,7 +162,7 @@ def _stack(call: Call) -> Result:
 
 
 def _flip(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
-    return np.flip(ids, [d % tensor.dim() for d in call.arg(1, "dims")])
+    return np.flip(ids, tuple(d % tensor.dim() for d in call.arg(1, "dims")))
 
 
 def _roll(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
@@ -174,7 +179,7 @@ def _repeat(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
 
 
 def _pad(call: Call) -> Result:
-    """Padding; constants beside channels are no channels, and end what is known of the way here."""
+    """Pad; constants beside channels are no channels, and end what is known of the way here."""
     tensor, pad = call.args[0], list(call.arg(1, "pad" if call.name == "constant_pad_nd" else "padding"))
     value = call.tracer.value(tensor)
     widths = [(0, 0)] * tensor.dim()
@@ -219,8 +224,8 @@ def _index(call: Call) -> Result:
             axes.extend(range(position, position + width))
         position += width
     wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))
-    found = tuple(slice(None) if i is None else i.cpu() for i in indices)
-    return value.moved(collapse(wide[found].numpy()))
+    places = tuple(slice(None) if i is None else i.cpu() for i in indices)
+    return value.moved(collapse(wide[places].numpy()))
 
 
 def _trailing(call: Call) -> Result:

@@ -67,7 +67,7 @@ class View:
 
     def slots(self, dim: int) -> IntArray:
         """Return the slot of `dim` at each position of the view; axes of size 1 where it does not depend."""
-        assert self.dims is not None  # noqa: S101 - callers look at dims first
+        assert self.dims is not None
         start, steps = self.dims[dim]
         out = np.full((1,) * self.ndim, self.owner.bases[dim] + start, dtype=np.int64)
         for axis, step in steps.items():
@@ -123,7 +123,12 @@ class Slots:
                 bases.append(self.num_slots)
                 self.num_slots += size
             self.owners[name] = Owner(
-                name, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tuple(bases), name in names
+                name,
+                tuple(tensor.shape),
+                tuple(tensor.stride()),
+                int(tensor.storage_offset()),
+                tuple(bases),
+                name in names,
             )
         self._cache: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], View] = {}
 

@@ -1,7 +1,7 @@
 """The Tracer: which channels every tensor of the running pass carries.
 
-Lives here: finding a tensor's value or parameter, in-place writes, the stack of running modules, reasons with the
-user's line, and handing each executed operator to its rule. Does not live here: the rules.
+Lives here: the stack of running modules, who reads what, reasons with the user's line, and handing each executed
+operator to its rule. Does not live here: the rules; the record of values (memory.py).
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from apoptosis.graph.findings import Findings, Reason
+from apoptosis.graph.memory import Memory
 from apoptosis.graph.slots import Owner, View
-from apoptosis.graph.values import SIZE_LIMIT, TooLargeError, Value, collapse, nothing, spoiled
+from apoptosis.graph.values import TooLargeError, Value, nothing
 from apoptosis.records import IntArray
 
 FRAME_MARKS: set[CodeType] = set()
@@ -35,7 +35,6 @@ _SIDE_WRITES = frozenset(("_native_batch_norm_legit", "_batch_norm_with_update",
 _IN_PLACE_SHAPES = frozenset(("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_"))
 
 Result = Value | Sequence[Value | None] | None
-Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -91,14 +90,6 @@ class _Kind:
     writes: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class _Block:
-    """One storage: the values of the views of it that were met; `keep` keeps its memory from being given out again."""
-
-    keep: Any
-    values: dict[Geometry, Value] = field(default_factory=dict)
-
-
 def _flatten(items: Iterable[Any]) -> list[Tensor]:
     out: list[Tensor] = []
     for item in items:
@@ -107,15 +98,6 @@ def _flatten(items: Iterable[Any]) -> list[Tensor]:
         elif isinstance(item, (list, tuple)):
             out.extend(_flatten(item))
     return out
-
-
-def _geometry(tensor: Tensor) -> Geometry:
-    return tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
-
-
-def _strided(flat: IntArray, geometry: Geometry) -> IntArray:
-    offset, shape, stride = geometry
-    return np.lib.stride_tricks.as_strided(flat[offset:], shape, [8 * s for s in stride])
 
 
 class Tracer:
@@ -136,69 +118,19 @@ class Tracer:
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[tuple[str, nn.Module, Value | None]] = []
-        self._blocks: dict[int, _Block] = {}
-        self._owned: dict[int, list[tuple[int, Owner]]] = {}
-        self._originals: set[int] = set()
-        self._keep: list[Any] = []
-        for name, tensor in tensors.items():
-            self._own(tensor, findings.slots.owners[name], tensor.storage_offset())
-        self._originals = set(self._owned)
-        self._inputs = {self._storage(t)[0] for t in inputs}
+        self._label = ""
+        self.memory = Memory(findings.slots, tensors, inputs, self._pin)
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
-    def _storage(self, tensor: Tensor) -> tuple[int, Any]:
-        try:
-            storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # sparse and other tensors without one are known by identity
-            self._keep.append(tensor)
-            return id(tensor), tensor
-        return storage._cdata, storage
-
-    def _own(self, tensor: Tensor, owner: Owner, start: int) -> None:
-        key, storage = self._storage(tensor)
-        self._keep.append(storage)
-        self._owned.setdefault(key, []).append((start, owner))
-
     def view(self, tensor: Tensor) -> View | None:
         """Return which part of which parameter or buffer this tensor is, or None."""
-        if not self._owned or tensor.layout is not torch.strided:
-            return None
-        owned = self._owned.get(self._storage(tensor)[0])
-        if owned is None:
-            return None
-        offset = tensor.storage_offset()
-        for start, owner in owned:
-            if start <= offset < start + owner.span:
-                return self.findings.slots.view(owner, offset - start, tensor)
-        return None
-
-    def adopt(self, copy: Tensor, original: Tensor) -> bool:
-        """Let a copy of a parameter's view, laid out alike, stand for the parameter too."""
-        view = self.view(original)
-        if view is None or copy.stride() != original.stride():
-            return False
-        start = next(s for s, o in self._owned[self._storage(original)[0]] if o is view.owner)
-        shift = copy.storage_offset() - original.storage_offset()
-        self._own(copy, view.owner, start + shift)
-        return True
+        return self.memory.view(tensor)
 
     def value(self, tensor: Tensor) -> Value:
         """Return what is known of an operand; a parameter along one axis of which it runs gives that axis' slots."""
-        view = self.view(tensor)
-        if view is not None:
-            return self._as_value(view)
-        key, _ = self._storage(tensor)
-        block = self._blocks.get(key)
-        if block is None:
-            return nothing(tensor.dim(), "the network input" if key in self._inputs else "a constant")
-        found = block.values.get(_geometry(tensor))
-        if found is None:
-            text = "left a view behind that cannot be followed"
-            for value in block.values.values():
-                self.findings.pin(value.ids, Reason(f"an operator in '{self.module_name}' {text}", self.where()))
-            found = nothing(tensor.dim(), "a view that cannot be followed")
-        return found
+        view = self.memory.view(tensor)
+        return self.memory.value(tensor) if view is None else self._as_value(view)
 
     def _as_value(self, view: View) -> Value:
         varied = view.varied()
@@ -206,64 +138,13 @@ class Tracer:
         if view.dims is not None and len(varied) == 1:
             return Value(view.slots(varied[0]), origin=f"'{view.owner.name}'")
         if view.dims is None or varied:
-            text = f"operators rearrange or change '{view.owner.name}' before it is used"
-            self.findings.pin(view.owner.slots(), Reason(text, self.where()))
+            self._pin(view.owner.slots(), f"rearranges or changes '{view.owner.name}' before it is used")
         return nothing(view.ndim, f"'{view.owner.name}'")
 
-    def put(self, tensor: Tensor, value: Value) -> None:
-        """Record the value of a new tensor (or of a new view)."""
-        key, storage = self._storage(tensor)
-        if key in self._owned:
-            return
-        block = self._blocks.get(key)
-        if block is None:
-            block = self._blocks[key] = _Block(storage)
-        block.values[_geometry(tensor)] = value
-
-    def write(self, tensor: Tensor, value: Value) -> None:
-        """Record that `tensor` was overwritten in place; views that share its memory follow."""
-        key, _ = self._storage(tensor)
-        if key in self._owned:
-            self._write_owned(key, tensor)
-            return
-        block, geometry = self._blocks.get(key), _geometry(tensor)
-        if block is None:
-            self.put(tensor, value)
-            return
-        old = block.values.get(geometry)
-        others = [g for g in block.values if g != geometry]
-        if not others:
-            block.values[geometry] = value
-        elif old is not None and np.array_equal(old.ids, value.ids):
-            for other in others:
-                found = block.values[other]
-                block.values[other] = Value(found.ids, origin=found.origin, paths=spoiled([found.paths]))
-            block.values[geometry] = value
-        else:
-            self._rebuild(tensor, block, value)
-
-    def _write_owned(self, key: int, tensor: Tensor) -> None:
-        view = self.view(tensor)
-        if view is not None and not (view.owner.is_buffer and key in self._originals):
-            text = f"an operator overwrites '{view.owner.name}' during the forward pass"
-            self.findings.pin(view.owner.slots(), Reason(text, self.where()))
-
-    def _rebuild(self, tensor: Tensor, block: _Block, value: Value) -> None:
-        size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
-        if size > SIZE_LIMIT:
-            for found in (*block.values.values(), value):
-                self.findings.pin(found.ids, Reason("a write into part of a very large tensor", self.where()))
-            block.values = {g: nothing(len(g[1])) for g in block.values}
-            return
-        flat = np.zeros(size, dtype=np.int64)
-        for geometry, found in block.values.items():
-            _strided(flat, geometry)[...] = found.ids
-        _strided(flat, _geometry(tensor))[...] = value.ids
-        paths = spoiled([found.paths for found in (*block.values.values(), value)])
-        for geometry, found in list(block.values.items()):
-            ids = collapse(np.array(_strided(flat, geometry)))
-            block.values[geometry] = Value(ids, free=found.free and value.free, origin=value.origin, paths=paths)
-        block.values[_geometry(tensor)] = replace(value, ids=collapse(np.array(_strided(flat, _geometry(tensor)))))
+    def _pin(self, slots: IntArray, text: str) -> None:
+        if bool((slots != 0).any()):
+            place = f" in '{self.module_name}'" if self.module_name else ""
+            self.findings.pin(slots, Reason(f"operator {self._label}{place} {text}", self.where()))
 
     # -- modules ------------------------------------------------------------------------------------------------
 
@@ -295,7 +176,7 @@ class Tracer:
                 key: None if path is None or path.activated else replace(path, activation=name, activated=True)
                 for key, path in value.paths.items()
             }
-            self.put(output, replace(self.value(output), paths=paths))
+            self.memory.put(output, replace(self.value(output), paths=paths))
 
     def owner_of(self, module: nn.Module, leaf: str) -> Owner | None:
         """Return the raw parameter or buffer that `module.leaf` is, or None (absent, or computed)."""
@@ -306,13 +187,10 @@ class Tracer:
     def read(self, owner: Owner, reader: str) -> None:
         """Note who reads a parameter or buffer: its own module, or some operator."""
         module = self.module
-        if module is not None and any(t is not None and self._is(t, owner) for t in self._direct(module)):
+        if module is not None and any(t is not None and self.memory.same(t, owner) for t in self._direct(module)):
             reader = self.module_name
         if reader not in self.findings.reads[owner.name]:
             self.findings.reads[owner.name].add(reader)
-
-    def _is(self, tensor: Tensor, owner: Owner) -> bool:
-        return any(o is owner for _, o in self._owned.get(self._storage(tensor)[0], ()))
 
     @staticmethod
     def _direct(module: nn.Module) -> Iterable[Tensor | None]:
@@ -353,6 +231,7 @@ class Tracer:
     def executed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Send the ids through one operator that has just run."""
         kind = self._kind(func)
+        self._label = kind.label
         outs = _flatten((out,))
         call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes))
         if kind.reads:
@@ -372,18 +251,17 @@ class Tracer:
         for tensor, value in zip(outs, values, strict=False):
             if value is None:
                 value = nothing(tensor.dim(), f"the result of {kind.label}")
-            self.put(tensor, value)
+            self.memory.put(tensor, value)
 
     def _written(self, call: Call, kind: _Kind, values: list[Value | None]) -> None:
         targets = [call.args[i] for i in kind.writes if i < len(call.args) and isinstance(call.args[i], Tensor)]
         targets += [t for t in _flatten(call.kwargs.values()) if any(t is o for o in call.outs)]
         for i, tensor in enumerate(targets):
             value = values[i] if i < len(values) else None
-            self.write(tensor, value or nothing(tensor.dim(), f"the result of {call.label}"))
-        known = {self._storage(t)[0] for t in targets}
+            self.memory.write(tensor, value or nothing(tensor.dim(), f"the result of {call.label}"))
         for tensor in call.outs:
-            if self._storage(tensor)[0] not in known:
-                self.put(tensor, nothing(tensor.dim(), f"the result of {call.label}"))
+            if not any(self.memory.shared(tensor, target) for target in targets):
+                self.memory.put(tensor, nothing(tensor.dim(), f"the result of {call.label}"))
 
     def _note_reads(self, call: Call) -> None:
         for tensor in call.tensors():
@@ -391,8 +269,7 @@ class Tracer:
             if view is not None:
                 self.read(view.owner, "operator")
                 continue
-            block = self._blocks.get(self._storage(tensor)[0])
-            value = block.values.get(_geometry(tensor)) if block is not None else None
+            value = self.memory.recorded(tensor)
             if value is not None and value.source is not None:
                 self.findings.readers[value.source].add("operator")
 

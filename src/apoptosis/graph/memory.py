@@ -1,0 +1,175 @@
+"""What is known of the tensors of the running pass, by the memory they lie in.
+
+Lives here: from a tensor to the parameter it is a view of, or to the value on record; in-place writes and the views
+that share their memory. Does not live here: operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apoptosis.graph.slots import Owner, Slots, View
+from apoptosis.graph.values import SIZE_LIMIT, Value, collapse, nothing, spoiled
+from apoptosis.records import IntArray
+
+Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Block:
+    """One storage: the values of the views of it that were met; `keep` keeps its memory from being given out again."""
+
+    keep: Any
+    values: dict[Geometry, Value] = field(default_factory=dict)
+
+
+def _geometry(tensor: Tensor) -> Geometry:
+    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _strided(flat: IntArray, geometry: Geometry) -> IntArray:
+    offset, shape, stride = geometry
+    return np.lib.stride_tricks.as_strided(flat[offset:], shape, [8 * s for s in stride])
+
+
+class Memory:
+    """Values and parameters by storage. `pin(slots, text)` is called for what cannot be followed."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        tensors: Mapping[str, Tensor],
+        inputs: Iterable[Tensor],
+        pin: Callable[[IntArray, str], None],
+    ) -> None:
+        self._slots = slots
+        self._pin = pin
+        self._blocks: dict[int, _Block] = {}
+        self._owned: dict[int, list[tuple[int, Owner]]] = {}
+        self._keep: list[Any] = []
+        for name, tensor in tensors.items():
+            self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
+        self._originals = frozenset(self._owned)
+        self._inputs = {self._storage(t)[0] for t in inputs}
+
+    def _storage(self, tensor: Tensor) -> tuple[int, Any]:
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # sparse and other tensors without one are known by identity
+            self._keep.append(tensor)
+            return id(tensor), tensor
+        return storage._cdata, storage
+
+    def _own(self, tensor: Tensor, owner: Owner, start: int) -> None:
+        key, storage = self._storage(tensor)
+        self._keep.append(storage)
+        self._owned.setdefault(key, []).append((start, owner))
+
+    def view(self, tensor: Tensor) -> View | None:
+        """Return which part of which parameter or buffer this tensor is, or None."""
+        if not self._owned or tensor.layout is not torch.strided:
+            return None
+        owned = self._owned.get(self._storage(tensor)[0])
+        if owned is None:
+            return None
+        offset = int(tensor.storage_offset())
+        for start, owner in owned:
+            if start <= offset < start + owner.span:
+                return self._slots.view(owner, offset - start, tensor)
+        return None
+
+    def adopt(self, copy: Tensor, original: Tensor) -> bool:
+        """Let a copy of a parameter's view, laid out alike, stand for the parameter too."""
+        view = self.view(original)
+        if view is None or copy.stride() != original.stride():
+            return False
+        start = next(s for s, o in self._owned[self._storage(original)[0]] if o is view.owner)
+        shift = int(copy.storage_offset()) - int(original.storage_offset())
+        self._own(copy, view.owner, start + shift)
+        return True
+
+    def same(self, tensor: Tensor, owner: Owner) -> bool:
+        """Whether the tensor lies in the memory of this parameter or buffer."""
+        return any(o is owner for _, o in self._owned.get(self._storage(tensor)[0], ()))
+
+    def shared(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors lie in one storage."""
+        return self._storage(a)[0] == self._storage(b)[0]
+
+    def recorded(self, tensor: Tensor) -> Value | None:
+        """Return the value on record for exactly this view, or None."""
+        block = self._blocks.get(self._storage(tensor)[0])
+        return block.values.get(_geometry(tensor)) if block is not None else None
+
+    def value(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor that is no parameter."""
+        key, _ = self._storage(tensor)
+        block = self._blocks.get(key)
+        if block is None:
+            return nothing(tensor.dim(), "the network input" if key in self._inputs else "a constant")
+        found = block.values.get(_geometry(tensor))
+        if found is None:
+            for value in block.values.values():
+                self._pin(value.ids, "left a view behind that cannot be followed")
+            found = nothing(tensor.dim(), "a view that cannot be followed")
+        return found
+
+    def put(self, tensor: Tensor, value: Value) -> None:
+        """Record the value of a new tensor (or of a new view)."""
+        key, storage = self._storage(tensor)
+        if key in self._owned:
+            return
+        block = self._blocks.get(key)
+        if block is None:
+            block = self._blocks[key] = _Block(storage)
+        block.values[_geometry(tensor)] = value
+
+    def write(self, tensor: Tensor, value: Value) -> None:
+        """Record that `tensor` was overwritten in place; views that share its memory follow."""
+        key, _ = self._storage(tensor)
+        if key in self._owned:
+            self._write_owned(key, tensor)
+            return
+        block, geometry = self._blocks.get(key), _geometry(tensor)
+        if block is None:
+            self.put(tensor, value)
+            return
+        old = block.values.get(geometry)
+        others = [g for g in block.values if g != geometry]
+        if not others:
+            block.values[geometry] = value
+        elif old is not None and np.array_equal(old.ids, value.ids):
+            for other in others:
+                found = block.values[other]
+                block.values[other] = Value(found.ids, origin=found.origin, paths=spoiled([found.paths]))
+            block.values[geometry] = value
+        else:
+            self._rebuild(tensor, block, value)
+
+    def _write_owned(self, key: int, tensor: Tensor) -> None:
+        view = self.view(tensor)
+        if view is not None and not (view.owner.is_buffer and key in self._originals):
+            self._pin(view.owner.slots(), f"overwrites '{view.owner.name}' during the forward pass")
+
+    def _rebuild(self, tensor: Tensor, block: _Block, value: Value) -> None:
+        size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+        if size > SIZE_LIMIT:
+            for found in (*block.values.values(), value):
+                self._pin(found.ids, "writes into part of a very large tensor")
+            block.values = {g: nothing(len(g[1])) for g in block.values}
+            return
+        flat = np.zeros(size, dtype=np.int64)
+        for geometry, found in block.values.items():
+            _strided(flat, geometry)[...] = found.ids
+        _strided(flat, _geometry(tensor))[...] = value.ids
+        paths = spoiled([found.paths for found in (*block.values.values(), value)])
+        for geometry, found in list(block.values.items()):
+            ids = collapse(np.array(_strided(flat, geometry)))
+            block.values[geometry] = Value(ids, free=found.free and value.free, origin=value.origin, paths=paths)
+        block.values[_geometry(tensor)] = replace(value, ids=collapse(np.array(_strided(flat, _geometry(tensor)))))
