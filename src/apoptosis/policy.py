@@ -14,8 +14,8 @@ OPTIMISTIC_YIELD = 0.5  # share of MACs the first event is taken to save
 POOR_YIELD = 0.02  # an event that saved less than this share makes the policy skip a turn
 LAST_SHARE = 0.7  # no event later than this share of the run: what is left must be learnt again
 WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 100, 500
-NUM_TURNS = 6  # turns of the schedule, in geometric progression from warm-up to LAST_SHARE
-START_TOLERANCE = 0.03  # of the library's own schedule; falls linearly to 0 at LAST_SHARE
+NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
+START_TOLERANCE = 0.025  # relative rms per site and event, of the library's own schedule
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
 
@@ -75,12 +75,13 @@ def warmup_steps(total_steps: int | None) -> int:
 def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     """Steps later than `after` at which an event may happen.
 
-    With a known length: NUM_TURNS in geometric progression from warm-up to LAST_SHARE of the run, because a channel
-    removed early saves most. With an unknown one: each turn at twice the steps of the last.
+    With a known length: NUM_TURNS from warm-up to LAST_SHARE of the run, the distance from the first growing with the
+    square of the turn, because a channel removed early saves most. With an unknown one: each turn at twice the steps
+    of the last.
 
     Example:
         >>> turns(1000, after=0)
-        (100, 148, 218, 321, 474, 700)
+        (100, 112, 149, 210, 296, 406, 541, 700)
     """
     first = warmup_steps(total_steps)
     if total_steps is None:
@@ -90,22 +91,18 @@ def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
         return (step,)
     last = int(LAST_SHARE * total_steps)
     count = max(1, min(NUM_TURNS, (last - first) // 10 + 1))
-    steps = [round(first * (last / first) ** (i / max(count - 1, 1))) for i in range(count)]
+    steps = [first + round((last - first) * (i / max(count - 1, 1)) ** 2) for i in range(count)]
     return tuple(step for step in steps if step > after)
 
 
-def tolerance_at(step: int, total_steps: int | None, cap: float | None, halvings: int) -> float:
-    """Tolerance per consumer site of an event at `step`: the user's cap, or the falling schedule; halved by rollbacks.
+def tolerance_at(cap: float | None, halvings: int) -> float:
+    """Tolerance per consumer site of an event: the user's cap or the library's own; halved by every rollback.
 
     Example:
-        >>> tolerance_at(0, 1000, None, 0), tolerance_at(350, 1000, None, 1), tolerance_at(350, 1000, 0.02, 0)
-        (0.03, 0.0075, 0.02)
+        >>> tolerance_at(None, 0), tolerance_at(None, 1), tolerance_at(0.02, 0)
+        (0.025, 0.0125, 0.02)
     """
-    if cap is not None:
-        return cap * 0.5**halvings
-    fall = 1.0 if total_steps is None else max(0.0, 1.0 - step / (LAST_SHARE * total_steps))
-    start = START_TOLERANCE if total_steps is not None else START_TOLERANCE / 2
-    return start * fall * 0.5**halvings
+    return (START_TOLERANCE if cap is None else cap) * 0.5**halvings
 
 
 def site_limit(cap: float | None) -> float:
@@ -146,7 +143,7 @@ def decide(telemetry: Telemetry) -> Decision:
         return Decision(at_step=None, tolerance=0.0, reason=f"the last {skip} events saved too little to go on")
     else:
         step = upcoming[skip]
-    tolerance = tolerance_at(step, telemetry.total_steps, telemetry.tolerance, telemetry.halvings)
+    tolerance = tolerance_at(telemetry.tolerance, telemetry.halvings)
     if past and telemetry.batch_rows > 0:
         saved = saves(telemetry, expected_yield(past), step)
         cost = telemetry.event_macs + telemetry.overhead_macs
