@@ -297,7 +297,7 @@ def test_margin(seed: int, classes: int, size: float) -> None:
     assert torch.equal(before.argmax(1)[safe], after.argmax(1)[safe])
 
 
-@given(rows=st.integers(1, 300), p=st.floats(0.0, 1.0), alpha=st.floats(0.001, 0.4))
+@given(rows=st.integers(1, 300), p=st.sampled_from([0.0, 1.0]) | st.floats(1e-9, 1 - 1e-9), alpha=st.floats(0.001, 0.4))
 @quick
 def test_clopper_pearson(rows: int, p: float, alpha: float) -> None:
     # Coverage, summed exactly over everything that can be drawn.
@@ -307,7 +307,7 @@ def test_clopper_pearson(rows: int, p: float, alpha: float) -> None:
     assert covered >= 1 - alpha - 1e-9
 
 
-@given(p=st.floats(0.0, 0.05), reuse=st.integers(0, 3))
+@given(p=st.just(0.0) | st.floats(1e-9, 0.05), reuse=st.integers(0, 3))
 @settings(max_examples=10, deadline=None)
 def test_alpha_spending(p: float, reuse: int) -> None:
     alpha, rows = 0.2, 60
