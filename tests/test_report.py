@@ -97,7 +97,7 @@ def event(log, step, before, after, *, seed=0, **more):
             },
             {"kind": "accuracy", "subject": "outputs", "value": 0.00137, "confidence": 0.97, "population": True},
         ],
-        "measured": {"output_rms": 0.0113, "flips": 0.000241},
+        "measured": {"output_rms": 0.0113, "flips": 0.000241, "margin_share": 0.0042},
         "measured_on": "on 4096 held-out probe rows",
         "rolled_back": False,
         "reason": "",
@@ -184,7 +184,7 @@ def test_tiles_tell_the_logs_figures(page):
     assert "15 s without, 7.5 s with" in text
     assert "1.33x fewer" in text  # 64 to 48 channels
     assert "640k to 480k" in text
-    assert exact_number(0.93) in text
+    assert "validation accuracy, with apoptosis 93.00 %" in text
     assert "1 event removed channels" in text
     assert "1 attempt was rolled back" in text
 
@@ -243,12 +243,12 @@ def test_the_test_metric_is_the_summarys(tmp_path):
     folder = whole_run(tmp_path / "run")
     assert "validation accuracy, with apoptosis" in page_of(folder).text()
     with EventLog(folder / "events.jsonl") as log:
-        overall = {"test_metric_dense": 0.98765, "test_metric_apoptosis": 0.98654, "speedup_run": 1.75}
+        overall = {"test_metric_dense": 0.98764, "test_metric_apoptosis": 0.98654, "speedup_run": 1.75}
         log.append("summary", overall=overall, runs=[{"events": ["told above"], "macs_ratio": 3.5}])
     page = page_of(folder)
-    assert "test accuracy, with apoptosis 0.98654" in page.text()
-    assert "test accuracy, without 0.98765" in page.text()
-    assert "1.75x the speed" in page.text()
+    assert "test accuracy, with apoptosis 98.65 %" in page.text()
+    assert "test accuracy, without 98.76 %" in page.text()
+    assert "1.75x faster" in page.text()
     assert "told above" not in page.text("summary")
     assert "macs_ratio" in page.text("summary")
 

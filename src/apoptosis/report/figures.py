@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from apoptosis.report.run import APOPTOSIS, DENSE, Curve, RunData, certificates, measured, number, step_of
+from apoptosis.report.run import (
+    APOPTOSIS,
+    DENSE,
+    Curve,
+    Record,
+    RunData,
+    certificates,
+    measured,
+    measured_points,
+    step_of,
+)
 from apoptosis.report.theme import (
     APOPTOSIS_COLOUR,
     DENSE_COLOUR,
@@ -139,7 +149,7 @@ def _widths(run: RunData) -> Plot:
     if len(run.seeds) > 1:
         caption += f" Shown is seed {seed}, one of {len(run.seeds)}."
     ax.set(xlabel="step", ylabel="channels", ylim=(0, None), xlim=(0, None))
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="group", alignment="left")
     ends = "; ".join(f"{g} from {int(line[0][1])} to {int(line[-1][1])}" for g, line in lines.items())
     return _plot(key, title, caption, f"Staircase plot of {len(lines)} group widths over steps: {ends}.", fig)
 
@@ -188,55 +198,61 @@ def _learning(run: RunData) -> Plot:
 
 
 CERTIFICATE_WORDS = {
-    "empirical": "empirical: relative rms at a site",
-    "accuracy": "accuracy: share of changed predictions",
-    "worst_case": "worst case: rms at a site",
+    "empirical": "sites: relative rms (empirical)",
+    "accuracy": "changed predictions: share (accuracy)",
+    "worst_case": "sites: rms (worst case)",
 }
 
 
-OUTPUT_LABEL = "measured at the outputs"
-
-
-def _output_rms(run: RunData) -> list[tuple[float, float]]:
-    """(step, relative rms change of the network's outputs on the probe) of every attempt that measured it."""
-    found = [(step_of(e), e.get("measured")) for seed in run.seeds for e in run.events.get(seed, ())]
-    pairs = [(step, number(m.get("output_rms"))) for step, m in found if isinstance(m, dict)]
-    return [(step, value) for step, value in pairs if value is not None]
+CERTIFIED: dict[str, Any] = {"linestyle": "", "marker": "v", "markerfacecolor": "none", "color": DENSE_COLOUR}
+MEASURED: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4, "color": APOPTOSIS_COLOUR}
+MARGINS: dict[str, Any] = {"linestyle": "", "marker": "s", "markerfacecolor": "none", "color": SERIES[2]}
 
 
 def _certificates(run: RunData) -> Plot:
     key, title = "certificates", "Certificates against measurements"
     caption = (
-        "Triangles are bounds, each computed before its event was committed; dots are what was then measured of the "
-        "same quantity and belong at or below their triangle. Diamonds, where shown, are the change that all site "
-        "errors of an event made together at the network's outputs: not bounded by a site's certificate alone."
+        "Triangles are bounds; dots are what was measured of the same quantity on the event's probe rows and belong at "
+        "or below their triangle. Squares: the share of these rows whose margin is too small to rule out a change."
     )
-    found = [(seed, e, c) for seed in run.seeds for e in run.events.get(seed, ()) for c in certificates(e)]
-    kinds = [k for k in CERTIFICATE_WORDS if any(c.get("kind") == k for _, _, c in found)]
+    attempts = [e for seed in run.seeds for e in run.events.get(seed, ())]
+    kinds = [k for k in CERTIFICATE_WORDS if any(c.get("kind") == k for e in attempts for c in certificates(e))]
     if not kinds:
-        why = "No event carries a certificate." if any(run.events.values()) else "There has been no event yet."
+        why = "No event carries a certificate." if attempts else "There has been no event yet."
         return Plot(key=key, title=title, caption=caption, missing=why)
-    fig, axes = _axes(len(kinds))
-    said = []
-    for ax, kind in zip(axes, kinds, strict=True):
-        pairs = [(step_of(e), float(c["value"]), measured(e, c)) for _, e, c in found if c.get("kind") == kind]
-        for step, bound, value in pairs:
-            if value is not None:
-                ax.plot([step, step], [value, bound], color=MUTED, linewidth=0.8, zorder=1)
-        certified: dict[str, Any] = {"linestyle": "", "marker": "v", "markerfacecolor": "none", "color": DENSE_COLOUR}
-        ax.plot([s for s, _, _ in pairs], [b for _, b, _ in pairs], label="certified", **certified)
-        dots = [(s, v) for s, _, v in pairs if v is not None]
-        if dots:
-            ax.plot([s for s, _ in dots], [v for _, v in dots], "o", color=APOPTOSIS_COLOUR, label="measured", ms=4)
-        outputs = [(s, v) for s, v in _output_rms(run) if kind == "empirical"]
-        if outputs:
-            ax.plot([s for s, _ in outputs], [v for _, v in outputs], "D", color=SERIES[2], ms=4, label=OUTPUT_LABEL)
-        _scale(ax, [*(v for _, b, m in pairs for v in (b, m) if v is not None), *(v for _, v in outputs)])
-        ax.set(title=CERTIFICATE_WORDS[kind], xlabel="step", xlim=(0, None))
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-        held = sum(v <= b for _, b, v in pairs if v is not None)
-        said.append(f"{kind}: {len(pairs)} certified, {len(dots)} measured, {held} of these at or below their bound")
+    outputs = measured_points(attempts, "output_rms")
+    fig, axes = _axes(len(kinds) + bool(outputs))
+    said = [_certificate_panel(ax, attempts, kind) for ax, kind in zip(axes, kinds, strict=False)]
+    if outputs:
+        axes[-1].plot([s for s, _ in outputs], [v for _, v in outputs], label="measured", **MEASURED)
+        _finish_panel(axes[-1], "outputs: relative rms change", [v for _, v in outputs])
+        caption += " The change of the outputs comes from all sites of an event together and has no bound of its own."
     return _plot(key, title, caption, f"Points over steps. {'; '.join(said)}.", fig)
+
+
+def _certificate_panel(ax: Axes, attempts: Sequence[Record], kind: str) -> str:
+    """Draw one kind of certificate with its measurements; return it in words."""
+    found = [(e, c) for e in attempts for c in certificates(e) if c.get("kind") == kind]
+    pairs = [(step_of(e), float(c["value"]), measured(e, c)) for e, c in found]
+    dots = [(s, b, v) for s, b, v in pairs if v is not None]
+    for step, bound, value in dots:
+        ax.plot([step, step], [value, bound], color=MUTED, linewidth=0.8, zorder=1)
+    ax.plot([s for s, _, _ in pairs], [b for _, b, _ in pairs], label="certified", **CERTIFIED)
+    margins = measured_points(attempts, "margin_share") if kind == "accuracy" else []
+    if margins:
+        ax.plot([s for s, _ in margins], [v for _, v in margins], label="by margins", **MARGINS)
+    if dots:
+        ax.plot([s for s, _, _ in dots], [v for _, _, v in dots], label="measured", **MEASURED)
+    _finish_panel(ax, CERTIFICATE_WORDS[kind], [*(v for d in dots for v in d[1:]), *(b for _, b, _ in pairs),
+                                               *(v for _, v in margins)])  # fmt: skip
+    held = sum(v <= b for _, b, v in dots)
+    return f"{kind}: {len(pairs)} certified, {len(dots)} measured, {held} of these at or below their bound"
+
+
+def _finish_panel(ax: Axes, title: str, values: Sequence[float]) -> None:
+    _scale(ax, values)
+    ax.set(title=title, xlabel="step", xlim=(0, None))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, columnspacing=1.0, handletextpad=0.3)
 
 
 def _time(run: RunData) -> Plot:

@@ -14,7 +14,7 @@ from apoptosis.report.figures import Plot
 from apoptosis.report.run import APOPTOSIS, DENSE, RunData, number, summary_value
 from apoptosis.report.tables import epochs_table, events_table, ledger_table, pairs_table
 from apoptosis.report.theme import style_sheet
-from apoptosis.report.words import METRIC_WORDS, exact_number, short_number, times
+from apoptosis.report.words import METRIC_WORDS, metric_value, short_number, times
 
 HIDDEN = frozenset({"kind", "time", "config", "versions", "machine"})
 TOLD = HIDDEN | {"epochs", "events", "ledger_text"}  # of the summary: what the page has in its own sections
@@ -92,7 +92,13 @@ def _tiles(run: RunData) -> str:
         tiles.append(("training time", speed, f"{short_number(dense)} s without, {short_number(apo)} s with{over}"))
     whole = summary_value(run, "overall", "speedup_run")
     if whole is not None:
-        tiles.append(("whole run", f"{times(whole)} the speed", "evaluation included"))
+        tiles.append(
+            (
+                "whole run",
+                f"{times(whole)} faster" if whole >= 1 else f"{times(1 / whole)} slower",
+                "evaluation included",
+            )
+        )
     for column, label in (("parameters", "parameters"), ("macs", "multiply-adds")):
         sizes = [run.size_over_time(APOPTOSIS, s, column)[1] for s in run.seeds]
         shrunk = _mean([_ratio(y[0], y[-1]) for y in sizes if y])
@@ -107,9 +113,11 @@ def _tiles(run: RunData) -> str:
         values = [c.last("metric") for c in run.curves if c.contestant == contestant]
         over = f"mean of {len(values)} seeds, " if len(values) > 1 else ""
         if test is not None:
-            tiles.append((f"test {metric}, {words}", exact_number(test), f"{over}after the last epoch"))
+            tiles.append(
+                (f"test {metric}, {words}", metric_value(run.metric_name, test), f"{over}after the last epoch")
+            )
         elif (mean := _mean(values)) is not None:
-            tiles.append((f"validation {metric}, {words}", exact_number(mean), f"{over}last epoch"))
+            tiles.append((f"validation {metric}, {words}", metric_value(run.metric_name, mean), f"{over}last epoch"))
     items = "".join(
         f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)}<small>{html.escape(c)}</small></dd></div>\n"
         for a, b, c in tiles

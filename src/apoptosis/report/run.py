@@ -221,6 +221,12 @@ def measured(event: Record, certificate: Record) -> float | None:
     return next((v for v in map(number, candidates) if v is not None), None)
 
 
+def measured_points(events: Iterable[Record], name: str) -> list[tuple[float, float]]:
+    """Return (step, value) of every event that measured `name`."""
+    pairs = [(step_of(e), number(_mapping(e.get("measured")).get(name))) for e in events]
+    return [(step, value) for step, value in pairs if value is not None]
+
+
 def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
     """Piecewise linear through (xs, ys), xs ascending; constant outside.
 

@@ -47,10 +47,10 @@ h2{font-size:1.2rem;margin:48px 0 12px}
 p{margin:0 0 12px;max-width:75ch}
 .lead{font-size:1.05rem}
 .muted,figcaption,caption,footer{color:var(--muted)}
-dl.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin:24px 0 0}
-dl.tiles>div{background:var(--card);border:1px solid var(--grid);border-radius:8px;padding:12px 16px}
+dl.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(155px,1fr));gap:12px;margin:24px 0 0}
+dl.tiles>div{background:var(--card);border:1px solid var(--grid);border-radius:8px;padding:12px}
 dl.tiles dt{color:var(--muted);font-size:.85rem}
-dl.tiles dd{margin:0;font-size:1.45rem;font-weight:600;font-variant-numeric:tabular-nums}
+dl.tiles dd{margin:0;font-size:1.3rem;font-weight:600;font-variant-numeric:tabular-nums}
 dl.tiles dd small{display:block;font-size:.8rem;font-weight:400;color:var(--muted)}
 figure{margin:0 0 8px;background:var(--card);border:1px solid var(--grid);border-radius:8px;padding:16px}
 figure svg{display:block;width:100%;min-width:600px;height:auto;max-height:440px}

@@ -39,3 +39,13 @@ def times(ratio: float) -> str:
         ('2.41x', '31.2x')
     """
     return f"{ratio:.3g}x"
+
+
+def metric_value(name: str, value: float) -> str:
+    """Return an accuracy in per cent, anything else with four decimals.
+
+    Example:
+        >>> metric_value("accuracy", 0.98651), metric_value("auc", 0.78125)
+        ('98.65 %', '0.7812')
+    """
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"
