@@ -125,7 +125,9 @@ def test_concatenation(oracle) -> None:
         h2 = m.b(h1).relu()
         return m.head(m.c(torch.cat([h1, h2, h1], 1)).mean((2, 3)))
 
-    net = Fn(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 5, 3, padding=1), c=nn.Conv2d(13, 6, 1), head=nn.Linear(6, 2))
+    net = Fn(
+        forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 5, 3, padding=1), c=nn.Conv2d(13, 6, 1), head=nn.Linear(6, 2)
+    )
     structure = oracle(net, (IMG,), {"a": 4, "b": 5, "c": 6})
     shared = next(s for s in structure.groups[0].sites if s.module == "c")
     assert shared.columns.tolist() == [[c, c + 9] for c in range(4)]
@@ -175,7 +177,9 @@ def test_convolutions(oracle, dim: int, transposed: bool, kind: str) -> None:
     conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dim - 1]
     odd = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d][dim - 1] if transposed else conv
     blocks, mid, out = {"plain": (1, 4, 6), "grouped": (2, 8, 8), "depthwise": (4, 4, 4), "multiplier": (4, 4, 8)}[kind]
-    net = nn.Sequential(conv(2, mid, 1), nn.ReLU(), odd(mid, out, 3, stride=2, groups=blocks), nn.ReLU(), conv(out, 2, 1))
+    net = nn.Sequential(
+        conv(2, mid, 1), nn.ReLU(), odd(mid, out, 3, stride=2, groups=blocks), nn.ReLU(), conv(out, 2, 1)
+    )
     x = torch.randn(2, 2, *[5] * dim)
     widths = {"plain": {"0": 4, "2": 6}, "grouped": {"0": 4, "2": 4}, "depthwise": {"0": 4}, "multiplier": {"0": 4}}
     structure = oracle(net, (x,), widths[kind], every=2)
@@ -203,7 +207,8 @@ def test_mobile_block(oracle) -> None:
 
 
 POOLS = [
-    (nn.MaxPool2d(2), True), (nn.AvgPool2d(2), False), (nn.AdaptiveAvgPool2d(1), False), (nn.AdaptiveAvgPool2d(2), False),
+    (nn.MaxPool2d(2), True), (nn.AvgPool2d(2), False), (nn.AdaptiveAvgPool2d(1), False),
+    (nn.AdaptiveAvgPool2d(2), False),
     (nn.AdaptiveMaxPool2d(2), True), (nn.LPPool2d(2, 2), None), (nn.FractionalMaxPool2d(2, output_size=3), True),
     (nn.Upsample(scale_factor=2), False), (nn.Upsample(scale_factor=2, mode="bilinear"), False),
     (nn.ReflectionPad2d(1), False), (nn.ReplicationPad2d(1), False), (nn.CircularPad2d(1), None),
@@ -297,7 +302,10 @@ def test_layer_scale_and_positions(oracle) -> None:
         pos=nn.Parameter(torch.randn(1, 5, 6)), gamma=nn.Parameter(torch.randn(6)),
     )  # fmt: skip
     structure = oracle(net, (SEQ,), {"a": 6})
-    assert {(m.tensor, m.dim) for m in structure.groups[0].members if m.role == "channelwise"} == {("pos", 2), ("gamma", 0)}
+    assert {(m.tensor, m.dim) for m in structure.groups[0].members if m.role == "channelwise"} == {
+        ("pos", 2),
+        ("gamma", 0),
+    }
 
 
 def test_buffer_that_follows_channels(oracle) -> None:

@@ -1,0 +1,323 @@
+"""What has no rule, or cannot be folded, pins with its reason and stays right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from apoptosis.errors import ArgumentError
+from apoptosis.graph import analyse, register_rule
+from apoptosis.graph.rules import RULES
+
+GEN = torch.Generator().manual_seed(0)
+X, SEQ, IMG = (
+    torch.randn(4, 8, generator=GEN),
+    torch.randn(4, 5, 8, generator=GEN),
+    torch.randn(3, 3, 8, 8, generator=GEN),
+)
+
+
+class Net(nn.Module):
+    """a: 8 -> 6, b: 6 -> 2, and what lies between."""
+
+    def __init__(self, between: Callable, **modules) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(8, 6), nn.Linear(6, 2), between
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.b(self.between(self, self.a(x)))
+
+
+BETWEEN = {
+    "topk": (lambda m, h: h.topk(6, dim=-1).values, "aten.topk", "has no rule"),
+    "sort": (lambda m, h: h.sort(-1).values, "aten.sort", "has no rule"),
+    "sum": (lambda m, h: h + h.sum(-1, keepdim=True), "aten.sum", "reduces over channels"),
+    "norm": (lambda m, h: h / h.norm(dim=-1, keepdim=True), "aten.linalg_vector_norm", "reduces over channels"),
+    "cumsum": (lambda m, h: h.cumsum(-1), "aten.cumsum", "over channels"),
+    "mask": (lambda m, h: h * torch.arange(6.0), "aten.mul", "combines channels with the result of aten.arange"),
+    "layer norm": (lambda m, h: F.layer_norm(h, (6,)), "aten.native_layer_norm", "has no rule"),
+    "outer": (lambda m, h: (h[:, :, None] * h[:, None, :]).sum(-1), "aten.mul", "different axes"),
+    "gather": (lambda m, h: h.gather(1, torch.zeros(4, 6, dtype=torch.long)), "aten.gather", "has no rule"),
+    "functional": (lambda m, h: F.linear(h, torch.eye(6)), "aten.addmm|aten.mm", "not a parameter"),
+    "item": (lambda m, h: h * float(h.detach().abs().amax(0)[0]), "aten._local_scalar_dense", "has no rule"),
+    "gate": (lambda m, h: h * h[:, :1], "aten.mul", "spreads one channel"),
+    "bmm": (lambda m, h: (h[:, None] @ h[:, :, None])[:, 0] + h, "aten.bmm", "not a parameter"),
+    "scatter": (lambda m, h: h.index_add(1, torch.tensor([0]), h[:, :1]), "aten.index_add", "has no rule"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_pins_with_operator_and_line(name: str) -> None:
+    between, operator, text = BETWEEN[name]
+    structure = analyse(Net(between), (X,), {})
+    pins = [g.pin for g in structure.groups if g.name.startswith("a")]
+    assert pins
+    for pin in pins[:1]:
+        assert pin is not None
+        assert any(o in pin.reason for o in operator.split("|"))
+        assert text in pin.reason
+        assert pin.where.startswith("test_pins.py:")
+        assert text in str(pin)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"mid": nn.LayerNorm(6)}, {"mid": nn.RMSNorm(6)}, {"mid": nn.LSTM(6, 6, batch_first=True)},
+        {"mid": nn.GRU(6, 6, batch_first=True)}, {"mid": nn.RNN(6, 6, batch_first=True)},
+        {"mid": nn.TransformerEncoderLayer(6, 2, 16, batch_first=True)},
+    ],
+    ids=lambda m: type(m["mid"]).__name__,
+)  # fmt: skip
+def test_layers_of_the_next_floor_pin_and_do_not_fail(oracle, modules) -> None:
+    def between(m, h):
+        out = m.mid(h)
+        return out[0] if isinstance(out, tuple) else out
+
+    widths = {"mid.linear1": 16} if isinstance(modules["mid"], nn.TransformerEncoderLayer) else {}
+    structure = oracle(Net(between, **modules), (SEQ,), widths, training=False)
+    assert structure.groups[0].pin is not None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_multihead_attention_pins_inside(oracle, bias: bool) -> None:
+    net = Net(lambda m, h: m.mid(h, h, h)[0], mid=nn.MultiheadAttention(6, 2, bias=bias, batch_first=True))
+    structure = oracle(net, (SEQ,), {"mid.out_proj": 6})
+    assert [g.name for g in structure.groups if g.pin] == ["a", "mid", "b"]
+
+
+def test_group_norm_and_embedding_pin() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    pin = analyse(net, (IMG,), {}).groups[0].pin
+    assert pin is not None
+    assert "native_group_norm" in pin.reason
+    structure = analyse(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 2)), (torch.tensor([[1, 2]]),), {})
+    assert structure.groups[-1].name == "0"
+    assert structure.groups[-1].pin is not None
+    assert "aten.embedding" in structure.groups[-1].pin.reason
+    assert structure.groups[-1].num_channels == 6
+
+
+def test_transformer_feed_forward_still_shrinks() -> None:
+    net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.2)
+    groups = {g.name: g for g in analyse(net, (SEQ,), {}).groups}
+    assert groups["linear1"].pin is None
+    assert groups["linear1"].neuron is not None
+    assert groups["linear1"].sites[0].dropout == 0.2
+    assert groups["linear2"].pin is not None
+
+
+def test_consumer_without_a_module_pins() -> None:
+    class Loose(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.weight = nn.Linear(8, 6), nn.Parameter(torch.randn(2, 6))
+
+        def forward(self, x):
+            return F.linear(self.a(x).relu(), self.weight)
+
+    pin = analyse(Loose(), (X,), {}).groups[0].pin
+    assert pin is not None
+    assert "consumer without a module" in pin.reason
+    assert pin.remedy
+
+
+def test_own_forward_of_a_subclass_pins() -> None:
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias) * 2.0
+
+    pin = analyse(nn.Sequential(nn.Linear(8, 6), Mine(6, 2)), (X,), {}).groups[0].pin
+    assert pin is not None
+    assert "consumer without a module" in pin.reason
+
+
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
+)
+def test_computed_weights_pin(wrap) -> None:
+    structure = analyse(
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), wrap(nn.Linear(6, 4)), nn.ReLU(), nn.Linear(4, 2)), (X,), {}
+    )
+    assert all(g.pin is not None for g in structure.groups)
+
+
+def test_tied_encoder_and_decoder_pin() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 6)
+
+        def forward(self, x):
+            return F.linear(self.a(x).relu(), self.a.weight.t())
+
+    assert all(g.pin is not None for g in analyse(Tied(), (X,), {}).groups)
+
+
+def test_one_weight_in_two_modules_pins_its_readers() -> None:
+    net = nn.Sequential(
+        nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    net[4].weight = net[2].weight
+    structure = analyse(net, (X,), {})
+    assert structure.aliases == {"4.weight": "2.weight"}
+    assert structure.groups[0].pin is not None
+    assert "read elsewhere too" in structure.groups[0].pin.reason
+
+
+def test_bias_that_another_reads_takes_no_offset() -> None:
+    net = nn.Sequential(
+        nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)
+    )
+    net[4].bias = net[2].bias
+    structure = analyse(net, (X,), {})
+    assert structure.groups[0].pin is None
+    assert structure.groups[0].sites[0].bias is None
+
+
+def test_norm_must_be_the_only_reader() -> None:
+    class Two(nn.Module):
+        def __init__(self, *, extra: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.n, self.c = (
+                nn.Linear(8, 6),
+                nn.Linear(6, 5, bias=False),
+                nn.BatchNorm1d(5),
+                nn.Linear(5, 2),
+            )
+            self.extra = extra
+
+        def forward(self, x):
+            h = self.b(self.a(x).relu())
+            return self.c(self.n(h) + (h if self.extra else 0.0))
+
+    assert analyse(Two(extra=False), (X,), {}).groups[0].sites[0].norm == "n"
+    assert analyse(Two(extra=True), (X,), {}).groups[0].sites[0].norm is None
+
+
+def test_norm_on_two_sources_is_nobodys() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.n = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(6, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            return self.n(self.b(h)), self.n(self.c(h))
+
+    assert all(s.norm is None for s in analyse(Shared(), (X,), {}).groups[0].sites)
+
+
+def test_part_of_a_layer_is_a_group_of_its_own() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(4, 2)
+
+        def forward(self, x):
+            out, rest = self.a(x).split([2, 4], -1)
+            return out, self.b(rest.relu())
+
+    groups = {g.name: g for g in analyse(Split(), (X,), {}).groups}
+    assert groups["a"].num_channels == 2
+    assert groups["a"].pin is not None
+    assert groups["a#2"].num_channels == 4
+    assert groups["a#2"].pin is None
+    assert groups["a#2"].members[0].positions.reshape(-1).tolist() == [2, 3, 4, 5]
+
+
+def test_nothing_reads_it() -> None:
+    class Lost(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(8, 6), nn.Linear(8, 2), nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.a(x)
+            return self.b(x)
+
+    structure = analyse(Lost(), (X,), {})
+    assert structure.groups[0].pin is not None
+    assert structure.groups[0].pin.reason == "no consumer site reads these channels"
+    assert any("'unused.weight' is not read" in note for note in structure.notes)
+
+
+def test_modes_are_united() -> None:
+    class Modal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.aux = nn.Linear(8, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            return (self.b(h), self.aux(h)) if self.training else (self.b(h), h.topk(2, -1).values)
+
+    structure = analyse(Modal(), (X,), {})
+    assert structure.groups[0].pin is not None
+    assert "topk" in structure.groups[0].pin.reason
+    assert "'aux' takes part in training mode only" in structure.notes
+
+
+def test_constants_beside_channels_pin_their_columns() -> None:
+    def between(m, h):
+        out = torch.zeros(4, 6)
+        out[:, :3] = h[:, :3]
+        out[:, 3:] = torch.arange(3.0)
+        return out
+
+    structure = analyse(Net(between), (X,), {})
+    columns = structure.classes["b.weight"][1]
+    assert np.isin(columns, structure.pinned_classes).tolist() == [False] * 3 + [True] * 3
+    assert columns[:3].tolist() == structure.classes["a.weight"][0][:3].tolist()
+
+
+def test_weight_overwritten_in_the_forward_pass_pins() -> None:
+    class Constrained(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.div_(self.weight.norm())
+            return super().forward(x)
+
+    structure = analyse(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Constrained(6, 2)), (X,), {})
+    assert structure.groups[0].pin is not None
+
+
+def test_output_objects_are_searched() -> None:
+    class Box:
+        def __init__(self, h) -> None:
+            self.inner = {"h": [h]}
+
+    class Boxed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h), Box(h)
+
+    pin = analyse(Boxed(), (X,), {}).groups[0].pin
+    assert pin is not None
+    assert "network's output" in pin.reason
+
+
+def test_rules_can_be_registered_once(monkeypatch) -> None:
+    with pytest.raises(ArgumentError, match="'relu' has a rule already"):
+        register_rule("relu", lambda call: None)
+    monkeypatch.setitem(RULES, "never_heard_of", RULES["relu"])
+    monkeypatch.delitem(RULES, "never_heard_of")
+    net = Net(lambda m, h: h.sort(-1).values)
+    try:
+        register_rule("sort", lambda call: [call.tracer.value(call.args[0])] * 2)
+        assert analyse(net, (X,), {}).groups[0].pin is None
+    finally:
+        RULES.pop("sort")
+    assert analyse(net, (X,), {}).groups[0].pin is not None
