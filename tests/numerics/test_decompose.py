@@ -175,6 +175,18 @@ def test_roundoff_floor_covers_what_exact_duplicates_leave() -> None:
     assert (left / site_error(weight, gram)) ** 0.5 < roundoff_floor(40) < 1e-5
 
 
+def test_a_ridge_keeps_round_off_out_of_the_weights() -> None:
+    z = sample(1, 100, 5, rows=400)
+    noise = 1e-7 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = covariance(z)
+    gram = gram + (noise + noise.T) * gram.diagonal().sqrt().outer(gram.diagonal().sqrt())  # float32 products
+    keep = torch.arange(60)  # far more than the 5 directions there are
+    plain, ridged = (solve_mix(gram, keep, mean_C=z.mean(0), ridge=r)[0][:, 60:] for r in (None, 5e-7))
+    assert ridged.norm() < 0.3 * plain.norm()
+    error = z - z[:, keep] @ solve_mix(gram, keep, mean_C=z.mean(0), ridge=5e-7)[0]
+    assert covariance(error).trace() < 1e-5 * gram.trace()
+
+
 def test_channels_nobody_reads_come_last_and_an_empty_gram_has_rank_zero() -> None:
     gram, weight = covariance(sample(8, 5, 5)), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     found = pivoted_cholesky(gram, weights_C=weight)

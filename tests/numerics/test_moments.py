@@ -148,6 +148,17 @@ def test_state_round_trip_continues_as_if_never_saved() -> None:
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in first.state_dict().items())
 
 
+def test_resolution_follows_the_least_exact_batch() -> None:
+    z = rows_of(4, 20, 4)
+    fine, coarse = filled([z]), filled([z], exact=False)
+    assert fine.resolution < 1e-14 < coarse.resolution < 1e-6
+    fine.merge(coarse)
+    again = Moments(4)
+    again.load_state_dict(fine.state_dict())
+    assert again.resolution == coarse.resolution
+    assert again.select(torch.tensor([0])).exact is False
+
+
 def test_select_is_the_moments_of_those_channels() -> None:
     z = rows_of(5, 30, 6)
     index = torch.tensor([4, 0, 3])

@@ -66,10 +66,11 @@ def _reduce(view: GroupView, keep: Tensor) -> Reduction:
     sites = {}
     for site in view.sites:
         covariance, mean = statistics(site)
+        ridge = None if site.moments is None else site.moments.resolution
         if site.centred:
-            mix, offset = solve_mix(covariance, keep, mean_C=mean)
+            mix, offset = solve_mix(covariance, keep, mean_C=mean, ridge=ridge)
         else:
-            mix, offset = solve_mix(covariance.addr_(mean, mean), keep)
+            mix, offset = solve_mix(covariance.addr_(mean, mean), keep, ridge=ridge)
         sites[site.key] = SiteReduction(mix=mix, offset=offset)
     return Reduction(group=view.name, keep=keep, sites=sites)
 

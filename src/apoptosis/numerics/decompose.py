@@ -160,16 +160,20 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor) -> Tensor:
     return curve
 
 
-def solve_mix(gram_CC: Tensor, keep_K: Tensor, *, mean_C: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def solve_mix(
+    gram_CC: Tensor, keep_K: Tensor, *, mean_C: Tensor | None = None, ridge: float | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Least squares: the best linear stand-in for every channel from the kept ones.
 
-    mix_K,R = G_KK⁻¹ G_KR by Cholesky on the matrix scaled to unit diagonal, with a ridge of channels * eps; where
-    that fails, by a truncated eigendecomposition. Kept columns are exactly the identity.
+    mix_K,R = G_KK⁻¹ G_KR by Cholesky on the matrix scaled to unit diagonal, with a ridge; where that fails, by a
+    truncated eigendecomposition. Kept columns are exactly the identity.
 
     Args:
         gram_CC: the covariance when mean_C is given, else the uncentred second moment.
         keep_K: (kept,) int64.
         mean_C: (channels,): also fit an offset μ - mixᵀ μ_K, exactly zero for kept channels.
+        ridge: relative to every channel's own variance; give the resolution of the moments, else more kept channels
+            than the data have directions turn round-off into large weights. None: channels * eps.
 
     Returns: mix (kept, channels) and offset (channels,) or None, float64 on the device of gram_CC.
 
@@ -181,7 +185,8 @@ def solve_mix(gram_CC: Tensor, keep_K: Tensor, *, mean_C: Tensor | None = None) 
     removed = complement(keep, num)
     mix = torch.zeros(keep.numel(), num, dtype=torch.float64, device=gram.device)
     if keep.numel() and removed.numel():
-        mix[:, removed] = _solve(gram[keep][:, keep], gram[keep][:, removed])
+        level = num * EPS if ridge is None else ridge
+        mix[:, removed] = _solve(gram[keep][:, keep], gram[keep][:, removed], level)
     mix[torch.arange(keep.numel(), device=gram.device), keep] = 1.0
     if mean_C is None:
         return mix, None
@@ -277,18 +282,18 @@ def complement(keep: Tensor, num_channels: int) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def _solve(matrix_KK: Tensor, right_KR: Tensor) -> Tensor:
+def _solve(matrix_KK: Tensor, right_KR: Tensor, ridge: float) -> Tensor:
     """Solve on the unit-diagonal scale; channels of zero energy get coefficient zero."""
     scale = matrix_KK.diagonal().clamp_min(0.0).sqrt()
     inverse = torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
     unit = matrix_KK * inverse[:, None] * inverse[None, :]
-    unit.diagonal().fill_(1.0 + matrix_KK.shape[0] * EPS)
+    unit.diagonal().fill_(1.0 + ridge)
     right = right_KR * inverse[:, None]
     lower, info = torch.linalg.cholesky_ex(unit)
     if int(info) == 0:
         return torch.cholesky_solve(right, lower) * inverse[:, None]
     values, vectors = torch.linalg.eigh(unit)
-    usable = values > values[-1] * matrix_KK.shape[0] * EPS
+    usable = values > 2.0 * ridge
     basis = vectors[:, usable]
     solved: Tensor = basis @ ((basis.T @ right) / values[usable, None])
     return solved * inverse[:, None]

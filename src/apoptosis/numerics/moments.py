@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
 
-_STATE_KEYS = ("num_rows", "num_examples", "mean", "scatter")
+_STATE_KEYS = ("num_rows", "num_examples", "exact", "mean", "scatter")
 
 
 @contextmanager
@@ -50,7 +50,7 @@ class Moments:
 
     Attributes:
         num_channels: C. num_rows: rows seen. num_examples: examples they came from (positions of one image are
-        correlated, so this is the number that says how much has been seen).
+        correlated, so this is the number that says how much has been seen). exact: all products were in float64.
 
     Example:
         >>> moments = Moments(2)
@@ -62,7 +62,7 @@ class Moments:
         Stanford CS-79-773 (1979).
     """
 
-    __slots__ = ("_mean", "_scatter", "num_channels", "num_examples", "num_rows")
+    __slots__ = ("_mean", "_scatter", "exact", "num_channels", "num_examples", "num_rows")
 
     def __init__(self, num_channels: int, *, device: torch.device | str = "cpu") -> None:
         if num_channels < 1:
@@ -70,6 +70,7 @@ class Moments:
         self.num_channels = num_channels
         self.num_rows = 0
         self.num_examples = 0
+        self.exact = True
         self._mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(num_channels, num_channels, dtype=torch.float64, device=device)
 
@@ -129,6 +130,7 @@ class Moments:
                 )
             self._scatter.add_(product)
             self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
+        self.exact = self.exact and exact
         self.num_rows = total
         self.num_examples += num_rows if examples is None else examples
 
@@ -148,8 +150,16 @@ class Moments:
         self._scatter.add_(other._scatter.to(self.device))
         self._scatter.addr_(step, step, alpha=self.num_rows * other.num_rows / total)
         self._mean.add_(step, alpha=other.num_rows / total)
+        self.exact = self.exact and other.exact
         self.num_rows = total
         self.num_examples += other.num_examples
+
+    @property
+    def resolution(self) -> float:
+        """Variance, relative to a channel's own, below which these moments are round-off: 4 float32 eps, or C eps."""
+        if self.exact:
+            return self.num_channels * torch.finfo(torch.float64).eps
+        return 4.0 * torch.finfo(torch.float32).eps
 
     def covariance(self) -> Tensor:
         """Return E[(z - μ)(z - μ)ᵀ] of the sample, divided by the number of rows: (channels, channels)."""
@@ -181,7 +191,7 @@ class Moments:
         """Return the moments of the channels `index` (kept,) alone, in that order."""
         out = Moments(int(index.numel()), device=self.device)
         index = index.to(self.device)
-        out.num_rows, out.num_examples = self.num_rows, self.num_examples
+        out.num_rows, out.num_examples, out.exact = self.num_rows, self.num_examples, self.exact
         out._mean = self._mean[index].clone()
         out._scatter = self._scatter[index][:, index].clone()
         return out
@@ -191,6 +201,7 @@ class Moments:
         return {
             "num_rows": torch.tensor(self.num_rows),
             "num_examples": torch.tensor(self.num_examples),
+            "exact": torch.tensor(self.exact),
             "mean": self._mean.clone(),
             "scatter": self._scatter.clone(),
         }
@@ -213,6 +224,7 @@ class Moments:
         self._mean = mean.to(self.device, torch.float64, copy=True)
         self._scatter = scatter.to(self.device, torch.float64, copy=True)
         self.num_rows, self.num_examples = int(state["num_rows"]), int(state["num_examples"])
+        self.exact = bool(state["exact"])
 
     def _move(self, device: torch.device) -> None:
         self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
