@@ -73,47 +73,64 @@ def compare(
 
 
 def show(out: Console, summary: Mapping[str, Any]) -> None:
-    """Print the table of a compare summary, its ledgers, and the time to the dense network's metric."""
-    runs, total = summary["runs"], summary["overall"]
-    name = runs[0]["dense"]["metric_name"]
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    heads = ("seed", "ms/step", "run, s", "faster", f"test {name}", "diff.", "parameters", "fewer", "MACs", "share")
-    for head in heads:
-        table.add_column(head, justify="right")
-    for run in runs:
-        dense, slim = run["dense"], run["apoptosis"]
-        numbers = [dense["step_seconds"], slim["step_seconds"], dense["seconds_run"], slim["seconds_run"]]
-        numbers += [run["speedup_run"], dense["test_metric"], slim["test_metric"], run["test_metric_difference"]]
-        numbers += [dense["parameters"], slim["parameters"], run["parameters_ratio"], run["macs_ratio"]]
-        table.add_row(str(run["seed"]), *_cells(name, [*numbers, run["apoptosis_share"]]))
+    """Print the tables of a compare summary, its ledgers, and the time to the dense network's metric."""
+    runs = summary["runs"]
+    out.print(_overall_table(summary))
     if len(runs) > 1:
-        table.add_section()
-        numbers = [total["step_seconds_dense"], total["step_seconds_apoptosis"]]
-        numbers += [sum(run[side]["seconds_run"] for run in runs) / len(runs) for side in ("dense", "apoptosis")]
-        numbers += [total["speedup_run"], total["test_metric_dense"], total["test_metric_apoptosis"]]
-        numbers += [total["test_metric_difference"], total["parameters_dense"], total["parameters_apoptosis"]]
-        numbers += [total["parameters_ratio"], total["macs_ratio"], total["apoptosis_share"]]
-        table.add_row("all", *_cells(name, numbers))
-    out.print(table)
-    out.print("Pairs read: without -> with apoptosis. share: of the run's time, spent on apoptosis.", markup=False)
+        out.print(_seeds_table(summary))
     for run in runs:
         out.print(_seed_words(run), soft_wrap=True, markup=False)
 
 
-def _cells(name: str, numbers: list[float]) -> list[str]:
-    step0, step1, run0, run1, faster, metric0, metric1, diff, size0, size1, fewer, macs, share = numbers
-    difference = f"{100 * diff:+.2f} pts" if name == "accuracy" else f"{diff:+.4f}"
-    return [
-        f"{1000 * step0:.2f} -> {1000 * step1:.2f}",
-        f"{run0:.1f} -> {run1:.1f}",
-        f"{faster:.2f}x",
-        f"{metric_words(name, metric0)} -> {metric_words(name, metric1)}",
-        difference,
-        f"{size0:,.0f} -> {size1:,.0f}",
-        f"{fewer:.1f}x",
-        f"{macs:.1f}x",
-        f"{100 * share:.1f} %",
-    ]
+def _overall_table(summary: Mapping[str, Any]) -> Table:
+    """Both contestants side by side, means over the seeds."""
+    total, runs = summary["overall"], summary["runs"]
+    name = runs[0]["dense"]["metric_name"]
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("mean of seeds" if len(runs) > 1 else f"seed {runs[0]['seed']}")
+    for head in ("without", "with apoptosis", "ratio"):
+        table.add_column(head, justify="right")
+
+    def pair(key: str) -> list[float]:
+        return [sum(run[side][key] for run in runs) / len(runs) for side in ("dense", "apoptosis")]
+
+    seconds, training, steps = pair("seconds_run"), pair("seconds_training"), pair("step_seconds")
+    faster = f"{total['speedup_run']:.2f}x", f"{total['speedup_training']:.2f}x"
+    table.add_row("whole run, s", *(f"{value:.1f}" for value in seconds), faster[0])
+    table.add_row("training alone, s", *(f"{value:.1f}" for value in training), faster[1])
+    table.add_row("one step, ms", *(f"{1000 * value:.2f}" for value in steps), f"{steps[0] / steps[1]:.2f}x")
+    metrics = pair("test_metric")
+    words = (metric_words(name, value) for value in metrics)
+    table.add_row(f"test {name}", *words, _difference(name, total["test_metric_difference"]))
+    for key in ("parameters", "macs"):
+        sizes = (f"{value:,.0f}" for value in pair(key))
+        label = "parameters" if key == "parameters" else "MACs per example"
+        table.add_row(label, *sizes, f"{total[f'{key}_ratio']:.1f}x")
+    table.add_row("spent on apoptosis", "", f"{100 * total['apoptosis_share']:.1f} %", "of its run")
+    return table
+
+
+def _seeds_table(summary: Mapping[str, Any]) -> Table:
+    name = summary["runs"][0]["dense"]["metric_name"]
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for head in ("seed", "faster", f"test {name}", "difference", "parameters", "MACs", "share"):
+        table.add_column(head, justify="right")
+    for run in summary["runs"]:
+        metrics = (metric_words(name, run[side]["test_metric"]) for side in ("dense", "apoptosis"))
+        table.add_row(
+            str(run["seed"]),
+            f"{run['speedup_run']:.2f}x",
+            " -> ".join(metrics),
+            _difference(name, run["test_metric_difference"]),
+            f"{run['parameters_ratio']:.1f}x",
+            f"{run['macs_ratio']:.1f}x",
+            f"{100 * run['apoptosis_share']:.1f} %",
+        )
+    return table
+
+
+def _difference(name: str, value: float) -> str:
+    return f"{100 * value:+.2f} points" if name == "accuracy" else f"{value:+.4f}"
 
 
 def _seed_words(run: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def auc(scores_N: Tensor, labels_N: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, part: Part, metric: MetricName, device: torch.device, batch: int = 2048) -> float:
+def evaluate(model: nn.Module, part: Part, metric: MetricName, device: torch.device, batch: int = 512) -> float:
     """Metric of `model` on a part, in evaluation mode and float32; every module's mode is as before afterwards.
 
     Args:
