@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse, register_rule
@@ -140,49 +139,6 @@ def test_own_forward_of_a_subclass_pins() -> None:
     assert "consumer without a module" in pin.reason
 
 
-@pytest.mark.parametrize(
-    "wrap", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
-)
-def test_computed_weights_pin(wrap) -> None:
-    structure = analyse(
-        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), wrap(nn.Linear(6, 4)), nn.ReLU(), nn.Linear(4, 2)), (X,), {}
-    )
-    assert all(g.pin is not None for g in structure.groups)
-
-
-def test_tied_encoder_and_decoder_pin() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(8, 6)
-
-        def forward(self, x):
-            return F.linear(self.a(x).relu(), self.a.weight.t())
-
-    assert all(g.pin is not None for g in analyse(Tied(), (X,), {}).groups)
-
-
-def test_one_weight_in_two_modules_pins_its_readers() -> None:
-    net = nn.Sequential(
-        nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
-    )
-    net[4].weight = net[2].weight
-    structure = analyse(net, (X,), {})
-    assert structure.aliases == {"4.weight": "2.weight"}
-    assert structure.groups[0].pin is not None
-    assert "read elsewhere too" in structure.groups[0].pin.reason
-
-
-def test_bias_that_another_reads_takes_no_offset() -> None:
-    net = nn.Sequential(
-        nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)
-    )
-    net[4].bias = net[2].bias
-    structure = analyse(net, (X,), {})
-    assert structure.groups[0].pin is None
-    assert structure.groups[0].sites[0].bias is None
-
-
 def test_norm_must_be_the_only_reader() -> None:
     class Two(nn.Module):
         def __init__(self, *, extra: bool) -> None:
@@ -279,17 +235,6 @@ def test_constants_beside_channels_pin_their_columns() -> None:
     assert columns[:3].tolist() == structure.classes["a.weight"][0][:3].tolist()
 
 
-def test_weight_overwritten_in_the_forward_pass_pins() -> None:
-    class Constrained(nn.Linear):
-        def forward(self, x):
-            with torch.no_grad():
-                self.weight.div_(self.weight.norm())
-            return super().forward(x)
-
-    structure = analyse(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Constrained(6, 2)), (X,), {})
-    assert structure.groups[0].pin is not None
-
-
 def test_output_objects_are_searched() -> None:
     class Box:
         def __init__(self, h) -> None:
@@ -321,3 +266,26 @@ def test_rules_can_be_registered_once(monkeypatch) -> None:
     finally:
         RULES.pop("sort")
     assert analyse(net, (X,), {}).groups[0].pin is not None
+
+
+def test_expanded_buffer_is_read_rightly() -> None:
+    net = Net(lambda m, h: h * m.scale)
+    net.register_buffer("scale", torch.ones(1, 1).expand(1, 6))
+    group = analyse(net, (X,), {}).groups[0]
+    assert group.pin is None
+    assert [m.tensor for m in group.members] == ["a.weight", "a.bias", "scale"]
+
+
+def test_a_single_example_without_a_batch_axis() -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    assert analyse(net, (X[0],), {}).groups[0].pin is None
+    bare = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False))
+    assert analyse(bare, (X[0],), {}).groups[0].pin is None
+
+
+def test_layers_of_width_one(oracle) -> None:
+    net = nn.Sequential(
+        nn.Linear(8, 1), nn.ReLU(), nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Linear(6, 1), nn.PReLU(1), nn.Linear(1, 2)
+    )
+    structure = oracle(net, (X,), {"0": 1, "2": 6, "4": 1})
+    assert structure.groups[1].sites[0].columns.shape == (6, 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -61,7 +60,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         aliases=aliases,
         notes=_notes(findings),
         classes=labels,
-        pinned_classes=np.array(sorted(classes.reasons), dtype=np.int64),
+        pinned_classes=classes.pinned,
     )
 
 

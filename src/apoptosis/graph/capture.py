@@ -43,8 +43,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        seen = self._tracer.before(func, args)
         out = func(*args, **kwargs)
-        self._tracer.executed(func, args, kwargs, out)
+        self._tracer.executed(func, seen, kwargs, out)
         return out
 
 

@@ -24,10 +24,15 @@ _SHARED = "'{}' is the weight of '{}' and is read elsewhere too"
 
 @dataclass(slots=True)
 class Classes:
-    """Channels: sets of slots that are removed together. labels: class of each slot; reasons: first pin per class."""
+    """Channels: sets of slots that are removed together. labels: class of each slot; first_pin: per class, -1: none."""
 
     labels: IntArray
-    reasons: dict[int, Reason]
+    first_pin: IntArray
+
+    @property
+    def pinned(self) -> IntArray:
+        """The classes that are never removed, ascending."""
+        return np.flatnonzero(self.first_pin >= 0).astype(np.int64)
 
 
 def close(findings: Findings) -> None:
@@ -53,11 +58,10 @@ def classify(findings: Findings) -> Classes:
         labels = connected_components(graph, directed=False)[1].astype(np.int64)
     else:
         labels = np.arange(size, dtype=np.int64)
-    reasons: dict[int, Reason] = {}
-    for slots, reason in findings.pins:
-        for label in np.unique(labels[slots]).tolist():
-            reasons.setdefault(label, reason)
-    return Classes(labels, reasons)
+    first = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
+    for number in range(len(findings.pins) - 1, -1, -1):
+        first[labels[findings.pins[number][0]]] = number
+    return Classes(labels, first)
 
 
 def _axes(findings: Findings) -> list[Axis]:
@@ -78,15 +82,14 @@ def _signatures(findings: Findings, axes: Sequence[Axis], classes: Classes) -> t
         slot_weights[owner.bases[dim] : owner.bases[dim] + owner.shape[dim]] = weight
     signature = np.zeros(num, dtype=np.uint64)
     np.add.at(signature, classes.labels, slot_weights)
-    signature[list(classes.reasons)] += weights[-1]
+    signature[classes.pinned] += weights[-1]
     group = np.full(num, -1, dtype=np.int64)
     parts = [findings.slots.owners[name].axis(dim) for name, dim in listed]
     slots = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     _, first = np.unique(classes.labels[slots], return_index=True)
     ordered = classes.labels[slots[np.sort(first)]]
-    numbers: dict[int, int] = {}
-    for label in ordered.tolist():
-        group[label] = numbers.setdefault(int(signature[label]), len(numbers))
+    _, seen, number = np.unique(signature[ordered], return_index=True, return_inverse=True)
+    group[ordered] = np.argsort(np.argsort(seen))[number]  # numbered in the order in which they come
     return group, ordered
 
 
@@ -94,18 +97,16 @@ def _signatures(findings: Findings, axes: Sequence[Axis], classes: Classes) -> t
 class _Draft:
     """A group being put together: positions (channels, m) per axis."""
 
-    channels: list[int]
+    channels: IntArray
     positions: dict[Axis, IntArray]
 
 
 def _drafts(findings: Findings, axes: Sequence[Axis], classes: Classes) -> list[_Draft]:
     group, ordered = _signatures(findings, axes, classes)
-    drafts = [_Draft([], {}) for _ in range(int(group.max()) + 1)]
+    drafts = [_Draft(ordered[group[ordered] == number], {}) for number in range(int(group.max()) + 1)]
     rank = np.zeros(group.size, dtype=np.int64)
-    for label in ordered.tolist():
-        channels = drafts[int(group[label])].channels
-        rank[label] = len(channels)
-        channels.append(label)
+    for draft in drafts:
+        rank[draft.channels] = np.arange(draft.channels.size)
     for name, dim in axes:
         owner = findings.slots.owners[name]
         labels = classes.labels[owner.bases[dim] : owner.bases[dim] + owner.shape[dim]]
@@ -114,7 +115,7 @@ def _drafts(findings: Findings, axes: Sequence[Axis], classes: Classes) -> list[
             index = np.flatnonzero(groups == number)
             index = index[np.argsort(rank[labels[index]], kind="stable")]
             draft = drafts[number]
-            draft.positions[(name, dim)] = index.reshape(len(draft.channels), -1).astype(np.int64)
+            draft.positions[(name, dim)] = index.reshape(draft.channels.size, -1).astype(np.int64)
     return drafts
 
 
@@ -251,16 +252,17 @@ def build_groups(findings: Findings, classes: Classes) -> tuple[Group, ...]:
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
         readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
-        reason = classes.reasons.get(draft.channels[0]) or (None if readers else _NO_SITE)
+        number = int(classes.first_pin[draft.channels[0]])
+        reason = findings.pins[number][1] if number >= 0 else None if readers else _NO_SITE
         members = _members(findings, draft, consumed)
         groups.append(
             Group(
                 name=name,
-                num_channels=len(draft.channels),
+                num_channels=draft.channels.size,
                 members=members,
                 sites=tuple(_site(findings, c, draft.positions[axis]) for c, axis in readers),
                 neuron=None if reason else _neuron(members, [c for c, _ in readers]),
-                pin=None if reason is None else _pin(name, len(draft.channels), reason),
+                pin=None if reason is None else _pin(name, draft.channels.size, reason),
             )
         )
     return tuple(groups)

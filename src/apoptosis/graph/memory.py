@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Memory:
         for name, tensor in tensors.items():
             self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
         self._originals = frozenset(self._owned)
+        self._pin_overlaps()
         self._inputs = {self._storage(t)[0] for t in inputs}
 
     def _storage(self, tensor: Tensor) -> tuple[int, Any]:
@@ -70,6 +72,14 @@ class Memory:
         key, storage = self._storage(tensor)
         self._keep.append(storage)
         self._owned.setdefault(key, []).append((start, owner))
+
+    def _pin_overlaps(self) -> None:
+        """Pin parameters that lie in one another's memory without being one tensor."""
+        for owned in self._owned.values():
+            for (first, left), (second, right) in pairwise(sorted(owned, key=lambda item: item[0])):
+                if second < first + left.span:
+                    text = f"'{left.name}' and '{right.name}' share memory without being one tensor"
+                    self._pin(np.concatenate([left.slots(), right.slots()]), text)
 
     def view(self, tensor: Tensor) -> View | None:
         """Return which part of which parameter or buffer this tensor is, or None."""

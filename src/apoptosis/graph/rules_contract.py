@@ -314,6 +314,7 @@ CONTRACTIONS: dict[str, tuple[Rule, bool]] = {
     "matmul": (_mm, True),
     "addmm": (_addmm, True),
     "baddbmm": (_addmm, True),
+    "addmv": (_addmm, True),
     "linear": (_linear, True),
     "convolution": (_convolution, True),
     **{

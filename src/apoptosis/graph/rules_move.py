@@ -278,7 +278,7 @@ MOVES: dict[str, Rule] = {
     },
     "view": _view,
     "permute": _move(_permute),
-    **{name: _move(_transpose) for name in ("t", "transpose")},
+    **{name: _move(_transpose) for name in ("t", "transpose", "swapaxes", "swapdims")},
     "expand": _move(_expand),
     "select": _move(_select),
     "slice": _move(_slice),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from apoptosis.records import IntArray
@@ -19,12 +20,11 @@ from apoptosis.records import IntArray
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """One parameter or buffer: where its elements lie in its storage, and the first slot of each axis."""
+    """One parameter or buffer: how its elements lie in memory, and the first slot of each axis."""
 
     name: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
     bases: tuple[int, ...]
     is_buffer: bool
 
@@ -122,14 +122,10 @@ class Slots:
             for size in tensor.shape:
                 bases.append(self.num_slots)
                 self.num_slots += size
-            self.owners[name] = Owner(
-                name,
-                tuple(tensor.shape),
-                tuple(tensor.stride()),
-                int(tensor.storage_offset()),
-                tuple(bases),
-                name in names,
-            )
+            # captures run on clones of the buffers, which are laid out densely
+            layout = torch.empty_like(tensor, device="meta") if name in names else tensor
+            shape, stride = tuple(tensor.shape), tuple(layout.stride())
+            self.owners[name] = Owner(name, shape, stride, tuple(bases), name in names)
         self._cache: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], View] = {}
 
     def view(self, owner: Owner, offset: int, tensor: Tensor) -> View:

@@ -144,7 +144,8 @@ class Tracer:
     def _pin(self, slots: IntArray, text: str) -> None:
         if bool((slots != 0).any()):
             place = f" in '{self.module_name}'" if self.module_name else ""
-            self.findings.pin(slots, Reason(f"operator {self._label}{place} {text}", self.where()))
+            operator = f"operator {self._label}{place} " if self._label else ""
+            self.findings.pin(slots, Reason(operator + text, self.where()))
 
     # -- modules ------------------------------------------------------------------------------------------------
 
@@ -220,13 +221,22 @@ class Tracer:
             )
             inplace = writes[:1] == (0,) and name.endswith("_")
             base = name[:-1] if inplace else name
-            if name in _SIDE_WRITES:
+            if name in _SIDE_WRITES or name in _IN_PLACE_SHAPES:
                 writes = ()
-            usable = space == "aten" and (not writes or inplace) and name not in _IN_PLACE_SHAPES
+            usable = space == "aten" and (not writes or inplace)
             rule, reads = (self._rules.get(base) if usable else None) or (None, True)
             kind = _Kind(base, f"{space}.{name}", func._overloadname, rule, reads, writes)
             self._kinds[func] = kind
         return kind
+
+    def before(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments as they will be wanted after the operator has run.
+
+        An operator that changes the shape of the tensor object itself is told by a second object for the same memory.
+        """
+        if func._schema.name.rpartition("::")[2] in _IN_PLACE_SHAPES and isinstance(args[0], Tensor):
+            return (args[0].detach(), *args[1:])
+        return args
 
     def executed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Send the ids through one operator that has just run."""
