@@ -13,6 +13,7 @@ from apoptosis.policy import (
     WARMUP_MAX,
     PastEvent,
     Telemetry,
+    allot,
     decide,
     pays,
     site_limit,
@@ -41,7 +42,8 @@ def event(step, share, rolled_back=False):
 def test_turns_lie_between_warmup_and_the_last_share(total, after):
     found = turns(total, after=after)
     assert len(found) <= NUM_TURNS
-    assert list(found) == sorted(set(found)) or total < 200
+    gaps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    assert all(gap >= (warmup_steps(total) + 1) // 2 for gap in gaps)
     assert all(after < step <= max(LAST_SHARE * total, warmup_steps(total)) for step in found)
     assert all(step >= warmup_steps(total) for step in found)
 
@@ -65,6 +67,14 @@ def test_every_rollback_halves_the_tolerance(cap, halvings):
     now = tolerance_at(cap, halvings)
     assert now == (START_TOLERANCE if cap is None else cap) / 2**halvings
     assert site_limit(cap) == pytest.approx(8 * tolerance_at(cap, 0))
+
+
+@given(st.floats(0, 0.5), st.dictionaries(st.text(), st.floats(0, 1e12), max_size=6))
+def test_allotted_tolerances_never_exceed_the_cap(tolerance, macs):
+    found = allot(tolerance, macs)
+    assert found.keys() == macs.keys()
+    assert all(0 <= part <= tolerance for part in found.values())
+    assert not macs or max(found.values()) == tolerance
 
 
 def test_first_window_opens_after_warmup():

@@ -25,7 +25,7 @@ from apoptosis.ledger import Event, Ledger
 from apoptosis.observe import ROWS_PER_CHANNEL, Observer
 from apoptosis.operate import Patient, exclude_pins, make_event, num_parameters, operate, size_of, with_pins
 from apoptosis.planner import Plan, Request, make_plan
-from apoptosis.policy import Decision, PastEvent, Telemetry, decide, pays, site_limit
+from apoptosis.policy import Decision, PastEvent, Telemetry, allot, decide, pays, site_limit
 from apoptosis.probe import ReadLogits, as_call, has_classes, make_probe, num_rows
 from apoptosis.records import Group, Pin, Structure
 from apoptosis.state import dump_state, restore_state
@@ -295,6 +295,7 @@ class Apoptosis:
         return Request(
             criterion=self._criterion,
             tolerance=tolerance,
+            allotted=allot(tolerance, {g.name: g.num_channels * g.macs_per_channel for g in self.groups()}),
             allowance={key: max(0.0, limit - cost) for key, cost in self._site_cost.items()},
             align=self._align,
             max_drop=MAX_DROP,

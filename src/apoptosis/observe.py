@@ -23,7 +23,7 @@ ROWS_PER_CHANNEL = 3  # fewer rows understate the rank of the covariance and rem
 POSITIONAL_ROWS_PER_CHANNEL = 8  # positions of one image are correlated: ask for more of them
 MIN_EXAMPLES = 256  # distinct examples every window sees, whatever the number of positions
 SAMPLE_EXAMPLES = 64  # whole inputs kept for sites that read several positions at once
-SAMPLE_ELEMENTS = 4_000_000  # and their bound in numbers, 16 MB in float32
+SAMPLE_ELEMENTS = 500_000  # and their bound in numbers, 2 MB in float32
 _FLUSH_ROWS = 4096  # buffered rows are turned into a Gram matrix in one product
 
 

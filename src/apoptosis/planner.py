@@ -27,7 +27,8 @@ Observations = Mapping[tuple[str, str], Observation]
 class Request:
     """What an event may do.
 
-    tolerance: relative rms per site. allowance: what is left of a site's sum over all events, by site key.
+    tolerance: relative rms per site. allotted: the part of it that a group gets, by name; all of it where missing.
+    allowance: what is left of a site's sum over all events, by site key.
     align: widths are rounded up to a multiple. max_drop: largest share of a group's channels one event removes.
     rows_per_channel: a width is only trusted when the window saw this many rows for every channel kept.
     """
@@ -37,6 +38,7 @@ class Request:
     align: int
     max_drop: float
     seed: int
+    allotted: Mapping[str, float] = field(default_factory=dict)
     allowance: Mapping[str, float] = field(default_factory=dict)
     rows_per_channel: int = 3
 
@@ -134,7 +136,8 @@ def _propose(group: Group, view: GroupView, request: Request) -> tuple[Proposal 
     """A proposal, or None and why not."""
     rows = min(site.moments.num_rows for site in view.sites if site.moments is not None)
     least = max(1, min(request.align, group.num_channels), round((1 - request.max_drop) * group.num_channels))
-    limits = {site.key: min(request.tolerance, request.allowance.get(site.key, request.tolerance)) for site in view.sites}
+    cap = request.allotted.get(group.name, request.tolerance)
+    limits = {site.key: min(cap, request.allowance.get(site.key, cap)) for site in view.sites}
     if request.tolerance > 0 and min(limits.values()) <= 0:
         return None, "the sum of its errors over all events has reached the limit"
     proposal = choose(request.criterion, view, limits, align=request.align, min_keep=least)

@@ -7,6 +7,7 @@ models, random numbers. Costs are multiply-adds (MACs); what an event costs besi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 TRAIN_MACS = 3.0  # a training step costs about three forward passes: forward, and two products in backward
@@ -81,7 +82,7 @@ def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
 
     Example:
         >>> turns(1000, after=0)
-        (100, 112, 149, 210, 296, 406, 541, 700)
+        (100, 150, 200, 250, 300, 406, 541, 700)
     """
     first = warmup_steps(total_steps)
     if total_steps is None:
@@ -91,8 +92,10 @@ def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
         return (step,)
     last = int(LAST_SHARE * total_steps)
     count = max(1, min(NUM_TURNS, (last - first) // 10 + 1))
-    steps = [first + round((last - first) * (i / max(count - 1, 1)) ** 2) for i in range(count)]
-    return tuple(step for step in steps if step > after)
+    steps = [first]
+    for i in range(1, count):  # never closer than half the warm-up: what was cut must settle first
+        steps.append(max(first + round((last - first) * (i / (count - 1)) ** 2), steps[-1] + (first + 1) // 2))
+    return tuple(step for step in steps if after < step <= max(last, first))
 
 
 def tolerance_at(cap: float | None, halvings: int) -> float:
@@ -103,6 +106,26 @@ def tolerance_at(cap: float | None, halvings: int) -> float:
         (0.025, 0.0125, 0.02)
     """
     return (START_TOLERANCE if cap is None else cap) * 0.5**halvings
+
+
+def allot(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, float]:
+    """Spread a tolerance over groups: the dearest gets all of it, others less, by the root of their share of the cost.
+
+    An error is spent where it saves most: at equal rms curves, minimising cost at a given sum of squared errors lets
+    the square of a group's error grow with what its channels cost.
+
+    Args:
+        tolerance: relative rms, the cap of every site.
+        macs_by_group: what all channels of a group cost, multiply-adds.
+
+    Example:
+        >>> allot(0.02, {"conv": 400.0, "fc": 100.0})
+        {'conv': 0.02, 'fc': 0.01}
+    """
+    most = max(macs_by_group.values(), default=0.0)
+    if most <= 0.0:
+        return dict.fromkeys(macs_by_group, tolerance)
+    return {name: tolerance * (macs / most) ** 0.5 for name, macs in macs_by_group.items()}
 
 
 def site_limit(cap: float | None) -> float:
