@@ -23,6 +23,7 @@ from apoptosis.criteria import (
     relative_error,
 )
 from apoptosis.criteria.baselines import dropping_curve
+from apoptosis.criteria.views import energy
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
@@ -223,18 +224,75 @@ def test_more_is_removed_when_the_exact_value_is_known_than_by_the_bound_over_ta
     assert loose is None or tight.reduction.keep.numel() <= loose.reduction.keep.numel()
 
 
-def test_dropout_in_front_of_the_site_is_taken_out() -> None:
-    z = draw(3, 40_000, 3) + 1.0
-    z = torch.cat([z, z[:, :1]], 1)  # an exact duplicate that dropout hides
-    mask = (torch.rand(z.shape, generator=torch.Generator().manual_seed(4)) > 0.5).double() / 0.5
-    weight = draw(5, 3, 4, 1)
-    seen = SiteView(key="s", weight=weight, moments=moments_of(z * mask), dropout=0.5)
-    hidden = replace(seen, dropout=0.0)
-    errors = []
-    for site in (seen, hidden):
-        view = GroupView(name="g", num_channels=4, sites=(site,))
-        errors.append(float(get_criterion("interpolative").rank(view).curves["s"][3]))
-    assert errors[0] < 0.25 * errors[1]
+@every_criterion
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_behind_dropout_the_error_without_it_stays_within_the_limit(name: str, p: float) -> None:
+    incoming = draw(3, 40, 9)
+    x = draw(4, 2120, 8) * torch.arange(1, 9).double() ** -1.0
+    z = (x @ incoming[:, :-1].T + incoming[:, -1]).relu()
+    seen, fresh = z[:120], z[120:]
+    mask = (torch.rand(seen.shape, generator=torch.Generator().manual_seed(5)) >= p).double() / (1 - p)
+    weight = draw(6, 10, 40, 1)
+    site = SiteView(key="s", weight=weight, moments=moments_of(seen * mask), dropout=p)
+    view = GroupView(name="g", num_channels=40, sites=(site,), neuron=NeuronView(incoming=incoming, activation="relu"))
+    proposal = choose(get_criterion(name), view, 0.4)
+    if name in ("interpolative", "greedy"):
+        assert proposal is not None
+    if proposal is not None:
+        found = proposal.reduction.sites["s"]
+        offset = 0.0 if found.offset is None else found.offset
+        error = (fresh - fresh[:, proposal.reduction.keep] @ found.mix - offset) @ weight[:, :, 0].T
+        energy = (fresh - fresh.mean(0)) @ weight[:, :, 0].T
+        assert (error.square().sum() / energy.square().sum()).sqrt() <= 0.4
+        assert found.mix.abs().max() < 5
+
+
+def test_several_taps_without_a_measure_cost_their_bound() -> None:
+    maps = draw(0, 50, 4, 1).repeat(1, 1, 3)  # the same at every tap: the factor P is attained
+    weight = draw(1, 2, 4, 1).repeat(1, 1, 3)
+    site = SiteView(key="s", weight=weight, moments=moments_of(maps[:, :, 0]))
+    view = GroupView(name="g", num_channels=4, sites=(site,))
+    reduction = get_criterion("interpolative").reduce(view, torch.tensor([0, 1, 2]))
+    found = reduction.sites["s"]
+    assert found.offset is not None
+    error = maps - torch.einsum("nkp,kc->ncp", maps[:, :3], found.mix) - found.offset[:, None]
+    measured = float(torch.einsum("ocp,ncp->no", weight, error).square().sum(1).mean())
+    pooled = moments_of(maps[:, :, 0]).covariance()
+    estimate = float(torch.einsum("ocp,cd,odp->", weight, pooled, weight))
+    assert relative_error(site, reduction.keep, found) ** 2 * estimate == pytest.approx(measured, rel=1e-9)
+
+
+def test_channels_are_added_back_until_a_measured_site_meets_its_limit() -> None:
+    sample = Sample(5, channels=20)
+    plain = sample.view.sites[0]
+    worse = replace(  # the positions this site reads are worse off than the pooled moments say
+        plain, measure=lambda keep, found: 9.0 * float(dropped_variance(plain, keep, found).sum()), scale=energy(plain)
+    )
+    view = replace(sample.view, sites=(worse,))
+    loose = choose(get_criterion("interpolative"), sample.view, 0.2)
+    tight = choose(get_criterion("interpolative"), view, 0.2)
+    assert loose is not None
+    assert tight is not None
+    assert tight.reduction.keep.numel() > loose.reduction.keep.numel()
+    assert tight.errors["site0"] <= 0.2
+
+
+def test_sites_count_relative_to_their_own_energy() -> None:
+    sample = Sample(7, channels=20, centred=(True, True))
+    first, second = sample.view.sites
+    louder = replace(sample.view, sites=(replace(first, weight=1e6 * first.weight), second))
+    for name in ("interpolative", "greedy", "constant", "duplicate"):
+        rank = get_criterion(name).rank
+        assert torch.equal(rank(louder).order, rank(sample.view).order)
+
+
+def test_round_off_around_a_large_mean_is_no_variation() -> None:
+    z = 1e6 * (1 + 1e-15 * draw(0, 50, 4))
+    site = SiteView(key="s", weight=torch.ones(2, 4, 1), moments=moments_of(z))
+    view = GroupView(name="g", num_channels=4, sites=(site,))
+    proposal = choose(get_criterion("constant"), view, 0.0)
+    assert proposal is not None
+    assert proposal.reduction.keep.numel() == 1
 
 
 @every_criterion

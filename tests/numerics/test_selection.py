@@ -53,6 +53,18 @@ def test_running_gains_stay_true_over_many_steps() -> None:
     assert greedy[20:100].sum() < pivoted[20:100].sum()  # it looks at what the consumer really loses
 
 
+def test_every_choice_is_the_best_one_even_after_many_steps() -> None:
+    gram = gram_of(6, 90, 120)
+    weight = torch.randn(85, 90, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    order = greedy_order(gram, weight)
+    for step in (5, 63, 64, 65, 80):
+        factor = ordered_cholesky(gram, order).factor[:, :step]
+        rest = gram - factor @ factor.T
+        left = order[step:]
+        gains = (weight @ rest[:, left]).square().sum(0) / rest[left, left]
+        assert float(gains[0]) >= float(gains.max()) * (1 - 1e-8)
+
+
 def test_low_rank_puts_the_rest_last() -> None:
     order = greedy_order(gram_of(5, 12, 3), torch.eye(12))
     curve = joint_error_curve(torch.eye(12), ordered_cholesky(gram_of(5, 12, 3), order))

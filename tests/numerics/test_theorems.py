@@ -251,6 +251,11 @@ def test_dropout_correction(seed: int, p: float) -> None:
     diagonal = seen.second_moment().diagonal() * (1 - p)
     torch.testing.assert_close(diagonal, plain.second_moment().diagonal(), rtol=0.0, atol=0.05 * scale)
     torch.testing.assert_close(corrected.mean, seen.mean)
+    mix, offset, keep, weight = draw(seed + 2, 2, 3), draw(seed + 3, 3), torch.tensor([0, 2]), draw(seed + 4, 4, 3)
+    behind, without = (
+        float(site_diag(weight, residual_gram(m.covariance(), m.mean, keep, mix, offset)).sum()) for m in (seen, plain)
+    )
+    assert behind >= without * 0.98
 
 
 @pytest.mark.parametrize("name", NEURON_TYPES)

@@ -18,6 +18,7 @@ from apoptosis.criteria.views import (
     energy,
     flat_weight,
     gram,
+    relative_rms,
     selection,
     statistics,
 )
@@ -44,9 +45,7 @@ def _with_curves(view: GroupView, order: Tensor, *, offsets: bool) -> Ranking:
             continue
         covariance, mean = statistics(site)
         matrix = covariance if offsets and site.centred else covariance.addr_(mean, mean)
-        scale = energy(site)
-        errors = site.num_taps * dropping_curve(matrix, flat_weight(site), order)
-        curves[site.key] = (errors / scale).sqrt() if scale > 0 else torch.where(errors > 0, torch.inf, 0.0)
+        curves[site.key] = relative_rms(site.num_taps * dropping_curve(matrix, flat_weight(site), order), site)
     return Ranking(order=order, curves=curves)
 
 

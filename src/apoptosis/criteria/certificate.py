@@ -6,14 +6,13 @@ own), budgets over events, alignment to hardware beyond rounding up.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, energy, flat_weight, statistics
+from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, flat_weight, relative_rms, statistics
 from apoptosis.errors import ArgumentError
 from apoptosis.numerics.decompose import complement, residual_gram, roundoff_floor, site_diag
 from apoptosis.records import Certificate, CertificateKind, Reduction, SiteReduction
@@ -48,26 +47,11 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
     the condition stated at dropped_variance, over the estimated energy. A site whose output does not vary is a
     constant: 0.0 if the constant is kept to round-off, else infinity.
     """
-    scale = energy(site)
     if site.measure is not None:
         error = site.measure(keep, reduction)
     else:
         error = site.num_taps * float(dropped_variance(site, keep, reduction).sum())
-    return _ratio(error, scale, site)
-
-
-def _ratio(error: float, scale: float, site: SiteView) -> float:
-    floor = roundoff_floor(site.weight.shape[1]) ** 2
-    if site.moments is not None:
-        # Relative to the uncentred energy: a mean of 1e6 leaves round-off that is no variation.
-        mean = site.moments.mean
-        offset = flat_weight(site).to(mean.device) @ mean
-        tiny = floor * (scale + float(offset.square().sum()))
-    else:
-        tiny = floor * scale
-    if scale <= tiny:
-        return 0.0 if error <= tiny else math.inf
-    return math.sqrt(max(error, 0.0) / scale)
+    return float(relative_rms(torch.tensor(error, dtype=torch.float64), site))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,7 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, energy, flat_weight, gram, statistics
+from apoptosis.criteria.views import (
+    Criterion,
+    GroupView,
+    Ranking,
+    SiteView,
+    energy,
+    flat_weight,
+    gram,
+    relative_rms,
+    statistics,
+)
 from apoptosis.numerics.decompose import Factor, joint_error_curve, ordered_cholesky, pivoted_cholesky, solve_mix
 from apoptosis.numerics.selection import greedy_order
 from apoptosis.records import Reduction, SiteReduction
@@ -22,11 +32,7 @@ def _column_norms(site: SiteView) -> Tensor:
 
 def _curve(site: SiteView, factor: Factor) -> Tensor:
     """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
-    scale = energy(site)
-    errors = site.num_taps * joint_error_curve(flat_weight(site), factor)
-    if scale <= 0.0:  # a constant output: any number kept will do if the fit may use an offset
-        return torch.zeros_like(errors) if site.centred else torch.where(errors > 0, torch.inf, 0.0)
-    return (errors / scale).sqrt()
+    return relative_rms(site.num_taps * joint_error_curve(flat_weight(site), factor), site)
 
 
 def _relative_weight(site: SiteView) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
 
@@ -121,14 +122,17 @@ class Criterion:
 
 
 def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
-    """Return covariance (channels, channels) and mean (channels,) of a site, dropout taken out, float64.
+    """Return covariance (channels, channels) and mean (channels,) of a site as observed, float64.
+
+    Behind dropout they stay as they are: what they say about any mix is an upper bound in expectation, and stable
+    (Theorem "Dropout correction"). Taking the dropout out leaves noise on the off-diagonals that a least-squares fit
+    turns into large weights and a certificate of zero.
 
     Raises: ArgumentError: the site has no moments.
     """
     if site.moments is None:
         raise ArgumentError(f"site '{site.key}' has no moments; this criterion needs data.")
-    moments = site.moments.without_dropout(site.dropout) if site.dropout > 0 else site.moments
-    return moments.covariance(), moments.mean
+    return site.moments.covariance(), site.moments.mean
 
 
 def gram(site: SiteView) -> Tensor:
@@ -146,13 +150,35 @@ def energy(site: SiteView) -> float:
     """Return what relative errors at a site relate to: tr(W C Wᵀ), the centred energy of its output, bias excluded.
 
     `scale` where it was measured; from pooled moments with P > 1 the sum over taps Σ_p tr(W_p C W_pᵀ), which is an
-    estimate (exact for taps that are not correlated).
+    estimate (exact for taps that are not correlated). Without the part that is dropout's own noise, so that a bound
+    relates to what the network computes in evaluation.
+
+    Raises: ArgumentError: the site has no moments.
     """
     if site.scale is not None:
         return site.scale
     covariance, _ = statistics(site)
+    if site.moments is not None and site.dropout > 0:
+        covariance = site.moments.without_dropout(site.dropout).covariance()
     weight = flat_weight(site).to(covariance.device)
     return float(((weight @ covariance) * weight).sum().clamp_min(0.0))
+
+
+def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
+    """Turn mean squared errors at a site, of any shape, into relative rms: sqrt(error / energy).
+
+    Where the energy is round-off (around a large mean: relative to the uncentred energy), the output is a constant:
+    0.0 for errors that are round-off too, infinity for others.
+    """
+    scale = energy(site)
+    level = scale
+    if site.moments is not None:
+        mean = site.moments.mean
+        level += float((flat_weight(site).to(mean.device) @ mean).square().sum())
+    tiny = roundoff_floor(site.weight.shape[1]) ** 2 * level
+    if scale <= tiny:
+        return torch.where(errors <= tiny, 0.0, torch.inf).double()
+    return (errors.double().clamp_min(0.0) / scale).sqrt()
 
 
 def selection(keep: Tensor, num_channels: int, device: torch.device) -> Tensor:

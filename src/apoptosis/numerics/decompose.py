@@ -21,6 +21,7 @@ from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
 
 FloatArray = npt.NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
+_TINY = 1e-150  # rms below which a channel counts as silent: its square is hardly a number any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,8 +118,8 @@ def ordered_cholesky(gram_CC: Tensor, order: Tensor) -> Factor:
     permuted = gram[index][:, index]
     diagonal = permuted.diagonal().clip(min=0.0).copy()
     scale = np.sqrt(diagonal)
-    inverse = np.divide(1.0, scale, out=np.zeros(num), where=scale > 0)
-    unit = permuted * inverse[:, None] * inverse[None, :]
+    inverse = np.divide(1.0, scale, out=np.zeros(num), where=scale > _TINY)
+    unit = np.clip(permuted * inverse[:, None] * inverse[None, :], -1.0, 1.0)  # so that some ridge below C will do
     ridge = num * EPS
     while True:
         np.fill_diagonal(unit, 1.0 + ridge)
@@ -285,7 +286,7 @@ def complement(keep: Tensor, num_channels: int) -> Tensor:
 def _solve(matrix_KK: Tensor, right_KR: Tensor, ridge: float) -> Tensor:
     """Solve on the unit-diagonal scale; channels of zero energy get coefficient zero."""
     scale = matrix_KK.diagonal().clamp_min(0.0).sqrt()
-    inverse = torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    inverse = torch.where(scale > _TINY, 1.0 / scale.clamp_min(_TINY), 0.0)
     unit = matrix_KK * inverse[:, None] * inverse[None, :]
     unit.diagonal().fill_(1.0 + ridge)
     right = right_KR * inverse[:, None]

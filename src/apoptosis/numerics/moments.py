@@ -174,8 +174,9 @@ class Moments:
         """Undo what dropout does to the moments: as observed before an elementwise dropout of probability p.
 
         Dropout scales what survives by 1/(1-p): means and off-diagonals of the second moment stay (in expectation),
-        the diagonal grows by 1/(1-p). Only the expectation is restored, so on few rows a variance can come out
-        below zero; it is cut at zero.
+        the diagonal grows by 1/(1-p). Only the expectation is restored: a variance that comes out below zero is cut
+        there, and the matrix need not be positive semidefinite. Good for energies and single variances; never fit a
+        mix to it, which amplifies what is left of the masks on the off-diagonals.
 
         Raises: ArgumentError: p is not in [0, 1).
         """
