@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
-	$(BIN)/apoptosis compare --data digits --network mlp --widths 1024,1024,1024 --epochs 8 --validation 0.25 --seeds 0 --out $(DEMO)
+	$(BIN)/apoptosis compare --data digits --network mlp --widths 1024,1024,1024 --epochs 6 --validation 0.25 --seeds 0 --out $(DEMO)
 	$(BIN)/apoptosis report $(DEMO)
 
 # One thread per worker: the tests are small, and workers share the cores.
