@@ -41,7 +41,7 @@ def test_budget_needs_probe_and_classes():
 
 
 def test_limits_add_up_and_attempts_spend_confidence():
-    verdict = Verdict(0.02, probe(4000))
+    verdict = Verdict(0.02, probe(20_000))
     total = 0.0
     for attempt in (1, 2, 3):
         part = verdict.begin(None)
@@ -62,6 +62,27 @@ def test_fresh_rows_first_then_all():
     while not account.reused:
         account.attempt(*account.next_rows(), losses=0)
     assert account.next_rows() == (0, 3000)
+
+
+def test_rows_judged_before_cost_confidence():
+    account = Account(0.05, 3000)
+    while not account.reused:
+        attempt = account.attempts
+        limit = account.attempt(*account.next_rows(), losses=0)
+    fresh = clopper_pearson_upper(0, 3000, alpha_for_attempt(attempt + 1, ALPHA))
+    assert limit == clopper_pearson_upper(0, 3000, alpha_for_attempt(attempt + 1, ALPHA, earlier_verdicts=attempt))
+    assert limit > fresh
+
+
+def test_without_a_budget_every_attempt_has_its_own_block():
+    account = Account(None, 800)
+    blocks = []
+    for _ in range(8):
+        blocks.append(account.next_rows())
+        account.attempt(*blocks[-1], losses=0)
+    assert blocks == [(100 * i, 100 * (i + 1)) for i in range(8)]
+    assert not account.reused
+    assert account.next_rows() == (0, 800)
 
 
 def test_refused_attempt_is_not_booked_but_spends_confidence():

@@ -6,11 +6,13 @@ and margins. Does not live here: what follows from the numbers (bounds) or who r
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
@@ -107,20 +109,32 @@ def make_probe(probe: Any, example: Any) -> Probe:
 
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, random state and every module's mode as before."""
+    """Evaluation mode, no gradients; random states, buffers and every module's mode are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module, _ in modes if module._buffers]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
     with torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-        for module, _ in modes:
-            module.training = False
         try:
+            for module, _ in modes:
+                module.training = False
+            clones: dict[int, Tensor] = {}  # a module may count or average in evaluation mode too
+            for module, own in buffers:
+                for name, buffer in own.items():
+                    if buffer is not None:
+                        module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, own in buffers:
+                module._buffers.clear()
+                module._buffers.update(own)
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
-def outputs(model: nn.Module, probe: Probe, *, chunk: int = 1024) -> list[Any]:
+def outputs(model: nn.Module, probe: Probe, *, chunk: int = 256) -> list[Any]:
     """The model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model."""
     found = []
     with without_trace(model):
@@ -168,7 +182,8 @@ def compare(before: list[Any], after: list[Any], labels: Tensor | None, read: Re
             if not bool(torch.isfinite(x).all()):
                 raise NonFiniteError("the network's outputs on the probe hold NaN or infinity before any change.")
             change += float((y - x).square().sum())
-            scale += float((x - x.mean(0, keepdim=True)).square().sum())
+            alone = len(before) == 1 and x.dim() and x.shape[0] == 1  # one example has no spread: take its size
+            scale += float((x if alone else x - x.mean(0, keepdim=True)).square().sum())
         a, b = logits_of(old, read), logits_of(new, read)
         if a is None or b is None:
             readable = False

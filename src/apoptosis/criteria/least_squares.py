@@ -19,6 +19,7 @@ from apoptosis.criteria.views import (
     gram,
     relative_rms,
     statistics,
+    working_dtype,
 )
 from apoptosis.numerics.decompose import Factor, joint_error_curve, ordered_cholesky, pivoted_cholesky, solve_mix
 from apoptosis.numerics.selection import greedy_order
@@ -32,7 +33,7 @@ def _column_norms(site: SiteView) -> Tensor:
 
 def _curve(site: SiteView, factor: Factor) -> Tensor:
     """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
-    return relative_rms(site.num_taps * joint_error_curve(flat_weight(site), factor), site)
+    return relative_rms(site.num_taps * joint_error_curve(flat_weight(site), factor, dtype=working_dtype(site)), site)
 
 
 def _relative_weight(site: SiteView) -> float:

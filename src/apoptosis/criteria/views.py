@@ -41,6 +41,7 @@ class SiteView:
     dropout: float = 0.0
     measure: Measure | None = None
     scale: float | None = None
+    memo: dict[str, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3:
@@ -157,11 +158,20 @@ def energy(site: SiteView) -> float:
     """
     if site.scale is not None:
         return site.scale
-    covariance, _ = statistics(site)
-    if site.moments is not None and site.dropout > 0:
-        covariance = site.moments.without_dropout(site.dropout).covariance()
-    weight = flat_weight(site).to(covariance.device)
-    return float(((weight @ covariance) * weight).sum().clamp_min(0.0))
+    if "energy" not in site.memo:
+        covariance, _ = statistics(site)
+        if site.moments is not None and site.dropout > 0:
+            covariance = site.moments.without_dropout(site.dropout).covariance()
+        dtype = working_dtype(site)
+        weight = flat_weight(site).to(covariance.device, dtype)
+        product = (weight @ covariance.to(dtype)).mul_(weight)
+        site.memo["energy"] = float(product.sum(dtype=torch.float64).clamp_min(0.0))
+    return site.memo["energy"]
+
+
+def working_dtype(site: SiteView) -> torch.dtype:
+    """Return float64 for moments taken exactly, else float32: sums of squares there know no more than that anyway."""
+    return torch.float64 if site.moments is None or site.moments.exact else torch.float32
 
 
 def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
@@ -171,11 +181,12 @@ def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
     0.0 for errors that are round-off too, infinity for others.
     """
     scale = energy(site)
-    level = scale
-    if site.moments is not None:
-        mean = site.moments.mean
-        level += float((flat_weight(site).to(mean.device) @ mean).square().sum())
-    tiny = roundoff_floor(site.weight.shape[1]) ** 2 * level
+    if "level" not in site.memo:
+        site.memo["level"] = scale
+        if site.moments is not None:
+            mean = site.moments.mean
+            site.memo["level"] += float((flat_weight(site).to(mean.device) @ mean).square().sum())
+    tiny = roundoff_floor(site.weight.shape[1]) ** 2 * site.memo["level"]
     if scale <= tiny:
         return torch.where(errors <= tiny, 0.0, torch.inf).double()
     return (errors.double().clamp_min(0.0) / scale).sqrt()

@@ -51,7 +51,7 @@ class RunConfig(BaseModel):
     tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
     criterion: str = "interpolative"
     budget: Annotated[float, Field(gt=0, lt=1)] | None = None
-    probe_rows: Annotated[int, Field(ge=0)] = 512
+    probe_rows: Annotated[int, Field(ge=0)] = 4096
     align: Positive = 8
     exclude: tuple[str, ...] = ()
     tensorboard: bool = False
