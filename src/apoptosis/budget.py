@@ -7,7 +7,7 @@ the network (probe) or the limits themselves (numerics.bounds).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from apoptosis.errors import BudgetError
@@ -19,35 +19,14 @@ CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean
 
 @dataclass(slots=True)
 class Account:
-    """Limits granted so far.
-
-    budget: share of accuracy, or None when only the sum is kept; rows: of the probe. spent: sum of granted limits.
-    judged: (start, stop) of the probe rows of every attempt so far.
-    """
+    """Limits granted so far. budget: share of accuracy, or None when only the sum is kept; rows: of the probe."""
 
     budget: float | None
     rows: int
+    attempts: int = 0
     spent: float = 0.0
-    judged: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def attempts(self) -> int:
-        """Attempts so far, rolled back ones included."""
-        return len(self.judged)
-
-    @property
-    def used(self) -> int:
-        """Rows from here on were not used by any attempt."""
-        return max((stop for _, stop in self.judged), default=0)
-
-    @property
-    def reused(self) -> bool:
-        """Whether some rows served more than one attempt."""
-        return any(self._verdicts_on(*rows, self.judged[:i]) for i, rows in enumerate(self.judged))
-
-    @staticmethod
-    def _verdicts_on(start: int, stop: int, earlier: list[tuple[int, int]]) -> int:
-        return sum(first < stop and start < last for first, last in earlier)
+    used: int = 0
+    reused: bool = False
 
     def check(self) -> None:
         """Refuse a probe that can never grant the budget, naming the number of rows that could.
@@ -79,10 +58,8 @@ class Account:
         Every attempt spends confidence, rolled back or not.
         """
         # On rows judged before, what is tried may depend on those verdicts: each doubles what might have been tried.
-        earlier = self.attempts if start < self.used else 0
-        self.attempts += 1
-        self.reused = self.reused or earlier > 0
-        self.used = max(self.used, stop)
+        earlier = self._verdicts_on(start, stop, self.judged)
+        self.judged.append((start, stop))
         alpha = alpha_for_attempt(self.attempts, ALPHA, earlier_verdicts=earlier)
         return clopper_pearson_upper(losses, stop - start, alpha)
 
@@ -92,9 +69,10 @@ class Account:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"spent": self.spent, "judged": [list(rows) for rows in self.judged]}
+        return {"attempts": self.attempts, "spent": self.spent, "used": self.used, "reused": self.reused}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote, or raise and change nothing."""
-        spent, judged = float(state["spent"]), [(int(start), int(stop)) for start, stop in state["judged"]]
-        self.spent, self.judged = spent, judged
+        attempts, spent, used = int(state["attempts"]), float(state["spent"]), int(state["used"])
+        reused = bool(state["reused"])
+        self.attempts, self.spent, self.used, self.reused = attempts, spent, used, reused
