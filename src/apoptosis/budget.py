@@ -7,7 +7,7 @@ the network (probe) or the limits themselves (numerics.bounds).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from apoptosis.errors import BudgetError
@@ -19,14 +19,31 @@ CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean
 
 @dataclass(slots=True)
 class Account:
-    """Limits granted so far. budget: share of accuracy, or None when only the sum is kept; rows: of the probe."""
+    """Limits granted so far.
+
+    budget: share of accuracy, or None when only the sum is kept; rows: of the probe. spent: sum of granted limits.
+    judged: (start, stop) of the probe rows of every attempt so far.
+    """
 
     budget: float | None
     rows: int
-    attempts: int = 0
     spent: float = 0.0
-    used: int = 0
-    reused: bool = False
+    judged: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def attempts(self) -> int:
+        """Attempts so far, rolled back ones included."""
+        return len(self.judged)
+
+    @property
+    def used(self) -> int:
+        """Rows from here on were not used by any attempt."""
+        return max((stop for _, stop in self.judged), default=0)
+
+    @property
+    def reused(self) -> bool:
+        """Whether some rows served more than one attempt."""
+        return any(_overlaps(*rows, self.judged[:i]) for i, rows in enumerate(self.judged))
 
     def check(self) -> None:
         """Refuse a probe that can never grant the budget, naming the number of rows that could.
@@ -58,7 +75,7 @@ class Account:
         Every attempt spends confidence, rolled back or not.
         """
         # On rows judged before, what is tried may depend on those verdicts: each doubles what might have been tried.
-        earlier = self._verdicts_on(start, stop, self.judged)
+        earlier = _overlaps(start, stop, self.judged)
         self.judged.append((start, stop))
         alpha = alpha_for_attempt(self.attempts, ALPHA, earlier_verdicts=earlier)
         return clopper_pearson_upper(losses, stop - start, alpha)
@@ -69,10 +86,14 @@ class Account:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"attempts": self.attempts, "spent": self.spent, "used": self.used, "reused": self.reused}
+        return {"spent": self.spent, "judged": [list(rows) for rows in self.judged]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote, or raise and change nothing."""
-        attempts, spent, used = int(state["attempts"]), float(state["spent"]), int(state["used"])
-        reused = bool(state["reused"])
-        self.attempts, self.spent, self.used, self.reused = attempts, spent, used, reused
+        spent, judged = float(state["spent"]), [(int(start), int(stop)) for start, stop in state["judged"]]
+        self.spent, self.judged = spent, judged
+
+
+def _overlaps(start: int, stop: int, earlier: list[tuple[int, int]]) -> int:
+    """How many of the earlier row ranges share rows with start..stop."""
+    return sum(first < stop and start < last for first, last in earlier)
