@@ -15,7 +15,7 @@ from apoptosis.errors import ArgumentError
 
 
 def check_model(model: object) -> nn.Module:
-    """A materialised nn.Module. Raises: ArgumentError."""
+    """Check that it is a materialised nn.Module. Raises: ArgumentError."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module.")
     for name, parameter in model.named_parameters():
@@ -26,33 +26,58 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def check_optimizers_given(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
-    """One optimizer, a sequence of them, or None. Raises: ArgumentError."""
-    if optimizer is None:
-        return ()
-    if isinstance(optimizer, Optimizer):
-        return (optimizer,)
-    found = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+def check_optimizers_given(
+    optimizer: Optimizer | Sequence[Optimizer] | None, *, trains: nn.Module | None = None
+) -> tuple[Optimizer, ...]:
+    """Take one optimizer, a sequence of them, or None.
+
+    Raises: ArgumentError: something else, or none that holds a parameter of `trains`, where that is given.
+    """
+    found = () if optimizer is None else tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
     for entry in found:
         if not isinstance(entry, Optimizer):
             raise ArgumentError(f"optimizer is a {type(entry).__name__}, not a torch.optim.Optimizer.")
+    if trains is not None:
+        own = {id(parameter) for parameter in trains.parameters()}
+        held = {id(p) for entry in found for group in entry.param_groups for p in group["params"]}
+        if not held & own:
+            why = "none holds a parameter of the model" if found else "none was given"
+            raise ArgumentError(f"optimizer: {why}. Make it from model.parameters(); shrink_() works without one.")
     return found
 
 
+def check_others(*, criterion: object, seed: object, log: object = None, logits: object = None) -> None:
+    """Check the types of the remaining arguments. Raises: ArgumentError: naming the argument."""
+    if not isinstance(criterion, str):
+        raise ArgumentError(f"criterion={criterion!r} must be the name of a criterion.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ArgumentError(f"seed={seed!r} must be a whole number >= 0.")
+    for name, value in (("log", log), ("logits", logits)):
+        if value is not None and not callable(value):
+            raise ArgumentError(f"{name}={value!r} must be a function, or None.")
+
+
 def check_exclude(exclude: Iterable[str]) -> tuple[str, ...]:
-    """Names or wildcards, not one bare string. Raises: ArgumentError."""
+    """Check that they are names or wildcards, not one bare string. Raises: ArgumentError."""
     if isinstance(exclude, str):
         raise ArgumentError(f"exclude={exclude!r}: give a sequence of names, for instance exclude=({exclude!r},).")
-    return tuple(exclude)
+    found = tuple(exclude) if isinstance(exclude, Iterable) else (exclude,)
+    for name in found:
+        if not isinstance(name, str):
+            raise ArgumentError(f"exclude: {name!r} is no name of a group; give a sequence of strings.")
+    return found
 
 
 def check_numbers(
     *, tolerance: float | None, align: int, total_steps: int | None = None, budget: float | None = None
 ) -> None:
-    """Ranges of the numeric arguments. Raises: ArgumentError: naming the argument, its value and its range."""
+    """Check the ranges of the numeric arguments.
+
+    Raises: ArgumentError: naming the argument, its value and its range.
+    """
     checks = (
-        ("tolerance", tolerance, tolerance is None or _number(tolerance) and 0 <= tolerance < 1, "in 0 <= t < 1"),
-        ("budget", budget, budget is None or _number(budget) and 0 < budget < 1, "a share in 0 < b < 1"),
+        ("tolerance", tolerance, tolerance is None or (_number(tolerance) and 0 <= tolerance < 1), "in 0 <= t < 1"),
+        ("budget", budget, budget is None or (_number(budget) and 0 < budget < 1), "a share in 0 < b < 1"),
         ("total_steps", total_steps, total_steps is None or _whole(total_steps), "a whole number >= 1, or None"),
         ("align", align, _whole(align), "a whole number >= 1"),
     )

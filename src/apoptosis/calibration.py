@@ -16,7 +16,7 @@ _REPEATS = 5
 
 
 def macs_per_second() -> float:
-    """Multiply-adds per second of a float32 product on the default device: the best of a few."""
+    """Time the multiply-adds per second of a float32 product on the default device: the best of a few."""
     a = torch.ones(_SIZE, _SIZE)
     best = math.inf
     for _ in range(_REPEATS):
@@ -27,7 +27,7 @@ def macs_per_second() -> float:
 
 
 def overhead_macs(capture_seconds: float) -> float:
-    """Fixed cost of an event, two captures' worth of time, in MACs, rounded to a power of four.
+    """Estimate the fixed cost of an event, two captures' worth of time, in MACs, rounded to a power of four.
 
     Args:
         capture_seconds: what capturing the model took, in seconds.

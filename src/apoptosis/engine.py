@@ -15,18 +15,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given
+from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.budget import ALPHA
 from apoptosis.calibration import overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import NonFiniteError
 from apoptosis.graph import analyse
 from apoptosis.ledger import Event, Ledger
-from apoptosis.observe import ROWS_PER_CHANNEL, Observer
+from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.observe import NOTHING_SEEN, ROWS_PER_CHANNEL, Observer
 from apoptosis.operate import Patient, exclude_pins, make_event, num_parameters, operate, size_of, with_pins
 from apoptosis.planner import Plan, Request, make_plan
-from apoptosis.policy import Decision, PastEvent, Telemetry, allot, decide, pays, site_limit
-from apoptosis.probe import ReadLogits, as_call, has_classes, make_probe, num_rows
+from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, Telemetry, allot, decide, pays, site_limit
+from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, like_example, make_probe, num_rows
 from apoptosis.records import Group, Pin, Structure
 from apoptosis.state import dump_state, restore_state
 from apoptosis.surgery import check_followers, check_optimizers
@@ -80,8 +81,9 @@ class Apoptosis:
     ) -> None:
         start = time.perf_counter()
         check_model(model)
-        optimizers = check_optimizers_given(optimizer)
+        optimizers = check_optimizers_given(optimizer, trains=model)
         check_numbers(tolerance=tolerance, align=align, total_steps=total_steps, budget=budget)
+        check_others(criterion=criterion, seed=seed, log=log, logits=logits)
         patterns = check_exclude(exclude)
         self._criterion = get_criterion(criterion)
         check_optimizers(optimizers, model)
@@ -96,12 +98,16 @@ class Apoptosis:
         self._overhead = overhead_macs(time.perf_counter() - begin)
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
         self._has_classes = has_classes(model, self._patient.call, logits)
+        if self._verdict.probe is not None:
+            check_runs(model, self._verdict.probe)
         self._verdict.check(readable=self._has_classes)
         self._full = (num_parameters(model), structure.macs)
         self.full_shapes = dict(structure.shapes)
         self._step, self._halvings, self._rolled_back, self._num_events = 0, 0, 0, 0
         self._history: tuple[PastEvent, ...] = ()
         self._site_cost: dict[str, float] = {}
+        widest = max((g.num_channels for g in structure.groups), default=1)
+        self._site_limit = site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest)
         self._batch_rows = 0.0
         self._observer: Observer | None = None
         self._window_start = 0
@@ -140,12 +146,12 @@ class Apoptosis:
         return self._hook_seconds + (self._observer.hook_seconds if self._observer is not None else 0.0)
 
     def plan(self) -> Plan:
-        """The dry run: what an event would do now, from what the open window has seen so far. Changes nothing."""
+        """Say what an event would do now, from what the open window has seen so far: a dry run, changes nothing."""
         observations = {} if self._observer is None else self._observer.observations()
         return make_plan(self._patient.model, self._structure, observations, self._request(self._decision.tolerance))
 
     def ledger(self) -> Ledger:
-        """What all removals so far cost at most, and with what confidence."""
+        """Sum up what all removals so far cost at most, and with what confidence."""
         account, held_out = self._verdict.account, self._verdict.held_out
         cost = account.spent if held_out else self._verdict.training_flips
         return Ledger(
@@ -160,7 +166,7 @@ class Apoptosis:
             probe_rows=account.rows,
             budget=account.budget,
             site_cost=dict(self._site_cost),
-            site_limit=site_limit(self._tolerance),
+            site_limit=self._site_limit,
             seconds=self.seconds,
             hook_seconds=self.hook_seconds,
             notes=("some probe rows served more than one attempt",) if account.reused else (),
@@ -214,14 +220,14 @@ class Apoptosis:
             self._own_seconds += time.perf_counter() - start
 
     def _open_window(self) -> None:
-        self._observer = self._new_observer()
+        self._observer = self._new_observer(self.groups())
         self._observer.open()
         self._window_start = self._step
 
-    def _new_observer(self) -> Observer:
+    def _new_observer(self, groups: Sequence[Group]) -> Observer:
         return Observer(
             self._patient.model,
-            self.groups(),
+            groups,
             seed=self._seed * 1_000_003 + len(self._history),
             exact=self._tolerance == 0,
             keep_inputs=not self._verdict.held_out,
@@ -240,28 +246,37 @@ class Apoptosis:
         event, macs = None, self._structure.macs
         refused = ""
         try:
-            request = self._request(self._decision.tolerance)
-            plan = make_plan(self._patient.model, self._structure, observer.observations(), request)
-            if plan.reductions and pays(self._telemetry(), plan.macs_after / self._example_rows()):
-                event, refused = self._surgery(plan, observer, start)
-        except NonFiniteError as error:
+            if observer.blind:
+                raise NonFiniteError(NOTHING_SEEN)
+            event, refused = self._attempt(observer, start)
+        except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
             refused = str(error)
             warnings.warn(f"apoptosis skipped an event at step {self._step}: {error}", RuntimeWarning, stacklevel=3)
-        past = PastEvent(
-            step=self._step, macs_before=macs, macs_after=self._structure.macs, rolled_back=bool(refused)
-        )
-        self._history = (*self._history, past)
-        self._decision = self._decide()
+        else:
+            after, undone = self._structure.macs, bool(refused)
+            past = PastEvent(step=self._step, macs_before=macs, macs_after=after, rolled_back=undone)
+            self._history = (*self._history, past)
+        finally:
+            self._decision = self._decide()
         if refused:
             self._emit({"kind": "event", "rolled_back": True, "reason": refused, "step": self._step})
         elif event is not None:
             self._emit({"kind": "event", "rolled_back": False, "reason": "", **event.as_dict()})
         return event
 
+    def _attempt(self, observer: Observer, start: float) -> tuple[Event | None, str]:
+        """Return an event if a plan pays and passes, or why it was rolled back."""
+        request = self._request(self._decision.tolerance)
+        plan = make_plan(self._patient.model, self._structure, observer.observations(), request)
+        if plan.reductions and pays(self._telemetry(), plan.macs_after / self._example_rows()):
+            return self._surgery(plan, observer, start)
+        return None, ""
+
     def _surgery(self, plan: Plan, observer: Observer, start: float) -> tuple[Event | None, str]:
         """One transaction: an event, or why it was rolled back (then the tolerance is halved from now on)."""
         before = size_of(self._patient, self._structure)
-        probe = self._verdict.begin(observer.inputs)
+        call = self._patient.call
+        probe = self._verdict.begin(like_example(observer.inputs or call, call))
         outcome = operate(
             self._patient, self._structure, plan.reductions, plan.dropped_variance, probe, self._verdict.judge
         )
@@ -272,9 +287,8 @@ class Apoptosis:
             return None, outcome.refused
         certificates = self._verdict.settle()
         self._num_events += 1
-        done = {reduction.group for reduction in outcome.done}
-        for key, error in plan.site_errors.items():
-            if plan.site_group[key] in done:
+        for reduction in outcome.done:
+            for key, error in plan.errors[reduction.group].items():
                 self._site_cost[key] = self._site_cost.get(key, 0.0) + error
         event = make_event(
             step=self._step,
@@ -291,12 +305,12 @@ class Apoptosis:
     # ------------------------------------------------------------------ small things
 
     def _request(self, tolerance: float) -> Request:
-        limit = site_limit(self._tolerance)
+        limit = self._site_limit
         return Request(
             criterion=self._criterion,
             tolerance=tolerance,
             allotted=allot(tolerance, {g.name: g.num_channels * g.macs_per_channel for g in self.groups()}),
-            allowance={key: max(0.0, limit - cost) for key, cost in self._site_cost.items()},
+            allowance={s.key: limit - self._site_cost.get(s.key, 0.0) for g in self.groups() for s in g.sites},
             align=self._align,
             max_drop=MAX_DROP,
             seed=self._seed + self._step,

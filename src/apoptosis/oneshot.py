@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given
+from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
@@ -50,8 +50,12 @@ def shrink_(
             is only trusted when there were three rows for every channel kept.
         tolerance: cap per consumer site on the relative rms change of its output, 0 for what is redundant to
             round-off.
-        criterion, optimizer, probe, align, exclude, seed: as in Apoptosis. Without a probe the change is measured on
-            the last batch.
+        criterion: as in Apoptosis.
+        optimizer: one or several whose state follows; None if the network is not trained any more.
+        probe: held-out inputs, or (inputs, labels). None: the change is measured on the largest batch.
+        align: widths are rounded up to a multiple of this.
+        exclude: names or wildcards of groups to leave alone.
+        seed: of the private random generator.
 
     Returns: the Event; falsy when nothing could go, with the reasons in its notes.
 
@@ -69,6 +73,7 @@ def shrink_(
     model = check_model(model)
     optimizers = check_optimizers_given(optimizer)
     check_numbers(tolerance=tolerance, align=align)
+    check_others(criterion=criterion, seed=seed)
     if tolerance is None:
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
     chosen = get_criterion(criterion)

@@ -1,4 +1,4 @@
-"""One surgery as a transaction: edit, capture again, follow the surviving ids, measure on the probe, commit or roll back.
+"""One surgery as a transaction: edit, capture again, follow the ids, measure on the probe, commit or roll back.
 
 Lives here: the order of these steps and what ends in a rollback. Does not live here: what to remove (planner), how a
 tensor is edited (surgery), what a change may cost (the caller's judge).
@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify
 from apoptosis.ledger import Event
-from apoptosis.planner import Plan
+from apoptosis.planner import Plan, merged
 from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs
 from apoptosis.records import Certificate, Group, Pin, Reduction, Structure, TensorEdit
 from apoptosis.surgery import Transaction, build_edits
 
+_BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
 Judge = Callable[[Change], str]  # why the change is refused, "" when it is granted
 
 
@@ -50,7 +51,7 @@ class Outcome:
 
 
 def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
-    """The structure with further groups pinned (by name); groups pinned already keep their own reason."""
+    """Return the structure with further groups pinned (by name); groups pinned already keep their own reason."""
     if not pins:
         return structure
     groups = tuple(
@@ -101,7 +102,7 @@ def operate(
         outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge)
         if outcome is not None:
             return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
-        guilty = _guilty(patient, structure, todo, dropped_variance) or {todo[0].group: fault}
+        guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
         for name, reason in guilty.items():
             pins[name] = _pin(structure, name, reason)
         todo = [r for r in todo if r.group not in pins]
@@ -124,17 +125,16 @@ def _attempt(
     judge: Judge,
 ) -> tuple[Outcome | None, str]:
     """One try with all of `reductions`: an outcome, or None and what went wrong with the structure."""
-    edits = build_edits(structure, reductions, dropped_variance)
     with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
-        transaction.apply(edits)
         try:
-            new = _recapture(patient, structure, edits)
-        except (CaptureError, StructureChangedError, ShapeError) as error:
+            new = _edit(transaction, patient, structure, reductions, dropped_variance)
+            after = None if probe is None or before is None else _outputs_after(patient, probe)
+        except _BROKEN as error:
             transaction.rollback()
             return None, str(error)
         change = None
-        if probe is not None and before is not None:
-            change = compare(before, outputs(patient.model, probe), probe.labels, patient.read)
+        if probe is not None and before is not None and after is not None:
+            change = compare(before, after, probe.labels, patient.read)
             refused = judge(change)
             if refused:
                 transaction.rollback()
@@ -143,24 +143,50 @@ def _attempt(
     return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
 
 
-def _recapture(patient: Patient, structure: Structure, edits: Sequence[TensorEdit]) -> Structure:
+def _edit(
+    transaction: Transaction,
+    patient: Patient,
+    structure: Structure,
+    reductions: Sequence[Reduction],
+    dropped_variance: Mapping[str, Tensor],
+) -> Structure:
+    """Edit, capture again, follow the ids. Returns the new structure; raises what makes a group a pinned one."""
+    edits = build_edits(structure, reductions, dropped_variance)
+    transaction.apply(edits)
     new = analyse(patient.model, *patient.call)
     verify(structure, new, kept_positions(edits))
     return new
 
 
+def _outputs_after(patient: Patient, probe: Probe) -> list[Any]:
+    """Return what the edited network says on examples that the network before took.
+
+    Raises: CaptureError: it fails on them.
+    """
+    try:
+        return outputs(patient.model, probe)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the user's forward may raise anything
+        raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error
+
+
 def _guilty(
-    patient: Patient, structure: Structure, reductions: list[Reduction], dropped: Mapping[str, Tensor]
+    patient: Patient,
+    structure: Structure,
+    reductions: list[Reduction],
+    dropped: Mapping[str, Tensor],
+    probe: Probe | None,
 ) -> dict[str, str]:
     """Which groups fail on their own, with the reason; every trial is rolled back."""
     found: dict[str, str] = {}
     for reduction in reductions:
-        edits = build_edits(structure, [reduction], dropped)
         with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
-            transaction.apply(edits)
             try:
-                _recapture(patient, structure, edits)
-            except (CaptureError, StructureChangedError, ShapeError) as error:
+                _edit(transaction, patient, structure, [reduction], dropped)
+                if probe is not None:
+                    _outputs_after(patient, probe)
+            except _BROKEN as error:
                 found[reduction.group] = str(error)
             transaction.rollback()
     return found
@@ -207,9 +233,9 @@ def make_event(
     seconds: float,
     notes: tuple[str, ...] = (),
 ) -> Event:
-    """The record of one surgery, from what was planned and what came of it."""
-    done = {reduction.group for reduction in outcome.done}
-    subjects = {key for key, group in plan.site_group.items() if group in done}
+    """Put together the record of one surgery, from what was planned and what came of it."""
+    done = [reduction.group for reduction in outcome.done]
+    promised = merged(certificate for name in done for certificate in plan.certificates[name])
     measured: dict[str, float] = {}
     change = outcome.change
     if change is not None:
@@ -224,7 +250,7 @@ def make_event(
         parameters=(before.parameters, after.parameters),
         macs=(before.macs, after.macs),
         bytes_freed=before.bytes - after.bytes,
-        certificates=(*(c for c in plan.certificates if c.subject in subjects), *certificates),
+        certificates=(*promised, *certificates),
         measured=measured,
         measured_on=f"on {change.rows if change is not None else 0} {measured_on}",
         seconds=seconds,

@@ -66,7 +66,7 @@ class Decision:
 
 
 def warmup_steps(total_steps: int | None) -> int:
-    """Steps before the first event: 3 % of the run within 100..500, and never more than a tenth of a short run."""
+    """Return the steps before the first event: 3 % of the run within 100..500, at most a tenth of a short run."""
     if total_steps is None:
         return WARMUP_MIN
     wanted = min(max(round(WARMUP_SHARE * total_steps), WARMUP_MIN), WARMUP_MAX)
@@ -74,7 +74,7 @@ def warmup_steps(total_steps: int | None) -> int:
 
 
 def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
-    """Steps later than `after` at which an event may happen.
+    """Return the steps later than `after` at which an event may happen.
 
     With a known length: NUM_TURNS from warm-up to LAST_SHARE of the run, the distance from the first growing with the
     square of the turn, because a channel removed early saves most. With an unknown one: each turn at twice the steps
@@ -129,7 +129,7 @@ def allot(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, flo
 
 
 def site_limit(cap: float | None) -> float:
-    """What the relative errors of one site may add up to over all events.
+    """Return what the relative errors of one site may add up to over all events.
 
     By the triangle inequality the sum bounds the error that all events together made at the site.
     """
@@ -150,7 +150,7 @@ def expected_yield(history: tuple[PastEvent, ...]) -> float:
 
 
 def decide(telemetry: Telemetry) -> Decision:
-    """The next window: the next turn of the schedule at which an event is expected to pay, or none."""
+    """Choose the next window: the next turn of the schedule at which an event is expected to pay, or none."""
     upcoming = turns(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
         return Decision(at_step=None, tolerance=0.0, reason="the schedule has no turn left")

@@ -7,7 +7,7 @@ and margins. Does not live here: what follows from the numbers (bounds) or who r
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from apoptosis.errors import ArgumentError, NonFiniteError
 
@@ -89,7 +89,7 @@ def make_probe(probe: Any, example: Any) -> Probe:
     """
     labels = None
     inputs = probe
-    is_pair = isinstance(probe, Sequence) and not isinstance(probe, Tensor) and len(probe) == 2
+    is_pair = isinstance(probe, list | tuple) and len(probe) == 2
     if is_pair and (not isinstance(example, tuple) or isinstance(probe[0], tuple)):
         inputs, labels = probe
     form = Tensor if isinstance(example, Tensor) else tuple if isinstance(example, tuple) else Mapping
@@ -107,9 +107,36 @@ def make_probe(probe: Any, example: Any) -> Probe:
     return Probe(args=args, kwargs=kwargs, labels=labels, rows=rows, held_out=True)
 
 
+def check_runs(model: nn.Module, probe: Probe) -> None:
+    """Run the model on a few probe examples.
+
+    Raises: ArgumentError: it fails on them.
+    """
+    try:
+        outputs(model, probe.take(0, min(2, probe.rows)))
+    except Exception as error:  # the user's forward may raise anything
+        raise ArgumentError(f"probe: the model fails on it: {type(error).__name__}: {error}") from error
+
+
+def like_example(
+    call: tuple[tuple[Any, ...], Mapping[str, Any]], example: tuple[tuple[Any, ...], Mapping[str, Any]]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Cast inputs to the floating dtypes of the example: under autocast a loop may hand over others."""
+    leaves, form = tree_flatten(call)
+    wanted, other = tree_flatten(example)
+    if form != other:
+        return call
+    cast = [
+        x.to(like.dtype) if isinstance(x, Tensor) and isinstance(like, Tensor) and x.is_floating_point() else x
+        for x, like in zip(leaves, wanted, strict=True)
+    ]
+    args, kwargs = tree_unflatten(cast, form)
+    return args, kwargs
+
+
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients; random states, buffers and every module's mode are as before afterwards."""
+    """Run in evaluation mode without gradients; random states, buffers and every module's mode stay as they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module, _ in modes if module._buffers]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
@@ -135,7 +162,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
 
 
 def outputs(model: nn.Module, probe: Probe, *, chunk: int = 256) -> list[Any]:
-    """The model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model."""
+    """Return the model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model."""
     found = []
     with without_trace(model):
         for start in range(0, probe.rows, chunk):

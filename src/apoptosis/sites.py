@@ -20,7 +20,7 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 
 
 def gather_weight(site: Site, weight: Tensor) -> Tensor:
-    """The consumer weight as (out, channels, P): every channel's columns and kernel taps side by side, float64."""
+    """Return the consumer weight as (out, channels, P): a channel's columns and kernel taps side by side, float64."""
     moved = weight.detach().double().movedim(site.dim, 1)  # (out, columns, *taps)
     columns = torch.as_tensor(site.columns, device=weight.device)
     picked = moved[:, columns.reshape(-1)].reshape(moved.shape[0], *columns.shape, -1)
@@ -28,25 +28,25 @@ def gather_weight(site: Site, weight: Tensor) -> Tensor:
 
 
 def make_respond(module: nn.Module, site: Site) -> Respond:
-    """The module's own linear map without its bias, on inputs and weights restricted to some channels.
+    """Return the module's own linear map without its bias, for inputs and weights restricted to some channels.
 
     Works on the full weight too. Grouped convolutions are never restricted (their blocks must stay rectangular).
     """
     if isinstance(module, nn.Linear):
         return F.linear
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        transpose = _CONV_TRANSPOSE[len(module.kernel_size)]
+        transpose, padding = _CONV_TRANSPOSE[len(module.kernel_size)], tuple(int(n) for n in module.padding)
 
         def respond_transpose(x: Tensor, weight: Tensor) -> Tensor:
             return transpose(
                 x,
                 weight,
                 None,
-                module.stride,  # type: ignore[arg-type]
-                module.padding,  # type: ignore[arg-type]
-                module.output_padding,  # type: ignore[arg-type]
+                module.stride,
+                padding,
+                module.output_padding,
                 module.groups,
-                module.dilation,  # type: ignore[arg-type]
+                module.dilation,
             )
 
         return respond_transpose
@@ -54,7 +54,7 @@ def make_respond(module: nn.Module, site: Site) -> Respond:
         convolve = module._conv_forward
 
         def respond(x: Tensor, weight: Tensor) -> Tensor:
-            out: Tensor = convolve(x, weight, None)  # type: ignore[operator]
+            out: Tensor = convolve(x, weight, None)
             return out
 
         return respond
@@ -64,8 +64,9 @@ def make_respond(module: nn.Module, site: Site) -> Respond:
 class SampledSite:
     """Exact errors of one group's reductions at a site that reads several positions, on the sampled inputs.
 
-    error: E||W (z - z_hat)||² over sampled outputs; scale: the same for z minus its mean. Both in the units of the
-    output, squared, summed over output channels and averaged over output positions.
+    error: E||W (z - z_hat)||² over sampled outputs; scale: the same for everything the module reads minus its mean,
+    other groups' channels included. Both in the units of the output, squared, summed over output channels and averaged
+    over output positions. dropped: what the variance of every output loses by the reduction last asked for.
     """
 
     def __init__(self, site: Site, sample: Tensor, weight: Tensor, respond: Respond, num_blocks: int) -> None:
@@ -73,47 +74,56 @@ class SampledSite:
         self._respond = respond
         self._site = site
         self._blocks = num_blocks
-        self._weight = weight.detach().float()
-        self._sample = sample
+        self._weight = weight.detach().to(sample)
         self._columns = torch.as_tensor(site.input_columns, device=sample.device)
-        z = sample.movedim(self._axis, -1)[..., self._columns]  # (..., channels, P)
-        self._z = z
-        dims = tuple(range(z.dim() - 2)) if site.kind == "linear" else (*range(z.dim() - 2), z.dim() - 1)
-        self.scale = self._energy(z - z.mean(dims, keepdim=True), None)
-        self.dropped: Tensor | None = None
+        last = sample.movedim(self._axis, -1)
+        self._full = last.shape
+        self._z = last[..., self._columns]  # (..., channels, P)
+        centred = last - last.mean(tuple(range(last.dim() - 1)), keepdim=True)
+        self._sample = sample
+        self.scale = float(self._response(centred.movedim(-1, self._axis), self._weight).square().mean(1).sum())
+        self._output: Tensor | None = None
+        self._change: Tensor | None = None
 
-    def _energy(self, residual: Tensor, channels: Tensor | None) -> float:
-        """Mean over output positions of the squared response to a residual (..., channels, P)."""
-        columns = self._columns if channels is None else self._columns[channels]
+    def _response(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the module's outputs without bias, (out, positions) float64."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            out = self._respond(x, weight)
+        return out.double().movedim(out.dim() - 1 if self._site.kind == "linear" else 1, 0).flatten(1)
+
+    def _changed_by(self, residual: Tensor, channels: Tensor) -> Tensor:
+        """Response to a residual (..., removed channels, P)."""
         if self._blocks == 1:
-            weight_columns = torch.as_tensor(self._site.columns, device=residual.device)
-            if channels is not None:
-                weight_columns = weight_columns[channels]
+            weight_columns = torch.as_tensor(self._site.columns, device=residual.device)[channels].reshape(-1)
             x = residual.flatten(-2).movedim(-1, self._axis)
-            weight = self._weight.index_select(self._site.dim, weight_columns.reshape(-1))
-        else:
-            full = torch.zeros_like(self._sample.movedim(self._axis, -1))
-            full[..., columns.reshape(-1)] = residual.flatten(-2)
-            x, weight = full.movedim(-1, self._axis), self._weight
-        out = self._respond(x, weight)
-        out_axis = out.dim() - 1 if self._site.kind == "linear" else 1
-        squares = out.double().square()
-        per_output = squares.mean(tuple(d for d in range(out.dim()) if d != out_axis))
-        self.dropped = per_output
-        return float(per_output.sum())
+            return self._response(x, self._weight.index_select(self._site.dim, weight_columns))
+        full = residual.new_zeros(self._full)
+        full[..., self._columns[channels].reshape(-1)] = residual.flatten(-2)
+        return self._response(full.movedim(-1, self._axis), self._weight)
+
+    @property
+    def dropped(self) -> Tensor | None:
+        """What the variance of every output loses, (out,) float64; None before an error was asked for."""
+        if self._change is None:
+            return None
+        if self._output is None:
+            self._output = self._response(self._sample, self._weight)
+        return self._output.var(1, correction=0) - (self._output - self._change).var(1, correction=0)
 
     def error(self, keep: Tensor, reduction: SiteReduction) -> float:
-        """E||W (z - z_hat)||² of a reduction; `dropped` then holds its parts per output channel."""
+        """E||W (z - z_hat)||² of a reduction."""
         channels = torch.ones(self._z.shape[-2], dtype=torch.bool, device=self._z.device)
         channels[keep] = False
         removed = channels.nonzero().squeeze(1)
         if len(removed) == 0:
+            self._change = None
             return 0.0
         mix = reduction.mix[:, removed].to(self._z)
         estimate = torch.einsum("...kp,kc->...cp", self._z[..., keep, :], mix)
         if reduction.offset is not None:
             estimate = estimate + reduction.offset[removed].to(self._z)[:, None]
-        return self._energy(self._z[..., removed, :] - estimate, removed)
+        self._change = self._changed_by(self._z[..., removed, :] - estimate, removed)
+        return float(self._change.square().mean(1).sum())
 
 
 def num_blocks(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from apoptosis.errors import CheckpointError
+from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.graph import analyse
 from apoptosis.observe import Observer
 from apoptosis.operate import with_pins
@@ -42,6 +42,7 @@ def dump_state(apo: Apoptosis) -> dict[str, Any]:
         "version": VERSION,
         "widths": {g.name: g.num_channels for g in apo._structure.groups},
         "full": list(apo._full),
+        "full_shapes": {name: list(shape) for name, shape in apo.full_shapes.items()},
         "pins": [asdict(g.pin) for g in apo._structure.groups if g.pin is not None],
         "plain": {name.lstrip("_"): getattr(apo, name) for name in _PLAIN},
         "history": [asdict(past) for past in apo._history],
@@ -59,27 +60,32 @@ def restore_state(apo: Apoptosis, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"apoptosis state has version {found!r}, this library reads {VERSION}.")
     structure = analyse(apo._patient.model, *apo._patient.call)
     have = {g.name: g.num_channels for g in structure.groups}
-    if have != dict(state["widths"]):
-        odd = sorted(set(have.items()) ^ set(dict(state["widths"]).items()))[:4]
+    widths = state.get("widths")
+    if not isinstance(widths, Mapping) or have != dict(widths):
+        odd = sorted(set(have.items()) ^ set(widths.items()))[:4] if isinstance(widths, Mapping) else []
         raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
     try:
         pins = {entry["group"]: Pin(**entry) for entry in state["pins"]}
+        kept = {g.name: g.pin for g in apo._structure.groups if g.pin is not None}  # exclude= of this run
+        structure = with_pins(with_pins(structure, pins), {n: p for n, p in kept.items() if n in have})
         history = tuple(PastEvent(**past) for past in state["history"])
         decision = Decision(**state["decision"])
-        plain = {name: state["plain"][name.lstrip("_")] for name in _PLAIN}
+        plain = {name: type(getattr(apo, name))(state["plain"][name.lstrip("_")]) for name in _PLAIN}
         full = (int(state["full"][0]), float(state["full"][1]))
+        shapes = {str(name): tuple(int(n) for n in shape) for name, shape in state["full_shapes"].items()}
         site_cost = {str(k): float(v) for k, v in state["site_cost"].items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"apoptosis state is damaged: {error!r}.") from error
-    apo._structure = with_pins(structure, pins)
+        observer = None
+        if state["window"] is not None:
+            observer = apo._new_observer(tuple(g for g in structure.groups if g.pin is None))
+            observer.load_state_dict(state["window"])
+        apo._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ApoptosisError) as error:
+        raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
+    apo._drop_window()
     for name, value in plain.items():
         setattr(apo, name, value)
-    apo._history, apo._decision, apo._full, apo._site_cost = history, decision, full, site_cost
-    apo._verdict.load_state_dict(state["verdict"])
-    apo._drop_window()
-    apo._hook_seconds = plain["_hook_seconds"]
-    if state["window"] is not None:
-        observer = apo._new_observer()
-        observer.load_state_dict(state["window"])
+    apo._structure, apo.full_shapes, apo._full = structure, shapes, full
+    apo._history, apo._decision, apo._site_cost = history, decision, site_cost
+    if observer is not None and not apo._closed:
         observer.open()
         apo._observer = observer

@@ -90,15 +90,13 @@ class Verdict:
                 return f"accuracy limit {limit:.3g} on top of {self.account.spent:.3g} exceeds the budget {budget:g}"
         elif change.readable:
             value, note = change.flips / change.rows, "on training inputs: nothing is claimed about the population"
-            self._pending = Certificate(
-                kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note
-            )
+            self._pending = Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
         if budget is None and not change.rms <= SANITY_RMS:
             return f"the outputs changed by {change.rms:.3g} (relative rms), beyond the sanity limit {SANITY_RMS}"
         return ""
 
     def settle(self) -> tuple[Certificate, ...]:
-        """The attempt was committed: book its limit and return its certificate."""
+        """Book the limit of an attempt that was committed, and return its certificate."""
         certificate, self._pending = self._pending, None
         if certificate is None:
             return ()
@@ -113,6 +111,7 @@ class Verdict:
         return {"account": self.account.state_dict(), "training_flips": self.training_flips}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` wrote."""
+        """Take over what `state_dict` wrote, or raise and change nothing."""
+        flips = float(state["training_flips"])
         self.account.load_state_dict(state["account"])
-        self.training_flips = float(state["training_flips"])
+        self.training_flips = flips

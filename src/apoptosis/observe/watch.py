@@ -1,0 +1,197 @@
+"""Rows and whole inputs of one consumer site, as they come by.
+
+Lives here: which rows are taken from one input of a module, their moments, and when these are enough. Does not live
+here: hooks and which passes count (window.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apoptosis.errors import NonFiniteError
+from apoptosis.numerics.moments import Moments
+from apoptosis.records import IntArray, Site
+
+ROWS_PER_CHANNEL = 3  # fewer rows understate the rank of the covariance and remove too much
+POSITIONAL_ROWS_PER_CHANNEL = 8  # positions of one image are correlated: ask for more of them
+MIN_EXAMPLES = 256  # distinct examples every window sees, whatever the number of positions
+SAMPLE_EXAMPLES = 64  # whole inputs kept for sites that read several positions at once
+SAMPLE_ELEMENTS = 500_000  # and their bound in numbers, 2 MB in float32
+_FLUSH_ROWS = 4096  # buffered rows are turned into a Gram matrix in one product
+
+
+def reads_several_positions(site: Site) -> bool:
+    """Whether one output of the site sees more than one position of a channel, so channel moments do not suffice."""
+    return site.taps > 1 or site.columns.shape[1] > 1 or site.input_columns.shape[1] > 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Observation:
+    """What a window saw at one (group, site).
+
+    moments: of the group's channels. sample: (examples, ...) whole inputs of the module, where one row is not enough;
+    else None. whole: moments of every input column of the module, where others than the group's are read too and one
+    position at a time; else None. dropout: rate of a dropout that the rows were taken behind, 0.0 for none.
+    """
+
+    moments: Moments
+    sample: Tensor | None = None
+    whole: Moments | None = None
+    dropout: float = 0.0
+
+
+class Watch:
+    """Rows of some channels at one site: buffered raw, then folded into moments.
+
+    Args:
+        site: where they are read. columns: (channels, P), positions of each channel along the input's channel axis.
+        rows_for: number of channels that the rows must suffice for. device: of the moments.
+        exact: products in float64.
+    """
+
+    def __init__(self, site: Site, columns: IntArray, rows_for: int, device: torch.device, *, exact: bool) -> None:
+        self.site = site
+        self.exact = exact
+        self.positional = reads_several_positions(site) or site.kind != "linear"
+        self.rows_needed = Watch.needed(site, rows_for)
+        self.moments = Moments(len(columns), device=device)
+        self.buffer: list[Tensor] = []
+        self.buffered = 0
+        self.examples = 0
+        self.last_pass = -1
+        self.dropout: float | None = None  # that the rows lie behind; known with the first ones
+        self.spoiled = ""  # why the rows cannot be used
+        self._device = device
+        self._columns = torch.as_tensor(columns, device=device)
+        self._in_place = columns.shape[1] == 1 and bool((columns[:, 0] == np.arange(len(columns))).all())
+
+    @staticmethod
+    def needed(site: Site, num_channels: int) -> int:
+        """Rows that suffice for a number of channels at a site."""
+        positional = reads_several_positions(site) or site.kind != "linear"
+        return (POSITIONAL_ROWS_PER_CHANNEL if positional else ROWS_PER_CHANNEL) * num_channels
+
+    @property
+    def rows(self) -> int:
+        """Rows taken so far."""
+        return self.moments.num_rows + self.buffered
+
+    def enough(self) -> bool:
+        """Whether nothing more need be seen."""
+        return bool(self.spoiled) or (self.rows >= self.rows_needed and self.examples >= MIN_EXAMPLES)
+
+    def take(self, x: Tensor, picks: torch.Generator, *, examples: int, repeated: bool, dropout: float) -> None:
+        """Take rows (positions, channels) from one module input; of many positions an even share of every batch.
+
+        Args:
+            x: the input.
+            picks: draws the positions.
+            examples: the most that the pass can have.
+            repeated: the module has run in this pass before, so these are the same examples again.
+            dropout: rate of the dropout that x lies behind; rows of another rate than the first ones are passed over.
+        """
+        if self.dropout is None:
+            self.dropout = dropout
+        if self.dropout != dropout:
+            return
+        z = x.movedim(1, -1) if self.site.kind != "linear" and x.dim() > 2 else x
+        examples = max(1, min(examples, z.shape[0] if z.dim() > 1 else 1))
+        rows = z.reshape(-1, z.shape[-1]).to(self._device)
+        taps = self._columns.shape[1]
+        share = -(-self.rows_needed * examples // MIN_EXAMPLES) + 1
+        total = rows.shape[0] * taps
+        if (self.positional or rows.shape[0] > examples) and total > share:
+            chosen = torch.randint(0, total, (share,), generator=picks).to(rows.device)
+            taken = rows.index_select(0, chosen // taps)
+            if not self._in_place or taken.shape[1] != len(self._columns):
+                taken = taken.gather(1, self._columns.T[chosen % taps])
+        elif not self._in_place or rows.shape[1] != len(self._columns):
+            picked = rows[:, self._columns.reshape(-1)].reshape(rows.shape[0], *self._columns.shape)
+            taken = picked.transpose(1, 2).reshape(-1, len(self._columns))
+        else:
+            taken = rows.clone()
+        self.buffer.append(taken.double() if self.exact else taken.float())
+        self.buffered += taken.shape[0]
+        self.examples += 0 if repeated else examples
+        if self.buffered >= _FLUSH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            self._add_buffer(self.moments)
+        except NonFiniteError as error:  # the user's forward pass is running: it must not fail because of this
+            self.spoiled = str(error)
+        self.buffer, self.buffered = [], 0
+
+    def _add_buffer(self, moments: Moments) -> None:
+        if self.buffer:
+            rows = self.buffer[0] if len(self.buffer) == 1 else torch.cat(self.buffer)
+            moments.update(rows, exact=self.exact)
+
+    def snapshot(self) -> Moments:
+        """Moments of all rows so far; what is buffered stays buffered, so looking changes nothing.
+
+        Raises: NonFiniteError: rows hold NaN or infinity.
+        """
+        if self.spoiled:
+            raise NonFiniteError(self.spoiled)
+        found = self.moments.select(torch.arange(self.moments.num_channels, device=self.moments.device))
+        self._add_buffer(found)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything exactly: buffered rows stay rows, so that a resumed run sums in the same order."""
+        return {
+            "examples": self.examples,
+            "dropout": self.dropout,
+            "spoiled": self.spoiled,
+            "moments": self.moments.state_dict(),
+            "buffer": list(self.buffer),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote."""
+        self.moments.load_state_dict(state["moments"])
+        self.buffer = [rows.to(self._device) for rows in state["buffer"]]
+        self.buffered = sum(len(rows) for rows in self.buffer)
+        self.examples = int(state["examples"])
+        self.dropout = None if state["dropout"] is None else float(state["dropout"])
+        self.spoiled = str(state["spoiled"])
+
+
+class Sample:
+    """The first whole inputs of one module, as many as are needed to measure what its outputs do."""
+
+    def __init__(self, *, exact: bool) -> None:
+        self.kept: list[Tensor] = []
+        self._dtype = torch.float64 if exact else torch.float32
+
+    def _missing(self) -> int:
+        size = self.kept[0][0].numel() if self.kept else 1
+        wanted = max(1, min(SAMPLE_EXAMPLES, SAMPLE_ELEMENTS // max(size, 1)))
+        return max(0, wanted - sum(len(x) for x in self.kept))
+
+    def enough(self) -> bool:
+        """Whether nothing more need be seen."""
+        return self._missing() == 0
+
+    def take(self, x: Tensor) -> None:
+        """Keep examples of one input; of inputs of varying size those shaped like the first."""
+        if self.kept and x.shape[1:] != self.kept[0].shape[1:]:
+            return
+        size = max(1, x[0].numel())
+        room = self._missing() if self.kept else max(1, min(SAMPLE_EXAMPLES, SAMPLE_ELEMENTS // size))
+        device = self.kept[0].device if self.kept else x.device
+        self.kept.append(x[:room].to(device, self._dtype, copy=True))
+
+    def joined(self) -> Tensor | None:
+        """All that was kept, (examples, ...); None before anything was."""
+        if not self.kept:
+            return None
+        return self.kept[0] if len(self.kept) == 1 else torch.cat(self.kept)

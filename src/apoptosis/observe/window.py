@@ -1,0 +1,336 @@
+"""Hooks that exist only during a window and turn the user's own forward passes into moments at consumer sites.
+
+Lives here: which forward passes count, what is observed before a dropout, when a window has seen enough. Does not live
+here: which rows are taken (watch.py), what is done with the moments (planner), when a window opens (policy). Nothing
+here changes a tensor of the user's, draws from a global generator or raises inside the user's forward pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from apoptosis.observe.watch import MIN_EXAMPLES, Observation, Sample, Watch, reads_several_positions
+from apoptosis.records import Group, Site
+
+WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up to this many, 128 MB
+BLIND_STEPS = 64  # steps without any row after which a window gives up
+NOTHING_SEEN = (
+    "no training pass went through the modules it watches. The model must be called in training mode with gradients, "
+    "and not compiled."
+)
+_SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+class _Hook:
+    """A hook that copies and pickles of the user's modules lose: they carry one that does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+
+def _inert(*args: object) -> None:
+    """Stand in a copy for a hook of the original."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+class Observer:
+    """One observation window over the consumer sites of some groups.
+
+    Args:
+        model: the user's model; hooks go onto its modules while the window is open.
+        groups: the groups to watch (unpinned ones).
+        seed: seed of the private generator that picks positions.
+        exact: products in float64 (tolerance 0).
+        keep_inputs: also keep the largest training batch, for the probe of a run without held-out data.
+        any_mode: take every forward pass (one-shot use on a trained network in evaluation mode) instead of training
+            passes alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        *,
+        seed: int,
+        exact: bool = False,
+        keep_inputs: bool = False,
+        any_mode: bool = False,
+    ) -> None:
+        self._model = model
+        self._modules = dict(model.named_modules())
+        self._generator = torch.Generator().manual_seed(seed)
+        self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns of a site that several groups share
+        self._places: list[tuple[str, Site, tuple[str, str]]] = []  # group, site, key of its watch
+        self._by_module: dict[str, list[Watch]] = {}
+        self._samples: dict[str, Sample] = {}
+        self._calls: dict[str, int] = {}
+        self._dropped: dict[str, tuple[Tensor, Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._keep_inputs, self._any_mode = keep_inputs, any_mode
+        self._passes, self._inside, self._root_rows = 0, False, 0
+        self._steps = self._largest = 0
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._input_rows = 0
+        self.hook_seconds = 0.0
+        for group in groups:
+            for site in group.sites:
+                self._watch(group, site, exact)
+
+    def _watch(self, group: Group, site: Site, exact: bool) -> None:
+        device = self._model.get_parameter(site.weight).device
+        alone = len(site.columns) * site.columns.shape[1] == site.num_columns
+        several = reads_several_positions(site)
+        whole = not alone and not several and site.num_columns <= WHOLE_COLUMNS
+        key = ("" if whole else group.name, site.key)
+        self._places.append((group.name, site, key))
+        if key not in self._watches:
+            columns = np.arange(site.num_columns, dtype=np.int64)[:, None] if whole else site.input_columns
+            watch = Watch(site, columns, group.num_channels, device, exact=exact)
+            self._watches[key] = watch
+            self._by_module.setdefault(site.module, []).append(watch)
+        self._watches[key].rows_needed = max(self._watches[key].rows_needed, Watch.needed(site, group.num_channels))
+        if several:
+            self._samples.setdefault(site.module, Sample(exact=exact))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether hooks are on the user's modules now."""
+        return bool(self._handles)
+
+    def open(self) -> None:
+        """Put the hooks on."""
+        if self._handles:
+            return
+        self._handles.append(self._model.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True))
+        self._handles.append(self._model.register_forward_hook(_Hook(self._leave), always_call=True))
+        for name in self._by_module:
+            hook = _Hook(self._make_hook(name))
+            self._handles.append(self._modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+        if any(watch.site.dropout > 0 for watch in self._watches.values()) and not self._any_mode:
+            for name, module in self._modules.items():
+                if type(module) in _DROPOUTS:
+                    self._handles.append(module.register_forward_hook(_Hook(self._make_dropout_hook(name))))
+
+    def close(self) -> None:
+        """Take every hook off; what was seen stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._dropped.clear()
+
+    @property
+    def examples(self) -> int:
+        """Examples seen so far, at the site that saw most."""
+        return max((watch.examples for watch in self._watches.values()), default=0)
+
+    @property
+    def blind(self) -> bool:
+        """Whether nothing was seen at all."""
+        return all(watch.rows == 0 and not watch.spoiled for watch in self._watches.values())
+
+    def end_step(self) -> bool:
+        """Note that an optimizer step has passed; return whether the window is over.
+
+        It is when every site has seen enough rows and examples; and when some still have not, though four times the
+        steps went by that a site needs which runs once a step (it does not take part in training).
+        """
+        self._calls.clear()
+        self._dropped.clear()
+        self._steps += 1
+        enough = all(watch.enough() for watch in self._watches.values())
+        if enough and all(sample.enough() for sample in self._samples.values()):
+            return True
+        if not self._largest:
+            return self._steps >= BLIND_STEPS
+        rows = max([MIN_EXAMPLES, *(watch.rows_needed for watch in self._watches.values())])
+        return self._steps >= _SPARE + 4 * -(-rows // self._largest)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _trains(self) -> bool:
+        return self._model.training and torch.is_grad_enabled()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()]
+        self._root_rows = int(leaves[0].shape[0]) if leaves else 0
+        self._passes += 1
+        self._inside = True
+        if self._any_mode or self._trains():
+            self._largest = max(self._largest, self._root_rows)
+            if self._keep_inputs and self._root_rows >= self._input_rows and not _in_backward():
+                self._input_rows = self._root_rows
+                self.inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs)))
+        self.hook_seconds += time.perf_counter() - start
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._inside = False
+
+    def _counts(self, name: str) -> bool:
+        """Training passes with gradients count; a checkpointed segment's recomputation in backward does not again."""
+        if self._any_mode:
+            return True
+        if not self._trains():
+            return False
+        calls = self._calls.get(name, 0)
+        if _in_backward():
+            # Reentrant checkpointing runs the first pass without gradients, so its recomputation is what counts.
+            return calls == 0
+        self._calls[name] = calls + 1
+        return True
+
+    def _make_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            start = time.perf_counter()
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor) and x.numel() and not _is_wrapped(x) and self._counts(name):
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    self._take(name, x.detach())
+            self.hook_seconds += time.perf_counter() - start
+
+        return hook
+
+    def _take(self, name: str, x: Tensor) -> None:
+        watches = self._by_module[name]
+        sample = self._samples.get(name)
+        if all(watch.enough() for watch in watches) and (sample is None or sample.enough()):
+            return
+        site = watches[0].site
+        before, rate = self._before_dropout(x) if site.dropout > 0 and not self._any_mode else (x, 0.0)
+        if site.kind != "linear" and before.dim() == self._model.get_parameter(site.weight).dim() - 1:
+            before = before.unsqueeze(0)  # an unbatched convolution input
+        known = self._passes > 0 and (self._inside or _in_backward())
+        limit = self._root_rows if known and self._root_rows else before.shape[0]
+        self._largest = max(self._largest, min(limit, before.shape[0] if before.dim() > 1 else 1))
+        for watch in watches:
+            if not watch.enough():
+                repeated = known and watch.last_pass == self._passes
+                watch.last_pass = self._passes
+                behind = rate * watch.site.dropout
+                watch.take(before, self._generator, examples=limit, repeated=repeated, dropout=behind)
+        if sample is not None and not sample.enough():
+            sample.take(before)
+
+    def _make_dropout_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and isinstance(output, Tensor) and not _is_wrapped(x) and self._trains():
+                own = x.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()  # not in place
+                if own or not module.training:
+                    self._dropped[name] = (x.detach(), output.detach())
+
+        return hook
+
+    def _before_dropout(self, x: Tensor) -> tuple[Tensor, float]:
+        """Return the same view of what went into the dropout that x comes from, and 0.0; or x itself and 1.0.
+
+        Behind a dropout the covariance carries the noise of its masks, far more than a tolerance.
+        """
+        rate, left = 1.0, list(self._dropped.values())
+        while left:
+            storage = x.untyped_storage().data_ptr()
+            hit = next((i for i, (_, out) in enumerate(left) if out.untyped_storage().data_ptr() == storage), None)
+            if hit is None:
+                break
+            source, output = left.pop(hit)
+            offset = x.storage_offset() - output.storage_offset()
+            if not output.is_contiguous() or offset < 0:
+                break
+            base = source.contiguous()
+            x, rate = base.as_strided(x.size(), x.stride(), base.storage_offset() + offset), 0.0
+        return x, rate
+
+    # ------------------------------------------------------------------ what was seen
+
+    def observations(self) -> dict[tuple[str, str], Observation]:
+        """Return what was seen by (group name, site key); sites that saw nothing are left out. Changes nothing.
+
+        Raises: NonFiniteError: rows hold NaN or infinity.
+        """
+        moments = {key: watch.snapshot() for key, watch in self._watches.items() if watch.rows or watch.spoiled}
+        samples = {name: sample.joined() for name, sample in self._samples.items()}
+        found = {}
+        for group, site, key in self._places:
+            if key not in moments:
+                continue
+            whole, own = None, moments[key]
+            if not key[0]:
+                whole = own
+                own = whole.select(torch.as_tensor(site.input_columns[:, 0], device=whole.device))
+            sample = samples.get(site.module) if reads_several_positions(site) else None
+            dropout = self._watches[key].dropout or 0.0
+            found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the half-filled window, exactly."""
+        watches = [{"group": g, "site": k, **watch.state_dict()} for (g, k), watch in self._watches.items()]
+        return {
+            "watches": watches,
+            "samples": {name: list(sample.kept) for name, sample in self._samples.items()},
+            "generator": self._generator.get_state(),
+            "steps": self._steps,
+            "largest": self._largest,
+            "inputs": self.inputs if self.inputs is not None and _is_plain(self.inputs) else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a window written by `state_dict` of an observer of the same groups.
+
+        Raises: KeyError, TypeError, ValueError, ApoptosisError: it is of other groups or damaged.
+        """
+        watches = {(entry["group"], entry["site"]): entry for entry in state["watches"]}
+        if set(watches) != set(self._watches) or set(state["samples"]) != set(self._samples):
+            raise KeyError("the window is of other groups")
+        for key, entry in watches.items():
+            self._watches[key].load_state_dict(entry)
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        for name, kept in state["samples"].items():
+            self._samples[name].kept = [x.to(device) for x in kept]
+        self._generator.set_state(state["generator"].cpu())
+        self._steps, self._largest = int(state["steps"]), int(state["largest"])
+        if state["inputs"] is not None:
+            args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["inputs"])
+            self.inputs = (tuple(args), dict(kwargs))
+            self._input_rows = next(
+                len(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()
+            )
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether a tensor belongs to a functional transform (vmap, grad), beyond which its values may not be kept."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a checkpoint can hold a value: nested plain containers of tensors, numbers and strings."""
+    if type(value) in (tuple, list):
+        return all(_is_plain(item) for item in value)  # type: ignore[attr-defined]
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, bool | int | float | str | Tensor)

@@ -1,0 +1,155 @@
+"""How a group with its statistics is shown to a criterion, and what a proposal means for its sites.
+
+Lives here: views, the scale that errors of a shared site relate to, worst cases, dropped variances. Does not live here:
+how many channels go (plan.py), what a criterion does (criteria).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apoptosis.criteria import GroupView, NeuronView, Proposal, SiteView, dropped_variance
+from apoptosis.criteria.views import energy, statistics
+from apoptosis.numerics.activations import neuron_type
+from apoptosis.numerics.bounds import worst_case_site_error
+from apoptosis.observe import Observation, reads_several_positions
+from apoptosis.records import Certificate, Group, Neuron, Site
+from apoptosis.sites import SampledSite, gather_weight, make_respond, num_blocks
+
+Observations = Mapping[tuple[str, str], Observation]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shown:
+    """A group as its criterion sees it, and what the planner keeps to itself.
+
+    samples: by site key, for sites that were measured. ratios: by site key, what a criterion's error (relative to what
+    the group's own channels contribute) is divided by, to relate to the whole output of a site that reads others too.
+    """
+
+    view: GroupView
+    samples: Mapping[str, SampledSite]
+    ratios: Mapping[str, float]
+
+
+def show(model: nn.Module, group: Group, observations: Observations, seed: int) -> Shown:
+    """Put together what a criterion sees of a group; every site of it was observed."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    sites: list[SiteView] = []
+    samples: dict[str, SampledSite] = {}
+    ratios: dict[str, float] = {}
+    for site in group.sites:
+        seen = observations[group.name, site.key]
+        weight = tensors[site.weight]
+        sample = None
+        if reads_several_positions(site) and seen.sample is not None and seen.dropout == 0.0:
+            module = model.get_submodule(site.module)
+            sample = SampledSite(site, seen.sample, weight, make_respond(module, site), num_blocks(module))
+            samples[site.key] = sample
+        shown = SiteView(
+            key=site.key,
+            weight=gather_weight(site, weight),
+            moments=seen.moments,
+            centred=_takes_offset(site),
+            dropout=seen.dropout,
+            measure=None if sample is None else sample.error,
+            scale=None if sample is None else sample.scale,
+        )
+        sites.append(shown)
+        ratios[site.key] = _ratio(site, shown, seen, weight)
+    neuron = None if group.neuron is None else _neuron_view(model, tensors, group.neuron)
+    view = GroupView(name=group.name, num_channels=group.num_channels, sites=tuple(sites), neuron=neuron, seed=seed)
+    return Shown(view=view, samples=samples, ratios=ratios)
+
+
+def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> float:
+    """Rms of the site's whole output over the rms of what the group contributes to it."""
+    if seen.whole is None:
+        return 1.0
+    moved = weight.detach().double().movedim(site.dim, 1)
+    moved = moved.reshape(*moved.shape[:2], -1)
+    own = energy(shown)
+    whole = energy(SiteView(key=site.key, weight=moved, moments=seen.whole, dropout=seen.dropout))
+    return float((whole / own) ** 0.5) if own > 0.0 and whole > 0.0 else 1.0
+
+
+def _takes_offset(site: Site) -> bool:
+    """Whether a constant can be folded exactly: something takes it, and no zero padding lies at the borders."""
+    return not site.zero_padded and (site.bias is not None or site.norm is not None)
+
+
+def _neuron_view(model: nn.Module, tensors: Mapping[str, Tensor], neuron: Neuron) -> NeuronView | None:
+    """Incoming weights (channels, F + 1) with the bias last and an evaluation-mode BatchNorm folded in."""
+    weight = tensors[neuron.weight].detach().double().movedim(neuron.dim, 0)
+    incoming = weight.reshape(weight.shape[0], -1)
+    bias = incoming.new_zeros(len(incoming)) if neuron.bias is None else tensors[neuron.bias].detach().double()
+    if neuron.norm is not None:
+        norm: Any = model.get_submodule(neuron.norm)
+        if norm.running_mean is None:
+            return None
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = -norm.running_mean.double() * scale
+        if norm.weight is not None:
+            scale, shift = scale * norm.weight.detach().double(), shift * norm.weight.detach().double()
+        if norm.bias is not None:
+            shift = shift + norm.bias.detach().double()
+        incoming, bias = incoming * scale[:, None], bias * scale + shift
+    return NeuronView(
+        incoming=torch.cat([incoming, bias[:, None]], 1),
+        activation=neuron.activation,
+        args=neuron.args,
+        slopes=None if neuron.slopes is None else tensors[neuron.slopes].detach().double(),
+        max_pool=neuron.max_pool,
+        normalised=neuron.norm is not None,
+    )
+
+
+def worst_case(group: Group, view: GroupView, proposal: Proposal) -> list[Certificate]:
+    """State the data-free bound of exact-symmetry merges: for inputs with ‖(x, 1)‖ <= 1, per site."""
+    merge, neuron = proposal.reduction.merge, view.neuron
+    if merge is None or neuron is None or neuron.slopes is not None:
+        return []
+    kind = neuron_type(neuron.activation)
+    args = kind.fill(neuron.args)
+    merge = merge.to(neuron.incoming)
+    partner = merge.T @ neuron.incoming[proposal.reduction.keep.to(merge.device)]
+    count = merge.ne(0).sum(0)
+    constant = neuron.incoming.clone()
+    constant[:, :-1] = 0.0
+    target = torch.where((count > 0)[:, None], partner, constant)
+    distance = (neuron.incoming - target).norm(dim=1)
+    distance[proposal.reduction.keep.to(distance.device)] = 0.0
+    deviation = kind.lipschitz(*args) * distance
+    jump = torch.where(distance > 0, kind.jump(*args), 0.0)
+    found = []
+    for site in view.sites:
+        flat = site.weight.detach().double().permute(0, 2, 1).reshape(-1, group.num_channels)
+        value = worst_case_site_error(flat, deviation, 1.0, jump)
+        note = "absolute, for inputs of each neuron with norm of (x, 1) at most 1"
+        found.append(Certificate(kind="worst_case", subject=site.key, value=value, note=note))
+    return found
+
+
+def dropped(site: SiteView, proposal: Proposal, sample: SampledSite | None) -> Tensor:
+    """Return what the variance of every output of a site loses, (out,): a BatchNorm that reads it loses as much.
+
+    Exact for outputs of this group alone; with least squares it is diag(W R Wᵀ).
+    """
+    keep, reduction = proposal.reduction.keep, proposal.reduction.sites[site.key]
+    if sample is not None:
+        sample.error(keep, reduction)
+        if sample.dropped is not None:
+            return sample.dropped
+    if site.num_taps > 1:
+        return dropped_variance(site, keep, reduction)
+    covariance, _ = statistics(site)
+    weight = site.weight[:, :, 0].detach().to(covariance.device, torch.float64)
+    folded = weight @ reduction.mix.to(covariance.device).T
+    keep = keep.to(covariance.device)
+    before = ((weight @ covariance) * weight).sum(1)
+    return before - ((folded @ covariance[keep][:, keep]) * folded).sum(1)
