@@ -44,7 +44,7 @@ FLOORS = {
     "cli": 10,
 }
 #: What may be imported from outside; the rooms not listed here take CORE alone.
-CORE = {"torch", "numpy", "scipy", "safetensors"}
+CORE = {"torch", "numpy", "scipy", "safetensors", "threadpoolctl"}
 EXTRAS = {"typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "tensorboard"}
 EXTRA_ROOMS = {
     "recipes": EXTRAS,

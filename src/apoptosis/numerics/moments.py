@@ -39,6 +39,9 @@ def _true_float32(device: torch.device) -> Iterator[None]:
                 setattr(backend, name, before)
 
 
+_BLOCK = 256  # columns of a block of a Gram matrix
+
+
 class Moments:
     """Count, mean and centred Gram matrix of `num_channels` channels, accumulated in float64 on the data's device.
 
@@ -122,7 +125,7 @@ class Moments:
             work[num_rows] = step.to(rows.dtype) * weight**0.5
             if not exact:
                 work = work.float()
-            product = work.T @ work
+            product = _gram(work)
             if not bool(torch.isfinite(mean.sum() + product.diagonal().sum(dtype=torch.float64))):
                 raise NonFiniteError(
                     "Moments.update: the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
@@ -236,3 +239,16 @@ class Moments:
 
     def __repr__(self) -> str:
         return f"Moments({self.num_channels} channels, {self.num_rows} rows, {self.num_examples} examples)"
+
+
+def _gram(rows_NC: Tensor) -> Tensor:
+    """Return rowsᵀ @ rows; for many channels in blocks of columns, each pair once: torch has no symmetric product."""
+    num = rows_NC.shape[1]
+    if num < 2 * _BLOCK:
+        return rows_NC.T @ rows_NC
+    out = torch.empty(num, num, dtype=rows_NC.dtype, device=rows_NC.device)
+    for start in range(0, num, _BLOCK):
+        stop = min(start + _BLOCK, num)
+        torch.mm(rows_NC[:, start:stop].T, rows_NC[:, start:], out=out[start:stop, start:])
+        out[stop:, start:stop] = out[start:stop, stop:].T
+    return out
