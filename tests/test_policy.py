@@ -1,5 +1,6 @@
 """The policy is a pure function: every property is checked on plain numbers."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -42,7 +43,7 @@ def event(step, share, rolled_back=False):
 def test_turns_lie_between_warmup_and_the_last_share(total, after):
     found = turns(total, after=after)
     assert len(found) <= NUM_TURNS
-    gaps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(found)]
     assert all(gap >= (warmup_steps(total) + 1) // 2 for gap in gaps)
     assert all(after < step <= max(LAST_SHARE * total, warmup_steps(total)) for step in found)
     assert all(step >= warmup_steps(total) for step in found)
@@ -59,7 +60,7 @@ def test_unknown_length_doubles():
     for _ in range(5):
         (after,) = turns(None, after=after)
         steps.append(after)
-    assert all(b == 2 * a for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b == 2 * a for a, b in itertools.pairwise(steps))
 
 
 @given(st.one_of(st.none(), st.floats(0, 0.9)), st.integers(0, 5))

@@ -41,7 +41,7 @@ class SiteView:
     dropout: float = 0.0
     measure: Measure | None = None
     scale: float | None = None
-    memo: dict[str, float] = field(default_factory=dict, repr=False)
+    memo: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3:
