@@ -24,7 +24,6 @@ FLOORS = {
     "sites": 2,
     "calibration": 2,
     "arguments": 2,
-    "collectives": 2,
     "criteria": 3,
     "graph": 3,
     "surgery": 3,
@@ -39,7 +38,6 @@ FLOORS = {
     "engine": 7,
     "oneshot": 7,
     "": 8,
-    "integrations": 9,
     "recipes": 9,
     "cli": 10,
 }
@@ -50,7 +48,6 @@ EXTRA_ROOMS = {
     "recipes": EXTRAS,
     "cli": EXTRAS,
     "report": {"matplotlib"},
-    "integrations": {"lightning", "transformers"},
 }
 
 FILES = sorted(SRC.rglob("*.py"))
