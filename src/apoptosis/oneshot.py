@@ -20,7 +20,7 @@ from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
 from apoptosis.planner import Plan, Request, make_plan
-from apoptosis.probe import as_call, make_probe, without_trace
+from apoptosis.probe import as_call, check_runs, make_probe, without_trace
 from apoptosis.records import Certificate, Structure
 from apoptosis.surgery import check_optimizers
 from apoptosis.verdict import Verdict
@@ -81,6 +81,8 @@ def shrink_(
     patient = Patient(model=model, optimizers=optimizers, followers=(), call=as_call(example_input))
     verdict = Verdict(None, None if probe is None else make_probe(probe, example_input))
     structure = analyse(model, *patient.call)
+    if verdict.probe is not None:
+        check_runs(model, verdict.probe)
     structure = with_pins(structure, exclude_pins(structure, check_exclude(exclude)))
     observer = _observe(model, structure, example_input, batches, exact=tolerance == 0, seed=seed)
     observations = observer.observations()
@@ -94,7 +96,7 @@ def shrink_(
         if outcome.committed or not plan.reductions or outcome.change is None:
             break
         notes.append(f"rolled back at tolerance {used:g}: {outcome.refused}")
-        used /= 2
+        structure, used = outcome.structure, used / 2
     if not outcome.committed:
         notes += [outcome.refused, *plan.notes, *(str(g.pin) for g in structure.groups if g.pin is not None)]
     else:

@@ -150,6 +150,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
                 for name, buffer in own.items():
                     if buffer is not None:
                         module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
+            torch.clear_autocast_cache()  # an enclosing autocast may hold casts of weights from before the last step
             yield
         finally:
             for module, mode in modes:
@@ -157,6 +158,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
             for module, own in buffers:
                 module._buffers.clear()
                 module._buffers.update(own)
+            torch.clear_autocast_cache()  # casts made here carry no gradients
             random.setstate(python)
             np.random.set_state(numpy)
 

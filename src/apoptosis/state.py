@@ -55,6 +55,18 @@ def dump_state(apo: Apoptosis) -> dict[str, Any]:
 
 def restore_state(apo: Apoptosis, state: Mapping[str, Any]) -> None:
     """Take over what `dump_state` wrote, or raise CheckpointError and change nothing."""
+    window: Observer | None = apo._observer
+    if window is not None:  # the capture below is no pass of the user's
+        window.close()
+    try:
+        _restore(apo, state)
+    except BaseException:
+        if window is not None:
+            window.open()
+        raise
+
+
+def _restore(apo: Apoptosis, state: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, Mapping) else None
         raise CheckpointError(f"apoptosis state has version {found!r}, this library reads {VERSION}.")

@@ -68,8 +68,10 @@ class Watch:
         self.dropout: float | None = None  # that the rows lie behind; known with the first ones
         self.spoiled = ""  # why the rows cannot be used
         self._device = device
+        blocks = site.input_columns.size // max(1, site.columns.size)  # of a grouped convolution
+        self._width = site.num_columns * blocks
         self._columns = torch.as_tensor(columns, device=device)
-        self._in_place = columns.shape[1] == 1 and bool((columns[:, 0] == np.arange(len(columns))).all())
+        self._all = columns.shape == (self._width, 1) and bool((columns[:, 0] == np.arange(self._width)).all())
 
     @staticmethod
     def needed(site: Site, num_channels: int) -> int:
@@ -103,15 +105,18 @@ class Watch:
         z = x.movedim(1, -1) if self.site.kind != "linear" and x.dim() > 2 else x
         examples = max(1, min(examples, z.shape[0] if z.dim() > 1 else 1))
         rows = z.reshape(-1, z.shape[-1]).to(self._device)
+        if rows.shape[1] != self._width:
+            self.spoiled = f"the input of '{self.site.module}' changed its width while it was watched"
+            return
         taps = self._columns.shape[1]
         share = -(-self.rows_needed * examples // MIN_EXAMPLES) + 1
         total = rows.shape[0] * taps
         if (self.positional or rows.shape[0] > examples) and total > share:
             chosen = torch.randint(0, total, (share,), generator=picks).to(rows.device)
             taken = rows.index_select(0, chosen // taps)
-            if not self._in_place or taken.shape[1] != len(self._columns):
+            if not self._all:
                 taken = taken.gather(1, self._columns.T[chosen % taps])
-        elif not self._in_place or rows.shape[1] != len(self._columns):
+        elif not self._all:
             picked = rows[:, self._columns.reshape(-1)].reshape(rows.shape[0], *self._columns.shape)
             taken = picked.transpose(1, 2).reshape(-1, len(self._columns))
         else:

@@ -1,0 +1,95 @@
+"""Wrong input is refused at the door, by name, and nothing has changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from apoptosis import Apoptosis, shrink_
+from apoptosis.errors import ArgumentError, CaptureError, UnsupportedOptimizerError
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tolerance", -0.1),
+        ("tolerance", 1.0),
+        ("tolerance", float("nan")),
+        ("tolerance", "small"),
+        ("tolerance", True),
+        ("align", 0),
+        ("align", 2.5),
+        ("total_steps", 0),
+        ("total_steps", 10.0),
+        ("budget", 0.0),
+        ("budget", 1.5),
+        ("criterion", "best"),
+        ("criterion", None),
+        ("exclude", "0"),
+        ("exclude", ("typo",)),
+        ("exclude", 3),
+        ("exclude", (3,)),
+        ("log", "file"),
+        ("logits", 3),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("probe", "x"),
+        ("probe", torch.zeros(0, 6)),
+        ("probe", torch.zeros(8, 5)),
+        ("probe", (torch.zeros(8, 6), torch.zeros(7))),
+    ],
+)
+def test_wrong_arguments_are_named(runs, name, value):
+    net = runs.mlp()
+    optimizer = runs.adam(net)
+    before = runs.everything(net, optimizer)
+    with pytest.raises(ArgumentError, match=name if name != "criterion" else "criterion"):
+        Apoptosis(net, optimizer, runs.inputs(4, 0), **{name: value})
+    assert runs.same(runs.everything(net, optimizer), before)
+
+
+def test_wrong_model_optimizer_and_example(runs):
+    net = runs.mlp()
+    optimizer, x = runs.adam(net), runs.inputs(4, 0)
+    for model in (None, net.state_dict(), nn.Linear):
+        with pytest.raises(ArgumentError, match="model"):
+            Apoptosis(model, optimizer, x)
+    for wrong in (None, (), "adam", torch.optim.Adam, [optimizer, "sgd"], runs.adam(runs.mlp())):
+        with pytest.raises(ArgumentError, match="optimizer"):
+            Apoptosis(net, wrong, x)
+    with pytest.raises(ArgumentError, match="lazy"):
+        Apoptosis(nn.Sequential(nn.LazyLinear(3)), optimizer, x)
+    with pytest.raises(UnsupportedOptimizerError, match="LBFGS"):
+        Apoptosis(net, torch.optim.LBFGS(net.parameters()), x)
+    for example in ([x], "x", None, {1: x}):
+        with pytest.raises(ArgumentError, match="example"):
+            Apoptosis(net, optimizer, example)
+    with pytest.raises(CaptureError, match="example_input"):
+        Apoptosis(net, optimizer, torch.zeros(4, 5))
+    normed = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(CaptureError, match="two examples"):
+        Apoptosis(normed, runs.adam(normed), torch.zeros(1, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tolerance", None),
+        ("tolerance", 1.0),
+        ("align", 0),
+        ("criterion", "best"),
+        ("criterion", 5),
+        ("exclude", "0"),
+        ("exclude", ("typo",)),
+        ("seed", None),
+        ("optimizer", "adam"),
+        ("probe", torch.zeros(8)),
+        ("probe", torch.zeros(8, 5)),
+    ],
+)
+def test_wrong_arguments_of_one_shot_use(runs, name, value):
+    net = runs.mlp()
+    before = runs.everything(net)
+    given = {"tolerance": 0.1, name: value}
+    with pytest.raises(ArgumentError, match=name):
+        shrink_(net, runs.inputs(4, 0), [runs.inputs(512, 1)], **given)
+    assert runs.same(runs.everything(net), before)
