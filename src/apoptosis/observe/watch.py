@@ -52,12 +52,15 @@ class Watch:
     Args:
         site: where they are read. columns: (channels, P), positions of each channel along the input's channel axis.
         rows_for: number of channels that the rows must suffice for. device: of the moments.
-        exact: products in float64.
+        exact: products in float64. spread: take of every batch only its share of the positions that are needed, as
+            more batches will come; else as many as are needed of each.
     """
 
-    def __init__(self, site: Site, columns: IntArray, rows_for: int, device: torch.device, *, exact: bool) -> None:
+    def __init__(
+        self, site: Site, columns: IntArray, rows_for: int, device: torch.device, *, exact: bool, spread: bool = True
+    ) -> None:
         self.site = site
-        self.exact = exact
+        self.exact, self.spread = exact, spread
         self.positional = reads_several_positions(site) or site.kind != "linear"
         self.rows_needed = Watch.needed(site, rows_for)
         self.moments = Moments(len(columns), device=device)
@@ -109,7 +112,7 @@ class Watch:
             self.spoiled = f"the input of '{self.site.module}' changed its width while it was watched"
             return
         taps = self._columns.shape[1]
-        share = -(-self.rows_needed * examples // MIN_EXAMPLES) + 1
+        share = -(-self.rows_needed * examples // MIN_EXAMPLES) + 1 if self.spread else self.rows_needed
         total = rows.shape[0] * taps
         if (self.positional or rows.shape[0] > examples) and total > share:
             chosen = torch.randint(0, total, (share,), generator=picks).to(rows.device)

@@ -106,7 +106,7 @@ class Observer:
         self._places.append((group.name, site, key))
         if key not in self._watches:
             columns = np.arange(site.num_columns, dtype=np.int64)[:, None] if whole else site.input_columns
-            watch = Watch(site, columns, group.num_channels, device, exact=exact)
+            watch = Watch(site, columns, group.num_channels, device, exact=exact, spread=not self._any_mode)
             self._watches[key] = watch
             self._by_module.setdefault(site.module, []).append(watch)
         self._watches[key].rows_needed = max(self._watches[key].rows_needed, Watch.needed(site, group.num_channels))

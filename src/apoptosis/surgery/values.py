@@ -50,7 +50,7 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
                 wide += offset.sign * _offset_delta(offset, tensors[offset.weight].detach(), value.numel())
             value = wide.to(old.dtype)
         if edit.dropped_variance is not None:
-            dropped = edit.dropped_variance.to(value.device).double().clamp(min=0.0)
+            dropped = edit.dropped_variance.to(value.device).double()  # negative where the outputs vary more
             wide = value.double()
             value = torch.maximum(wide - dropped, VARIANCE_FLOOR * wide).to(old.dtype)
         return _sliced(value, todo, old)
