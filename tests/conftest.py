@@ -55,7 +55,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 def calibrated(apo: Apoptosis, overhead: float = 1.0) -> Apoptosis:
     """The calibration is part of the state: given by hand, so that tests do not depend on this machine's speed."""
     state = apo.state_dict()
-    state["plain"]["overhead"] = overhead
+    state["memory"]["overhead"] = overhead
     apo.load_state_dict(state)
     return apo
 

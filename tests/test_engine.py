@@ -107,7 +107,7 @@ def test_the_sum_over_events_ends_further_removal(runs):
     apo = runs.start(net, optimizer)
     state = apo.state_dict()
     limit = apo.ledger().site_limit
-    state["site_cost"] = {site.key: limit for group in apo.groups() for site in group.sites}
+    state["memory"]["site_cost"] = {site.key: limit for group in apo.groups() for site in group.sites}
     apo.load_state_dict(state)
     assert runs.train(net, optimizer, apo) == []
     assert net[0].out_features == 32

@@ -35,7 +35,7 @@ def begin(runs, name):
 def comparable(apo):
     state = apo.state_dict()
     for name in ("own_seconds", "hook_seconds"):
-        del state["plain"][name]
+        del state["memory"][name]
     return state
 
 
@@ -117,9 +117,9 @@ def damaged(state):
     yield "newer", state | {"version": 99}
     yield "another network", state | {"widths": {"0": 5}}
     yield "widths of the wrong type", state | {"widths": 5}
-    yield "plain", state | {"plain": {}}
-    yield "a number that is none", state | {"plain": state["plain"] | {"step": "x"}}
-    yield "history", state | {"history": [{"step": 1}]}
+    yield "plain", state | {"memory": {}}
+    yield "a number that is none", state | {"memory": state["memory"] | {"step": "x"}}
+    yield "history", state | {"memory": state["memory"] | {"history": [{"step": 1}]}}
     yield "pins", state | {"pins": [{"x": 1}]}
     yield "verdict", state | {"verdict": {"account": {}, "training_flips": 0.0}}
     window = state["window"]
@@ -154,7 +154,7 @@ def test_load_of_a_damaged_state_leaves_model_optimizer_and_apoptosis_together(r
     net, optimizer, apo, _ = begin(runs, "mlp")
     runs.train(net, optimizer, apo)
     state = apo.state_dict()
-    state["history"] = [{"nonsense": 1}]
+    state["memory"]["history"] = [{"nonsense": 1}]
 
     class Spoiled:
         full_shapes = apo.full_shapes

@@ -1,103 +1,175 @@
-"""What a run of apoptosis remembers, as plain values and tensors, and how it is taken up again.
+"""What a run of apoptosis remembers between steps, how it is written down and read again, and what is told from it.
 
-Lives here: the fields of `Apoptosis.state_dict()` and the checks before they are loaded. Does not live here: files
-(surgery.checkpoint).
+Lives here: the Memory of a run as plain values, what the policy sees of it (telemetry), what an event may do, and the
+ledger. Does not live here: files (surgery.checkpoint), windows (observe), the structure of the model (graph).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-from apoptosis.errors import ApoptosisError, CheckpointError
-from apoptosis.graph import analyse
-from apoptosis.observe import Observer
-from apoptosis.operate import with_pins
-from apoptosis.policy import Decision, PastEvent
-from apoptosis.records import Pin
-
-if TYPE_CHECKING:
-    from apoptosis.engine import Apoptosis
+from apoptosis.budget import ALPHA
+from apoptosis.criteria import Criterion
+from apoptosis.errors import CheckpointError
+from apoptosis.ledger import Ledger
+from apoptosis.observe import ROWS_PER_CHANNEL
+from apoptosis.planner import Request
+from apoptosis.policy import Decision, PastEvent, Telemetry, allot
+from apoptosis.records import Group, Structure
+from apoptosis.verdict import Verdict
 
 VERSION = 1
-_PLAIN = (
-    "_step",
-    "_halvings",
-    "_rolled_back",
-    "_num_events",
-    "_batch_rows",
-    "_overhead",
-    "_window_start",
-    "_own_seconds",
-    "_hook_seconds",
-    "_closed",
-)
+MAX_DROP = 0.9  # an event leaves at least a tenth of every group
+UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
 
-def dump_state(apo: Apoptosis) -> dict[str, Any]:
-    """All that decides what `apo` does next."""
-    observer: Observer | None = apo._observer
-    return {
-        "version": VERSION,
-        "widths": {g.name: g.num_channels for g in apo._structure.groups},
-        "full": list(apo._full),
-        "full_shapes": {name: list(shape) for name, shape in apo.full_shapes.items()},
-        "pins": [asdict(g.pin) for g in apo._structure.groups if g.pin is not None],
-        "plain": {name.lstrip("_"): getattr(apo, name) for name in _PLAIN},
-        "history": [asdict(past) for past in apo._history],
-        "site_cost": dict(apo._site_cost),
-        "verdict": apo._verdict.state_dict(),
-        "decision": asdict(apo._decision),
-        "window": None if observer is None else observer.state_dict(),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the user asked for. site_limit: what the errors of one site may add up to over all events."""
+
+    criterion: Criterion
+    tolerance: float | None
+    total_steps: int | None
+    align: int
+    seed: int
+    site_limit: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Memory:
+    """Everything of a run that is neither the model's structure, nor the window, nor the budget's account.
+
+    full: parameters and MACs at construction; full_shapes: of every tensor then. overhead: calibrated fixed cost of an
+    event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site. own_seconds,
+    hook_seconds: wall time spent so far, the open window's hooks excluded.
+    """
+
+    full: tuple[int, float]
+    full_shapes: dict[str, tuple[int, ...]]
+    overhead: float
+    step: int = 0
+    halvings: int = 0
+    rolled_back: int = 0
+    num_events: int = 0
+    batch_rows: float = 0.0
+    window_start: int = 0
+    own_seconds: float = 0.0
+    hook_seconds: float = 0.0
+    closed: bool = False
+    history: tuple[PastEvent, ...] = ()
+    site_cost: dict[str, float] = field(default_factory=dict)
+    decision: Decision = UNDECIDED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found |= {
+            "full": list(self.full),
+            "full_shapes": {name: list(shape) for name, shape in self.full_shapes.items()},
+            "history": [asdict(past) for past in self.history],
+            "site_cost": dict(self.site_cost),
+            "decision": asdict(self.decision),
+        }
+        return found
+
+
+def read_memory(state: Mapping[str, Any]) -> Memory:
+    """Read what `Memory.as_dict` wrote.
+
+    Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
+    """
+    plain = {f.name: state[f.name] for f in fields(Memory)}
+    plain |= {
+        "full": (int(state["full"][0]), float(state["full"][1])),
+        "full_shapes": {str(name): tuple(int(n) for n in shape) for name, shape in state["full_shapes"].items()},
+        "history": tuple(PastEvent(**past) for past in state["history"]),
+        "site_cost": {str(key): float(value) for key, value in state["site_cost"].items()},
+        "decision": Decision(**state["decision"]),
     }
+    for f in fields(Memory):
+        kind = {"int": int, "float": float, "bool": bool}.get(str(f.type))
+        if kind is not None:
+            plain[f.name] = kind(plain[f.name])
+    return Memory(**plain)
 
 
-def restore_state(apo: Apoptosis, state: Mapping[str, Any]) -> None:
-    """Take over what `dump_state` wrote, or raise CheckpointError and change nothing."""
-    window: Observer | None = apo._observer
-    if window is not None:  # the capture below is no pass of the user's
-        window.close()
-    try:
-        _restore(apo, state)
-    except BaseException:
-        if window is not None:
-            window.open()
-        raise
+def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
+    """Return a state of this version and of a network of these widths (group name -> channels).
 
-
-def _restore(apo: Apoptosis, state: Mapping[str, Any]) -> None:
+    Raises: CheckpointError: it is neither.
+    """
     if not isinstance(state, Mapping) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, Mapping) else None
         raise CheckpointError(f"apoptosis state has version {found!r}, this library reads {VERSION}.")
-    structure = analyse(apo._patient.model, *apo._patient.call)
-    have = {g.name: g.num_channels for g in structure.groups}
-    widths = state.get("widths")
-    if not isinstance(widths, Mapping) or have != dict(widths):
-        odd = sorted(set(have.items()) ^ set(widths.items()))[:4] if isinstance(widths, Mapping) else []
+    stored = state.get("widths")
+    if not isinstance(stored, Mapping) or dict(widths) != dict(stored):
+        odd = sorted(set(widths.items()) ^ set(stored.items()))[:4] if isinstance(stored, Mapping) else []
         raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
-    try:
-        pins = {entry["group"]: Pin(**entry) for entry in state["pins"]}
-        kept = {g.name: g.pin for g in apo._structure.groups if g.pin is not None}  # exclude= of this run
-        structure = with_pins(with_pins(structure, pins), {n: p for n, p in kept.items() if n in have})
-        history = tuple(PastEvent(**past) for past in state["history"])
-        decision = Decision(**state["decision"])
-        plain = {name: type(getattr(apo, name))(state["plain"][name.lstrip("_")]) for name in _PLAIN}
-        full = (int(state["full"][0]), float(state["full"][1]))
-        shapes = {str(name): tuple(int(n) for n in shape) for name, shape in state["full_shapes"].items()}
-        site_cost = {str(k): float(v) for k, v in state["site_cost"].items()}
-        observer = None
-        if state["window"] is not None:
-            observer = apo._new_observer(tuple(g for g in structure.groups if g.pin is None))
-            observer.load_state_dict(state["window"])
-        apo._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ApoptosisError) as error:
-        raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
-    apo._drop_window()
-    for name, value in plain.items():
-        setattr(apo, name, value)
-    apo._structure, apo.full_shapes, apo._full = structure, shapes, full
-    apo._history, apo._decision, apo._site_cost = history, decision, site_cost
-    if observer is not None and not apo._closed:
-        observer.open()
-        apo._observer = observer
+    return state
+
+
+def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:
+    """Gather what the policy sees. rows: examples in the example input, which `structure.macs` speaks of."""
+    event = 0.0
+    for group in structure.groups:
+        if group.pin is None:
+            event += len(group.sites) * (ROWS_PER_CHANNEL + 1.0) * group.num_channels**3
+    return Telemetry(
+        step=memory.step,
+        total_steps=settings.total_steps,
+        macs=structure.macs / rows,
+        batch_rows=memory.batch_rows,
+        event_macs=event,
+        overhead_macs=memory.overhead,
+        tolerance=settings.tolerance,
+        halvings=memory.halvings,
+        history=memory.history,
+    )
+
+
+def allowed(memory: Memory, settings: Settings, groups: Sequence[Group]) -> Request:
+    """Say what an event may do now: the decided tolerance, spread over groups, within what is left of every site."""
+    tolerance = memory.decision.tolerance
+    return Request(
+        criterion=settings.criterion,
+        tolerance=tolerance,
+        allotted=allot(tolerance, {g.name: g.num_channels * g.macs_per_channel for g in groups}),
+        allowance={s.key: settings.site_limit - memory.site_cost.get(s.key, 0.0) for g in groups for s in g.sites},
+        align=settings.align,
+        max_drop=MAX_DROP,
+        seed=settings.seed + memory.step,
+    )
+
+
+def sum_up(
+    memory: Memory,
+    verdict: Verdict,
+    *,
+    parameters: int,
+    macs: float,
+    has_classes: bool,
+    site_limit: float,
+    hook_seconds: float,
+) -> Ledger:
+    """Make the ledger of a run. parameters, macs: as they are now; hook_seconds: the open window's included."""
+    account, held_out = verdict.account, verdict.held_out
+    cost = account.spent if held_out else verdict.training_flips
+    return Ledger(
+        events=memory.num_events,
+        attempts=len(memory.history),
+        rolled_back=memory.rolled_back,
+        parameters=(memory.full[0], parameters),
+        macs=(memory.full[1], macs),
+        accuracy_cost=cost if has_classes else None,
+        confidence=1.0 - ALPHA if held_out else 1.0,
+        population=held_out,
+        probe_rows=account.rows,
+        budget=account.budget,
+        site_cost=dict(memory.site_cost),
+        site_limit=site_limit,
+        seconds=memory.own_seconds + hook_seconds,
+        hook_seconds=hook_seconds,
+        notes=("some probe rows served more than one attempt",) if account.reused else (),
+    )

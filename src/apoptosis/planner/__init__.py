@@ -1,5 +1,6 @@
 """Moments become a plan with certificates; nothing of the user's is touched."""
 
 from apoptosis.planner.plan import Plan, Request, macs_after, make_plan, merged
+from apoptosis.planner.views import Observations
 
-__all__ = ["Plan", "Request", "macs_after", "make_plan", "merged"]
+__all__ = ["Observations", "Plan", "Request", "macs_after", "make_plan", "merged"]
