@@ -74,6 +74,8 @@ def shrink_(
     optimizers = check_optimizers_given(optimizer)
     check_numbers(tolerance=tolerance, align=align)
     check_others(criterion=criterion, seed=seed)
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
+        raise ArgumentError(f"batches is a {type(batches).__name__}: give a sequence or loader of batches, [batch].")
     if tolerance is None:
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
     chosen = get_criterion(criterion)
