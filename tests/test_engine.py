@@ -1,8 +1,10 @@
 """Apoptosis in the user's loop: the public face, events, what stays bitwise the same, what is refused."""
 
 import copy
+import gc
 import inspect
 import json
+import weakref
 
 import pytest
 import torch
@@ -306,3 +308,34 @@ def test_zero_tolerance_takes_exact_duplicates_and_nothing_else(runs):
     assert torch.allclose(net(x), before, rtol=0, atol=1e-9)
     ledger = apo.ledger()
     assert 0.0 <= max(ledger.site_cost.values()) <= ledger.site_limit < 1e-5
+
+
+def test_hooks_go_with_the_last_step_of_the_run(runs):
+    net = runs.mlp()
+    optimizer = runs.adam(net)
+    apo = runs.start(net, optimizer, total_steps=8)
+    runs.train(net, optimizer, apo, steps=1)
+    for step in range(1, 8):
+        assert runs.num_hooks(net) > 0
+        net(runs.inputs(4, step)).sum().backward()  # far too few examples for an event
+        assert apo.step() is None
+    assert runs.num_hooks(net) == 0
+
+
+def test_nothing_of_a_window_is_kept_alive(runs):
+    net = runs.mlp()
+    optimizer = runs.adam(net)
+    apo = runs.start(net, optimizer)
+    kept = []
+    for step in range(runs.STEPS):
+        x = runs.inputs(runs.BATCH, step)
+        kept.append(weakref.ref(x))
+        loss = nn.functional.cross_entropy(net(x), runs.labels(x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        apo.step()
+    del x, loss
+    gc.collect()
+    assert apo.ledger().events
+    assert not any(reference() is not None for reference in kept)

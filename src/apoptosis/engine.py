@@ -233,12 +233,12 @@ class Apoptosis:
         if self._memory.closed:
             return None
         self._memory.step += 1
-        observer = self._observer
-        if observer is None:
-            due = self._memory.decision.at_step
-            if due is None or self._memory.step < due:
-                return None
-        elif not observer.end_step():
+        observer, due = self._observer, self._memory.decision.at_step
+        if observer is None and (due is None or self._memory.step < due):
+            return None
+        if observer is not None and not observer.end_step():
+            if self._memory.step == self._settings.total_steps:  # the run is over
+                self._drop_window()
             return None
         start = time.perf_counter()
         try:
