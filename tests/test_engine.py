@@ -245,26 +245,29 @@ def test_a_literal_width_is_rolled_back_and_pinned_and_others_shrink(runs):
     assert any("'a'" in note for note in events[0].notes)
 
 
-def test_a_literal_slice_keeps_its_shape_and_is_caught(runs):
-    class Sliced(nn.Module):
+@pytest.mark.parametrize("kind", ["roll", "flip"])
+def test_channels_picked_by_literal_positions(runs, kind):
+    class Moved(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c, self.d = nn.Linear(6, 32), nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+            self.a, self.b, self.c, self.d = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
 
         def forward(self, x):
-            h = torch.relu(self.a(x))[:, ::2]
+            h = torch.relu(self.a(x))
+            h = h.roll(16, 1) if kind == "roll" else h.flip(1)
             return self.d(torch.relu(self.c(torch.relu(self.b(h)))))
 
     torch.manual_seed(0)
-    net = Sliced()
+    net = Moved()
     optimizer = runs.adam(net)
     apo = runs.start(net, optimizer)
     events = runs.train(net, optimizer, apo)
-    net.eval()
-    assert net(runs.inputs(4, 1)).shape == (4, 4)
     assert any("c" in event.groups for event in events)
-    if net.a.out_features != 32:  # only an edit that leaves every column its channel may have gone through
-        assert net.b.in_features == -(-net.a.out_features // 2)
+    if kind == "roll":  # every shape stays valid, but columns would read other channels
+        assert net.a.out_features == 32
+        assert "literal positions" in {pin.group: pin for pin in apo.pins()}["a"].reason
+    else:
+        assert net.a.out_features < 32
 
 
 def test_beyond_the_sanity_limit_everything_is_rolled_back_bitwise_and_the_tolerance_halved(runs):

@@ -91,6 +91,15 @@ def test_relative_rms_and_constant_outputs():
         compare([broken], [x], None, None)
 
 
+def test_one_example_has_no_spread_to_relate_to():
+    x = torch.tensor([[3.0, 4.0]])
+    assert compare([x], [x + torch.tensor([[0.0, 0.5]])], None, None).rms == pytest.approx(0.1)
+    rows = torch.randn(257, 2, generator=torch.Generator().manual_seed(0))
+    parts = [[rows[:256], rows[256:]], [1.1 * rows[:256], 1.1 * rows[256:]]]
+    spread = (rows[:256] - rows[:256].mean(0)).square().sum()
+    assert compare(*parts, None, None).rms == pytest.approx(float((0.01 * rows.square().sum() / spread).sqrt()))
+
+
 def test_what_counts_as_classes():
     assert logits_of(torch.zeros(3, 1), None) is None
     assert logits_of(torch.zeros(3, 2, 2), None) is None

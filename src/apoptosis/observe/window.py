@@ -39,9 +39,6 @@ class _Hook:
     def __call__(self, *args: Any) -> None:
         self._function(*args)
 
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return _inert
-
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_inert, ()
 
