@@ -17,6 +17,7 @@ LAST_SHARE = 0.7  # no event later than this share of the run: what is left must
 WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 100, 500
 NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
 START_TOLERANCE = 0.03  # relative rms per site and event, of the library's own schedule
+ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
 
@@ -109,23 +110,24 @@ def tolerance_at(cap: float | None, halvings: int) -> float:
 
 
 def allot(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, float]:
-    """Spread a tolerance over groups: the dearest gets all of it, others less, by the root of their share of the cost.
+    """Spread a tolerance over groups: the dearest gets all of it, others less, by the fourth root of their share.
 
-    An error is spent where it saves most: at equal rms curves, minimising cost at a given sum of squared errors lets
-    the square of a group's error grow with what its channels cost.
+    An error is spent where it saves most: at equal rms curves, minimising multiply-adds at a given sum of squared
+    errors lets a group's error grow with the square root of what its channels cost. Half that power is taken, because
+    layers that cost few multiply-adds may hold most of the parameters.
 
     Args:
         tolerance: relative rms, the cap of every site.
         macs_by_group: what all channels of a group cost, multiply-adds.
 
     Example:
-        >>> allot(0.02, {"conv": 400.0, "fc": 100.0})
+        >>> allot(0.02, {"conv": 1600.0, "fc": 100.0})
         {'conv': 0.02, 'fc': 0.01}
     """
     most = max(macs_by_group.values(), default=0.0)
     if most <= 0.0:
         return dict.fromkeys(macs_by_group, tolerance)
-    return {name: tolerance * (macs / most) ** 0.5 for name, macs in macs_by_group.items()}
+    return {name: tolerance * (macs / most) ** ALLOT_POWER for name, macs in macs_by_group.items()}
 
 
 def site_limit(cap: float | None) -> float:
