@@ -35,11 +35,12 @@ FLOORS = {
     "verdict": 4,
     "operate": 5,
     "state": 6,
-    "engine": 7,
+    "attempt": 7,
+    "engine": 8,
     "oneshot": 7,
-    "": 8,
-    "recipes": 9,
-    "cli": 10,
+    "": 9,
+    "recipes": 10,
+    "cli": 11,
 }
 #: What may be imported from outside; the rooms not listed here take CORE alone.
 CORE = {"torch", "numpy", "scipy", "safetensors", "threadpoolctl"}

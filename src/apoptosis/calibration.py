@@ -30,7 +30,10 @@ def overhead_macs(capture_seconds: float) -> float:
     """Estimate the fixed cost of an event, two captures' worth of time, in MACs, rounded to a power of four.
 
     Args:
-        capture_seconds: what capturing the model took, in seconds.
+        capture_seconds: what capturing the model took, in seconds, the best of several.
+
+    Rounding makes the same figure likely on one machine, not certain; who needs it certain passes the figure of an
+    earlier run (`Apoptosis(calibration=...)`), as a resumed run does.
     """
     raw = 2.0 * capture_seconds * macs_per_second()
     return float(4.0 ** round(math.log(max(raw, 1.0), 4)))

@@ -9,26 +9,43 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
+from apoptosis.attempt import Run, attempt, plan_now, seen_by_policy
 from apoptosis.calibration import overhead_macs
 from apoptosis.criteria import get_criterion
-from apoptosis.errors import ApoptosisError, CheckpointError, NonFiniteError
+from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.graph import analyse
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import NOTHING_SEEN, Observer
-from apoptosis.operate import Patient, exclude_pins, make_event, num_parameters, operate, size_of, with_pins
-from apoptosis.planner import Observations, Plan, make_plan
-from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, Telemetry, decide, pays, site_limit
-from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, like_example, make_probe, num_rows
+from apoptosis.operate import (
+    Patient,
+    exclude_pins,
+    num_parameters,
+    refreshed,
+    timed_capture,
+    with_pins,
+)
+from apoptosis.planner import Plan
+from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
+from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
 from apoptosis.records import Group, Pin, Structure
-from apoptosis.state import VERSION, Memory, Settings, allowed, check_fits, read_memory, sum_up, telemetry
+from apoptosis.state import (
+    DAMAGES,
+    UNDECIDED,
+    Memory,
+    Settings,
+    check_fits,
+    read_state,
+    sum_up,
+    write_state,
+)
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.verdict import Verdict
 
@@ -45,15 +62,17 @@ class Apoptosis:
         tolerance: cap per consumer site and event on the relative rms change of the consumer's output (a share; the
             errors of one site over all events add up to at most 8 times that). None: the library's own schedule.
             0: only what is redundant to round-off in float64.
-        criterion: "interpolative", "constant", "pairwise", "duplicate", "magnitude" or "random".
+        criterion: "interpolative", "greedy", "constant", "duplicate", "pairwise", "magnitude", "random".
         total_steps: optimizer steps of the whole run; without it every turn comes at twice the steps of the last.
         budget: what all removals together may cost in accuracy (a share, 0.002 = 0.2 points), measured on `probe`.
         probe: held-out inputs of the form of example_input, or (inputs, labels).
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
-        log: called with one JSON-able dict per event, rolled back ones included.
+        log: called with one JSON-able dict per event, rolled back ones included; what it raises reaches the caller of
+            step(), after the event.
         logits: reads (examples, classes) logits off the model's output, where the output is not just that tensor.
         seed: of the private random generator (positions of feature maps, criterion "random").
+        calibration: fixed cost of an event in MACs (`apo.calibration` of an earlier run), measured where None.
 
     Raises:
         ArgumentError, BudgetError, CaptureError, UnsupportedOptimizerError: before anything has changed.
@@ -75,6 +94,7 @@ class Apoptosis:
         log: Log | None = None,
         logits: ReadLogits | None = None,
         seed: int = 0,
+        calibration: float | None = None,
     ) -> None:
         start = time.perf_counter()
         check_model(model)
@@ -89,9 +109,8 @@ class Apoptosis:
         )
         self._verdict = Verdict(budget, None if probe is None else make_probe(probe, example_input))
         self._log = log
-        begin = time.perf_counter()
-        structure = analyse(model, *self._patient.call)
-        overhead = overhead_macs(time.perf_counter() - begin)
+        structure, seconds = timed_capture(model, self._patient.call)
+        overhead = overhead_macs(seconds) if calibration is None else float(calibration)
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
         self._has_classes = has_classes(model, self._patient.call, logits)
         if self._verdict.probe is not None:
@@ -144,6 +163,11 @@ class Apoptosis:
         return self._memory.decision
 
     @property
+    def calibration(self) -> float:
+        """Fixed cost of an event in MACs, which decisions rest on: same seed, data and calibration, same widths."""
+        return self._memory.overhead
+
+    @property
     def hook_seconds(self) -> float:
         """The part of `seconds` spent in hooks, inside the user's forward passes."""
         return self._memory.hook_seconds + (self._observer.hook_seconds if self._observer is not None else 0.0)
@@ -151,7 +175,7 @@ class Apoptosis:
     def plan(self) -> Plan:
         """Say what an event would do now, from what the open window has seen so far: a dry run, changes nothing."""
         observations = {} if self._observer is None else self._observer.observations()
-        return self._make_plan(observations)
+        return plan_now(self._run(), observations)
 
     def ledger(self) -> Ledger:
         """Sum up what all removals so far cost at most, and with what confidence."""
@@ -180,14 +204,8 @@ class Apoptosis:
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
-        return {
-            "version": VERSION,
-            "widths": {g.name: g.num_channels for g in self._structure.groups},
-            "pins": [asdict(pin) for pin in self.pins()],
-            "memory": self._memory.as_dict(),
-            "verdict": self._verdict.state_dict(),
-            "window": None if self._observer is None else self._observer.state_dict(),
-        }
+        window = None if self._observer is None else self._observer.state_dict()
+        return write_state(self._memory, self._settings, self._structure, self._verdict, window)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` stopped. The model must have the widths it had then (apoptosis.load sees to that).
@@ -206,22 +224,21 @@ class Apoptosis:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         structure = analyse(self._patient.model, *self._patient.call)
-        widths = {g.name: g.num_channels for g in structure.groups}
-        check_fits(state, widths)
+        check_fits(state, {g.name: g.num_channels for g in structure.groups})
+        check_followers(self._patient.followers, self._patient.model)
         try:
-            pins = {entry["group"]: Pin(**entry) for entry in state["pins"]}
-            own = {pin.group: pin for pin in self.pins() if pin.group in widths}  # exclude= of this run
-            structure = with_pins(with_pins(structure, pins), own)
-            memory = read_memory(state["memory"])
+            structure, memory, window = read_state(state, self._settings, structure, self.pins())
             observer = None
-            if state["window"] is not None:
+            if window is not None:
                 observer = self._new_observer(tuple(g for g in structure.groups if g.pin is None))
-                observer.load_state_dict(state["window"])
+                observer.load_state_dict(window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ApoptosisError) as error:
+        except DAMAGES as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
         self._drop_window()
         self._structure, self._memory = structure, memory
+        if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule
+            memory.decision = self._decide()
         if observer is not None and not memory.closed:
             observer.open()
             self._observer = observer
@@ -249,7 +266,12 @@ class Apoptosis:
         finally:
             self._memory.own_seconds += time.perf_counter() - start
 
+    def __del__(self) -> None:
+        if hasattr(self, "_observer"):  # not when construction failed
+            self._drop_window()
+
     def _open_window(self) -> None:
+        self._structure = refreshed(self._patient, self._structure)
         self._observer = self._new_observer(self.groups())
         self._observer.open()
         self._memory.window_start = self._memory.step
@@ -278,7 +300,7 @@ class Apoptosis:
         try:
             if observer.blind:
                 raise NonFiniteError(NOTHING_SEEN)
-            event, refused = self._attempt(observer, start)
+            self._structure, event, refused = attempt(self._run(), observer, start)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
             refused = str(error)
             warnings.warn(
@@ -295,55 +317,12 @@ class Apoptosis:
             self._log({"kind": "event", "rolled_back": bool(refused), "reason": refused, **told})
         return event
 
-    def _attempt(self, observer: Observer, start: float) -> tuple[Event | None, str]:
-        """Return an event if a plan pays and passes, or why it was rolled back."""
-        plan = self._make_plan(observer.observations())
-        if plan.reductions and pays(self._telemetry(), plan.macs_after / self._example_rows()):
-            return self._surgery(plan, observer, start)
-        return None, ""
-
-    def _surgery(self, plan: Plan, observer: Observer, start: float) -> tuple[Event | None, str]:
-        """One transaction: an event, or why it was rolled back (then the tolerance is halved from now on)."""
-        before = size_of(self._patient, self._structure)
-        probe = self._verdict.begin(like_example(observer.inputs or self._patient.call, self._patient.call))
-        outcome = operate(
-            self._patient, self._structure, plan.reductions, plan.dropped_variance, probe, self._verdict.judge
-        )
-        self._structure = outcome.structure
-        if not outcome.committed:
-            self._memory.rolled_back += 1
-            self._memory.halvings += outcome.change is not None
-            return None, outcome.refused
-        certificates = self._verdict.settle()
-        self._memory.num_events += 1
-        for reduction in outcome.done:
-            for key, error in plan.errors[reduction.group].items():
-                self._memory.site_cost[key] = self._memory.site_cost.get(key, 0.0) + error
-        event = make_event(
-            step=self._memory.step,
-            plan=plan,
-            outcome=outcome,
-            before=before,
-            after=size_of(self._patient, self._structure),
-            certificates=certificates,
-            measured_on="held-out examples" if self._verdict.held_out else "training inputs",
-            seconds=time.perf_counter() - start,
-        )
-        return event, ""
-
     # ------------------------------------------------------------------ small things
 
-    def _make_plan(self, observations: Observations) -> Plan:
-        request = allowed(self._memory, self._settings, self.groups())
-        return make_plan(self._patient.model, self._structure, observations, request)
-
-    def _example_rows(self) -> int:
-        return max(1, num_rows(self._patient.call))
-
-    def _telemetry(self) -> Telemetry:
-        return telemetry(self._memory, self._settings, self._structure, rows=self._example_rows())
+    def _run(self) -> Run:
+        return Run(self._patient, self._structure, self._memory, self._settings, self._verdict)
 
     def _decide(self) -> Decision:
         if not self.groups():
             return Decision(at_step=None, tolerance=0.0, reason="every group is pinned")
-        return decide(self._telemetry())
+        return decide(seen_by_policy(self._run()))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.criteria import get_criterion
@@ -20,7 +21,7 @@ from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
 from apoptosis.planner import Plan, Request, make_plan
-from apoptosis.probe import as_call, check_runs, make_probe, without_trace
+from apoptosis.probe import as_call, check_runs, make_probe, num_rows, without_trace
 from apoptosis.records import Certificate, Structure
 from apoptosis.surgery import check_optimizers
 from apoptosis.verdict import Verdict
@@ -135,8 +136,10 @@ def _observe(
     try:
         with without_trace(model):
             for batch in batches:
-                args, kwargs = _call_of(batch, example)
-                model(*args, **kwargs)
+                args, kwargs = tree_map_only(Tensor, Tensor.clone, _call_of(batch, example))  # it may write to them
+                if num_rows((args, kwargs)) == 0:
+                    raise ArgumentError("batches holds a batch without examples along dimension 0.")
+                _run(model, args, kwargs, count)
                 count += 1
                 if observer.end_step():
                     break
@@ -147,11 +150,21 @@ def _observe(
     return observer
 
 
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
+    try:
+        model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArgumentError(f"batches: the model fails on batch {number}: {line}") from error
+
+
 def _call_of(batch: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Tensor) and not isinstance(batch, Tensor):
         remedy = ""
         if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
-            remedy = " For a loader of (x, y) give (x for x, y in loader)."
+            names = ("x", "y", *(f"z{i}" for i in range(2, len(batch))))[: len(batch)]
+            given = ", ".join(names) + ("," if len(names) == 1 else "")
+            remedy = f" For a loader of ({given}) give (x for {given} in loader)."
         raise ArgumentError(f"batches: example_input is a tensor, but a batch is a {type(batch).__name__}.{remedy}")
     if isinstance(example, tuple) and (not isinstance(batch, tuple | list) or len(batch) != len(example)):
         raise ArgumentError(

@@ -6,6 +6,7 @@ tensor is edited (surgery), what a change may cost (the caller's judge).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,6 +25,7 @@ from apoptosis.records import Certificate, Group, Pin, Reduction, Structure, Ten
 from apoptosis.surgery import Transaction, build_edits
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
+_LONG_CAPTURE = 0.5  # seconds; a longer one is not repeated just to be timed
 Judge = Callable[[Change], str]  # why the change is refused, "" when it is granted
 
 
@@ -48,6 +50,26 @@ class Outcome:
     refused: str = ""
     pins: tuple[Pin, ...] = ()
     done: tuple[Reduction, ...] = ()
+
+
+def timed_capture(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Structure, float]:
+    """Capture a model and say what that takes in seconds: the better of two, the first of which meets cold caches."""
+    found = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        structure = analyse(model, *call)
+        found.append(time.perf_counter() - begin)
+        if found[-1] > _LONG_CAPTURE:
+            break
+    return structure, min(found)
+
+
+def refreshed(patient: Patient, structure: Structure) -> Structure:
+    """The structure, captured again if somebody else has changed the model's shapes (shrink_, another Apoptosis)."""
+    now = dict(patient.model.named_parameters(remove_duplicate=False))
+    if all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items()):
+        return structure
+    return _keep_pins(structure, analyse(patient.model, *patient.call))
 
 
 def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:

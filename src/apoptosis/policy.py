@@ -146,9 +146,8 @@ def saves(telemetry: Telemetry, share: float, step: int) -> float:
 
 def expected_yield(history: tuple[PastEvent, ...]) -> float:
     """Share of MACs the next event is taken to save: optimistic at first, then what the last attempt saved."""
-    if not history:
-        return OPTIMISTIC_YIELD
-    return max(history[-1].saved_share, 0.5 * POOR_YIELD)
+    done = [event for event in history if not event.rolled_back]
+    return max(done[-1].saved_share, 0.5 * POOR_YIELD) if done else OPTIMISTIC_YIELD
 
 
 def decide(telemetry: Telemetry) -> Decision:
@@ -159,7 +158,7 @@ def decide(telemetry: Telemetry) -> Decision:
     past = telemetry.history
     skip = 0
     for event in reversed(past):  # back off: one more turn is skipped for every poor event in a row
-        if event.saved_share >= POOR_YIELD:
+        if event.saved_share >= POOR_YIELD or event.rolled_back:  # after a rollback the tolerance is another one
             break
         skip += 1
     if telemetry.total_steps is None:

@@ -12,15 +12,17 @@ from typing import Any
 
 from apoptosis.budget import ALPHA
 from apoptosis.criteria import Criterion
-from apoptosis.errors import CheckpointError
+from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.ledger import Ledger
 from apoptosis.observe import ROWS_PER_CHANNEL
+from apoptosis.operate import with_pins
 from apoptosis.planner import Request
 from apoptosis.policy import Decision, PastEvent, Telemetry, allot
-from apoptosis.records import Group, Structure
+from apoptosis.records import Group, Pin, Structure
 from apoptosis.verdict import Verdict
 
 VERSION = 1
+DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ApoptosisError)  # of a bad state
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
@@ -28,6 +30,15 @@ UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What the user asked for. site_limit: what the errors of one site may add up to over all events."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: a run that is resumed under other settings decides anew."""
+        return {
+            "criterion": self.criterion.name,
+            "tolerance": self.tolerance,
+            "total_steps": self.total_steps,
+            "align": self.align,
+        }
 
     criterion: Criterion
     tolerance: float | None
@@ -108,6 +119,45 @@ def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
         odd = sorted(set(widths.items()) ^ set(stored.items()))[:4] if isinstance(stored, Mapping) else []
         raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
     return state
+
+
+def write_state(
+    memory: Memory, settings: Settings, structure: Structure, verdict: Verdict, window: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Write a run down as plain values and tensors."""
+    return {
+        "version": VERSION,
+        "widths": {g.name: g.num_channels for g in structure.groups},
+        "pins": [asdict(g.pin) for g in structure.groups if g.pin is not None],
+        "settings": settings.as_dict(),
+        "memory": memory.as_dict(),
+        "verdict": verdict.state_dict(),
+        "window": window,
+    }
+
+
+def read_state(
+    state: Mapping[str, Any], settings: Settings, structure: Structure, own: Sequence[Pin]
+) -> tuple[Structure, Memory, Mapping[str, Any] | None]:
+    """Read what `write_state` wrote: the structure with its pins, the memory, and the window.
+
+    Under other settings than those of the state the decision is open again and the window is left out.
+
+    Args:
+        state: what was written.
+        settings: of this run.
+        structure: as just captured.
+        own: the pins of this run, exclusions among them.
+
+    Raises: one of DAMAGES.
+    """
+    names = {group.name for group in structure.groups}
+    pins = {entry["group"]: Pin(**entry) for entry in state["pins"]}
+    structure = with_pins(with_pins(structure, pins), {pin.group: pin for pin in own if pin.group in names})
+    memory, window = read_memory(state["memory"]), state["window"]
+    if state["settings"] != settings.as_dict():
+        memory.decision, window = UNDECIDED, None
+    return structure, memory, window
 
 
 def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:

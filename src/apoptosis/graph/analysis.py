@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
@@ -47,8 +48,9 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     if lazy:
         raise CaptureError(f"parameter '{lazy[0]}' is not initialised: run the model once before.")
     findings = Findings(Slots(tensors, buffers))
-    for training in (True, False):
-        capture(model, args, kwargs or {}, findings, training=training)
+    for training in (True, False):  # on copies: a forward pass may write to its input
+        fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))
+        capture(model, fresh_args, fresh_kwargs, findings, training=training)
     close(findings)
     classes = classify(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
@@ -61,6 +63,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         notes=_notes(findings),
         classes=labels,
         pinned_classes=classes.pinned,
+        scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
     )
 
 

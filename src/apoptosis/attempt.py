@@ -1,0 +1,84 @@
+"""One attempt of a run to shrink: plan, transaction, verdict, and what is booked of it.
+
+Lives here: the order of these within one event. Does not live here: windows and the loop (engine), the surgery (operate).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from apoptosis.ledger import Event
+from apoptosis.observe import Observer
+from apoptosis.operate import Patient, make_event, operate, size_of
+from apoptosis.planner import Observations, Plan, make_plan
+from apoptosis.policy import Telemetry, pays
+from apoptosis.probe import like_example, num_rows
+from apoptosis.records import Structure
+from apoptosis.state import Memory, Settings, allowed, telemetry
+from apoptosis.verdict import Verdict
+
+
+class Run(NamedTuple):
+    """All that an attempt needs to know of a run; it books in `memory` and `verdict`."""
+
+    patient: Patient
+    structure: Structure
+    memory: Memory
+    settings: Settings
+    verdict: Verdict
+
+
+def _rows(run: Run) -> int:
+    return max(1, num_rows(run.patient.call))
+
+
+def seen_by_policy(run: Run) -> Telemetry:
+    """Gather the policy's telemetry."""
+    return telemetry(run.memory, run.settings, run.structure, rows=_rows(run))
+
+
+def plan_now(run: Run, observations: Observations) -> Plan:
+    """Plan an event under what is allowed now."""
+    groups = tuple(group for group in run.structure.groups if group.pin is None)
+    return make_plan(run.patient.model, run.structure, observations, allowed(run.memory, run.settings, groups))
+
+
+def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Event | None, str]:
+    """Plan and operate, or leave everything as it was.
+
+    Args:
+        start: `time.perf_counter()` at the beginning of the event.
+
+    Returns: the structure now, an event if shapes changed, and why a surgery was rolled back ("" if none was); after a
+        rollback the tolerance is halved for the rest of the run.
+
+    Raises: NonFiniteError: statistics, weights or outputs hold NaN or infinity; nothing was tried.
+    """
+    plan = plan_now(run, observer.observations())
+    if not plan.reductions or not pays(seen_by_policy(run), plan.macs_after / _rows(run)):
+        return run.structure, None, ""
+    patient, memory, verdict = run.patient, run.memory, run.verdict
+    before = size_of(patient, run.structure)
+    probe = verdict.begin(like_example(observer.inputs or patient.call, patient.call))
+    outcome = operate(patient, run.structure, plan.reductions, plan.dropped_variance, probe, verdict.judge)
+    if not outcome.committed:
+        memory.rolled_back += 1
+        memory.halvings += outcome.change is not None
+        return outcome.structure, None, outcome.refused
+    certificates = verdict.settle()
+    memory.num_events += 1
+    for reduction in outcome.done:
+        for key, error in plan.errors[reduction.group].items():
+            memory.site_cost[key] = memory.site_cost.get(key, 0.0) + error
+    event = make_event(
+        step=memory.step,
+        plan=plan,
+        outcome=outcome,
+        before=before,
+        after=size_of(patient, outcome.structure),
+        certificates=certificates,
+        measured_on="held-out examples" if verdict.held_out else "training inputs",
+        seconds=time.perf_counter() - start,
+    )
+    return outcome.structure, event, ""
