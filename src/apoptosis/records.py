@@ -134,6 +134,16 @@ class Group:
         return sum(m.macs for m in self.members) + sum(s.macs for s in self.sites)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalarOperands:
+    """The plain numbers that one call of an operator used: `operator` in `module`, `where` = "file.py:line"."""
+
+    operator: str
+    values: tuple[complex, ...]
+    module: str = ""
+    where: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Structure:
     """What one capture of the model found.
@@ -141,7 +151,8 @@ class Structure:
     groups: all groups, pinned ones included, in forward order. macs: multiply-adds of one forward pass on the example
     input. shapes: shape of every parameter and buffer at capture. aliases: tied name -> first name.
     classes: for every parameter and buffer, per dim, the number of the channel that owns each position: what verify()
-    compares. pinned_classes: the numbers that are pinned.
+    compares. pinned_classes: the numbers that are pinned. scalars: per mode, the plain numbers that the arithmetic of
+    the forward pass used, call by call.
     """
 
     groups: tuple[Group, ...]
@@ -151,6 +162,7 @@ class Structure:
     notes: tuple[str, ...] = ()
     classes: Mapping[str, tuple[IntArray, ...]] = field(default_factory=dict)
     pinned_classes: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    scalars: Mapping[str, tuple[ScalarOperands, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -289,3 +289,52 @@ def test_layers_of_width_one(oracle) -> None:
     )
     structure = oracle(net, (X,), {"0": 1, "2": 6, "4": 1})
     assert structure.groups[1].sites[0].columns.shape == (6, 1)
+
+
+NORMS = {
+    "batch": lambda n: nn.BatchNorm1d(n),
+    "batch, bare": lambda n: nn.BatchNorm1d(n, affine=False, track_running_stats=False),
+    "instance": lambda n: nn.InstanceNorm1d(n),
+    "instance, tracked": lambda n: nn.InstanceNorm1d(n, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_over_channels_pin(name: str) -> None:
+    groups = analyse(Net(lambda m, h: m.n(h).relu(), n=NORMS[name](5)), (SEQ,), {}).groups
+    group = next(g for g in groups if g.name == "a")
+    assert group.pin is not None
+    assert "normalises over channels" in group.pin.reason
+    assert group.pin.where.startswith("test_pins.py:")
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_of_each_channel_do_not_pin(name: str, oracle) -> None:
+    net = Net(lambda m, h: m.n(h.transpose(1, 2)).relu().transpose(1, 2), n=NORMS[name](6))
+    if name.startswith("batch"):
+        oracle(net, (SEQ,), {"a": 6})
+    assert next(g for g in analyse(net, (SEQ,), {}).groups if g.name == "a").pin is None
+
+
+def test_no_site_names_a_norm_over_its_outputs() -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(4, 2))
+    groups = {g.name: g for g in analyse(net, (SEQ,), {}).groups}
+    assert groups["0"].sites[0].norm is None
+    assert groups["2"].pin is not None
+
+
+def test_no_neuron_names_a_norm_of_another_size() -> None:
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm1d(144), nn.ReLU(), nn.Linear(144, 2))
+    group = analyse(flat, (IMG,), {}).groups[0]
+    assert group.pin is None
+    assert group.neuron is None
+    plain = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    neuron = analyse(plain, (X,), {}).groups[0].neuron
+    assert neuron is not None
+    assert neuron.norm == "1"
+    single = Net(lambda m, h: m.c(m.n(m.d(h)).relu()).transpose(1, 2), n=nn.BatchNorm1d(5), c=nn.Linear(1, 6))
+    single.d = nn.Linear(6, 1)
+    single.b = nn.Linear(5, 2)
+    found = next(g for g in analyse(single, (SEQ,), {}).groups if g.name == "d")
+    assert found.neuron is None
+    assert all(g.sites == () or all(s.norm is None for s in g.sites) for g in (found,))

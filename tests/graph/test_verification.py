@@ -11,6 +11,8 @@ from torch import nn
 
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph import analyse, verify
+from apoptosis.graph.scalars import changed_scalar
+from apoptosis.records import ScalarOperands
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -105,3 +107,83 @@ def test_wrong_bookkeeping_is_caught() -> None:
         verify(old, new, {**_arrays(kept, 4), "2.weight": {1: np.array([0, 3])}})
     with pytest.raises(StructureChangedError, match="set of tensors"):
         verify(old, analyse(nn.Sequential(nn.Linear(8, 6)), (X,), {}), {})
+
+
+class Scaled(nn.Module):
+    """A hidden layer, and a number that its owner says how to compute."""
+
+    def __init__(self, scale) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(8, 6), nn.Linear(6, 2), scale
+        self.norm, self.drop, self.rate = nn.BatchNorm1d(2, eps=1e-3, momentum=None), nn.Dropout(0.25), 0.5
+
+    def forward(self, x):
+        return self.scale(self, self.a(x).relu())
+
+
+KEPT = {"a.weight": {0: [0, 2, 5]}, "a.bias": {0: [0, 2, 5]}, "b.weight": {1: [0, 2, 5]}}
+WIDTH = {
+    "div": lambda m, h: m.b(h) / h.shape[1] ** 0.5,
+    "mul": lambda m, h: m.b(h) * m.b.weight.shape[1] ** -0.5,
+    "in_features": lambda m, h: m.b(h) * m.b.in_features**-0.5,
+    "add": lambda m, h: m.b(h) + h.numel(),
+    "rsub": lambda m, h: h.shape[1] - m.b(h),
+    "pow": lambda m, h: m.b(h) ** h.shape[1],
+    "clamp": lambda m, h: m.b(h).clamp(max=1 / h.shape[1]),
+    "where": lambda m, h: torch.where(h[:, :1].detach() * 0 > m.b(h), 1.0 / h.shape[1], m.b(h)),
+    "alpha": lambda m, h: torch.add(m.b(h), 1.0, alpha=h.shape[1]),
+    "addmm": lambda m, h: torch.addmm(m.b.bias, h, m.b.weight.t(), alpha=h.shape[1] ** -0.5),
+    "literal": lambda m, h: m.b(h) / torch.tensor(h.shape[1]),
+    "full": lambda m, h: m.b(h) / torch.full((1,), float(h.shape[1])),
+    "in place": lambda m, h: m.b(h).mul_(1 / h.shape[1]),
+    "before": lambda m, h: m.b(h * h.shape[1] ** -0.5),
+    "leaky": lambda m, h: torch.nn.functional.leaky_relu(m.b(h), 1 / h.shape[1]),
+    "once more": lambda m, h: m.b(h) * 1.0 if h.shape[1] == 6 else m.b(h),
+}  # fmt: skip
+
+
+def _verified(net: nn.Module, small: nn.Module) -> None:
+    verify(analyse(net, (X,), {}), analyse(small, (X,), {}), _arrays(KEPT, 4))
+
+
+@pytest.mark.parametrize("name", WIDTH)
+def test_numbers_that_follow_a_width_are_caught(name: str) -> None:
+    net = Scaled(WIDTH[name])
+    small = shrink(net, KEPT)
+    small.b.in_features = 3
+    with pytest.raises(StructureChangedError, match=r"operator aten\.\w+.*\(test_verification\.py:\d+\).*with sizes"):
+        _verified(net, small)
+
+
+HONEST = {
+    "constants": lambda m, h: (m.b(h * 0.5) / 3).clamp(-1, 1) ** 2,
+    "norm and dropout": lambda m, h: m.drop(m.norm(m.b(m.drop(h)))) * 2,
+    "functional dropout": lambda m, h: m.b(torch.nn.functional.dropout(h, m.rate)),
+    "mean": lambda m, h: m.b(h - h.mean(0)) + 1e-6,
+    "sizes": lambda m, h: m.b(h.new_zeros(4, h.shape[1]) + h.view(-1, h.shape[1]) * h.new_full((1, h.shape[1]), 2.0)),
+    "batch": lambda m, h: m.b(h) / h.shape[0],
+    "data": lambda m, h: m.b(h) / m.b(h).detach().abs().max().item() * 3,
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_other_numbers_pass(name: str) -> None:
+    net = Scaled(HONEST[name])
+    small = shrink(net, KEPT)
+    small.rate = small.drop.p = 0.125  # a dropout rate may be scheduled
+    assert analyse(net, (X,), {}).scalars or name == "functional dropout"
+    _verified(net, small)
+
+
+def test_numbers_before_a_number_from_data_are_compared() -> None:
+    net = Scaled(lambda m, h: m.b(h) / h.shape[1] / m.b(h).detach().abs().max().item())
+    with pytest.raises(StructureChangedError, match="uses the number 3, which was 6"):
+        _verified(net, shrink(net, KEPT))
+
+
+def test_not_a_number_is_the_same_number() -> None:
+    calls = [ScalarOperands(operator="aten.mul", values=(float("nan"), 1.0))]
+    assert changed_scalar(calls, list(calls)) is None
+    assert changed_scalar(calls, [ScalarOperands(operator="aten.mul", values=(float("nan"), 2.0))]) is not None
+    assert "no longer runs" in str(changed_scalar(calls * 2, calls))
+    assert "runs only" in str(changed_scalar(calls, calls * 2))

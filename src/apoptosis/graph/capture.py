@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph.findings import Findings
-from apoptosis.graph.rules import RULES
+from apoptosis.graph.rules import RULES, SCALARS
 from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
 
@@ -201,7 +201,7 @@ def capture(
         stack.enter_context(_kept_randomness(model))
         stack.enter_context(_eager())
         tensors, _, _ = named_tensors(model)
-        tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), RULES, mode)
+        tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS)
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_module_stack(tracer))

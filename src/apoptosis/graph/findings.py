@@ -13,7 +13,7 @@ import numpy as np
 
 from apoptosis.graph.slots import Slots
 from apoptosis.graph.values import Axis, Paths
-from apoptosis.records import IntArray, SiteKind
+from apoptosis.records import IntArray, ScalarOperands, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,7 @@ class Findings:
     readers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     normalised: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     notes: list[str] = field(default_factory=list)
+    scalars: dict[str, list[ScalarOperands]] = field(default_factory=lambda: defaultdict(list))
 
     def tie(self, a: IntArray, b: IntArray) -> None:
         """Record that slots which meet (after broadcasting, both not 0) are removed together."""

@@ -16,6 +16,7 @@ from apoptosis.errors import ArgumentError
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_contract import CONTRACTIONS
 from apoptosis.graph.rules_move import MOVES
+from apoptosis.graph.scalars import scalar_operators
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Paths, Value, nothing, spoiled, varying
 
@@ -278,6 +279,10 @@ RULES: dict[str, tuple[Rule, bool]] = {
     "glu": (_glu, True),
 }
 """Operator name without namespace and trailing underscore -> its rule, and whether it reads its operands' values."""
+
+
+SCALARS = scalar_operators((*_ELEMENTWISE, *ACTIVATIONS))
+"""Operators whose plain numbers must be the same before and after an edit."""
 
 
 def register_rule(operator: str, rule: Rule) -> None:

@@ -19,7 +19,7 @@ from apoptosis.graph.findings import Consumer
 from apoptosis.graph.meet import meet
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule
-from apoptosis.graph.values import Path, Paths, Value, nothing, spoiled
+from apoptosis.graph.values import Path, Paths, Value, nothing, spoiled, varying
 from apoptosis.records import IntArray, SiteKind
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -278,6 +278,11 @@ def _batch_norm(call: Call) -> Result:
     module = tracer.module
     stock = isinstance(module, _BatchNorm) and type(module).forward in _NORMS
     shape = [-1 if i == 1 else 1 for i in range(ndim)]
+    over = bool(varying(value.ids) - {1})
+    if over:
+        call.pin(value.ids, "normalises over channels")
+    sizes = {tracer.findings.slots.owners[name].shape[dim] for name, dim in value.paths}
+    stock = stock and not over and sizes <= {x.shape[1]} and value.ids.shape[1] == x.shape[1]
     given: list[tuple[Tensor, Value]] = []
     operands: list[Tensor] = []
     for tensor in call.args[1:5]:

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.memory import Memory
+from apoptosis.graph.scalars import ITEM, literal, numbers
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.values import TooLargeError, Value, nothing
-from apoptosis.records import IntArray
+from apoptosis.records import IntArray, ScalarOperands
 
 FRAME_MARKS: set[CodeType] = set()
 """Code objects that call the user's model: beyond them lies no line of the model."""
@@ -111,10 +114,12 @@ class Tracer:
         inputs: Iterable[Tensor],
         rules: Mapping[str, tuple[Rule, bool]],
         mode: str,
+        scalars: frozenset[str] = frozenset(),
     ) -> None:
         self.findings = findings
         self.mode = mode
         self._rules = rules
+        self._scalars = scalars
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[tuple[str, nn.Module, Value | None]] = []
@@ -246,6 +251,7 @@ class Tracer:
         call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes))
         if kind.reads:
             self._note_reads(call)
+        self._note_scalars(call, out)
         result: Result = None
         try:
             result = kind.rule(call) if kind.rule is not None else no_rule(call)
@@ -262,6 +268,24 @@ class Tracer:
             if value is None:
                 value = nothing(tensor.dim(), f"the result of {kind.label}")
             self.memory.put(tensor, value)
+
+    def _note_scalars(self, call: Call, out: Any) -> None:
+        """Note the plain numbers that this call used; those of dropout follow its rate, which may be scheduled."""
+        values: tuple[complex, ...] = ()
+        if call.label == f"aten.{ITEM}":
+            values = () if isinstance(self.module, _BatchNorm) else (out,)  # a counter of batches
+        elif call.label == "aten.lift_fresh":
+            values = literal(call.outs[0])
+        elif call.name in self._scalars and call.label.startswith("aten."):
+            values = numbers(call.args, call.kwargs)
+        if not values or isinstance(self.module, _DropoutNd):
+            return
+        known = self.memory.recorded(call.args[0]) if call.args and isinstance(call.args[0], Tensor) else None
+        if known is not None and known.keep is not None:
+            return
+        self.findings.scalars[self.mode].append(
+            ScalarOperands(operator=call.label, values=values, module=self.module_name, where=self.where())
+        )
 
     def _written(self, call: Call, kind: _Kind, values: list[Value | None]) -> None:
         targets = [call.args[i] for i in kind.writes if i < len(call.args) and isinstance(call.args[i], Tensor)]

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from apoptosis.errors import StructureChangedError
+from apoptosis.graph.scalars import changed_scalar
 from apoptosis.records import IntArray, Structure
 
 
@@ -43,24 +44,8 @@ def _place(structure: Structure, names: list[tuple[str, int]], old: IntArray, wh
     return f"group '{name}', at dim {dim} of '{tensor}'" if name else f"dim {dim} of '{tensor}'"
 
 
-def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
-    """Compare the structure after an edit with the one before, through the positions that were kept.
-
-    Every channel of `new` must be exactly one channel of `old`: the same positions of the same tensors tied together.
-    Code that picks channels by literal positions (`h[:, ::2]`) keeps valid shapes and reads other channels; only this
-    shows it.
-
-    Args:
-        old: structure before the edit.
-        new: structure of the edited model.
-        kept: tensor name -> dim -> kept old positions, ascending; axes that are not named are whole.
-
-    Raises:
-        StructureChangedError: names the group and the tensor where they differ.
-    """
-    if set(old.shapes) != set(new.shapes):
-        odd = sorted(set(old.shapes) ^ set(new.shapes))
-        raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
+def _verify_classes(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
+    """Raise unless every position of every tensor carries the channel it carried, and no other."""
     names: list[tuple[str, int]] = []
     olds: list[IntArray] = []
     news: list[IntArray] = []
@@ -89,3 +74,28 @@ def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tenso
     if bool(fresh.any()):
         place = _place(old, names, left, which, int(np.flatnonzero(fresh)[0]))
         raise StructureChangedError(f"{place} reaches an operator or an output that it did not reach before.")
+
+
+def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
+    """Compare the structure after an edit with the one before, through the positions that were kept.
+
+    Every channel of `new` must be exactly one channel of `old`: the same positions of the same tensors tied together.
+    Code that picks channels by literal positions (`h[:, ::2]`) keeps valid shapes and reads other channels; only this
+    shows it. The plain numbers that the arithmetic uses must be the same ones (`h / h.shape[1] ** 0.5` changes them).
+
+    Args:
+        old: structure before the edit.
+        new: structure of the edited model.
+        kept: tensor name -> dim -> kept old positions, ascending; axes that are not named are whole.
+
+    Raises:
+        StructureChangedError: names the group and the tensor where they differ, or the operator and its number.
+    """
+    if set(old.shapes) != set(new.shapes):
+        odd = sorted(set(old.shapes) ^ set(new.shapes))
+        raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
+    _verify_classes(old, new, kept)
+    for mode, calls in old.scalars.items():
+        text = changed_scalar(calls, new.scalars.get(mode, ()))
+        if text is not None:
+            raise StructureChangedError(f"{text}: the model computes with sizes.")

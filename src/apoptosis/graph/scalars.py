@@ -1,0 +1,69 @@
+"""The plain numbers that a model's arithmetic uses, and whether an edit changed one.
+
+Lives here: which numbers of an operator call count, and the comparison of two passes. Does not live here: channels.
+
+A number that the model computes from a width (`h / h.shape[1] ** 0.5`) changes with the edit while every column still
+meets its channel; only the numbers themselves show it. Sizes, dims and indices change rightly and are no such numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from apoptosis.records import ScalarOperands
+
+ITEM = "_local_scalar_dense"
+"""What `tensor.item()` calls: a number that depends on the data."""
+
+_NUMBERS = (int, float, complex)
+_FILLS = "full full_like new_full fill scalar_tensor normal uniform constant_pad_nd addmm addmv baddbmm".split()
+_SMALL = 16  # a literal tensor of at most so many numbers is compared number by number
+
+
+def scalar_operators(elementwise: Sequence[str]) -> frozenset[str]:
+    """Return the operators whose numbers are values: elementwise arithmetic and what fills tensors with a number."""
+    return frozenset((*elementwise, *_FILLS))
+
+
+def numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[complex, ...]:
+    """Return the plain numbers among the operands of one call, in order; those inside lists are sizes."""
+    return tuple(a for a in (*args, *(kwargs[k] for k in sorted(kwargs))) if isinstance(a, _NUMBERS))
+
+
+def literal(tensor: Tensor) -> tuple[complex, ...]:
+    """Return the numbers of a tensor that the model wrote out; () for several whole numbers, which are positions."""
+    if tensor.numel() > (_SMALL if tensor.is_floating_point() or tensor.is_complex() else 1):
+        return ()
+    return tuple(tensor.detach().reshape(-1).tolist())
+
+
+def _same(a: tuple[complex, ...], b: tuple[complex, ...]) -> bool:
+    return len(a) == len(b) and all(x == y or (x != x and y != y) for x, y in zip(a, b, strict=True))
+
+
+def changed_scalar(old: Sequence[ScalarOperands], new: Sequence[ScalarOperands]) -> str | None:
+    """Say which number of one pass is another one in the other pass, or None.
+
+    A number read from data (`tensor.item()`) moves with any edit, and what comes after it may follow from it: the
+    comparison ends there.
+    """
+    for a, b in zip(old, new, strict=False):
+        if a.operator != b.operator:
+            return f"operator {b.operator}{_place(b)} runs where {a.operator}{_place(a)} ran before the edit"
+        if not _same(a.values, b.values):
+            if a.operator.endswith(ITEM):
+                return None
+            before, after = (", ".join(f"{v:.6g}" for v in s.values) or "none" for s in (a, b))
+            return f"operator {b.operator}{_place(b)} uses the number {after}, which was {before} before the edit"
+    if len(old) != len(new):
+        extra = (old if len(old) > len(new) else new)[min(len(old), len(new))]
+        ran = "no longer runs" if len(old) > len(new) else "runs only"
+        return f"operator {extra.operator}{_place(extra)} {ran} after the edit"
+    return None
+
+
+def _place(call: ScalarOperands) -> str:
+    return (f" in '{call.module}'" if call.module else "") + (f" ({call.where})" if call.where else "")
