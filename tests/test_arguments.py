@@ -1,5 +1,8 @@
 """Wrong input is refused at the door, by name, and nothing has changed."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,6 +39,10 @@ from apoptosis.errors import ArgumentError, CaptureError, UnsupportedOptimizerEr
         ("probe", torch.zeros(0, 6)),
         ("probe", torch.zeros(8, 5)),
         ("probe", (torch.zeros(8, 6), torch.zeros(7))),
+        ("probe", (torch.zeros(8, 6), torch.zeros(8))),
+        ("tolerance", np.float32(1.5)),
+        ("align", np.int64(0)),
+        ("align", np.bool_(True)),
     ],
 )
 def test_wrong_arguments_are_named(runs, name, value):
@@ -93,3 +100,25 @@ def test_wrong_arguments_of_one_shot_use(runs, name, value):
     with pytest.raises(ArgumentError, match=name):
         shrink_(net, runs.inputs(4, 0), [runs.inputs(512, 1)], **given)
     assert runs.same(runs.everything(net), before)
+
+
+def test_numpy_scalars_are_numbers(runs):
+    net = runs.mlp()
+    x = runs.inputs(4000, 1)
+    apo = Apoptosis(
+        net,
+        runs.adam(net),
+        runs.inputs(4, 0),
+        tolerance=np.float32(0.1),
+        align=np.int64(8),
+        total_steps=np.int32(100),
+        budget=np.float64(0.1),
+        probe=(x, runs.labels(x)),
+        seed=np.uint8(3),
+    )
+    assert type(apo.ledger().budget) is float
+    json.dumps(apo.ledger().as_dict())
+    event = shrink_(
+        net, runs.inputs(4, 0), [runs.inputs(512, 1)], tolerance=np.float32(0.1), align=np.int64(8), seed=np.int64(1)
+    )
+    assert type(event.tolerance) is float

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apoptosis import Apoptosis
-from apoptosis.errors import BudgetError
+from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
 
 
 def test_budget_is_refused_where_it_cannot_be_granted(runs):
@@ -15,7 +15,7 @@ def test_budget_is_refused_where_it_cannot_be_granted(runs):
     with pytest.raises(BudgetError, match="probe="):
         Apoptosis(net, optimizer, x, budget=0.01)
     with pytest.raises(BudgetError, match=r"N = \d+"):
-        Apoptosis(net, optimizer, x, budget=0.002, probe=runs.inputs(100, 1))
+        Apoptosis(net, optimizer, x, budget=0.002, probe=(runs.inputs(100, 1), runs.labels(runs.inputs(100, 1))))
     single = runs.mlp(classes=1)
     with pytest.raises(BudgetError, match="logits="):
         Apoptosis(single, runs.adam(single), x, budget=0.01, probe=runs.inputs(4000, 1))
@@ -70,6 +70,43 @@ def test_probe_without_budget_still_speaks_of_the_population(runs):
     assert ledger.budget is None
     assert 0 < ledger.accuracy_cost < 1
     assert "95 % confidence" in str(ledger)
+    assert "of the predictions (largest output)" in str(ledger)
+    assert "accuracy" not in str(ledger)
+
+
+def test_two_outputs_of_a_regression_are_not_taken_for_classes(runs):
+    net = runs.mlp(classes=2)
+    with pytest.raises(BudgetError, match="may be no classes"):
+        Apoptosis(net, runs.adam(net), runs.inputs(4, 0), budget=0.01, probe=runs.inputs(4000, 1))
+    x = runs.inputs(4000, 1)
+    with pytest.raises(ArgumentError, match="labels"):  # four labels, two outputs
+        Apoptosis(net, runs.adam(net), runs.inputs(4, 0), budget=0.01, probe=(x, runs.labels(x)))
+
+
+def test_a_run_is_resumed_with_its_own_probe_or_not_at_all(runs):
+    net = runs.mlp()
+    optimizer, x = runs.adam(net), runs.inputs(8000, 777)
+    apo = runs.start(net, optimizer, budget=0.2, probe=(x, runs.labels(x)))
+    assert runs.train(net, optimizer, apo)
+    state = apo.state_dict()
+    for probe in (None, (x + 1, runs.labels(x))):
+        other = Apoptosis(net, optimizer, runs.inputs(4, 0), tolerance=0.1, total_steps=runs.STEPS, probe=probe)
+        before = other.ledger().accuracy_cost
+        with pytest.raises(CheckpointError, match="probe"):
+            other.load_state_dict(state)
+        assert other.ledger().accuracy_cost == before
+    same = Apoptosis(
+        net,
+        optimizer,
+        runs.inputs(4, 0),
+        tolerance=0.1,
+        total_steps=runs.STEPS,
+        align=1,
+        budget=0.2,
+        probe=(x, runs.labels(x)),
+    )
+    same.load_state_dict(state)
+    assert same.ledger().accuracy_cost == apo.ledger().accuracy_cost
 
 
 def test_a_network_without_classes_has_no_accuracy_to_speak_of(runs):

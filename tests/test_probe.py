@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from apoptosis.errors import ArgumentError, NonFiniteError
-from apoptosis.probe import as_call, compare, has_classes, logits_of, make_probe, outputs
+from apoptosis.probe import Probe, as_call, check_runs, compare, has_classes, logits_of, make_probe, outputs
 
 
 def test_forms_of_a_call():
@@ -23,12 +23,12 @@ def test_forms_of_a_call():
     ("example", "given", "labelled"),
     [
         (torch.zeros(2, 3), torch.zeros(5, 3), False),
-        (torch.zeros(2, 3), (torch.zeros(5, 3), torch.zeros(5)), True),
-        (torch.zeros(2, 3), [torch.zeros(5, 3), torch.zeros(5)], True),
+        (torch.zeros(2, 3), (torch.zeros(5, 3), torch.zeros(5, dtype=torch.long)), True),
+        (torch.zeros(2, 3), [torch.zeros(5, 3), torch.zeros(5, dtype=torch.long)], True),
         ((torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(5, 3), torch.zeros(5)), False),
-        ((torch.zeros(2, 3),), ((torch.zeros(5, 3),), torch.zeros(5)), True),
+        ((torch.zeros(2, 3),), ((torch.zeros(5, 3),), torch.zeros(5, dtype=torch.long)), True),
         ({"x": torch.zeros(2, 3)}, {"x": torch.zeros(5, 3)}, False),
-        ({"x": torch.zeros(2, 3)}, ({"x": torch.zeros(5, 3)}, torch.zeros(5)), True),
+        ({"x": torch.zeros(2, 3)}, ({"x": torch.zeros(5, 3)}, torch.zeros(5, dtype=torch.long)), True),
     ],
 )
 def test_forms_of_a_probe(example, given, labelled):
@@ -109,3 +109,63 @@ def test_what_counts_as_classes():
         logits_of(torch.zeros(3, 1), lambda out: out)
     assert has_classes(nn.Linear(3, 2), ((torch.zeros(2, 3),), {}), None)
     assert not has_classes(nn.Linear(3, 1), ((torch.zeros(2, 3),), {}), None)
+
+
+class SequenceFirst(nn.Module):
+    """(T, N, C) -> (N, K): examples along dimension 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.head(x.mean(0))
+
+
+def test_examples_along_another_dimension_are_refused():
+    net, x = SequenceFirst(), torch.randn(800, 6, 10, generator=torch.Generator().manual_seed(0))
+    probe = make_probe(x, x[:5])
+    with pytest.raises(ArgumentError, match="rows of the inputs give outputs of 6 rows"):
+        check_runs(net, probe)
+    narrow = make_probe(x[:, :2], x[:5, :2])  # two sequences look like two examples
+    with pytest.raises(ArgumentError, match="3 rows of the inputs give outputs of 2 rows"):
+        check_runs(net, narrow)
+    found = outputs(net, probe)
+    with pytest.raises(ArgumentError, match="256 rows of the inputs give outputs of 6 rows"):
+        compare(found, found, None, None, probe=probe)
+    assert not has_classes(net, ((x[:5],), {}), None)
+    check_runs(nn.Linear(10, 4), make_probe(x[:, 0], x[:2, 0]))
+
+
+def test_training_inputs_of_another_form_claim_nothing():
+    net, x = SequenceFirst(), torch.randn(800, 6, 10, generator=torch.Generator().manual_seed(0))
+    probe = Probe(args=(x,), kwargs={}, labels=None, rows=800, held_out=False)
+    found = compare(outputs(net, probe), [-y for y in outputs(net, probe)], None, None, probe=probe)
+    assert not found.readable
+    assert found.rms > 0
+    assert (found.flips, found.rows) == (0, 800)
+
+
+def test_rows_of_what_logits_reads_count():
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    probe = make_probe(x, x[:2])
+    net = nn.Linear(3, 4)
+    check_runs(net, probe, lambda out: out)
+    with pytest.raises(ArgumentError, match="outputs of 4 rows"):
+        check_runs(net, probe, lambda out: out.T)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(5), torch.ones(5).bool(), torch.tensor([0, 1, -1, 0, 0])])
+def test_labels_are_class_indices(labels):
+    with pytest.raises(ArgumentError, match="labels"):
+        make_probe((torch.zeros(5, 3), labels), torch.zeros(2, 3))
+
+
+def test_labels_beyond_the_classes_are_refused():
+    net, x = nn.Linear(3, 2), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    probe = make_probe((x, torch.tensor([0, 1, 2, 0, 0])), x[:2])
+    with pytest.raises(ArgumentError, match=r"0 \.\. 1"):
+        check_runs(net, probe)
+    found = outputs(net, probe)
+    with pytest.raises(ArgumentError, match=r"0 \.\. 1"):
+        compare(found, found, probe.labels, None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apoptosis.budget import ALPHA, Account
-from apoptosis.errors import BudgetError
+from apoptosis.errors import BudgetError, CheckpointError
 from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper, required_probe_rows
 from apoptosis.probe import Change, make_probe
 from apoptosis.verdict import SANITY_RMS, Verdict
@@ -114,3 +114,71 @@ def test_state_round_trip():
     other.load_state_dict(verdict.state_dict())
     assert other.state_dict() == verdict.state_dict()
     assert other.account.next_rows() == verdict.account.next_rows()
+    changed = verdict.state_dict()
+    changed["account"]["judged"] = [["x"]]
+    with pytest.raises(ValueError, match="unpack"):
+        other.load_state_dict(changed)
+    assert other.state_dict() == verdict.state_dict()
+
+
+def test_budget_needs_to_know_that_outputs_are_classes():
+    unlabelled = make_probe(torch.zeros(5000, 3), torch.zeros(2, 3))
+    with pytest.raises(BudgetError, match="may be no classes: give labels with the probe or logits="):
+        Verdict(0.01, unlabelled).check(readable=True)
+    Verdict(0.01, unlabelled).check(readable=True, named=True)
+    Verdict(0.01, probe(5000)).check(readable=True)
+
+
+def test_without_labels_or_logits_nothing_is_called_accuracy():
+    unlabelled = make_probe(torch.zeros(800, 3), torch.zeros(2, 3))
+    for given, named in ((unlabelled, False), (unlabelled, True), (probe(800), False)):
+        verdict = Verdict(None, given)
+        verdict.check(readable=True, named=named)
+        part = verdict.begin(None)
+        verdict.judge(change(rows=part.rows))
+        (certificate,) = verdict.settle()
+        assert ("largest output changed" in certificate.note) == (given is unlabelled and not named)
+
+
+def shuffled(rows):
+    gen = torch.Generator().manual_seed(3)
+    return torch.randn(rows, 3, generator=gen), torch.randint(0, 4, (rows,), generator=gen)
+
+
+@pytest.mark.parametrize("budget", [None, 0.02])
+def test_limits_go_on_only_with_their_own_probe(budget):
+    x, y = shuffled(4000)
+    example = x[:2]
+    verdict = Verdict(budget, make_probe((x, y), example))
+    others = {
+        "this run has none": None,
+        "rows": make_probe((x[:3999], y[:3999]), example),
+        "inputs": make_probe((x + 0.01, y), example),
+        "labels": make_probe((x, 3 - y), example),
+    }
+    order = {"inputs": make_probe((x.flip(0), y.flip(0)), example)}
+    fresh = verdict.state_dict()
+    for given in others.values():  # nothing was judged yet: any probe will do
+        if given is not None or budget is None:
+            Verdict(budget, given).load_state_dict(fresh)
+    part = verdict.begin(None)
+    verdict.judge(change(rows=part.rows))
+    verdict.settle()
+    for cases in (others, order):
+        for name, given in cases.items():
+            run = Verdict(budget, given)
+            before = run.state_dict()
+            with pytest.raises(CheckpointError, match=name):
+                run.load_state_dict(verdict.state_dict())
+            assert run.state_dict() == before
+    Verdict(budget, make_probe((x.clone(), y.clone()), example)).load_state_dict(verdict.state_dict())
+
+
+def test_limits_on_training_inputs_do_not_go_on_with_a_probe():
+    verdict = Verdict(None, None)
+    verdict.begin(((torch.zeros(4, 3),), {}))
+    verdict.judge(change(flips=3))
+    verdict.settle()
+    with pytest.raises(CheckpointError, match="no probe"):
+        Verdict(None, probe(4000)).load_state_dict(verdict.state_dict())
+    Verdict(None, None).load_state_dict(verdict.state_dict())

@@ -6,6 +6,7 @@ Lives here: validation of the arguments of Apoptosis and shrink_. Does not live 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -46,15 +47,19 @@ def check_optimizers_given(
     return found
 
 
-def check_others(*, criterion: object, seed: object, log: object = None, logits: object = None) -> None:
-    """Check the types of the remaining arguments. Raises: ArgumentError: naming the argument."""
+def check_others(*, criterion: object, seed: object, log: object = None, logits: object = None) -> int:
+    """Check the types of the remaining arguments; returns the seed as an int.
+
+    Raises: ArgumentError: naming the argument.
+    """
     if not isinstance(criterion, str):
         raise ArgumentError(f"criterion={criterion!r} must be the name of a criterion.")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
         raise ArgumentError(f"seed={seed!r} must be a whole number >= 0.")
     for name, value in (("log", log), ("logits", logits)):
         if value is not None and not callable(value):
             raise ArgumentError(f"{name}={value!r} must be a function, or None.")
+    return int(seed)
 
 
 def check_exclude(exclude: Iterable[str]) -> tuple[str, ...]:
@@ -70,8 +75,10 @@ def check_exclude(exclude: Iterable[str]) -> tuple[str, ...]:
 
 def check_numbers(
     *, tolerance: float | None, align: int, total_steps: int | None = None, budget: float | None = None
-) -> None:
-    """Check the ranges of the numeric arguments.
+) -> tuple[float | None, int, int | None, float | None]:
+    """Check the ranges of the numeric arguments; NumPy scalars are numbers too.
+
+    Returns: tolerance, align, total_steps and budget as plain floats and ints, which arithmetic and JSON can rely on.
 
     Raises: ArgumentError: naming the argument, its value and its range.
     """
@@ -84,11 +91,17 @@ def check_numbers(
     for name, value, good, wanted in checks:
         if not good:
             raise ArgumentError(f"{name}={value!r} must be {wanted}.")
+    return (
+        None if tolerance is None else float(tolerance),
+        int(align),
+        None if total_steps is None else int(total_steps),
+        None if budget is None else float(budget),
+    )
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1

@@ -99,8 +99,10 @@ class Apoptosis:
         start = time.perf_counter()
         check_model(model)
         optimizers = check_optimizers_given(optimizer, trains=model)
-        check_numbers(tolerance=tolerance, align=align, total_steps=total_steps, budget=budget)
-        check_others(criterion=criterion, seed=seed, log=log, logits=logits)
+        tolerance, align, total_steps, budget = check_numbers(
+            tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
+        )
+        seed = check_others(criterion=criterion, seed=seed, log=log, logits=logits)
         patterns = check_exclude(exclude)
         chosen = get_criterion(criterion)
         check_optimizers(optimizers, model)
@@ -114,8 +116,8 @@ class Apoptosis:
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
         self._has_classes = has_classes(model, self._patient.call, logits)
         if self._verdict.probe is not None:
-            check_runs(model, self._verdict.probe)
-        self._verdict.check(readable=self._has_classes)
+            check_runs(model, self._verdict.probe, logits)
+        self._verdict.check(readable=self._has_classes, named=logits is not None)
         self._memory = Memory(
             full=(num_parameters(model), structure.macs), full_shapes=dict(structure.shapes), overhead=overhead
         )
@@ -233,6 +235,8 @@ class Apoptosis:
                 observer = self._new_observer(tuple(g for g in structure.groups if g.pin is None))
                 observer.load_state_dict(window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
+        except CheckpointError:  # says itself what differs
+            raise
         except DAMAGES as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
         self._drop_window()

@@ -63,7 +63,8 @@ class Ledger:
     """The sum over all events of a run.
 
     accuracy_cost: upper limit on what all removals together cost in accuracy (a share), before training went on;
-    None where nothing could be read off the outputs. confidence: of that limit; population: whether it speaks of the
+    None where nothing could be read off the outputs; a share of predictions (largest output) that changed where
+    neither labels nor logits= said that outputs are classes (`classes` False). confidence: of that limit; population: whether it speaks of the
     population the probe was drawn from, or only of the training inputs it was measured on.
     site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
     event; site_limit: what that sum may reach at most.
@@ -84,6 +85,7 @@ class Ledger:
     seconds: float
     hook_seconds: float
     notes: tuple[str, ...] = field(default=())
+    classes: bool = True
 
     def __str__(self) -> str:
         shrunk = self.parameters[0] / max(self.parameters[1], 1)
@@ -95,14 +97,18 @@ class Ledger:
         if self.accuracy_cost is not None:
             points = f"{100 * self.accuracy_cost:.3g} points"
             if self.population:
+                what = f"cost at most {points} of accuracy"
+                if not self.classes:
+                    what = f"changed at most {points} of the predictions (largest output)"
                 lines.append(
-                    f"all removals together cost at most {points} of accuracy, with {100 * self.confidence:.0f} % "
+                    f"all removals together {what}, with {100 * self.confidence:.0f} % "
                     f"confidence, before training went on ({self.probe_rows:,} held-out probe rows)"
                 )
             else:
+                largest = "" if self.classes else " (largest output)"
                 lines.append(
-                    f"all removals together changed {points} of the predictions on training inputs, before training "
-                    "went on; without a held-out probe nothing is claimed about the population"
+                    f"all removals together changed {points} of the predictions{largest} on training inputs, before "
+                    "training went on; without a held-out probe nothing is claimed about the population"
                 )
         if self.site_cost:
             site = max(self.site_cost, key=lambda name: self.site_cost[name])

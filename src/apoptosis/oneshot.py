@@ -73,11 +73,11 @@ def shrink_(
     start = time.perf_counter()
     model = check_model(model)
     optimizers = check_optimizers_given(optimizer)
-    check_numbers(tolerance=tolerance, align=align)
-    check_others(criterion=criterion, seed=seed)
+    given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
+    seed = check_others(criterion=criterion, seed=seed)
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
         raise ArgumentError(f"batches is a {type(batches).__name__}: give a sequence or loader of batches, [batch].")
-    if tolerance is None:
+    if given is None:
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
@@ -91,7 +91,7 @@ def shrink_(
     observations = observer.observations()
     before = size_of(patient, structure)
     notes: list[str] = []
-    used = tolerance
+    used = given
     for _ in range(_TRIES):
         request = Request(criterion=chosen, tolerance=used, align=align, max_drop=1.0, seed=seed)
         plan = make_plan(model, structure, observations, request)

@@ -65,7 +65,7 @@ def timed_capture(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def refreshed(patient: Patient, structure: Structure) -> Structure:
-    """The structure, captured again if somebody else has changed the model's shapes (shrink_, another Apoptosis)."""
+    """Return the structure, captured again if somebody else has changed the model's shapes (shrink_, another Apoptosis)."""
     now = dict(patient.model.named_parameters(remove_duplicate=False))
     if all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items()):
         return structure
@@ -120,10 +120,16 @@ def operate(
     pins: dict[str, Pin] = {}
     todo = list(reductions)
     before = outputs(patient.model, probe) if probe is not None else None
+    scalars_are_old = True
     while todo:
         outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge)
         if outcome is not None:
             return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
+        if scalars_are_old:  # a temperature that the training loop sets, say, is no width: look again before pinning
+            scalars_are_old, now = False, analyse(patient.model, *patient.call).scalars
+            if now != structure.scalars:
+                structure = replace(structure, scalars=now)
+                continue
         guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
         for name, reason in guilty.items():
             pins[name] = _pin(structure, name, reason)
@@ -156,7 +162,7 @@ def _attempt(
             return None, str(error)
         change = None
         if probe is not None and before is not None and after is not None:
-            change = compare(before, after, probe.labels, patient.read)
+            change = compare(before, after, probe.labels, patient.read, probe=probe)
             refused = judge(change)
             if refused:
                 transaction.rollback()

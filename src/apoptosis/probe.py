@@ -1,7 +1,7 @@
 """The network's outputs before and after surgery, compared on probe examples.
 
-Lives here: reading classes off outputs, slicing a probe, running the model without leaving a trace, counting flips
-and margins. Does not live here: what follows from the numbers (bounds) or who rolls back (engine).
+Lives here: reading classes off outputs, slicing a probe, running the model without leaving a trace, comparing
+outputs. Does not live here: counting and what follows from it (numerics.bounds) or who rolls back (engine).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from apoptosis.errors import ArgumentError, NonFiniteError
+from apoptosis.numerics.bounds import compare_logits
 
 ReadLogits = Callable[[Any], Tensor]
+CHUNK = 256  # examples per forward pass over a probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,9 +49,9 @@ class Probe:
 class Change:
     """How far the outputs moved. rms: relative to the centred output; flips, losses: numbers of examples.
 
-    flips: predictions that changed. losses: right before and wrong after (equal to flips where labels are missing).
-    margin_share: share of examples whose two largest logits differ by at most twice the largest change of a logit.
-    readable: whether the outputs have classes at all.
+    flips: examples whose largest output changed. losses: right before and wrong after (equal to flips where labels are
+    missing). margin_share: share of examples whose two largest logits differ by at most twice the largest change of a
+    logit. readable: whether the outputs have columns to compare, one row per example.
     """
 
     rms: float
@@ -104,18 +106,49 @@ def make_probe(probe: Any, example: Any) -> Probe:
         raise ArgumentError("probe holds no examples along dimension 0.")
     if labels is not None and (not isinstance(labels, Tensor) or labels.dim() != 1 or len(labels) != rows):
         raise ArgumentError(f"probe labels must be a tensor of shape ({rows},): one class index per example.")
+    if labels is not None:
+        check_labels(labels, None)
     return Probe(args=args, kwargs=kwargs, labels=labels, rows=rows, held_out=True)
 
 
-def check_runs(model: nn.Module, probe: Probe) -> None:
-    """Run the model on a few probe examples.
+def check_labels(labels: Tensor, classes: int | None) -> None:
+    """Check that labels are class indices, below `classes` where that is known.
 
-    Raises: ArgumentError: it fails on them.
+    Raises: ArgumentError: another dtype, or an index out of range.
     """
-    try:
-        outputs(model, probe.take(0, min(2, probe.rows)))
-    except Exception as error:  # the user's forward may raise anything
-        raise ArgumentError(f"probe: the model fails on it: {type(error).__name__}: {error}") from error
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise ArgumentError(f"probe labels are of dtype {labels.dtype}: give class indices (an integer dtype).")
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if low < 0 or (classes is not None and high >= classes):
+        allowed = "0 or more" if classes is None else f"0 .. {classes - 1}"
+        raise ArgumentError(f"probe labels range over {low} .. {high}: class indices must be {allowed}.")
+
+
+def check_runs(model: nn.Module, probe: Probe, read: ReadLogits | None = None) -> None:
+    """Run the model on a few probe examples, in two sizes: its outputs must have a row for each of them.
+
+    Raises: ArgumentError: it fails on them, the outputs have other rows, or labels name no class of the outputs.
+    """
+    for rows in {min(2, probe.rows), min(3, probe.rows)}:
+        part = probe.take(0, rows)
+        try:
+            (out,) = outputs(model, part)
+        except Exception as error:  # the user's forward may raise anything
+            raise ArgumentError(f"probe: the model fails on it: {type(error).__name__}: {error}") from error
+        logits = logits_of(out, read)
+        _check_rows(out, logits, rows)
+        if logits is not None and probe.labels is not None:
+            check_labels(probe.labels, logits.shape[1])
+
+
+def _check_rows(out: Any, logits: Tensor | None, rows: int) -> None:
+    """Raise ArgumentError unless what is read off the output has one row per example."""
+    found = [len(x) for x in ([logits] if logits is not None else _leaves(out)) if x.dim()]
+    if rows not in found:
+        raise ArgumentError(
+            f"probe: {rows} rows of the inputs give outputs of {found[0] if found else 'no'} rows. Dimension 0 of the "
+            "inputs must count examples, and the outputs (or what logits= reads) must have one row for each."
+        )
 
 
 def like_example(
@@ -163,13 +196,14 @@ def without_trace(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def outputs(model: nn.Module, probe: Probe, *, chunk: int = 256) -> list[Any]:
+def outputs(model: nn.Module, probe: Probe, *, chunk: int = CHUNK) -> list[Any]:
     """Return the model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model."""
     found = []
     with without_trace(model):
         for start in range(0, probe.rows, chunk):
             part = probe.take(start, min(start + chunk, probe.rows)) if probe.rows > chunk else probe
-            found.append(model(*part.args, **part.kwargs))
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (part.args, dict(part.kwargs)))  # it may write to them
+            found.append(model(*args, **kwargs))
     return found
 
 
@@ -197,14 +231,61 @@ def logits_of(out: Any, read: ReadLogits | None) -> Tensor | None:
     return None
 
 
-def compare(before: list[Any], after: list[Any], labels: Tensor | None, read: ReadLogits | None) -> Change:
+def compare(
+    before: list[Any],
+    after: list[Any],
+    labels: Tensor | None,
+    read: ReadLogits | None,
+    *,
+    probe: Probe | None = None,
+) -> Change:
     """How far the outputs moved between two passes over the same examples.
 
-    Raises: NonFiniteError: the outputs before hold NaN or infinity (after: the change is infinite).
+    Args:
+        before: what `outputs` returned.
+        after: the same after surgery.
+        labels: (examples,) class indices, or None.
+        read: as logits=.
+        probe: what the passes were made on. Outputs without a row for each example then bound nothing.
+
+    Raises:
+        NonFiniteError: the outputs before hold NaN or infinity (after: the change is infinite).
+        ArgumentError: a held-out probe and outputs of other rows, or labels that name no class.
     """
-    change = scale = 0.0
-    rows = flips = losses = close = start = 0
+    rms = _relative_rms(before, after)
+    rows = flips = losses = close = 0
     readable = True
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        a, b = logits_of(old, read), logits_of(new, read)
+        size = num_rows(_leaves(old)) if a is None else len(a)
+        if probe is not None:
+            size = min(CHUNK, probe.rows - i * CHUNK)
+            for out, logits in ((old, a), (new, b)):
+                if probe.held_out:
+                    _check_rows(out, logits, size)
+                readable = readable and logits is not None and len(logits) == size
+        if readable and a is not None and b is not None:
+            truth = None if labels is None else labels[rows : rows + size]
+            if truth is not None:
+                check_labels(truth, a.shape[1])
+            found = compare_logits(a, b, truth)
+            flips, losses, close = flips + found.flips, losses + found.losses, close + found.at_risk
+        else:
+            readable = False
+        rows += size
+    return Change(
+        rms=rms,
+        rows=rows,
+        flips=flips,
+        losses=losses,
+        margin_share=close / rows if readable and rows else 1.0,
+        readable=readable and rows > 0,
+    )
+
+
+def _relative_rms(before: list[Any], after: list[Any]) -> float:
+    """Root of the squared change over the squared spread of the outputs, all their tensors together."""
+    change = scale = 0.0
     for old, new in zip(before, after, strict=True):
         for x, y in zip(_leaves(old), _leaves(new), strict=True):
             x, y = x.double(), y.double()
@@ -213,36 +294,13 @@ def compare(before: list[Any], after: list[Any], labels: Tensor | None, read: Re
             change += float((y - x).square().sum())
             alone = len(before) == 1 and x.dim() and x.shape[0] == 1  # one example has no spread: take its size
             scale += float((x if alone else x - x.mean(0, keepdim=True)).square().sum())
-        a, b = logits_of(old, read), logits_of(new, read)
-        if a is None or b is None:
-            readable = False
-            rows += num_rows(_leaves(old))
-            continue
-        a, b = a.double(), b.double()
-        rows += len(a)
-        first, second = a.argmax(1), b.argmax(1)
-        flipped = (first != second) | ~torch.isfinite(b).all(1)
-        flips += int(flipped.sum())
-        if labels is not None:
-            truth = labels[start : start + len(a)].to(first.device)
-            losses += int(((first == truth) & flipped).sum())
-        top = a.topk(2, dim=1).values
-        close += int(((top[:, 0] - top[:, 1]) <= 2 * (b - a).abs().amax(1)).sum())
-        start += len(a)
     if change != change:
-        change = float("inf")
-    rms = (change / scale) ** 0.5 if scale > 0 else (0.0 if change == 0 else float("inf"))
-    return Change(
-        rms=rms,
-        rows=rows,
-        flips=flips,
-        losses=flips if labels is None else losses,
-        margin_share=close / rows if readable and rows else 1.0,
-        readable=readable and rows > 0,
-    )
+        return float("inf")
+    return (change / scale) ** 0.5 if scale > 0 else (0.0 if change == 0 else float("inf"))
 
 
 def has_classes(model: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], read: ReadLogits | None) -> bool:
-    """Whether logits can be read off the model's output on the example input."""
+    """Whether logits, one row per example, can be read off the model's output on the example input."""
     example = Probe(args=call[0], kwargs=call[1], labels=None, rows=max(1, num_rows(call)), held_out=False)
-    return logits_of(outputs(model, example, chunk=example.rows)[0], read) is not None
+    logits = logits_of(outputs(model, example, chunk=example.rows)[0], read)
+    return logits is not None and len(logits) == example.rows

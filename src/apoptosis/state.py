@@ -217,6 +217,7 @@ def sum_up(
         population=held_out,
         probe_rows=account.rows,
         budget=account.budget,
+        classes=verdict.named,
         site_cost=dict(memory.site_cost),
         site_limit=site_limit,
         seconds=memory.own_seconds + hook_seconds,

@@ -6,11 +6,16 @@ arithmetic of limits (budget, numerics.bounds).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
 from apoptosis.budget import ALPHA, Account
-from apoptosis.errors import BudgetError
+from apoptosis.errors import BudgetError, CheckpointError
 from apoptosis.probe import Change, Probe, num_rows
 from apoptosis.records import Certificate
 
@@ -31,6 +36,9 @@ class Verdict:
         self.probe = probe
         self.account = Account(budget, 0 if probe is None else probe.rows)
         self.training_flips = 0.0
+        self.named = probe is not None and probe.labels is not None
+        self._judged = 0  # attempts whose outputs could be read
+        self._mark = None if probe is None else fingerprint(probe)
         self._rows = (0, 0)
         self._pending: Certificate | None = None
 
@@ -39,11 +47,17 @@ class Verdict:
         """Whether limits speak of a population."""
         return self.probe is not None
 
-    def check(self, *, readable: bool) -> None:
+    def check(self, *, readable: bool, named: bool = False) -> None:
         """Refuse a budget that can never be granted, before anything starts.
+
+        Args:
+            readable: whether the outputs have two columns or more.
+            named: whether the user said with logits= which outputs are classes. Labels in the probe say so too;
+                without either the columns may be anything, and nothing is claimed about accuracy.
 
         Raises: BudgetError: no probe, no classes to read, or too few probe rows (the number needed is named).
         """
+        self.named = self.named or named
         if self.account.budget is None:
             return
         if self.probe is None:
@@ -55,6 +69,10 @@ class Verdict:
             raise BudgetError(
                 "budget= bounds the share of changed predictions, but the model's output has no classes to read; give "
                 "logits=, a function from the output to a tensor (examples, classes)."
+            )
+        if not self.named:
+            raise BudgetError(
+                "budget= bounds accuracy, but the outputs may be no classes: give labels with the probe or logits=."
             )
         self.account.check()
 
@@ -74,9 +92,11 @@ class Verdict:
         """Why a change is refused, "" when it is granted. Every attempt on a probe spends confidence."""
         first, last = self._rows
         budget = self.account.budget
+        self._judged += change.readable
+        what = "" if self.named else "share of examples whose largest output changed, no claim about accuracy; "
         if self.held_out and change.readable:
             limit = self.account.attempt(first, last, change.losses)
-            note = "part of the ledger's sum: the confidence is that of all attempts of the run together"
+            note = f"{what}part of the ledger's sum: the confidence is that of all attempts of the run together"
             self._pending = Certificate(
                 kind="accuracy",
                 subject="outputs",
@@ -89,7 +109,10 @@ class Verdict:
             if not self.account.grants(limit):
                 return f"accuracy limit {limit:.3g} on top of {self.account.spent:.3g} exceeds the budget {budget:g}"
         elif change.readable:
-            value, note = change.flips / change.rows, "on training inputs: nothing is claimed about the population"
+            value, note = (
+                change.flips / change.rows,
+                f"{what}on training inputs: nothing is claimed about the population",
+            )
             self._pending = Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
         if budget is None and not change.rms <= SANITY_RMS:
             return f"the outputs changed by {change.rms:.3g} (relative rms), beyond the sanity limit {SANITY_RMS}"
@@ -108,10 +131,58 @@ class Verdict:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"account": self.account.state_dict(), "training_flips": self.training_flips}
+        return {
+            "account": self.account.state_dict(),
+            "training_flips": self.training_flips,
+            "judged": self._judged,
+            "probe": self._mark,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` wrote, or raise and change nothing."""
-        flips = float(state["training_flips"])
-        self.account.load_state_dict(state["account"])
-        self.training_flips = flips
+        """Take over what `state_dict` wrote, or raise and change nothing.
+
+        Raises: CheckpointError: attempts were judged on another probe; what differs is named.
+        """
+        account = Account(self.account.budget, self.account.rows)
+        account.load_state_dict(state["account"])
+        flips, judged = float(state["training_flips"]), int(state["judged"])
+        if judged or account.judged or account.spent > 0:
+            _check_same(state["probe"], self._mark)
+        self.account, self.training_flips, self._judged = account, flips, judged
+
+
+def fingerprint(probe: Probe) -> dict[str, Any]:
+    """Return what tells one probe from another: rows, shape and a weighted sum of inputs and of labels."""
+    tensors = [x for x in tree_flatten((probe.args, dict(probe.kwargs)))[0] if isinstance(x, Tensor) and x.dim()]
+    first = next(x for x in tensors if x.shape[0] == probe.rows)
+    return {
+        "rows": probe.rows,
+        "held_out": probe.held_out,
+        "shape": list(first.shape),
+        "inputs": _weighted_sum(first),
+        "labels": None if probe.labels is None else _weighted_sum(probe.labels),
+    }
+
+
+def _weighted_sum(x: Tensor) -> float:
+    """Mean over rows in float64, weighted by position: the order of rows decides which attempt sees which."""
+    x = x.detach()
+    rows = (torch.view_as_real(x) if x.is_complex() else x).double().reshape(len(x), -1).sum(1)
+    return float((rows * torch.arange(1, len(x) + 1, device=x.device)).sum() / len(x))
+
+
+def _check_same(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> None:
+    """Raise CheckpointError unless two fingerprints are of one probe."""
+    if stored is None or own is None:
+        if stored is own:
+            return
+        told = ("no probe", "one") if stored is None else (f"a probe of {stored['rows']} rows", "none")
+        raise CheckpointError(f"apoptosis state: its limits were measured with {told[0]}, this run has {told[1]}.")
+    for name, value in own.items():
+        was = stored[name]
+        numbers = isinstance(was, float) and isinstance(value, float)  # sums, whose last digits depend on the machine
+        if not (math.isclose(was, value, rel_tol=1e-9, abs_tol=1e-6) if numbers else was == value):
+            raise CheckpointError(
+                f"apoptosis state: its limits were measured on another probe ({name}: {was} there, {value} here). "
+                "Resume with the probe it was started with."
+            )

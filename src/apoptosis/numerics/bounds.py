@@ -1,13 +1,13 @@
-"""Bounds on what a removal costs: worst case from weights, empirical on a sample, accuracy with confidence.
+"""Bounds on what a removal costs: worst case from weights, changed predictions, accuracy with confidence.
 
 Lives here: pure arithmetic on outputs, counts and weights. Does not live here: running a network, deciding anything,
-the account over a run (budget). The theorems named below are proved in docs/theory.md.
+certificates (verdict, criteria), the account over a run (budget). The theorems named below are proved in
+docs/theory.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from scipy import stats
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
-from apoptosis.records import Certificate
 
 
 def clopper_pearson_upper(flips: int, rows: int, alpha: float) -> float:
@@ -92,105 +91,51 @@ def _check_alpha(alpha: float) -> None:
 class Agreement:
     """Predictions before and after on the same rows.
 
-    flips: rows whose largest logit is another class. at_risk: rows whose margin is at most twice the largest change of
-    a logit on that row: only these can have flipped. largest_change: over all rows and classes.
+    flips: rows whose largest logit is another class, or whose logits are not finite any more. losses: flipped rows
+    that were right before (equal to flips where labels are missing). at_risk: rows whose margin is at most twice the
+    largest change of a logit on that row: only these can have flipped.
     """
 
     rows: int
     flips: int
+    losses: int
     at_risk: int
-    largest_change: float
 
 
-def compare_logits(before_NK: Tensor, after_NK: Tensor) -> Agreement:
-    """Count flipped predictions and predictions that could have flipped (Theorem "Margin").
+def compare_logits(before_NK: Tensor, after_NK: Tensor, labels_N: Tensor | None = None) -> Agreement:
+    """Count flipped predictions, those that were right, and those that could have flipped (Theorem "Margin").
 
     Args:
         before_NK: (rows, classes), two classes or more.
         after_NK: the same rows after the removal.
+        labels_N: (rows,) class indices.
 
     Raises:
-        ShapeError: not two matrices of one shape with at least two classes.
-        NonFiniteError: a logit is NaN or infinite.
+        ShapeError: not two matrices of one shape with at least two classes, or another number of labels.
+        NonFiniteError: a logit before is NaN or infinite.
+
+    Example:
+        >>> compare_logits(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+        Agreement(rows=2, flips=1, losses=1, at_risk=1)
     """
-    if before_NK.ndim != 2 or before_NK.shape != after_NK.shape or before_NK.shape[1] < 2:
-        raise ShapeError(
-            f"compare_logits: shapes {tuple(before_NK.shape)} and {tuple(after_NK.shape)}, need (N, K>=2)."
-        )
+    shape = before_NK.shape
+    if len(shape) != 2 or shape != after_NK.shape or shape[1] < 2:
+        raise ShapeError(f"compare_logits: shapes {tuple(shape)} and {tuple(after_NK.shape)}, need (N, K>=2).")
+    if labels_N is not None and labels_N.shape != shape[:1]:
+        raise ShapeError(f"compare_logits: labels of shape {tuple(labels_N.shape)} for {shape[0]} rows.")
     before, after = before_NK.detach().double(), after_NK.detach().double()
-    if not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
-        raise NonFiniteError("compare_logits: a logit is NaN or infinite.")
-    if before.shape[0] == 0:
-        return Agreement(rows=0, flips=0, at_risk=0, largest_change=0.0)
+    if not bool(torch.isfinite(before).all()):
+        raise NonFiniteError("compare_logits: a logit before the removal is NaN or infinite.")
+    if shape[0] == 0:
+        return Agreement(rows=0, flips=0, losses=0, at_risk=0)
     top = before.topk(2, dim=1).values
-    change = (after - before).abs().amax(1)
+    first = before.argmax(1)
+    flipped = (first != after.argmax(1)) | ~torch.isfinite(after).all(1)
+    right = flipped if labels_N is None else first == labels_N.to(first.device)
+    safe = top[:, 0] - top[:, 1] > 2.0 * (after - before).abs().amax(1)  # False where the change is NaN
     return Agreement(
-        rows=before.shape[0],
-        flips=int((before.argmax(1) != after.argmax(1)).sum()),
-        at_risk=int((top[:, 0] - top[:, 1] <= 2.0 * change).sum()),
-        largest_change=float(change.max()),
+        rows=shape[0], flips=int(flipped.sum()), losses=int((flipped & right).sum()), at_risk=int((~safe).sum())
     )
-
-
-def accuracy_certificate(
-    agreement: Agreement, *, population: bool, attempt: int = 1, alpha: float = 0.05
-) -> Certificate:
-    """Bound the share of predictions that changed, and with it the fall of accuracy.
-
-    Args:
-        agreement: of the predictions on the probe.
-        population: the rows were used neither to train nor to choose the reduction; the limit then speaks of the
-            population they were drawn from. Else the share is exact, on those rows alone.
-        attempt: how many attempts have been judged so far, this one included.
-        alpha: error probability over all attempts.
-    """
-    if not population:
-        share = agreement.flips / max(1, agreement.rows)
-        return Certificate(kind="accuracy", subject="outputs", value=share, rows=agreement.rows, note="these rows only")
-    spent = alpha_for_attempt(attempt, alpha)
-    value = clopper_pearson_upper(agreement.flips, agreement.rows, spent)
-    return Certificate(
-        kind="accuracy",
-        subject="outputs",
-        value=value,
-        rows=agreement.rows,
-        confidence=1.0 - spent,
-        population=True,
-        note=f"attempt {attempt}, {agreement.flips} flips, {agreement.at_risk} rows within twice the change",
-    )
-
-
-def ledger_sum(certificates: Iterable[Certificate], *, alpha: float = 0.05) -> Certificate:
-    """Add up the accuracy certificates of all granted removals of a run (Theorem "Ledger sum").
-
-    The value holds with confidence 1 - alpha when attempt i spent alpha_for_attempt(i, alpha).
-
-    Raises: ArgumentError: a certificate is of another kind, or population and sample limits are mixed.
-    """
-    found = tuple(certificates)
-    if any(c.kind != "accuracy" for c in found) or len({c.population for c in found}) > 1:
-        raise ArgumentError("ledger_sum: only accuracy certificates of one sort (all population or all sample) add up.")
-    population = bool(found) and found[0].population
-    value = min(1.0, sum(c.value for c in found))
-    rows = min((c.rows for c in found), default=0)
-    confidence = 1.0 - alpha if population else 1.0
-    return Certificate(
-        kind="accuracy", subject="run", value=value, rows=rows, confidence=confidence, population=population
-    )
-
-
-def spectral_norm(weight: Tensor) -> float:
-    """Lipschitz constant of a linear map in the Euclidean norm: exact for (out, in), an upper bound for kernels.
-
-    A convolution of weight (out, in, *kernel) is the sum of one shifted (out, in) map per tap, and shifts do not
-    lengthen: at most Σ_p ‖W_p‖₂.
-
-    Raises: ShapeError: fewer than two dimensions.
-    """
-    if weight.ndim < 2:
-        raise ShapeError(f"spectral_norm: weight of shape {tuple(weight.shape)}.")
-    taps = weight.detach().double().flatten(2) if weight.ndim > 2 else weight.detach().double()[:, :, None]
-    return float(torch.linalg.matrix_norm(taps.permute(2, 0, 1), ord=2).sum())
 
 
 def worst_case_site_error(weight_OC: Tensor, deviation_C: Tensor, radius: float, jump_C: Tensor | None = None) -> float:
@@ -214,22 +159,3 @@ def worst_case_site_error(weight_OC: Tensor, deviation_C: Tensor, radius: float,
     deviation = deviation[active]
     apart = float((weight.norm(dim=0) * deviation).sum())
     return min(apart, float(torch.linalg.matrix_norm(weight, ord=2) * deviation.norm()))
-
-
-def worst_case_certificate(subject: str, site_error: float, downstream: Iterable[float], radius: float) -> Certificate:
-    """Carry a site's worst case through what follows: times the Lipschitz constant of every later map."""
-    value = site_error * math.prod(downstream)
-    return Certificate(kind="worst_case", subject=subject, value=value, note=f"for inputs of norm at most {radius:g}")
-
-
-def empirical_certificate(subject: str, relative_rms: float, rows: int) -> Certificate:
-    """Record a relative rms error that was computed on `rows` rows."""
-    return Certificate(kind="empirical", subject=subject, value=relative_rms, rows=rows)
-
-
-def summed_errors(relative_rms: Iterable[float]) -> float:
-    """Bound on the rms change of a site's output over several events by the triangle inequality: the plain sum.
-
-    All errors must relate to one common scale (Theorem "Compounding").
-    """
-    return math.fsum(relative_rms)
