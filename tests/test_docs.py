@@ -171,7 +171,10 @@ def comparison():
         hook_seconds=0.1,
     )
     ledger = {"accuracy_cost": 0.0123, "population": True, "confidence": 0.95}
-    pairs = [Pair(seed=s, dense=dense, apoptosis=slim, ledger=ledger, ledger_text="", events=()) for s in (0, 1)]
+    pairs = [
+        Pair(seed=s, dense=dense, apoptosis=slim, ledger=ledger, ledger_text="", calibration=1.0, events=())
+        for s in (0, 1)
+    ]
     config = {"data": "mnist", "network": "mlp", "widths": [64, 64], "epochs": 3}
     runs = [pair.as_dict() for pair in pairs]
     return {"kind": "compare", "config": config, "runs": runs, "overall": overall(pairs), "machine": {"cpu": "x|y"}}

@@ -1,6 +1,7 @@
 """One attempt of a run to shrink: plan, transaction, verdict, and what is booked of it.
 
-Lives here: the order of these within one event. Does not live here: windows and the loop (engine), the surgery (operate).
+Lives here: the order of these within one event. Does not live here: windows and the loop (engine), the surgery
+(operate).
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
     """Plan and operate, or leave everything as it was.
 
     Args:
+        run: what the attempt is part of.
+        observer: the closed window.
         start: `time.perf_counter()` at the beginning of the event.
 
     Returns: the structure now, an event if shapes changed, and why a surgery was rolled back ("" if none was); after a

@@ -50,6 +50,7 @@ def compare(
     probe_rows: o.ProbeRows = D.probe_rows,
     align: o.Align = D.align,
     exclude: o.Exclude = None,
+    calibration: o.Calibration = None,
     tensorboard: o.TensorBoard = False,
     out: o.Out = None,
     json_file: o.JsonFile = None,

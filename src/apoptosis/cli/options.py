@@ -50,7 +50,7 @@ Tolerance = Annotated[
     _option("Cap per consumer site and event on the relative rms change. Default: the library's schedule."),
 ]
 Criterion = Annotated[
-    str, _option("interpolative, pairwise, constant, duplicate, magnitude or random: how channels are chosen.")
+    str, _option("interpolative, greedy, pairwise, constant, duplicate, magnitude or random: how channels are chosen.")
 ]
 Budget = Annotated[
     float | None, _option("What all removals may cost in accuracy, a share (0.002 is 0.2 points), on validation rows.")
@@ -58,6 +58,10 @@ Budget = Annotated[
 ProbeRows = Annotated[int, _option("Validation rows that an event is measured on (with --budget: all of them).")]
 Align = Annotated[int, _option("Widths are rounded up to a multiple of this.")]
 Exclude = Annotated[list[str] | None, _option("Group to leave alone, by name or wildcard; may be repeated.")]
+Calibration = Annotated[
+    float | None,
+    typer.Option(help="Fixed cost of an event in MACs, from an earlier run's summary. Default: measured once."),
+]
 TensorBoard = Annotated[bool, _option("Write TensorBoard scalars into the run folder.", "--tensorboard")]
 Quiet = Annotated[bool, _option("Print nothing but the result.", "--quiet", "-q")]
 Out = Annotated[Path | None, _option("Run folder. Default: runs/DATA-NETWORK-TIME.")]

@@ -49,6 +49,7 @@ def train(
     probe_rows: o.ProbeRows = D.probe_rows,
     align: o.Align = D.align,
     exclude: o.Exclude = None,
+    calibration: o.Calibration = None,
     tensorboard: o.TensorBoard = False,
     out: o.Out = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder exactly.")] = None,

@@ -128,7 +128,7 @@ class Moments:
             product = _gram(work)
             if not bool(torch.isfinite(mean.sum() + product.diagonal().sum(dtype=torch.float64))):
                 raise NonFiniteError(
-                    "Moments.update: the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
+                    "the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
                     "Leave out steps that the gradient scaler skips, or lower the learning rate."
                 )
             self._scatter.add_(product)

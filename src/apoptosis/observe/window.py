@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from apoptosis.errors import NonFiniteError
+from apoptosis.numerics.moments import Moments
 from apoptosis.observe.watch import MIN_EXAMPLES, Observation, Sample, Watch, reads_several_positions
 from apoptosis.records import Group, Site
 
@@ -41,6 +43,14 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_inert, ()
+
+
+def _named(watch: Watch) -> Moments:
+    """Take a watch's moments; what is wrong with its rows is told of the module that read them."""
+    try:
+        return watch.snapshot()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"at the input of '{watch.site.module}': {error}") from error
 
 
 def _inert(*args: object) -> None:
@@ -265,7 +275,7 @@ class Observer:
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
-        moments = {key: watch.snapshot() for key, watch in self._watches.items() if watch.rows or watch.spoiled}
+        moments = {key: _named(watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled}
         samples = {name: sample.joined() for name, sample in self._samples.items()}
         found = {}
         for group, site, key in self._places:

@@ -51,6 +51,8 @@ def compare(
         for seed in seeds:
             pair = _twins(folder, config, seed, data, device, interrupt, watch)
             pairs.append(pair)
+            if config.calibration is None:  # one for all seeds: later timings are reported and never decide
+                config = config.model_copy(update={"calibration": pair.calibration})
             if announce is not None:
                 announce(pair)
     summary = {
@@ -107,5 +109,6 @@ def _twins(
         apoptosis=results["apoptosis"],
         ledger=ledger.as_dict(),
         ledger_text=str(ledger),
+        calibration=apo.calibration,
         events=events,
     )

@@ -54,6 +54,7 @@ class RunConfig(BaseModel):
     probe_rows: Annotated[int, Field(ge=0)] = 4096
     align: Positive = 8
     exclude: tuple[str, ...] = ()
+    calibration: Annotated[float, Field(gt=0)] | None = None
     tensorboard: bool = False
 
     @classmethod

@@ -38,7 +38,10 @@ class RunFolder:
         if resume and not (path / CONFIG).is_file():
             raise DataError(f"'{path}' is not the folder of a run: it holds no {CONFIG}.")
         if not resume:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"run folder '{path}' cannot be made: {error.strerror}.") from error
             if (path / CONFIG).exists():
                 raise ArgumentError(f"'{path}' holds a run already: resume it with --resume, or name another folder.")
         self._begun = resume

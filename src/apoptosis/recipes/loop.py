@@ -132,6 +132,7 @@ class Trainer:
             exclude=config.exclude,
             log=log,
             seed=config.seed,
+            calibration=config.calibration,
         )
 
     @property

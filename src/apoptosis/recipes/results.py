@@ -53,6 +53,7 @@ class Pair:
     apoptosis: Result
     ledger: Mapping[str, Any]
     ledger_text: str
+    calibration: float
     events: Sequence[Mapping[str, Any]]
 
     def as_dict(self) -> Record:
