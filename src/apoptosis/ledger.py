@@ -63,9 +63,10 @@ class Ledger:
     """The sum over all events of a run.
 
     accuracy_cost: upper limit on what all removals together cost in accuracy (a share), before training went on;
-    None where nothing could be read off the outputs; a share of predictions (largest output) that changed where
-    neither labels nor logits= said that outputs are classes (`classes` False). confidence: of that limit; population: whether it speaks of the
-    population the probe was drawn from, or only of the training inputs it was measured on.
+    None where nothing could be read off the outputs. classes: whether labels or logits= said that the outputs are
+    classes; else accuracy_cost is the share of predictions (largest output) that changed, and no accuracy.
+    confidence: of that limit; population: whether it speaks of the population the probe was drawn from, or only of the
+    training inputs it was measured on.
     site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
     event; site_limit: what that sum may reach at most.
     """
