@@ -324,7 +324,7 @@ def test_ledger_sum(seed: int, removals: int, size: float) -> None:
             verdict.judge(replace(found, rms=0.0))  # the sanity limit is another matter
             verdict.settle()
             fell = (logits.argmax(1) == labels)[rows].double() - (after.argmax(1) == labels)[rows].double()
-                spent[verdict] = spent.get(verdict, 0.0) + float(fell.mean())
+            spent[verdict] = spent.get(verdict, 0.0) + float(fell.mean())
         lost += float((logits.argmax(1) == labels).double().mean() - (after.argmax(1) == labels).double().mean())
         logits = after + draw(seed + i + 50, 80, 4)  # training goes on in between
     assert lost == pytest.approx(spent[on_training])
