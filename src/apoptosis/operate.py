@@ -65,7 +65,7 @@ def timed_capture(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def refreshed(patient: Patient, structure: Structure) -> Structure:
-    """Return the structure, captured again if somebody else has changed the model's shapes (shrink_, another Apoptosis)."""
+    """Return the structure, captured again if shrink_ or another Apoptosis has changed the model's shapes."""
     now = dict(patient.model.named_parameters(remove_duplicate=False))
     if all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items()):
         return structure
