@@ -16,7 +16,7 @@ POOR_YIELD = 0.02  # an event that saved less than this share makes the policy s
 LAST_SHARE = 0.7  # no event later than this share of the run: what is left must be learnt again
 WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 100, 500
 NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
-START_TOLERANCE = 0.03  # relative rms per site and event, of the library's own schedule
+START_TOLERANCE = 0.025  # relative rms per site and event, of the library's own schedule
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
@@ -104,7 +104,7 @@ def tolerance_at(cap: float | None, halvings: int) -> float:
 
     Example:
         >>> tolerance_at(None, 0), tolerance_at(None, 1), tolerance_at(0.02, 0)
-        (0.03, 0.015, 0.02)
+        (0.025, 0.0125, 0.02)
     """
     return (START_TOLERANCE if cap is None else cap) * 0.5**halvings
 
