@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-ORDER = ("mnist", "fashion-mnist", "higgs", "cifar10")
+ORDER = ("mnist", "fashion-mnist", "fashion-mnist-default", "higgs", "cifar10")
 
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."
@@ -149,8 +149,9 @@ def _result_row(name: str, result: Record) -> tuple[str, ...]:
     metric = result["runs"][0]["dense"]["metric_name"]
     difference = total["test_metric_difference"]
     widths = " " + ",".join(map(str, config["widths"])) if config.get("widths") else ""
+    tolerance = "" if config.get("tolerance") is None else f", tolerance {config['tolerance']:g}"
     return (
-        f"{config['data']}, {config['network']}{widths}, {config['epochs']} epochs",
+        f"{config['data']}, {config['network']}{widths}, {config['epochs']} epochs{tolerance}",
         str(total["num_seeds"]),
         f"{total['speedup_run']:.2f}x faster",
         f"{total['parameters_ratio']:.1f}x fewer",
