@@ -97,7 +97,11 @@ class Ledger:
         ]
         if self.accuracy_cost is not None:
             points = f"{100 * self.accuracy_cost:.3g} points"
-            if self.population:
+            if self.population and self.accuracy_cost >= 1.0:
+                lines.append(
+                    f"{self.probe_rows:,} held-out probe rows are too few to bound what all removals together cost"
+                )
+            elif self.population:
                 what = f"cost at most {points} of accuracy"
                 if not self.classes:
                     what = f"changed at most {points} of the predictions (largest output)"
