@@ -22,7 +22,7 @@ from apoptosis.policy import START_TOLERANCE
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.datasets import Dataset
 from apoptosis.recipes.folder import CHECKPOINT, CONFIG, write_json
-from apoptosis.recipes.networks import build_network
+from apoptosis.recipes.loop import make_network
 from apoptosis.recipes.train import prepare
 from apoptosis.surgery import load
 
@@ -40,14 +40,7 @@ def plan(
     asked = {"tolerance": tolerance, "criterion": criterion or None, "data_dir": data_dir, "device": device or None}
     config = RunConfig.checked(**{**config.model_dump(), **{k: v for k, v in asked.items() if v is not None}})
     data, place = prepare(config)
-    model = build_network(
-        config.network,
-        data.shape,
-        data.num_classes,
-        widths=config.widths,
-        activation=config.activation,
-        dropout=config.dropout,
-    ).to(place)
+    model = make_network(config, data, place)
     load(path, model)
     rows = min(config.probe_rows, len(data.validation))
     example, _ = data.train.between(0, 2)

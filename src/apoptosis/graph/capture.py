@@ -33,6 +33,7 @@ from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
 
 
+# torch leaves this class untyped in some releases and types it in others, hence the two ignores.
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Hands every operator, once executed, to the tracer."""
 

@@ -133,16 +133,13 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
     axes = frozenset().union(*(varying(v.ids) for v in values)) - {dim}
     first = values[0].ids
     rates = {v.dropout for v in values}
-    shared = {
-        "paths": joined([v.paths for v in values]),
-        "dropout": rates.pop() if len(rates) == 1 else 0.0,
-    }
+    paths, dropout = joined([v.paths for v in values]), rates.pop() if len(rates) == 1 else 0.0
     if dim not in varying(first) and all(np.array_equal(v.ids, first) for v in values):
-        return Value(first, **shared)  # type: ignore[arg-type]
+        return Value(first, paths=paths, dropout=dropout)
     parts = [expand(v.ids, t.shape, [*axes, dim]) for t, v in zip(tensors, values, strict=True)]
     if ndim and sum(p.size for p in parts) > SIZE_LIMIT:
         raise TooLargeError
-    return Value(collapse(np.concatenate(parts, axis=dim)), **shared)  # type: ignore[arg-type]
+    return Value(collapse(np.concatenate(parts, axis=dim)), paths=paths, dropout=dropout)
 
 
 def _cat(call: Call) -> Result:

@@ -1,8 +1,8 @@
 """Which channels to keep, how the kept ones stand in for the rest, and what that costs a consumer.
 
-Lives here: pivoted Cholesky, least-squares mixing, the joint residual and its error curve, the fold.
-Does not live here: where the moments come from, tolerances, groups of sites (criteria.py), edits of modules.
-All of it is float64. G is a Gram matrix over channels: the covariance where an offset can be folded, else the
+Lives here: pivoted Cholesky, least-squares mixing, the joint residual and its error curve.
+Does not live here: where the moments come from, tolerances, groups of sites (criteria.py), the fold (surgery).
+All of it is float64, but for a curve that may be asked for in float32. G is a Gram matrix over channels: the covariance where an offset can be folded, else the
 uncentred second moment.
 """
 
@@ -236,51 +236,12 @@ def residual_gram(
     return out
 
 
-def site_error(weight_OC: Tensor, residual_CC: Tensor) -> float:
-    """tr(W R Wᵀ), the consumer's mean squared error, joint over everything removed; never below zero."""
-    return float(site_diag(weight_OC, residual_CC).sum())
-
-
 def site_diag(weight_OC: Tensor, residual_CC: Tensor) -> Tensor:
     """diag(W R Wᵀ): the mean squared error of every output, (out,) float64, never below zero."""
     weight = weight_OC.detach().to(residual_CC.device, torch.float64)
     if weight.ndim != 2 or weight.shape[1] != residual_CC.shape[0]:
         raise ShapeError(f"site_diag: weight of shape {tuple(weight.shape)} for {residual_CC.shape[0]} channels.")
     return ((weight @ residual_CC) * weight).sum(1).clamp_min_(0.0)
-
-
-def fold_consumer(
-    weight_OC: Tensor, bias_O: Tensor | None, mix_KC: Tensor, offset_C: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Rewrite a consumer to read only the kept channels.
-
-    With z ~= z_K @ mix + offset:   W z + b ~= (W mixᵀ) z_K + (b + W offset).
-
-    Args:
-        weight_OC: (out, channels).
-        bias_O: (out,) or None.
-        mix_KC: (kept, channels).
-        offset_C: (channels,) or None for zero.
-
-    Returns: weight (out, kept) and bias (out,) (None only when both bias and offset are), in the dtype and on the
-        device of weight_OC; computed in float64.
-
-    Raises: ShapeError: mix_KC and weight_OC disagree on the number of channels.
-
-    Example:
-        >>> weight, bias = fold_consumer(torch.tensor([[1.0, 2.0]]), None, torch.tensor([[1.0, 3.0]]), None)
-        >>> weight.tolist(), bias
-        ([[7.0]], None)
-    """
-    if weight_OC.ndim != 2 or mix_KC.ndim != 2 or weight_OC.shape[1] != mix_KC.shape[1]:
-        raise ShapeError(f"fold_consumer: weight {tuple(weight_OC.shape)} and mix {tuple(mix_KC.shape)} do not fit.")
-    weight = weight_OC.double()
-    folded = (weight @ mix_KC.to(weight.device, torch.float64).T).to(weight_OC.dtype)
-    if offset_C is None:
-        return folded, bias_O
-    shift = weight @ offset_C.to(weight.device, torch.float64)
-    bias = shift if bias_O is None else bias_O.double() + shift
-    return folded, bias.to(weight_OC.dtype)
 
 
 def complement(keep: Tensor, num_channels: int) -> Tensor:

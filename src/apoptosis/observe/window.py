@@ -336,8 +336,8 @@ def _is_wrapped(x: Tensor) -> bool:
 
 def _is_plain(value: object) -> bool:
     """Whether a checkpoint can hold a value: nested plain containers of tensors, numbers and strings."""
-    if type(value) in (tuple, list):
-        return all(_is_plain(item) for item in value)  # type: ignore[attr-defined]
+    if type(value) is tuple or type(value) is list:
+        return all(_is_plain(item) for item in value)
     if type(value) is dict:
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return value is None or isinstance(value, bool | int | float | str | Tensor)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import CheckpointError, NonFiniteError
@@ -66,6 +66,18 @@ class Epoch:
     widths: Mapping[str, int]
 
 
+def make_network(config: RunConfig, data: Dataset, device: torch.device) -> nn.Module:
+    """Build the full-width network of a run."""
+    return build_network(
+        config.network,
+        data.shape,
+        data.num_classes,
+        widths=config.widths,
+        activation=config.activation,
+        dropout=config.dropout,
+    ).to(device)
+
+
 class Trainer:
     """A network, its optimizer and, if the config says so, its apoptosis, trained on one data set.
 
@@ -90,14 +102,7 @@ class Trainer:
         self.config, self.data, self.device = config, data, device
         self.interrupt = interrupt or Interrupt()
         torch.manual_seed(config.seed)
-        self.model = build_network(
-            config.network,
-            data.shape,
-            data.num_classes,
-            widths=config.widths,
-            activation=config.activation,
-            dropout=config.dropout,
-        ).to(device)
+        self.model = make_network(config, data, device)
         self.optimizer = make_optimizer(config, self.model)
         self.batch = min(config.batch, len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch

@@ -72,7 +72,7 @@ def _exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
     with torch.no_grad():
         if tensor.is_leaf:
             tensor.grad = None
-        tensor.set_(value)  # type: ignore[call-overload]
+        tensor.set_(value)  # type: ignore[call-overload]  # torch's stub knows storages alone
         if grad is not None:
             tensor.grad = grad
 
