@@ -2,8 +2,8 @@
 
 Lives here: pivoted Cholesky, least-squares mixing, the joint residual and its error curve.
 Does not live here: where the moments come from, tolerances, groups of sites (criteria.py), the fold (surgery).
-All of it is float64, but for a curve that may be asked for in float32. G is a Gram matrix over channels: the covariance where an offset can be folded, else the
-uncentred second moment.
+All of it is float64, but for a curve that may be asked for in float32. G is a Gram matrix over channels: the covariance
+where an offset can be folded, else the uncentred second moment.
 """
 
 from __future__ import annotations
