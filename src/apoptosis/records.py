@@ -16,7 +16,7 @@ from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
 
-SiteKind = Literal["linear", "conv", "conv_transpose"]
+SiteKind = Literal["linear", "conv", "conv_transpose", "product"]
 CertificateKind = Literal["worst_case", "empirical", "accuracy"]
 
 
@@ -59,9 +59,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Site:
-    """A consumer site: a module that reads the group's channels linearly, y = W z + b.
+    """A consumer site: what reads the group's channels linearly, y = W z + b.
 
-    module: qualified name of the nn.Linear or convolution (also when it is called several times: inputs pool).
+    module: qualified name of the nn.Linear or convolution (also when it is called several times: inputs pool); of the
+        module whose forward computes it where that is another one (`functional`).
     weight, dim: the weight and its contracted axis; columns: (channels, P), the columns each channel owns along it
         (P > 1 after a flatten, with grouped convolutions, or when a channel is concatenated twice).
     input_columns: (channels, P): the positions each channel owns along the channel axis of the module's *input*
@@ -73,6 +74,19 @@ class Site:
     norm: qualified name of a BatchNorm module that alone reads the site's output, directly; else None.
     dropout: p of a dropout that feeds the site with nothing but data movement between; 0.0 for none.
     macs: multiply-adds per forward pass of the example input that one channel costs here.
+    functional: no module has the channels as its input, and no module's own weight is read whole (F.linear on a
+        parameter, a recurrence, packed projections): rows are seen by running the model again (graph.replay). Always
+        of kind "linear" or "product": weight.movedim(dim, -1) has out * (...) rows, each a plain linear map.
+    select: (dim, index) pairs: only this slice of the weight is read (one expert of a stack); () for all of it.
+
+    A site of kind "product" is a sum over paired channels, y = sum over channels of left * right (queries times keys),
+    on its own for every row of `Group.rows`. The group's channels are the pairs; the reduction explains the left
+    operand, and the fold goes into `weight` (and `bias`), the producer of the right operand: its rows take over, so
+    `dim` is its output axis, `columns` the rows of each pair, `num_columns` the size of that axis. weight is "" where
+    something lies between that producer and the product (a rotation, a norm): only slicing is right there.
+    scale: the operator divides by the square root of the number of channels per row by itself, so that an event which
+    keeps k' of k per row multiplies one operand by sqrt(k'/k): `rescale` lists (tensor, dim, positions (channels, m)) of
+    the left operand's producer and its bias, which take that factor.
     """
 
     module: str
@@ -88,11 +102,16 @@ class Site:
     norm: str | None = None
     dropout: float = 0.0
     macs: float = 0.0
+    functional: bool = False
+    select: tuple[tuple[int, int], ...] = ()
+    rescale: tuple[tuple[str, int, IntArray], ...] = ()
 
     @property
     def key(self) -> str:
         """Name of the site within a structure: module, weight and contracted axis."""
-        return f"{self.module}:{self.weight}:{self.dim}"
+        part = "".join(f"[{dim}={index}]" for dim, index in self.select)
+        kind = ":product" if self.kind == "product" else ""
+        return f"{self.module}:{self.weight}:{self.dim}{part}{kind}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +138,10 @@ class Group:
 
     name: qualified name of the module that owns the first producer (with ":dim" or "#k" appended only if needed to be
         unique). pin: set when the group may not shrink; groups without any site are pinned with that reason.
+    rows: number of rows of equal length (heads, halves of a split) into which the channels fall, in order: channel c is
+        in row c // (num_channels // rows). An event keeps equally many of every row (the granularity).
+    alternative: names of finer groups of the same channels, none of which an event may change together with this one
+        (whole heads beside the channels inside them); () for most.
     """
 
     name: str
@@ -127,6 +150,8 @@ class Group:
     sites: tuple[Site, ...]
     neuron: Neuron | None = None
     pin: Pin | None = None
+    rows: int = 1
+    alternative: tuple[str, ...] = ()
 
     @property
     def macs_per_channel(self) -> float:
@@ -141,6 +166,19 @@ class ScalarOperands:
     operator: str
     values: tuple[complex, ...]
     module: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Split:
+    """An axis of channels that the forward pass of `module` splits into rows of equal length, or cuts into equal parts.
+
+    classes: (rows, columns), the channel class (Structure.classes) at each place; where: "file.py:line". Names of plain
+    attributes of the module that hold rows, columns or rows * columns have to follow an event.
+    """
+
+    module: str
+    classes: IntArray
     where: str = ""
 
 
@@ -163,6 +201,7 @@ class Structure:
     classes: Mapping[str, tuple[IntArray, ...]] = field(default_factory=dict)
     pinned_classes: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     scalars: Mapping[str, tuple[ScalarOperands, ...]] = field(default_factory=dict)
+    splits: tuple[Split, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -210,12 +249,14 @@ class ColumnFold:
     """Along `dim`, the kept channels' columns take over the removed ones': W'[.., columns[keep]] = W[.., columns] mixᵀ.
 
     columns: (channels, P); keep: (kept,); mix: (kept, channels). Applied before the slice of TensorEdit.keep.
+    select: (dim, index) pairs: only this slice of the tensor is folded; () for all of it.
     """
 
     dim: int
     columns: IntArray
     keep: Tensor
     mix: Tensor
+    select: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
