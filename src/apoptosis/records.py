@@ -205,6 +205,19 @@ class Structure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """What a contraction reads as a replayed pass runs through it; the tensors are the model's own, not to be kept.
+
+    site: key of the site. x: (..., positions), positions as in Site.input_columns. right: the right operand of a product
+    laid out likewise, else None.
+    """
+
+    site: str
+    x: Tensor
+    right: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SiteReduction:
     """z ~= z[keep] @ mix + offset at one site. mix: (kept, channels) float64; offset: (channels,) or None for zero."""
 
