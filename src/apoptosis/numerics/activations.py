@@ -1,7 +1,8 @@
 """Neuron types: for every elementwise activation of torch.nn its formula, Lipschitz constant and symmetry.
 
 Lives here: one table of scalar functions φ with their scalar arguments, named as in torch.nn.functional, arguments in
-the order of the torch.nn constructor. Does not live here: nn.Module classes (the table names them in strings), merging.
+the order of the torch.nn constructor, and the check of what a type added to it claims. Does not live here: nn.Module
+classes (the table names them in strings; graph.neurons knows the user's own), merging.
 """
 
 from __future__ import annotations
@@ -224,8 +225,10 @@ _BUILT_IN = (
     NeuronType(name="hardswish", module="Hardswish", phi=F.hardswish, lipschitz=_always(1.5), symmetry=_is(_NONE)),
 )
 
-NEURON_TYPES: MappingProxyType[str, NeuronType] = MappingProxyType({entry.name: entry for entry in _BUILT_IN})
-"""Every neuron type by name."""
+_REGISTRY: dict[str, NeuronType] = {entry.name: entry for entry in _BUILT_IN}
+
+NEURON_TYPES: MappingProxyType[str, NeuronType] = MappingProxyType(_REGISTRY)
+"""Every neuron type by name, the built-in ones first."""
 
 NOT_ELEMENTWISE = ("GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax")
 """Activations of torch.nn whose channels depend on one another: no neuron type, nothing merges through them."""
@@ -243,3 +246,68 @@ def neuron_type(name: str) -> NeuronType:
     if name not in NEURON_TYPES:
         raise ArgumentError(f"no neuron type '{name}'; there are {', '.join(sorted(NEURON_TYPES))}.")
     return NEURON_TYPES[name]
+
+
+def register_neuron_type(kind: NeuronType) -> None:
+    """Add a neuron type; graph.neurons.register_activation does so together with the module that computes it.
+
+    Raises: ArgumentError: the name is taken, or φ breaks, on a grid over [-30, 30] and at the default arguments, what
+    the type says of it; the message gives the place.
+    """
+    if not kind.name or kind.name in _REGISTRY:
+        raise ArgumentError(f"neuron type '{kind.name}' is there already; there are {', '.join(sorted(_REGISTRY))}.")
+    fault = broken_claim(kind)
+    if fault:
+        raise ArgumentError(f"neuron type '{kind.name}' is not what is said of it: {fault}")
+    _REGISTRY[kind.name] = kind
+
+
+def broken_claim(kind: NeuronType) -> str:
+    """Try on a grid what a neuron type says of its φ, at its default arguments.
+
+    Returns: the first claim that fails, with the place; "" when all hold.
+
+    Example:
+        >>> broken_claim(neuron_type("tanh"))
+        ''
+    """
+    x = torch.linspace(-30, 30, 24_001, dtype=torch.float64)
+    y, args = _values(kind, x), kind.defaults
+    if y is None:
+        return "phi does not take a float64 tensor to one of the same shape."
+    if not bool(torch.isfinite(y).all()):
+        return f"phi({float(x[~torch.isfinite(y)][0]):g}) is not finite."
+    apart = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    shuffled = _values(kind, x[apart])
+    if shuffled is None or not _close(shuffled, y[apart]).all():
+        return "phi is not elementwise, or not the same twice."
+    lipschitz, jump = kind.lipschitz(*args), kind.jump(*args)
+    if not lipschitz >= 0.0 or not jump >= 0.0:
+        return f"the Lipschitz constant {lipschitz:g} and the jump {jump:g} cannot be negative."
+    for step in (1, 7, 400, 12_000):
+        excess = (y[step:] - y[:-step]).abs() - (lipschitz * (x[step:] - x[:-step]) * (1 + 1e-9) + jump + 1e-12)
+        if bool((excess > 0).any()):
+            at = int(excess.argmax())
+            return f"the Lipschitz constant {lipschitz:g} does not hold between {x[at]:g} and {x[at + step]:g}."
+    symmetry = kind.symmetry(*args)
+    for scale in (0.3, 2.5) if symmetry.homogeneous else ():
+        scaled = _values(kind, scale * x)
+        same = _close(scaled, scale * y) if scaled is not None else torch.zeros(1, dtype=torch.bool)
+        if not same.all():
+            return f"not homogeneous: phi({scale:g} x) is not {scale:g} phi(x) at x = {float(x[~same][0]):g}."
+    if symmetry.reflection is not None:
+        same = _close(y.flip(0), symmetry.reflection - y)
+        if not same.all():
+            return f"no reflection: phi(-x) is not {symmetry.reflection:g} - phi(x) at x = {float(x[~same][0]):g}."
+    return ""
+
+
+def _values(kind: NeuronType, x: Tensor) -> Tensor | None:
+    """φ on a grid; None where it gives something else than numbers of the same shape."""
+    with torch.no_grad():
+        y = kind.phi(x.clone(), *kind.defaults)
+    return y if isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype else None
+
+
+def _close(a: Tensor, b: Tensor) -> Tensor:
+    return torch.isclose(a, b, rtol=1e-9, atol=1e-9)
