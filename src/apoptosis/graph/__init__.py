@@ -3,8 +3,8 @@
 Lives here: model in, groups, sites and pins out. Does not live here: statistics, decisions, edits.
 """
 
-from apoptosis.graph.analysis import analyse
+from apoptosis.graph.analysis import analyse, replay
 from apoptosis.graph.rules import register_rule
 from apoptosis.graph.verification import verify
 
-__all__ = ["analyse", "register_rule", "verify"]
+__all__ = ["analyse", "register_rule", "replay", "verify"]

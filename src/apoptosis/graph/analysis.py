@@ -5,7 +5,7 @@ Lives here: the order of the steps, and the notes. Does not live here: any step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
+from apoptosis.graph.classes import close
 from apoptosis.graph.findings import Findings
-from apoptosis.graph.groups import build_groups, classify, close
+from apoptosis.graph.granularity import settle, splits
+from apoptosis.graph.groups import build_groups
 from apoptosis.graph.slots import Slots, named_tensors
-from apoptosis.records import Structure
+from apoptosis.records import Seen, Structure
 
 
 def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Structure:
@@ -52,11 +54,11 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))
         capture(model, fresh_args, fresh_kwargs, findings, training=training)
     close(findings)
-    classes = classify(findings)
+    classes, rows = settle(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
     return Structure(
-        groups=build_groups(findings, classes),
+        groups=build_groups(findings, classes, rows),
         macs=findings.macs.get("training", 0.0),
         shapes={name: owner.shape for name, owner in findings.slots.owners.items()},
         aliases=aliases,
@@ -64,6 +66,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         classes=labels,
         pinned_classes=classes.pinned,
         scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
+        splits=splits(findings, classes),
     )
 
 
@@ -78,3 +81,27 @@ def _notes(findings: Findings) -> tuple[str, ...]:
             only = modes.pop()
             notes.append(f"'{consumer.module or consumer.weight}' takes part in {only} mode only")
     return tuple(notes)
+
+
+def replay(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    watch: Callable[[Seen], None],
+    *,
+    training: bool = True,
+) -> None:
+    """Run the model once more on inputs it has seen and show what every consumer site reads.
+
+    Without gradients; dropout modules let everything through. The model is afterwards as it was (see `analyse`).
+
+    Args:
+        model, args, kwargs: as in `analyse`; the inputs are not written to.
+        watch: called at every contraction with a parameter and every product of activations, in forward order.
+        training: the mode of all modules but dropout.
+
+    Raises: CaptureError: the forward pass fails on this input.
+    """
+    tensors, _, buffers = named_tensors(model)
+    fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+    capture(model, fresh_args, fresh_kwargs, Findings(Slots(tensors, buffers)), training=training, watch=watch)

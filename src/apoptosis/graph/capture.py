@@ -15,7 +15,7 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -23,7 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import module as hooks
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apoptosis.errors import CaptureError
@@ -31,6 +34,7 @@ from apoptosis.graph.findings import Findings
 from apoptosis.graph.rules import RULES, SCALARS
 from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
+from apoptosis.records import Seen
 
 
 # torch leaves this class untyped in some releases and types it in others, hence the two ignores.
@@ -51,6 +55,29 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         return out
 
 
+class _Functions(TorchFunctionMode):
+    """Shows the tracer some functions of torch as one operator, whatever they come down to on this device."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not functional.scaled_dot_product_attention or self._tracer.muted:
+            return func(*args, **kwargs)
+        args = (*args, *(kwargs.pop(name) for name in ("query", "key", "value")[len(args) :]))
+        self._tracer.muted = True
+        try:
+            out = func(*args, **kwargs)
+            self._tracer.composite("scaled_dot_product_attention", args, kwargs, out)
+        finally:
+            self._tracer.muted = False
+        return out
+
+
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return model(*args, **kwargs)
 
@@ -59,12 +86,15 @@ FRAME_MARKS.add(_forward.__code__)
 
 
 @contextmanager
-def _flags(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set every module's training flag itself (train() may be overridden and do more), and restore each."""
+def _flags(model: nn.Module, *, training: bool, drop: bool = True) -> Iterator[None]:
+    """Set every module's training flag itself (train() may be overridden and do more), and restore each.
+
+    drop: whether dropout modules take part in training mode.
+    """
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in before:
-            module.training = training
+            module.training = training and (drop or not isinstance(module, _DropoutNd))
         yield
     finally:
         for module, flag in before:
@@ -118,6 +148,21 @@ def _eager() -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using `torch.compile")  # about global hooks: ours, for this pass
         yield
+
+
+@contextmanager
+def _step_by_step(model: nn.Module) -> Iterator[None]:
+    """Run recurrences and attention as plain operators instead of fused ones, which say nothing of their inside."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -186,9 +231,15 @@ def _message(error: BaseException) -> str:
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], findings: Findings, *, training: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    findings: Findings,
+    *,
+    training: bool,
+    watch: Callable[[Seen], None] | None = None,
 ) -> None:
-    """Run `model(*args, **kwargs)` once and add what it shows to `findings`.
+    """Run `model(*args, **kwargs)` once and add what it shows to `findings`; `watch` is handed what each site reads.
 
     Parameters, buffers, gradients, training flags, hooks and random generators are afterwards as they were.
 
@@ -197,18 +248,19 @@ def capture(
     """
     mode = "training" if training else "evaluation"
     with ExitStack() as stack:
-        stack.enter_context(_flags(model, training=training))
+        stack.enter_context(_flags(model, training=training, drop=watch is None))
         stack.enter_context(_cloned_buffers(model))
         stack.enter_context(_kept_randomness(model))
         stack.enter_context(_eager())
         tensors, _, _ = named_tensors(model)
-        tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS)
+        stack.enter_context(_step_by_step(model))
+        tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS, watch)
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_module_stack(tracer))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.enable_grad() if watch is None else torch.no_grad())
         try:
-            with _Watch(tracer):
+            with _Functions(tracer), _Watch(tracer):
                 output = _forward(model, tuple(args), dict(kwargs))
         except CaptureError:
             raise

@@ -29,7 +29,8 @@ class Reason:
 class Consumer:
     """One weight axis that is contracted with channels by one module; gathered over calls and captures.
 
-    module: None when no plain module does it. blocks: number of blocks of a grouped convolution.
+    module: None when nothing can be folded there (a pin says why). functional: the module is not a plain layer with
+    this weight. select: the one slice of the weight that is read. blocks: of a grouped convolution.
     inputs: what is known of the input at each call. macs: per capture mode.
     """
 
@@ -42,13 +43,53 @@ class Consumer:
     zero_padded: bool = False
     blocks: int = 1
     dropout: float = 0.0
+    functional: bool = False
+    select: tuple[tuple[int, int], ...] = ()
     inputs: list[Paths] = field(default_factory=list)
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def key(self) -> tuple[str | None, str, int, tuple[tuple[int, int], ...]]:
+        """What tells consumers apart."""
+        return self.module, self.weight, self.dim, self.select
+
+
+@dataclass(slots=True)
+class Product:
+    """One place where channels of two activations are multiplied and summed in pairs (queries times keys).
+
+    left, right: (positions,), the slots that meet. fold: the axis that the right slots lie on, where their producer's
+    rows may take over; None where only slicing is right. own_scale: the operator divides by the root of the number of
+    channels by itself. linear: producers that the left operand scales with. num_rows: sums that run side by side.
+    """
+
+    module: str
+    left: IntArray
+    right: IntArray
+    fold: Axis | None
+    own_scale: bool
+    linear: frozenset[Axis]
+    num_rows: int
+    macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Slots (rows, columns) of an axis that `module` splits into rows, or cuts into parts, of equal length."""
+
+    module: str
+    slots: IntArray
+    where: str = ""
 
 
 @dataclass(slots=True)
 class Findings:
-    """Everything that the rules found out. Arrays hold slots."""
+    """Everything that the rules found out. Arrays hold slots.
+
+    ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for
+    channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases that are added to
+    what a weight axis makes. uses: (slots, key of the site that reads them).
+    """
 
     slots: Slots
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
@@ -56,7 +97,14 @@ class Findings:
     producers: dict[Axis, str] = field(default_factory=dict)
     owners: dict[Axis, str] = field(default_factory=dict)
     biases: set[Axis] = field(default_factory=set)
-    consumers: dict[tuple[str | None, str, int], Consumer] = field(default_factory=dict)
+    spreads: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    consumers: dict[tuple[str | None, str, int, tuple[tuple[int, int], ...]], Consumer] = field(default_factory=dict)
+    products: dict[str, Product] = field(default_factory=dict)
+    grids: list[Grid] = field(default_factory=list)
+    grid_keys: set[tuple[str, bytes]] = field(default_factory=set)
+    heads: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
+    uses: list[tuple[IntArray, str]] = field(default_factory=list)
+    bias_of: dict[Axis, set[str]] = field(default_factory=lambda: defaultdict(set))
     axis_macs: dict[Axis, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -68,6 +116,9 @@ class Findings:
 
     def tie(self, a: IntArray, b: IntArray) -> None:
         """Record that slots which meet (after broadcasting, both not 0) are removed together."""
+        spread = (
+            any((m == 1) != (n == 1) for m, n in zip(a.shape, b.shape, strict=False)) if a.ndim == b.ndim else False
+        )
         if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
         a, b = a.reshape(-1), b.reshape(-1)
@@ -75,7 +126,14 @@ class Findings:
         if not bool(both.all()):
             a, b = a[both], b[both]
         if a.size:
-            self.ties.append((a, b))
+            (self.spreads if spread else self.ties).append((a, b))
+
+    def contain(self, heads: IntArray, slots: IntArray, module: str) -> None:
+        """Record that each of these heads consists of the channels at the same place of `slots` (broadcast)."""
+        outer, inner = (x.reshape(-1) for x in np.broadcast_arrays(heads, slots))
+        both = (outer != 0) & (inner != 0)
+        if bool(both.any()):
+            self.heads.append((outer[both], inner[both], module))
 
     def pin(self, slots: IntArray, reason: Reason) -> None:
         """Record that the channels of these slots are never removed; zeros are passed over."""
@@ -83,3 +141,15 @@ class Findings:
         slots = slots[slots != 0]
         if slots.size:
             self.pins.append((slots, reason))
+
+
+def site_key(consumer: Consumer) -> str:
+    """Key of the site (records.Site) that a consumer becomes."""
+    part = "".join(f"[{dim}={index}]" for dim, index in consumer.select)
+    return f"{consumer.module}:{consumer.weight}:{consumer.dim}{part}"
+
+
+def product_key(product: Product) -> str:
+    """Key of the site (records.Site) that a product becomes."""
+    weight, dim = product.fold or ("", 0)
+    return f"{product.module}:{weight}:{dim}:product"

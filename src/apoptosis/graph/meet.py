@@ -112,8 +112,8 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
         call.pin(a, "combines channels that lie along different axes")
         call.pin(b, "combines channels that lie along different axes")
         return a
+    call.tracer.findings.tie(a, b)
     wide_a, wide_b = np.broadcast_arrays(a, b)
-    call.tracer.findings.tie(wide_a, wide_b)
     lone = (wide_a == 0) != (wide_b == 0)
     if bool(lone.any()):
         call.pin(np.where(lone, wide_a + wide_b, 0), "combines channels with values that are none")

@@ -54,6 +54,7 @@ class Memory:
         self._blocks: dict[int, _Block] = {}
         self._owned: dict[int, list[tuple[int, Owner]]] = {}
         self._keep: list[Any] = []
+        self._element_sizes: dict[int, int] = {}
         for name, tensor in tensors.items():
             self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
         self._originals = frozenset(self._owned)
@@ -71,6 +72,7 @@ class Memory:
     def _own(self, tensor: Tensor, owner: Owner, start: int) -> None:
         key, storage = self._storage(tensor)
         self._keep.append(storage)
+        self._element_sizes[key] = tensor.element_size()
         self._owned.setdefault(key, []).append((start, owner))
 
     def _pin_overlaps(self) -> None:
@@ -89,6 +91,11 @@ class Memory:
         if owned is None:
             return None
         offset = int(tensor.storage_offset())
+        size = self._element_sizes[self._storage(tensor)[0]]
+        if tensor.element_size() != size:  # its numbers taken for others: offsets and strides count other units
+            for start, owner in owned:
+                if start * size <= offset * tensor.element_size() < (start + owner.span) * size:
+                    return View(owner, tensor.dim(), tuple(tensor.shape), None, False)
         for start, owner in owned:
             if start <= offset < start + owner.span:
                 return self._slots.view(owner, offset - start, tensor)

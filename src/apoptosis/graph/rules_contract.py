@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from apoptosis.graph.findings import Consumer
+from apoptosis.graph.findings import Consumer, site_key
 from apoptosis.graph.meet import meet
+from apoptosis.graph.rules_product import multiply
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Paths, Value, nothing, spoiled, varying
@@ -41,13 +42,22 @@ def _stock_conv(module: nn.Module | None) -> bool:
 
 @dataclass(slots=True)
 class _Weight:
-    """A parameter in a contraction: the slots along its contracted and its other axis, and where these lie."""
+    """A parameter in a contraction: the slots along its contracted and its other axis, and where these lie.
+
+    select: the places along further axes of the parameter, of which the contraction reads this one slice.
+    """
 
     owner: Owner
     dim_in: int
     dim_out: int
     columns: IntArray
     rows: IntArray
+    select: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row and column is read (of the slice that is)."""
+        return (self.columns.size, self.rows.size) == (self.owner.shape[self.dim_in], self.owner.shape[self.dim_out])
 
 
 def _matrix(view: View, axis_in: int, axis_out: int) -> _Weight | None:
@@ -72,13 +82,16 @@ def _matrix(view: View, axis_in: int, axis_out: int) -> _Weight | None:
             taken.add(dim)
             found[axis] = (dim, np.array([owner.bases[dim] + view.dims[dim][0]], dtype=np.int64))
     (dim_in, columns), (dim_out, rows) = found[axis_in], found[axis_out]
-    return None if dim_in == dim_out else _Weight(owner, dim_in, dim_out, columns, rows)
+    rest = (d for d in range(len(owner.shape)) if d not in (dim_in, dim_out) and owner.shape[d] > 1)
+    select = tuple((d, view.dims[d][0]) for d in rest)
+    return None if dim_in == dim_out else _Weight(owner, dim_in, dim_out, columns, rows, select)
 
 
 def _consume(call: Call, weight: _Weight, tensor: Tensor, axis: int, columns: IntArray) -> Value:
     """Tie the channels along `axis` of an operand to the columns that read them."""
     tracer = call.tracer
     value = tracer.value(tensor)
+    tracer.findings.uses.append((np.unique(value.ids), f"{weight.owner.name}:{weight.dim_in}"))
     size = tensor.shape[axis]
     if not value.live:
         call.pin(columns, f"reads {value.origin}, which carries no channels")
@@ -99,10 +112,13 @@ def _register(call: Call, weight: _Weight, value: Value, site: Consumer, direct:
     """Record the consumer and the producer that this contraction is."""
     tracer, findings = call.tracer, call.tracer.findings
     name = tracer.module_name
-    if not direct:
-        call.pin(weight.columns, "is a consumer without a module", _REMEDY)
-    key = (site.module, site.weight, site.dim)
-    known = findings.consumers.setdefault(key, site)
+    if site.module is None:
+        call.pin(weight.columns, "is a convolution without a module", _REMEDY)
+    elif site.functional and weight.rows.size != weight.owner.shape[weight.dim_out]:
+        call.pin(weight.columns, f"reads part of the rows of '{weight.owner.name}'", _REMEDY)
+    known = findings.consumers.setdefault(site.key, site)
+    if known.bias != site.bias:
+        known.bias = None  # not added each time: nothing may be folded into it
     known.inputs.append(value.paths)
     known.dropout = max(known.dropout, value.dropout if tracer.mode == "training" else 0.0)
     known.zero_padded = known.zero_padded or site.zero_padded
@@ -112,10 +128,16 @@ def _register(call: Call, weight: _Weight, value: Value, site: Consumer, direct:
     findings.axis_macs[axis][tracer.mode] += macs
 
 
-def _site_bias(call: Call, direct: bool) -> str | None:
+def _site_bias(call: Call, direct: bool, added: Tensor | None = None, num_rows: int = 0) -> str | None:
+    """Return the bias that takes a constant: the module's own, or the parameter that the operator adds whole."""
     module = call.tracer.module
-    owner = call.tracer.owner_of(module, "bias") if direct and module is not None else None
-    return owner.name if owner is not None else None
+    if direct and module is not None:
+        owner = call.tracer.owner_of(module, "bias")
+        return owner.name if owner is not None else None
+    view = call.tracer.view(added) if added is not None else None
+    if view is None or not view.whole or view.owner.shape != (num_rows,):
+        return None
+    return view.owner.name
 
 
 def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Result:
@@ -126,10 +148,13 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
     view_a, view_b = tracer.view(a), tracer.view(b)
     value: Value | None = None
     if view_b is not None and view_a is None and b.dim() >= 2:
-        value = _apply(call, view_b, b.dim() - 2, b.dim() - 1, a, a.dim() - 1, out.dim() - 1, macs)
+        value = _apply(call, view_b, (b.dim() - 2, b.dim() - 1), a, a.dim() - 1, out.dim() - 1, macs, bias)
     elif view_a is not None and view_b is None and a.dim() >= 2:
         axis = max(0, b.dim() - 2)
-        value = _apply(call, view_a, a.dim() - 1, a.dim() - 2, b, axis, max(0, out.dim() - min(2, b.dim())), macs)
+        last = max(0, out.dim() - min(2, b.dim()))
+        value = _apply(call, view_a, (a.dim() - 1, a.dim() - 2), b, axis, last, macs, bias)
+    elif view_a is None and view_b is None:
+        value = multiply(call, a, b, out.dim(), macs)
     if value is None:
         text = "contracts channels with values that are not a parameter"
         for tensor, view in ((a, view_a), (b, view_b)):
@@ -142,12 +167,19 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
 
 
 def _apply(
-    call: Call, view: View, axis_in: int, axis_out: int, x: Tensor, axis: int, axis_result: int, macs: float
+    call: Call,
+    view: View,
+    axes: tuple[int, int],
+    x: Tensor,
+    axis: int,
+    axis_result: int,
+    macs: float,
+    bias: Tensor | None,
 ) -> Value | None:
     """One operand is a parameter: consumer of `x` along `axis`, producer along `axis_result` of the result."""
     tracer, out = call.tracer, call.outs[0]
     module = tracer.module
-    weight = _matrix(view, axis_in, axis_out)
+    weight = _matrix(view, *axes)
     if weight is None or any(view.axes(d) & set(range(view.ndim - 2)) for d in view.varied()):
         return None
     direct = (
@@ -155,14 +187,24 @@ def _apply(
         and module is not None
         and tracer.owner_of(module, "weight") is weight.owner
         and (weight.dim_in, weight.dim_out) == (1, 0)
-        and (weight.columns.size, weight.rows.size) == (weight.owner.shape[1], weight.owner.shape[0])
+        and weight.whole
     )
     value = _consume(call, weight, x, axis, weight.columns)
-    name = tracer.module_name if direct else None
-    site = Consumer(name, "linear", weight.owner.name, weight.dim_in, _site_bias(call, direct))
+    site = Consumer(
+        tracer.module_name,
+        "linear",
+        weight.owner.name,
+        weight.dim_in,
+        None if weight.select else _site_bias(call, direct, bias, weight.owner.shape[weight.dim_out]),
+        functional=not direct,
+        select=weight.select,
+    )
     _register(call, weight, value, site, direct, macs)
+    tracer.show(site_key(site), lambda: (x.movedim(axis, -1), None))
     ids = weight.rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
-    return Value(ids, paths={(weight.owner.name, weight.dim_out): Path()}, source=name)
+    made = (weight.owner.name, weight.dim_out)
+    source = tracer.module_name if direct else None
+    return Value(ids, paths={made: Path()}, source=source, linear=frozenset((made,)))
 
 
 def _biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
@@ -176,6 +218,8 @@ def _biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
         slots = view.slots(view.varied()[0])
         call.tracer.findings.tie(value.ids.reshape(-1), slots.reshape(-1))
         call.tracer.findings.biases.add((view.owner.name, view.varied()[0]))
+        for axis in value.paths:
+            call.tracer.findings.bias_of[axis].add(view.owner.name)
         return value
     if view.varied():
         call.pin_owner(view.owner, "adds it across channels")
@@ -207,12 +251,8 @@ def _convolution(call: Call) -> Result:
     tracer.findings.macs[tracer.mode] += macs
     view = tracer.view(w)
     if view is None or not view.whole:
-        if view is not None:
-            call.pin_owner(view.owner, "does not use it whole")
-        call.pin(tracer.value(x).ids, "contracts channels with values that are not a parameter")
-        if bias is not None and (found := tracer.view(bias)) is not None:
-            call.pin_owner(found.owner, "adds it to values without channels")
-        return None
+        value = _computed(call, x, w, transposed or groups > 1)
+        return value if bias is None else _biased(call, value, bias, out)
     owner = view.owner
     dim_in, dim_out = (0, 1) if transposed else (1, 0)
     weight = _Weight(owner, dim_in, dim_out, owner.axis(dim_in), owner.axis(dim_out))
@@ -231,8 +271,30 @@ def _convolution(call: Call) -> Result:
         name = tracer.module_name if direct else None
         site = Consumer(name, kind, owner.name, dim_in, _site_bias(call, direct), taps, padded, groups)
         _register(call, weight, read, site, direct, macs)
-        value = Value(_channels_first(rows, out.dim()), paths={(owner.name, dim_out): Path()}, source=name)
+        made = (owner.name, dim_out)
+        paths = {made: Path()}
+        value = Value(_channels_first(rows, out.dim()), paths=paths, source=name, linear=frozenset((made,)))
     return value if bias is None else _biased(call, value, bias, out)
+
+
+def _computed(call: Call, x: Tensor, w: Tensor, involved: bool) -> Value:
+    """Convolve with a computed weight, which may make channels but takes in no one's place.
+
+    involved: its rows are not simply the channels of the result.
+    """
+    tracer, ndim = call.tracer, call.outs[0].dim()
+    view = tracer.view(w)
+    call.pin(tracer.value(x).ids, "contracts channels with values that are not a parameter")
+    if view is not None:
+        call.pin_owner(view.owner, "does not use it whole")
+        return nothing(ndim, f"the result of {call.label}")
+    value = tracer.value(w)
+    if involved or varying(value.ids) - {0} or value.ids.shape[0] != w.shape[0]:
+        call.pin(value.ids, "convolves with what is computed from it")
+        return nothing(ndim, f"the result of {call.label}")
+    for axis in value.paths:
+        tracer.findings.axis_macs[axis][tracer.mode] += float(call.outs[0].numel()) * math.prod(w.shape[1:])
+    return Value(_channels_first(value.ids.reshape(-1), ndim), paths=value.paths)
 
 
 def _pads_itself(module: nn.Module | None, taps: int) -> bool:

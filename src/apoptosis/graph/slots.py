@@ -126,7 +126,30 @@ class Slots:
             layout = torch.empty_like(tensor, device="meta") if name in names else tensor
             shape, stride = tuple(tensor.shape), tuple(layout.stride())
             self.owners[name] = Owner(name, shape, stride, tuple(bases), name in names)
+        self._num_owned = self.num_slots
+        self._starts: IntArray | None = None
+        self._axis: list[tuple[str, int]] = []
         self._cache: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], View] = {}
+
+    def fresh(self, count: int) -> IntArray:
+        """Give out slots that belong to no tensor: what is one thing without being a position (a head of scores)."""
+        slots = np.arange(self.num_slots, self.num_slots + count, dtype=np.int64)
+        self.num_slots += count
+        return slots
+
+    def is_fresh(self, slots: IntArray) -> bool:
+        """Whether none of the slots (zeros aside) belongs to a tensor."""
+        return not bool(((slots > 0) & (slots < self._num_owned)).any())
+
+    def axes_of(self, slots: IntArray) -> list[tuple[str, int, IntArray]]:
+        """Return (tensor, dim, which of the slots lie on that axis); slots of no tensor are passed over."""
+        if self._starts is None:
+            rows = [(base, name, dim) for name, o in self.owners.items() for dim, base in enumerate(o.bases)]
+            self._starts = np.array([row[0] for row in rows], dtype=np.int64)
+            self._axis = [(name, dim) for _, name, dim in rows]
+        owned = (slots > 0) & (slots < self._num_owned)
+        places = np.where(owned, np.searchsorted(self._starts, slots, side="right") - 1, -1)
+        return [(*self._axis[int(place)], places == place) for place in np.unique(places) if place >= 0]
 
     def view(self, owner: Owner, offset: int, tensor: Tensor) -> View:
         """Return `tensor` as a view of `owner`, `offset` elements after the owner's first."""

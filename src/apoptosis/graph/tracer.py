@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -20,22 +20,25 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.memory import Memory
+from apoptosis.graph.neurons import Begun, begin
 from apoptosis.graph.scalars import ITEM, literal, numbers
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.values import TooLargeError, Value, nothing
-from apoptosis.records import IntArray, ScalarOperands
+from apoptosis.records import IntArray, ScalarOperands, Seen
 
 FRAME_MARKS: set[CodeType] = set()
 """Code objects that call the user's model: beyond them lies no line of the model."""
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(__file__)
-_COMPOSITE: dict[type[nn.Module], str] = {nn.Softsign: "softsign", nn.Tanhshrink: "tanhshrink"}
 
 # Operators that write to a buffer of the module or to noise beside their result.
 _SIDE_WRITES = frozenset(("_native_batch_norm_legit", "_batch_norm_with_update", "rrelu_with_noise"))
 # Operators that change a tensor object's shape and not its memory.
 _IN_PLACE_SHAPES = frozenset(("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_"))
+
+# Operators whose reading of a parameter may be folded into; "@module" stands for them among the readers.
+_PRODUCTS = frozenset(("mm", "bmm", "mv", "matmul", "addmm", "baddbmm", "addmv", "linear"))
 
 Result = Value | Sequence[Value | None] | None
 
@@ -115,14 +118,17 @@ class Tracer:
         rules: Mapping[str, tuple[Rule, bool]],
         mode: str,
         scalars: frozenset[str] = frozenset(),
+        watch: Callable[[Seen], None] | None = None,
     ) -> None:
         self.findings = findings
         self.mode = mode
         self._rules = rules
         self._scalars = scalars
+        self._watch = watch
+        self.muted = False
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._stack: list[tuple[str, nn.Module, Value | None]] = []
+        self._stack: list[tuple[str, nn.Module, Begun | None]] = []
         self._label = ""
         self.memory = Memory(findings.slots, tensors, inputs, self._pin)
 
@@ -152,6 +158,12 @@ class Tracer:
             operator = f"operator {self._label}{place} " if self._label else ""
             self.findings.pin(slots, Reason(operator + text, self.where()))
 
+    def show(self, site: str, make: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
+        """Hand what a site reads to whoever watches this pass."""
+        if self._watch is not None:
+            x, right = make()
+            self._watch(Seen(site=site, x=x, right=right))
+
     # -- modules ------------------------------------------------------------------------------------------------
 
     @property
@@ -166,23 +178,17 @@ class Tracer:
 
     def entered(self, module: nn.Module, args: Any) -> None:
         """Note that a module's forward begins."""
-        value = None
-        if type(module) in _COMPOSITE and args and isinstance(args[0], Tensor):
-            value = self.value(args[0])
-        self._stack.append((self._names.get(id(module), type(module).__name__), module, value))
+        if not self.muted:
+            name = self._names.get(id(module), type(module).__name__)
+            self._stack.append((name, module, begin(self, module, args)))
 
     def left(self, module: nn.Module, output: Any) -> None:
         """Note that a module's forward ended."""
-        if not self._stack:
+        if self.muted or not self._stack:
             return
-        _, _, value = self._stack.pop()
-        if value is not None and isinstance(output, Tensor) and self.view(output) is None:
-            name = _COMPOSITE[type(module)]
-            paths = {
-                key: None if path is None or path.activated else replace(path, activation=name, activated=True)
-                for key, path in value.paths.items()
-            }
-            self.memory.put(output, replace(self.value(output), paths=paths))
+        _, _, begun = self._stack.pop()
+        if begun is not None and isinstance(output, Tensor) and self.view(output) is None:
+            self.memory.put(output, begun.ended(self, output))
 
     def owner_of(self, module: nn.Module, leaf: str) -> Owner | None:
         """Return the raw parameter or buffer that `module.leaf` is, or None (absent, or computed)."""
@@ -245,7 +251,15 @@ class Tracer:
 
     def executed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Send the ids through one operator that has just run."""
-        kind = self._kind(func)
+        if not self.muted:
+            self._execute(self._kind(func), args, kwargs, out)
+
+    def composite(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Send the ids through a function of torch that is followed as one operator."""
+        rule, reads = self._rules[name]
+        self._execute(_Kind(name, f"aten.{name}", "default", rule, reads, ()), args, kwargs, out)
+
+    def _execute(self, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         self._label = kind.label
         outs = _flatten((out,))
         call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes))
@@ -278,8 +292,8 @@ class Tracer:
             values = literal(call.outs[0])
         elif call.name in self._scalars and call.label.startswith("aten."):
             values = numbers(call.args, call.kwargs)
-        if not values or isinstance(self.module, _DropoutNd):
-            return
+        if not values or isinstance(self.module, (_DropoutNd, nn.MultiheadAttention)):
+            return  # the head size that torch's attention divides by is kept by the surgery on it
         known = self.memory.recorded(call.args[0]) if call.args and isinstance(call.args[0], Tensor) else None
         if known is not None and known.keep is not None:
             return
@@ -298,10 +312,11 @@ class Tracer:
                 self.memory.put(tensor, nothing(tensor.dim(), f"the result of {call.label}"))
 
     def _note_reads(self, call: Call) -> None:
+        reader = f"@{self.module_name}" if call.name in _PRODUCTS else "operator"
         for tensor in call.tensors():
             view = self.view(tensor)
             if view is not None:
-                self.read(view.owner, "operator")
+                self.read(view.owner, reader)
                 continue
             value = self.memory.recorded(tensor)
             if value is not None and value.source is not None:

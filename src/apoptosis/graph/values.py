@@ -50,6 +50,7 @@ class Value:
     origin: what values without ids are, for messages. paths: per producer, the steps since it; None: not simple.
     dropout: rate of a dropout with nothing but data movement since. keep: set on a Bernoulli mask, its keep rate.
     source: module whose contraction this is the untouched output of.
+    linear: the producers that this is linear and homogeneous in: it scales with their weights and biases.
     """
 
     ids: IntArray
@@ -59,6 +60,7 @@ class Value:
     dropout: float = 0.0
     keep: float | None = None
     source: str | None = None
+    linear: frozenset[Axis] = frozenset()
 
     @property
     def live(self) -> bool:
@@ -78,6 +80,20 @@ def nothing(ndim: int, origin: str = "a constant", *, free: bool = False) -> Val
 def spoiled(paths: Sequence[Paths]) -> Paths:
     """Return the producers of all operands, none of them simple any more."""
     return {key: None for part in paths for key in part}
+
+
+def linear_after(operator: str, operands: Sequence[Value | None], *, scalar: bool) -> frozenset[Axis]:
+    """Return the producers that the result of an elementwise operator scales with; parameters stand as None.
+
+    scalar: a plain number is among the operands, too.
+    """
+    parts = [frozenset() if value is None else value.linear for value in operands]
+    scaling = [part for part in parts if part]
+    if operator == "neg" or (operator in ("mul", "div") and len(scaling) == 1 and (operator == "mul" or parts[0])):
+        return scaling[0] if scaling else frozenset()
+    if operator in ("add", "sub") and len(scaling) == len(parts) and not scalar:
+        return frozenset().union(*scaling)
+    return frozenset()
 
 
 def joined(paths: Sequence[Paths]) -> Paths:

@@ -1,0 +1,128 @@
+"""What has to stay rectangular: axes of channels that the model splits into rows, or cuts into parts, of equal length.
+
+Lives here: noticing such splits, and what follows from them once channels are known: equally many per row where one
+group fills the rows, else rows that shrink alike. Does not live here: the ids themselves (values.py, rules_move.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from apoptosis.graph.classes import Classes, classify, numbered
+from apoptosis.graph.findings import Findings, Grid, Reason
+from apoptosis.graph.tracer import Call
+from apoptosis.graph.values import varying
+from apoptosis.records import IntArray, Split
+
+_TOGETHER = "they are split into rows together with channels that are never removed"
+_MIXED = "they are split into rows together with values that are no channels"
+_MANY = 256  # grids beyond this number at one operator are not told apart
+
+
+def note_split(call: Call, old_ids: IntArray, old: Sequence[int], ids: IntArray, new: Sequence[int]) -> None:
+    """Record the grids that a reshape from shape `old` to shape `new` makes of axes with channels."""
+    i = j = 0
+    while i < len(old) and j < len(new):
+        i0, j0, a, b = i, j, old[i], new[j]
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a, i = a * old[i], i + 1
+            else:
+                b, j = b * new[j], j + 1
+        before = [k for k in range(i0, i) if old_ids.shape[k] > 1]
+        if len(before) == 1 and j - j0 > 1:
+            note_grid(call, ids, range(j0, j))
+
+
+def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
+    """Record `axes` of an id array, the last of which runs along each row, as a grid that stays rectangular."""
+    last = max((k for k in axes if ids.shape[k] > 1), default=-1)
+    if last < 0:
+        return
+    rows = [k for k in axes if k < last]
+    rest = [k for k in range(ids.ndim) if k not in rows and k != last]
+    grids = ids.transpose(*rest, *rows, last).reshape(-1, int(np.prod([ids.shape[k] for k in rows])), ids.shape[last])
+    if len(grids) > _MANY:
+        call.pin(ids, "splits channels that lie in many orders")
+        return
+    findings, where = call.tracer.findings, call.tracer.where()
+    for grid in np.unique(grids, axis=0):
+        if bool((grid == 0).any()):
+            findings.pin(grid, call.reason("splits channels together with values that are none"))
+            continue
+        first = np.sort(np.unique(grid, axis=0, return_index=True)[1])
+        known = (call.tracer.module_name, grid[first].tobytes())
+        if known not in findings.grid_keys:
+            findings.grid_keys.add(known)
+            findings.grids.append(Grid(call.tracer.module_name, grid[first], where))
+
+
+def note_parts(call: Call, ids: IntArray, dim: int, count: int) -> None:
+    """Record that an axis is cut into `count` parts of equal size."""
+    if dim in varying(ids) and count > 1 and ids.shape[dim] % count == 0:
+        moved = np.moveaxis(ids, dim, -1)
+        wide = moved.reshape(*moved.shape[:-1], count, -1)
+        note_grid(call, wide, (wide.ndim - 2, wide.ndim - 1))
+
+
+def settle(findings: Findings) -> tuple[Classes, dict[int, IntArray]]:
+    """Classify channels so that every grid stays rectangular.
+
+    Returns: the classes, and by group number (see `numbered`) the classes of its rows, (rows, columns), where an event
+    has to keep equally many of each row.
+    """
+    while True:
+        classes = classify(findings)
+        group, _ = numbered(findings, classes)
+        sizes = np.bincount(group[group >= 0]) if bool((group >= 0).any()) else np.zeros(0, dtype=np.int64)
+        rows: dict[int, IntArray] = {}
+        verdicts = [_rectangular(findings, grid, classes, group, sizes, rows) for grid in findings.grids]
+        if all(verdicts):
+            return classes, rows
+
+
+def _rectangular(
+    findings: Findings, grid: Grid, classes: Classes, group: IntArray, sizes: IntArray, rows: dict[int, IntArray]
+) -> bool:
+    """Whether the grid stays rectangular as things are; else a tie or a pin is added that makes it so."""
+    labels = classes.labels[grid.slots]
+    pinned = classes.first_pin[labels] >= 0
+    if bool(pinned.all()):
+        return True
+    labels = labels[np.sort(np.unique(labels, axis=0, return_index=True)[1])]
+    if len(labels) == 1 or bool((labels == labels[:, :1]).all()):  # one row; rows that go as a whole
+        return True
+    if bool(pinned.any()):
+        findings.pin(grid.slots[~pinned], Reason(_TOGETHER, grid.where))
+        return False
+    number = int(group[labels[0, 0]])
+    alone = number >= 0 and bool((group[labels] == number).all()) and labels.size == sizes[number]
+    if alone and np.unique(labels).size == labels.size:
+        known = rows.setdefault(number, labels)
+        if known.shape == labels.shape and np.array_equal(np.sort(known, 1), np.sort(labels, 1)):
+            return True
+        if len(known) % len(labels) == 0 and _coarser(known, labels):
+            return True  # equally many of every finer row is equally many of every coarser one
+    findings.ties.append(
+        (grid.slots[1:].reshape(-1), np.broadcast_to(grid.slots[:1], grid.slots[1:].shape).reshape(-1))
+    )
+    return False
+
+
+def _coarser(fine: IntArray, coarse: IntArray) -> bool:
+    """Whether every row of `fine` lies within one row of `coarse`."""
+    row_of = {int(label): index for index, row in enumerate(coarse) for label in row}
+    return all(len({row_of.get(int(label), -1) for label in row}) == 1 for row in fine)
+
+
+def splits(findings: Findings, classes: Classes) -> tuple[Split, ...]:
+    """Return every split with the classes at its places, those that never change left out."""
+    out = []
+    for grid in findings.grids:
+        labels = classes.labels[grid.slots]
+        if not bool((classes.first_pin[labels] >= 0).all()):
+            out.append(Split(module=grid.module, classes=labels, where=grid.where))
+    return tuple(out)

@@ -1,0 +1,74 @@
+"""Whole heads as channels of their own, coarser than the channels inside them.
+
+Lives here: which positions of which tensors go with every head. Does not live here: groups and sites (groups.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from apoptosis.graph.classes import all_axes, classify
+from apoptosis.graph.findings import Findings
+from apoptosis.graph.values import Axis
+from apoptosis.records import IntArray
+
+
+@dataclass(slots=True)
+class HeadDraft:
+    """The heads of one attention: `module` computes it; positions: (heads, m) per axis of a tensor."""
+
+    module: str
+    num_heads: int
+    positions: dict[Axis, IntArray]
+
+
+def head_drafts(findings: Findings) -> list[HeadDraft]:
+    """Put together the heads that may be removed as a whole, in forward order.
+
+    Heads are one where they share a channel (the queries of one key in grouped-query attention). What is the same for
+    all heads (a rotary table) stays, so ties by broadcasting do not count here.
+    """
+    if not findings.heads:
+        return []
+    classes = classify(findings, spreads=False)
+    outer = np.concatenate([classes.labels[a] for a, _, _ in findings.heads])
+    inner = np.concatenate([classes.labels[b] for _, b, _ in findings.heads])
+    size = classes.first_pin.size
+    joined = coo_matrix((np.ones(outer.size, dtype=np.int8), (outer, inner)), shape=(size, size))
+    head_of = connected_components(joined, directed=False)[1].astype(np.int64)
+    involved = np.unique(np.concatenate([outer, inner]))
+    pinned = set(head_of[involved[classes.first_pin[involved] >= 0]].tolist())
+    places = _places(findings, classes.labels, head_of, set(head_of[involved].tolist()) - pinned)
+    module_of: dict[int, str] = {}
+    for slots, _, module in findings.heads:
+        for head in head_of[classes.labels[slots]].tolist():
+            module_of.setdefault(head, module)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for head, axes in places.items():
+        signature = (module_of[head], *((axis, len(found)) for axis, found in sorted(axes.items())))
+        alike.setdefault(signature, []).append(head)
+    out = []
+    for signature, heads in alike.items():
+        if len(heads) > 1:
+            ordered = sorted(heads, key=lambda head: min(found[0] for found in places[head].values()))
+            axes = places[heads[0]]
+            positions = {axis: np.array([places[head][axis] for head in ordered], dtype=np.int64) for axis in axes}
+            out.append(HeadDraft(str(signature[0]), len(heads), positions))
+    return out
+
+
+def _places(
+    findings: Findings, labels: IntArray, head_of: IntArray, wanted: set[int]
+) -> dict[int, dict[Axis, list[int]]]:
+    """Positions by head and axis."""
+    out: dict[int, dict[Axis, list[int]]] = {}
+    for name, dim in all_axes(findings):
+        owner = findings.slots.owners[name]
+        heads = head_of[labels[owner.bases[dim] : owner.bases[dim] + owner.shape[dim]]]
+        for position in np.flatnonzero(np.isin(heads, list(wanted))).tolist():
+            out.setdefault(int(heads[position]), {}).setdefault((name, dim), []).append(position)
+    return out
