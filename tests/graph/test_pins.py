@@ -36,20 +36,20 @@ class Net(nn.Module):
 
 
 BETWEEN = {
-    "topk": (lambda m, h: h.topk(6, dim=-1).values, "aten.topk", "has no rule"),
-    "sort": (lambda m, h: h.sort(-1).values, "aten.sort", "has no rule"),
+    "topk": (lambda m, h: h.topk(6, dim=-1).values, "aten.topk", "orders channels"),
+    "sort": (lambda m, h: h.sort(-1).values, "aten.sort", "orders channels"),
     "sum": (lambda m, h: h + h.sum(-1, keepdim=True), "aten.sum", "reduces over channels"),
     "norm": (lambda m, h: h / h.norm(dim=-1, keepdim=True), "aten.linalg_vector_norm", "reduces over channels"),
     "cumsum": (lambda m, h: h.cumsum(-1), "aten.cumsum", "over channels"),
     "mask": (lambda m, h: h * torch.arange(6.0), "aten.mul", "combines channels with the result of aten.arange"),
-    "layer norm": (lambda m, h: F.layer_norm(h, (6,)), "aten.native_layer_norm", "has no rule"),
+    "layer norm": (lambda m, h: F.layer_norm(h, (6,)), "aten.native_layer_norm", "normalises over channels"),
     "outer": (lambda m, h: (h[:, :, None] * h[:, None, :]).sum(-1), "aten.mul", "different axes"),
-    "gather": (lambda m, h: h.gather(1, torch.zeros(4, 6, dtype=torch.long)), "aten.gather", "has no rule"),
+    "gather": (lambda m, h: h.gather(1, torch.zeros(4, 6, dtype=torch.long)), "aten.gather", "picks channels"),
     "functional": (lambda m, h: F.linear(h, torch.eye(6)), "aten.addmm|aten.mm", "not a parameter"),
     "item": (lambda m, h: h * float(h.detach().abs().amax(0)[0]), "aten._local_scalar_dense", "has no rule"),
     "gate": (lambda m, h: h * h[:, :1], "aten.mul", "spreads one channel"),
     "bmm": (lambda m, h: (h[:, None] @ h[:, :, None])[:, 0] + h, "aten.bmm", "not a parameter"),
-    "scatter": (lambda m, h: h.index_add(1, torch.tensor([0]), h[:, :1]), "aten.index_add", "has no rule"),
+    "scatter": (lambda m, h: h.index_add(1, torch.tensor([0]), h[:, :1]), "aten.index_add", "writes channels"),
 }  # fmt: skip
 
 
@@ -93,16 +93,11 @@ def test_multihead_attention_pins_inside(oracle, bias: bool) -> None:
     assert [g.name for g in structure.groups if g.pin] == ["a", "mid", "b"]
 
 
-def test_group_norm_and_embedding_pin() -> None:
+def test_group_norm_pins() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
     pin = analyse(net, (IMG,), {}).groups[0].pin
     assert pin is not None
     assert "native_group_norm" in pin.reason
-    structure = analyse(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 2)), (torch.tensor([[1, 2]]),), {})
-    assert structure.groups[-1].name == "0"
-    assert structure.groups[-1].pin is not None
-    assert "aten.embedding" in structure.groups[-1].pin.reason
-    assert structure.groups[-1].num_channels == 6
 
 
 def test_transformer_feed_forward_still_shrinks() -> None:
@@ -259,12 +254,12 @@ def test_rules_can_be_registered_once(monkeypatch) -> None:
         register_rule("relu", lambda call: None)
     monkeypatch.setitem(RULES, "never_heard_of", RULES["relu"])
     monkeypatch.delitem(RULES, "never_heard_of")
-    net = Net(lambda m, h: h.sort(-1).values)
+    net = Net(lambda m, h: torch.special.airy_ai(h))
     try:
-        register_rule("sort", lambda call: [call.tracer.value(call.args[0])] * 2)
+        register_rule("special_airy_ai", lambda call: call.tracer.value(call.args[0]))
         assert analyse(net, (X,), {}).groups[0].pin is None
     finally:
-        RULES.pop("sort")
+        RULES.pop("special_airy_ai")
     assert analyse(net, (X,), {}).groups[0].pin is not None
 
 

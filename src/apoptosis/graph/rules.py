@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_contract import CONTRACTIONS
+from apoptosis.graph.rules_layout import LAYOUTS
+from apoptosis.graph.rules_lookup import LOOKUPS
 from apoptosis.graph.rules_move import MOVES
+from apoptosis.graph.rules_norm import NORMS, held, held_together
+from apoptosis.graph.rules_product import PRODUCTS
+from apoptosis.graph.rules_reduce import REDUCTIONS, has_second_operand, reduce
 from apoptosis.graph.scalars import scalar_operators
 from apoptosis.graph.tracer import Call, Result, Rule
-from apoptosis.graph.values import Path, Paths, Value, nothing, spoiled, varying
+from apoptosis.graph.values import Path, Paths, Value, linear_after, nothing, spoiled
 
 # Operators that are an activation of torch.nn by themselves: name of the neuron type, and how many of the operator's
 # scalar arguments belong to it.
@@ -51,31 +55,17 @@ _ELEMENTWISE = (
     "isposinf ldexp le lerp lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or "
     "logical_xor logit lt masked_fill maximum minimum mul nan_to_num ne neg nextafter polygamma pow prelu rad2deg "
     "reciprocal remainder round rrelu rsqrt rsub sgn sign signbit sin sinc sinh special_entr special_log_ndtr sqrt "
-    "square sub tan trunc where xlogy _prelu_kernel rrelu_with_noise rrelu_with_noise_functional gelu"
+    "square sub tan trunc where xlogy _prelu_kernel rrelu_with_noise rrelu_with_noise_functional gelu __and__ __iand__ "
+    "__ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ bitwise_left_shift "
+    "bitwise_right_shift complex conj_physical float_power frexp gcd igamma igammac isin lcm mvlgamma polar "
+    "special_bessel_j0 special_bessel_j1 special_erfcx special_i0e special_i1 special_i1e special_ndtr special_ndtri "
+    "special_xlog1py special_zeta true_divide _add_relu _masked_scale _standard_gamma poisson"
 ).split()
-
-# Position of the `dim` argument.
-_REDUCTIONS = {
-    "sum": 1, "mean": 1, "amax": 1, "amin": 1, "max": 1, "min": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1,
-    "prod": 1, "all": 1, "any": 1, "argmax": 1, "argmin": 1, "logsumexp": 1, "median": 1, "nansum": 1,
-    "count_nonzero": 1, "norm": 2, "linalg_vector_norm": 2,
-}  # fmt: skip
-_ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "log_softmax": 1, "cumsum": 1,
-          "cumprod": 1, "logcumsumexp": 1}  # fmt: skip
 
 _FREE = "empty zeros ones full rand randn scalar_tensor empty_strided".split()
 _LIKE = (
     "empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full "
     "new_empty_strided fill zero bernoulli uniform normal exponential geometric log_normal cauchy random"
-).split()
-_POOLED = (
-    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d "
-    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
-    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa"
 ).split()
 
 
@@ -112,10 +102,14 @@ def _elementwise(call: Call) -> Result:
     """Tie the ids that meet; follow activations, dropout masks and the bias that a module adds to its own output."""
     tensors = call.tensors()
     values = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]
-    met = meet(call, tensors, call.outs[0].dim())
-    known = [v for v in values if v is not None]
+    ndim = call.outs[0].dim()
+    computed = held_together(call, tensors, ndim)
+    met = meet(call, [t for t in tensors if all(t is not c for c, _ in computed)], ndim, computed)
+    known = [*(v for _, v in computed), *(v for v in values if v is not None)]
     if _own_bias(call, tensors):
-        return replace(met, paths=known[0].paths, source=known[0].source)
+        for axis in known[0].paths:
+            call.tracer.findings.bias_of[axis].update(v.owner.name for t in tensors if (v := call.tracer.view(t)))
+        return replace(met, paths=known[0].paths, source=known[0].source, linear=known[0].linear)
     for value in known:
         if value.source is not None:
             call.tracer.findings.readers[value.source].add("operator")
@@ -127,7 +121,12 @@ def _elementwise(call: Call) -> Result:
         rate = round(1.0 - (1.0 - others[0].dropout) * float(masks[0].keep or 0.0), 12)
         return replace(met, paths=others[0].paths, dropout=rate)
     paths = _unary_paths(call, tensors, values)
-    result = replace(met, paths=paths if paths is not None else spoiled([v.paths for v in known]))
+    scalar = any(isinstance(a, int | float | complex) for a in call.args)
+    result = replace(
+        met,
+        paths=paths if paths is not None else spoiled([v.paths for v in known]),
+        linear=linear_after(call.name, values, scalar=scalar),
+    )
     return [result] + [result] * (len(call.outs) - 1)
 
 
@@ -151,6 +150,10 @@ def _unary_paths(call: Call, tensors: Sequence[Tensor], values: Sequence[Value |
         view = call.tracer.view(tensors[1])
         return None if view is None else _activated(first.paths, "prelu", (), view.owner.name)
     return None
+
+
+def _extremum(call: Call) -> Result:
+    return _elementwise(call) if has_second_operand(call) else reduce(call)
 
 
 def _own_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
@@ -188,95 +191,24 @@ def _like(call: Call) -> Result:
 
 
 def _native_dropout(call: Call) -> Result:
-    value = call.tracer.value(call.args[0])
+    value = held(call, call.args[0])
     rate = 1.0 - (1.0 - value.dropout) * (1.0 - float(call.args[1])) if call.arg(2, "train") in (True, None) else 0.0
     return [replace(value, dropout=rate, source=None), Value(value.ids, free=not value.live)]
 
 
-def _reduce(call: Call) -> Result:
-    tensor = call.args[0]
-    value = call.tracer.value(tensor)
-    if any(isinstance(t, Tensor) for t in call.args[1:]):  # max(a, b)
-        return _elementwise(call)
-    dims = call.arg(_REDUCTIONS[call.name], "dim")
-    dims = None if isinstance(dims, bool) else dims  # var(x, unbiased)
-    axes = (
-        list(range(tensor.dim())) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
-    )
-    reduced = {axis % max(1, tensor.dim()) for axis in axes}
-    if reduced & varying(value.ids):
-        call.pin(value.ids, "reduces over channels")
-        return None
-    keepdim = call.outs[0].dim() == tensor.dim()
-    ids = value.ids if keepdim else value.ids.reshape([n for i, n in enumerate(value.ids.shape) if i not in reduced])
-    linear, largest = call.name == "mean", call.name in ("amax", "max")
-    result = replace(value, ids=ids, paths=_pooled(value.paths, linear, largest), dropout=0.0, source=None, keep=None)
-    return [result] * len(call.outs)
-
-
-def _pooled(paths: Paths, average: bool, largest: bool) -> Paths:
-    if not average and not largest:
-        return spoiled([paths])
-    return {
-        key: None if path is None else replace(path, pooled=True, max_pool=path.max_pool or largest)
-        for key, path in paths.items()
-    }
-
-
-def _along(call: Call) -> Result:
-    tensor = call.args[0]
-    value = call.tracer.value(tensor)
-    if int(call.arg(_ALONG[call.name], "dim")) % max(1, tensor.dim()) in varying(value.ids):
-        call.pin(value.ids, "normalises or accumulates over channels")
-        return None
-    return replace(value, paths=spoiled([value.paths]), dropout=0.0, source=None, keep=None)
-
-
-def _pool(call: Call) -> Result:
-    tensor = call.args[0]
-    if "unpool" in call.name:
-        value = meet(call, call.tensors()[:2], tensor.dim())
-    else:
-        value = call.tracer.value(tensor)
-    num = next(int(c) for c in call.name if c in "123")
-    if any(axis >= tensor.dim() - num for axis in varying(value.ids)):
-        call.pin(value.ids, "pools over an axis that carries channels")
-        return None
-    largest = "max_pool" in call.name
-    average = "adaptive_avg" in call.name or "nearest" in call.name or "linear" in call.name
-    if call.name.startswith("avg_pool"):
-        padding = call.arg(3, "padding", 0)
-        average = (
-            not np.any(padding) and call.arg(6, "divisor_override") is None and call.arg(4, "ceil_mode") is not True
-        )
-    result = replace(value, paths=_pooled(value.paths, average, largest), dropout=0.0, source=None, keep=None)
-    return [result] * len(call.outs)
-
-
-def _glu(call: Call) -> Result:
-    """Tie the two halves: out = a sigmoid(b)."""
-    tensor = call.args[0]
-    value = call.tracer.value(tensor)
-    dim = int(call.arg(1, "dim", -1)) % tensor.dim()
-    if dim not in varying(value.ids):
-        return replace(value, paths=spoiled([value.paths]), dropout=0.0, source=None, keep=None)
-    first, second = np.split(value.ids, 2, axis=dim)
-    call.tracer.findings.tie(first, second)
-    call.pin(np.where((first == 0) != (second == 0), first + second, 0), "gates channels with values that are none")
-    return Value(first, paths=spoiled([value.paths]))
-
-
 RULES: dict[str, tuple[Rule, bool]] = {
     **{name: (_elementwise, False) for name in (*_ELEMENTWISE, *ACTIVATIONS)},
-    **{name: (_reduce, True) for name in _REDUCTIONS},
-    **{name: (_along, True) for name in _ALONG},
-    **{name: (_pool, True) for name in _POOLED},
     **{name: (_free, False) for name in _FREE},
     **{name: (_like, False) for name in _LIKE},
     **{name: (rule, False) for name, rule in MOVES.items()},
     **{name: (rule, reads) for name, (rule, reads) in CONTRACTIONS.items()},
+    **PRODUCTS,
+    **REDUCTIONS,
+    **NORMS,
+    **LOOKUPS,
+    **LAYOUTS,
+    **{name: (_extremum, True) for name in ("max", "min")},
     "native_dropout": (_native_dropout, True),
-    "glu": (_glu, True),
 }
 """Operator name without namespace and trailing underscore -> its rule, and whether it reads its operands' values."""
 

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apoptosis.graph.granularity import note_parts, note_split
 from apoptosis.graph.meet import meet
+from apoptosis.graph.rules_norm import held
 from apoptosis.graph.tracer import Call, Result, Rule, no_rule
 from apoptosis.graph.values import (
     SIZE_LIMIT,
@@ -31,19 +33,19 @@ from apoptosis.graph.values import (
 from apoptosis.records import IntArray
 
 
-def _same_memory(call: Call) -> bool:
+def same_memory(call: Call) -> bool:
     """Whether the result is a view of a parameter, which needs no rule."""
     return bool(call.outs) and call.tracer.view(call.outs[0]) is not None
 
 
-def _move(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
-    """Make a rule for one tensor in, one out."""
+def moving(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
+    """Make a rule for one tensor in, one out: `step` moves the ids as the operator moves the elements."""
 
     def rule(call: Call) -> Result:
-        if _same_memory(call):
+        if same_memory(call):
             return None
         tensor = call.args[0]
-        value = call.tracer.value(tensor)
+        value = held(call, tensor)
         if not value.live:
             return Value(
                 np.zeros((1,) * call.outs[0].dim(), dtype=np.int64),
@@ -58,19 +60,22 @@ def _move(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
 
 def _copy(call: Call) -> Result:
     """Copy in the same shape; one laid out as a parameter's view stands for the parameter."""
-    if _same_memory(call) or call.tracer.memory.adopt(call.outs[0], call.args[0]):
+    if same_memory(call) or call.tracer.memory.adopt(call.outs[0], call.args[0]):
         return None
-    return call.tracer.value(call.args[0])
+    return held(call, call.args[0])
 
 
 def _reshape(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
-    return reshape(ids, tensor.shape, call.outs[0].shape)
+    new = reshape(ids, tensor.shape, call.outs[0].shape)
+    if call.name not in ("squeeze", "unsqueeze"):
+        note_split(call, ids, tensor.shape, new, call.outs[0].shape)
+    return new
 
 
 def _view(call: Call) -> Result:
     if call.overload == "dtype" and call.outs[0].shape != call.args[0].shape:
         return no_rule(call)
-    return _move(_reshape)(call)
+    return moving(_reshape)(call)
 
 
 def _permute(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
@@ -106,18 +111,21 @@ def _slice(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
 
 
 def _split(call: Call) -> Result:
-    if not call.outs or _same_memory(call):
+    if not call.outs or same_memory(call):
         return None
     value = call.tracer.value(call.args[0])
     dim = int(call.arg(2, "dim", 0)) % call.args[0].dim()
     if value.ids.shape[dim] == 1:
         return [value] * len(call.outs)
-    ends = np.cumsum([t.shape[dim] for t in call.outs])[:-1]
+    sizes = [t.shape[dim] for t in call.outs]
+    if len(set(sizes)) == 1:
+        note_parts(call, value.ids, dim, len(sizes))
+    ends = np.cumsum(sizes)[:-1]
     return [value.moved(collapse(part)) for part in np.split(value.ids, ends.tolist(), axis=dim)]
 
 
 def _unbind(call: Call) -> Result:
-    if not call.outs or _same_memory(call):
+    if not call.outs or same_memory(call):
         return None
     value = call.tracer.value(call.args[0])
     dim = int(call.arg(1, "dim", 0)) % call.args[0].dim()
@@ -134,12 +142,13 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
     first = values[0].ids
     rates = {v.dropout for v in values}
     paths, dropout = joined([v.paths for v in values]), rates.pop() if len(rates) == 1 else 0.0
+    scaling = frozenset().union(*(v.linear for v in values)) if all(v.linear for v in values) else frozenset()
     if dim not in varying(first) and all(np.array_equal(v.ids, first) for v in values):
-        return Value(first, paths=paths, dropout=dropout)
+        return Value(first, paths=paths, dropout=dropout, linear=scaling)
     parts = [expand(v.ids, t.shape, [*axes, dim]) for t, v in zip(tensors, values, strict=True)]
     if ndim and sum(p.size for p in parts) > SIZE_LIMIT:
         raise TooLargeError
-    return Value(collapse(np.concatenate(parts, axis=dim)), paths=paths, dropout=dropout)
+    return Value(collapse(np.concatenate(parts, axis=dim)), paths=paths, dropout=dropout, linear=scaling)
 
 
 def _cat(call: Call) -> Result:
@@ -147,13 +156,13 @@ def _cat(call: Call) -> Result:
     if not tensors:
         return None
     dim = int(call.arg(1, "dim", 0)) % tensors[0].dim()
-    return _side_by_side(call, tensors, [call.tracer.value(t) for t in tensors], dim)
+    return _side_by_side(call, tensors, [held(call, t) for t in tensors], dim)
 
 
 def _stack(call: Call) -> Result:
     tensors = list(call.args[0])
     dim = int(call.arg(1, "dim", 0)) % (tensors[0].dim() + 1)
-    values = [call.tracer.value(t) for t in tensors]
+    values = [held(call, t) for t in tensors]
     values = [v.moved(np.expand_dims(v.ids, dim)) for v in values]
     return _side_by_side(call, [t.unsqueeze(dim) for t in tensors], values, dim)
 
@@ -197,34 +206,6 @@ def _pad(call: Call) -> Result:
     return replace(value, ids=ids, paths=paths, source=None)
 
 
-def _index_select(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
-    dim = int(call.arg(1, "dim")) % tensor.dim()
-    if ids.shape[dim] == 1:
-        return ids
-    return collapse(ids.take(call.arg(2, "index").reshape(-1).cpu().numpy(), axis=dim))
-
-
-def _index(call: Call) -> Result:
-    tensor, indices = call.args[0], list(call.arg(1, "indices"))
-    value = call.tracer.value(tensor)
-    for index in indices:
-        if isinstance(index, Tensor):
-            found = call.tracer.value(index)
-            call.pin(found.ids, "uses them as an index")
-    if not value.live:
-        return nothing(call.outs[0].dim(), value.origin, free=value.free)
-    axes: list[int] = []
-    position = 0
-    for index in indices:
-        width = index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
-        if index is not None:
-            axes.extend(range(position, position + width))
-        position += width
-    wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))
-    places = tuple(slice(None) if i is None else i.cpu() for i in indices)
-    return value.moved(collapse(wide[places].numpy()))
-
-
 def _trailing(call: Call) -> Result:
     """Rearrangements of the last three axes, executed on fully expanded ids of those."""
     tensor = call.args[0]
@@ -241,6 +222,7 @@ def _channel_shuffle(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     groups = int(call.arg(1, "groups"))
     if ids.shape[1] == 1:
         return ids
+    note_parts(call, ids, 1, groups)
     split = ids.reshape(ids.shape[0], groups, -1, *ids.shape[2:])
     return split.swapaxes(1, 2).reshape(ids.shape)
 
@@ -270,31 +252,31 @@ MOVES: dict[str, Rule] = {
     **{name: _copy for name in ("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh", "positive", "to")},
     **{name: _copy for name in ("lift", "lift_fresh_copy", "detach_copy", "_conj", "resolve_conj", "resolve_neg")},
     **{
-        name: _move(_reshape)
+        name: moving(_reshape)
         for name in ("_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten")
     },
     "view": _view,
-    "permute": _move(_permute),
-    **{name: _move(_transpose) for name in ("t", "transpose", "swapaxes", "swapdims")},
-    "expand": _move(_expand),
-    "select": _move(_select),
-    "slice": _move(_slice),
+    "permute": moving(_permute),
+    **{name: moving(_transpose) for name in ("t", "transpose", "swapaxes", "swapdims")},
+    "expand": moving(_expand),
+    "select": moving(_select),
+    "slice": moving(_slice),
     **{name: _split for name in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")},
     "unbind": _unbind,
     "cat": _cat,
     "stack": _stack,
-    "flip": _move(_flip),
-    "roll": _move(_roll),
-    "repeat": _move(_repeat),
+    "flip": moving(_flip),
+    "roll": moving(_roll),
+    "repeat": moving(_repeat),
     **{name: _pad for name in ("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")},
     **{name: _pad for name in ("replication_pad1d", "replication_pad2d", "replication_pad3d")},
-    "index_select": _move(_index_select),
-    "index": _index,
     "pixel_shuffle": _trailing,
     "pixel_unshuffle": _trailing,
-    "channel_shuffle": _move(_channel_shuffle),
-    "native_channel_shuffle": _move(_channel_shuffle),
+    "channel_shuffle": moving(_channel_shuffle),
+    "native_channel_shuffle": moving(_channel_shuffle),
     "copy": _copy_into,
     "unfold": _unfold,
+    "_neg_view": _copy,
+    "_pin_memory": _copy,
 }
 """Operator name -> rule."""

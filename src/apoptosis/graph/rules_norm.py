@@ -1,0 +1,166 @@
+"""Normalisations of activations and of weights, and parameters that are computed with before they are used.
+
+Lives here: group, layer and RMS normalisation, weight normalisation, `held` (a parameter as an operand along one of its
+axes) and the remedies for parametrized weights. Does not live here: batch normalisation (rules_contract.py); norms that
+the model writes out by hand are reductions (rules_reduce.py).
+
+A norm is harmless where every set of elements that shares its statistics belongs to one channel; else removing a
+channel changes all others of its set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from apoptosis.graph.meet import meet
+from apoptosis.graph.slots import View
+from apoptosis.graph.tracer import Call, Result, Rule, Tracer
+from apoptosis.graph.values import Value, nothing, reshape, spoiled, varying
+
+NORM_REMEDY = "A norm that treats every channel by itself (batch normalisation, GroupNorm with one group per channel) leaves them free."
+_LOOSE = "Contract the raw parameter (F.linear, nn.Linear), or freeze what is computed into one."
+
+# Old-style hooks that compute `weight` before each forward pass: name of the hook's type -> how to take it off.
+_HOOKS = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
+}
+
+
+def remedy_of(tracer: Tracer) -> str:
+    """Say how to take off the parametrization, pruning mask or norm hook that is computing a weight, "" for none."""
+    for name, module, *_ in reversed(tracer._stack):
+        if isinstance(module, parametrize.ParametrizationList):
+            owner, _, leaf = name.rpartition(".parametrizations.")
+            kinds = ", ".join(type(step).__name__.strip("_") for step in module)
+            return f"Take the parametrization ({kinds}) off: parametrize.remove_parametrizations({owner!r}, {leaf!r})."
+    return _taken_off(tracer.module, tracer.module_name)
+
+
+def _taken_off(module: nn.Module | None, name: str) -> str:
+    if module is None:
+        return ""
+    if parametrize.is_parametrized(module):
+        leaf, steps = next(iter(module.parametrizations.items()))  # type: ignore[union-attr, operator]
+        kinds = ", ".join(type(step).__name__.strip("_") for step in steps)
+        return f"Take the parametrization ({kinds}) off: parametrize.remove_parametrizations({name!r}, {leaf!r})."
+    for hook in module._forward_pre_hooks.values():
+        kind = type(hook).__name__
+        if kind in _HOOKS:
+            return f"Take it off: {_HOOKS[kind]}({name!r})."
+        if type(hook).__module__.startswith("torch.nn.utils.prune"):
+            return f"Make the pruning final: torch.nn.utils.prune.remove({name!r}, 'weight')."
+    return ""
+
+
+def held(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value:
+    """Return the value of an operand; of a parameter that runs along several axes, one stays a channel axis.
+
+    What is computed from a parameter can be followed along one of its axes: the first, or the last of a table whose
+    first axis has size 1. The other axes are pinned. Buffers are read as tables of numbers, as Tracer.value does.
+
+    axes: the axes of `tensor` that may stay (all when None).
+    """
+    view = call.tracer.view(tensor)
+    if view is None or view.owner.is_buffer or view.dims is None or len(view.varied()) < 2:
+        return call.tracer.value(tensor)
+    allowed = frozenset(range(tensor.dim()) if axes is None else (axis % tensor.dim() for axis in axes))
+    dims = [dim for dim in view.varied() if view.axes(dim) <= allowed]
+    dims.sort(key=lambda dim: min(view.axes(dim)), reverse=view.shape[0] == 1)
+    return along(call, view, dims[0] if dims else None)
+
+
+def along(call: Call, view: View, dim: int | None) -> Value:
+    """Return a parameter as a value with channels along one dim; its other axes are pinned."""
+    owner = view.owner
+    call.tracer.read(owner, "operator")
+    remedy = remedy_of(call.tracer) or _LOOSE
+    text = f"computes with '{owner.name}' before it is used"
+    for other in view.varied():
+        if other != dim:
+            call.pin(view.slots(other), text, remedy)
+    if dim is None:
+        return nothing(view.ndim, f"'{owner.name}'")
+    if not owner.is_buffer and len(owner.shape) > 1:
+        call.tracer.findings.owners.setdefault((owner.name, dim), owner.name)
+    return Value(view.slots(dim), origin=f"'{owner.name}'", paths={(owner.name, dim): None})
+
+
+def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tuple[Tensor, Value]]:
+    """Return the operands of an elementwise operator that are to be taken along one axis; the others meet as they are.
+
+    Only where nothing but parameters meet and one runs along several axes: a weight is being computed. The axis is the
+    one along which a smaller operand runs (a norm's gain), else the first.
+    """
+    views = [(t, view) for t in tensors if (view := call.tracer.view(t)) is not None and view.dims is not None]
+    wide = [(t, view) for t, view in views if len(view.varied()) > 1]
+    if all(view.owner.is_buffer for _, view in wide):
+        return []
+    if any(call.tracer.view(t) is None and call.tracer.value(t).live for t in tensors):
+        return []
+    places = [frozenset(a + ndim - v.ndim for a in v.axes(v.varied()[0])) for _, v in views if len(v.varied()) == 1]
+    first = next(view for _, view in wide if not view.owner.is_buffer)
+    order = sorted((min(first.axes(d)) + ndim - first.ndim for d in first.varied()), reverse=first.shape[0] == 1)
+    wanted = next((axis for axis in order if any(axis in place for place in places)), order[0])
+    out = []
+    for tensor, view in wide:
+        dims = [dim for dim in view.varied() if wanted - (ndim - view.ndim) in view.axes(dim)]
+        out.append((tensor, along(call, view, dims[0] if dims else None)))
+    return out
+
+
+def _over_channels(call: Call, value: Value, remedy: str = NORM_REMEDY) -> None:
+    call.pin(value.ids, "normalises over channels", remedy)
+
+
+def _result(call: Call, value: Value, operands: Sequence[Tensor], x: Tensor, moments: Sequence[Value | None]) -> Result:
+    """Meet the affine operands, laid out like `x`, and end what is known of the way here."""
+    met = meet(call, operands, x.dim(), [(x, value)]) if value.live else nothing(x.dim(), f"the result of {call.label}")
+    return [replace(met, paths=spoiled([value.paths])), *moments]
+
+
+def _group_norm(call: Call) -> Result:
+    x, (num, channels, positions, groups) = call.args[0], (int(n) for n in call.args[3:7])
+    value = call.tracer.value(x)
+    block = channels // max(1, groups)
+    sets = reshape(value.ids, x.shape, (num, groups, block * positions))
+    if 2 in varying(sets):
+        remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
+        call.pin(value.ids, f"normalises over channels, {block} at a time", remedy)
+    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    operands = [t.view(shape) for t in call.args[1:3] if isinstance(t, Tensor) and call.tracer.view(t) is not None]
+    return _result(call, value, operands, x, [])
+
+
+def _layer_norm(call: Call) -> Result:
+    x, shape = call.args[0], call.arg(1, "normalized_shape")
+    value = call.tracer.value(x)
+    if varying(value.ids) & set(range(x.dim() - len(shape), x.dim())):
+        _over_channels(call, value)
+    operands = [t for t in call.args[2:4] if isinstance(t, Tensor)]
+    return _result(call, value, operands, x, [])
+
+
+def _weight_norm(call: Call) -> Result:
+    """W = g v / |v|, the norm over all axes but `dim`: rows go together with their gain, columns change the norm."""
+    v, g, dim = call.args[0], call.args[1], int(call.arg(2, "dim", 0)) % call.args[0].dim()
+    value = held(call, v, [dim])
+    if varying(value.ids) - {dim}:
+        call.pin(value.ids, "normalises each row of it", remedy_of(call.tracer))
+    met = meet(call, [g], v.dim(), [(v, value)])
+    return [replace(met, paths=value.paths), Value(met.ids)]
+
+
+NORMS: dict[str, tuple[Rule, bool]] = {
+    "native_group_norm": (_group_norm, True),
+    "native_layer_norm": (_layer_norm, True),
+    "_fused_rms_norm": (_layer_norm, True),
+    "rms_norm": (_layer_norm, True),
+    "layer_norm": (_layer_norm, True),
+    "_weight_norm_interface": (_weight_norm, True),
+}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

@@ -1,0 +1,163 @@
+"""Operators that reduce, order, transform or pool along some axes.
+
+Lives here: what lets channels through while the axes it works along carry none, and pins them else. Does not live here:
+normalisations that torch knows as one operator (rules_norm.py), contractions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from apoptosis.graph.meet import meet
+from apoptosis.graph.rules_norm import NORM_REMEDY, held
+from apoptosis.graph.tracer import Call, Result, Rule
+from apoptosis.graph.values import Paths, Value, spoiled, varying
+
+FRONT_REMEDY = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
+_SUM_REMEDY = "An nn.Linear with one output in its place is a weighted sum that can be folded into."
+_GATE_REMEDY = "Compute both halves from layers, or leave the module out with exclude=."
+
+# Position and default of the `dim` argument.
+_REDUCTIONS = {
+    "sum": 1, "mean": 1, "amax": 1, "amin": 1, "max": 1, "min": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1,
+    "prod": 1, "all": 1, "any": 1, "argmax": 1, "argmin": 1, "logsumexp": 1, "median": 1, "nansum": 1,
+    "count_nonzero": 1, "norm": 2, "linalg_vector_norm": 2, "nanmedian": 1, "aminmax": 1, "kthvalue": 2, "mode": 1,
+    "_assert_async": 9, "special_logsumexp": 1, "trace": 9, "histc": 9, "bincount": 9, "equal": 9, "is_nonzero": 9,
+}  # fmt: skip
+_LAST = frozenset(("kthvalue", "mode", "sort", "topk"))
+_AVERAGES = frozenset(("mean", "var", "std", "var_mean", "std_mean"))
+_ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "log_softmax": 1, "cumsum": 1,
+          "cumprod": 1, "logcumsumexp": 1, "cummax": 1, "cummin": 1, "_cummax_helper": 3, "_cummin_helper": 3,
+          "sort": 1, "topk": 2, "_fft_c2c": 1, "_fft_r2c": 1, "_fft_c2r": 1}  # fmt: skip
+_WORDS = {"sort": "orders channels among themselves", "topk": "orders channels among themselves",
+          "_fft_c2c": "transforms channels into one another", "_fft_r2c": "transforms channels into one another",
+          "_fft_c2r": "transforms channels into one another"}  # fmt: skip
+
+_POOLED = (
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d "
+    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+    "fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa _upsample_lanczos2d_aa grid_sampler_2d grid_sampler_3d"
+).split()
+
+
+def _axes(call: Call, position: int, ndim: int) -> frozenset[int]:
+    """Return the axes that the argument `dim` names; all where it names none."""
+    dims = call.arg(position, "dim", -1 if call.name in _LAST else None)
+    if dims is None or isinstance(dims, bool) or dims == []:  # var(x, unbiased)
+        return frozenset(range(ndim))
+    return frozenset(axis % max(1, ndim) for axis in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+
+def reduce(call: Call) -> Result:
+    """Reduce over axes without channels; over channels, pin them."""
+    tensor = call.args[0]
+    reduced = _axes(call, _REDUCTIONS[call.name], tensor.dim())
+    value = held(call, tensor, set(range(tensor.dim())) - reduced)
+    if reduced & varying(value.ids):
+        if call.name in _AVERAGES:
+            call.pin(value.ids, "reduces over channels, as what normalises over channels does", NORM_REMEDY)
+        else:
+            call.pin(value.ids, "reduces over channels", _SUM_REMEDY if call.name == "sum" else FRONT_REMEDY)
+        return None
+    if not call.outs:
+        return None
+    keepdim = call.outs[0].dim() == tensor.dim()
+    ids = value.ids if keepdim else value.ids.reshape([n for i, n in enumerate(value.ids.shape) if i not in reduced])
+    linear, largest = call.name == "mean", call.name in ("amax", "max")
+    result = replace(
+        value,
+        ids=ids,
+        paths=_pooled(value.paths, linear, largest),
+        dropout=0.0,
+        source=None,
+        keep=None,
+        linear=frozenset(),
+    )
+    return [result] * len(call.outs)
+
+
+def _pooled(paths: Paths, average: bool, largest: bool) -> Paths:
+    if not average and not largest:
+        return spoiled([paths])
+    return {
+        key: None if path is None else replace(path, pooled=True, max_pool=path.max_pool or largest)
+        for key, path in paths.items()
+    }
+
+
+def _ended(value: Value) -> Value:
+    """Return the value after something that is no neuron type."""
+    return replace(value, paths=spoiled([value.paths]), dropout=0.0, source=None, keep=None, linear=frozenset())
+
+
+def _along(call: Call) -> Result:
+    """Mix the elements along axes without channels; along channels, pin them."""
+    tensor = call.args[0]
+    mixed = _axes(call, _ALONG[call.name], tensor.dim())
+    value = held(call, tensor, set(range(tensor.dim())) - mixed)
+    if mixed & varying(value.ids):
+        call.pin(value.ids, _WORDS.get(call.name, "normalises or accumulates over channels"), FRONT_REMEDY)
+        return None
+    return [_ended(value)] * len(call.outs)
+
+
+def _pool(call: Call) -> Result:
+    tensor = call.args[0]
+    num = next(int(c) for c in call.name if c in "123")
+    if "unpool" in call.name:
+        value = meet(call, call.tensors()[:2], tensor.dim())
+    else:
+        value = held(call, tensor, range(tensor.dim() - num))
+    if call.name.startswith("grid_sampler"):
+        call.pin(call.tracer.value(call.args[1]).ids, "samples at positions that are channels", FRONT_REMEDY)
+    if any(axis >= tensor.dim() - num for axis in varying(value.ids)):
+        text = "pools over an axis that carries channels"
+        if isinstance(call.tracer.module, nn.LocalResponseNorm):
+            text = "normalises over channels that are neighbours"
+        call.pin(value.ids, text, NORM_REMEDY if "normalises" in text else FRONT_REMEDY)
+        return None
+    largest = "max_pool" in call.name
+    average = "adaptive_avg" in call.name or "nearest" in call.name or "linear" in call.name
+    if call.name.startswith("avg_pool"):
+        padding = call.arg(3, "padding", 0)
+        average = (
+            not np.any(padding) and call.arg(6, "divisor_override") is None and call.arg(4, "ceil_mode") is not True
+        )
+    paths = _pooled(value.paths, average, largest)
+    result = replace(value, paths=paths, dropout=0.0, source=None, keep=None, linear=frozenset())
+    return [result] * len(call.outs)
+
+
+def _glu(call: Call) -> Result:
+    """Tie the two halves: out = a sigmoid(b)."""
+    tensor = call.args[0]
+    value = call.tracer.value(tensor)
+    dim = int(call.arg(1, "dim", -1)) % tensor.dim()
+    if dim not in varying(value.ids):
+        return _ended(value)
+    first, second = np.split(value.ids, 2, axis=dim)
+    call.tracer.findings.tie(first, second)
+    lone = np.where((first == 0) != (second == 0), first + second, 0)
+    call.pin(lone, "gates channels with values that are none", _GATE_REMEDY)
+    return Value(first, paths=spoiled([value.paths]))
+
+
+REDUCTIONS: dict[str, tuple[Rule, bool]] = {
+    **{name: (reduce, True) for name in _REDUCTIONS},
+    **{name: (_along, True) for name in _ALONG},
+    **{name: (_pool, True) for name in _POOLED},
+    "glu": (_glu, True),
+}
+"""Operator name -> rule, and whether it reads its operands' values as such."""
+
+
+def has_second_operand(call: Call) -> bool:
+    """Whether max and min are called with two tensors: then they are elementwise."""
+    return any(isinstance(t, Tensor) for t in call.args[1:])
