@@ -84,6 +84,8 @@ class Site:
     operand, and the fold goes into `weight` (and `bias`), the producer of the right operand: its rows take over, so
     `dim` is its output axis, `columns` the rows of each pair, `num_columns` the size of that axis. weight is "" where
     something lies between that producer and the product (a rotation, a norm): only slicing is right there.
+    per_sum: positions that one sum runs over: position p of `input_columns` belongs to sum p // per_sum. 0: each of a
+        channel's P positions is in a sum of its own, one sum for all channels of a row.
     scale: the operator divides by the square root of the number of channels per row by itself, so that an event which
     keeps k' of k per row multiplies one operand by sqrt(k'/k): `rescale` lists (tensor, dim, positions (channels, m)) of
     the left operand's producer and its bias, which take that factor.
@@ -105,6 +107,7 @@ class Site:
     functional: bool = False
     select: tuple[tuple[int, int], ...] = ()
     rescale: tuple[tuple[str, int, IntArray], ...] = ()
+    per_sum: int = 0
 
     @property
     def key(self) -> str:
