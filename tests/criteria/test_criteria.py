@@ -228,11 +228,13 @@ def test_views_refuse_what_does_not_fit() -> None:
     with pytest.raises(ShapeError, match="moments"):
         SiteView(key="s", weight=weight, moments=Moments(2))
     with pytest.raises(ArgumentError, match="together"):
-        SiteView(key="s", weight=weight, scale=1.0)
+        SiteView(key="s", weight=weight, measure=lambda keep, found: 0.0)
     with pytest.raises(ArgumentError, match="no consumer"):
         GroupView(name="g", num_channels=3, sites=())
     with pytest.raises(ShapeError, match="others"):
         GroupView(name="g", num_channels=4, sites=(SiteView(key="s", weight=weight),))
+    with pytest.raises(ShapeError, match="rows"):
+        GroupView(name="g", num_channels=3, sites=(SiteView(key="s", weight=weight),), rows=2)
     with pytest.raises(ArgumentError, match="no limit"):
         choose(get_criterion("interpolative"), Sample(0).view, {})
 

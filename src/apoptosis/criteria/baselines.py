@@ -38,7 +38,7 @@ def dropping_curve(gram_CC: Tensor, weight_OC: Tensor, order: Tensor) -> Tensor:
     return torch.cat([corners.clamp_min(0.0), corners.new_zeros(1)]).cpu()
 
 
-def _with_curves(view: GroupView, order: Tensor, *, offsets: bool) -> Ranking:
+def _curves(view: GroupView, order: Tensor, *, offsets: bool) -> dict[str, Tensor]:
     curves = {}
     for site in view.sites:
         if site.moments is None:
@@ -46,7 +46,15 @@ def _with_curves(view: GroupView, order: Tensor, *, offsets: bool) -> Ranking:
         covariance, mean = statistics(site)
         matrix = covariance if offsets and site.centred else covariance.addr_(mean, mean)
         curves[site.key] = relative_rms(site.num_taps * dropping_curve(matrix, flat_weight(site), order), site)
-    return Ranking(order=order, curves=curves)
+    return curves
+
+
+def _constant_curves(view: GroupView, order: Tensor, min_keep: int) -> dict[str, Tensor]:
+    return _curves(view, order, offsets=True)
+
+
+def _drop_curves(view: GroupView, order: Tensor, min_keep: int) -> dict[str, Tensor]:
+    return _curves(view, order, offsets=False)
 
 
 def _descending(score_C: Tensor) -> Tensor:
@@ -59,7 +67,8 @@ def _rank_constant(view: GroupView) -> Ranking:
         scale = energy(site)
         if scale > 0:
             cost += site.weight.detach().double().square().sum((0, 2)).cpu() * gram(site).diagonal().cpu() / scale
-    return _with_curves(view, _descending(cost), offsets=True)
+    order = _descending(cost)
+    return Ranking(order=order, curves=_curves(view, order, offsets=True))
 
 
 def _reduce_constant(view: GroupView, keep: Tensor) -> Reduction:
@@ -86,12 +95,14 @@ def incoming_norms(view: GroupView) -> Tensor:
 
 
 def _rank_magnitude(view: GroupView) -> Ranking:
-    return _with_curves(view, _descending(incoming_norms(view)), offsets=False)
+    order = _descending(incoming_norms(view))
+    return Ranking(order=order, curves=_curves(view, order, offsets=False))
 
 
 def _rank_random(view: GroupView) -> Ranking:
     generator = torch.Generator().manual_seed((view.seed * 1_000_003 + zlib.crc32(view.name.encode())) % 2**63)
-    return _with_curves(view, torch.randperm(view.num_channels, generator=generator), offsets=False)
+    order = torch.randperm(view.num_channels, generator=generator)
+    return Ranking(order=order, curves=_curves(view, order, offsets=False))
 
 
 def _reduce_drop(view: GroupView, keep: Tensor) -> Reduction:
@@ -108,6 +119,7 @@ CONSTANT = Criterion(
     rank=_rank_constant,
     reduce=_reduce_constant,
     summary="channels that hardly vary are replaced by their mean",
+    curves=_constant_curves,
 )
 MAGNITUDE = Criterion(
     name="magnitude",
@@ -115,6 +127,7 @@ MAGNITUDE = Criterion(
     rank=_rank_magnitude,
     reduce=_reduce_drop,
     summary="channels with small incoming weights are dropped (a baseline)",
+    curves=_drop_curves,
 )
 RANDOM = Criterion(
     name="random",
@@ -122,4 +135,5 @@ RANDOM = Criterion(
     rank=_rank_random,
     reduce=_reduce_drop,
     summary="channels drawn at random are dropped (a baseline)",
+    curves=_drop_curves,
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apoptosis.criteria.demands import allowed, arranged, step_between
 from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, flat_weight, relative_rms, statistics
 from apoptosis.errors import ArgumentError
 from apoptosis.numerics.decompose import complement, residual_gram, roundoff_floor, site_diag
@@ -69,13 +70,11 @@ class Proposal:
     def certificates(self, view: GroupView) -> tuple[Certificate, ...]:
         """One certificate per site."""
         rows = {site.key: site.moments.num_rows if site.moments is not None else 0 for site in view.sites}
-        note = (
-            ""
-            if self.kind == "empirical"
-            else "relative, from weights alone, for inputs of equal size in all directions"
-        )
+        notes = {site.key: site.note for site in view.sites}
+        if self.kind != "empirical":
+            notes = dict.fromkeys(notes, "relative, from weights alone, for inputs of equal size in all directions")
         return tuple(
-            Certificate(kind=self.kind, subject=key, value=value, rows=rows[key], note=note)
+            Certificate(kind=self.kind, subject=key, value=value, rows=rows[key], note=notes[key])
             for key, value in self.errors.items()
         )
 
@@ -90,15 +89,16 @@ def choose(
 ) -> Proposal | None:
     """Remove as many channels as the limits allow.
 
-    Where the criterion knows its error curve, the number kept is read off it; elsewhere it is found by bisection with
-    the certificate formula. Either way the certificate of the result is computed from its actual mix and offset, and
-    channels are added back until it holds.
+    Equally many channels of every row of the group are kept, and where a site says that nothing stands in for a
+    channel, nothing does, whatever the criterion. Where the error curve is known, the number kept is read off it;
+    elsewhere it is found by bisection with the certificate formula. Either way the certificate of the result is
+    computed from its actual mix and offset, and channels are added back until it holds.
 
     Args:
         criterion: how to order and to reduce.
         view: the group.
         limits: relative rms per site key, or one for all; a limit below the round-off floor means that floor.
-        align: the number kept is rounded up to a multiple.
+        align: the number kept is rounded up to a multiple (of the rows, too: see demands.step_between).
         min_keep: fewer are never kept.
 
     Returns: None when nothing can go.
@@ -109,7 +109,8 @@ def choose(
     """
     floor = roundoff_floor(view.num_channels)
     caps = {site.key: max(floor, _cap(limits, site)) for site in view.sites}
-    ranking = criterion.rank(view)
+    align = step_between(view, align)
+    ranking = arranged(criterion, view)
     search = _Search(criterion, view, ranking, caps)
     low = _aligned(max(min_keep, ranking.min_keep, 1), align)
     high = max(low, _aligned(search.from_curves(), align))
@@ -153,7 +154,7 @@ class _Search:
         return int((~good).nonzero().max()) + 1 if not bool(good.all()) else 0
 
     def reduction(self, num_keep: int) -> Reduction:
-        return self._criterion.reduce(self._view, self._ranking.order[:num_keep].sort().values)
+        return allowed(self._view, self._criterion.reduce(self._view, self._ranking.order[:num_keep].sort().values))
 
     def errors(self, num_keep: int, reduction: Reduction) -> dict[str, float]:
         if not self.has_data:

@@ -14,10 +14,12 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
+    device_of,
     energy,
     flat_weight,
     gram,
     relative_rms,
+    selection,
     statistics,
     working_dtype,
 )
@@ -50,7 +52,8 @@ def _rank_interpolative(view: GroupView) -> Ranking:
     for site in view.sites:
         norms = _column_norms(site)
         total += gram(site).cpu() * torch.outer(norms, norms) * _relative_weight(site)
-    return _with_curves(view, pivoted_cholesky(total).order)
+    order = pivoted_cholesky(total).order
+    return Ranking(order=order, curves=_curves(view, order))
 
 
 def _rank_greedy(view: GroupView) -> Ranking:
@@ -61,17 +64,20 @@ def _rank_greedy(view: GroupView) -> Ranking:
         share = _relative_weight(site) ** 0.5
         total += gram(site).cpu() / len(view.sites)
         rows.append(weight * share)
-    return _with_curves(view, greedy_order(total, torch.cat(rows)))
+    order = greedy_order(total, torch.cat(rows))
+    return Ranking(order=order, curves=_curves(view, order))
 
 
-def _with_curves(view: GroupView, order: Tensor) -> Ranking:
-    curves = {site.key: _curve(site, ordered_cholesky(gram(site), order)) for site in view.sites}
-    return Ranking(order=order, curves=curves)
+def _curves(view: GroupView, order: Tensor, min_keep: int = 1) -> dict[str, Tensor]:
+    return {site.key: _curve(site, ordered_cholesky(gram(site), order)) for site in view.sites}
 
 
 def _reduce(view: GroupView, keep: Tensor) -> Reduction:
     sites = {}
     for site in view.sites:
+        if not site.mixes:
+            sites[site.key] = SiteReduction(mix=selection(keep, view.num_channels, device_of(site)), offset=None)
+            continue
         covariance, mean = statistics(site)
         ridge = None if site.moments is None else site.moments.resolution
         if site.centred:
@@ -88,6 +94,7 @@ INTERPOLATIVE = Criterion(
     rank=_rank_interpolative,
     reduce=_reduce,
     summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation",
+    curves=_curves,
 )
 GREEDY = Criterion(
     name="greedy",
@@ -95,4 +102,5 @@ GREEDY = Criterion(
     rank=_rank_greedy,
     reduce=_reduce,
     summary="least squares from kept channels, ordered by forward selection on the consumers' own error",
+    curves=_curves,
 )

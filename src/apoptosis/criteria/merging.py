@@ -198,24 +198,35 @@ def _rank_pairwise(view: GroupView) -> Ranking:
     if view.neuron is None:
         return Ranking(order=torch.arange(view.num_channels), min_keep=view.num_channels)
     pairs = weight_pairs(view.neuron, offsets=_offsets_fold(view))
-    norms = [site.weight.detach().double().square().sum(0).sqrt().sum(1).cpu().numpy() for site in view.sites]
-    kind = neuron_type(view.neuron.activation)
-    lipschitz = kind.lipschitz(*kind.fill(view.neuron.args))
-    size = lipschitz * view.neuron.incoming.detach().double().norm(dim=1).cpu().numpy()
-    shares = [norm / max(float(np.sqrt(np.square(norm * size).sum())), 1e-300) for norm in norms]
+    shares = _shares(view, view.neuron)
     seen = np.sum(shares, axis=0)
     with np.errstate(invalid="ignore"):  # 0 * inf: a channel nobody reads, with no partner, still has none
         cost = np.nan_to_num(seen[:, None] * pairs.cost, nan=np.inf, posinf=np.inf)
         constant = np.nan_to_num(seen * pairs.constant_cost, nan=np.inf, posinf=np.inf)
     order, min_keep = merge_order(cost, constant)
-    curves = {}
-    if any(site.moments is None and site.measure is None for site in view.sites):
-        price = _prices(pairs, order, min_keep)
-        for site, share in zip(view.sites, shares, strict=True):
-            curve = torch.from_numpy(price @ share)
-            curve[:min_keep] = torch.inf
-            curves[site.key] = curve
+    curves = _pairwise_curves(view, torch.from_numpy(order), min_keep)
     return Ranking(order=torch.from_numpy(order), curves=curves, min_keep=max(1, min_keep))
+
+
+def _shares(view: GroupView, neuron: NeuronView) -> list[FloatArray]:
+    """Return what a unit of every channel's worst-case error costs relative to each site, (channels,) per site."""
+    norms = [site.weight.detach().double().square().sum(0).sqrt().sum(1).cpu().numpy() for site in view.sites]
+    kind = neuron_type(neuron.activation)
+    size = kind.lipschitz(*kind.fill(neuron.args)) * neuron.incoming.detach().double().norm(dim=1).cpu().numpy()
+    return [norm / max(float(np.sqrt(np.square(norm * size).sum())), 1e-300) for norm in norms]
+
+
+def _pairwise_curves(view: GroupView, order: Tensor, min_keep: int) -> dict[str, Tensor]:
+    """Worst-case scores, where a site has no data to measure with."""
+    if view.neuron is None or all(site.moments is not None or site.measure is not None for site in view.sites):
+        return {}
+    pairs = weight_pairs(view.neuron, offsets=_offsets_fold(view))
+    price, curves = _prices(pairs, order.numpy(), min_keep), {}
+    for site, share in zip(view.sites, _shares(view, view.neuron), strict=True):
+        curve = torch.from_numpy(price @ share)
+        curve[:min_keep] = torch.inf
+        curves[site.key] = curve
+    return curves
 
 
 def _prices(pairs: Pairs, order: npt.NDArray[np.int64], min_keep: int) -> FloatArray:
@@ -285,6 +296,7 @@ PAIRWISE = Criterion(
     rank=_rank_pairwise,
     reduce=_reduce_pairwise,
     summary="neurons whose incoming weights point the same way are merged, without any data",
+    curves=_pairwise_curves,
 )
 DUPLICATE = Criterion(
     name="duplicate",

@@ -30,8 +30,12 @@ class SiteView:
     moments: of the channels, pooled over positions; None for a data-free criterion.
     centred: an offset can be folded exactly here (a bias or a normalisation to take it, no zero padding).
     dropout: p of an elementwise dropout that the moments were observed behind.
-    measure, scale: exact error on sampled inputs and the centred energy E‖W(z - μ)‖² it relates to, for sites with
-    P > 1, where pooled moments give only an estimate; both or neither.
+    measure: exact error on sampled inputs, for sites with P > 1, where pooled moments give only an estimate.
+    scale: the energy that errors relate to, where it is not E‖W(z - μ)‖² by the moments; measure needs it.
+    blocks: (channels,) int64, or None for one block. Channels of different blocks never stand in for one another here
+    (products of activations: other heads).
+    mixes: False where nothing may stand in for a removed channel at all: what it contributes is lost.
+    note: what the errors speak of, for the certificate; "" for the output of a linear map.
     """
 
     key: str
@@ -41,6 +45,9 @@ class SiteView:
     dropout: float = 0.0
     measure: Measure | None = None
     scale: float | None = None
+    blocks: Tensor | None = None
+    mixes: bool = True
+    note: str = ""
     memo: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,8 +55,8 @@ class SiteView:
             raise ShapeError(f"site '{self.key}': weight of shape {tuple(self.weight.shape)}, expected (out, C, P).")
         if self.moments is not None and self.moments.num_channels != self.weight.shape[1]:
             raise ShapeError(f"site '{self.key}': moments of {self.moments.num_channels} channels, weight of others.")
-        if (self.measure is None) != (self.scale is None):
-            raise ArgumentError(f"site '{self.key}': give measure and scale together, or neither.")
+        if self.measure is not None and self.scale is None:
+            raise ArgumentError(f"site '{self.key}': give measure and scale together.")
 
     @property
     def num_taps(self) -> int:
@@ -76,15 +83,21 @@ class NeuronView:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupView:
-    """One coupled channel group. seed: of every random choice about it."""
+    """One coupled channel group. seed: of every random choice about it.
+
+    rows: the channels fall into so many rows of equal length, in order, and equally many of each are kept.
+    """
 
     name: str
     num_channels: int
     sites: tuple[SiteView, ...]
     neuron: NeuronView | None = None
     seed: int = 0
+    rows: int = 1
 
     def __post_init__(self) -> None:
+        if self.rows < 1 or self.num_channels % self.rows:
+            raise ShapeError(f"group '{self.name}': {self.num_channels} channels do not fall into {self.rows} rows.")
         if not self.sites:
             raise ArgumentError(f"group '{self.name}' has no consumer site: nothing can take over a removed channel.")
         for site in self.sites:
@@ -113,6 +126,8 @@ class Criterion:
 
     rank(view) orders the channels; reduce(view, keep) says how the kept ones stand in for the rest, for any sorted
     keep. needs_data: every site needs moments. summary: one line for humans.
+    curves(view, order, min_keep), optional: what Ranking.curves says, for an order that is not the criterion's own
+    (equally many of every row); without it the number kept is found by trying. min_keep: as in the criterion's ranking.
     """
 
     name: str
@@ -120,6 +135,7 @@ class Criterion:
     rank: Callable[[GroupView], Ranking]
     reduce: Callable[[GroupView, Tensor], Reduction]
     summary: str = ""
+    curves: Callable[[GroupView, Tensor, int], Mapping[str, Tensor]] | None = None
 
 
 def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
@@ -137,9 +153,13 @@ def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
 
 
 def gram(site: SiteView) -> Tensor:
-    """Return what least squares works on: the covariance where an offset can be folded, else the second moment."""
+    """Return what least squares works on: the covariance where an offset can be folded, else the second moment.
+
+    Only its diagonal where nothing mixes: no channel explains another there.
+    """
     covariance, mean = statistics(site)
-    return covariance if site.centred else covariance.addr_(mean, mean)
+    matrix = covariance if site.centred else covariance.addr_(mean, mean)
+    return matrix if site.mixes else matrix.diagonal().diag()
 
 
 def flat_weight(site: SiteView) -> Tensor:
