@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis
+from apoptosis.criteria import registry
+from apoptosis.graph import neurons
+from apoptosis.graph.rules import RULES
+from apoptosis.numerics import activations
 
 STEPS, BATCH, CLASSES = 60, 128, 4
 
@@ -130,6 +134,17 @@ def doubled(model: nn.Sequential, producer: int) -> None:
         layer.weight[half:] = layer.weight[:half]
         if layer.bias is not None:
             layer.bias[half:] = layer.bias[:half]
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What a test registers is forgotten afterwards."""
+    tables: list[dict[Any, Any]] = [RULES, neurons._REGISTRY, activations._REGISTRY, registry._REGISTRY]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=[str(p.relative_to(ROOT)) for p in WITH_CODE])
-def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys, registries):
     monkeypatch.chdir(tmp_path)
     names = names_that_readers_have()
     for number, code in enumerate(blocks(page, "python"), start=1):

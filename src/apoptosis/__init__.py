@@ -4,11 +4,25 @@ Lives here: the public face. Source of the idea: Siegel, Daily, Vishnu, "Adaptiv
 Learning on Large Scale Systems", IEEE Big Data 2016 (arXiv 1610.00790).
 """
 
+from apoptosis.criteria import register_criterion
 from apoptosis.engine import Apoptosis
+from apoptosis.graph.neurons import register_activation
+from apoptosis.graph.rules import register_rule
 from apoptosis.ledger import Event, Ledger
 from apoptosis.oneshot import shrink_
 from apoptosis.planner import Plan
 from apoptosis.surgery import load, save
 
-__all__ = ["Apoptosis", "Event", "Ledger", "Plan", "load", "save", "shrink_"]
+__all__ = [
+    "Apoptosis",
+    "Event",
+    "Ledger",
+    "Plan",
+    "load",
+    "register_activation",
+    "register_criterion",
+    "register_rule",
+    "save",
+    "shrink_",
+]
 __version__ = "0.1.0"

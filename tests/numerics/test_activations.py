@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apoptosis.errors import ArgumentError
-from apoptosis.numerics.activations import NEURON_TYPES, NOT_ELEMENTWISE, neuron_type
+from apoptosis.numerics.activations import (
+    NEURON_TYPES,
+    NOT_ELEMENTWISE,
+    Symmetry,
+    broken_claim,
+    neuron_type,
+    register_neuron_type,
+)
 
 BOUNDED = st.floats(-30, 30, allow_nan=False)
 VARIANTS: dict[str, list[tuple[float, ...]]] = {
@@ -120,3 +128,44 @@ def test_unknown_names_and_too_many_arguments_are_refused() -> None:
     with pytest.raises(ArgumentError, match="takes 0"):
         neuron_type("tanh").fill((1.0,))
     assert neuron_type("hardtanh").fill((-2.0,)) == (-2.0, 1.0)
+
+
+@every_case
+def test_the_grid_finds_no_fault_with_the_table(name: str, args: tuple[float, ...]) -> None:
+    kind = neuron_type(name)
+    assert broken_claim(replace(kind, defaults=kind.fill(args))) == ""
+
+
+@pytest.mark.parametrize(
+    ("claims", "text"),
+    [
+        ({"lipschitz": lambda *_: 0.99}, "constant 0.99 does not hold between"),
+        ({"lipschitz": lambda *_: math.nan}, "cannot be negative"),
+        ({"jump": lambda *_: -1.0}, "cannot be negative"),
+        ({"symmetry": lambda *_: Symmetry(homogeneous=True)}, "not homogeneous: phi\\(0.3 x\\)"),
+        ({"symmetry": lambda *_: Symmetry(reflection=0.5)}, "no reflection"),
+        ({"phi": torch.log}, "is not finite"),
+        ({"phi": lambda x: x.cumsum(0)}, "not elementwise"),
+        ({"phi": torch.rand_like}, "not elementwise, or not the same twice"),
+        ({"phi": lambda x: x[1:]}, "one of the same shape"),
+        ({"phi": lambda x: x.float()}, "one of the same shape"),
+        ({"phi": lambda x: torch.tanh(x) + (x > 3)}, "does not hold between"),
+    ],
+)
+def test_a_false_claim_is_refused_with_its_place(claims: dict[str, object], text: str) -> None:
+    before = set(NEURON_TYPES)
+    with pytest.raises(ArgumentError, match=text):
+        register_neuron_type(replace(neuron_type("tanh"), name="mine", **claims))
+    assert set(NEURON_TYPES) == before
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_neuron_type_of_ones_own_is_listed_and_taken_once() -> None:
+    mine = replace(neuron_type("tanh"), name="mine")
+    register_neuron_type(mine)
+    assert neuron_type("mine") is mine
+    for name in ("mine", "relu", ""):
+        with pytest.raises(ArgumentError, match=r"is there already; there are .*mine.*relu"):
+            register_neuron_type(replace(mine, name=name))
+    with pytest.raises(ArgumentError, match=r"there are .*mine"):
+        neuron_type("yours")

@@ -1,28 +1,72 @@
 """The criteria by name.
 
-Lives here: the registry, filled from one literal tuple. Does not live here: any criterion.
+Lives here: the registry, filled from one literal tuple, and the check of what a criterion of the user's own answers.
+Does not live here: any criterion.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
 from apoptosis.criteria.baselines import CONSTANT, MAGNITUDE, RANDOM
 from apoptosis.criteria.least_squares import GREEDY, INTERPOLATIVE
 from apoptosis.criteria.merging import DUPLICATE, PAIRWISE
-from apoptosis.criteria.views import Criterion
+from apoptosis.criteria.views import Criterion, GroupView, Ranking
 from apoptosis.errors import ArgumentError
+from apoptosis.records import Reduction
 
 _BUILT_IN = (INTERPOLATIVE, GREEDY, CONSTANT, PAIRWISE, DUPLICATE, MAGNITUDE, RANDOM)
 _REGISTRY: dict[str, Criterion] = {criterion.name: criterion for criterion in _BUILT_IN}
 
 
 def register_criterion(criterion: Criterion) -> None:
-    """Add a criterion of one's own.
+    """Add a criterion of one's own, to be named in `criterion=` and on the command line.
 
-    Raises: ArgumentError: the name is taken.
+    What it answers is checked whenever it is asked: an order that is none, or a reduction of another shape, is refused
+    by name before anything changes. What it costs is measured by the same certificate as for every criterion.
+
+    Raises: ArgumentError: it has no name, or the name is taken; the message lists those that are.
+
+    References: docs/extending.md, with an example.
     """
-    if criterion.name in _REGISTRY:
-        raise ArgumentError(f"a criterion named '{criterion.name}' is registered already; choose another name.")
-    _REGISTRY[criterion.name] = criterion
+    if not criterion.name or criterion.name in _REGISTRY:
+        raise ArgumentError(f"a criterion named '{criterion.name}' is registered already; there are {_listed()}.")
+
+    def rank(view: GroupView) -> Ranking:
+        ranking = criterion.rank(view)
+        order = ranking.order.sort().values.cpu()
+        if not torch.equal(order, torch.arange(view.num_channels)):
+            raise _wrong(criterion, "rank", view, f"an order of all {view.num_channels} channels, each once")
+        return ranking
+
+    def reduce(view: GroupView, keep: Tensor) -> Reduction:
+        reduction = criterion.reduce(view, keep)
+        if reduction.group != view.name or not torch.equal(reduction.keep, keep):
+            raise _wrong(criterion, "reduce", view, "a reduction to the channels that were asked for")
+        shape, num = (keep.numel(), view.num_channels), view.num_channels
+        for site in view.sites:
+            found = reduction.sites.get(site.key)
+            if found is None or found.mix.shape != shape or not bool(torch.isfinite(found.mix).all()):
+                raise _wrong(criterion, "reduce", view, f"a finite mix of shape {shape} for site '{site.key}'")
+            offset = found.offset
+            if offset is not None and (offset.shape != (num,) or not bool(torch.isfinite(offset).all())):
+                raise _wrong(criterion, "reduce", view, f"finite offsets of shape ({num},) for site '{site.key}'")
+            if offset is not None and not site.centred:
+                raise _wrong(criterion, "reduce", view, f"no offset for site '{site.key}', which can take none")
+        return reduction
+
+    _REGISTRY[criterion.name] = replace(criterion, rank=rank, reduce=reduce)
+
+
+def _wrong(criterion: Criterion, verb: str, view: GroupView, wanted: str) -> ArgumentError:
+    return ArgumentError(f"criterion '{criterion.name}': {verb} of group '{view.name}' has to give {wanted}.")
+
+
+def _listed() -> str:
+    return ", ".join(criteria())
 
 
 def get_criterion(name: str) -> Criterion:
@@ -35,7 +79,7 @@ def get_criterion(name: str) -> Criterion:
         True
     """
     if name not in _REGISTRY:
-        raise ArgumentError(f"no criterion '{name}'; there are {', '.join(criteria())}.")
+        raise ArgumentError(f"no criterion '{name}'; there are {_listed()}.")
     return _REGISTRY[name]
 
 

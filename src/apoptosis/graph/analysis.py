@@ -72,7 +72,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
 
 def _notes(findings: Findings) -> tuple[str, ...]:
     """Say what a user may want to know: unused parameters, modes that compute different things."""
-    notes = []
+    notes = list(findings.notes)
     unread = [name for name, owner in findings.slots.owners.items() if not findings.reads[name] and not owner.is_buffer]
     notes += [f"parameter '{name}' is not read by the forward pass on this input" for name in unread]
     for consumer in findings.consumers.values():
