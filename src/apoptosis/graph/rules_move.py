@@ -151,18 +151,25 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
     return Value(collapse(np.concatenate(parts, axis=dim)), paths=paths, dropout=dropout, linear=scaling)
 
 
+def _beside(call: Call, tensors: Sequence[Tensor]) -> list[Value]:
+    """Return the values of operands laid side by side: parameters keep the axis that the others' channels lie along."""
+    known = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]
+    axes = frozenset().union(*(varying(v.ids) for v in known if v is not None))
+    return [held(call, t, axes or None) if v is None else v for t, v in zip(tensors, known, strict=True)]
+
+
 def _cat(call: Call) -> Result:
     tensors = [t for t in call.args[0] if t.dim() > 1 or t.numel()]
     if not tensors:
         return None
     dim = int(call.arg(1, "dim", 0)) % tensors[0].dim()
-    return _side_by_side(call, tensors, [held(call, t) for t in tensors], dim)
+    return _side_by_side(call, tensors, _beside(call, tensors), dim)
 
 
 def _stack(call: Call) -> Result:
     tensors = list(call.args[0])
     dim = int(call.arg(1, "dim", 0)) % (tensors[0].dim() + 1)
-    values = [held(call, t) for t in tensors]
+    values = _beside(call, tensors)
     values = [v.moved(np.expand_dims(v.ids, dim)) for v in values]
     return _side_by_side(call, [t.unsqueeze(dim) for t in tensors], values, dim)
 
@@ -176,6 +183,10 @@ def _roll(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     if not dims:
         return collapse(np.roll(expand(ids, tensor.shape), shifts))
     return np.roll(ids, tuple(shifts), axis=tuple(d % tensor.dim() for d in dims))
+
+
+def _rot90(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    return np.rot90(ids, int(call.arg(1, "k", 1)), tuple(call.arg(2, "dims", (0, 1))))
 
 
 def _repeat(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
@@ -267,6 +278,7 @@ MOVES: dict[str, Rule] = {
     "stack": _stack,
     "flip": moving(_flip),
     "roll": moving(_roll),
+    "rot90": moving(_rot90),
     "repeat": moving(_repeat),
     **{name: _pad for name in ("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")},
     **{name: _pad for name in ("replication_pad1d", "replication_pad2d", "replication_pad3d")},

@@ -14,54 +14,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.meet import meet
+from apoptosis.graph.remedies import layer_of, parametrized
 from apoptosis.graph.slots import View
 from apoptosis.graph.tracer import Call, Result, Rule, Tracer
-from apoptosis.graph.values import Value, nothing, reshape, spoiled, varying
+from apoptosis.graph.values import Axis, Value, nothing, reshape, spoiled, varying
 
-NORM_REMEDY = "A norm that treats every channel by itself (batch normalisation, GroupNorm with one group per channel) leaves them free."
+NORM_REMEDY = "A norm that treats every channel by itself (BatchNorm, GroupNorm with one group per channel) frees them."
 _LOOSE = "Contract the raw parameter (F.linear, nn.Linear), or freeze what is computed into one."
-
-# Old-style hooks that compute `weight` before each forward pass: name of the hook's type -> how to take it off.
-_HOOKS = {
-    "WeightNorm": "torch.nn.utils.remove_weight_norm",
-    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
-}
 
 
 def remedy_of(tracer: Tracer) -> str:
-    """Say how to take off the parametrization, pruning mask or norm hook that is computing a weight, "" for none."""
-    for name, module, *_ in reversed(tracer._stack):
-        if isinstance(module, parametrize.ParametrizationList):
-            owner, _, leaf = name.rpartition(".parametrizations.")
-            kinds = ", ".join(type(step).__name__.strip("_") for step in module)
-            return f"Take the parametrization ({kinds}) off: parametrize.remove_parametrizations({owner!r}, {leaf!r})."
-    return _taken_off(tracer.module, tracer.module_name)
-
-
-def _taken_off(module: nn.Module | None, name: str) -> str:
-    if module is None:
-        return ""
-    if parametrize.is_parametrized(module):
-        leaf, steps = next(iter(module.parametrizations.items()))  # type: ignore[union-attr, operator]
-        kinds = ", ".join(type(step).__name__.strip("_") for step in steps)
-        return f"Take the parametrization ({kinds}) off: parametrize.remove_parametrizations({name!r}, {leaf!r})."
-    for hook in module._forward_pre_hooks.values():
-        kind = type(hook).__name__
-        if kind in _HOOKS:
-            return f"Take it off: {_HOOKS[kind]}({name!r})."
-        if type(hook).__module__.startswith("torch.nn.utils.prune"):
-            return f"Make the pruning final: torch.nn.utils.prune.remove({name!r}, 'weight')."
-    return ""
+    """Say how to take off what is computing a weight in the running module, "" for nothing."""
+    return parametrized((name, module) for name, module, *_ in reversed(tracer._stack))
 
 
 def held(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value:
     """Return the value of an operand; of a parameter that runs along several axes, one stays a channel axis.
 
-    What is computed from a parameter can be followed along one of its axes: the first, or the last of a table whose
-    first axis has size 1. The other axes are pinned. Buffers are read as tables of numbers, as Tracer.value does.
+    What is computed from a parameter can be followed along one of its axes: the first, or the last of a table that
+    begins with an axis of size 1. The other axes are pinned. Buffers are read as tables of numbers, as Tracer.value does.
 
     axes: the axes of `tensor` that may stay (all when None).
     """
@@ -70,8 +44,13 @@ def held(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value
         return call.tracer.value(tensor)
     allowed = frozenset(range(tensor.dim()) if axes is None else (axis % tensor.dim() for axis in axes))
     dims = [dim for dim in view.varied() if view.axes(dim) <= allowed]
-    dims.sort(key=lambda dim: min(view.axes(dim)), reverse=view.shape[0] == 1)
+    dims.sort(key=lambda dim: min(view.axes(dim)), reverse=_is_table(view))
     return along(call, view, dims[0] if dims else None)
+
+
+def _is_table(view: View) -> bool:
+    """Whether a parameter begins with an axis of size 1 or an expanded one, as tables that all examples share do."""
+    return view.ndim > 0 and not any(0 in view.axes(dim) for dim in view.varied())
 
 
 def along(call: Call, view: View, dim: int | None) -> Value:
@@ -85,9 +64,19 @@ def along(call: Call, view: View, dim: int | None) -> Value:
             call.pin(view.slots(other), text, remedy)
     if dim is None:
         return nothing(view.ndim, f"'{owner.name}'")
-    if not owner.is_buffer and len(owner.shape) > 1:
-        call.tracer.findings.owners.setdefault((owner.name, dim), owner.name)
+    if not owner.is_buffer:
+        _listed(call, (owner.name, dim))
     return Value(view.slots(dim), origin=f"'{owner.name}'", paths={(owner.name, dim): None})
+
+
+def _listed(call: Call, axis: Axis) -> None:
+    """List what is computed as a group: made by its layer where a layer's weight is computed."""
+    modules = {name: module for name, module, *_ in call.tracer._stack}
+    name = layer_of(call.tracer.module_name)
+    if isinstance(modules.get(name), nn.Linear | _ConvNd):
+        call.tracer.findings.producers.setdefault(axis, name)
+    else:
+        call.tracer.findings.owners.setdefault(axis, axis[0])
 
 
 def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tuple[Tensor, Value]]:
@@ -104,7 +93,7 @@ def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tupl
         return []
     places = [frozenset(a + ndim - v.ndim for a in v.axes(v.varied()[0])) for _, v in views if len(v.varied()) == 1]
     first = next(view for _, view in wide if not view.owner.is_buffer)
-    order = sorted((min(first.axes(d)) + ndim - first.ndim for d in first.varied()), reverse=first.shape[0] == 1)
+    order = sorted((min(first.axes(d)) + ndim - first.ndim for d in first.varied()), reverse=_is_table(first))
     wanted = next((axis for axis in order if any(axis in place for place in places)), order[0])
     out = []
     for tensor, view in wide:
