@@ -28,7 +28,7 @@ from apoptosis.graph import analyse
 from apoptosis.probe import as_call
 from apoptosis.surgery.attributes import ATTRIBUTES
 from families.family import Family
-from families.plant import enliven, plant
+from families.plant import enliven, plant, settle_statistics
 
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
 STEPS = 20
@@ -119,7 +119,7 @@ def operate(family: Family, dtype: torch.dtype, seed: int = 0) -> Operation:
     run(family, model, batches[0]).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    enliven_statistics(model, seed)
+    settle_statistics(model, lambda: run(family, model, batches[0]), seed)
     model.eval()
     refused = plant_all(model, family, example, family.groups, seed)
     args, kwargs = as_call(example)
@@ -138,15 +138,6 @@ def operate(family: Family, dtype: torch.dtype, seed: int = 0) -> Operation:
         not_planted=refused,
         widths=widths,
     )
-
-
-def enliven_statistics(model: nn.Module, seed: int) -> None:
-    """Give running statistics values that no pass over the data would give them."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            drawn = torch.rand(buffer.shape, generator=generator).to(buffer)
-            buffer.copy_(0.4 * drawn - 0.2 if name.endswith("mean") else 0.5 + drawn)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -6,7 +6,8 @@ library afterwards (oracle.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,7 +20,11 @@ NORM_LEAVES = ("weight", "bias")
 
 
 def enliven(model: nn.Module, seed: int = 0) -> None:
-    """Take a model away from its initial values, which hide mistakes: zero biases, unit scales, unused statistics."""
+    """Take a model away from its initial values, which hide mistakes: zero biases, unit scales, weights too small.
+
+    Matrices are scaled so that a signal keeps its size through a ReLU: otherwise deep layers of a small random model
+    see constants, and almost all of their channels are redundant by chance.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(like: Tensor) -> Tensor:
@@ -31,11 +36,31 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
                 value = float(parameter.flatten()[0])
                 small = abs(value) < 0.1  # zeros, and layer scales that begin near zero
                 parameter.copy_(0.6 * draw(parameter) - 0.3 if small else value * (0.6 + 0.8 * draw(parameter)))
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.copy_(0.4 * draw(buffer) - 0.2)
-            elif name.endswith("running_var"):
-                buffer.copy_(0.5 + draw(buffer))
+            elif parameter.dim() > 1:
+                inputs = parameter[0].numel()
+                parameter.mul_(math.sqrt(2.0 / inputs) / float(parameter.square().mean().sqrt()))
+
+
+def settle_statistics(model: nn.Module, once: Callable[[], object], seed: int = 0) -> None:
+    """Give running statistics values near those of the data, but not equal: both modes must be told apart.
+
+    Args:
+        once: runs the model once in training mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        once()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            mean, var = norm.running_mean, norm.running_var
+            assert mean is not None
+            assert var is not None
+            mean += 0.2 * var.sqrt() * (torch.rand(mean.shape, generator=generator).to(mean) - 0.5)
+            var *= 0.8 + 0.4 * torch.rand(var.shape, generator=generator).to(var)
 
 
 def plant(model: nn.Module, structure: Structure, name: str, num: int, *, seed: int = 0) -> None:
