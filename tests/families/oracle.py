@@ -28,7 +28,7 @@ from apoptosis.graph import analyse
 from apoptosis.probe import as_call
 from apoptosis.surgery.attributes import ATTRIBUTES
 from families.family import Family
-from families.plant import enliven, plant, settle_statistics
+from families.plant import enliven, plant, settle
 
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
 STEPS = 20
@@ -119,7 +119,7 @@ def operate(family: Family, dtype: torch.dtype, seed: int = 0) -> Operation:
     run(family, model, batches[0]).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    settle_statistics(model, lambda: run(family, model, batches[0]), seed)
+    settle(model, lambda: run(family, model, batches[0]), seed)
     model.eval()
     refused = plant_all(model, family, example, family.groups, seed)
     args, kwargs = as_call(example)

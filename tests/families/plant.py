@@ -41,26 +41,46 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
                 parameter.mul_(math.sqrt(2.0 / inputs) / float(parameter.square().mean().sqrt()))
 
 
-def settle_statistics(model: nn.Module, once: Callable[[], object], seed: int = 0) -> None:
-    """Give running statistics values near those of the data, but not equal: both modes must be told apart.
+def settle(model: nn.Module, once: Callable[[], object], seed: int = 0) -> None:
+    """Fit biases and running statistics to the data, roughly.
+
+    Biases become such that no neuron is silent or always on by chance; running statistics come near those of the data,
+    but not equal to them: both modes must be told apart.
 
     Args:
         once: runs the model once in training mode.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def shaken(like: Tensor) -> Tensor:
+        return (torch.rand(like.shape, generator=generator) - 0.5).to(like)
+
+    def centre(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        bias, dim = module.bias, -1 if isinstance(module, nn.Linear) else 1
+        if not isinstance(bias, nn.Parameter) or not isinstance(output, Tensor) or output.dim() < 2:
+            return output
+        moved = output.movedim(dim, -1).reshape(-1, output.shape[dim])
+        change = -moved.mean(0) + 0.5 * moved.std(0) * shaken(bias)
+        bias += change
+        return (output.movedim(dim, -1) + change).movedim(-1, dim)
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
+    handles = [layer.register_forward_hook(centre) for layer in layers]
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
         once()
+        for handle in handles:
+            handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             mean, var = norm.running_mean, norm.running_var
             assert mean is not None
             assert var is not None
-            mean += 0.2 * var.sqrt() * (torch.rand(mean.shape, generator=generator).to(mean) - 0.5)
-            var *= 0.8 + 0.4 * torch.rand(var.shape, generator=generator).to(var)
+            mean += 0.2 * var.sqrt() * shaken(mean)
+            var *= 1.0 + 0.4 * shaken(var)
 
 
 def plant(model: nn.Module, structure: Structure, name: str, num: int, *, seed: int = 0) -> None:
@@ -132,7 +152,7 @@ def _write(tensors: dict[str, Tensor], group: Group, kind: str, victim: int, sou
     for member in members:
         _copy(tensors[member.tensor], member, victim, source)
     if kind in ("scale", "negate"):
-        factor = 1.5 if kind == "scale" else -1.0
+        factor = 2.0 if kind == "scale" else -1.0
         neuron = group.neuron
         assert neuron is not None
         names = {f"{neuron.norm}.{leaf}" for leaf in NORM_LEAVES} if neuron.norm else {neuron.weight, neuron.bias}
