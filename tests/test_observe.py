@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from apoptosis.errors import NonFiniteError
 from apoptosis.graph import analyse
 from apoptosis.observe import MIN_EXAMPLES, Observer
+from apoptosis.observe.watch import MIN_ROWS
 
 
 def window(net, example, **arguments):
@@ -320,3 +321,10 @@ def test_a_width_that_changes_under_a_window_is_told_and_not_raised(runs):
     net(runs.inputs(16, 1)).sum().backward()
     with pytest.raises(NonFiniteError, match="width"):
         observer.observations()
+
+
+def test_a_few_channels_are_not_judged_by_a_few_rows(runs):
+    net = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2))
+    observer = window(net, runs.inputs(4, 0), any_mode=True)
+    net(runs.inputs(500, 1, (7, 6)))
+    assert rows_at(observer) == MIN_ROWS

@@ -20,7 +20,7 @@ from apoptosis.attempt import Run, attempt, plan_now, seen_by_policy
 from apoptosis.calibration import overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import CheckpointError, NonFiniteError
-from apoptosis.graph import analyse
+from apoptosis.graph import analyse, replay
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import NOTHING_SEEN, Observer
@@ -171,7 +171,7 @@ class Apoptosis:
 
     @property
     def hook_seconds(self) -> float:
-        """The part of `seconds` spent in hooks, inside the user's forward passes."""
+        """The part of `seconds` spent on observing: hooks in the user's forward passes, and passes run again."""
         return self._memory.hook_seconds + (self._observer.hook_seconds if self._observer is not None else 0.0)
 
     def plan(self) -> Plan:
@@ -287,6 +287,7 @@ class Apoptosis:
             seed=self._settings.seed * 1_000_003 + len(self._memory.history),
             exact=self._settings.tolerance == 0,
             keep_inputs=not self._verdict.held_out,
+            replay=replay,
         )
 
     def _drop_window(self) -> None:

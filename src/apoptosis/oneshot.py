@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError
-from apoptosis.graph import analyse
+from apoptosis.graph import analyse, replay
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
@@ -130,7 +130,7 @@ def _observe(
 ) -> Observer:
     """Run batches through the model until every site has seen enough."""
     groups = [group for group in structure.groups if group.pin is None]
-    observer = Observer(model, groups, seed=seed, exact=exact, keep_inputs=True, any_mode=True)
+    observer = Observer(model, groups, seed=seed, exact=exact, keep_inputs=True, any_mode=True, replay=replay)
     count = 0
     observer.open()
     try:

@@ -7,21 +7,51 @@ positions of a channel at once (kernels, flattened maps). Does not live here: mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apoptosis.records import Site, SiteReduction
+from apoptosis.records import IntArray, Site, SiteReduction
 
 Respond = Callable[[Tensor, Tensor], Tensor]  # (input map restricted to columns, weight restricted alike) -> output
 
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+def read_weight(site: Site, weight: Tensor) -> Tensor:
+    """Return the part of the weight that the site reads as (out, columns, *taps), in its own dtype.
+
+    Of a functional site: the selected slice, its axes but the contracted one taken together as outputs.
+    """
+    weight, dim = weight.detach(), site.dim
+    if not site.functional:
+        return weight.movedim(dim, 1)
+    for axis, index in sorted(site.select, reverse=True):
+        weight = weight.select(axis, index)
+    dim -= sum(axis < dim for axis, _ in site.select)
+    return weight.movedim(dim, -1).reshape(-1, weight.shape[dim])
+
+
+def sums_of(site: Site, rows: int) -> IntArray:
+    """Return the sum that every position of a product is in, (channels, P).
+
+    Args:
+        site: of kind "product".
+        rows: of the group.
+    """
+    channels, count = site.input_columns.shape
+    if site.per_sum:
+        return np.asarray(site.input_columns // site.per_sum, dtype=np.int64)
+    row = np.arange(channels, dtype=np.int64) // (channels // rows)
+    return np.asarray(row[:, None] * count + np.arange(count, dtype=np.int64), dtype=np.int64)
+
+
 def gather_weight(site: Site, weight: Tensor) -> Tensor:
     """Return the consumer weight as (out, channels, P): a channel's columns and kernel taps side by side, float64."""
-    moved = weight.detach().double().movedim(site.dim, 1)  # (out, columns, *taps)
+    moved = read_weight(site, weight).double()
     columns = torch.as_tensor(site.columns, device=weight.device)
     picked = moved[:, columns.reshape(-1)].reshape(moved.shape[0], *columns.shape, -1)
     return picked.flatten(2)
@@ -124,6 +154,13 @@ class SampledSite:
             estimate = estimate + reduction.offset[removed].to(self._z)[:, None]
         self._change = self._changed_by(self._z[..., removed, :] - estimate, removed)
         return float(self._change.square().mean(1).sum())
+
+
+def sampled_site(module: nn.Module, site: Site, sample: Tensor, weight: Tensor) -> SampledSite:
+    """Measure a site on a sample of whole inputs with the module's own linear map, or a functional site's."""
+    if site.functional:
+        return SampledSite(replace(site, dim=1), sample, read_weight(site, weight), F.linear, 1)
+    return SampledSite(site, sample, weight, make_respond(module, site), num_blocks(module))
 
 
 def num_blocks(module: nn.Module) -> int:

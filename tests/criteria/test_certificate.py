@@ -155,3 +155,16 @@ def test_limits_hold_for_every_site_where_sites_see_different_data() -> None:
     alone = choose(get_criterion("interpolative"), replace(view, sites=(second,)), 0.01)
     assert alone is not None
     assert alone.reduction.keep.numel() == 4
+
+
+def test_duplicates_are_found_though_the_sites_weigh_them_differently() -> None:
+    z = draw(0, 300, 8).tanh()
+    z[:, 5:] = z[:, :3]
+    first, second = draw(1, 5, 8, 1), draw(2, 5, 8, 1)
+    first[:, :3] *= 5.0
+    second[:, 5:] *= 5.0
+    sites = tuple(SiteView(key=str(i), weight=w, moments=moments_of(z)) for i, w in enumerate((first, second)))
+    for name in ("interpolative", "greedy", "duplicate"):
+        proposal = choose(get_criterion(name), GroupView(name="g", num_channels=8, sites=sites), 0.0)
+        assert proposal is not None
+        assert proposal.reduction.keep.numel() == 5

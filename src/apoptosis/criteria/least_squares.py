@@ -48,11 +48,14 @@ def _rank_interpolative(view: GroupView) -> Ranking:
         site = view.sites[0]
         factor = pivoted_cholesky(gram(site), weights_C=_column_norms(site))
         return Ranking(order=factor.order, curves={site.key: _curve(site, factor)})
+    # One weight per channel for all sites: scaled site by site, exact duplicates would not be redundant in the sum.
     total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64)
+    weights = torch.zeros(view.num_channels, dtype=torch.float64)
     for site in view.sites:
-        norms = _column_norms(site)
-        total += gram(site).cpu() * torch.outer(norms, norms) * _relative_weight(site)
-    order = pivoted_cholesky(total).order
+        squares = _relative_weight(site) * _column_norms(site).square()
+        total += squares.sum() * gram(site).cpu()
+        weights += squares
+    order = pivoted_cholesky(total, weights_C=weights.sqrt()).order
     return Ranking(order=order, curves=_curves(view, order))
 
 

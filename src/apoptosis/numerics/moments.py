@@ -200,6 +200,21 @@ class Moments:
         out._scatter = self._scatter[index][:, index].clone()
         return out
 
+    @classmethod
+    def of_second_moment(cls, matrix_CC: Tensor, *, num_rows: int, exact: bool) -> Moments:
+        """Return moments of mean zero with a given second moment: for what is not centred and pooled by hand.
+
+        Args:
+            matrix_CC: (channels, channels), symmetric positive semidefinite.
+            num_rows: that it rests on.
+            exact: whether its products were in float64.
+        """
+        out = cls(matrix_CC.shape[0], device=matrix_CC.device)
+        out.num_rows = out.num_examples = num_rows
+        out.exact = exact
+        out._scatter = matrix_CC.double() * num_rows
+        return out
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return counts, mean (channels,) and scatter (channels, channels): copies, ready for safetensors."""
         return {

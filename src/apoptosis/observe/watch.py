@@ -20,7 +20,9 @@ from apoptosis.records import IntArray, Site
 
 ROWS_PER_CHANNEL = 3  # fewer rows understate the rank of the covariance and remove too much
 POSITIONAL_ROWS_PER_CHANNEL = 8  # positions of one image are correlated: ask for more of them
+MIN_ROWS = 256  # of few channels, too: a ReLU that is hardly ever on must have been on
 MIN_EXAMPLES = 256  # distinct examples every window sees, whatever the number of positions
+WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up to this many, 128 MB
 SAMPLE_EXAMPLES = 64  # whole inputs kept for sites that read several positions at once
 SAMPLE_ELEMENTS = 500_000  # and their bound in numbers, 2 MB in float32
 _FLUSH_ROWS = 4096  # buffered rows are turned into a Gram matrix in one product
@@ -35,12 +37,16 @@ def reads_several_positions(site: Site) -> bool:
 class Observation:
     """What a window saw at one (group, site).
 
-    moments: of the group's channels. sample: (examples, ...) whole inputs of the module, where one row is not enough;
-    else None. whole: moments of every input column of the module, where others than the group's are read too and one
-    position at a time; else None. dropout: rate of a dropout that the rows were taken behind, 0.0 for none.
+    moments: of the group's channels; of a product those of the left operand at every one of its positions, channel by
+        channel (channels * P). right: of the right operand likewise, for products alone.
+    sample: (examples, ...) whole inputs of the module, where one row is not enough; else None.
+    whole: moments of every input column of the module, where others than the group's are read too and one position at
+        a time; else None.
+    dropout: rate of a dropout that the rows were taken behind, 0.0 for none.
     """
 
     moments: Moments
+    right: Moments | None = None
     sample: Tensor | None = None
     whole: Moments | None = None
     dropout: float = 0.0
@@ -73,23 +79,23 @@ class Watch:
         self._device = device
         blocks = site.input_columns.size // max(1, site.columns.size)  # of a grouped convolution
         self._width = site.num_columns * blocks
-        self._columns = torch.as_tensor(columns, device=device)
+        self.columns = torch.as_tensor(columns, device=device)
         self._all = columns.shape == (self._width, 1) and bool((columns[:, 0] == np.arange(self._width)).all())
 
     @staticmethod
     def needed(site: Site, num_channels: int) -> int:
         """Rows that suffice for a number of channels at a site."""
         positional = reads_several_positions(site) or site.kind != "linear"
-        return (POSITIONAL_ROWS_PER_CHANNEL if positional else ROWS_PER_CHANNEL) * num_channels
+        return max(MIN_ROWS, (POSITIONAL_ROWS_PER_CHANNEL if positional else ROWS_PER_CHANNEL) * num_channels)
 
     @property
     def rows(self) -> int:
         """Rows taken so far."""
         return self.moments.num_rows + self.buffered
 
-    def enough(self) -> bool:
-        """Whether nothing more need be seen."""
-        return bool(self.spoiled) or (self.rows >= self.rows_needed and self.examples >= MIN_EXAMPLES)
+    def enough(self, examples: int = MIN_EXAMPLES) -> bool:
+        """Whether nothing more need be seen; examples: the least to see."""
+        return bool(self.spoiled) or (self.rows >= self.rows_needed and self.examples >= examples)
 
     def take(self, x: Tensor, picks: torch.Generator, *, examples: int, repeated: bool, dropout: float) -> None:
         """Take rows (positions, channels) from one module input; of many positions an even share of every batch.
@@ -111,22 +117,26 @@ class Watch:
         if rows.shape[1] != self._width:
             self.spoiled = f"the input of '{self.site.module}' changed its width while it was watched"
             return
-        taps = self._columns.shape[1]
+        taps = self.columns.shape[1]
         share = -(-self.rows_needed * examples // MIN_EXAMPLES) + 1 if self.spread else self.rows_needed
         total = rows.shape[0] * taps
         if (self.positional or rows.shape[0] > examples) and total > share:
             chosen = torch.randint(0, total, (share,), generator=picks).to(rows.device)
             taken = rows.index_select(0, chosen // taps)
             if not self._all:
-                taken = taken.gather(1, self._columns.T[chosen % taps])
+                taken = taken.gather(1, self.columns.T[chosen % taps])
         elif not self._all:
-            picked = rows[:, self._columns.reshape(-1)].reshape(rows.shape[0], *self._columns.shape)
-            taken = picked.transpose(1, 2).reshape(-1, len(self._columns))
+            picked = rows[:, self.columns.reshape(-1)].reshape(rows.shape[0], *self.columns.shape)
+            taken = picked.transpose(1, 2).reshape(-1, len(self.columns))
         else:
             taken = rows.clone()
-        self.buffer.append(taken.double() if self.exact else taken.float())
-        self.buffered += taken.shape[0]
-        self.examples += 0 if repeated else examples
+        self.add(taken, 0 if repeated else examples)
+
+    def add(self, rows: Tensor, examples: int) -> None:
+        """Take rows (rows, channels) that are the watch's to keep; examples: how many new ones they come from."""
+        self.buffer.append(rows.to(self._device, torch.float64 if self.exact else torch.float32))
+        self.buffered += rows.shape[0]
+        self.examples += examples
         if self.buffered >= _FLUSH_ROWS:
             self._flush()
 
@@ -171,6 +181,14 @@ class Watch:
         self.examples = int(state["examples"])
         self.dropout = None if state["dropout"] is None else float(state["dropout"])
         self.spoiled = str(state["spoiled"])
+
+
+def named_snapshot(watch: Watch) -> Moments:
+    """Take a watch's moments; what is wrong with its rows is told of the module that read them."""
+    try:
+        return watch.snapshot()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"at the input of '{watch.site.module}': {error}") from error
 
 
 class Sample:

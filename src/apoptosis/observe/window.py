@@ -1,8 +1,9 @@
 """Hooks that exist only during a window and turn the user's own forward passes into moments at consumer sites.
 
-Lives here: which forward passes count, what is observed before a dropout, when a window has seen enough. Does not live
-here: which rows are taken (watch.py), what is done with the moments (planner), when a window opens (policy). Nothing
-here changes a tensor of the user's, draws from a global generator or raises inside the user's forward pass.
+Lives here: which forward passes count, when a window has seen enough. Does not live here: which rows are taken
+(watch.py), sites that no hook can see (replayed.py), what is done with the moments (planner), when a window opens
+(policy). Nothing here changes a tensor of the user's, draws from a global generator or raises inside the user's
+forward pass.
 """
 
 from __future__ import annotations
@@ -17,48 +18,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from apoptosis.errors import NonFiniteError
-from apoptosis.numerics.moments import Moments
-from apoptosis.observe.watch import MIN_EXAMPLES, Observation, Sample, Watch, reads_several_positions
+from apoptosis.observe.dropouts import DROPOUTS, Dropped
+from apoptosis.observe.hooks import Hook
+from apoptosis.observe.replayed import Replay, Replayed
+from apoptosis.observe.watch import (
+    MIN_EXAMPLES,
+    WHOLE_COLUMNS,
+    Observation,
+    Sample,
+    Watch,
+    named_snapshot,
+    reads_several_positions,
+)
 from apoptosis.records import Group, Site
 
-WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up to this many, 128 MB
 BLIND_STEPS = 64  # steps without any row after which a window gives up
 NOTHING_SEEN = (
     "no training pass went through the modules it watches. The model must be called in training mode with gradients, "
     "and not compiled."
 )
 _SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
-class _Hook:
-    """A hook that copies and pickles of the user's modules lose: they carry one that does nothing."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> None:
-        self._function(*args)
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_inert, ()
-
-
-def _named(watch: Watch) -> Moments:
-    """Take a watch's moments; what is wrong with its rows is told of the module that read them."""
-    try:
-        return watch.snapshot()
-    except NonFiniteError as error:
-        raise NonFiniteError(f"at the input of '{watch.site.module}': {error}") from error
-
-
-def _inert(*args: object) -> None:
-    """Stand in a copy for a hook of the original."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return _inert
 
 
 class Observer:
@@ -72,6 +51,8 @@ class Observer:
         keep_inputs: also keep the largest training batch, for the probe of a run without held-out data.
         any_mode: take every forward pass (one-shot use on a trained network in evaluation mode) instead of training
             passes alone.
+        replay: graph.replay, which runs the model again to show what functional sites read; without it they are not
+            observed.
     """
 
     def __init__(
@@ -83,6 +64,7 @@ class Observer:
         exact: bool = False,
         keep_inputs: bool = False,
         any_mode: bool = False,
+        replay: Replay | None = None,
     ) -> None:
         self._model = model
         self._modules = dict(model.named_modules())
@@ -92,17 +74,22 @@ class Observer:
         self._by_module: dict[str, list[Watch]] = {}
         self._samples: dict[str, Sample] = {}
         self._calls: dict[str, int] = {}
-        self._dropped: dict[str, tuple[Tensor, Tensor]] = {}
+        self._dropped = Dropped()
         self._handles: list[RemovableHandle] = []
         self._keep_inputs, self._any_mode = keep_inputs, any_mode
         self._passes, self._inside, self._root_rows = 0, False, 0
         self._steps = self._largest = 0
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._input_rows = 0
-        self.hook_seconds = 0.0
+        self._muted = False  # while the model is run again
+        self.hook_seconds = 0.0  # and what running it again takes
+        self._replayed = Replayed(model, replay, self._generator, exact=exact, spread=not any_mode)
         for group in groups:
             for site in group.sites:
-                self._watch(group, site, exact)
+                if site.functional:
+                    self._replayed.watch(group, site)
+                else:
+                    self._watch(group, site, exact)
 
     def _watch(self, group: Group, site: Site, exact: bool) -> None:
         device = self._model.get_parameter(site.weight).device
@@ -129,15 +116,17 @@ class Observer:
         """Put the hooks on."""
         if self._handles:
             return
-        self._handles.append(self._model.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True))
-        self._handles.append(self._model.register_forward_hook(_Hook(self._leave), always_call=True))
+        # First of all hooks: it keeps arguments as the user gave them, before other hooks of his change them.
+        enter = self._model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True, prepend=True)
+        self._handles.append(enter)
+        self._handles.append(self._model.register_forward_hook(Hook(self._leave), always_call=True))
         for name in self._by_module:
-            hook = _Hook(self._make_hook(name))
+            hook = Hook(self._make_hook(name))
             self._handles.append(self._modules[name].register_forward_pre_hook(hook, with_kwargs=True))
         if any(watch.site.dropout > 0 for watch in self._watches.values()) and not self._any_mode:
             for name, module in self._modules.items():
-                if type(module) in _DROPOUTS:
-                    self._handles.append(module.register_forward_hook(_Hook(self._make_dropout_hook(name))))
+                if type(module) in DROPOUTS:
+                    self._handles.append(module.register_forward_hook(Hook(self._make_dropout_hook(name))))
 
     def close(self) -> None:
         """Take every hook off; what was seen stays."""
@@ -149,15 +138,15 @@ class Observer:
     @property
     def examples(self) -> int:
         """Examples seen so far, at the site that saw most."""
-        return max((watch.examples for watch in self._watches.values()), default=0)
+        return max((watch.examples for watch in self._watches.values()), default=self._replayed.examples)
 
     @property
     def blind(self) -> bool:
         """Whether nothing was seen at all."""
-        return all(watch.rows == 0 and not watch.spoiled for watch in self._watches.values())
+        return self._replayed.blind and all(w.rows == 0 and not w.spoiled for w in self._watches.values())
 
     def end_step(self) -> bool:
-        """Note that an optimizer step has passed; return whether the window is over.
+        """Note that an optimizer step has passed, run its passes again where needed; return whether the window is over.
 
         It is when every site has seen enough rows and examples; and when some still have not, though four times the
         steps went by that a site needs which runs once a step (it does not take part in training).
@@ -165,13 +154,24 @@ class Observer:
         self._calls.clear()
         self._dropped.clear()
         self._steps += 1
-        enough = all(watch.enough() for watch in self._watches.values())
+        self._run_again()
+        enough = self._replayed.finished and all(watch.enough() for watch in self._watches.values())
         if enough and all(sample.enough() for sample in self._samples.values()):
             return True
         if not self._largest:
             return self._steps >= BLIND_STEPS
-        rows = max([MIN_EXAMPLES, *(watch.rows_needed for watch in self._watches.values())])
+        needed = (watch.rows_needed for watch in self._watches.values())
+        rows = max(MIN_EXAMPLES, self._replayed.rows_needed, *needed)
         return self._steps >= _SPARE + 4 * -(-rows // self._largest)
+
+    def _run_again(self) -> None:
+        start = time.perf_counter()
+        self._muted = True
+        try:
+            self._replayed.run()
+        finally:
+            self._muted = False
+            self.hook_seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ hooks
 
@@ -179,6 +179,8 @@ class Observer:
         return self._model.training and torch.is_grad_enabled()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._muted:
+            return
         start = time.perf_counter()
         leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()]
         self._root_rows = int(leaves[0].shape[0]) if leaves else 0
@@ -186,6 +188,8 @@ class Observer:
         self._inside = True
         if self._any_mode or self._trains():
             self._largest = max(self._largest, self._root_rows)
+            if self._replayed.wants and not _in_backward() and not any(map(_is_wrapped, leaves)):
+                self._replayed.keep(args, kwargs, self._root_rows)
             if self._keep_inputs and self._root_rows >= self._input_rows and not _in_backward():
                 self._input_rows = self._root_rows
                 self.inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs)))
@@ -196,6 +200,8 @@ class Observer:
 
     def _counts(self, name: str) -> bool:
         """Training passes with gradients count; a checkpointed segment's recomputation in backward does not again."""
+        if self._muted:
+            return False
         if self._any_mode:
             return True
         if not self._trains():
@@ -224,7 +230,7 @@ class Observer:
         if all(watch.enough() for watch in watches) and (sample is None or sample.enough()):
             return
         site = watches[0].site
-        before, rate = self._before_dropout(x) if site.dropout > 0 and not self._any_mode else (x, 0.0)
+        before, rate = self._dropped.before(x) if site.dropout > 0 and not self._any_mode else (x, 0.0)
         if site.kind != "linear" and before.dim() == self._model.get_parameter(site.weight).dim() - 1:
             before = before.unsqueeze(0)  # an unbatched convolution input
         known = self._passes > 0 and (self._inside or _in_backward())
@@ -243,30 +249,9 @@ class Observer:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = args[0] if args else None
             if isinstance(x, Tensor) and isinstance(output, Tensor) and not _is_wrapped(x) and self._trains():
-                own = x.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()  # not in place
-                if own or not module.training:
-                    self._dropped[name] = (x.detach(), output.detach())
+                self._dropped.note(name, module, x, output)
 
         return hook
-
-    def _before_dropout(self, x: Tensor) -> tuple[Tensor, float]:
-        """Return the same view of what went into the dropout that x comes from, and 0.0; or x itself and 1.0.
-
-        Behind a dropout the covariance carries the noise of its masks, far more than a tolerance.
-        """
-        rate, left = 1.0, list(self._dropped.values())
-        while left:
-            storage = x.untyped_storage().data_ptr()
-            hit = next((i for i, (_, out) in enumerate(left) if out.untyped_storage().data_ptr() == storage), None)
-            if hit is None:
-                break
-            source, output = left.pop(hit)
-            offset = x.storage_offset() - output.storage_offset()
-            if not output.is_contiguous() or offset < 0:
-                break
-            base = source.contiguous()
-            x, rate = base.as_strided(x.size(), x.stride(), base.storage_offset() + offset), 0.0
-        return x, rate
 
     # ------------------------------------------------------------------ what was seen
 
@@ -275,7 +260,7 @@ class Observer:
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
-        moments = {key: _named(watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled}
+        moments = {key: named_snapshot(watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled}
         samples = {name: sample.joined() for name, sample in self._samples.items()}
         found = {}
         for group, site, key in self._places:
@@ -288,7 +273,7 @@ class Observer:
             sample = samples.get(site.module) if reads_several_positions(site) else None
             dropout = self._watches[key].dropout or 0.0
             found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout)
-        return found
+        return found | self._replayed.observations()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the half-filled window, exactly."""
@@ -296,6 +281,7 @@ class Observer:
         return {
             "watches": watches,
             "samples": {name: list(sample.kept) for name, sample in self._samples.items()},
+            "replayed": self._replayed.state_dict(),
             "generator": self._generator.get_state(),
             "steps": self._steps,
             "largest": self._largest,
@@ -315,6 +301,7 @@ class Observer:
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         for name, kept in state["samples"].items():
             self._samples[name].kept = [x.to(device) for x in kept]
+        self._replayed.load_state_dict(state["replayed"])
         self._generator.set_state(state["generator"].cpu())
         self._steps, self._largest = int(state["steps"]), int(state["largest"])
         if state["inputs"] is not None:

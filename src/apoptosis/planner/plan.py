@@ -1,20 +1,24 @@
 """Moments become a plan with certificates; nothing of the user's is touched.
 
 Lives here: how the tolerance of a site is shared out, and how one event's proposals become a plan. Does not live here:
-how a criterion sees a group (views.py), when an event happens (policy), the surgery.
+how a criterion sees a group (views.py), which groups exclude one another (entangled.py), what widths cost (costs.py),
+when an event happens (policy), the surgery.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import gcd
 from typing import Any
 
 from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, choose
 from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.planner.costs import macs_after
+from apoptosis.planner.entangled import choices_of, entangled, most_readers, positions_per_channel
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
 from apoptosis.records import Certificate, Group, Reduction, Structure
 
@@ -96,7 +100,7 @@ def make_plan(model: nn.Module, structure: Structure, observations: Observations
     """Ask the criterion for as much as every unpinned group's sites allow.
 
     A site that reads several groups shares its tolerance out among them: the errors of all of them, added up, stay
-    within it.
+    within it. Of groups that only one event may change (Group.alternative) those are taken that save most.
 
     Args:
         model: read only; its weights and the linear maps of its modules.
@@ -109,47 +113,102 @@ def make_plan(model: nn.Module, structure: Structure, observations: Observations
     open_groups = [group for group in structure.groups if group.pin is None]
     seen = [g for g in open_groups if all((g.name, site.key) in observations for site in g.sites)]
     notes = [f"{g.name}: not observed yet" for g in open_groups if g not in seen]
-    shares = Counter(site.key for group in seen for site in group.sites)
-    spent: dict[str, float] = {}
-    proposals: dict[str, Proposal] = {}
-    certificates: dict[str, tuple[Certificate, ...]] = {}
-    lost: dict[str, Tensor] = {}
-    for group in seen:
-        shown = show(model, group, observations, request.seed)
-        proposal, why = _propose(group, shown, request, spent, shares)
-        shares.subtract(site.key for site in group.sites)
-        if proposal is None:
-            notes.append(f"{group.name}: {why}")
-            continue
-        proposals[group.name] = proposal
-        certificates[group.name] = (*proposal.certificates(shown.view), *worst_case(group, shown.view, proposal))
-        for key, error in proposal.errors.items():
-            spent[key] = spent.get(key, 0.0) + error
-        for site, view in zip(group.sites, shown.view.sites, strict=True):
-            if site.norm is not None:
-                own = dropped(view, proposal, shown.samples.get(site.key))
-                lost[site.key] = own if site.key not in lost else lost[site.key] + own
-    keeps = {name: len(p.reduction.keep) for name, p in proposals.items()}
+    desk = _Desk(model, structure, observations, request)
+    choices = [choices_of(groups) for groups in entangled(seen)]
+    desk.shares = Counter()
+    for sets in choices:
+        desk.shares += most_readers(sets)
+    for sets in choices:
+        desk.shares -= most_readers(sets)
+        notes += desk.take(sets)
+    keeps = {name: len(p.reduction.keep) for name, p in desk.proposals.items()}
+    ordered = [g for g in seen if g.name in keeps]
     return Plan(
         tolerance=request.tolerance,
         criterion=request.criterion.name,
-        reductions=tuple(p.reduction for p in proposals.values()),
-        certificates=certificates,
-        widths={g.name: (g.num_channels, keeps[g.name]) for g in seen if g.name in keeps},
+        reductions=tuple(desk.proposals[g.name].reduction for g in ordered),
+        certificates={g.name: desk.certificates(g) for g in ordered},
+        widths={g.name: (g.num_channels, keeps[g.name]) for g in ordered},
         macs_before=structure.macs,
         macs_after=macs_after(structure, keeps),
-        errors={name: p.errors for name, p in proposals.items()},
-        dropped_variance=lost,
+        errors={g.name: desk.proposals[g.name].errors for g in ordered},
+        dropped_variance=desk.dropped(ordered),
         notes=tuple(notes),
     )
+
+
+class _Desk:
+    """Proposals as they are made, one choice of groups after the other.
+
+    shares: by site key, the groups still to come that read it. spent: the errors of those that came.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, observations: Observations, request: Request) -> None:
+        self._model, self._structure, self._observations, self._request = model, structure, observations, request
+        self._shown: dict[str, Shown] = {}
+        self.shares: Counter[str] = Counter()
+        self.spent: dict[str, float] = {}
+        self.proposals: dict[str, Proposal] = {}
+
+    def take(self, sets: Sequence[Sequence[Group]]) -> list[str]:
+        """Add the proposals of the set of groups that saves most; return notes on all of them."""
+        found = [self._propose_all(groups) for groups in sets]
+        saved = [-macs_after(self._structure, {n: len(p.reduction.keep) for n, p in own.items()}) for own, _ in found]
+        best = max(range(len(sets)), key=lambda index: saved[index])
+        proposals, notes = found[best]
+        self.proposals |= proposals
+        for proposal in proposals.values():
+            for key, error in proposal.errors.items():
+                self.spent[key] = self.spent.get(key, 0.0) + error
+        chosen = {group.name for group in sets[best]}
+        for groups, (_, why) in zip(sets, found, strict=True):
+            for name in (group.name for group in groups if group.name not in chosen):
+                told = why.get(name) or f"left for another event: changing {', '.join(proposals)} saves more"
+                notes.setdefault(name, told)
+        return [f"{name}: {why}" for name, why in notes.items()]
+
+    def _propose_all(self, groups: Sequence[Group]) -> tuple[dict[str, Proposal], dict[str, str]]:
+        shares = self.shares + Counter(site.key for group in groups for site in group.sites)
+        spent, proposals, notes = dict(self.spent), {}, {}
+        for group in groups:
+            proposal, why = _propose(group, self._show(group), self._request, spent, shares)
+            shares.subtract(site.key for site in group.sites)
+            if proposal is None:
+                notes[group.name] = why
+                continue
+            proposals[group.name] = proposal
+            for key, error in proposal.errors.items():
+                spent[key] = spent.get(key, 0.0) + error
+        return proposals, notes
+
+    def _show(self, group: Group) -> Shown:
+        if group.name not in self._shown:
+            self._shown[group.name] = show(self._model, group, self._observations, self._request.seed)
+        return self._shown[group.name]
+
+    def certificates(self, group: Group) -> tuple[Certificate, ...]:
+        """Return every bound on what a chosen group's reduction does."""
+        view, proposal = self._show(group).view, self.proposals[group.name]
+        return (*proposal.certificates(view), *worst_case(group, view, proposal))
+
+    def dropped(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Return what the variance of the outputs loses at sites that a BatchNorm reads."""
+        lost: dict[str, Tensor] = {}
+        for group in groups:
+            shown = self._show(group)
+            for site, view in zip(group.sites, shown.view.sites, strict=True):
+                if site.norm is not None:
+                    own = dropped(view, self.proposals[group.name], shown.samples.get(site.key))
+                    lost[site.key] = own if site.key not in lost else lost[site.key] + own
+        return lost
 
 
 def _propose(
     group: Group, shown: Shown, request: Request, spent: Mapping[str, float], shares: Mapping[str, int]
 ) -> tuple[Proposal | None, str]:
     """Make a proposal, or None and why not. spent: at each site by earlier groups; shares: groups still to come."""
-    rows = min(site.moments.num_rows for site in shown.view.sites if site.moments is not None)
-    least = max(1, min(request.align, group.num_channels), round((1 - request.max_drop) * group.num_channels))
+    align = request.align // gcd(request.align, positions_per_channel(group))
+    least = max(1, min(align, group.num_channels), round((1 - request.max_drop) * group.num_channels))
     cap = request.allotted.get(group.name, request.tolerance)
     limits = {}
     for site in group.sites:
@@ -158,13 +217,15 @@ def _propose(
             return None, "the sum of its errors over all events has reached the limit"
         free = request.tolerance - spent.get(site.key, 0.0)
         limits[site.key] = shown.ratios[site.key] * min(cap, max(0.0, min(free, left)) / shares[site.key])
-    proposal = choose(request.criterion, shown.view, limits, align=request.align, min_keep=least)
+    proposal = choose(request.criterion, shown.view, limits, align=align, min_keep=least)
     if proposal is None:
         return None, "no width that is a multiple of align= meets the tolerance"
     kept = len(proposal.reduction.keep)
-    if request.criterion.needs_data and rows < request.rows_per_channel * kept:
-        needed = request.rows_per_channel * kept
-        return None, f"{rows} rows cannot tell the rank of {kept} kept channels: at least {needed} are needed"
+    for view in shown.view.sites if request.criterion.needs_data else ():
+        rank = -(-kept // (1 if view.blocks is None else int(view.blocks.max()) + 1))
+        needed, rows = request.rows_per_channel * rank, 0 if view.moments is None else view.moments.num_rows
+        if rows < needed:
+            return None, f"{rows} rows cannot tell the rank of {rank} kept channels: at least {needed} are needed"
     errors = {key: error / shown.ratios[key] for key, error in proposal.errors.items()}
     return replace(proposal, errors=errors), ""
 
@@ -179,30 +240,3 @@ def merged(certificates: Iterable[Certificate]) -> tuple[Certificate, ...]:
             certificate = replace(old, value=old.value + certificate.value, rows=min(old.rows, certificate.rows))
         found[key] = certificate
     return tuple(found.values())
-
-
-def macs_after(structure: Structure, keeps: Mapping[str, int]) -> float:
-    """Multiply-adds of a forward pass once groups have the given widths: exact for contractions of two edited axes.
-
-    Every contraction costs rows times columns times positions, so its cost shrinks by the product of the shares that
-    stay along each of its axes.
-    """
-    total: dict[str, float] = {}
-    share: dict[tuple[str, int], float] = {}
-    for group in structure.groups:
-        axes = [(m.tensor, m.dim, m.positions.shape[1], m.macs) for m in group.members if m.role == "producer"]
-        axes += [(s.weight, s.dim, s.columns.shape[1], s.macs) for s in group.sites]
-        for tensor, dim, positions, macs in axes:
-            size = structure.shapes[tensor][dim]
-            total[tensor] = max(total.get(tensor, 0.0), macs / max(positions, 1) * size)
-            removed = group.num_channels - keeps.get(group.name, group.num_channels)
-            key = (tensor, dim)
-            share[key] = share.get(key, 1.0) - removed * positions / size
-    saved = 0.0
-    for tensor, macs in total.items():
-        left = 1.0
-        for (name, _), part in share.items():
-            if name == tensor:
-                left *= part
-        saved += macs * (1.0 - left)
-    return structure.macs - saved

@@ -18,8 +18,9 @@ from apoptosis.criteria.views import energy, statistics
 from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
 from apoptosis.observe import Observation, reads_several_positions
+from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, Neuron, Site
-from apoptosis.sites import SampledSite, gather_weight, make_respond, num_blocks
+from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
 
 Observations = Mapping[tuple[str, str], Observation]
 
@@ -45,17 +46,20 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int) 
     ratios: dict[str, float] = {}
     for site in group.sites:
         seen = observations[group.name, site.key]
+        if site.kind == "product":
+            sites.append(show_product(site, seen, group.rows))
+            ratios[site.key] = 1.0
+            continue
         weight = tensors[site.weight]
         sample = None
         if reads_several_positions(site) and seen.sample is not None and seen.dropout == 0.0:
-            module = model.get_submodule(site.module)
-            sample = SampledSite(site, seen.sample, weight, make_respond(module, site), num_blocks(module))
+            sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
             samples[site.key] = sample
         shown = SiteView(
             key=site.key,
             weight=gather_weight(site, weight),
             moments=seen.moments,
-            centred=_takes_offset(site),
+            centred=_takes_offset(site, weight),
             dropout=seen.dropout,
             measure=None if sample is None else sample.error,
             scale=None if sample is None else sample.scale,
@@ -63,7 +67,14 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int) 
         sites.append(shown)
         ratios[site.key] = _ratio(site, shown, seen, weight)
     neuron = None if group.neuron is None else _neuron_view(model, tensors, group.neuron)
-    view = GroupView(name=group.name, num_channels=group.num_channels, sites=tuple(sites), neuron=neuron, seed=seed)
+    view = GroupView(
+        name=group.name,
+        num_channels=group.num_channels,
+        sites=tuple(sites),
+        neuron=neuron,
+        seed=seed,
+        rows=group.rows,
+    )
     return Shown(view=view, samples=samples, ratios=ratios)
 
 
@@ -71,15 +82,20 @@ def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> fl
     """Rms of the site's whole output over the rms of what the group contributes to it."""
     if seen.whole is None:
         return 1.0
-    moved = weight.detach().double().movedim(site.dim, 1)
+    moved = read_weight(site, weight).double()
     moved = moved.reshape(*moved.shape[:2], -1)
     own = energy(shown)
     whole = energy(SiteView(key=site.key, weight=moved, moments=seen.whole, dropout=seen.dropout))
     return float((whole / own) ** 0.5) if own > 0.0 and whole > 0.0 else 1.0
 
 
-def _takes_offset(site: Site) -> bool:
-    """Whether a constant can be folded exactly: something takes it, and no zero padding lies at the borders."""
+def _takes_offset(site: Site, weight: Tensor) -> bool:
+    """Whether a constant can be folded exactly: something takes it, and no zero padding lies at the borders.
+
+    One slice of a stacked weight, or a weight of more axes, has no bias of one number per output.
+    """
+    if site.functional and (site.select or weight.dim() != 2):
+        return False
     return not site.zero_padded and (site.bias is not None or site.norm is not None)
 
 

@@ -1,0 +1,44 @@
+"""Looking in front of a dropout module: behind it the covariance carries the noise of its masks.
+
+Lives here: what went into every dropout of a pass, and the same view of it. Does not live here: hooks on other modules
+(window.py), what a known rate means for moments (numerics).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+class Dropped:
+    """Inputs and outputs of the dropout modules of the running pass, by module name."""
+
+    def __init__(self) -> None:
+        self._passed: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self._passed.clear()
+
+    def note(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Note what a dropout module made of its input, unless it did so in place."""
+        own = x.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()
+        if own or not module.training:
+            self._passed[name] = (x.detach(), output.detach())
+
+    def before(self, x: Tensor) -> tuple[Tensor, float]:
+        """Return the same view of what went into the dropout that x comes from, and 0.0; or x itself and 1.0."""
+        rate, left = 1.0, list(self._passed.values())
+        while left:
+            storage = x.untyped_storage().data_ptr()
+            hit = next((i for i, (_, out) in enumerate(left) if out.untyped_storage().data_ptr() == storage), None)
+            if hit is None:
+                break
+            source, output = left.pop(hit)
+            offset = x.storage_offset() - output.storage_offset()
+            if not output.is_contiguous() or offset < 0:
+                break
+            base = source.contiguous()
+            x, rate = base.as_strided(x.size(), x.stride(), base.storage_offset() + offset), 0.0
+        return x, rate

@@ -1,0 +1,293 @@
+"""Rows of sites that no module's input shows: the model is run again on the user's own inputs, after the step.
+
+Lives here: which passes are kept and run again, which rows of them are taken. Does not live here: the second run itself
+(handed in as a callable), sites that a module's hook can see (window.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from apoptosis.errors import ApoptosisError
+from apoptosis.observe.watch import (
+    MIN_EXAMPLES,
+    SAMPLE_ELEMENTS,
+    WHOLE_COLUMNS,
+    Observation,
+    Sample,
+    Watch,
+    named_snapshot,
+    reads_several_positions,
+)
+from apoptosis.records import Group, Seen, Site
+from apoptosis.sites import sums_of
+
+MAX_PASSES = 16  # passes after which fewer than MIN_EXAMPLES examples will do: each costs a forward pass
+LAST_PASS = 64  # passes after which a site that still lacks rows is given up
+_SLACK = 4  # rows are thinned out when there are this many times as many as wanted
+
+Replay = Callable[..., None]
+"""graph.replay: (model, args, kwargs, watch, *, training) runs the model and calls watch(Seen) at every site."""
+
+
+class _Share:
+    """An even share of the rows of one pass, which come in pieces of unknown number (the steps of a recurrence)."""
+
+    def __init__(self, wanted: int, columns: Tensor, picks: torch.Generator) -> None:
+        self._wanted, self._columns, self._picks = wanted, columns, picks
+        self._kept: list[Tensor] = []
+        self._count, self._rate = 0, 1.0
+
+    def add(self, x: Tensor) -> None:
+        """Take from x (..., positions)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._rate == 1.0 and rows.shape[0] > _SLACK * self._wanted:
+            self._rate = 2.0 * self._wanted / rows.shape[0]
+            self._kept = [self._thinned(kept, self._rate) for kept in self._kept]
+        rows = rows if self._rate == 1.0 else self._thinned(rows, self._rate)
+        self._kept.append(rows[:, self._columns.to(rows.device)])  # a copy
+        self._count = sum(len(kept) for kept in self._kept)
+        while self._count > _SLACK * self._wanted:
+            self._rate /= 2.0
+            self._kept = [self._thinned(torch.cat(self._kept), 0.5)]
+            self._count = len(self._kept[0])
+
+    def _thinned(self, rows: Tensor, rate: float) -> Tensor:
+        chosen = torch.rand(rows.shape[0], generator=self._picks) < rate
+        return rows[chosen.to(rows.device)]
+
+    def taken(self) -> Tensor | None:
+        """Return at most as many rows as were wanted, (rows, positions)."""
+        if not self._kept:
+            return None
+        rows = torch.cat(self._kept)
+        if len(rows) <= self._wanted:
+            return rows
+        return rows[torch.randperm(len(rows), generator=self._picks)[: self._wanted].to(rows.device)]
+
+
+class Replayed:
+    """What is seen of functional sites by running passes of the user's again.
+
+    Args:
+        model, replay: what is run, and how.
+        picks: draws rows.
+        exact: products in float64.
+        spread: take of every pass only a share of the rows, as more will come; else all that are needed.
+    """
+
+    def __init__(
+        self, model: nn.Module, replay: Replay | None, picks: torch.Generator, *, exact: bool, spread: bool
+    ) -> None:
+        self._model, self._replay, self._picks, self._exact, self._spread = model, replay, picks, exact, spread
+        self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns that several groups share
+        self._places: list[tuple[str, Site, tuple[str, str]]] = []
+        self._by_site: dict[str, list[tuple[str, str]]] = {}
+        self._samples: dict[str, Sample] = {}
+        self._pending: list[tuple[tuple[Any, ...], dict[str, Any], int]] = []
+        self._elements = 0
+        self._passes = 0
+        self.examples = 0  # of all passes that could have been run again
+        self._rates = {module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
+
+    def watch(self, group: Group, site: Site) -> None:
+        """Watch one functional site of a group."""
+        tensors: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
+        tensors |= dict(self._model.named_buffers(remove_duplicate=False))
+        device = tensors[site.weight].device if site.weight in tensors else next(iter(tensors.values())).device
+        key, columns, rows_for = (group.name, site.key), site.input_columns, group.num_channels
+        if site.kind == "product":
+            columns, rows_for = site.input_columns.reshape(-1, 1), _positions_per_sum(site, group.rows)
+        elif not reads_several_positions(site) and len(columns) < site.num_columns <= WHOLE_COLUMNS:
+            key, columns = ("", site.key), np.arange(site.num_columns, dtype=np.int64)[:, None]
+        if reads_several_positions(site) and site.kind != "product":
+            self._samples.setdefault(site.key, Sample(exact=self._exact))
+        self._places.append((group.name, site, key))
+        keys = [key, _right(key)] if site.kind == "product" else [key]
+        for own in keys:
+            if own not in self._watches:
+                self._watches[own] = Watch(site, columns, rows_for, device, exact=self._exact, spread=self._spread)
+                self._by_site.setdefault(site.key, []).append(own)
+            watch = self._watches[own]
+            watch.rows_needed = max(watch.rows_needed, Watch.needed(site, rows_for))
+
+    # ------------------------------------------------------------------ passes
+
+    @property
+    def wants(self) -> bool:
+        """Whether more passes are to be run again."""
+        return self._replay is not None and self._passes < LAST_PASS and not self._enough()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will be seen."""
+        return not self.wants
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows that the most demanding site needs."""
+        return max((watch.rows_needed for watch in self._watches.values()), default=0)
+
+    @property
+    def blind(self) -> bool:
+        """Whether nothing was seen at all."""
+        return all(watch.rows == 0 and not watch.spoiled for watch in self._watches.values())
+
+    def _enough(self) -> bool:
+        least = MIN_EXAMPLES if self._passes < MAX_PASSES else 0
+        return all(watch.enough(least) for watch in self._watches.values()) and all(
+            sample.enough() or self._passes >= MAX_PASSES for sample in self._samples.values()
+        )
+
+    def keep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
+        """Keep what a pass was called with until `run`; of several passes a step, as many as are needed and fit.
+
+        rows: examples in it, 0 if unknown.
+        """
+        self.examples += max(1, rows)
+        if not self.wants or self._passes + len(self._pending) >= LAST_PASS:
+            return
+        size = sum(x.numel() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor))
+        if self._pending and (self._elements + size > SAMPLE_ELEMENTS or self._will_do()):
+            return
+        self._elements += size
+        own_args, own_kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, dict(kwargs)))
+        self._pending.append((own_args, own_kwargs, max(1, rows)))
+
+    def _will_do(self) -> bool:
+        """Whether the passes kept so far bring enough examples."""
+        coming = sum(rows for _, _, rows in self._pending)
+        return all(watch.enough(MIN_EXAMPLES - coming) for watch in self._watches.values())
+
+    def run(self) -> None:
+        """Run the kept passes again. A model that cannot be run again is told of, once; its sites stay unobserved."""
+        pending, self._pending, self._elements = self._pending, [], 0
+        for args, kwargs, rows in pending:
+            if not self.wants or self._replay is None:
+                return
+            shares = self._open_shares(rows)
+            seen: set[str] = set()
+
+            def watch(one: Seen, shares: dict[tuple[str, str], _Share] = shares, seen: set[str] = seen) -> None:
+                self._see(one, shares, first=one.site not in seen)
+                seen.add(one.site)
+
+            try:
+                self._replay(self._model, args, kwargs, watch, training=self._model.training)
+            except ApoptosisError as error:
+                self._replay = None
+                warnings.warn(
+                    "apoptosis cannot run the model again on its inputs, so groups that are read by no module's input "
+                    f"are left alone: {error}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                return
+            self._passes += 1
+            for key, share in shares.items():
+                self._book(self._watches[key], share, rows)
+
+    def _open_shares(self, rows: int) -> dict[tuple[str, str], _Share]:
+        shares = {}
+        for key, watch in self._watches.items():
+            if watch.enough(MIN_EXAMPLES if self._passes < MAX_PASSES else 0):
+                continue
+            wanted = watch.rows_needed
+            if self._spread:
+                wanted = -(-wanted * rows // min(MIN_EXAMPLES, MAX_PASSES * rows)) + 1
+            columns = watch.columns
+            shares[key] = _Share(max(1, -(-wanted // columns.shape[1])), columns.reshape(-1), self._picks)
+        return shares
+
+    def _see(self, seen: Seen, shares: Mapping[tuple[str, str], _Share], *, first: bool) -> None:
+        for key in self._by_site.get(seen.site, ()):
+            x = seen.right if key[1].endswith(_RIGHT) else seen.x
+            if key not in shares or x is None or x.numel() == 0:
+                continue
+            watch = self._watches[key]
+            if x.shape[-1] <= int(watch.columns.max()):
+                watch.spoiled = f"what '{watch.site.key}' reads changed its width while it was watched"
+                continue
+            shares[key].add(x.detach())
+        sample = self._samples.get(seen.site)
+        if first and sample is not None and not sample.enough():
+            sample.take(seen.x.detach().reshape(-1, seen.x.shape[-1]) if seen.x.dim() < 2 else seen.x.detach())
+
+    def _book(self, watch: Watch, share: _Share, examples: int) -> None:
+        rows = share.taken()
+        if rows is None or watch.spoiled:
+            return
+        channels, taps = watch.columns.shape
+        watch.add(rows.reshape(-1, channels, taps).transpose(1, 2).reshape(-1, channels), examples)
+
+    # ------------------------------------------------------------------ what was seen
+
+    def observations(self) -> dict[tuple[str, str], Observation]:
+        """Return what was seen by (group name, site key); sites that saw nothing are left out.
+
+        Raises: NonFiniteError: rows hold NaN or infinity.
+        """
+        moments = {key: named_snapshot(watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled}
+        found = {}
+        for group, site, key in self._places:
+            if key not in moments or (site.kind == "product" and _right(key) not in moments):
+                continue
+            whole, own = None, moments[key]
+            if not key[0]:
+                whole = own
+                own = whole.select(torch.as_tensor(site.input_columns[:, 0], device=whole.device))
+            sample = self._samples.get(site.key)
+            found[group, site.key] = Observation(
+                moments=own,
+                right=moments.get(_right(key)),
+                whole=whole,
+                sample=None if sample is None else sample.joined(),
+                dropout=self._dropout(site),
+            )
+        return found
+
+    def _dropout(self, site: Site) -> float:
+        """Rate of a dropout that stays in a second run: one that is no module, which runs in training alone."""
+        return site.dropout if self._model.training and site.dropout not in self._rates else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything exactly."""
+        return {
+            "watches": [{"group": g, "site": k, **watch.state_dict()} for (g, k), watch in self._watches.items()],
+            "samples": {name: list(sample.kept) for name, sample in self._samples.items()},
+            "passes": self._passes,
+            "examples": self.examples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote. Raises: KeyError: it is of other groups."""
+        watches = {(entry["group"], entry["site"]): entry for entry in state["watches"]}
+        if set(watches) != set(self._watches) or set(state["samples"]) != set(self._samples):
+            raise KeyError("the window is of other groups")
+        for key, entry in watches.items():
+            self._watches[key].load_state_dict(entry)
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        for name, kept in state["samples"].items():
+            self._samples[name].kept = [x.to(device) for x in kept]
+        self._passes, self.examples = int(state["passes"]), int(state["examples"])
+
+
+_RIGHT = ":right"
+
+
+def _right(key: tuple[str, str]) -> tuple[str, str]:
+    """Key of the watch of the right operand."""
+    return key[0], key[1] + _RIGHT
+
+
+def _positions_per_sum(site: Site, rows: int) -> int:
+    """Most positions of a product that one sum runs over: what its second moment has to be known for."""
+    counts = np.unique(sums_of(site, rows).reshape(-1), return_counts=True)[1]
+    return int(counts.max())

@@ -1,0 +1,67 @@
+"""Groups that exclude one another, and the sets of them that one event may change.
+
+Lives here: choices between alternatives (whole heads, or the channels inside them), readers of a site. Does not live
+here: which choice is best (plan.py), which groups exclude one another (graph).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import gcd
+
+from apoptosis.records import Group
+
+
+def entangled(groups: Sequence[Group]) -> list[list[Group]]:
+    """Put groups together that exclude one another, directly or through others; in order of the first of each."""
+    left, found = list(groups), []
+    while left:
+        parts, size = [left[0]], 0
+        while len(parts) > size:
+            size = len(parts)
+            names = {group.name for group in parts}
+            parts = [g for g in left if g.name in names or any(_exclude(g, part) for part in parts)]
+        found.append(parts)
+        left = [group for group in left if group not in parts]
+    return found
+
+
+def _exclude(a: Group, b: Group) -> bool:
+    return b.name in a.alternative or a.name in b.alternative
+
+
+def choices_of(groups: Sequence[Group]) -> list[list[Group]]:
+    """Return the sets of groups of which none excludes another and to which none could be added.
+
+    Example:
+        >>> make = lambda name, *others: Group(name=name, num_channels=2, members=(), sites=(), alternative=others)
+        >>> sets = choices_of([make("qk", "heads"), make("v", "heads"), make("heads", "qk", "v")])
+        >>> [[group.name for group in chosen] for chosen in sets]
+        [['qk', 'v'], ['heads']]
+    """
+    found: list[list[Group]] = []
+    for first in groups:
+        chosen = [first]
+        for other in groups:
+            if other is not first and not any(_exclude(other, one) for one in chosen):
+                chosen.append(other)
+        chosen = [group for group in groups if group in chosen]
+        if chosen not in found:
+            found.append(chosen)
+    return found
+
+
+def most_readers(sets: Sequence[Sequence[Group]]) -> Counter[str]:
+    """Return how many groups of one choice read a site at most, by site key."""
+    most: Counter[str] = Counter()
+    for groups in sets:
+        most |= Counter(site.key for group in groups for site in group.sites)
+    return most
+
+
+def positions_per_channel(group: Group) -> int:
+    """Return the number of positions that every channel owns at least along each axis: a head's are many."""
+    counts = [m.positions.shape[1] for m in group.members if m.role == "producer"]
+    counts += [site.columns.shape[1] for site in group.sites if site.kind != "product"]
+    return gcd(*counts) if counts else 1
