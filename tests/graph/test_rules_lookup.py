@@ -299,3 +299,42 @@ def test_relative_bias_table_keeps_its_heads() -> None:
     assert structure.groups[0].pin is None
     assert ("table", 1) in {(m.tensor, m.dim) for m in structure.groups[0].members}
     assert set(structure.classes["table"][0].tolist()) <= set(structure.pinned_classes.tolist())
+
+
+def test_a_token_in_front_belongs_to_the_channels_behind(oracle) -> None:
+    """[token, positions] + table: the table along the positions meets one channel axis, not two."""
+
+    class Classified(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.table = table(1, 1, 6), table(1, 6, 6)
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.cat([self.token.expand(x.shape[0], -1, -1), self.a(x)], 1)
+            return self.b((h + self.table).relu())
+
+    structure = oracle(Classified(), (SEQ,), {"a": 6})
+    assert {m.tensor for m in structure.groups[0].members} == {"a.weight", "a.bias", "token", "table"}
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped matrix product")
+def test_a_stack_of_experts_has_one_hidden_width(oracle) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = table(3, 48, 8), table(3, 8, 24)
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.a(x).flatten(0, 1)
+            ends = torch.tensor([4, 11, rows.shape[0]], dtype=torch.int32)
+            gate, value = torch._grouped_mm(rows, self.up.transpose(-2, -1), offs=ends).chunk(2, -1)
+            return self.b(torch._grouped_mm(F.silu(gate) * value, self.down.transpose(-2, -1), offs=ends))
+
+    structure = oracle(Experts(), (SEQ,), {"a": 8, "up": 24, "down": 8}, every=2)
+    group = next(g for g in structure.groups if g.num_channels == 24)
+    assert [(m.tensor, m.dim) for m in group.members] == [("up", 1)]
+    assert group.members[0].positions.tolist() == [[c, c + 24] for c in range(24)]
+    assert [(s.weight, s.dim, s.functional) for s in group.sites] == [("down", 2, True)]
+    assert set(structure.classes["up"][0].tolist()) <= set(structure.pinned_classes.tolist())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apoptosis.errors import ArgumentError
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_contract import CONTRACTIONS
+from apoptosis.graph.rules_experts import EXPERTS
 from apoptosis.graph.rules_layout import LAYOUTS
 from apoptosis.graph.rules_lookup import LOOKUPS
 from apoptosis.graph.rules_move import MOVES
@@ -203,6 +204,7 @@ RULES: dict[str, tuple[Rule, bool]] = {
     **{name: (rule, False) for name, rule in MOVES.items()},
     **{name: (rule, reads) for name, (rule, reads) in CONTRACTIONS.items()},
     **PRODUCTS,
+    **EXPERTS,
     **REDUCTIONS,
     **NORMS,
     **LOOKUPS,

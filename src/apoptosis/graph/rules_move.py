@@ -158,12 +158,27 @@ def _beside(call: Call, tensors: Sequence[Tensor]) -> list[Value]:
     return [held(call, t, axes or None) if v is None else v for t, v in zip(tensors, known, strict=True)]
 
 
+def _extended(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: int) -> list[Value]:
+    """Tie parameters that are put in front of positions (a class token), whose channels lie along the same axes."""
+    live = [v for t, v in zip(tensors, values, strict=True) if v.live and call.tracer.view(t) is None]
+    if not live or any(dim in varying(v.ids) or not np.array_equal(v.ids, live[0].ids) for v in live):
+        return values
+    first, out = live[0].ids, []
+    for tensor, value in zip(tensors, values, strict=True):
+        token = value.live and call.tracer.view(tensor) is not None and value.ids.shape == first.shape
+        if token:
+            call.tracer.findings.tie(first, value.ids)
+        fits = token or (value.free and not value.live)
+        out.append(value.moved(first) if fits else value)
+    return out
+
+
 def _cat(call: Call) -> Result:
     tensors = [t for t in call.args[0] if t.dim() > 1 or t.numel()]
     if not tensors:
         return None
     dim = int(call.arg(1, "dim", 0)) % tensors[0].dim()
-    return _side_by_side(call, tensors, _beside(call, tensors), dim)
+    return _side_by_side(call, tensors, _extended(call, tensors, _beside(call, tensors), dim), dim)
 
 
 def _stack(call: Call) -> Result:

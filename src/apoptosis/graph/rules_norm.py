@@ -35,7 +35,7 @@ def held(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value
     """Return the value of an operand; of a parameter that runs along several axes, one stays a channel axis.
 
     What is computed from a parameter can be followed along one of its axes: the first, or the last of a table that
-    begins with an axis of size 1. The other axes are pinned. Buffers are read as tables of numbers, as Tracer.value does.
+    begins with an axis of size 1. The other axes are pinned. Buffers are tables of numbers, as Tracer.value reads them.
 
     axes: the axes of `tensor` that may stay (all when None).
     """
@@ -70,13 +70,11 @@ def along(call: Call, view: View, dim: int | None) -> Value:
 
 
 def _listed(call: Call, axis: Axis) -> None:
-    """List what is computed as a group: made by its layer where a layer's weight is computed."""
+    """Let the weight that is computed for a layer be a producer of that layer."""
     modules = {name: module for name, module, *_ in call.tracer._stack}
     name = layer_of(call.tracer.module_name)
     if isinstance(modules.get(name), nn.Linear | _ConvNd):
         call.tracer.findings.producers.setdefault(axis, name)
-    else:
-        call.tracer.findings.owners.setdefault(axis, axis[0])
 
 
 def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tuple[Tensor, Value]]:
