@@ -85,8 +85,13 @@ FAMILIES = (
         build=AlexNet,
         example=images(3, 31),
         groups={
-            "features.0": 3, "features.3": 3, "features.6": 3, "features.8": 2, "classifier.1": 4, "classifier.4": 4,
-        },  # fmt: skip
+            "features.0": 3,
+            "features.3": 3,
+            "features.6": 3,
+            "features.8": 2,
+            "classifier.1": 4,
+            "classifier.4": 4,
+        },
     ),
     Family(
         name="VGG, batch norm",

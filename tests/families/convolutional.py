@@ -1,4 +1,4 @@
-"""Residual and densely connected convolutional networks: ResNet, ResNeXt, Wide-ResNet, DenseNet, Inception, SqueezeNet."""
+"""Convolutional networks with residuals, dense connections and branches: ResNet and its kin, DenseNet, Inception."""
 
 from __future__ import annotations
 
@@ -189,7 +189,9 @@ class InceptionBlock(nn.Module):
     def __init__(self, inputs: int) -> None:
         super().__init__()
         self.branch1 = ConvNorm(inputs, 6, 1)
-        self.branch3 = nn.Sequential(ConvNorm(inputs, 6, 1), ConvNorm(6, 8, (1, 3), (0, 1)), ConvNorm(8, 8, (3, 1), (1, 0)))
+        self.branch3 = nn.Sequential(
+            ConvNorm(inputs, 6, 1), ConvNorm(6, 8, (1, 3), (0, 1)), ConvNorm(8, 8, (3, 1), (1, 0))
+        )
         self.branch5 = nn.Sequential(ConvNorm(inputs, 6, 1), ConvNorm(6, 6, 5, 2))
         self.pool = ConvNorm(inputs, 6, 1)
 
@@ -220,6 +222,7 @@ def per_block(layers: tuple[str, ...], numbers: dict[str, int]) -> dict[str, int
     return {f"{layer}.{name}": num for layer in layers for name, num in numbers.items()}
 
 
+TRAINING_ONLY = "an auxiliary head reads it, which a surgery in evaluation mode does not observe"
 BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1")
 
 FAMILIES = (
@@ -233,32 +236,48 @@ FAMILIES = (
         name="ResNet, bottlenecks",
         build=lambda: ResNet(Bottleneck, (8, 8)),
         example=images(3, 8),
-        groups={"conv1": 2, "layer1.0.downsample.0": 4, "layer2.0.downsample.0": 4, **per_block(BLOCKS, {"conv1": 2, "conv2": 2})},
+        groups={
+            "conv1": 2,
+            "layer1.0.downsample.0": 4,
+            "layer2.0.downsample.0": 4,
+            **per_block(BLOCKS, {"conv1": 2, "conv2": 2}),
+        },
     ),
     Family(
         name="ResNeXt",
         build=lambda: ResNet(Bottleneck, (12, 12), groups=3),
         example=images(3, 8),
-        groups={"conv1": 2, "layer1.0.downsample.0": 4, "layer2.0.downsample.0": 4, **per_block(BLOCKS, {"conv1": 1, "conv2": 1})},
+        groups={
+            "conv1": 2,
+            "layer1.0.downsample.0": 4,
+            "layer2.0.downsample.0": 4,
+            **per_block(BLOCKS, {"conv1": 1, "conv2": 1}),
+        },
     ),
     Family(
         name="Wide-ResNet",
         build=WideResNet,
         example=images(3, 8),
         groups={
-            "conv1": 2, "block1.0.conv1": 3, "block1.0.shortcut": 3, "block1.1.conv1": 3, "block2.0.conv1": 4,
-            "block2.0.shortcut": 4, "block2.1.conv1": 4,
-        },  # fmt: skip
+            "conv1": 2,
+            "block1.0.conv1": 3,
+            "block1.0.shortcut": 3,
+            "block1.1.conv1": 3,
+            "block2.0.conv1": 4,
+            "block2.0.shortcut": 4,
+            "block2.1.conv1": 4,
+        },
     ),
     Family(
         name="DenseNet",
         build=DenseNet,
         example=images(3, 8),
         groups={
-            "conv0": 2, "transition.2": 2,
+            "conv0": 2,
+            "transition.2": 2,
             **per_block(("block1.layer0", "block1.layer1", "block1.layer2"), {"conv1": 2, "conv2": 1}),
             **per_block(("block2.layer0", "block2.layer1"), {"conv1": 2, "conv2": 1}),
-        },  # fmt: skip
+        },
     ),
     Family(
         name="SqueezeNet",
@@ -274,14 +293,24 @@ FAMILIES = (
         build=Inception,
         example=images(3, 9),
         groups={
-            "stem.conv": 2, "aux.1.conv": 2,
+            "stem.conv": 2,
+            "aux.1.conv": 2,
             **per_block(
                 ("block1", "block2"),
                 {
-                    "branch1.conv": 2, "branch3.0.conv": 2, "branch3.1.conv": 2, "branch3.2.conv": 2,
-                    "branch5.0.conv": 2, "branch5.1.conv": 2, "pool.conv": 2,
-                },  # fmt: skip
+                    "branch1.conv": 2,
+                    "branch3.0.conv": 2,
+                    "branch3.1.conv": 2,
+                    "branch3.2.conv": 2,
+                    "branch5.0.conv": 2,
+                    "branch5.1.conv": 2,
+                    "pool.conv": 2,
+                },
             ),
-        },  # fmt: skip
+        },
+        missing={
+            "aux.1.conv": TRAINING_ONLY,
+            **{f"block1.{name}.conv": TRAINING_ONLY for name in ("branch1", "branch3.2", "branch5.1", "pool")},
+        },
     ),
 )

@@ -85,7 +85,11 @@ class SuperResolution(nn.Module):
         super().__init__()
         self.head = nn.Conv2d(1, 8, 5, padding=2)
         self.body1, self.body2 = nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
-        self.up, self.shuffle, self.tail = nn.Conv2d(8, 6 * 4, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(6, 1, 3, padding=1)
+        self.up, self.shuffle, self.tail = (
+            nn.Conv2d(8, 6 * 4, 3, padding=1),
+            nn.PixelShuffle(2),
+            nn.Conv2d(6, 1, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.head(x))
@@ -130,7 +134,11 @@ class DiffusionUNet(nn.Module):
         self.enter = nn.Conv2d(3, 8, 3, padding=1)
         self.down = TimeBlock(8, 8, 12)
         self.pool = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.middle1, self.attention, self.middle2 = TimeBlock(8, 12, 12), SpatialAttention(12, 2), TimeBlock(12, 12, 12)
+        self.middle1, self.attention, self.middle2 = (
+            TimeBlock(8, 12, 12),
+            SpatialAttention(12, 2),
+            TimeBlock(12, 12, 12),
+        )
         self.up = TimeBlock(20, 8, 12)
         self.norm, self.out = nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 3, padding=1)
 

@@ -184,7 +184,7 @@ MOBILE = {
 GATED = {**MOBILE, **{f"{block}.excite.fc1": 1 for block in BLOCKS}}
 
 FAMILIES = (
-    Family(name="MobileNetV2", build=lambda: MobileNet(nn.ReLU6), example=images(3, 8), groups=MOBILE),
+    Family(name="MobileNetV2", build=lambda: MobileNet(nn.ReLU6), example=images(3, 8), groups=MOBILE, batches=4),
     Family(
         name="MobileNetV3",
         build=lambda: MobileNet(nn.Hardswish, (4, nn.ReLU, nn.Hardsigmoid)),
@@ -202,9 +202,10 @@ FAMILIES = (
         build=ShuffleNet,
         example=images(3, 8),
         groups={
-            "conv1.0": 2, "conv5.0": 5,
+            "conv1.0": 2,
+            "conv5.0": 5,
             **{f"stage2.{unit}.branch2.0.0": 2 for unit in range(3)},
-        },  # fmt: skip
+        },
     ),
     Family(
         name="ConvNeXt",

@@ -291,7 +291,7 @@ def check_second_event(operation: Operation) -> None:
     numbers = {
         name: groups[name].rows
         for name in operation.planted
-        if name not in family.missing and groups[name].num_channels // groups[name].rows >= 2
+        if name not in family.missing and groups[name].num_channels // groups[name].rows >= 3
     }
     widths = {name: groups[name].num_channels for name in numbers}
     refused = plant_all(model, family, example, numbers, seed=50)

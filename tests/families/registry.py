@@ -7,7 +7,7 @@ from importlib import import_module
 from families.family import Family
 
 #: Every module has a tuple FAMILIES. A module that needs an extra returns an empty one where it is not installed.
-MODULES = ("classic", "convolutional", "mobile", "generative")
+MODULES = ("classic", "convolutional", "mobile", "generative", "mixed", "pruning")
 
 FAMILIES: dict[str, Family] = {}
 for _name in MODULES:
