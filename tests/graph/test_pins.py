@@ -252,6 +252,10 @@ def test_output_objects_are_searched() -> None:
 def test_rules_can_be_registered_once(monkeypatch) -> None:
     with pytest.raises(ArgumentError, match="'relu' has a rule already"):
         register_rule("relu", lambda call: None)
+    with pytest.raises(ArgumentError, match="no operator 'aten::top_k' .similar names: .*topk"):
+        register_rule("top_k", lambda call: None)
+    with pytest.raises(ArgumentError, match="is a str, not a function"):
+        register_rule("special_airy_ai", "elementwise")
     monkeypatch.setitem(RULES, "never_heard_of", RULES["relu"])
     monkeypatch.delitem(RULES, "never_heard_of")
     net = Net(lambda m, h: torch.special.airy_ai(h))

@@ -1,14 +1,17 @@
-"""The registry of operators that have a rule, and the rules of elementwise operators, reductions and pooling.
+"""The registry of operators that have a rule, and the rules of elementwise operators and fills.
 
-Lives here: what ties channels without moving or contracting them. Does not live here: data movement (rules_move.py),
-contractions and batch normalisation (rules_contract.py). What is not in the registry pins whatever reaches it.
+Lives here: what ties channels that meet element by element. Does not live here: data movement (rules_move.py,
+rules_layout.py), lookups (rules_lookup.py), reductions (rules_reduce.py), normalisations (rules_norm.py), contractions
+(rules_contract.py, rules_product.py, rules_experts.py). What is not in the registry pins whatever reaches it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
+import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
@@ -220,15 +223,59 @@ SCALARS = scalar_operators((*_ELEMENTWISE, *ACTIVATIONS))
 
 
 def register_rule(operator: str, rule: Rule) -> None:
-    """Give an operator of the `aten` namespace a rule.
+    """Give an operator a rule: which channels its outputs carry.
+
+    A rule is called once for every call of the operator in a captured pass, after it has run. It may use
+
+    - `call.args`, `call.kwargs`, `call.arg(index, name, default)`: what the operator was called with. Defaults are left
+      out by the dispatcher, so give them again; `call.outs`: the tensors that came out, in order;
+    - `call.tensors()`: all tensors among the arguments, those in lists included;
+    - `call.tracer.value(tensor)`: the Value of an operand. `.ids` is an integer array with as many axes as the tensor
+      has, 0 for no channel; an axis along which the ids are constant has size 1. `.live`: any channel at all;
+    - `call.tracer.view(tensor)`: the parameter or buffer that an operand is (a view of), else None;
+    - `call.pin(ids, text, remedy)`: these channels are never removed. `text` goes on "operator aten.name in 'module'";
+    - `call.tracer.findings.tie(ids, ids)`: the channels at the same places, after broadcasting, are removed together.
+
+    It returns the Value of the output, a list of Values for several outputs, or None for outputs without channels. The
+    in-place form of an operator is served by the same rule, whose answer is then written to the operand. A rule that
+    raises LookupError, TypeError or ValueError pins all operands.
+
+    Hand on ids only along axes whose elements the operator keeps apart (what it mixes, it pins), and as a new
+    `Value(ids)`: one that is handed on whole still tells how its numbers were made.
 
     Args:
         operator: its name without namespace, overload and trailing underscore, e.g. "topk".
-        rule: takes a Call and returns the Value of each output (None: carries no channels).
+        rule: takes a Call (apoptosis.graph.tracer) and returns Values (apoptosis.graph.values).
 
     Raises:
-        ArgumentError: the operator has one already.
+        ArgumentError: the operator has a rule already, or torch knows no such operator.
+
+    Example:
+        >>> import torch
+        >>> from apoptosis.graph import analyse
+        >>> class Airy(nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.special.airy_ai(x)
+        >>> net, x = nn.Sequential(nn.Linear(4, 6), Airy(), nn.Linear(6, 2)), torch.zeros(3, 4)
+        >>> analyse(net, (x,)).groups[0].pin.reason
+        "operator aten.special_airy_ai in '1' has no rule"
+        >>> register_rule("special_airy_ai", lambda call: Value(call.tracer.value(call.args[0]).ids))
+        >>> analyse(net, (x,)).groups[0].pin is None
+        True
+        >>> del RULES["special_airy_ai"]
     """
     if operator in RULES:
         raise ArgumentError(f"operator '{operator}' has a rule already; there are {len(RULES)} in all.")
+    if not callable(rule):
+        raise ArgumentError(f"the rule of '{operator}' is a {type(rule).__name__}, not a function of a Call.")
+    if not _is_known(operator):
+        near = ", ".join(get_close_matches(operator, dir(torch.ops.aten), 3)) or "none"
+        raise ArgumentError(
+            f"torch has no operator 'aten::{operator}' (similar names: {near}). Give the name in a pin's reason."
+        )
     RULES[operator] = (rule, True)
+
+
+def _is_known(operator: str) -> bool:
+    """Whether torch has the operator, or its in-place form."""
+    return any(hasattr(torch.ops.aten, name) for name in (operator, f"{operator}_"))
