@@ -1,7 +1,7 @@
-"""What would unpin a weight that something computes before each forward pass.
+"""What would unpin: the remedies that belong to reasons.
 
-Lives here: recognising torch's own parametrizations, pruning masks and norm hooks on the running modules. Does not live
-here: the remedies of operators, which stand beside their reasons.
+Lives here: one remedy for every kind of reason, and the recognition of torch's own parametrizations, pruning masks and
+norm hooks. Does not live here: remedies that name numbers of the case, which stand beside their reasons.
 """
 
 from __future__ import annotations
@@ -17,6 +17,76 @@ _HOOKS = {
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
 }
 _MARK = ".parametrizations."
+
+NORM_REMEDY = "A norm that treats every channel by itself (BatchNorm, GroupNorm with one group per channel) frees them."
+FRONT_REMEDY = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
+_RAW = "Contract the raw parameter (nn.Linear, nn.Conv, F.linear), or freeze what is computed into one."
+_OPERAND = "Let a layer make both operands, or broadcast one value over all channels."
+_WHOLE = "Use the parameter whole, through nn.Linear or nn.Conv."
+_GATE = "Let a layer make as many gates as there are channels."
+_MASK = "Give all heads one mask, or a table with a column for each head."
+_FLAT = "Give the parameter one axis that runs along the channels, and no other."
+_BESIDE = "Concatenate channels with channels alone."
+_LAID = "Let the channels be the last axis of every operand."
+_TIED = "Give each use a parameter of its own."
+
+# Part of a reason -> what would unpin; the first that fits counts.
+_USUAL = (
+    ("reads part of the rows", _WHOLE),
+    ("network's output", "A layer behind it would free it; what the model need not return (caches) it should not."),
+    ("the model returns it", "Return what is computed from it instead."),
+    ("no consumer site reads", "Let a layer read these channels, or delete the layer that makes them."),
+    ("is producer and consumer along the same axis", _TIED),
+    ("is read elsewhere too", _TIED),
+    ("share memory without being one tensor", "Make them one parameter, or give each memory of its own (clone())."),
+    ("which has none", _OPERAND),
+    ("values that carry no channels", _OPERAND),
+    ("which carries no channels", "The width of the inputs is given; nothing is to be removed there."),
+    ("beside values that are none", _BESIDE),
+    ("values that are none", _BESIDE),
+    ("spreads one channel over others", _GATE),
+    ("positions of another channel", _GATE),
+    ("mixes the positions of single channels", FRONT_REMEDY),
+    ("along different axes", FRONT_REMEDY),
+    ("along another axis", FRONT_REMEDY),
+    ("over those of another axis", FRONT_REMEDY),
+    ("several axes of it", _FLAT),
+    ("left a view behind", "Write the result to a new tensor instead of in place."),
+    ("during the forward pass", "Change the parameter outside the forward pass."),
+    ("very large tensor", "Concatenate the parts instead of writing into slices, or give a smaller example_input."),
+    ("too large to be followed", "Give a smaller example_input: fewer examples or positions."),
+    ("could not be followed", "Call the operator with plain arguments, or leave the group out with exclude=."),
+    ("has no rule", "Register one with register_rule(), or leave it out with exclude=."),
+    ("before it is used", _RAW),
+    ("computed from it", _RAW),
+    ("values that are not a parameter", _RAW),
+    ("plain matrix", _WHOLE),
+    ("does not use it whole", _WHOLE),
+    ("without a module", "Let an nn.Linear or nn.Conv module compute it."),
+    ("across channels", "Give the bias one entry for each channel."),
+    ("normalises", NORM_REMEDY),
+    ("to the scores", _MASK),
+    ("a mask of its own", _MASK),
+    ("attends along an axis", _LAID),
+    ("in an order that cannot be followed", _LAID),
+    ("in many orders", _LAID),
+    ("channels that are not inside it", _LAID),
+    ("other channels than this module did before", _TIED),
+    ("no stack of matrices", "Multiply with one parameter of shape (experts, out, in), or one expert at a time."),
+    ("stack that is laid out", "Multiply with one parameter of shape (experts, out, in), or one expert at a time."),
+    ("root of the number of channels", "Give the operator its scale as a number."),
+    ("channels", FRONT_REMEDY),
+)  # fmt: skip
+
+
+def usual(reason: str) -> str:
+    """Return what usually unpins channels that are pinned for a reason like this, "" for a reason of no known kind.
+
+    Example:
+        >>> usual("operator aten.mul in 'gate' spreads one channel over others")
+        'Let a layer make as many gates as there are channels.'
+    """
+    return next((remedy for part, remedy in _USUAL if part in reason), "")
 
 
 def layer_of(name: str) -> str:

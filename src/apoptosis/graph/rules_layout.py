@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from apoptosis.graph.remedies import FRONT_REMEDY
 from apoptosis.graph.rules_move import moving, same_memory
 from apoptosis.graph.rules_norm import held
-from apoptosis.graph.rules_reduce import FRONT_REMEDY
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import SIZE_LIMIT, collapse, expand, nothing, spoiled, varying
 from apoptosis.records import IntArray

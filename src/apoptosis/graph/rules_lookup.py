@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from apoptosis.graph.meet import meet
+from apoptosis.graph.remedies import FRONT_REMEDY
 from apoptosis.graph.rules_norm import held
-from apoptosis.graph.rules_reduce import FRONT_REMEDY
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Value, align, collapse, expand, nothing, spoiled, varying
 from apoptosis.records import IntArray
@@ -62,7 +62,7 @@ def _mixed(call: Call) -> Result:
     for tensor in call.tensors():
         view = call.tracer.view(tensor)
         if view is not None:
-            call.pin_owner(view.owner, _MIXERS[call.name])
+            call.pin_owner(view.owner, _MIXERS[call.name], FRONT_REMEDY)
         else:
             call.pin(call.tracer.value(tensor).ids, _MIXERS[call.name], FRONT_REMEDY)
     return None

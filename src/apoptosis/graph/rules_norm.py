@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.meet import meet
-from apoptosis.graph.remedies import layer_of, parametrized
+from apoptosis.graph.remedies import NORM_REMEDY, layer_of, parametrized
 from apoptosis.graph.slots import View
 from apoptosis.graph.tracer import Call, Result, Rule, Tracer
 from apoptosis.graph.values import Axis, Value, nothing, reshape, spoiled, varying
 
-NORM_REMEDY = "A norm that treats every channel by itself (BatchNorm, GroupNorm with one group per channel) frees them."
 _LOOSE = "Contract the raw parameter (F.linear, nn.Linear), or freeze what is computed into one."
 
 

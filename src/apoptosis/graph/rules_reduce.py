@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.graph.meet import meet
-from apoptosis.graph.rules_norm import NORM_REMEDY, held
+from apoptosis.graph.remedies import FRONT_REMEDY, NORM_REMEDY
+from apoptosis.graph.rules_norm import held
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Paths, Value, spoiled, varying
 
-FRONT_REMEDY = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
 _SUM_REMEDY = "An nn.Linear with one output in its place is a weighted sum that can be folded into."
 _GATE_REMEDY = "Compute both halves from layers, or leave the module out with exclude=."
 
