@@ -44,12 +44,18 @@ def _step(x: Tensor, kind: int, a: int, b: int) -> Tensor:
         lambda: x.movedim(dim, b % x.dim()).contiguous(),
         lambda: x[torch.arange(x.shape[0]) % 2 == 0],
         lambda: x.unfold(dim, min(2, x.shape[dim]), 1),
+        lambda: x.rot90(b, (dim, (dim + 1) % x.dim())) if x.dim() > 1 else x,
+        lambda: x.diagonal(0, dim, (dim + 1) % x.dim()) if x.dim() > 1 else x,
+        lambda: x.reshape(-1).contiguous().as_strided((max(1, x.numel() // 2), 2), (1, 0)),
+        lambda: x.repeat_interleave(2, dim),
+        lambda: torch.complex(x, x).real if b % 2 else torch.view_as_real(torch.complex(x, x)),
+        lambda: torch.empty_like(x).index_copy(0, torch.arange(x.shape[0]), x) if x.dim() > 1 else x,
     )
     return steps[kind % len(steps)]()
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 5), st.integers(0, 5)), max_size=6))
+@settings(max_examples=250, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 5), st.integers(0, 5)), max_size=6))
 def test_ids_go_where_the_values_go(steps: list[tuple[int, int, int]]) -> None:
     """Values and ids start equal (the channel's number); after any movements they are equal still."""
     layer = nn.Linear(3, 6)
