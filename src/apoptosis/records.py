@@ -280,6 +280,8 @@ class OffsetFold:
     """b' = b + sign * sum over columns and taps of W[:, column(c)] offset[c], with W the weight *before* its folds.
 
     weight, dim, columns: as in Site; offset: (channels,). sign: +1 for a bias, -1 for a BatchNorm running mean.
+    select: (dim, index) pairs of W and b, leading dims alone: only that slice of W is read and of b written (one expert
+    of a stack, whose biases are stacked alike); () for all of it.
     """
 
     weight: str
@@ -287,13 +289,23 @@ class OffsetFold:
     columns: IntArray
     offset: Tensor
     sign: float = 1.0
+    select: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowScale:
+    """Along `dim`, the entries at `positions` (any shape, without repeats) are multiplied by `factor`."""
+
+    dim: int
+    positions: IntArray
+    factor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorEdit:
     """Everything that happens to one parameter or buffer in an event; applies unchanged to an averaged copy.
 
-    Order: column folds and offsets, each on the old shape, then the slice `keep` (dim -> kept positions).
+    Order: offsets, column folds and scales, each on the old shape, then the slice `keep` (dim -> kept positions).
     `dropped_variance` (old size): what the outputs of a site lose, taken off the running variance that follows it.
     `merge`: first moments along (dim): (positions kept, positions) matrix, else sliced.
     """
@@ -302,5 +314,6 @@ class TensorEdit:
     keep: Mapping[int, Tensor]
     folds: tuple[ColumnFold, ...] = ()
     offsets: tuple[OffsetFold, ...] = ()
+    scales: tuple[RowScale, ...] = ()
     dropped_variance: Tensor | None = None
     merge: Mapping[int, Tensor] = field(default_factory=dict)

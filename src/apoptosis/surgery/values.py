@@ -6,7 +6,7 @@ values go (modules.py) and which rule an optimizer's state follows (optimizers.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ VARIANCE_FLOOR = 1e-3
 
 
 def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Compute a tensor after its edit: folds, offsets, dropped variance, then the slice.
+    """Compute a tensor after its edit: offsets, dropped variance, folds, scales, then the slice.
 
-    Folds are computed in float64 and cast back; what they do not touch stays bitwise.
+    Offsets come before folds: a bias whose rows are folded into one another (a product's right operand) takes the
+    offsets of what its layer reads along. All is computed in float64 and cast back; what nothing touches stays bitwise.
 
     Args:
         edit: the edit.
@@ -32,28 +33,32 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
     Returns: a new tensor in the dtype, on the device and in the memory format of `old`, without gradient history.
 
     Raises: ShapeError: the edit does not fit the tensor.
+
+    Example:
+        >>> mix = torch.tensor([[3.0, 1.0]])
+        >>> fold = ColumnFold(dim=1, columns=np.array([[0], [1]]), keep=torch.tensor([1]), mix=mix)
+        >>> edit = TensorEdit(tensor="w", keep={1: torch.tensor([1])}, folds=(fold,))
+        >>> apply_edit(edit, torch.tensor([[1.0, 2.0], [10.0, 20.0]]), {})
+        tensor([[ 5.],
+                [50.]])
     """
     _check_fits(edit, old)
     with torch.no_grad():
-        value = old.detach()
-        todo = dict(edit.keep)
-        if edit.folds and not edit.offsets and edit.dropped_variance is None:
-            folded = {fold.dim for fold in edit.folds}  # what goes along the other dims need not be folded first
-            value = _sliced(value, {dim: todo.pop(dim) for dim in edit.keep if dim not in folded}, old)
-        elif edit.folds:
-            value = value.clone()
+        value, todo = old.detach(), dict(edit.keep)
+        if edit.offsets or edit.dropped_variance is not None:
+            value = _shifted(edit, value, tensors)
+        elif edit.folds or edit.scales:
+            busy = {fold.dim for fold in edit.folds} | {scale.dim for scale in edit.scales}
+            busy |= {dim for fold in edit.folds for dim, _ in fold.select}
+            # what goes along the other dims need not be folded first
+            value = _sliced(value, {dim: todo.pop(dim) for dim in edit.keep if dim not in busy}, old)
         for fold in edit.folds:
             _fold_(value, fold)
-        if edit.offsets:
-            wide = value.to(torch.float64, copy=True)
-            for offset in edit.offsets:
-                wide += offset.sign * _offset_delta(offset, tensors[offset.weight].detach(), value.numel())
-            value = wide.to(old.dtype)
-        if edit.dropped_variance is not None:
-            dropped = edit.dropped_variance.to(value.device).double()  # negative where the outputs vary more
-            wide = value.double()
-            value = torch.maximum(wide - dropped, VARIANCE_FLOOR * wide).to(old.dtype)
-        return _sliced(value, todo, old)
+        for scale in edit.scales:
+            along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
+            positions = positions.to(value.device)
+            along[..., positions] = (along[..., positions].double() * scale.factor).to(value.dtype)
+        return _sliced(value.to(old.dtype), todo, old)
 
 
 def slice_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
@@ -87,15 +92,37 @@ def merge_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
 def _check_fits(edit: TensorEdit, tensor: Tensor) -> None:
     needed = [(dim, int(keep.max())) for dim, keep in edit.keep.items()]
     needed += [(fold.dim, int(fold.columns.max())) for fold in edit.folds]
+    needed += [place for fold in edit.folds for place in fold.select]
+    needed += [(scale.dim, int(scale.positions.max())) for scale in edit.scales]
     for dim, last in needed:
         if dim >= tensor.ndim or last >= tensor.shape[dim]:
             raise ShapeError(f"the edit of '{edit.tensor}' does not fit a tensor of shape {tuple(tensor.shape)}.")
 
 
+def _shifted(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Add the offsets and take off the dropped variance, in a float64 copy."""
+    wide = old.to(torch.float64, copy=True)
+    for offset in edit.offsets:
+        target, _ = _selected(wide, 0, offset.select)
+        target += offset.sign * _offset_delta(offset, tensors[offset.weight].detach(), target.numel())
+    if edit.dropped_variance is not None:
+        dropped = edit.dropped_variance.to(wide.device).double()  # negative where the outputs vary more
+        wide = torch.maximum(wide - dropped, VARIANCE_FLOOR * wide)
+    return wide
+
+
+def _selected(tensor: Tensor, dim: int, select: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+    """Return the slice as a view, and what `dim` is called in it."""
+    for axis, index in sorted(select, reverse=True):
+        tensor = tensor.select(axis, index)
+    return tensor, dim - sum(axis < dim for axis, _ in select)
+
+
 def _fold_(value: Tensor, fold: ColumnFold) -> None:
     """Write W[.., columns[keep]] = W[.., columns] mixᵀ into `value`; touches the kept columns only."""
     device = value.device
-    along = value.movedim(fold.dim, -1)
+    value, dim = _selected(value, fold.dim, fold.select)
+    along = value.movedim(dim, -1)
     columns = torch.from_numpy(fold.columns).to(device)
     keep, mix = fold.keep.to(device), fold.mix.to(device).double()
     taps = columns.shape[1]
@@ -114,11 +141,12 @@ def _fold_(value: Tensor, fold: ColumnFold) -> None:
 
 def _offset_delta(fold: OffsetFold, weight: Tensor, num_outputs: int) -> Tensor:
     """W @ offset summed over taps, (out,) float64; convolution groups of a transposed weight stay apart."""
+    weight, dim = _selected(weight, fold.dim, fold.select)
     wide = weight.flatten(2).sum(-1, dtype=torch.float64) if weight.ndim > 2 else weight.double()
-    vector = torch.zeros(wide.shape[fold.dim], dtype=torch.float64, device=weight.device)
+    vector = torch.zeros(wide.shape[dim], dtype=torch.float64, device=weight.device)
     columns = torch.from_numpy(fold.columns).to(weight.device)
     vector[columns] = fold.offset.to(weight.device).double()[:, None].expand(columns.shape)
-    if fold.dim == 1:
+    if dim == 1:
         delta = wide @ vector
     else:
         num_groups = num_outputs // wide.shape[1]
