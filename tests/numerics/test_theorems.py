@@ -24,6 +24,7 @@ from apoptosis.numerics.decompose import (
     solve_mix,
 )
 from apoptosis.numerics.moments import Moments
+from apoptosis.numerics.pairs import joint, product_error
 from apoptosis.probe import compare, make_probe
 from apoptosis.records import ColumnFold, OffsetFold, TensorEdit
 from apoptosis.surgery import apply_edit
@@ -369,3 +370,35 @@ def test_compounding(seed: int, least_squares: bool) -> None:
     total = mean_square(first - z @ weight.T) ** 0.5 / sigma
     limit = math.fsum(errors) if least_squares else product - 1
     assert total <= limit * (1 + 1e-9) + 1e-9
+
+
+@given(seed=seeds, channels=st.integers(2, 7), kept=st.integers(1, 6), heads=st.integers(1, 2))
+@quick
+def test_products_of_activations(seed: int, channels: int, kept: int, heads: int) -> None:
+    left, x = correlated(seed, 20, channels * heads), draw(seed + 3, 15, 4)
+    weight, bias = draw(seed + 4, channels * heads, 4), draw(seed + 5, channels * heads)
+    right = x @ weight.T + bias
+    sums = np.repeat(np.arange(heads), channels)[:, None]
+    inside = torch.from_numpy(sums == sums.T)
+    keep = torch.cat([torch.arange(min(kept, channels)) + head * channels for head in range(heads)])
+    mix = torch.where(inside[keep], draw(seed + 6, keep.numel(), channels * heads), 0.0)
+    rows = np.arange(channels * heads)[:, None]
+    edit = TensorEdit(tensor="v", keep={0: keep}, folds=(ColumnFold(dim=0, columns=rows, keep=keep, mix=mix),))
+    moved = x @ apply_edit(edit, weight, {"v": weight}).T + apply_edit(edit, bias, {"v": bias})
+
+    def scores(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """All rows of one operand with all rows of the other, by head."""
+        a, b = (t.reshape(len(t), heads, -1).transpose(0, 1) for t in (a, b))
+        return a @ b.mT
+
+    before, second = scores(left, right), [t.T @ t / len(t) for t in (left, right)]
+    change = float((before - scores(left[:, keep], moved)).square().mean((1, 2)).sum())
+    energy = float(before.square().mean((1, 2)).sum())
+    assert product_error(*second, sums, keep, mix) == pytest.approx(change, rel=1e-8, abs=1e-9 * energy)
+    gone = ~torch.isin(torch.arange(channels * heads), keep)
+    lost = float(scores(left * gone, right).square().mean((1, 2)).sum())
+    assert float(joint(*second, sums)[gone][:, gone].sum()) == pytest.approx(lost, rel=1e-8, abs=1e-9 * energy)
+    centred = right - right.mean(0)
+    related = float(torch.where(inside, second[0] * (centred.T @ centred / len(right)), 0.0).sum())
+    assert related == pytest.approx(float(before.var(2, correction=0).mean(1).sum()), rel=1e-8)
+    assert related <= float(before.flatten(1).var(1, correction=0).sum()) * (1 + 1e-12)
