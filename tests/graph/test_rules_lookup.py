@@ -27,7 +27,12 @@ class Net(nn.Module):
             setattr(self, name, module)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.x = x
         return self.b(self.between(self, self.a(x)))
+
+    def which(self) -> Tensor:
+        """Return positions that depend on the input."""
+        return self.x[0, 0, :6].argsort()
 
 
 class Images(Net):
@@ -51,6 +56,12 @@ def put(h: Tensor) -> Tensor:
 def masked(h: Tensor) -> Tensor:
     out = h.clone()
     out[torch.arange(4) > 1] = 2.0 * h[:2]
+    return out
+
+
+def numbered(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[torch.arange(4), torch.arange(4)] = 0.5
     return out
 
 
@@ -89,6 +100,7 @@ BESIDE = {
     "index_copy": lambda m, h: h.index_copy(1, order(h), 2.0 * h),
     "index_fill": lambda m, h: h.index_fill(1, order(h)[:2], 0.5),
     "index_put": lambda m, h: masked(h),
+    "a number at some rows": lambda m, h: numbered(h),
     "index_put into zeros": lambda m, h: put(h),
     "index_add into zeros": lambda m, h: experts(h),
     "masked_scatter": scattered,
@@ -106,6 +118,8 @@ BESIDE = {
     "tile": lambda m, h: h.tile(1, 2, 1),
     "repeat_interleave": lambda m, h: h.repeat_interleave(2, 1),
     "repeat_interleave, counted": lambda m, h: h.repeat_interleave(torch.tensor([1, 2, 0, 1, 1]), 1),
+    "repeat_interleave of channels": lambda m, h: h.repeat_interleave(2, -1).unflatten(-1, (-1, 2)).sum(-1),
+    "isin": lambda m, h: h * torch.isin(h.round(), torch.tensor([0.0, 1.0])),
     "rot90": lambda m, h: h.rot90(1, (0, 1)),
     "movedim": lambda m, h: h.movedim(1, 0),
     "roll": lambda m, h: h.roll(1, 1),
@@ -175,6 +189,14 @@ ALONG = {
     "gather of its own": (
         lambda m, h: h.gather(1, torch.arange(6).remainder(5).expand(4, 5, 6)), "positions of its own"),
     "scatter": (lambda m, h: h.scatter(2, torch.zeros(4, 5, 1, dtype=torch.long), 0.0), "writes channels by number"),
+    "scatter into the first": (
+        lambda m, h: h.scatter(1, torch.zeros(4, 1, 3, dtype=torch.long), 0.0), "writes the first of the channels"),
+    "masked_scatter": (
+        lambda m, h: h.masked_scatter(torch.arange(6) > 2, torch.ones(120)), "positions of its own"),
+    "index by data": (lambda m, h: h[..., m.which()], "numbers that are data"),
+    "index_select by data": (lambda m, h: h.index_select(-1, m.which()), "numbers that are data"),
+    "index_select at random": (lambda m, h: h.index_select(-1, torch.randperm(6)), "numbers that are data"),
+    "equal": (lambda m, h: h * float(torch.equal(h, h)), "compares channels"),
     "index_fill": (lambda m, h: h.index_fill(2, torch.tensor([1]), 0.0), "writes channels by number"),
     "sort": (lambda m, h: h.sort(-1).values, "orders channels"),
     "argsort": (lambda m, h: h.argsort(-1) * 1.0, "orders channels"),

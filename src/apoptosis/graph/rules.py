@@ -61,7 +61,7 @@ _ELEMENTWISE = (
     "reciprocal remainder round rrelu rsqrt rsub sgn sign signbit sin sinc sinh special_entr special_log_ndtr sqrt "
     "square sub tan trunc where xlogy _prelu_kernel rrelu_with_noise rrelu_with_noise_functional gelu __and__ __iand__ "
     "__ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ bitwise_left_shift "
-    "bitwise_right_shift complex conj_physical float_power frexp gcd igamma igammac isin lcm mvlgamma polar "
+    "bitwise_right_shift complex conj_physical float_power frexp gcd igamma igammac lcm mvlgamma polar "
     "special_bessel_j0 special_bessel_j1 special_erfcx special_i0e special_i1 special_i1e special_ndtr special_ndtri "
     "special_xlog1py special_zeta true_divide _add_relu _masked_scale _standard_gamma poisson"
 ).split()

@@ -25,6 +25,11 @@ _INDEX_REMEDY = "Compute the positions from something that is not removed."
 _NUMBER_REMEDY = "Number positions along another axis than the channels."
 _TABLE_REMEDY = "Its columns may go; its rows are what the input names."
 
+# What literal positions are the result of; positions that come of anything else may be others for another input.
+_LITERAL = frozenset(
+    ("a constant", *(f"the result of aten.{name}" for name in ("arange", "linspace", "tril_indices", "triu_indices")))
+)
+
 # Operators that see all channels at once, and in which words.
 _MIXERS = {
     "_cdist_forward": "measures distances over all channels at once",
@@ -42,6 +47,7 @@ _MIXERS = {
     "_unique2": "orders channels by their value",
     "unique_consecutive": "drops elements by their value",
     "searchsorted": "compares channels with one another",
+    "equal": "compares channels with one another",
     "affine_grid_generator": "makes positions of channels",
     "linalg_householder_product": "multiplies channels with one another",
     "linalg_qr": "multiplies channels with one another",
@@ -66,6 +72,12 @@ def _mixed(call: Call) -> Result:
         else:
             call.pin(call.tracer.value(tensor).ids, _MIXERS[call.name], FRONT_REMEDY)
     return None
+
+
+def _is_literal(call: Call, index: Tensor) -> bool:
+    """Whether positions are written out in the model, so that the next pass uses the same ones whatever the input."""
+    view = call.tracer.view(index)
+    return view.owner.is_buffer if view is not None else call.tracer.value(index).origin in _LITERAL
 
 
 def _as_index(call: Call, tensor: object) -> None:
@@ -111,8 +123,12 @@ def _positions(call: Call, index: Tensor, value: Value, dim: int, text: str) -> 
     _as_index(call, index)
     if dim in varying(value.ids):
         call.pin(value.ids, f"{text} channels by number", _NUMBER_REMEDY)
-    elif any(not _constant_along(index, axis) for axis in varying(value.ids)):
+        return
+    axes = varying(value.ids)
+    if any(not _constant_along(index, axis) for axis in axes):
         call.pin(value.ids, f"{text} each channel at positions of its own", _INDEX_REMEDY)
+    elif call.name != "gather" and any(index.shape[axis] != call.args[0].shape[axis] for axis in axes):
+        call.pin(value.ids, f"{text} the first of the channels", _NUMBER_REMEDY)  # what gather reads is seen in its ids
 
 
 def _cropped(ids: IntArray, shape: Sequence[int], dim: int) -> IntArray:
@@ -166,8 +182,10 @@ def _filled(call: Call) -> Result:
     return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset())
 
 
-def _one_by_one(ids: IntArray) -> IntArray:
-    """Collapse the axes along which all ids that are none differ from nothing but zeros."""
+def _without_gaps(ids: IntArray) -> IntArray:
+    """Collapse the axes along which there is one channel and, for the rest, nothing: rows that were not written."""
+    if np.unique(ids[ids != 0]).size < 2:
+        return collapse(ids)  # a single channel: no telling which axis is which
     for axis, size in enumerate(ids.shape):
         if size > 1:
             most = ids.max(axis=axis, keepdims=True)
@@ -184,8 +202,8 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
         if source.live and not value.free:
             call.pin(new, f"writes channels into {value.origin}, which has none", _INDEX_REMEDY)
         written = np.where(mask, new, 0)
-        return Value(_one_by_one(written), paths=paths, free=value.free and source.free)
-    if source.free:
+        return Value(_without_gaps(written), paths=paths, free=value.free and source.free)
+    if source.free and not source.live:
         return replace(value, paths=paths, source=None, linear=frozenset())
     old, new, mask = np.broadcast_arrays(value.ids, new, mask)
     call.tracer.findings.tie(np.where(mask, old, 0), new)
@@ -199,6 +217,8 @@ def _index_put(call: Call) -> Result:
     for index in indices:
         _as_index(call, index)
     value, brought = call.tracer.value(target), held(call, source, [source.dim() - 1] if source.dim() else [])
+    if source.numel() == 1 and not brought.live:
+        brought = replace(brought, free=True)
     if not value.live and not brought.live:
         return nothing(target.dim(), brought.origin, free=value.free and brought.free)
     width = sum(i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1 for i in indices)
@@ -223,6 +243,11 @@ def _masked_scatter(call: Call) -> Result:
     wide = np.array(np.broadcast_to(mask.cpu().numpy(), target.shape))
     new = np.zeros(expand(np.zeros((1,) * target.dim(), dtype=np.int64), target.shape).shape, dtype=np.int64)
     new[wide] = expand(brought.ids, source.shape).reshape(-1)[: int(wide.sum())]
+    axes = varying(collapse(_without_gaps(new))) | varying(call.tracer.value(target).ids)
+    if any(bool((wide != wide.take([0], axis=axis)).any()) for axis in axes):
+        for ids in (brought.ids, call.tracer.value(target).ids):
+            call.pin(ids, "writes each channel at positions of its own", _INDEX_REMEDY)
+        return None
     return _overlaid(call, target, new, wide, brought)
 
 
@@ -233,6 +258,9 @@ def _index_select(call: Call) -> Result:
     value = held(call, tensor, set(range(tensor.dim())) - {dim})
     if not value.live or value.ids.shape[dim] == 1:
         return value
+    if not _is_literal(call, index):
+        call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
+        return None
     return value.moved(collapse(value.ids.take(index.reshape(-1).cpu().numpy(), axis=dim)))
 
 
@@ -249,6 +277,9 @@ def _index(call: Call) -> Result:
     value = held(call, tensor, set(range(tensor.dim())) - set(axes))
     if not value.live:
         return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    if varying(value.ids) & set(axes) and not all(_is_literal(call, i) for i in indices if i is not None):
+        call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
+        return None
     wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))
     places = tuple(slice(None) if i is None else i.cpu() for i in indices)
     return value.moved(collapse(wide[places].numpy()))
@@ -277,7 +308,7 @@ LOOKUPS: dict[str, tuple[Rule, bool]] = {
     "masked_scatter": (_masked_scatter, True),
     "index_select": (_index_select, False),
     **{name: (_index, False) for name in ("index", "_unsafe_index")},
-    "bucketize": (_bucketize, True),
+    **{name: (_bucketize, True) for name in ("bucketize", "isin")},
     **{name: (_checked, False) for name in ("_assert_tensor_metadata", "_assert_scalar", "_functional_assert_async")},
     **{name: (_checked, False) for name in ("sym_size", "sym_numel", "sym_stride", "sym_constrain_range")},
 }

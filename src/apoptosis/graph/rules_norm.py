@@ -103,10 +103,19 @@ def _over_channels(call: Call, value: Value, remedy: str = NORM_REMEDY) -> None:
     call.pin(value.ids, "normalises over channels", remedy)
 
 
-def _result(call: Call, value: Value, operands: Sequence[Tensor], x: Tensor, moments: Sequence[Value | None]) -> Result:
-    """Meet the affine operands, laid out like `x`, and end what is known of the way here."""
-    met = meet(call, operands, x.dim(), [(x, value)]) if value.live else nothing(x.dim(), f"the result of {call.label}")
-    return [replace(met, paths=spoiled([value.paths])), *moments]
+def _result(call: Call, x: Tensor, value: Value, gains: Sequence[Tensor], shape: Sequence[int] | None = None) -> Result:
+    """Meet the gain and the offset, laid out in `shape`, and end what is known of the way here."""
+    operands: list[Tensor] = []
+    given = [(x, value)]
+    for gain in gains:
+        laid = gain if shape is None else gain.view(shape)
+        if call.tracer.view(gain) is not None or shape is None:
+            operands.append(laid)
+        else:
+            found = call.tracer.value(gain)
+            given.append((laid, found.moved(reshape(found.ids, gain.shape, laid.shape))))
+    met = meet(call, operands, x.dim(), given)
+    return replace(met, paths=spoiled([one.paths for _, one in given]))
 
 
 def _group_norm(call: Call) -> Result:
@@ -118,8 +127,7 @@ def _group_norm(call: Call) -> Result:
         remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
         call.pin(value.ids, f"normalises over channels, {block} at a time", remedy)
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-    operands = [t.view(shape) for t in call.args[1:3] if isinstance(t, Tensor) and call.tracer.view(t) is not None]
-    return _result(call, value, operands, x, [])
+    return _result(call, x, value, [t for t in call.args[1:3] if isinstance(t, Tensor)], shape)
 
 
 def _layer_norm(call: Call) -> Result:
@@ -127,8 +135,7 @@ def _layer_norm(call: Call) -> Result:
     value = call.tracer.value(x)
     if varying(value.ids) & set(range(x.dim() - len(shape), x.dim())):
         _over_channels(call, value)
-    operands = [t for t in call.args[2:4] if isinstance(t, Tensor)]
-    return _result(call, value, operands, x, [])
+    return _result(call, x, value, [t for t in call.args[2:4] if isinstance(t, Tensor)])
 
 
 def _weight_norm(call: Call) -> Result:

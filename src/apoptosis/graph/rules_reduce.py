@@ -25,7 +25,7 @@ _REDUCTIONS = {
     "sum": 1, "mean": 1, "amax": 1, "amin": 1, "max": 1, "min": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1,
     "prod": 1, "all": 1, "any": 1, "argmax": 1, "argmin": 1, "logsumexp": 1, "median": 1, "nansum": 1,
     "count_nonzero": 1, "norm": 2, "linalg_vector_norm": 2, "nanmedian": 1, "aminmax": 1, "kthvalue": 2, "mode": 1,
-    "_assert_async": 9, "special_logsumexp": 1, "trace": 9, "histc": 9, "bincount": 9, "equal": 9, "is_nonzero": 9,
+    "_assert_async": 9, "special_logsumexp": 1, "trace": 9, "histc": 9, "bincount": 9, "is_nonzero": 9,
 }  # fmt: skip
 _LAST = frozenset(("kthvalue", "mode", "sort", "topk"))
 _AVERAGES = frozenset(("mean", "var", "std", "var_mean", "std_mean"))
