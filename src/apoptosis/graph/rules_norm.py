@@ -10,17 +10,20 @@ channel changes all others of its set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import NORM_REMEDY, layer_of, parametrized
-from apoptosis.graph.slots import View
+from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule, Tracer
 from apoptosis.graph.values import Axis, Value, nothing, reshape, spoiled, varying
+from apoptosis.records import IntArray
 
 _LOOSE = "Contract the raw parameter (F.linear, nn.Linear), or freeze what is computed into one."
 
@@ -39,9 +42,12 @@ def held(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value
     axes: the axes of `tensor` that may stay (all when None).
     """
     view = call.tracer.view(tensor)
-    if view is None or view.owner.is_buffer or view.dims is None or len(view.varied()) < 2:
+    if view is None or view.owner.is_buffer or (view.dims is not None and len(view.varied()) < 2):
         return call.tracer.value(tensor)
     allowed = frozenset(range(tensor.dim()) if axes is None else (axis % tensor.dim() for axis in axes))
+    if view.dims is None:
+        rows = _flattened(call, tensor, view.owner)
+        return call.tracer.value(tensor) if rows is None or varying(rows) - allowed else _kept(call, view, 0, rows)
     dims = [dim for dim in view.varied() if view.axes(dim) <= allowed]
     dims.sort(key=lambda dim: min(view.axes(dim)), reverse=_is_table(view))
     return along(call, view, dims[0] if dims else None)
@@ -54,18 +60,46 @@ def _is_table(view: View) -> bool:
 
 def along(call: Call, view: View, dim: int | None) -> Value:
     """Return a parameter as a value with channels along one dim; its other axes are pinned."""
+    return _kept(call, view, dim, None if dim is None else view.slots(dim))
+
+
+def _kept(call: Call, view: View, dim: int | None, ids: IntArray | None) -> Value:
     owner = view.owner
     call.tracer.read(owner, "operator")
     remedy = remedy_of(call.tracer) or _LOOSE
     text = f"computes with '{owner.name}' before it is used"
-    for other in view.varied():
-        if other != dim:
-            call.pin(view.slots(other), text, remedy)
-    if dim is None:
+    for other in range(len(owner.shape)):
+        if other != dim and owner.shape[other] > 1:
+            call.pin(owner.axis(other) if view.dims is None else view.slots(other), text, remedy)
+    if dim is None or ids is None:
         return nothing(view.ndim, f"'{owner.name}'")
     if not owner.is_buffer:
         _listed(call, (owner.name, dim))
-    return Value(view.slots(dim), origin=f"'{owner.name}'", paths={(owner.name, dim): None})
+    return Value(ids, origin=f"'{owner.name}'", paths={(owner.name, dim): None})
+
+
+def _start(call: Call, tensor: Tensor, owner: Owner) -> int:
+    memory = call.tracer.memory
+    return next(start for start, found in memory._owned[memory._storage(tensor)[0]] if found is owner)
+
+
+def _flattened(call: Call, tensor: Tensor, owner: Owner) -> IntArray | None:
+    """Return the first axis' slots at each place of a view that runs over several of the other axes at once.
+
+    None where some axis of the view runs over the first one and another.
+    """
+    if len(owner.shape) < 2 or owner.stride[0] != math.prod(owner.shape[1:]):
+        return None
+    outer, start = owner.stride[0], int(tensor.storage_offset()) - _start(call, tensor, owner)
+    ids = np.full((1,) * tensor.dim(), owner.bases[0] + start // outer, dtype=np.int64)
+    inside = start % outer
+    for axis, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if step and step % outer == 0:
+            shape = [-1 if i == axis else 1 for i in range(tensor.dim())]
+            ids = ids + step // outer * np.arange(size, dtype=np.int64).reshape(shape)
+        else:
+            inside += (size - 1) * step
+    return ids if inside < outer else None
 
 
 def _listed(call: Call, axis: Axis) -> None:
@@ -120,7 +154,7 @@ def _result(call: Call, x: Tensor, value: Value, gains: Sequence[Tensor], shape:
 
 def _group_norm(call: Call) -> Result:
     x, (num, channels, positions, groups) = call.args[0], (int(n) for n in call.args[3:7])
-    value = call.tracer.value(x)
+    value = held(call, x, [1])
     block = channels // max(1, groups)
     sets = reshape(value.ids, x.shape, (num, groups, block * positions))
     if 2 in varying(sets):
@@ -132,7 +166,7 @@ def _group_norm(call: Call) -> Result:
 
 def _layer_norm(call: Call) -> Result:
     x, shape = call.args[0], call.arg(1, "normalized_shape")
-    value = call.tracer.value(x)
+    value = held(call, x, range(x.dim() - len(shape)))
     if varying(value.ids) & set(range(x.dim() - len(shape), x.dim())):
         _over_channels(call, value)
     return _result(call, x, value, [t for t in call.args[2:4] if isinstance(t, Tensor)])
