@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import FRONT_REMEDY
@@ -23,6 +24,7 @@ from apoptosis.records import IntArray
 
 _INDEX_REMEDY = "Compute the positions from something that is not removed."
 _NUMBER_REMEDY = "Number positions along another axis than the channels."
+_DEVICE_REMEDY = "Inspect the network on a device that holds numbers."
 _TABLE_REMEDY = "Its columns may go; its rows are what the input names."
 
 # What literal positions are the result of; positions that come of anything else may be others for another input.
@@ -74,8 +76,20 @@ def _mixed(call: Call) -> Result:
     return None
 
 
+def _has_data(tensor: Tensor) -> bool:
+    """Whether numbers can be read: not on the meta device and not of a fake tensor."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def _readable(index: Tensor) -> Tensor:
+    """Return positions to execute on ids; where they have no numbers, the first position stands for all."""
+    return index.cpu() if _has_data(index) else torch.zeros(index.shape, dtype=torch.int64)
+
+
 def _is_literal(call: Call, index: Tensor) -> bool:
     """Whether positions are written out in the model, so that the next pass uses the same ones whatever the input."""
+    if not _has_data(index):
+        return False
     view = call.tracer.view(index)
     return view.owner.is_buffer if view is not None else call.tracer.value(index).origin in _LITERAL
 
@@ -115,7 +129,7 @@ def _constant_along(tensor: Tensor, axis: int) -> bool:
     """Whether positions are the same all along an axis: then they do not tell its channels apart."""
     if tensor.shape[axis] <= 1 or tensor.stride(axis) == 0:
         return True
-    return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+    return _has_data(tensor) and bool((tensor == tensor.narrow(axis, 0, 1)).all())
 
 
 def _positions(call: Call, index: Tensor, value: Value, dim: int, text: str) -> None:
@@ -227,7 +241,7 @@ def _index_put(call: Call) -> Result:
         place = target.dim() - (source.dim() - axis)
         if place >= 0:
             shape[place] = target.shape[place]
-    places = tuple(slice(None) if i is None else i.cpu() for i in indices)
+    places = tuple(slice(None) if i is None else _readable(i) for i in indices)
     expand(np.zeros((1,) * target.dim(), dtype=np.int64), shape)  # raises where it would be too large
     new, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     mask[places] = True
@@ -240,6 +254,10 @@ def _masked_scatter(call: Call) -> Result:
     target, mask, source = call.args[0], call.args[1], call.args[2]
     _as_index(call, mask)
     brought = call.tracer.value(source)
+    if not _has_data(mask):
+        for ids in (brought.ids, call.tracer.value(target).ids):
+            call.pin(ids, "writes at positions that are not known on this device", _DEVICE_REMEDY)
+        return None
     wide = np.array(np.broadcast_to(mask.cpu().numpy(), target.shape))
     new = np.zeros(expand(np.zeros((1,) * target.dim(), dtype=np.int64), target.shape).shape, dtype=np.int64)
     new[wide] = expand(brought.ids, source.shape).reshape(-1)[: int(wide.sum())]
@@ -281,7 +299,7 @@ def _index(call: Call) -> Result:
         call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
         return None
     wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))
-    places = tuple(slice(None) if i is None else i.cpu() for i in indices)
+    places = tuple(slice(None) if i is None else _readable(i) for i in indices)
     return value.moved(collapse(wide[places].numpy()))
 
 
