@@ -7,7 +7,9 @@ from importlib import import_module
 from families.family import Family
 
 #: Every module has a tuple FAMILIES. A module that needs an extra returns an empty one where it is not installed.
-MODULES = ("classic", "convolutional", "mobile", "generative", "mixed", "pruning")
+MODULES = (
+    "classic", "convolutional", "mobile", "generative", "mixed", "pruning", "other", "language", "vision_transformers",
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {}
 for _name in MODULES:
