@@ -145,6 +145,8 @@ class Group:
         in row c // (num_channels // rows). An event keeps equally many of every row (the granularity).
     alternative: names of finer groups of the same channels, none of which an event may change together with this one
         (whole heads beside the channels inside them); () for most.
+    equal: names of groups of which an event keeps the same share as of this one, because one number of the model is the
+        width of a row of all of them (the head size of queries and of values); () for most.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Group:
     pin: Pin | None = None
     rows: int = 1
     alternative: tuple[str, ...] = ()
+    equal: tuple[str, ...] = ()
 
     @property
     def macs_per_channel(self) -> float:
