@@ -218,7 +218,7 @@ RULES: dict[str, tuple[Rule, bool]] = {
 """Operator name without namespace and trailing underscore -> its rule, and whether it reads its operands' values."""
 
 
-SCALARS = scalar_operators((*_ELEMENTWISE, *ACTIVATIONS))
+SCALARS = scalar_operators((*_ELEMENTWISE, *ACTIVATIONS, "scatter", "index_fill", "index_add"))
 """Operators whose plain numbers must be the same before and after an edit."""
 
 

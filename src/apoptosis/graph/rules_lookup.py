@@ -104,6 +104,9 @@ def _embedding(call: Call) -> Result:
     """Rows by number: the columns of the table are channels, made here."""
     tracer, (table, index) = call.tracer, call.args[:2]
     _as_index(call, index)
+    for weights in call.tensors()[2:]:
+        if tracer.view(weights) is None:
+            call.pin(tracer.value(weights).ids, "weighs the rows of a table with them", _INDEX_REMEDY)
     out = call.outs[0]
     view = tracer.view(table)
     rest: list[Value | None] = [None] * (len(call.outs) - 1)
