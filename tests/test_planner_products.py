@@ -12,6 +12,8 @@ from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, macs_after, make_plan
+from apoptosis.planner.alike import alike, steps
+from apoptosis.planner.views import show
 from apoptosis.records import Group, Member, Seen, Site, Structure
 
 HEADS, SIZE, WIDTH, LENGTH = 4, 6, 10, 5
@@ -338,3 +340,61 @@ def test_products_and_heads_enter_the_cost(runs):
     fewer = macs_after(structure, {":heads": 3})
     # What the probabilities are summed with is not told apart from the rest of the pass.
     assert structure.macs - fewer == pytest.approx((tokens * (3 * WIDTH * inner + 3 * inner) + scores) / 4)
+
+
+def of_one_width(structure, *names, also=()):
+    """Say that the groups of these names are as wide as one another (and as others that are not there)."""
+    groups = [
+        replace(g, equal=tuple(n for n in (*names, *also) if n != g.name)) if g.name in names else g
+        for g in structure.groups
+    ]
+    return replace(structure, groups=tuple(groups))
+
+
+def two_widths(runs, queries=2, values=1, shared=1):
+    """Queries of which so many per head are redundant, and values of which others are."""
+    net = Attention(shared).double()
+    with torch.no_grad():
+        for layer, count in ((net.q, queries), (net.v, values)):
+            for leaf in (layer.weight, layer.bias):
+                for row in range(0, len(leaf), SIZE):
+                    leaf[row + 1 : row + 1 + count] = leaf[row]
+    return net, runs.inputs(300, 3, (LENGTH, WIDTH)).double()
+
+
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_groups_of_one_width_keep_the_same_share_as_the_one_that_needs_most(runs, shared):
+    net, x = two_widths(runs, shared=shared)
+    structure, observations = observed(net, x, passes=2)
+    name = query_group(structure).name
+    free = make_plan(net, structure, observations, request(0.0)).widths
+    assert free[name][1] * 6 == free[name][0] * 4
+    assert free["v"][1] * 6 == free["v"][0] * 5
+    plan = make_plan(net, of_one_width(structure, name, "v"), observations, request(0.0))
+    assert plan.widths == {group: (before, before * 5 // 6) for group, (before, _) in free.items()}
+    assert all(error < 1e-6 for errors in plan.errors.values() for error in errors.values())
+
+
+def test_where_one_of_them_stays_all_stay(runs):
+    net, x = two_widths(runs, values=0)
+    structure, observations = observed(net, x, passes=2)
+    plan = make_plan(net, of_one_width(structure, "q", "v"), observations, request(0.0))
+    assert plan.widths == {}
+    assert [note for note in plan.notes if note.startswith("q: as wide as v")]
+    plan = make_plan(net, of_one_width(structure, "q", also=("gone",)), observations, request(0.0))
+    assert "q: as wide as gone, which cannot change now" in plan.notes
+
+
+def test_widths_of_one_number_are_aligned_together(runs):
+    net, x = two_widths(runs, queries=4, values=3)
+    structure, observations = observed(net, x, passes=2)
+    plan = make_plan(net, of_one_width(structure, "q", "v"), observations, request(0.0, align=8))
+    assert plan.widths == {"q": (24, 16), "v": (24, 16)}
+    pairs = replace(query_group(structure), num_channels=12)  # a rotary pair is a channel of two columns
+    view = {group.name: show(net, group, observations, 0).view for group in structure.groups if group.name == "v"}["v"]
+    half = replace(view, num_channels=12, sites=(replace(view.sites[0], weight=torch.ones(1, 12, 1), moments=None),))
+    values = next(g for g in structure.groups if g.name == "v")
+    assert steps([pairs, values], [half, view], 1) == [4, 8]
+    assert [[g.name for g in part] for part in alike(of_one_width(structure, "q", "v").groups) if len(part) > 1] == [
+        ["q", "v"]
+    ]

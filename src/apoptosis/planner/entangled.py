@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from math import gcd
 
 from apoptosis.records import Group
 
 
 def entangled(groups: Sequence[Group]) -> list[list[Group]]:
-    """Put groups together that exclude one another, directly or through others; in order of the first of each."""
+    """Put groups together that exclude one another or go along, directly or through others; in order of the first."""
     left, found = list(groups), []
     while left:
         parts, size = [left[0]], 0
         while len(parts) > size:
             size = len(parts)
             names = {group.name for group in parts}
-            parts = [g for g in left if g.name in names or any(_exclude(g, part) for part in parts)]
+            parts = [g for g in left if g.name in names or any(_linked(g, part) for part in parts)]
         found.append(parts)
         left = [group for group in left if group not in parts]
     return found
@@ -29,6 +28,10 @@ def entangled(groups: Sequence[Group]) -> list[list[Group]]:
 
 def _exclude(a: Group, b: Group) -> bool:
     return b.name in a.alternative or a.name in b.alternative
+
+
+def _linked(a: Group, b: Group) -> bool:
+    return _exclude(a, b) or b.name in a.equal or a.name in b.equal
 
 
 def choices_of(groups: Sequence[Group]) -> list[list[Group]]:
@@ -58,10 +61,3 @@ def most_readers(sets: Sequence[Sequence[Group]]) -> Counter[str]:
     for groups in sets:
         most |= Counter(site.key for group in groups for site in group.sites)
     return most
-
-
-def positions_per_channel(group: Group) -> int:
-    """Return the number of positions that every channel owns at least along each axis: a head's are many."""
-    counts = [m.positions.shape[1] for m in group.members if m.role == "producer"]
-    counts += [site.columns.shape[1] for site in group.sites if site.kind != "product"]
-    return gcd(*counts) if counts else 1

@@ -1,8 +1,8 @@
 """Moments become a plan with certificates; nothing of the user's is touched.
 
 Lives here: how the tolerance of a site is shared out, and how one event's proposals become a plan. Does not live here:
-how a criterion sees a group (views.py), which groups exclude one another (entangled.py), what widths cost (costs.py),
-when an event happens (policy), the surgery.
+how a criterion sees a group (views.py), which groups exclude one another (entangled.py) or go along (alike.py), what
+widths cost (costs.py), when an event happens (policy), the surgery.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import gcd
 from typing import Any
 
 from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, choose
 from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.planner.alike import alike, missing, steps
 from apoptosis.planner.costs import macs_after
-from apoptosis.planner.entangled import choices_of, entangled, most_readers, positions_per_channel
+from apoptosis.planner.entangled import choices_of, entangled, most_readers
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
 from apoptosis.records import Certificate, Group, Reduction, Structure
 
@@ -158,8 +158,7 @@ class _Desk:
         proposals, notes = found[best]
         self.proposals |= proposals
         for proposal in proposals.values():
-            for key, error in proposal.errors.items():
-                self.spent[key] = self.spent.get(key, 0.0) + error
+            _spend(self.spent, proposal)
         chosen = {group.name for group in sets[best]}
         for groups, (_, why) in zip(sets, found, strict=True):
             for name in (group.name for group in groups if group.name not in chosen):
@@ -169,17 +168,44 @@ class _Desk:
 
     def _propose_all(self, groups: Sequence[Group]) -> tuple[dict[str, Proposal], dict[str, str]]:
         shares = self.shares + Counter(site.key for group in groups for site in group.sites)
-        spent, proposals, notes = dict(self.spent), {}, {}
-        for group in groups:
-            proposal, why = _propose(group, self._show(group), self._request, spent, shares)
-            shares.subtract(site.key for site in group.sites)
-            if proposal is None:
-                notes[group.name] = why
-                continue
-            proposals[group.name] = proposal
-            for key, error in proposal.errors.items():
-                spent[key] = spent.get(key, 0.0) + error
+        spent: dict[str, float] = dict(self.spent)
+        proposals: dict[str, Proposal] = {}
+        notes: dict[str, str] = {}
+        for part in alike(groups):
+            found, why = self._propose_alike(part, spent, shares)
+            shares.subtract(site.key for group in part for site in group.sites)
+            proposals |= found
+            notes |= why
+            for proposal in found.values():
+                _spend(spent, proposal)
         return proposals, notes
+
+    def _propose_alike(
+        self, groups: Sequence[Group], spent: Mapping[str, float], shares: Mapping[str, int]
+    ) -> tuple[dict[str, Proposal], dict[str, str]]:
+        """Propose the same share for all of some groups: what the one needs that needs most; or none, and why."""
+        absent = missing(groups)
+        if absent:
+            why = f"as wide as {', '.join(absent)}, which cannot change now"
+            return {}, {group.name: why for group in groups}
+        shown = [self._show(group) for group in groups]
+        aligned = steps(groups, [one.view for one in shown], self._request.align)
+        least = 0.0
+        while True:
+            own_spent, own_shares = dict(spent), Counter(shares)
+            found: dict[str, Proposal] = {}
+            for group, one, step in zip(groups, shown, aligned, strict=True):
+                proposal, why = _propose(group, one, self._request, own_spent, own_shares, step, least)
+                own_shares.subtract(site.key for site in group.sites)
+                if proposal is None:
+                    others = {g.name: f"as wide as {group.name}, for which: {why}" for g in groups if g is not group}
+                    return {}, {group.name: why, **others}
+                found[group.name] = proposal
+                _spend(own_spent, proposal)
+            kept = [len(found[group.name].reduction.keep) / group.num_channels for group in groups]
+            if max(kept) - min(kept) < 1e-9:
+                return found, {}
+            least = max(kept)
 
     def _show(self, group: Group) -> Shown:
         if group.name not in self._shown:
@@ -203,12 +229,33 @@ class _Desk:
         return lost
 
 
+def _spend(spent: dict[str, float], proposal: Proposal) -> None:
+    for key, error in proposal.errors.items():
+        spent[key] = spent.get(key, 0.0) + error
+
+
 def _propose(
-    group: Group, shown: Shown, request: Request, spent: Mapping[str, float], shares: Mapping[str, int]
+    group: Group,
+    shown: Shown,
+    request: Request,
+    spent: Mapping[str, float],
+    shares: Mapping[str, int],
+    step: int,
+    least_share: float,
 ) -> tuple[Proposal | None, str]:
-    """Make a proposal, or None and why not. spent: at each site by earlier groups; shares: groups still to come."""
-    align = request.align // gcd(request.align, positions_per_channel(group))
-    least = max(1, min(align, group.num_channels), round((1 - request.max_drop) * group.num_channels))
+    """Make a proposal, or None and why not.
+
+    Args:
+        group: as shown.
+        shown: the group.
+        request: what is allowed.
+        spent: errors at each site by earlier groups.
+        shares: groups still to come at each site.
+        step: between numbers kept.
+        least_share: of the channels, that stays.
+    """
+    least_share = max(least_share, 1 - request.max_drop)
+    least = max(1, min(step, group.num_channels), round(least_share * group.num_channels))
     cap = request.allotted.get(group.name, request.tolerance)
     limits = {}
     for site in group.sites:
@@ -217,7 +264,7 @@ def _propose(
             return None, "the sum of its errors over all events has reached the limit"
         free = request.tolerance - spent.get(site.key, 0.0)
         limits[site.key] = shown.ratios[site.key] * min(cap, max(0.0, min(free, left)) / shares[site.key])
-    proposal = choose(request.criterion, shown.view, limits, align=align, min_keep=least)
+    proposal = choose(request.criterion, shown.view, limits, align=step, min_keep=least)
     if proposal is None:
         return None, "no width that is a multiple of align= meets the tolerance"
     kept = len(proposal.reduction.keep)
