@@ -81,6 +81,7 @@ def measure(family: Family) -> dict[str, Any]:
         "channels": sum(g.num_channels for g in groups),
         "removable": sum(g.num_channels for g in groups if g.pin is None),
         "groups": {g.name: _told(g) for g in groups},
+        "listed": dict(family.groups),
         "planted": planted,
         "found": went,
         "not_planted": dict(operation.not_planted),
@@ -90,6 +91,21 @@ def measure(family: Family) -> dict[str, Any]:
         "parameters": list(event.parameters),
         "seconds": time.perf_counter() - start,
     }
+
+
+def shrunk_lists(old: Mapping[str, Any], families: Mapping[str, Family]) -> list[str]:
+    """What the committed figures list and the families do not any more: lists may only grow.
+
+    Args:
+        old: the committed figures by family. families: as they are now; those whose extra is missing are passed over.
+    """
+    lost = []
+    for name in old.keys() & families.keys():
+        now, then = families[name], old[name]
+        lost += [f"{name}: '{g}' is not listed" for g, num in then["listed"].items() if now.groups.get(g, 0) < num]
+        known = set(then["missing"]) | set(now.groups) - set(then["listed"])
+        lost += [f"{name}: '{g}' was removable" for g in now.missing if g not in known]
+    return lost
 
 
 def _change(widths: tuple[int, int] | None) -> int:
@@ -163,6 +179,8 @@ def collect() -> dict[str, Any]:
     """Measure every family."""
     from families.registry import FAMILIES
 
+    if RESULTS.exists() and (lost := shrunk_lists(read()["families"], FAMILIES)):
+        raise SystemExit("lists may only grow: " + "; ".join(lost))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     families: dict[str, Any] = {}

@@ -186,7 +186,7 @@ FAMILIES = (
         name="audio encoder",
         build=AudioEncoder,
         example=lambda rows: torch.randn(rows, 80),
-        groups={"conv0": 3, "conv1": 4, "feed": 5},
+        groups={"conv0": 3, "conv1": 4, "feed": 5, "project": 1},
         missing={"conv0": "num_groups of a GroupNorm with one channel per group does not follow"},
     ),
 )

@@ -103,7 +103,7 @@ def plant(model: nn.Module, structure: Structure, name: str, num: int, *, seed: 
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     kinds = kinds_of(group)
     with torch.no_grad():
-        for number, (victim, source) in enumerate(_pairs(group, per_row, seed)):
+        for number, (victim, source) in enumerate(pairs(group, per_row, seed)):
             _write(tensors, group, kinds[(number + seed) % len(kinds)], victim, source)
 
 
@@ -130,7 +130,7 @@ def kinds_of(group: Group) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _pairs(group: Group, per_row: int, seed: int) -> Iterator[tuple[int, int]]:
+def pairs(group: Group, per_row: int, seed: int) -> Iterator[tuple[int, int]]:
     """(victim, source) channels; both of one row, the same places in all rows, sources never victims."""
     length = group.num_channels // group.rows
     order = np.random.default_rng(seed).permutation(length)

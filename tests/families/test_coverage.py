@@ -1,6 +1,7 @@
 """docs/coverage.md says what the committed figures say, and the figures are of all families."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ def test_page_is_made_from_the_figures(coverage):
 def test_every_family_was_measured(coverage):
     missing = set(FAMILIES) - set(coverage.read()["families"])
     assert not missing, f"python benchmarks/coverage.py measures {sorted(missing)}"
+
+
+def test_lists_only_grow(coverage):
+    assert not coverage.shrunk_lists(coverage.read()["families"], FAMILIES)
+
+
+def test_a_list_that_shrank_is_noticed(coverage):
+    old = {"MLP": {"listed": {"0": 4, "3": 4, "6": 1}, "missing": {}}}
+    family = FAMILIES["MLP"]
+    assert coverage.shrunk_lists(old, FAMILIES) == ["MLP: '6' is not listed"]
+    pinned = {"MLP": replace(family, missing={"0": "some reason"})}
+    old["MLP"]["listed"].pop("6")
+    assert coverage.shrunk_lists(old, pinned) == ["MLP: '0' was removable"]
+    grown = {"MLP": replace(family, groups={**family.groups, "9": 1}, missing={"9": "not yet"})}
+    assert coverage.shrunk_lists(old, grown) == []
 
 
 def test_figures_are_within_what_the_oracle_allows(coverage):
