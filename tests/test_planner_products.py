@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from apoptosis import shrink_
 from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
@@ -398,3 +399,37 @@ def test_widths_of_one_number_are_aligned_together(runs):
     assert [[g.name for g in part] for part in alike(of_one_width(structure, "q", "v").groups) if len(part) > 1] == [
         ["q", "v"]
     ]
+
+
+class Flattened(nn.Module):
+    """A map that is flattened into a weight without a module, the right way round or transposed."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.transposed = nn.Conv1d(2, 12, 3), transposed
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 12 * 4) / 7), nn.Parameter(torch.zeros(5))
+        if transposed:
+            self.weight.data = self.weight.data.T.contiguous()
+
+    def forward(self, x):
+        h = torch.tanh(self.conv(x)).flatten(1)
+        return (
+            torch.addmm(self.bias, h, self.weight) if self.transposed else functional.linear(h, self.weight, self.bias)
+        )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_several_positions_of_a_functional_consumer_are_measured_on_whole_inputs(runs, transposed):
+    net = Flattened(transposed).double().eval()
+    x = runs.inputs(64, 3, (2, 6)).double()  # as many as are kept whole
+    before = net(x).detach()
+    structure, _ = observed(net, x)
+    (site,) = next(g for g in structure.groups if g.pin is None).sites
+    assert (site.functional, site.columns.shape) == (True, (12, 4))
+    event = shrink_(net, x[:2], [x], tolerance=0.3)
+    assert event.groups["conv"][1] < 12
+    change = (net(x).detach() - before).square().sum()
+    (certificate,) = (c for c in event.certificates if c.kind == "empirical")
+    measured = float((change / (before - before.mean(0)).square().sum()).sqrt())
+    assert certificate.value == pytest.approx(measured, rel=1e-4)

@@ -43,7 +43,7 @@ def balanced(order: Tensor, rows: int) -> Tensor:
     turn = torch.zeros_like(order)
     for number in range(rows):
         places = (row == number).nonzero().squeeze(1)
-        turn[places] = torch.arange(places.numel())
+        turn[places] = torch.arange(places.numel(), device=order.device)
     return order[torch.sort(turn, stable=True).indices]
 
 
