@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from apoptosis.graph.granularity import note_grid
 from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import NORM_REMEDY, layer_of, parametrized
 from apoptosis.graph.slots import Owner, View
@@ -160,6 +161,8 @@ def _group_norm(call: Call) -> Result:
     if 2 in varying(sets):
         remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
         call.pin(value.ids, f"normalises over channels, {block} at a time", remedy)
+    elif x.dim() > 1 and value.ids.shape[1] == channels:
+        note_grid(call, value.ids, (1,))  # one row: num_groups is the number of channels, and has to follow it
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
     return _result(call, x, value, [t for t in call.args[1:3] if isinstance(t, Tensor)], shape)
 
