@@ -88,6 +88,9 @@ def complex_halves(h: Tensor) -> Tensor:
 BESIDE = {
     "gather": lambda m, h: h.gather(1, order(h)[None, :3, None].expand(4, 3, h.shape[-1])),
     "gather, repeated": lambda m, h: h.gather(1, order(h)[None, :3, None].repeat(4, 1, h.shape[-1])),
+    "gather in the order of a sort": lambda m, h: h.gather(1, h.argsort(1)),
+    "quantile": lambda m, h: h.quantile(0.5, 1),
+    "quantised": lambda m, h: torch.fake_quantize_per_tensor_affine(h, 0.1, 0, -128, 127),
     "take_along_dim": lambda m, h: torch.take_along_dim(h, order(h)[None, :, None], 1),
     "index": lambda m, h: h[:, order(h)],
     "index by mask": lambda m, h: h[torch.arange(4) > 1],

@@ -63,7 +63,8 @@ _ELEMENTWISE = (
     "__ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ bitwise_left_shift "
     "bitwise_right_shift complex conj_physical float_power frexp gcd igamma igammac lcm mvlgamma polar "
     "special_bessel_j0 special_bessel_j1 special_erfcx special_i0e special_i1 special_i1e special_ndtr special_ndtri "
-    "special_xlog1py special_zeta true_divide _add_relu _masked_scale _standard_gamma poisson"
+    "special_xlog1py special_zeta true_divide fake_quantize_per_tensor_affine_cachemask "
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _add_relu _masked_scale _standard_gamma poisson"
 ).split()
 
 _FREE = "empty zeros ones full rand randn scalar_tensor empty_strided".split()

@@ -137,10 +137,14 @@ def _constant_along(tensor: Tensor, axis: int) -> bool:
 
 def _positions(call: Call, index: Tensor, value: Value, dim: int, text: str) -> None:
     """Pin what an index of the operand's own shape tells apart by number."""
-    _as_index(call, index)
+    own = call.tracer.value(index).ids if call.tracer.view(index) is None else None
     if dim in varying(value.ids):
+        _as_index(call, index)
         call.pin(value.ids, f"{text} channels by number", _NUMBER_REMEDY)
         return
+    if own is not None and own.shape == value.ids.shape and np.array_equal(own, value.ids):
+        return  # every channel has positions that were computed from itself, as a sort gives them
+    _as_index(call, index)
     axes = varying(value.ids)
     if any(not _constant_along(index, axis) for axis in axes):
         call.pin(value.ids, f"{text} each channel at positions of its own", _INDEX_REMEDY)
