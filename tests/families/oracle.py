@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis import Event, load, save, shrink_
 from apoptosis.graph import analyse
 from apoptosis.probe import as_call
+from apoptosis.records import Structure
 from apoptosis.surgery.attributes import ATTRIBUTES
 from families.family import Family
 from families.plant import enliven, plant, settle
@@ -96,10 +97,8 @@ def quiet(model: nn.Module) -> nn.Module:
     return model
 
 
-def plant_all(model: nn.Module, family: Family, example: Any, numbers: Mapping[str, int], seed: int) -> dict[str, str]:
+def plant_all(model: nn.Module, structure: Structure, numbers: Mapping[str, int], seed: int) -> dict[str, str]:
     """Plant in every group that is named; returns why not, by group."""
-    args, kwargs = as_call(example)
-    structure = analyse(model, args, kwargs)
     refused: dict[str, str] = {}
     for index, (name, num) in enumerate(numbers.items()):
         try:
@@ -121,9 +120,9 @@ def operate(family: Family, dtype: torch.dtype, seed: int = 0) -> Operation:
     optimizer.zero_grad()
     settle(model, lambda: run(family, model, batches[0]), seed)
     model.eval()
-    refused = plant_all(model, family, example, family.groups, seed)
     args, kwargs = as_call(example)
-    widths = {group.name: group.num_channels for group in analyse(model, args, kwargs).groups}
+    structure = analyse(model, args, kwargs)
+    refused = plant_all(model, structure, family.groups, seed)
     before = copy.deepcopy(model)
     event = shrink_(model, example, batches, tolerance=0, align=1, optimizer=optimizer)
     planted = {name: num for name, num in family.groups.items() if name not in refused}
@@ -136,7 +135,7 @@ def operate(family: Family, dtype: torch.dtype, seed: int = 0) -> Operation:
         event=event,
         planted=planted,
         not_planted=refused,
-        widths=widths,
+        widths={group.name: group.num_channels for group in structure.groups},
     )
 
 
@@ -287,7 +286,8 @@ def check_second_event(operation: Operation) -> None:
     model, optimizer = operation.copy()
     example = inputs(family, dtype, 50, rows=4)
     args, kwargs = as_call(example)
-    groups = {g.name: g for g in analyse(model, args, kwargs).groups}
+    structure = analyse(model, args, kwargs)
+    groups = {g.name: g for g in structure.groups}
     gone = [name for name in operation.planted if name not in groups]
     assert not gone, f"groups that are no longer found after the first event: {gone}"
     numbers = {
@@ -296,7 +296,7 @@ def check_second_event(operation: Operation) -> None:
         if name not in family.missing and groups[name].num_channels // groups[name].rows >= 3
     }
     widths = {name: groups[name].num_channels for name in numbers}
-    refused = plant_all(model, family, example, numbers, seed=50)
+    refused = plant_all(model, structure, numbers, seed=50)
     assert not refused, f"pinned after the first event: {refused}"
     before = copy.deepcopy(model)
     batches = [inputs(family, dtype, 51 + i) for i in range(family.batches)]
