@@ -363,3 +363,11 @@ def test_a_stack_of_experts_has_one_hidden_width(oracle) -> None:
     assert group.members[0].positions.tolist() == [[c, c + 24] for c in range(24)]
     assert [(s.weight, s.dim, s.functional) for s in group.sites] == [("down", 2, True)]
     assert set(structure.classes["up"][0].tolist()) <= set(structure.pinned_classes.tolist())
+
+
+def test_a_table_of_rates_follows_its_channels(oracle) -> None:
+    """The decay of a state space: exp of (channels, states), every channel with states of its own."""
+    decayed = Net(lambda m, h: (h[..., None] * -m.t.exp()).cumsum(1).sum(-1), t=table(6, 3))
+    structure = oracle(decayed, (SEQ,), {"a": 6})
+    assert ("t", 0) in {(m.tensor, m.dim) for m in structure.groups[0].members}
+    assert set(structure.classes["t"][1].tolist()) <= set(structure.pinned_classes.tolist())
