@@ -7,6 +7,7 @@ tensor is edited (surgery), what a change may cost (the caller's judge).
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -19,25 +20,32 @@ from torch.optim import Optimizer
 from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify
 from apoptosis.ledger import Event
+from apoptosis.passes import forget_compiled
 from apoptosis.planner import Plan, merged
 from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs
 from apoptosis.records import Certificate, Group, Pin, Reduction, Structure, TensorEdit
 from apoptosis.surgery import Transaction, build_edits
+from apoptosis.unwrap import rebuild
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
+_SHOWN_PINS = 3  # of a network that cannot shrink at all
 _LONG_CAPTURE = 0.5  # seconds; a longer one is not repeated just to be timed
 Judge = Callable[[Change], str]  # why the change is refused, "" when it is granted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patient:
-    """What one surgery touches: the model, its optimizers, averaged copies, and how to call and read the model."""
+    """What one surgery touches: the model, its optimizers, averaged copies, and how to call and read the model.
+
+    parallel: the DistributedDataParallel modules around the model, which is without its wrappers here.
+    """
 
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
-    followers: tuple[nn.Module, ...]
     call: tuple[tuple[Any, ...], dict[str, Any]]
+    followers: tuple[nn.Module, ...] = ()
     read: ReadLogits | None = None
+    parallel: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,6 +105,16 @@ def exclude_pins(structure: Structure, patterns: Sequence[str]) -> dict[str, Pin
         for group in hits:
             pins[group.name] = Pin(group=group.name, num_channels=group.num_channels, reason="left out by exclude=")
     return pins
+
+
+def warn_if_fixed(structure: Structure, name: str) -> None:
+    """Warn, once per construction, when nothing of a network may shrink; the first reasons come along."""
+    pins = [group.pin for group in structure.groups if group.pin is not None]
+    if len(pins) < len(structure.groups):
+        return
+    shown = "; ".join(str(pin).rstrip(".") for pin in pins[:_SHOWN_PINS]) or "its forward pass reads no weight"
+    more = f"; and {len(pins) - _SHOWN_PINS} more, see pins()" if len(pins) > _SHOWN_PINS else ""
+    warnings.warn(f"nothing can be removed from {name}: {shown}{more}.", UserWarning, stacklevel=3)
 
 
 def kept_positions(edits: Sequence[TensorEdit]) -> dict[str, Mapping[int, Tensor]]:
@@ -168,6 +186,9 @@ def _attempt(
                 transaction.rollback()
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
         transaction.commit()
+    for wrapper in patient.parallel:
+        rebuild(wrapper)
+    forget_compiled()
     return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
 
 
@@ -180,7 +201,7 @@ def _edit(
 ) -> Structure:
     """Edit, capture again, follow the ids. Returns the new structure; raises what makes a group a pinned one."""
     edits = build_edits(structure, reductions, dropped_variance)
-    transaction.apply(edits)
+    transaction.apply(edits, structure)
     new = analyse(patient.model, *patient.call)
     verify(structure, new, kept_positions(edits))
     return new

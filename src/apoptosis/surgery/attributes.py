@@ -1,19 +1,22 @@
-"""The table of plain module attributes that must stay true to the tensors' shapes.
+"""The table of plain module attributes that must stay true to the tensors' shapes, and its extension by the user.
 
-Lives here: one literal table, and what it says of one module. Does not live here: any writing (modules.py).
+Lives here: one literal table, `register_attributes`, and what both say of one module. Does not live here: numbers that
+a forward pass splits channels by (splits.py), nn.MultiheadAttention (attention.py), any writing (modules.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from apoptosis.errors import ShapeError
+from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.surgery.attention import attention_attributes
+from apoptosis.surgery.splits import vocabulary_of
 
 # module type, tensor, dim, attribute, whether the attribute counts all convolution groups while the dim counts one.
 # The first type of a module's method resolution order that has rows is used, so subclasses need no row of their own.
@@ -43,26 +46,100 @@ ATTRIBUTES: tuple[tuple[type[nn.Module], str, int, str, bool], ...] = (
     (nn.EmbeddingBag, "weight", 1, "embedding_dim", False),
 )
 
-_TYPES = frozenset(row[0] for row in ATTRIBUTES)
+
+class Row(NamedTuple):
+    """An attribute that follows a tensor's dim in proportion; see ATTRIBUTES for `times_groups`."""
+
+    tensor: str
+    dim: int
+    attribute: str
+    times_groups: bool = False
 
 
-def rows_of(module: nn.Module) -> tuple[tuple[str, int, str, bool], ...]:
-    """Look up a module's rows: (tensor, dim, attribute, times groups); none for a type that the table lacks."""
-    kind = next((cls for cls in type(module).__mro__ if cls in _TYPES), None)
-    return tuple(row[1:] for row in ATTRIBUTES if row[0] is kind)
+# Rows of a recurrence hold all gates one below the other. Every layer and direction has the first one's width.
+_GATED = (Row("weight_ih_l0", 0, "hidden_size"), Row("weight_ih_l0", 1, "input_size"))
+_CELL = (Row("weight_ih", 0, "hidden_size"), Row("weight_ih", 1, "input_size"))
+_PROPORTIONAL: dict[type[nn.Module], tuple[Row, ...]] = {
+    nn.RNNBase: (*_GATED, Row("weight_hr_l0", 0, "proj_size")),
+    nn.RNNCellBase: _CELL,
+}
+# Types of packages that need not be there, by qualified name.
+_BY_NAME: dict[str, tuple[Row, ...]] = {
+    "transformers.pytorch_utils.Conv1D": (Row("weight", 0, "nx"), Row("weight", 1, "nf")),
+}
+_BUILT_IN: dict[type[nn.Module], tuple[Row, ...]] = {
+    kind: tuple(Row(*row[1:]) for row in ATTRIBUTES if row[0] is kind) for kind, *_ in ATTRIBUTES
+} | _PROPORTIONAL
+_REGISTERED: dict[type[nn.Module], tuple[Row, ...]] = {}
+
+
+def register_attributes(module_type: type[nn.Module], rows: Iterable[tuple[str, int, str]]) -> None:
+    """Say which plain attributes of a module type follow the shapes of its own parameters and buffers.
+
+    A module type needs this only if it keeps widths as attributes that its forward pass, or the user, reads. After an
+    event an attribute changes in the proportion in which the dim did (of a width times four, the width follows). What a
+    forward pass splits channels by (`num_heads`, `head_dim`) follows by itself; see docs/extending.md.
+
+    Args:
+        module_type: applies to the type and its subclasses, in place of the rows of its parents: name those too.
+        rows: (tensor, dim, attribute): name of a parameter or buffer of the module itself, its dim, and the attribute,
+            which holds an int, or a tuple of ints of which entry `dim` follows.
+
+    Raises: ArgumentError: no module type, a malformed row, no row, or a type that has rows already.
+
+    Example:
+        >>> class Scaled(nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.width, self.scale = width, nn.Parameter(torch.ones(width))
+        >>> register_attributes(Scaled, [("scale", 0, "width")])
+        >>> attribute_changes(Scaled(8), "scale", {0: torch.arange(3)}, (8,))
+        {'width': 3}
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise ArgumentError(f"register_attributes takes a subclass of nn.Module, not {module_type!r}.")
+    name = module_type.__qualname__
+    if module_type in _BUILT_IN or module_type in _REGISTERED:
+        raise ArgumentError(
+            f"{name} has rows already: {', '.join(row.attribute for row in rows_of_type(module_type))}."
+        )
+    found = []
+    for row in rows:
+        match row:
+            case (str(tensor), int(dim), str(attribute)) if dim >= 0 and tensor and attribute:
+                found.append(Row(tensor, dim, attribute))
+            case _:
+                raise ArgumentError(f"register_attributes({name}): {row!r} is not (tensor, dim from 0 on, attribute).")
+    if not found or len(set(found)) < len(found):
+        raise ArgumentError(f"register_attributes({name}): {'no rows' if not found else 'a row is there twice'}.")
+    _REGISTERED[module_type] = tuple(found)
+
+
+def rows_of_type(kind: type[nn.Module]) -> tuple[Row, ...]:
+    """Look up a type's rows, its own or those of the nearest parent that has any."""
+    for cls in kind.__mro__:
+        rows = _REGISTERED.get(cls) or _BUILT_IN.get(cls) or _BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
+        if rows:
+            return rows
+    return ()
+
+
+def rows_of(module: nn.Module) -> tuple[Row, ...]:
+    """Look up a module's rows; none for a type that the table lacks."""
+    return rows_of_type(type(module))
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """Read the attributes that follow tensor shapes, convolution groups included.
+    """Read the attributes that follow tensor shapes: those of the table, groups, numbers of heads, sizes of a head.
 
     Example:
         >>> attributes_of(nn.Linear(3, 5))
         {'out_features': 5, 'in_features': 3}
     """
-    names = [attribute for _, _, attribute, _ in rows_of(module)]
-    if isinstance(module, _ConvNd):
-        names.append("groups")
-    return {name: getattr(module, name) for name in dict.fromkeys(names)}
+    found = {row.attribute: getattr(module, row.attribute) for row in rows_of(module)}
+    if (name := _groups_name(module)) is not None:
+        found[name] = getattr(module, name)
+    return {**found, **vocabulary_of(module), **attention_attributes(module)}
 
 
 def attribute_changes(
@@ -78,35 +155,50 @@ def attribute_changes(
 
     Returns: attribute -> new value, for those that change.
 
-    Raises: ShapeError: a grouped convolution whose groups would have different sizes.
+    Raises:
+        ShapeError: a grouped convolution or normalisation whose groups would have different sizes; an attribute that is
+            no whole number after the event.
     """
-    rows = [row for row in rows_of(module) if row[0] == leaf]
+    rows = [row for row in rows_of(module) if row.tensor == leaf]
     if not rows or not keep:
         return {}
     shape = [keep[dim].numel() if dim in keep else size for dim, size in enumerate(old_shape)]
     changes: dict[str, Any] = {}
-    groups = _kept_groups(module, keep, old_shape[0]) if isinstance(module, _ConvNd) else 1
-    if isinstance(module, _ConvNd) and groups != module.groups:
-        changes["groups"] = groups
+    groups_name = _groups_name(module)
+    groups = 1 if groups_name is None else _kept_groups(module, groups_name, keep, old_shape[0])
+    if groups_name is not None and groups != getattr(module, groups_name):
+        changes[groups_name] = groups
     for _, dim, attribute, times_groups in rows:
         if dim not in keep and not (times_groups and "groups" in changes):
             continue
         old: Any = getattr(module, attribute)
-        new: Any = shape[dim] * (groups if times_groups else 1)
-        if isinstance(old, tuple):
-            new = (*old[:dim], new, *old[dim + 1 :])
+        if times_groups:
+            new: Any = shape[dim] * groups
+        elif isinstance(old, tuple):
+            new = (*old[:dim], shape[dim], *old[dim + 1 :])
+        else:
+            new, rest = divmod(old * shape[dim], old_shape[dim])
+            if rest:
+                raise ShapeError(f"{type(module).__name__}.{attribute} = {old} would no longer be a whole number.")
         if new != old:
             changes[attribute] = new
     return changes
 
 
-def _kept_groups(module: _ConvNd, keep: Mapping[int, Tensor], num_rows: int) -> int:
-    """Convolution groups that are left: whole groups may go, and the rest may be thinned if all alike."""
-    if module.groups == 1 or 0 not in keep:
-        return module.groups
-    block = num_rows // module.groups
-    counts = torch.bincount(keep[0].cpu() // block, minlength=module.groups)
+def _groups_name(module: nn.Module) -> str | None:
+    if isinstance(module, _ConvNd):
+        return "groups"
+    return "num_groups" if isinstance(module, nn.GroupNorm) else None
+
+
+def _kept_groups(module: nn.Module, name: str, keep: Mapping[int, Tensor], num_rows: int) -> int:
+    """Count the groups that are left: whole groups may go, and the rest may be thinned if all alike."""
+    num_groups: int = getattr(module, name)
+    if num_groups == 1 or 0 not in keep:
+        return num_groups
+    counts = torch.bincount(keep[0].cpu() // (num_rows // num_groups), minlength=num_groups)
     left = counts[counts > 0]
     if not bool((left == left[0]).all()):
-        raise ShapeError(f"a convolution with {module.groups} groups would be left with groups of different sizes.")
+        who = "convolution" if name == "groups" else "normalisation"
+        raise ShapeError(f"a {who} with {num_groups} groups would be left with groups of different sizes.")
     return int(left.numel())

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from apoptosis.errors import CheckpointError
+from apoptosis.errors import CheckpointError, ShapeError
+from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.surgery.attributes import attributes_of, rows_of
 from apoptosis.surgery.container import read_file, write_file
 from apoptosis.surgery.journal import Journal
@@ -220,9 +221,8 @@ def _fits(model: nn.Module, name: str, value: Tensor, tensor: Tensor) -> bool:
     if value.ndim != tensor.ndim or value.is_complex() != tensor.is_complex():
         return False
     owner, _, leaf = name.rpartition(".")
-    rows = rows_of(model.get_submodule(owner))
-    dims = {dim for row_leaf, dim, _, _ in rows if row_leaf == leaf} | {0}
-    shrinkable = dims if rows else set(range(tensor.ndim))
+    dims = {row.dim for row in rows_of(model.get_submodule(owner)) if row.tensor == leaf}
+    shrinkable = dims | {0} if dims else set(range(tensor.ndim))
     return all(
         new == old or (0 < new < old and dim in shrinkable)
         for dim, (new, old) in enumerate(zip(value.shape, tensor.shape, strict=True))
@@ -235,12 +235,33 @@ def _check_attributes(model: nn.Module, stored: Mapping[str, Mapping[str, Any]])
     for name, attributes in stored.items():
         module = modules.get(name)
         own = {} if module is None else attributes_of(module)
+        if module is not None and "__class__" in attributes:
+            changes += _narrowed_attention(name, module, attributes)
+            continue
         for attribute, value in attributes.items():
             if module is None or attribute not in own or type(own[attribute]) is not type(value):
                 raise CheckpointError(f"it is of another network: module '{name}' has no attribute '{attribute}' here.")
             if value != own[attribute]:
                 changes.append((module, attribute, value))
     return changes
+
+
+def _narrowed_attention(name: str, module: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.Module, str, Any]]:
+    """Say what makes a stock nn.MultiheadAttention the narrowed one that was saved.
+
+    A checkpoint names a class, but never chooses one: this one is the only class that is restored.
+    """
+    if stored["__class__"] != ShrunkMultiheadAttention.__name__ or not isinstance(module, nn.MultiheadAttention):
+        there = str(stored["__class__"])[:80]
+        raise CheckpointError(f"it is of another network: '{name}' is {there} there and {type(module).__name__} here.")
+    try:
+        known = shrunk_attributes(module)
+    except ShapeError as error:
+        raise CheckpointError(f"it is of another network: module '{name}': {error}") from error
+    odd = [key for key, value in stored.items() if key != "__class__" and type(known.get(key)) is not type(value)]
+    if odd or len(stored) < len(known):
+        raise CheckpointError(f"the attributes of module '{name}' are damaged.")
+    return [(module, key, known[key] if key == "__class__" else value) for key, value in stored.items()]
 
 
 def _check_optimizers(

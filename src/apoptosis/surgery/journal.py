@@ -35,10 +35,11 @@ class Journal:
         _exchange(tensor, value, grad)
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
-        """Set a plain attribute of a module."""
-        old = getattr(module, name)
+        """Set a plain attribute of a module, its `__class__` included; undoing takes away one that was not there."""
+        own = name == "__class__" or name in vars(module)
+        old = getattr(module, name) if own else None
         setattr(module, name, value)
-        self._undo.append(lambda: setattr(module, name, old))
+        self._undo.append((lambda: setattr(module, name, old)) if own else (lambda: delattr(module, name)))
 
     def set_item(self, mapping: MutableMapping[Any, Any], key: object, value: object) -> None:
         """Set an item of a dictionary, the keys' order included in what is undone."""

@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.errors import ArgumentError, ShapeError
-from apoptosis.records import TensorEdit
+from apoptosis.records import Structure, TensorEdit
+from apoptosis.surgery.attention import attention_changes
 from apoptosis.surgery.attributes import attribute_changes
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.optimizers import StateChange, check_optimizers, state_changes
+from apoptosis.surgery.splits import SplitChange, followed, split_changes
 from apoptosis.surgery.values import apply_edit, merge_like
 
 
@@ -74,14 +76,16 @@ class Transaction:
         else:
             self.rollback()
 
-    def apply(self, edits: Sequence[TensorEdit]) -> None:
+    def apply(self, edits: Sequence[TensorEdit], structure: Structure | None = None) -> None:
         """Compute everything that changes, then change it.
 
         Args:
             edits: at most one per tensor, all speaking of the shapes before the event.
+            structure: before the event; attributes by which a forward pass splits channels (number of heads, size of a
+                head) follow its splits. Without it only attributes that follow a tensor's shape change.
 
         Raises:
-            ShapeError: an edit does not fit its tensor. UnsupportedOptimizerError: state without a rule.
+            ShapeError: an edit does not fit its tensor or a split. UnsupportedOptimizerError: state without a rule.
             ArgumentError: an edit of an unknown tensor, two edits of one tensor, or a transaction that is over.
             Whatever is raised, everything is as before the call.
         """
@@ -90,7 +94,8 @@ class Transaction:
         by_name = {edit.tensor: edit for edit in edits}
         if len(by_name) < len(edits):
             raise ArgumentError("two edits of one tensor in one transaction.")
-        plans = _plan_targets(self._targets, by_name)
+        splits = {} if structure is None else split_changes(structure, edits)
+        plans = _plan_targets(self._targets, by_name, splits)
         parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
         states = [change for o in self._optimizers for change in state_changes(o, parameters, by_name)]
         try:
@@ -119,6 +124,8 @@ class Transaction:
                 self._journal.set_tensor(tensor, value, grad)
             for module, name, attribute in plan.attributes:
                 self._journal.set_attribute(module, name, attribute)
+                if isinstance(module, nn.RNNBase):  # for cuDNN: one chunk of memory, which undoing leaves again
+                    module.flatten_parameters()
         for change in states:
             self._journal.set_item(change.state, change.key, change.value)
 
@@ -166,7 +173,9 @@ def _copy_of(follower: nn.Module) -> nn.Module:
     return follower.module if isinstance(follower, AveragedModel) else follower
 
 
-def _plan_targets(targets: Sequence[nn.Module], edits: Mapping[str, TensorEdit]) -> list[_Plan]:
+def _plan_targets(
+    targets: Sequence[nn.Module], edits: Mapping[str, TensorEdit], splits: Mapping[str, Sequence[SplitChange]]
+) -> list[_Plan]:
     # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
     plans = []
     for target in targets:
@@ -183,15 +192,20 @@ def _plan_targets(targets: Sequence[nn.Module], edits: Mapping[str, TensorEdit])
             grad = tensor.grad if tensor.is_leaf else None
             new_grad = None if grad is None else merge_like(edit, grad)
             plan.tensors.append((tensor, apply_edit(edit, tensor, tensors), new_grad))
-        plan.attributes = _plan_attributes(target, edited)
+        plan.attributes = _plan_attributes(target, edited, splits)
         plans.append(plan)
     return plans
 
 
-def _plan_attributes(target: nn.Module, edited: Mapping[int, TensorEdit]) -> list[tuple[nn.Module, str, Any]]:
+def _plan_attributes(
+    target: nn.Module, edited: Mapping[int, TensorEdit], splits: Mapping[str, Sequence[SplitChange]]
+) -> list[tuple[nn.Module, str, Any]]:
     changes: list[tuple[nn.Module, str, Any]] = []
-    for module in target.modules():
+    for qualified, module in target.named_modules():
         merged: dict[str, Any] = {}
+        if qualified in splits:
+            merged.update(followed(module, splits[qualified]))
+        merged.update(attention_changes(module, edited))
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) in edited:
                 merged.update(attribute_changes(module, leaf, edited[id(tensor)].keep, tuple(tensor.shape)))

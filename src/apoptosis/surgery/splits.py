@@ -1,0 +1,192 @@
+"""Numbers that a module's forward pass splits channels by: how they change, and the plain attributes that hold them.
+
+Lives here: the vocabulary of attribute names, and what an event makes of `Structure.splits`. Does not live here:
+attributes that follow a tensor's dim (attributes.py), noticing splits (graph), any writing (modules.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from apoptosis.errors import ShapeError
+from apoptosis.records import IntArray, Split, Structure, TensorEdit
+from apoptosis.surgery.attention import is_attention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitChange:
+    """A grid (rows, columns) of channels that the forward pass of `module` makes, before and after an event."""
+
+    module: str
+    old: tuple[int, int]
+    new: tuple[int, int]
+    where: str = ""
+
+
+_Follow = Callable[
+    [int, SplitChange], int | None
+]  # what an attribute of this value becomes; None: it is not about this
+
+
+def _columns(value: int, change: SplitChange) -> int | None:
+    return change.new[1] if value == change.old[1] else None
+
+
+def _rows(value: int, change: SplitChange) -> int | None:
+    return change.new[0] if value == change.old[0] else None
+
+
+def _total(value: int, change: SplitChange) -> int | None:
+    return change.new[0] * change.new[1] if value == change.old[0] * change.old[1] else None
+
+
+def _columns_or_total(value: int, change: SplitChange) -> int | None:
+    found = _columns(value, change)
+    return _total(value, change) if found is None else found
+
+
+def _packed(value: int, before: int, after: int) -> int | None:
+    """Follow a third or a half: queries, keys and values, or two of them, may lie in one grid."""
+    for times in (2, 3):
+        if before == times * value and after % times == 0:
+            return after // times
+    return None
+
+
+def _packed_rows(value: int, change: SplitChange) -> int | None:
+    return _packed(value, change.old[0], change.new[0])
+
+
+def _packed_total(value: int, change: SplitChange) -> int | None:
+    return _packed(value, change.old[0] * change.old[1], change.new[0] * change.new[1])
+
+
+_KINDS: tuple[tuple[tuple[_Follow, ...], str], ...] = (
+    (
+        (_columns,),
+        "head_dim head_size head_width head_features attention_head_size attention_head_dim dim_head d_head "
+        "dim_per_head size_per_head hidden_dim_per_head hidden_size_per_attention_head hidden_per_head d_kv d_k d_v "
+        "d_qk dk dv key_value_proj_dim v_head_dim qk_head_dim q_head_dim k_head_dim value_head_dim key_head_dim "
+        "per_head_dim",
+    ),
+    (
+        (_rows, _packed_rows),
+        "num_heads n_heads n_head nhead heads h num_attention_heads n_attention_heads num_attn_heads attention_heads "
+        "attn_heads num_key_value_heads n_kv_heads num_kv_heads kv_heads n_kv_head n_local_heads n_local_kv_heads "
+        "num_query_heads num_q_heads num_v_heads num_k_heads num_groups n_groups",
+    ),
+    (
+        (_columns_or_total, _packed_total),
+        "all_head_size inner_dim dim_inner d_inner inner_size split_size intermediate_size intermediate_dim expert_dim "
+        "ffn_dim hidden_features d_ff dim_ff attn_dim attention_dim value_dim key_dim qk_dim num_features num_channels",
+    ),
+    ((_total, _packed_total), "embed_dim embed_dims hidden_size hidden_dim d_model dim n_embd num_hidden"),
+)
+VOCABULARY: Mapping[str, tuple[_Follow, ...]] = {name: kinds for kinds, names in _KINDS for name in names.split()}
+"""Attribute name -> how a value is read, the surer way first: as columns, rows, or rows times columns."""
+
+
+def vocabulary_of(module: nn.Module) -> dict[str, int]:
+    """Read the plain int attributes of a module whose names are in the vocabulary.
+
+    nn.MultiheadAttention is left out: see attention.py.
+    """
+    if is_attention(module):
+        return {}
+    return {name: value for name, value in vars(module).items() if name in VOCABULARY and type(value) is int}
+
+
+def split_changes(structure: Structure, edits: Iterable[TensorEdit]) -> dict[str, tuple[SplitChange, ...]]:
+    """Say what the event makes of every grid, by module; modules none of whose grids change are left out.
+
+    Raises: ShapeError: a grid would lose more of one row than of another, or everything.
+    """
+    gone = [np.zeros(0, dtype=np.int64)]
+    for edit in edits:
+        classes = structure.classes.get(edit.tensor, ())
+        for dim, keep in edit.keep.items():
+            if dim < len(classes):
+                gone.append(np.delete(classes[dim], keep.cpu().numpy()))
+    removed = np.unique(np.concatenate(gone))
+    found: dict[str, dict[tuple[object, ...], SplitChange]] = {}
+    for split in structure.splits:
+        new = _shape_without(split, removed)
+        change = SplitChange(
+            module=split.module, old=(len(split.classes), split.classes.shape[1]), new=new, where=split.where
+        )
+        found.setdefault(split.module, {}).setdefault((change.old, change.new, change.where), change)
+    return {
+        module: tuple(changes.values())
+        for module, changes in found.items()
+        if any(change.old != change.new for change in changes.values())
+    }
+
+
+def _shape_without(split: Split, removed: IntArray) -> tuple[int, int]:
+    left = (~np.isin(split.classes, removed)).sum(1)
+    left = left[left > 0]
+    if not left.size or bool((left != left[0]).any()):
+        place = f" ({split.where})" if split.where else ""
+        raise ShapeError(f"'{split.module}' splits channels into rows of equal length{place}, which would end unequal.")
+    return int(left.size), int(left[0])
+
+
+def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, int]:
+    """Say what the module's attributes become: those of the vocabulary that hold a number of a grid that changes.
+
+    A name says what it counts, so that equal numbers of rows and of columns are told apart. Where one attribute could
+    stand for several grids that do not change alike, the lines of source that make the grids decide by naming it.
+
+    Args:
+        module: the module whose forward pass makes the grids.
+        changes: all its grids, unchanged ones included.
+
+    Raises: ShapeError: an attribute would have to be two numbers at once.
+
+    Example:
+        >>> block = nn.Module()
+        >>> block.num_heads, block.head_dim, block.inner_dim = 4, 4, 16
+        >>> followed(block, [SplitChange(module="block", old=(4, 4), new=(4, 3))])
+        {'head_dim': 3, 'inner_dim': 12}
+    """
+    found: dict[str, int] = {}
+    for name, value in vocabulary_of(module).items():
+        for follow in VOCABULARY[name]:
+            votes = [(new, change) for change in changes if (new := follow(value, change)) is not None]
+            if votes:
+                new = _settled(module, name, value, votes)
+                if new != value:
+                    found[name] = new
+                break
+    return found
+
+
+def _settled(module: nn.Module, name: str, value: int, votes: Sequence[tuple[int, SplitChange]]) -> int:
+    news = {new for new, _ in votes}
+    if len(news) > 1:
+        named = {new for new, change in votes if _names(module, change.where, name)}
+        news = named or news - {value}
+    if len(news) > 1:
+        wanted = " and ".join(str(new) for new in sorted(news))
+        raise ShapeError(f"attribute '{name}' of {type(module).__name__} ({value}) would have to be {wanted} at once.")
+    return next(iter(news))
+
+
+def _names(module: nn.Module, where: str, attribute: str) -> bool:
+    """Whether the line of source at `where` reads that attribute of something."""
+    file, _, line = where.rpartition(":")
+    try:
+        source = inspect.getsourcefile(type(module))
+    except TypeError:  # a class without a file: typed in, or built in
+        return False
+    if source is None or Path(source).name != Path(file).name or not line.isdigit():
+        return False
+    return re.search(rf"\.{attribute}\b", linecache.getline(source, int(line))) is not None
