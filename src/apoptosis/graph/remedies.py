@@ -52,6 +52,7 @@ _USUAL = (
     ("over those of another axis", FRONT_REMEDY),
     ("several axes of it", _FLAT),
     ("left a view behind", "Write the result to a new tensor instead of in place."),
+    ("forward pass on example_input", "Give an example_input whose forward pass runs it."),
     ("during the forward pass", "Change the parameter outside the forward pass."),
     ("very large tensor", "Concatenate the parts instead of writing into slices, or give a smaller example_input."),
     ("too large to be followed", "Give a smaller example_input: fewer examples or positions."),
