@@ -17,6 +17,8 @@ from apoptosis.criteria import (
     get_criterion,
     relative_error,
 )
+from apoptosis.criteria.views import exactness
+from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
 
 every_criterion = pytest.mark.parametrize("name", criteria())
@@ -168,3 +170,17 @@ def test_duplicates_are_found_though_the_sites_weigh_them_differently() -> None:
         proposal = choose(get_criterion(name), GroupView(name="g", num_channels=8, sites=sites), 0.0)
         assert proposal is not None
         assert proposal.reduction.keep.numel() == 5
+
+
+@pytest.mark.parametrize("name", ["interpolative", "greedy", "duplicate"])
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
+def test_duplicates_around_a_large_mean_go_at_tolerance_zero_without_an_offset(name: str, mean: float) -> None:
+    z = draw(0, 400, 16) + mean
+    z[:, 12:] = z[:, :4]
+    site = SiteView(key="s", weight=draw(1, 7, 16, 1), moments=moments_of(z), centred=False)
+    proposal = choose(get_criterion(name), GroupView(name="g", num_channels=16, sites=(site,)), 0.0)
+    assert proposal is not None
+    assert proposal.reduction.keep.numel() == 12
+    assert proposal.errors["s"] <= exactness(site)
+    assert exactness(site) == pytest.approx(roundoff_floor(16) * (1 + mean**2) ** 0.5, rel=0.7)
+    assert exactness(replace(site, centred=True)) == roundoff_floor(16)

@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 
 from apoptosis.criteria.demands import allowed, arranged, step_between
-from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, flat_weight, relative_rms, statistics
+from apoptosis.criteria.views import (
+    Criterion,
+    GroupView,
+    Ranking,
+    SiteView,
+    exactness,
+    flat_weight,
+    relative_rms,
+    statistics,
+)
 from apoptosis.errors import ArgumentError
-from apoptosis.numerics.decompose import complement, residual_gram, roundoff_floor, site_diag
+from apoptosis.numerics.decompose import complement, residual_gram, site_diag
 from apoptosis.records import Certificate, CertificateKind, Reduction, SiteReduction
 
 
@@ -97,7 +106,7 @@ def choose(
     Args:
         criterion: how to order and to reduce.
         view: the group.
-        limits: relative rms per site key, or one for all; a limit below the round-off floor means that floor.
+        limits: relative rms per site key, or one for all; a limit below round-off means that (views.exactness).
         align: the number kept is rounded up to a multiple (of the rows, too: see demands.step_between).
         min_keep: fewer are never kept.
 
@@ -107,8 +116,7 @@ def choose(
         ArgumentError: a site has no limit, or no moments though the criterion needs them.
         NonFiniteError: weights or moments hold NaN or infinity.
     """
-    floor = roundoff_floor(view.num_channels)
-    caps = {site.key: max(floor, _cap(limits, site)) for site in view.sites}
+    caps = {site.key: max(exactness(site), _cap(limits, site)) for site in view.sites}
     align = step_between(view, align)
     ranking = arranged(criterion, view)
     search = _Search(criterion, view, ranking, caps)

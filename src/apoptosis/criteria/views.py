@@ -212,6 +212,22 @@ def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
     return (errors.double().clamp_min(0.0) / scale).sqrt()
 
 
+def exactness(site: SiteView) -> float:
+    """Return the relative rms that stands for tolerance 0 at a site: round-off, relative to what the errors relate to.
+
+    Least squares without an offset works on the uncentred second moment, and its round-off is that of tr(W S Wᵀ), which
+    a large mean puts far above the centred energy.
+    """
+    floor = roundoff_floor(site.weight.shape[1])
+    if site.centred or site.moments is None:
+        return floor
+    weight, mean = flat_weight(site).to(site.moments.device), site.moments.mean
+    varying = float(((weight @ site.moments.covariance()) * weight).sum())
+    constant = float((weight @ mean).square().sum())
+    scale = varying if site.scale is None or site.measure is not None else site.scale
+    return floor * float(max(1.0, (varying + constant) / scale) ** 0.5) if scale > 0.0 else floor
+
+
 def selection(keep: Tensor, num_channels: int, device: torch.device) -> Tensor:
     """Return the mix (kept, channels) in which every kept channel stands for itself alone."""
     mix = torch.zeros(keep.numel(), num_channels, dtype=torch.float64, device=device)
