@@ -255,3 +255,27 @@ def test_merged_certificates_add_up():
         ("empirical", "b", 0.2, 7),
         ("worst_case", "a", 9.0, 0),
     ]
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_what_fires_at_one_position_of_a_thousand_is_not_silent(runs, functional):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = torch.relu(self.a(x))
+            return nn.functional.linear(h, self.b.weight, self.b.bias) if functional else self.b(h)
+
+    net = Net().double().eval()
+    x = runs.inputs(40, 3, (100, 6)).double()
+    with torch.no_grad():
+        highest = (x @ net.a.weight[5]).flatten().sort().values
+        net.a.bias[5] = -(highest[-4] + highest[-5]) / 2  # on at 4 of 4000 positions
+        net.a.weight[6], net.a.bias[6] = net.a.weight[2], net.a.bias[2]
+    before = net(x).detach()
+    event = shrink_(net, x[:4], [x], tolerance=0.0)
+    assert event.groups == {"a": (8, 7)}
+    assert torch.allclose(net(x), before, rtol=0, atol=1e-9)

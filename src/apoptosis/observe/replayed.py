@@ -199,9 +199,7 @@ class Replayed:
         for key, watch in self._watches.items():
             if watch.enough(MIN_EXAMPLES if self._passes < MAX_PASSES else 0):
                 continue
-            wanted = watch.rows_needed
-            if self._spread:
-                wanted = -(-wanted * rows // min(MIN_EXAMPLES, MAX_PASSES * rows)) + 1
+            wanted = watch.share(-(-watch.rows_needed * rows // min(MIN_EXAMPLES, MAX_PASSES * rows)) + 1)
             columns = watch.columns
             shares[key] = _Share(max(1, -(-wanted // columns.shape[1])), columns.reshape(-1), self._picks)
         return shares

@@ -25,6 +25,7 @@ MIN_EXAMPLES = 256  # distinct examples every window sees, whatever the number o
 WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up to this many, 128 MB
 SAMPLE_EXAMPLES = 64  # whole inputs kept for sites that read several positions at once
 SAMPLE_ELEMENTS = 500_000  # and their bound in numbers, 2 MB in float32
+EXACT_MACS = 50_000_000_000  # what the Gram matrix of one input may cost where every position is to be seen
 _FLUSH_ROWS = 4096  # buffered rows are turned into a Gram matrix in one product
 
 
@@ -118,7 +119,7 @@ class Watch:
             self.spoiled = f"the input of '{self.site.module}' changed its width while it was watched"
             return
         taps = self.columns.shape[1]
-        share = -(-self.rows_needed * examples // MIN_EXAMPLES) + 1 if self.spread else self.rows_needed
+        share = self.share(-(-self.rows_needed * examples // MIN_EXAMPLES) + 1)
         total = rows.shape[0] * taps
         if (self.positional or rows.shape[0] > examples) and total > share:
             chosen = torch.randint(0, total, (share,), generator=picks).to(rows.device)
@@ -132,13 +133,23 @@ class Watch:
             taken = rows.clone()
         self.add(taken, 0 if repeated else examples)
 
+    def share(self, even: int) -> int:
+        """Return the rows to take of one input; even: its share of what is needed, if more inputs come.
+
+        Where only what is exact may go, all rows within EXACT_MACS: a channel that is silent but for a few positions of
+        a thousand is not silent.
+        """
+        wanted = even if self.spread else self.rows_needed
+        return max(wanted, EXACT_MACS // self.moments.num_channels**2) if self.exact else wanted
+
     def add(self, rows: Tensor, examples: int) -> None:
         """Take rows (rows, channels) that are the watch's to keep; examples: how many new ones they come from."""
-        self.buffer.append(rows.to(self._device, torch.float64 if self.exact else torch.float32))
-        self.buffered += rows.shape[0]
         self.examples += examples
-        if self.buffered >= _FLUSH_ROWS:
-            self._flush()
+        for piece in rows.split(_FLUSH_ROWS):
+            self.buffer.append(piece.to(self._device, torch.float64 if self.exact else torch.float32))
+            self.buffered += piece.shape[0]
+            if self.buffered >= _FLUSH_ROWS:
+                self._flush()
 
     def _flush(self) -> None:
         try:
