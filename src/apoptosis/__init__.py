@@ -10,6 +10,7 @@ from apoptosis.graph.neurons import register_activation
 from apoptosis.graph.rules import register_rule
 from apoptosis.ledger import Event, Ledger
 from apoptosis.oneshot import shrink_
+from apoptosis.passes import is_own_pass
 from apoptosis.planner import Plan
 from apoptosis.surgery import load, save
 
@@ -18,6 +19,7 @@ __all__ = [
     "Event",
     "Ledger",
     "Plan",
+    "is_own_pass",
     "load",
     "register_activation",
     "register_criterion",

@@ -8,23 +8,41 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError
+from apoptosis.unwrap import Unwrapped, unwrap
 
 
-def check_model(model: object) -> nn.Module:
-    """Check that it is a materialised nn.Module. Raises: ArgumentError."""
+def check_model(model: object) -> Unwrapped:
+    """Check that it is a module with data in it, and take its wrappers off.
+
+    Raises: ArgumentError: no module, a wrapper that removal does not reach through, parameters without shape or data.
+    """
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module.")
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ArgumentError(f"parameter '{name}' is lazy: run the model once so that it gets its shape.")
-        if parameter.device == torch.device("meta"):
-            raise ArgumentError(f"parameter '{name}' lies on the meta device: materialise the model first.")
-    return model
+        remedy = " Give the module that was exported." if type(model).__name__ == "ExportedProgram" else ""
+        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module.{remedy}")
+    unwrapped = unwrap(model)
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in named:
+            if nn.parameter.is_lazy(tensor):
+                raise ArgumentError(f"{kind} '{name}' is lazy: run the model once so that it gets its shape.")
+            where = _without_data(tensor)
+            if where:
+                raise ArgumentError(
+                    f"{kind} '{name}' {where}, and where there are no numbers there is nothing to remove. "
+                    "Materialise the model (model.to_empty(device=...), then initialise or load it); "
+                    "`apoptosis inspect` needs none."
+                )
+    return unwrapped
+
+
+def _without_data(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "lies on the meta device"
+    return "is a FakeTensor, without data" if isinstance(tensor, FakeTensor) else ""
 
 
 def check_optimizers_given(

@@ -30,6 +30,7 @@ from apoptosis.operate import (
     num_parameters,
     refreshed,
     timed_capture,
+    warn_if_fixed,
     with_pins,
 )
 from apoptosis.planner import Plan
@@ -47,6 +48,7 @@ from apoptosis.state import (
     write_state,
 )
 from apoptosis.surgery import check_followers, check_optimizers
+from apoptosis.unwrap import bare, rebuild
 from apoptosis.verdict import Verdict
 
 Log = Callable[[dict[str, Any]], None]
@@ -56,7 +58,8 @@ class Apoptosis:
     """Removes redundant neurons while a network trains.
 
     Args:
-        model: the network, changed in place at events; never wrapped.
+        model: the network, changed in place at events. Compiled models and DistributedDataParallel (one process) are
+            looked through: names are those of the module inside.
         optimizer: one optimizer or a sequence of them.
         example_input: what one forward pass takes: a tensor, a tuple (positional) or a dict (keyword arguments).
         tolerance: cap per consumer site and event on the relative rms change of the consumer's output (a share; the
@@ -97,7 +100,7 @@ class Apoptosis:
         calibration: float | None = None,
     ) -> None:
         start = time.perf_counter()
-        check_model(model)
+        model, parallel = check_model(model)
         optimizers = check_optimizers_given(optimizer, trains=model)
         tolerance, align, total_steps, budget = check_numbers(
             tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
@@ -106,13 +109,13 @@ class Apoptosis:
         patterns = check_exclude(exclude)
         chosen = get_criterion(criterion)
         check_optimizers(optimizers, model)
-        self._patient = Patient(
-            model=model, optimizers=optimizers, followers=(), call=as_call(example_input), read=logits
-        )
+        call = as_call(example_input)
+        self._patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
         self._verdict = Verdict(budget, None if probe is None else make_probe(probe, example_input))
         self._log = log
         structure, seconds = timed_capture(model, self._patient.call)
         overhead = overhead_macs(seconds) if calibration is None else float(calibration)
+        warn_if_fixed(structure, type(model).__name__)
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
         self._has_classes = has_classes(model, self._patient.call, logits)
         if self._verdict.probe is not None:
@@ -143,6 +146,10 @@ class Apoptosis:
     def pins(self) -> tuple[Pin, ...]:
         """Channels that are never removed, each with its reason."""
         return tuple(g.pin for g in self._structure.groups if g.pin is not None)
+
+    def notes(self) -> tuple[str, ...]:
+        """Say what else the capture met: modules that the example input does not run, parameters that nothing reads."""
+        return self._structure.notes
 
     @property
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -196,6 +203,7 @@ class Apoptosis:
 
         Raises: ArgumentError: the copy's tensors are not those of the model.
         """
+        averaged = bare(averaged)
         check_followers([averaged], self._patient.model)
         self._patient = replace(self._patient, followers=(*self._patient.followers, averaged))
 
@@ -240,6 +248,8 @@ class Apoptosis:
         except DAMAGES as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
         self._drop_window()
+        for wrapper in self._patient.parallel:  # the model may have got the widths of a checkpoint
+            rebuild(wrapper)
         self._structure, self._memory = structure, memory
         if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule
             memory.decision = self._decide()

@@ -71,7 +71,7 @@ def shrink_(
         {'0': (8, 4)}
     """
     start = time.perf_counter()
-    model = check_model(model)
+    model, parallel = check_model(model)
     optimizers = check_optimizers_given(optimizer)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
     seed = check_others(criterion=criterion, seed=seed)
@@ -81,7 +81,7 @@ def shrink_(
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
-    patient = Patient(model=model, optimizers=optimizers, followers=(), call=as_call(example_input))
+    patient = Patient(model=model, optimizers=optimizers, call=as_call(example_input), parallel=parallel)
     verdict = Verdict(None, None if probe is None else make_probe(probe, example_input))
     structure = analyse(model, *patient.call)
     if verdict.probe is not None:

@@ -73,7 +73,8 @@ def test_restored_after_a_failure() -> None:
     before, x = net.norm.running_mean, torch.randn(3, 4)
     state = torch.get_rng_state()
     with pytest.raises(
-        CaptureError, match=r"^Fails fails on example_input in training mode: RuntimeError: the user's own$"
+        CaptureError,
+        match=r"^Fails fails on example_input in training mode \(test_capture.py:\d+\): RuntimeError: the user's own$",
     ):
         analyse(net, (x,), {})
     assert net.norm.running_mean is before

@@ -198,7 +198,7 @@ def test_nothing_reads_it() -> None:
     structure = analyse(Lost(), (X,), {})
     assert structure.groups[0].pin is not None
     assert structure.groups[0].pin.reason == "no consumer site reads these channels"
-    assert any("'unused.weight' is not read" in note for note in structure.notes)
+    assert any("module 'unused' is not run" in note for note in structure.notes)
 
 
 def test_modes_are_united() -> None:

@@ -19,6 +19,7 @@ from apoptosis.graph.findings import Findings
 from apoptosis.graph.granularity import settle, splits
 from apoptosis.graph.groups import build_groups
 from apoptosis.graph.slots import Slots, named_tensors
+from apoptosis.graph.unread import leave_alone
 from apoptosis.records import Seen, Structure
 
 
@@ -36,7 +37,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     Returns: the structure; its groups are in forward order, pinned ones included.
 
     Raises:
-        CaptureError: the forward pass fails on this input, or a parameter is not initialised yet.
+        CaptureError: the forward pass fails on this input or returns no tensor, or a parameter is not initialised yet.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -48,11 +49,20 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     tensors, aliases, buffers = named_tensors(model)
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
-        raise CaptureError(f"parameter '{lazy[0]}' is not initialised: run the model once before.")
+        raise CaptureError(
+            f"'{lazy[0]}' of {type(model).__name__} is not initialised (lazy): run the model once before."
+        )
     findings = Findings(Slots(tensors, buffers))
+    returned = 0
     for training in (True, False):  # on copies: a forward pass may write to its input
         fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))
-        capture(model, fresh_args, fresh_kwargs, findings, training=training)
+        returned += capture(model, fresh_args, fresh_kwargs, findings, training=training)
+    if not returned:
+        raise CaptureError(
+            f"{type(model).__name__} returns no tensor on example_input, so that nothing is known to depend on it. Let "
+            "forward return what the loss is computed from."
+        )
+    unread = leave_alone(findings, model, aliases)
     close(findings)
     classes, rows = settle(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
@@ -62,7 +72,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         macs=findings.macs.get("training", 0.0),
         shapes={name: owner.shape for name, owner in findings.slots.owners.items()},
         aliases=aliases,
-        notes=_notes(findings),
+        notes=(*findings.notes, *unread, *_one_mode(findings)),
         classes=labels,
         pinned_classes=classes.pinned,
         scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
@@ -70,17 +80,12 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     )
 
 
-def _notes(findings: Findings) -> tuple[str, ...]:
-    """Say what a user may want to know: unused parameters, modes that compute different things."""
-    notes = list(findings.notes)
-    unread = [name for name, owner in findings.slots.owners.items() if not findings.reads[name] and not owner.is_buffer]
-    notes += [f"parameter '{name}' is not read by the forward pass on this input" for name in unread]
+def _one_mode(findings: Findings) -> tuple[str, ...]:
+    """Say which modules take part in one mode only."""
+    modes: dict[str, set[str]] = {}
     for consumer in findings.consumers.values():
-        modes = set(consumer.macs)
-        if len(modes) == 1:
-            only = modes.pop()
-            notes.append(f"'{consumer.module or consumer.weight}' takes part in {only} mode only")
-    return tuple(notes)
+        modes.setdefault(consumer.module or consumer.weight, set()).update(consumer.macs)
+    return tuple(f"'{name}' takes part in {found.pop()} mode only" for name, found in modes.items() if len(found) == 1)
 
 
 def replay(
@@ -96,7 +101,9 @@ def replay(
     Without gradients; dropout modules let everything through. The model is afterwards as it was (see `analyse`).
 
     Args:
-        model, args, kwargs: as in `analyse`; the inputs are not written to.
+        model: as in `analyse`.
+        args: positional arguments; not written to.
+        kwargs: named arguments; not written to.
         watch: called at every contraction with a parameter and every product of activations, in forward order.
         training: the mode of all modules but dropout.
 

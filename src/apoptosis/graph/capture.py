@@ -12,17 +12,15 @@ autograd may hand out another tensor object for the same view; this also makes i
 from __future__ import annotations
 
 import random
-import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.nn.modules import module as hooks
 from torch.nn.modules.dropout import _DropoutNd
@@ -30,10 +28,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apoptosis.errors import CaptureError
+from apoptosis.graph.failures import failure
 from apoptosis.graph.findings import Findings
+from apoptosis.graph.outputs import named_in, tensors_in
 from apoptosis.graph.rules import RULES, SCALARS
 from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
+from apoptosis.passes import own_pass
 from apoptosis.records import Seen
 
 
@@ -49,10 +50,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks a fake tensor for its device
+            return func(*args, **kwargs)
         seen = self._tracer.before(func, args)
-        out = func(*args, **kwargs)
+        out = _operator(func, args, kwargs)
         self._tracer.executed(func, seen, kwargs, out)
         return out
+
+
+def _operator(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 class _Functions(TorchFunctionMode):
@@ -140,13 +147,11 @@ def _kept_randomness(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
-    """Run compiled parts of the model eagerly; costs nothing where nothing was compiled."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using `torch.compile")  # about global hooks: ours, for this pass
+def _fake(model: nn.Module) -> Iterator[None]:
+    """Let a pass over fake parameters make fake tensors only, whether or not their mode is on."""
+    tensors = (*model.parameters(), *model.buffers())
+    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+    with mode if mode is not None else nullcontext():
         yield
 
 
@@ -154,25 +159,31 @@ def _eager() -> Iterator[None]:
 def _step_by_step(model: nn.Module) -> Iterator[None]:
     """Run recurrences and attention as plain operators instead of fused ones, which say nothing of their inside."""
     fast = torch.backends.mha.get_fastpath_enabled()
+    # the setters themselves: flags() would set the precision of products, too, and warn of it
+    fused = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-                yield
-        else:
-            yield
+            torch._C._set_mkldnn_enabled(False)
+            torch._C._set_cudnn_enabled(False)
+        yield
     finally:
+        torch._C._set_mkldnn_enabled(fused[0])
+        torch._C._set_cudnn_enabled(fused[1])
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
-def _module_stack(tracer: Tracer) -> Iterator[None]:
+def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Tell the tracer which module is running; calls in other threads are passed over."""
     thread = threading.get_ident()
+    names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == thread:
             tracer.entered(module, args)
+            if id(module) in names:
+                tracer.findings.ran.add(names[id(module)])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
@@ -189,47 +200,6 @@ def _module_stack(tracer: Tracer) -> Iterator[None]:
             handle.remove()
 
 
-def tensors_in(obj: Any) -> Iterator[Tensor]:
-    """Yield every tensor inside nested sequences, mappings, dataclasses and plain objects."""
-    seen: set[int] = set()
-
-    def walk(item: Any) -> Iterator[Tensor]:
-        if isinstance(item, Tensor):
-            yield item
-            return
-        if (
-            item is None
-            or isinstance(item, (str, bytes, int, float, complex, bool, type, nn.Module))
-            or id(item) in seen
-        ):
-            return
-        seen.add(id(item))
-        parts: Sequence[Any]
-        if isinstance(item, Mapping):
-            parts = list(item.values())
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            parts = list(item)
-        elif is_dataclass(item) and not isinstance(item, type):
-            parts = [getattr(item, f.name) for f in fields(item)]
-        else:
-            parts = list(vars(item).values()) if hasattr(item, "__dict__") else []
-        for part in parts:
-            yield from walk(part)
-
-    yield from walk(obj)
-
-
-def _message(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    hint = ""
-    if "more than 1 value per channel" in text:
-        hint = "; example_input needs at least two examples, BatchNorm cannot train on one"
-    elif "shapes cannot be multiplied" in text or "expected input" in text.lower() or "size mismatch" in text:
-        hint = "; example_input must have the shape the model trains on"
-    return f"{type(error).__name__}: {text}{hint}"
-
-
 def capture(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -238,26 +208,30 @@ def capture(
     *,
     training: bool,
     watch: Callable[[Seen], None] | None = None,
-) -> None:
+) -> int:
     """Run `model(*args, **kwargs)` once and add what it shows to `findings`; `watch` is handed what each site reads.
 
-    Parameters, buffers, gradients, training flags, hooks and random generators are afterwards as they were.
+    Parameters, buffers, gradients, training flags, hooks and random generators are afterwards as they were. Hooks of
+    the user's run as in any pass (`is_own_pass` tells them); what is compiled runs eagerly.
+
+    Returns: the number of tensors that the model returned.
 
     Raises:
-        CaptureError: the model's own forward pass fails on this input.
+        CaptureError: the model's own forward pass fails on this input, or returns what cannot be looked into.
     """
     mode = "training" if training else "evaluation"
     with ExitStack() as stack:
         stack.enter_context(_flags(model, training=training, drop=watch is None))
         stack.enter_context(_cloned_buffers(model))
         stack.enter_context(_kept_randomness(model))
-        stack.enter_context(_eager())
+        stack.enter_context(own_pass())
+        stack.enter_context(_fake(model))
         tensors, _, _ = named_tensors(model)
         stack.enter_context(_step_by_step(model))
         tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS, watch)
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
-        stack.enter_context(_module_stack(tracer))
+        stack.enter_context(_module_stack(tracer, model))
         stack.enter_context(torch.enable_grad() if watch is None else torch.no_grad())
         try:
             with _Functions(tracer), _Watch(tracer):
@@ -265,7 +239,7 @@ def capture(
         except CaptureError:
             raise
         except Exception as error:  # the user's forward may raise anything
-            raise CaptureError(
-                f"{type(model).__name__} fails on example_input in {mode} mode: {_message(error)}"
-            ) from error
-        tracer.finished(list(tensors_in(output)))
+            raise CaptureError(failure(error, model, mode, _operator.__code__)) from error
+        outputs = list(named_in(output))
+        tracer.finished(outputs)
+        return len(outputs)

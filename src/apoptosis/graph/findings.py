@@ -87,8 +87,8 @@ class Findings:
     """Everything that the rules found out. Arrays hold slots.
 
     ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for
-    channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases that are added to
-    what a weight axis makes. uses: (slots, key of the site that reads them).
+    channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added to what a
+    weight axis makes. uses: (slots, key of the site that reads them). ran: the modules that were called.
     """
 
     slots: Slots
@@ -107,6 +107,7 @@ class Findings:
     bias_of: dict[Axis, set[str]] = field(default_factory=lambda: defaultdict(set))
     axis_macs: dict[Axis, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    ran: set[str] = field(default_factory=set)
     reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     read_order: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     readers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))

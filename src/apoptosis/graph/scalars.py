@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.records import ScalarOperands
 
@@ -35,6 +36,8 @@ def numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[complex, 
 
 def literal(tensor: Tensor) -> tuple[complex, ...]:
     """Return the numbers of a tensor that the model wrote out; () for several whole numbers, which are positions."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor):  # there are none
+        return ()
     if tensor.numel() > (_SMALL if tensor.is_floating_point() or tensor.is_complex() else 1):
         return ()
     return tuple(tensor.detach().reshape(-1).tolist())

@@ -322,15 +322,16 @@ class Tracer:
             if value is not None and value.source is not None:
                 self.findings.readers[value.source].add("operator")
 
-    def finished(self, outputs: Sequence[Tensor]) -> None:
-        """Pin what the model returns."""
-        for tensor in outputs:
+    def finished(self, outputs: Sequence[tuple[str, Tensor]]) -> None:
+        """Pin what the model returns: tensors, each with the way to it inside the output."""
+        for way, tensor in outputs:
+            which = f" '{way}'" if way else ""
             view = self.view(tensor)
             if view is not None:
-                self.findings.pin(view.owner.slots(), Reason("the model returns it"))
+                self.findings.pin(view.owner.slots(), Reason(f"the model returns it{which and ' as'}{which}"))
                 continue
             value = self.value(tensor)
-            self.findings.pin(value.ids, Reason("they are the network's output"))
+            self.findings.pin(value.ids, Reason(f"they are the network's output{which}"))
             if value.source is not None:
                 self.findings.readers[value.source].add("output")
 

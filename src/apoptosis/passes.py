@@ -1,0 +1,88 @@
+"""Forward passes that the library runs by itself, and compiled models.
+
+Lives here: telling such a pass from the user's own, running compiled parts eagerly where they must be watched,
+forgetting what was compiled for other shapes. Does not live here: what a pass is run for (graph, probe, observe).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_RUNNING = threading.local()
+_DYNAMO = "torch._dynamo"  # loaded before anything can have been compiled
+
+
+@contextmanager
+def own_pass() -> Iterator[None]:
+    """Mark the passes inside as the library's own, and run compiled parts of the model eagerly in them."""
+    depth = getattr(_RUNNING, "depth", 0)
+    _RUNNING.depth = depth + 1
+    try:
+        if _DYNAMO not in sys.modules:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using `torch.compile")  # about global hooks: those of a capture
+            yield
+    finally:
+        _RUNNING.depth = depth
+
+
+def is_own_pass() -> bool:
+    """Whether the forward pass that runs now in this thread is one of the library's own.
+
+    Hooks of the user's run in those too, as hooks may compute weights or outputs. One that counts, or that collects
+    features for a loss, asks here first.
+
+    Example:
+        >>> features = []
+        >>> net = nn.Linear(2, 2)
+        >>> _ = net.register_forward_hook(lambda m, x, y: None if is_own_pass() else features.append(y))
+        >>> with own_pass():
+        ...     _ = net(torch.ones(1, 2))
+        >>> _ = net(torch.ones(1, 2))
+        >>> len(features)
+        1
+    """
+    return getattr(_RUNNING, "depth", 0) > 0
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any module in it was given to torch.compile, or compiled in place."""
+    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
+
+
+class Eager:
+    """Runs everything that was compiled eagerly from `begin` to `end`: compiled code passes by hooks added later.
+
+    The stance of torch's compiler is one for the process. One that the user sets in between is left as it is.
+    """
+
+    def __init__(self) -> None:
+        self._stance: Any = None
+
+    def begin(self) -> None:
+        """Set the stance; does nothing where nothing can have been compiled, or where it is set already."""
+        if self._stance is None and _DYNAMO in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def end(self) -> None:
+        """Put back the stance from before."""
+        stance, self._stance = self._stance, None
+        now = getattr(sys.modules.get(f"{_DYNAMO}.eval_frame"), "_stance", None)
+        if stance is not None and now is stance.stance:
+            stance.__exit__(None, None, None)
+
+
+def forget_compiled() -> None:
+    """Drop what torch has compiled: code for old shapes counts against its limit, beyond which it compiles no more."""
+    if _DYNAMO in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,153 @@
+"""What a user's model is wrapped in: taken off where surgery reaches through it, refused by name where it does not.
+
+Lives here: compiled models, DistributedDataParallel, sharded, scripted and exported ones. Does not live here: the other
+checks of arguments.
+
+Classes are known by name, so that nothing of torch is loaded that the user has not loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from apoptosis.errors import ArgumentError
+
+_BEHIND = "Give the module that it was made from."
+# class name -> (where it is defined, what it does, what to do)
+_REFUSED: dict[str, tuple[str, str, str]] = {
+    "FullyShardedDataParallel": (
+        "torch.distributed",
+        "each process holds a shard of every parameter, which no channel can be cut out of",
+        "Shrink the module before it is sharded, or train it with DistributedDataParallel in one process.",
+    ),
+    "FSDPModule": (
+        "torch.distributed",
+        "each process holds a shard of every parameter (fully_shard), which no channel can be cut out of",
+        "Shrink the module before it is sharded, or train it with DistributedDataParallel in one process.",
+    ),
+    "DataParallel": (
+        "torch.nn",
+        "it copies the module to every device at each pass, and a window sees only copies",
+        "Give its .module and train that on one device.",
+    ),
+    "ScriptModule": ("torch.jit", "its shapes and its code are fixed (TorchScript)", _BEHIND),
+    "_StatefulGraphModule": ("torch.export", "its shapes are written into an exported graph", _BEHIND),
+    "UnflattenedModule": ("torch.export", "its shapes are written into an exported graph", _BEHIND),
+}
+
+
+class Unwrapped(NamedTuple):
+    """A model without its wrappers. parallel: the DistributedDataParallel modules around it, outermost first."""
+
+    model: nn.Module
+    parallel: tuple[nn.Module, ...] = ()
+
+
+def unwrap(model: nn.Module) -> Unwrapped:
+    """Take off torch.compile and DistributedDataParallel (of one process), in any order.
+
+    Raises: ArgumentError: a wrapper that removal does not reach through, by name, with the remedy.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrap(net).model is net
+        True
+        >>> unwrap(nn.DataParallel(net))
+        Traceback (most recent call last):
+        ...
+        apoptosis.errors.ArgumentError: the model is a DataParallel: it copies the module to every device at each ...
+    """
+    parallel, inner = parallel_in(model), bare(model)
+    for wrapper in parallel:
+        _check_parallel(wrapper)
+    for name, module in inner.named_modules():
+        _check_refused(f"module '{name}'" if name else "the model", module)
+        if name and _is(module, "DistributedDataParallel", "torch.nn"):
+            raise ArgumentError(
+                f"module '{name}' is wrapped in DistributedDataParallel by itself, and would keep gradient buffers of "
+                "the old shapes. Wrap the whole model, or give apoptosis the wrapped module alone."
+            )
+    return Unwrapped(model=inner, parallel=parallel)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return a model, or the wrapped model that an averaged copy holds, without its wrappers, whatever they are."""
+    if isinstance(model, AveragedModel) and _inside(model.module) is not None:
+        model = model.module
+    while (wrapped := _inside(model)) is not None:
+        model = wrapped
+    return model
+
+
+def parallel_in(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the DistributedDataParallel modules around a model, outermost first."""
+    found = []
+    inner: nn.Module | None = model
+    while inner is not None:
+        if _is(inner, "DistributedDataParallel", "torch.nn"):
+            found.append(inner)
+        inner = _inside(inner)
+    return tuple(found)
+
+
+def rebuild(parallel: Any) -> None:
+    """Let DistributedDataParallel set up its gradient buffers for the shapes that its module has now.
+
+    They are set up again in the way of unpickling, the wrapper itself stays the same object.
+    """
+    state = parallel.__getstate__()
+    parallel.reducer = None  # the old one lets go of its hooks before the new one sets its own
+    parallel.logger = None
+    parallel.__setstate__(state)
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """Return what a compiled or data-parallel module is made from, None for others."""
+    found = None
+    if _is(module, "OptimizedModule", "torch._dynamo"):
+        found = module._modules.get("_orig_mod")
+    elif _is(module, "DistributedDataParallel", "torch.nn"):
+        found = module._modules.get("module")
+    return found
+
+
+def _is(module: nn.Module, name: str, package: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith(package) for c in type(module).__mro__)
+
+
+def _check_parallel(module: Any) -> None:
+    """Refuse what the gradient buffers cannot be set up again for."""
+    ranks = module.process_group.size()
+    if ranks > 1:
+        raise ArgumentError(
+            f"the model is wrapped in DistributedDataParallel over {ranks} processes, in which every one would have to "
+            "remove the same channels at the same step; that is not done yet. Train in one process, or shrink the "
+            "trained network with shrink_(model.module, ...) and wrap it again."
+        )
+    if getattr(module, "_comm_hooks", None) or getattr(module, "mixed_precision", None) is not None:
+        raise ArgumentError(
+            "the model is wrapped in DistributedDataParallel with a communication hook, which would be lost when its "
+            "buffers are set up for new shapes. Wrap it without."
+        )
+    try:
+        module.__getstate__()  # what rebuild() begins with
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"the model is wrapped in DistributedDataParallel whose buffers cannot be set up for new shapes: {error}. "
+            "Wrap it with the default process group."
+        ) from error
+
+
+def _check_refused(who: str, module: nn.Module) -> None:
+    for name, (package, why, remedy) in _REFUSED.items():
+        if _is(module, name, package):
+            raise ArgumentError(f"{who} is a {name}: {why}. {remedy}")
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if type(parameter).__name__ == "DTensor":
+            raise ArgumentError(
+                f"parameter '{leaf}' of {who} is a DTensor, spread over processes: no channel can be cut out of it. "
+                "Shrink the module before it is distributed."
+            )
