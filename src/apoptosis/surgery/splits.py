@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from apoptosis.errors import ShapeError
@@ -44,6 +45,11 @@ def _rows(value: int, change: SplitChange) -> int | None:
     return change.new[0] if value == change.old[0] else None
 
 
+def _lone_columns(value: int, change: SplitChange) -> int | None:
+    """Follow one group per channel."""
+    return _columns(value, change) if change.old[0] == 1 else None
+
+
 def _total(value: int, change: SplitChange) -> int | None:
     return change.new[0] * change.new[1] if value == change.old[0] * change.old[1] else None
 
@@ -53,20 +59,20 @@ def _columns_or_total(value: int, change: SplitChange) -> int | None:
     return _total(value, change) if found is None else found
 
 
-def _packed(value: int, before: int, after: int) -> int | None:
-    """Follow a third or a half: queries, keys and values, or two of them, may lie in one grid."""
+def _packed_rows(value: int, change: SplitChange) -> int | None:
+    """Follow a third or a half: the heads of queries, keys and values, or of two of them, may lie in one grid."""
     for times in (2, 3):
-        if before == times * value and after % times == 0:
-            return after // times
+        if change.old[0] == times * value and value > 1 and change.new[0] % times == 0:
+            return change.new[0] // times
     return None
 
 
-def _packed_rows(value: int, change: SplitChange) -> int | None:
-    return _packed(value, change.old[0], change.new[0])
-
-
 def _packed_total(value: int, change: SplitChange) -> int | None:
-    return _packed(value, change.old[0] * change.old[1], change.new[0] * change.new[1])
+    for times in (2, 3):
+        heads = change.old[0] // times
+        if change.old[0] == times * heads and heads > 1 and heads * change.old[1] == value:
+            return change.new[0] // times * change.new[1] if change.new[0] % times == 0 else None
+    return None
 
 
 _KINDS: tuple[tuple[tuple[_Follow, ...], str], ...] = (
@@ -81,8 +87,9 @@ _KINDS: tuple[tuple[tuple[_Follow, ...], str], ...] = (
         (_rows, _packed_rows),
         "num_heads n_heads n_head nhead heads h num_attention_heads n_attention_heads num_attn_heads attention_heads "
         "attn_heads num_key_value_heads n_kv_heads num_kv_heads kv_heads n_kv_head n_local_heads n_local_kv_heads "
-        "num_query_heads num_q_heads num_v_heads num_k_heads num_groups n_groups",
+        "num_query_heads num_q_heads num_v_heads num_k_heads",
     ),
+    ((_rows, _lone_columns), "num_groups n_groups"),
     (
         (_columns_or_total, _packed_total),
         "all_head_size inner_dim dim_inner d_inner inner_size split_size intermediate_size intermediate_dim expert_dim "
@@ -107,7 +114,7 @@ def vocabulary_of(module: nn.Module) -> dict[str, int]:
 def split_changes(structure: Structure, edits: Iterable[TensorEdit]) -> dict[str, tuple[SplitChange, ...]]:
     """Say what the event makes of every grid, by module; modules none of whose grids change are left out.
 
-    Raises: ShapeError: a grid would lose more of one row than of another, or everything.
+    Raises: ShapeError: a grid would lose more of one row than of another.
     """
     gone = [np.zeros(0, dtype=np.int64)]
     for edit in edits:
@@ -116,27 +123,43 @@ def split_changes(structure: Structure, edits: Iterable[TensorEdit]) -> dict[str
             if dim < len(classes):
                 gone.append(np.delete(classes[dim], keep.cpu().numpy()))
     removed = np.unique(np.concatenate(gone))
-    found: dict[str, dict[tuple[object, ...], SplitChange]] = {}
-    for split in structure.splits:
-        new = _shape_without(split, removed)
-        change = SplitChange(
-            module=split.module, old=(len(split.classes), split.classes.shape[1]), new=new, where=split.where
+    found: dict[str, list[SplitChange]] = {}
+    for split, stays in _grids(structure.splits, removed):
+        left = stays.sum(1)
+        left = left[left > 0]
+        if not left.size:  # what was split is no longer there
+            continue
+        if bool((left != left[0]).any()):
+            place = f" ({split.where})" if split.where else ""
+            raise ShapeError(
+                f"'{split.module}' splits channels into rows of equal length{place}: they would end unequal."
+            )
+        rows, columns = stays.shape
+        new = int(left.size), int(left[0])
+        found.setdefault(split.module, []).append(
+            SplitChange(module=split.module, old=(rows, columns), new=new, where=split.where)
         )
-        found.setdefault(split.module, {}).setdefault((change.old, change.new, change.where), change)
-    return {
-        module: tuple(changes.values())
-        for module, changes in found.items()
-        if any(change.old != change.new for change in changes.values())
-    }
+    return {m: tuple(changes) for m, changes in found.items() if any(change.old != change.new for change in changes)}
 
 
-def _shape_without(split: Split, removed: IntArray) -> tuple[int, int]:
-    left = (~np.isin(split.classes, removed)).sum(1)
-    left = left[left > 0]
-    if not left.size or bool((left != left[0]).any()):
-        place = f" ({split.where})" if split.where else ""
-        raise ShapeError(f"'{split.module}' splits channels into rows of equal length{place}, which would end unequal.")
-    return int(left.size), int(left[0])
+def _grids(splits: Iterable[Split], removed: IntArray) -> list[tuple[Split, npt.NDArray[np.bool_]]]:
+    """List the grids with the places that stay.
+
+    Where an axis of heads is split off (from a batch, say) and channels run along another axis, there is a row of heads
+    for every channel. A head stays as long as one of these rows has it.
+    """
+    found: list[tuple[Split, npt.NDArray[np.bool_]]] = []
+    lone: dict[tuple[str, str, int], int] = {}
+    for split in splits:
+        stays = ~np.isin(split.classes, removed)
+        key = (split.module, split.where, split.classes.shape[1])
+        if len(stays) == 1 and key in lone:
+            found[lone[key]][1][...] |= stays
+            continue
+        if len(stays) == 1:
+            lone[key] = len(found)
+        found.append((split, stays))
+    return found
 
 
 def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, int]:
@@ -170,6 +193,7 @@ def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, int
 
 
 def _settled(module: nn.Module, name: str, value: int, votes: Sequence[tuple[int, SplitChange]]) -> int:
+    votes = [vote for vote in votes if vote[1].old[0] > 1] or votes  # a single row may be a row of anything
     news = {new for new, _ in votes}
     if len(news) > 1:
         named = {new for new, change in votes if _names(module, change.where, name)}
