@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 JOBS ?= 2
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test networks check format clean
 
 help:
-	@echo "make demo | test | check | format | clean"
+	@echo "make demo | test | networks | check | format | clean"
 
 setup: $(STAMP)
 
@@ -30,6 +30,11 @@ demo: $(STAMP)
 # One thread per worker: the tests are small, and workers share the cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# Thousands of random networks under the oracles of tests/families; each failure is cut down and printed as source.
+NETWORKS ?= 2000
+networks: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(BIN)/python -m families.long --networks $(NETWORKS)
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

@@ -1,0 +1,556 @@
+"""Networks that once broke an oracle, cut down to the smallest that still did (test_regressions.py runs them).
+
+A case that is `open` is not mended yet: it is expected to fail, strictly; `open` goes when it does not any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from families.generator import HEADER, INPUTS, Network
+
+
+@dataclass(frozen=True)
+class Case:
+    """name: what broke. kind: of the input. body: of the module, after super().__init__().
+
+    open: why it still fails. message: a pattern that such failures match, so that no other network need fail for it.
+    """
+
+    name: str
+    kind: str
+    body: str
+    seed: int
+    literal: bool = False
+    open: str = ""
+    message: str = ""
+
+    @property
+    def network(self) -> Network:
+        """The case as the oracles take it."""
+        return Network(HEADER + self.body.lstrip("\n"), INPUTS[self.kind], self.literal, ())
+
+
+CASES = (
+    Case(
+        "halves_by_literal_slices",
+        "vector",
+        """
+        self.m0 = nn.Linear(6, 6)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Linear(6, 8)
+        self.m3 = nn.Linear(4, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = h[..., :4] * h[..., 4:8]
+        h = self.m3(h)
+        return h
+""",
+        seed=65,
+        literal=True,
+    ),
+    Case(
+        "one_channel_of_four_positions",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 8, 3, padding=1)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Conv2d(8, 8, 1)
+        self.m3 = nn.ChannelShuffle(2)
+        self.m4 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.m5 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = self.m3(h)
+        h = self.m4(h)
+        h = h.mean((2, 3))
+        h = self.m5(h)
+        return h
+""",
+        seed=2,
+        open="one channel that stays is not followed",
+        message=r"no longer meets its channel",
+    ),
+    Case(
+        "attention_module_one_head",
+        "sequence",
+        """
+        self.m0 = nn.Linear(6, 6, bias=False)
+        self.m1 = nn.Tanh()
+        self.m3 = nn.Linear(6, 6)
+        self.m4 = nn.MultiheadAttention(6, 1, batch_first=True)
+        self.m5 = nn.Linear(6, 6)
+        self.m6 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        x2 = h
+        h = self.m3(h)
+        h = self.m4(h, h, h, need_weights=False)[0]
+        h = self.m5(h)
+        h = h.mean(1)
+        h = self.m6(h)
+        return h
+""",
+        seed=116,
+        open="pinned classes of a narrower attention",
+        message=r"in_proj_weight' (meets channels|no longer)",
+    ),
+    Case(
+        "attention_module_behind_linear",
+        "tokens",
+        """
+        self.m0 = nn.Embedding(11, 8)
+        self.m2 = nn.Linear(8, 6)
+        self.m3 = nn.MultiheadAttention(6, 1, batch_first=True)
+        self.m4 = nn.Linear(6, 8)
+        self.m5 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        x1 = h
+        h = self.m2(h)
+        h = self.m3(h, h, h, need_weights=True)[0]
+        h = self.m4(h)
+        h = h.mean(1)
+        h = self.m5(h)
+        return h
+""",
+        seed=7,
+        open="pinned classes of a narrower attention",
+        message=r"in_proj_weight' (meets channels|no longer)",
+    ),
+    Case(
+        "bias_free_site_with_large_mean",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 8, 3, padding=1)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Conv2d(8, 5, 1)
+        self.m3 = nn.Conv2d(8, 6, 1)
+        self.m4 = nn.Conv2d(6, 6, 1)
+        self.m6 = nn.Sequential(nn.Conv2d(6, 4, 1), nn.SiLU(), nn.Conv2d(4, 6, 1), nn.Hardsigmoid())
+        self.m7 = nn.Linear(6, 6, bias=False)
+        self.m8 = nn.Tanh()
+        self.m9 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m3(h)
+        h = torch.tanh(self.m4(h))
+        h = torch.tanh(self.m4(h))
+        x5 = h
+        h = F.adaptive_avg_pool2d(h, 1)
+        h = self.m6(h)
+        h = h * x5
+        h = h.amax((2, 3))
+        h = self.m7(h)
+        h = self.m8(h)
+        h = self.m9(h)
+        return h
+""",
+        seed=5,
+    ),
+    Case(
+        "lstm_projected_checkpoint",
+        "sequence",
+        """
+        self.a = nn.LSTM(6, 6, batch_first=True, proj_size=3)
+        self.b = nn.Linear(3, 3)
+
+    def forward(self, h):
+        return self.b(self.a(h)[0].mean(1))
+""",
+        seed=1,
+        open="weight_hr in checkpoints",
+        message=r"weight_hr_l",
+    ),
+    Case(
+        "shuffle_by_four_rows_in_residual",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 4, 3, padding=1)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Conv2d(4, 8, 1)
+        self.m4 = nn.Conv2d(8, 8, 1)
+        self.m5 = 4
+        self.m6 = nn.Conv2d(8, 6, 1)
+        self.m7 = nn.Tanh()
+        self.m8 = nn.Conv2d(6, 8, 1)
+        self.m9 = nn.Conv2d(8, 8, 3, padding=1)
+        self.m10 = nn.Tanh()
+        self.m11 = nn.Conv2d(8, 8, 3, padding=1)
+        self.m12 = nn.Tanh()
+        self.m13 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = h.transpose(0, 1).contiguous().transpose(0, 1)
+        x3 = h
+        h = self.m4(h)
+        h = h.unflatten(1, (self.m5, -1)).transpose(1, 2).flatten(1, 2)
+        h = self.m6(h)
+        h = self.m7(h)
+        h = self.m8(h)
+        h = h + x3
+        h = self.m9(h)
+        h = self.m10(h)
+        h = self.m11(h)
+        h = self.m12(h)
+        h = h.mean((2, 3))
+        h = self.m13(h)
+        return h
+""",
+        seed=21,
+        open="rows interleaved by a transposition",
+        message=r"meets channels that were apart",
+    ),
+    Case(
+        "whole_rows_by_attribute",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 8, 3, padding=1)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Conv2d(8, 8, 1)
+        self.m3 = 4
+        self.m4 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.m5 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = h.unflatten(1, (self.m3, -1)).transpose(1, 2).flatten(1, 2)
+        h = self.m4(h)
+        h = h.mean((2, 3))
+        h = self.m5(h)
+        return h
+""",
+        seed=124,
+        open="number of rows held by an attribute",
+        message=r"unflatten: Provided sizes",
+    ),
+    Case(
+        "lstm_projected_two_layers",
+        "tokens",
+        """
+        self.m0 = nn.Embedding(11, 8)
+        self.m2 = nn.LSTM(8, 6, batch_first=True, num_layers=2, proj_size=3)
+        self.m3 = nn.Linear(3, 8)
+        self.m4 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        x1 = h
+        h = self.m2(h)[0]
+        h = self.m3(h)
+        h = h + x1
+        h = h.mean(1)
+        h = self.m4(h)
+        return h
+""",
+        seed=240,
+        open="projected LSTM of two layers",
+        message=r"aten.mul: RuntimeError: The size of tensor a",
+    ),
+    Case(
+        "hand_attention_all_groups",
+        "sequence",
+        """
+        self.m0 = nn.Linear(6, 6)
+        self.m1 = nn.Tanh()
+        self.m6 = nn.Linear(6, 8)
+        self.m7 = nn.Linear(6, 8)
+        self.m8 = nn.Linear(6, 8)
+        self.m9 = 2
+        self.m10 = nn.Linear(8, 6)
+        self.m11 = nn.Linear(6, 6)
+        self.m12 = nn.Tanh()
+        self.m13 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        x2 = h
+        x3 = self.m6(h)
+        x4 = self.m7(h)
+        x5 = self.m8(h)
+        x3 = x3.unflatten(-1, (self.m9, -1)).transpose(1, 2)
+        x4 = x4.unflatten(-1, (self.m9, -1)).transpose(1, 2)
+        x5 = x5.unflatten(-1, (self.m9, -1)).transpose(1, 2)
+        h = (x3 @ x4.transpose(-2, -1) / 2.0).softmax(-1) @ x5
+        h = h.transpose(1, 2).flatten(2)
+        h = self.m10(h)
+        h = self.m11(h)
+        h = self.m12(h)
+        h = h.mean(1)
+        h = self.m13(h)
+        return h
+""",
+        seed=243,
+        open="products",
+        message=r"beyond the sanity limit",
+    ),
+    Case(
+        "hand_attention_values",
+        "sequence",
+        """
+        self.m0 = nn.Linear(6, 8, bias=False)
+        self.m1 = nn.Tanh()
+        self.m6 = nn.Linear(8, 8)
+        self.m7 = nn.Linear(8, 8)
+        self.m8 = nn.Linear(8, 8)
+        self.m9 = 2
+        self.m10 = nn.Linear(8, 8)
+        self.m11 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        x2 = h
+        x3 = self.m6(h)
+        x4 = self.m7(h)
+        x5 = self.m8(h)
+        x3 = x3.unflatten(-1, (self.m9, -1)).transpose(1, 2)
+        x4 = x4.unflatten(-1, (self.m9, -1)).transpose(1, 2)
+        x5 = x5.unflatten(-1, (self.m9, -1)).transpose(1, 2)
+        h = (x3 @ x4.transpose(-2, -1) / 2.0).softmax(-1) @ x5
+        h = h.transpose(1, 2).flatten(2)
+        h = self.m10(h)
+        h = h.mean(1)
+        h = self.m11(h)
+        return h
+""",
+        seed=307,
+    ),
+    Case(
+        "shuffle_by_two_rows",
+        "vector",
+        """
+        self.m0 = nn.Linear(6, 6)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.LayerNorm(6)
+        self.m3 = nn.Linear(6, 8)
+        self.m4 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = self.m3(h)
+        h = h.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2, -1)
+        h = self.m4(h)
+        return h
+""",
+        seed=149,
+        open="rows interleaved by a transposition",
+        message=r"meets channels that were apart",
+    ),
+    Case(
+        "bias_free_site_with_large_mean_2",
+        "vector",
+        """
+        self.m0 = nn.Linear(6, 6, bias=False)
+        self.m1 = nn.Parameter(torch.randn(6))
+        self.m3 = nn.Parameter(torch.randn(6))
+        self.m4 = nn.Linear(6, 4)
+        self.m6 = nn.Linear(6, 4, bias=False)
+        self.m7 = nn.Tanh()
+        self.m9 = nn.Linear(6, 6)
+        self.m10 = nn.Tanh()
+        self.m11 = nn.Linear(6, 4)
+        self.m13 = nn.Linear(4, 6)
+        self.m14 = nn.Tanh()
+        self.m15 = nn.Linear(6, 6)
+        self.m16 = nn.Tanh()
+        self.m17 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = torch.sigmoid(h)
+        h = self.m1 * h + 1.0
+        x2 = h
+        h = x2
+        h = h + self.m3
+        h = self.m4(h)
+        x5 = h
+        h = x2
+        h = self.m6(h)
+        h = self.m7(h)
+        x8 = h
+        h = x2
+        h = self.m9(h)
+        h = self.m10(h)
+        h = self.m11(h)
+        x12 = h
+        h = x5 * x8 * x12
+        h = self.m13(h)
+        h = self.m14(h)
+        h = self.m15(h)
+        h = self.m16(h)
+        h = self.m17(h)
+        return h
+""",
+        seed=178,
+    ),
+    Case(
+        "whole_heads_by_attribute",
+        "sequence",
+        """
+        self.m0 = nn.Linear(6, 8)
+        self.m1 = nn.Tanh()
+        self.m3 = nn.Identity()
+        self.m5 = nn.Linear(8, 12)
+        self.m6 = nn.Linear(8, 12)
+        self.m7 = nn.Linear(12, 8)
+        self.m13 = nn.Linear(8, 12)
+        self.m14 = nn.Linear(8, 12)
+        self.m15 = nn.Linear(8, 12)
+        self.m16 = 3
+        self.m17 = nn.Linear(12, 8)
+        self.m18 = nn.Linear(8, 6)
+        self.m20 = nn.Linear(8, 6)
+        self.m21 = nn.Tanh()
+        self.m22 = nn.Linear(6, 6)
+        self.m23 = nn.Tanh()
+        self.m25 = nn.Linear(6, 6)
+        self.m26 = nn.Tanh()
+        self.m27 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        x2 = h
+        h = self.m3(h)
+        x4 = F.silu(self.m5(h))
+        h = x4 * self.m6(h)
+        h = self.m7(h)
+        h = h + x2
+        x8 = h
+        h = x8
+        x9 = h
+        x10 = self.m13(h)
+        x11 = self.m14(h)
+        x12 = self.m15(h)
+        x10 = x10.unflatten(-1, (self.m16, -1)).transpose(1, 2)
+        x11 = x11.unflatten(-1, (self.m16, -1)).transpose(1, 2)
+        x12 = x12.unflatten(-1, (self.m16, -1)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(x10, x11, x12, is_causal=True)
+        h = h.transpose(1, 2).flatten(2)
+        h = self.m17(h)
+        h = self.m18(h)
+        x19 = h
+        h = x8
+        h = self.m20(h)
+        h = self.m21(h)
+        h = self.m22(h)
+        h = self.m23(h)
+        x24 = h
+        h = x19 + x24
+        h = self.m25(h)
+        h = self.m26(h)
+        h = h.mean(1)
+        h = self.m27(h)
+        return h
+""",
+        seed=292,
+        open="number of rows held by an attribute",
+        message=r"unflatten: Provided sizes",
+    ),
+    Case(
+        "two_attentions_in_one_module",
+        "tokens",
+        """
+        self.m0 = nn.Embedding(11, 8)
+        self.m1 = nn.Linear(8, 8)
+        self.m6 = nn.Linear(8, 36)
+        self.m7 = 3
+        self.m8 = nn.Linear(12, 8)
+        self.m13 = nn.Linear(8, 24)
+        self.m14 = 2
+        self.m15 = nn.Linear(8, 8)
+        self.m16 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = h.transpose(0, 1).contiguous().transpose(0, 1)
+        x2 = h
+        h = self.m6(h)
+        x3, x4, x5 = h.chunk(3, -1)
+        x3 = x3.unflatten(-1, (self.m7, -1)).transpose(1, 2)
+        x4 = x4.unflatten(-1, (self.m7, -1)).transpose(1, 2)
+        x5 = x5.unflatten(-1, (self.m7, -1)).transpose(1, 2)
+        h = (x3 @ x4.transpose(-2, -1) / 2.0).softmax(-1) @ x5
+        h = h.transpose(1, 2).flatten(2)
+        h = self.m8(h)
+        x9 = h
+        h = self.m13(h)
+        x10, x11, x12 = h.chunk(3, -1)
+        x10 = x10.unflatten(-1, (self.m14, -1)).transpose(1, 2)
+        x11 = x11.unflatten(-1, (self.m14, -1)).transpose(1, 2)
+        x12 = x12.unflatten(-1, (self.m14, -1)).transpose(1, 2)
+        h = (x10 @ x11.transpose(-2, -1) / 2.0).softmax(-1) @ x12
+        h = h.transpose(1, 2).flatten(2)
+        h = self.m15(h)
+        h = h.mean(1)
+        h = self.m16(h)
+        return h
+""",
+        seed=323,
+        open="names of heads",
+        message=r"group '[^']*:heads'.* must keep ascending",
+    ),
+    Case(
+        "instance_norm_without_tensors",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 8, 3, padding=1)
+        self.m1 = nn.InstanceNorm2d(8)
+        self.m2 = nn.Tanh()
+        self.m3 = nn.Conv2d(8, 8, 3, padding=1)
+        self.m4 = nn.Tanh()
+        self.m5 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = self.m3(h)
+        h = self.m4(h)
+        h = h.mean((2, 3))
+        h = self.m5(h)
+        return h
+""",
+        seed=41,
+        open="num_features of a normalisation without tensors",
+        message="does not match num_features",
+    ),
+    Case(
+        "lstm_hidden_as_wide_as_projected",
+        "sequence",
+        """
+        self.a = nn.LSTM(6, 6, batch_first=True, proj_size=3)
+        self.b = nn.Linear(3, 3)
+
+    def forward(self, h):
+        return self.b(self.a(h)[0].mean(1))
+""",
+        seed=0,
+        open="a projected LSTM of equal widths",
+        message="incorrect number of RNN parameters",
+    ),
+)
+
+#: Patterns of the failures that are known and not mended yet.
+OPEN = tuple(dict.fromkeys(case.message for case in CASES if case.open))
