@@ -111,3 +111,50 @@ def test_a_run_without_events_is_the_run_without_apoptosis(runs):
         return dict(net.state_dict())
 
     assert runs.same(weights(0.0), weights(None))
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training mode only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.inner, self.outer = nn.Linear(8, 10), nn.Linear(10, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        h = torch.tanh(self.norm(self.body(x)))
+        return (self.head(h), self.outer(self.drop(torch.tanh(self.inner(h))))) if self.training else self.head(h)
+
+
+def test_what_runs_in_training_mode_only_is_seen_there(runs):
+    net = Auxiliary().double()
+    with torch.no_grad():
+        for layer, count in ((net.body, 2), (net.inner, 3)):
+            for leaf in (layer.weight, layer.bias):
+                leaf[-count:] = leaf[:count]
+    net.drop.p = 0.0
+    x = runs.inputs(300, 3).double()
+    net.train()
+    before = [y.detach() for y in net(x)]
+    kept = {name: value.clone() for name, value in net.named_buffers()}
+    net.drop.p = 0.5
+    event = shrink_(net, x[:4], [x[:150], x[150:]], tolerance=0.0)
+    assert event.groups == {"body": (8, 6), "inner": (10, 7)}
+    assert net.drop.training
+    net.drop.p = 0.0
+    assert all(torch.equal(kept[name][: len(value)] if value.dim() else kept[name], value)
+               for name, value in net.named_buffers())  # fmt: skip
+    for old, new in zip(before, net(x), strict=True):
+        assert torch.allclose(old, new, rtol=0, atol=1e-9)
+
+
+def test_a_batch_that_cannot_be_trained_on_leaves_the_rest_as_it_is(runs):
+    net = Auxiliary().double()
+    with torch.no_grad():
+        for leaf in (net.inner.weight, net.inner.bias):
+            leaf[7:] = leaf[:3]
+    event = shrink_(net, runs.inputs(4, 0).double(), [runs.inputs(1, 1).double()], tolerance=0.0)
+    assert not event
+    assert any(note.startswith("inner: not observed") for note in event.notes)

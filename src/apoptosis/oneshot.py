@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,15 +132,19 @@ def _observe(
     """Run batches through the model until every site has seen enough."""
     groups = [group for group in structure.groups if group.pin is None]
     observer = Observer(model, groups, seed=seed, exact=exact, keep_inputs=True, any_mode=True, replay=replay)
-    count = 0
+    count, late = 0, frozenset[str]()
     observer.open()
     try:
         with without_trace(model):
             for batch in batches:
-                args, kwargs = tree_map_only(Tensor, Tensor.clone, _call_of(batch, example))  # it may write to them
+                call = _call_of(batch, example)
+                args, kwargs = tree_map_only(Tensor, Tensor.clone, call)  # it may write to them
                 if num_rows((args, kwargs)) == 0:
                     raise ArgumentError("batches holds a batch without examples along dimension 0.")
                 _run(model, args, kwargs, count)
+                late = late if count else observer.unseen
+                if late:
+                    late = _run_late(model, observer, late, tree_map_only(Tensor, Tensor.clone, call))
                 count += 1
                 if observer.end_step():
                     break
@@ -156,6 +161,21 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArgumentError(f"batches: the model fails on batch {number}: {line}") from error
+
+
+def _run_late(
+    model: nn.Module, observer: Observer, late: frozenset[str], call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> frozenset[str]:
+    """Run a batch in training mode for modules that take part there alone (an auxiliary head); return those it shows.
+
+    Dropout modules let everything through. A batch on which the model cannot train (one example) shows nothing.
+    """
+    with without_trace(model), observer.only(late):
+        for module in model.modules():
+            module.training = not isinstance(module, nn.modules.dropout._DropoutNd)
+        with suppress(ArgumentError):
+            _run(model, *call, 0)
+    return late - observer.unseen
 
 
 def _call_of(batch: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,12 +1,16 @@
-"""The one thing a window puts on the user's modules.
+"""The one thing a window puts on the user's modules, and where it finds itself when called.
 
-Lives here: a hook that does not travel with copies. Does not live here: what hooks do (window.py).
+Lives here: a hook that does not travel with copies; whether a call comes from a backward pass or a transform. Does not
+live here: what hooks do (window.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Hook:
@@ -29,3 +33,13 @@ def _inert(*args: object) -> None:
 
 def _make_inert() -> Callable[..., None]:
     return _inert
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a checkpointed segment is computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a tensor belongs to a functional transform (vmap, grad), beyond which its values may not be kept."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

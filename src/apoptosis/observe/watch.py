@@ -145,7 +145,8 @@ class Watch:
     def add(self, rows: Tensor, examples: int) -> None:
         """Take rows (rows, channels) that are the watch's to keep; examples: how many new ones they come from."""
         self.examples += examples
-        for piece in rows.split(_FLUSH_ROWS):
+        for start in range(0, rows.shape[0], _FLUSH_ROWS):
+            piece = rows[start : start + _FLUSH_ROWS]
             self.buffer.append(piece.to(self._device, torch.float64 if self.exact else torch.float32))
             self.buffered += piece.shape[0]
             if self.buffered >= _FLUSH_ROWS:

@@ -9,7 +9,8 @@ forward pass.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from apoptosis.observe.dropouts import DROPOUTS, Dropped
-from apoptosis.observe.hooks import Hook
+from apoptosis.observe.hooks import Hook, in_backward, is_wrapped
 from apoptosis.observe.replayed import Replay, Replayed
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
@@ -84,6 +85,7 @@ class Observer:
         self._input_rows = 0
         self._eager = Eager()
         self._muted = False  # while the model is run again
+        self._only: frozenset[str] | None = None  # modules that take rows now, None for all
         self.hook_seconds = 0.0  # and what running it again takes
         self._replayed = Replayed(model, replay, self._generator, exact=exact, spread=not any_mode)
         for group in groups:
@@ -150,6 +152,20 @@ class Observer:
         """Whether nothing was seen at all."""
         return self._replayed.blind and all(w.rows == 0 and not w.spoiled for w in self._watches.values())
 
+    @property
+    def unseen(self) -> frozenset[str]:
+        """Modules whose input no pass has shown yet."""
+        return frozenset(n for n, found in self._by_module.items() if not any(w.rows or w.spoiled for w in found))
+
+    @contextmanager
+    def only(self, modules: frozenset[str]) -> Iterator[None]:
+        """Take rows at these modules alone."""
+        self._only = modules
+        try:
+            yield
+        finally:
+            self._only = None
+
     def end_step(self) -> bool:
         """Note that an optimizer step has passed, run its passes again where needed; return whether the window is over.
 
@@ -186,7 +202,7 @@ class Observer:
         return self._model.training and torch.is_grad_enabled()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._muted:
+        if self._muted or self._only is not None:
             return
         start = time.perf_counter()
         leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()]
@@ -195,9 +211,9 @@ class Observer:
         self._inside = True
         if self._any_mode or self._trains():
             self._largest = max(self._largest, self._root_rows)
-            if self._replayed.wants and not _in_backward() and not any(map(_is_wrapped, leaves)):
+            if self._replayed.wants and not in_backward() and not any(map(is_wrapped, leaves)):
                 self._replayed.keep(args, kwargs, self._root_rows)
-            if self._keep_inputs and self._root_rows >= self._input_rows and not _in_backward():
+            if self._keep_inputs and self._root_rows >= self._input_rows and not in_backward():
                 self._input_rows = self._root_rows
                 self.inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs)))
         self.hook_seconds += time.perf_counter() - start
@@ -207,14 +223,14 @@ class Observer:
 
     def _counts(self, name: str) -> bool:
         """Training passes with gradients count; a checkpointed segment's recomputation in backward does not again."""
-        if self._muted:
+        if self._muted or (self._only is not None and name not in self._only):
             return False
         if self._any_mode:
             return True
         if not self._trains():
             return False
         calls = self._calls.get(name, 0)
-        if _in_backward():
+        if in_backward():
             # Reentrant checkpointing runs the first pass without gradients, so its recomputation is what counts.
             return calls == 0
         self._calls[name] = calls + 1
@@ -224,7 +240,7 @@ class Observer:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             start = time.perf_counter()
             x = args[0] if args else kwargs.get("input")
-            if isinstance(x, Tensor) and x.numel() and not _is_wrapped(x) and self._counts(name):
+            if isinstance(x, Tensor) and x.numel() and not is_wrapped(x) and self._counts(name):
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     self._take(name, x.detach())
             self.hook_seconds += time.perf_counter() - start
@@ -240,7 +256,7 @@ class Observer:
         before, rate = self._dropped.before(x) if site.dropout > 0 and not self._any_mode else (x, 0.0)
         if site.kind != "linear" and before.dim() == self._model.get_parameter(site.weight).dim() - 1:
             before = before.unsqueeze(0)  # an unbatched convolution input
-        known = self._passes > 0 and (self._inside or _in_backward())
+        known = self._passes > 0 and (self._inside or in_backward())
         limit = self._root_rows if known and self._root_rows else before.shape[0]
         self._largest = max(self._largest, min(limit, before.shape[0] if before.dim() > 1 else 1))
         for watch in watches:
@@ -255,7 +271,7 @@ class Observer:
     def _make_dropout_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = args[0] if args else None
-            if isinstance(x, Tensor) and isinstance(output, Tensor) and not _is_wrapped(x) and self._trains():
+            if isinstance(x, Tensor) and isinstance(output, Tensor) and not is_wrapped(x) and self._trains():
                 self._dropped.note(name, module, x, output)
 
         return hook
@@ -317,15 +333,6 @@ class Observer:
             self._input_rows = next(
                 len(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()
             )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _is_wrapped(x: Tensor) -> bool:
-    """Whether a tensor belongs to a functional transform (vmap, grad), beyond which its values may not be kept."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def _is_plain(value: object) -> bool:
