@@ -9,7 +9,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.records import TensorEdit
@@ -242,11 +241,6 @@ class MyAttention(nn.MultiheadAttention):
     pass
 
 
-class OwnForward(nn.MultiheadAttention):
-    def forward(self, x):
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
-
-
 @pytest.mark.parametrize(
     ("module", "change", "text"),
     [
@@ -279,15 +273,6 @@ def test_biases_that_keep_other_rows_are_refused():
         transaction.apply([e for e in edits if e.tensor != "in_proj_bias"])
 
 
-def test_a_forward_pass_of_the_users_own_is_left_alone():
-    module = OwnForward(WIDTH, HEADS)
-    keep = {0: torch.arange(5)}
-    with Transaction(module) as transaction:
-        transaction.apply([TensorEdit(tensor=n, keep=keep) for n in ("in_proj_weight", "in_proj_bias")])
-    assert type(module) is OwnForward
-    assert module(torch.randn(2, WIDTH)).shape == (2, 5)
-
-
 def test_inputs_that_torch_refuses_are_refused():
     module = turned(attention(batch_first=True))
     x = inputs(module, kind="self")[0]
@@ -301,26 +286,6 @@ def test_inputs_that_torch_refuses_are_refused():
         module(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="dims"):
         module(x, x[0], x)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_an_encoder_with_padding_is_the_same_in_torchs_fast_path(norm_first):
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
-    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
-    padding = torch.tensor([[False] * 5, [False, False, False, True, True]])
-    x = torch.randn(2, 5, 8)
-    with torch.no_grad():
-        before, plain = net(x, src_key_padding_mask=padding), net(x)
-        for part in net.layers:
-            part.self_attn.__class__ = ShrunkMultiheadAttention
-            stock = nn.MultiheadAttention(8, 2)
-            vars(part.self_attn).update({k: v for k, v in shrunk_attributes(stock).items() if k != "__class__"})
-        after = net(x, src_key_padding_mask=padding)
-        assert torch.allclose(after, before, atol=1e-5)
-        assert torch.allclose(net(x), plain, atol=1e-5)
-    assert (before[1, 3:] == 0).all() == (not norm_first)
 
 
 class Small(nn.Module):

@@ -1,5 +1,6 @@
 """Surgery: the only room that changes the user's objects."""
 
+from apoptosis.surgery.attributes import register_attributes
 from apoptosis.surgery.checkpoint import load, save
 from apoptosis.surgery.edits import build_edits
 from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
@@ -15,6 +16,7 @@ __all__ = [
     "load",
     "merge_like",
     "named_tensors",
+    "register_attributes",
     "save",
     "slice_like",
 ]
