@@ -18,6 +18,7 @@ from apoptosis.criteria import registry
 from apoptosis.graph import neurons
 from apoptosis.graph.rules import RULES
 from apoptosis.numerics import activations
+from apoptosis.surgery import attributes
 
 STEPS, BATCH, CLASSES = 60, 128, 4
 
@@ -139,7 +140,13 @@ def doubled(model: nn.Sequential, producer: int) -> None:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a test registers is forgotten afterwards."""
-    tables: list[dict[Any, Any]] = [RULES, neurons._REGISTRY, activations._REGISTRY, registry._REGISTRY]
+    tables: list[dict[Any, Any]] = [
+        RULES,
+        neurons._REGISTRY,
+        activations._REGISTRY,
+        registry._REGISTRY,
+        attributes._REGISTERED,
+    ]
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):

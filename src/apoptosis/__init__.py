@@ -13,6 +13,7 @@ from apoptosis.oneshot import shrink_
 from apoptosis.passes import is_own_pass
 from apoptosis.planner import Plan
 from apoptosis.surgery import load, save
+from apoptosis.surgery.attributes import register_attributes
 
 __all__ = [
     "Apoptosis",
@@ -22,6 +23,7 @@ __all__ = [
     "is_own_pass",
     "load",
     "register_activation",
+    "register_attributes",
     "register_criterion",
     "register_rule",
     "save",

@@ -54,8 +54,6 @@ def register_criterion(criterion: Criterion) -> None:
             offset = found.offset
             if offset is not None and (offset.shape != (num,) or not bool(torch.isfinite(offset).all())):
                 raise _wrong(criterion, "reduce", view, f"finite offsets of shape ({num},) for site '{site.key}'")
-            if offset is not None and not site.centred:
-                raise _wrong(criterion, "reduce", view, f"no offset for site '{site.key}', which can take none")
         return reduction
 
     _REGISTRY[criterion.name] = replace(criterion, rank=rank, reduce=reduce)
