@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from apoptosis.graph import analyse, verify
 from apoptosis.records import TensorEdit
-from apoptosis.surgery import Transaction
+from apoptosis.surgery import Transaction, build_edits
 from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
 
 WIDTH, HEADS = 12, 3
@@ -46,3 +47,40 @@ def test_an_encoder_with_padding_is_the_same_in_torchs_fast_path(norm_first):
         assert torch.allclose(after, before, atol=1e-5)
         assert torch.allclose(net(x), plain, atol=1e-5)
     assert (before[1, 3:] == 0).all() == (not norm_first)
+
+
+class Cross(nn.Module):
+    """Queries, keys and values of three origins; torch's attention between linear layers."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.att = nn.Linear(5, 8), nn.Linear(5, 8), nn.MultiheadAttention(8, 2, **settings)
+        self.out = nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x):
+        key = self.b(x)
+        return self.out(self.att(self.a(x), key, torch.relu(key))[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"kdim": 8, "vdim": 8, "batch_first": True}, {"bias": False}], ids=str)
+def test_what_capture_finds_is_what_can_be_cut(settings, nets):
+    net, x = Cross(**settings), torch.randn(4, 3, 5, dtype=torch.float64)
+    structure = analyse(net, (x,), {})
+    inside = [g for g in structure.groups if g.pin is None and any(m.tensor.startswith("att.") for m in g.members)]
+    inside = [g for g in inside if g.rows == 2]
+    assert len(inside) == 2  # queries with keys, and values
+    for group in inside:
+        structure = analyse(net, (x,), {})
+        group = next(g for g in structure.groups if g.name == group.name)
+        with torch.no_grad():  # the keys or values that go are silent
+            for member in group.members:
+                net.get_parameter(member.tensor).movedim(member.dim, 0)[member.positions[[1, 6]].reshape(-1)] = 0.0
+        before = net(x).detach()
+        edits = build_edits(structure, [nets.reduction(group, [0, 2, 3, 4, 5, 7])])
+        with Transaction(net) as transaction:
+            transaction.apply(edits, structure)
+            verify(structure, analyse(net, (x,), {}), {e.tensor: e.keep for e in edits})
+        assert (net(x) - before).abs().max() < 1e-12
+    assert (net.att.query_width, net.att.value_width, net.att.num_heads) == (6, 6, 2)

@@ -244,3 +244,23 @@ def test_norms_without_weights_follow(norm, nets):
 def test_the_vocabulary_reads_each_name_in_one_way():
     assert all(name.isidentifier() and len(set(kinds)) == len(kinds) for name, kinds in VOCABULARY.items())
     assert {"head_dim", "num_heads", "num_key_value_heads", "all_head_size", "inner_dim"} <= VOCABULARY.keys()
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x):
+        self.h = x.shape[0]
+        return self.fc(x)
+
+
+def test_numbers_that_a_forward_pass_sets_hinder_no_loading(tmp_path):
+    net, fresh = Remembers(), Remembers()
+    x = torch.randn(3, 2)
+    net(x)
+    save(tmp_path / "a", net)
+    load(tmp_path / "a", fresh)
+    assert not hasattr(fresh, "h")
+    assert fresh(x).equal(net(x))

@@ -21,6 +21,7 @@ from apoptosis.surgery.attributes import attributes_of, rows_of
 from apoptosis.surgery.container import read_file, write_file
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.optimizer_state import LoadedOptimizer, pack_optimizer, unpack_optimizer
+from apoptosis.surgery.splits import VOCABULARY
 from apoptosis.surgery.tree import pack, unpack
 from apoptosis.surgery.values import memory_format
 
@@ -239,6 +240,8 @@ def _check_attributes(model: nn.Module, stored: Mapping[str, Mapping[str, Any]])
             changes += _narrowed_attention(name, module, attributes)
             continue
         for attribute, value in attributes.items():
+            if module is not None and attribute in VOCABULARY and attribute not in own:
+                continue  # set by a forward pass, which has not run here
             if module is None or attribute not in own or type(own[attribute]) is not type(value):
                 raise CheckpointError(f"it is of another network: module '{name}' has no attribute '{attribute}' here.")
             if value != own[attribute]:
