@@ -121,7 +121,7 @@ def shortened(pin: Pin) -> str:
     text = re.sub(r"^they are the network's output.*", "output", pin.reason)
     text = re.sub(r"operator aten\.(\w+)( in '[^']*')?", r"\1", text)
     text = re.sub(r" in '[^']*'|'[^']*' ", " ", text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").partition(": ")[0]
+    return re.sub(r"\s+", " ", text.replace("aten.", "")).strip().rstrip(".").partition(": ")[0]
 
 
 def page(result: Mapping[str, Any]) -> str:
