@@ -28,7 +28,7 @@ def cases():
                     yield pytest.param(name, dtype, f"missing:{group}", id=f"{name}-missing-{group}", marks=mark)
 
 
-@pytest.mark.parametrize(("name", "dtype", "check"), cases())
+@pytest.mark.parametrize(("name", "dtype", "check"), list(cases()))
 def test_family(name, dtype, check):
     done = operation(name, dtype)
     if check.startswith("missing:"):
