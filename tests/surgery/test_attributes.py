@@ -170,18 +170,34 @@ def test_recurrent_cells_lose_silent_hidden_channels(kind):
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_projected_lstms_follow_both_widths():
+def test_projected_lstms_follow_both_widths(tmp_path):
     net = nn.LSTM(4, HIDDEN, proj_size=3, num_layers=2)
+    with pytest.raises(ShapeError, match="would not exceed the projected one"), Transaction(net) as transaction:
+        transaction.apply(recurrent_edits(net))  # torch would take it for one without projections
     with Transaction(net) as transaction:
-        transaction.apply(recurrent_edits(net))
-    assert (net.hidden_size, net.proj_size) == (3, 3)
+        transaction.apply(recurrent_edits(net, torch.tensor([0, 1, 2, 4])))
+    assert (net.hidden_size, net.proj_size) == (4, 3)
     with Transaction(net) as transaction:
         keep = torch.tensor([0, 2])
         edits = [TensorEdit(tensor=f"weight_hr_l{i}", keep={0: keep}) for i in range(2)]
         edits += [TensorEdit(tensor=n, keep={1: keep}) for n in ("weight_hh_l0", "weight_hh_l1", "weight_ih_l1")]
         transaction.apply([*edits, TensorEdit(tensor="weight_ih_l0", keep={1: torch.tensor([3])})])
-    assert (net.input_size, net.hidden_size, net.proj_size) == (1, 3, 2)
-    assert net(torch.randn(5, 2, 1))[0].shape == (5, 2, 2)
+    assert (net.input_size, net.hidden_size, net.proj_size) == (1, 4, 2)
+    x = torch.randn(5, 2, 1)
+    assert net(x)[0].shape == (5, 2, 2)
+    save(tmp_path / "a", net)
+    fresh = nn.LSTM(4, HIDDEN, proj_size=3, num_layers=2)
+    load(tmp_path / "a", fresh)
+    assert fresh(x)[0].equal(net(x)[0])
+
+
+def test_layers_of_one_module_keep_one_width():
+    net = nn.GRU(4, HIDDEN, num_layers=2)
+    edits = [e for e in recurrent_edits(net) if e.tensor.endswith("_l1")]
+    edits = [e if e.tensor != "weight_ih_l1" else TensorEdit(tensor=e.tensor, keep={0: e.keep[0]}) for e in edits]
+    with pytest.raises(ShapeError, match="GRU would have different widths"), Transaction(net) as transaction:
+        transaction.apply(edits)
+    assert net.weight_hh_l1.shape == (3 * HIDDEN, HIDDEN)
 
 
 def test_group_norms_follow_where_groups_go_or_thin_alike():

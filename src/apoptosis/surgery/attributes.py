@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.records import TensorEdit
 from apoptosis.surgery.attention import attention_attributes
 from apoptosis.surgery.splits import vocabulary_of
 
@@ -183,6 +184,29 @@ def attribute_changes(
         if new != old:
             changes[attribute] = new
     return changes
+
+
+def check_recurrence(module: nn.Module, edited: Mapping[int, TensorEdit]) -> None:
+    """Refuse widths that torch's recurrent modules cannot have: all layers and directions share one hidden width.
+
+    Args:
+        module: any module; others than nn.RNN, nn.GRU and nn.LSTM are let through.
+        edited: id of a tensor before the event -> its edit.
+
+    Raises: ShapeError: layers of different widths, or a projection that is no narrower than what it projects.
+    """
+    if not isinstance(module, nn.RNNBase):
+        return
+    widths: dict[str, set[int]] = {"weight_hh": set(), "weight_hr": set()}
+    for name, p in module._parameters.items():
+        if p is not None and (kind := name.rpartition("_l")[0]) in widths:
+            keep = edited[id(p)].keep if id(p) in edited else {}
+            widths[kind].add(keep[0].numel() if 0 in keep else p.shape[0])
+    who = type(module).__name__
+    if any(len(found) > 1 for found in widths.values()):
+        raise ShapeError(f"the layers and directions of an nn.{who} would have different widths, but share one number.")
+    if widths["weight_hr"] and widths["weight_hh"] <= {4 * max(widths["weight_hr"])}:
+        raise ShapeError(f"the hidden width of an nn.{who} with projections would not exceed the projected one.")
 
 
 def _groups_name(module: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.records import Structure, TensorEdit
 from apoptosis.surgery.attention import attention_changes
-from apoptosis.surgery.attributes import attribute_changes
+from apoptosis.surgery.attributes import attribute_changes, check_recurrence
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.optimizers import StateChange, check_optimizers, state_changes
 from apoptosis.surgery.splits import SplitChange, followed, split_changes
@@ -206,6 +206,7 @@ def _plan_attributes(
         if qualified in splits:
             merged.update(followed(module, splits[qualified]))
         merged.update(attention_changes(module, edited))
+        check_recurrence(module, edited)
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) in edited:
                 merged.update(attribute_changes(module, leaf, edited[id(tensor)].keep, tuple(tensor.shape)))
