@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
-from apoptosis.surgery.attributes import attributes_of, rows_of
+from apoptosis.surgery.attributes import attributes_of
 from apoptosis.surgery.container import read_file, write_file
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.optimizer_state import LoadedOptimizer, pack_optimizer, unpack_optimizer
@@ -222,8 +223,8 @@ def _fits(model: nn.Module, name: str, value: Tensor, tensor: Tensor) -> bool:
     if value.ndim != tensor.ndim or value.is_complex() != tensor.is_complex():
         return False
     owner, _, leaf = name.rpartition(".")
-    dims = {row.dim for row in rows_of(model.get_submodule(owner)) if row.tensor == leaf}
-    shrinkable = dims | {0} if dims else set(range(tensor.ndim))
+    kernel = leaf == "weight" and isinstance(model.get_submodule(owner), _ConvNd)
+    shrinkable = range(2 if kernel else tensor.ndim)
     return all(
         new == old or (0 < new < old and dim in shrinkable)
         for dim, (new, old) in enumerate(zip(value.shape, tensor.shape, strict=True))
