@@ -65,24 +65,24 @@ def build(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings))
 
 
-def bert(model: str, attention: str) -> Callable[[], nn.Module]:
+def bert(model: str, attention: str, num_heads: int = 2) -> Callable[[], nn.Module]:
     return build(
-        model, "BertConfig", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        model, "BertConfig", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=num_heads,
         intermediate_size=24, max_position_embeddings=16, num_labels=4, attn_implementation=attention,
     )  # fmt: skip
 
 
-def gpt2(attention: str) -> Callable[[], nn.Module]:
+def gpt2(attention: str, num_heads: int = 2) -> Callable[[], nn.Module]:
     return build(
-        "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_inner=24,
+        "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=num_heads, n_inner=24,
         n_positions=16, attn_implementation=attention, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
 
 
-def t5(feed_forward: str, num_layers: int) -> Callable[[], nn.Module]:
+def t5(feed_forward: str, num_layers: int, num_heads: int = 2) -> Callable[[], nn.Module]:
     return build(
         "T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, d_model=16, d_kv=6, d_ff=24,
-        num_layers=num_layers, num_heads=2, relative_attention_num_buckets=8, decoder_start_token_id=0,
+        num_layers=num_layers, num_heads=num_heads, relative_attention_num_buckets=8, decoder_start_token_id=0,
         feed_forward_proj=feed_forward,
     )  # fmt: skip
 
@@ -97,18 +97,6 @@ def mamba() -> nn.Module:
 def every_layer(stem: str, groups: dict[str, int], num_layers: int = 2) -> dict[str, int]:
     """Groups by their names within a layer, for all layers: `{}` in the stem stands for its number."""
     return {f"{stem.format(i)}.{name}": planted for i in range(num_layers) for name, planted in groups.items()}
-
-
-#: What the groups inside attention's heads are called, and others that are waited for.
-INSIDE_HEADS = frozenset(
-    ("query", "key", "value", "q", "v", "c_attn", "c_fc", "q_proj", "q_proj#2", "v_proj", "in_proj")
-)
-
-
-def waiting(groups: dict[str, int]) -> dict[str, str]:
-    """The groups inside heads, which are not removable yet where one attribute says the size of all of them."""
-    inside = (name for name in groups if name.rpartition(".")[2] in INSIDE_HEADS)
-    return dict.fromkeys(inside, "one attribute says the head size of queries, keys and values")
 
 
 BERT_GROUPS = every_layer(
@@ -136,18 +124,26 @@ def t5_groups(hidden: str, num_layers: int) -> dict[str, int]:
     return {name: planted for layer in layers for name, planted in layer.items()}
 
 
-def family(
-    name: str,
-    build: Callable[[], nn.Module],
-    example: Any,
-    groups: dict[str, int],
-    *,
-    late: tuple[str, ...] = (),
-    **more: Any,
-) -> Family:
-    """A family whose groups inside heads are still waited for."""
-    missing = {**waiting(groups), **dict.fromkeys(late, "an attribute says how many there are")}
-    return Family(name=name, build=build, example=example, groups=groups, missing=missing, **more)
+#: Why some groups are not removable yet.
+ROOTS = "the scores are divided by the root of a size as the forward pass runs"
+FREQUENCIES = "rotary frequencies are multiplied with positions as a matrix product"
+STATES = "an outer product of channels with the state"
+
+
+def ending(groups: dict[str, int], reason: str, *names: str) -> dict[str, str]:
+    """The groups whose last name is one of these, as not removable yet for this reason."""
+    return {name: reason for name in groups if name.rpartition(".")[2] in names}
+
+
+def family(name: str, build: Callable[[], nn.Module], example: Any, groups: dict[str, int], **more: Any) -> Family:
+    return Family(name=name, build=build, example=example, groups=groups, **more)
+
+
+def turned(name: str, config: str, groups: dict[str, int], **settings: Any) -> Family:
+    """A decoder with rotary positions, by the name of its configuration's class."""
+    model = build(f"{config}ForCausalLM", f"{config}Config", **DECODER, **settings)
+    missing = ending(groups, FREQUENCIES, "q_proj", "q_proj#2", "v_proj")
+    return Family(name=name, build=model, example=tokens(use_cache=False), groups=groups, missing=missing)
 
 
 def _families() -> Iterator[Family]:
@@ -155,23 +151,30 @@ def _families() -> Iterator[Family]:
     for attention in ("eager", "sdpa"):
         pooled = {**BERT_GROUPS, "bert.pooler.dense": 4}
         yield family(f"BERT, {attention}", bert("BertForSequenceClassification", attention), padded, pooled)
-        yield family(f"GPT-2, {attention}", gpt2(attention), plain, GPT2_GROUPS)
-        llama = build("LlamaForCausalLM", "LlamaConfig", **DECODER, attn_implementation=attention)
-        yield family(f"Llama, {attention}", llama, plain, LLAMA_GROUPS)
+        missing = ending(GPT2_GROUPS, ROOTS, "c_attn") if attention == "eager" else {}
+        yield family(f"GPT-2, {attention}", gpt2(attention), plain, GPT2_GROUPS, missing=missing)
+        yield turned(f"Llama, {attention}", "Llama", LLAMA_GROUPS, attn_implementation=attention)
     yield family("BERT, masked words", bert("BertForMaskedLM", "sdpa"), padded, BERT_GROUPS)
-    mistral = build("MistralForCausalLM", "MistralConfig", **DECODER, sliding_window=4)
-    yield family("Mistral", mistral, plain, LLAMA_GROUPS)
-    qwen = build("Qwen2ForCausalLM", "Qwen2Config", **DECODER, tie_word_embeddings=True)
-    yield family("Qwen2", qwen, plain, LLAMA_GROUPS)
-    phi = build("PhiForCausalLM", "PhiConfig", **DECODER, partial_rotary_factor=0.5)
-    yield family("Phi", phi, plain, every_layer("model.layers.{}", PHI_LAYER))
-    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-    mixtral = build("MixtralForCausalLM", "MixtralConfig", **DECODER, **experts)
+    yield turned("Mistral", "Mistral", LLAMA_GROUPS, sliding_window=4)
+    yield turned("Qwen2", "Qwen2", LLAMA_GROUPS, tie_word_embeddings=True)
+    yield turned("Phi", "Phi", every_layer("model.layers.{}", PHI_LAYER), partial_rotary_factor=0.5)
     inside = every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.experts": 6})
-    yield family("Mixtral", mixtral, plain, {**PAIRS, **inside})
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    yield turned("Mixtral", "Mixtral", {**PAIRS, **inside}, **experts)
     yield family("T5", t5("relu", 2), translation, t5_groups("wi", 2))
     yield family("T5, gated", t5("gated-gelu", 1), translation, t5_groups("wi_0", 1))
-    yield family("Mamba", mamba, plain, every_layer("backbone.layers.{}", {"mixer.in_proj": 6}))
+    heads = every_layer("bert.encoder.layer.{}", {"attention.self:heads": 1})
+    for attention in ("eager", "sdpa"):
+        whole = bert("BertForSequenceClassification", attention, 4)
+        yield family(f"BERT, whole heads, {attention}", whole, padded, heads)
+    heads = every_layer("transformer.h.{}", {"attn:heads": 1})
+    yield family("GPT-2, whole heads", gpt2("sdpa", 4), plain, heads)
+    stems = ("encoder.block.0.layer.0.Self", "decoder.block.0.layer.0.Self", "decoder.block.0.layer.1.EncDec")
+    heads = {f"{stem}Attention:heads": 1 for stem in stems}
+    missing = {f"{stems[2]}Attention:heads": "a mask is added to zeros of every head"}
+    yield family("T5, whole heads", t5("relu", 2, 4), translation, heads, missing=missing)
+    inner = every_layer("backbone.layers.{}", {"mixer.in_proj": 6})
+    yield family("Mamba", mamba, plain, inner, missing=ending(inner, STATES, "in_proj"))
 
 
 FAMILIES = () if transformers is None else tuple(_families())

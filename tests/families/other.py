@@ -29,11 +29,14 @@ def layer(kind: type[nn.Module], **more: Any) -> nn.Module:
 
 
 class CausalSelfAttention(nn.Module):
-    """As in nanoGPT, but for the head size, which is kept apart from the width of the model."""
+    """As in nanoGPT, but for the head size, which is kept apart from the width of the model.
 
-    def __init__(self, width: int, num_heads: int, length: int, flash: bool) -> None:
+    form: "flash" for torch's own operator, else by hand, with a scale that is a number or (own scale) follows the size.
+    """
+
+    def __init__(self, width: int, num_heads: int, length: int, form: str) -> None:
         super().__init__()
-        self.n_head, self.head_dim, self.flash = num_heads, width // num_heads, flash
+        self.n_head, self.head_dim, self.form = num_heads, width // num_heads, form
         self.c_attn = nn.Linear(width, 3 * width)
         self.c_proj = nn.Linear(width, width)
         self.attn_dropout, self.resid_dropout = nn.Dropout(0.1), nn.Dropout(0.1)
@@ -43,20 +46,21 @@ class CausalSelfAttention(nn.Module):
         rows, length, _ = x.size()
         q, k, v = self.c_attn(x).chunk(3, dim=2)
         q, k, v = (y.view(rows, length, self.n_head, self.head_dim).transpose(1, 2) for y in (q, k, v))
-        if self.flash:
+        if self.form == "flash":
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(6.0))
+            scale = 1.0 / math.sqrt(k.size(-1)) if self.form == "own scale" else 0.4
+            att = (q @ k.transpose(-2, -1)) * scale
             att = att.masked_fill(self.bias[:, :, :length, :length] == 0, float("-inf"))
             y = self.attn_dropout(F.softmax(att, dim=-1)) @ v
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).contiguous().view(rows, length, -1)))
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, num_heads: int, length: int, flash: bool) -> None:
+    def __init__(self, width: int, num_heads: int, length: int, form: str) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = CausalSelfAttention(width, num_heads, length, flash)
+        self.attn = CausalSelfAttention(width, num_heads, length, form)
         self.mlp = nn.ModuleDict(
             {"c_fc": nn.Linear(width, 2 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(2 * width, width)}
         )
@@ -69,10 +73,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Input and output embeddings are one tensor; the mask is a buffer."""
 
-    def __init__(self, flash: bool, width: int = 12, num_heads: int = 2, length: int = 8) -> None:
+    def __init__(self, form: str, width: int = 12, num_heads: int = 2, length: int = 8) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
-        self.h = nn.ModuleList(Block(width, num_heads, length, flash) for _ in range(2))
+        self.h = nn.ModuleList(Block(width, num_heads, length, form) for _ in range(2))
         self.ln_f = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         self.wte.weight = self.lm_head.weight
@@ -154,9 +158,9 @@ class StackedExperts(nn.Module):
 class CrossAttention(nn.Module):
     """Queries from one sequence, keys and values from another of another width."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, num_heads: int = 2) -> None:
         super().__init__()
-        self.form, self.heads = form, 2
+        self.form, self.heads = form, num_heads
         self.enter = nn.Linear(8, 9)
         self.q, self.k, self.v = nn.Linear(9, 12), nn.Linear(7, 12), nn.Linear(7, 16)
         self.out = nn.Linear(16, 9)
@@ -201,11 +205,11 @@ class MultiQuery(nn.Module):
 class Rotary(nn.Module):
     """Queries and keys turned by their position, in halves or in neighbours; tables are buffers."""
 
-    def __init__(self, *, neighbours: bool) -> None:
+    def __init__(self, *, neighbours: bool, num_heads: int = 2) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.neighbours = 2, 8, neighbours
-        self.q, self.k = nn.Linear(7, 16, bias=False), nn.Linear(7, 16, bias=False)
-        self.v, self.o = nn.Linear(7, 12, bias=False), nn.Linear(12, 4, bias=False)
+        self.heads, self.neighbours = num_heads, neighbours
+        self.q, self.k = (nn.Linear(7, 8 * num_heads, bias=False) for _ in range(2))
+        self.v, self.o = nn.Linear(7, 6 * num_heads, bias=False), nn.Linear(6 * num_heads, 4, bias=False)
         angles = torch.outer(torch.arange(8.0), 100.0 ** (-torch.arange(0, 8, 2) / 8))
         angles = angles.repeat_interleave(2, -1) if neighbours else torch.cat((angles, angles), -1)
         self.register_buffer("cos", angles.cos())
@@ -235,6 +239,7 @@ def _each(stem: str, groups: dict[str, int], num: int = 2) -> dict[str, int]:
     return {f"{stem.format(i)}{name}": planted for i in range(num) for name, planted in groups.items()}
 
 
+_ROOTS = "the scores are divided by the root of a size as the forward pass runs"
 _NO_HEADS = "torch's own attention hides its inside"
 ENCODER = {**_each("1.layers.{}", {".linear1": 6, ".self_attn": 4})}
 DECODER = _each("layers.{}", {".linear1": 6, ".self_attn": 4, ".multihead_attn": 4})
@@ -265,12 +270,12 @@ BY_HAND = (
     *(
         Family(
             name=f"nanoGPT, {form}",
-            build=lambda form=form: GPT(flash=form == "flash"),
+            build=lambda form=form: GPT(form),
             example=words,
             groups=_each("h.{}.", {"attn.c_attn": 4, "mlp.c_fc": 6}),
-            missing=dict.fromkeys(("h.0.attn.c_attn", "h.1.attn.c_attn"), "the head size is an attribute"),
+            missing={f"h.{i}.attn.c_attn": _ROOTS for i in range(2)} if form == "own scale" else {},
         )
-        for form in ("by hand", "flash")
+        for form in ("by hand", "own scale", "flash")
     ),
     *(
         Family(
@@ -298,6 +303,29 @@ BY_HAND = (
             groups={"q": 1, "v": 4},
         )
         for form in ("halves", "neighbours")
+    ),
+)
+WHOLE_HEADS = (
+    Family(
+        name="nanoGPT, whole heads",
+        build=lambda: GPT("flash", width=16, num_heads=4),
+        example=words,
+        groups=_each("h.{}.", {"attn:heads": 1}),
+    ),
+    *(
+        Family(
+            name=f"cross-attention, whole heads, {form}",
+            build=lambda form=form: CrossAttention(form, num_heads=4),
+            example=sequences((6, 8), (5, 7)),
+            groups={":heads": 1},
+        )
+        for form in ("matmul", "sdpa")
+    ),
+    Family(
+        name="rotary, whole heads",
+        build=lambda: Rotary(neighbours=False, num_heads=4),
+        example=sequences((6, 7)),
+        groups={":heads": 1},
     ),
 )
 FEED_FORWARD = (
@@ -343,4 +371,4 @@ FEED_FORWARD = (
         for form in ("loop", "einsum")
     ),
 )
-FAMILIES = (*TRANSFORMERS, *BY_HAND, *FEED_FORWARD)
+FAMILIES = (*TRANSFORMERS, *BY_HAND, *WHOLE_HEADS, *FEED_FORWARD)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from families.family import Family
-from families.language import build, every_layer, family, transformers
+from families.language import ROOTS, build, ending, every_layer, family, transformers
 
 #: What the configurations of ViT and DeiT agree on.
 PATCHES = {
@@ -52,7 +52,13 @@ def _families() -> Iterator[Family]:
         num_heads=[2, 4], window_size=4, mlp_ratio=2.0, num_labels=4, drop_path_rate=0.0,
     )  # fmt: skip
     inside = {"attention.self.query": 4, "attention.self.value": 4, "intermediate.dense": 6}
-    yield family("Swin", swin, pictures, _stages("swin.encoder.layers.{}.blocks", inside), rows=32)
+    groups = _stages("swin.encoder.layers.{}.blocks", inside)
+    yield family("Swin", swin, pictures, groups, rows=32, missing=ending(groups, ROOTS, "query", "value"))
+    heads = every_layer("swin.encoder.layers.1.blocks.{}", {"attention.self:heads": 1})
+    yield family("Swin, whole heads", swin, pictures, heads, rows=32)
+    vit = build("ViTForImageClassification", "ViTConfig", **PATCHES | {"num_attention_heads": 4})
+    heads = every_layer("vit.encoder.layer.{}", {"attention.attention:heads": 1})
+    yield family("ViT, whole heads", vit, pictures, heads)
     convnext = build(
         "ConvNextForImageClassification", "ConvNextConfig", patch_size=2, hidden_sizes=[8, 12], depths=[2, 2],
         num_stages=2, num_labels=4, image_size=16, layer_scale_init_value=0.5,
@@ -67,9 +73,8 @@ def _families() -> Iterator[Family]:
     )  # fmt: skip
     stack = every_layer("wav2vec2.feature_extractor.conv_layers.{}", {"conv": 2})
     inside = {"attention.q_proj": 4, "attention.v_proj": 4, "feed_forward.intermediate_dense": 6}
-    first = "wav2vec2.feature_extractor.conv_layers.0.conv"
     groups = {**stack, **every_layer("wav2vec2.encoder.layers.{}", inside)}
-    yield family("Wav2Vec2", speech, sounds, groups, rows=32, late=(first,))
+    yield family("Wav2Vec2", speech, sounds, groups, rows=32)
 
 
 FAMILIES = () if transformers is None else tuple(_families())
