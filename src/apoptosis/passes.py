@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 _RUNNING = threading.local()
 _DYNAMO = "torch._dynamo"  # loaded before anything can have been compiled
@@ -43,6 +42,7 @@ def is_own_pass() -> bool:
     features for a loss, asks here first.
 
     Example:
+        >>> from torch import nn
         >>> features = []
         >>> net = nn.Linear(2, 2)
         >>> _ = net.register_forward_hook(lambda m, x, y: None if is_own_pass() else features.append(y))
@@ -55,15 +55,11 @@ def is_own_pass() -> bool:
     return getattr(_RUNNING, "depth", 0) > 0
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether any module in it was given to torch.compile, or compiled in place."""
-    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
-
-
 class Eager:
     """Runs everything that was compiled eagerly from `begin` to `end`: compiled code passes by hooks added later.
 
-    The stance of torch's compiler is one for the process. One that the user sets in between is left as it is.
+    The stance of torch's compiler is one for the process, so that a compiled function around the model, or a compiled
+    training step, is covered. A stance that the user sets in between is left as it is.
     """
 
     def __init__(self) -> None:

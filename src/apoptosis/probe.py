@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unfl
 
 from apoptosis.errors import ArgumentError, NonFiniteError
 from apoptosis.numerics.bounds import compare_logits
+from apoptosis.passes import own_pass
 
 ReadLogits = Callable[[Any], Tensor]
 CHUNK = 256  # examples per forward pass over a probe
@@ -174,7 +175,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module, _ in modes if module._buffers]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+    with own_pass(), torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
         try:
             for module, _ in modes:
                 module.training = False

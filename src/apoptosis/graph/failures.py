@@ -23,10 +23,12 @@ _NO_DATA = (
 # Parts of a message, lower case -> what to do; the first that fits counts.
 _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("more than 1 value per channel",), "example_input needs at least two examples, BatchNorm cannot train on one"),
-    (("meta tensors", "datadependentoutput", "dynamicoutputshape", "_local_scalar_dense", "'meta' backend"), _NO_DATA),
+    (("meta tensors", "datadependentoutput", "dynamicoutputshape", "_local_scalar_dense", "'meta' backend",
+      "meta_nonzero"), _NO_DATA),
     (("device type for autocast",), "it cannot run on the meta device: build it on the fake device instead"),
     (("convert all tensors to faketensors",), "build the inputs under the FakeTensorMode of the model"),
-    (("same device", "different from other tensors on", "device of input"), "put example_input on the model's device"),
+    (("same device", "different from other tensors on", "device of input", "expected device"),
+     "put example_input on the model's device"),
     (("out of memory",), "a smaller example_input needs less; its values and its number of examples do not matter"),
     (("required positional argument", "required keyword-only argument", "you have to specify", "must be specified"),
      "example_input must hold all that forward needs: a tuple of positional or a dict of keyword arguments"),

@@ -15,6 +15,7 @@ from apoptosis.graph.classes import Classes, all_axes, numbered
 from apoptosis.graph.consumers import per_forward, product_sites, site_of
 from apoptosis.graph.findings import Consumer, Findings, Reason
 from apoptosis.graph.heads import HeadDraft, head_drafts
+from apoptosis.graph.remedies import usual
 from apoptosis.graph.values import Axis
 from apoptosis.records import Group, IntArray, Member, Neuron, Pin
 
@@ -120,7 +121,8 @@ def _base_name(findings: Findings, draft: _Draft) -> str:
 
 
 def _pin(name: str, num_channels: int, reason: Reason) -> Pin:
-    return Pin(group=name, num_channels=num_channels, reason=reason.text, where=reason.where, remedy=reason.remedy)
+    remedy = reason.remedy or usual(reason.text)
+    return Pin(group=name, num_channels=num_channels, reason=reason.text, where=reason.where, remedy=remedy)
 
 
 def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:

@@ -16,7 +16,7 @@ from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.slots import Owner
 
 _REMEDY = "Give an example_input that takes this way, or delete it."
-_HOLDERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
+_LISTS = (nn.ParameterList, nn.ParameterDict)  # which no pass could run
 
 
 def leave_alone(findings: Findings, model: nn.Module, aliases: Mapping[str, str]) -> tuple[str, ...]:
@@ -40,7 +40,8 @@ def leave_alone(findings: Findings, model: nn.Module, aliases: Mapping[str, str]
         else:
             text = f"the forward pass on example_input does not run '{above}'"
         _pin(findings, owner, Reason(text, remedy=_REMEDY))
-    _pin_shared(findings, own)
+    lists = {name for name, module in modules.items() if isinstance(module, _LISTS)}
+    _pin_shared(findings, {name: held for name, held in own.items() if name not in lists})
     _pin_beside(findings, own, unread)
     return tuple(notes)
 

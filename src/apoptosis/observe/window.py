@@ -31,14 +31,13 @@ from apoptosis.observe.watch import (
     named_snapshot,
     reads_several_positions,
 )
-from apoptosis.passes import Eager, is_compiled
+from apoptosis.passes import Eager
 from apoptosis.records import Group, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up
 NOTHING_SEEN = (
     "no training pass went through the modules it watches. The model must be called in training mode with gradients."
 )
-_PATIENT_STEPS = 2  # steps without a row at some site after which whatever is compiled runs eagerly
 _SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
 
 
@@ -120,8 +119,7 @@ class Observer:
         """Put the hooks on."""
         if self._handles:
             return
-        if is_compiled(self._model):  # compiled code does not see hooks that come later
-            self._eager.begin()
+        self._eager.begin()  # compiled code does not see hooks that come later
         # First of all hooks: it keeps arguments as the user gave them, before other hooks of his change them.
         enter = self._model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True, prepend=True)
         self._handles.append(enter)
@@ -175,8 +173,6 @@ class Observer:
         self._calls.clear()
         self._dropped.clear()
         self._steps += 1
-        if self._steps == _PATIENT_STEPS and any(watch.rows == 0 for watch in self._watches.values()):
-            self._eager.begin()  # a compiled function around the model, a compiled training step
         self._run_again()
         enough = self._replayed.finished and all(watch.enough() for watch in self._watches.values())
         if enough and all(sample.enough() for sample in self._samples.values()):

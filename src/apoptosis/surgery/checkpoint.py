@@ -25,6 +25,7 @@ from apoptosis.surgery.optimizer_state import LoadedOptimizer, pack_optimizer, u
 from apoptosis.surgery.splits import VOCABULARY
 from apoptosis.surgery.tree import pack, unpack
 from apoptosis.surgery.values import memory_format
+from apoptosis.unwrap import bare, parallel_in, rebuild
 
 _PREFIX = "model."
 
@@ -50,7 +51,8 @@ def save(
 
     Args:
         path: the file; an old one is replaced only when the new one is complete.
-        model: parameters and buffers are saved by name, with the attributes that follow their widths.
+        model: parameters and buffers are saved by name, with the attributes that follow their widths. Of a compiled or
+            data-parallel model the module inside is saved.
         optimizer: one or several; state is saved by parameter name.
         apo: the `Apoptosis` of the run.
         extra: anything made of tensors, numbers, strings, None, lists, tuples and dictionaries: epoch, scheduler, RNG.
@@ -68,6 +70,7 @@ def save(
         >>> wide[0].out_features
         3
     """
+    model = bare(model)
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
     for name, tensor in _tensors_of(model).items():
@@ -118,6 +121,7 @@ def load(
             Model and optimizer are as before the call.
     """
     manifest, tensors = read_file(path)
+    parallel, model = parallel_in(model), bare(model)
     try:
         stored = manifest["model"]
         values = _check_tensors(model, stored, tensors)
@@ -144,6 +148,8 @@ def load(
         torch.clear_autocast_cache()
         if apo is not None:
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
+        for wrapper in parallel:
+            rebuild(wrapper)
     except BaseException:
         journal.undo()
         raise
