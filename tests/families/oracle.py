@@ -266,8 +266,12 @@ def check_gradients(operation: Operation) -> None:
 
 
 def check_training(operation: Operation) -> None:
-    """The loss falls over 20 steps with the optimizer that went through the surgery."""
+    """The loss falls over 20 steps with the optimizer that went through the surgery; its state has the new shapes."""
     model, optimizer = operation.copy()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.dim():
+                assert value.shape == parameter.shape, f"{key} of '{name}' has shape {tuple(value.shape)}"
     quiet(model)
     x = inputs(operation.family, operation.dtype, 79)
     losses = []

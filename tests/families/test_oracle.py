@@ -105,6 +105,14 @@ def test_an_optimizer_of_another_model(operation):
     fails("training", replace(operation, after=model, optimizer=other), "the loss went")
 
 
+def test_optimizer_state_of_another_shape(operation):
+    model, optimizer = operation.copy()
+    optimizer.state[model[0].weight]["exp_avg"] = torch.zeros(12, 6, dtype=torch.float64)
+    fails(
+        "training", replace(operation, after=model, optimizer=optimizer), r"exp_avg of '0.weight' has shape \(12, 6\)"
+    )
+
+
 def test_groups_that_are_lost_after_the_first_event(operation):
     class Wrapped(nn.Module):
         def __init__(self, inner):
