@@ -14,7 +14,7 @@ from families.generator import HEADER, INPUTS, Network
 class Case:
     """name: what broke. kind: of the input. body: of the module, after super().__init__().
 
-    open: why it still fails. message: a pattern that such failures match, so that no other network need fail for it.
+    open: why it still fails. message: a pattern of such failures. hides: other networks may fail like that, too.
     """
 
     name: str
@@ -24,6 +24,7 @@ class Case:
     literal: bool = False
     open: str = ""
     message: str = ""
+    hides: bool = True
 
     @property
     def network(self) -> Network:
@@ -170,8 +171,6 @@ CASES = (
         return self.b(self.a(h)[0].mean(1))
 """,
         seed=1,
-        open="weight_hr in checkpoints",
-        message=r"weight_hr_l",
     ),
     Case(
         "shuffle_by_four_rows_in_residual",
@@ -260,8 +259,8 @@ CASES = (
         return h
 """,
         seed=240,
-        open="projected LSTM of two layers",
-        message=r"aten.mul: RuntimeError: The size of tensor a",
+        open="layers of a projected LSTM that keep the same share",
+        message="would have different widths",
     ),
     Case(
         "hand_attention_all_groups",
@@ -547,10 +546,64 @@ CASES = (
         return self.b(self.a(h)[0].mean(1))
 """,
         seed=0,
-        open="a projected LSTM of equal widths",
-        message="incorrect number of RNN parameters",
+    ),
+    Case(
+        "pixel_shuffle_flattened",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 8, 3)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Conv2d(8, 16, 1)
+        self.m3 = nn.PixelShuffle(2)
+        self.m4 = nn.Linear(256, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = self.m3(h)
+        h = h.flatten(1)
+        h = self.m4(h)
+        return h
+""",
+        seed=412,
+        open="blocks of a pixel shuffle that nothing ties",
+        message="pixel_shuffle expects",
+    ),
+    Case(
+        "two_attentions_of_other_head_numbers",
+        "sequence",
+        """
+        self.m0 = nn.Linear(6, 6)
+        self.m1 = nn.Tanh()
+        self.m6 = nn.Linear(6, 6, bias=False)
+        self.m7 = nn.Linear(6, 6, bias=False)
+        self.m8 = nn.Linear(6, 6, bias=False)
+        self.m9 = 1
+        self.m10 = nn.Linear(6, 6)
+        self.m15 = nn.Linear(6, 8)
+        self.m16 = nn.Linear(6, 8)
+        self.m17 = nn.Linear(6, 8)
+        self.m18 = 2
+        self.m19 = nn.Linear(8, 6)
+        self.m20 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        h = torch.tanh(self.m0(h))
+        q, k, v = (f(h).unflatten(-1, (self.m9, -1)).transpose(1, 2) for f in (self.m6, self.m7, self.m8))
+        h = (q @ k.transpose(-2, -1) / 2.0).softmax(-1) @ v
+        h = self.m10(h.transpose(1, 2).flatten(2))
+        q, k, v = (f(h).unflatten(-1, (self.m18, -1)).transpose(1, 2) for f in (self.m15, self.m16, self.m17))
+        h = (q @ k.transpose(-2, -1) / 2.0).softmax(-1) @ v
+        h = self.m19(h.transpose(1, 2).flatten(2))
+        return self.m20(h.mean(1))
+""",
+        seed=509,
+        open="the number of heads of the second attention does not follow",
+        message="outputs changed by",
+        hides=False,
     ),
 )
 
 #: Patterns of the failures that are known and not mended yet.
-OPEN = tuple(dict.fromkeys(case.message for case in CASES if case.open))
+OPEN = tuple(dict.fromkeys(case.message for case in CASES if case.open and case.hides))
