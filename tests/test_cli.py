@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -216,6 +217,82 @@ def test_inspect(here, capsys, monkeypatch):
     check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "0"], "--input-shape")
     check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "6", "--kwargs", "{"], "--kwargs")
     check_refusal(capsys, ["inspect", "my_nets:Net"], "--input-shape")
+    check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "6", "--device", "abacus"], "--device")
+
+
+INSPECTED = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(6, 16), nn.Linear(16, 6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Linear(4, 6), nn.ModuleList([Block() for _ in range(3)]), nn.Linear(6, 2)
+        self.spare = nn.Linear(3, 3)
+
+    def forward(self, x, scale=None):
+        h = self.stem(x)
+        for block in self.blocks:
+            h = block(h)
+        return {"logits": self.head(h) * scale}
+
+def deep():
+    return Deep(), {"x": torch.randn(5, 4), "scale": torch.ones(5, 1)}
+
+def wrapped():
+    return torch.compile(Deep(), backend="eager"), (torch.randn(5, 4), torch.ones(5, 1))
+
+def fixed():
+    return nn.Linear(4, 2), torch.randn(2, 4)
+
+def reads_data():
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * x.sum().item()
+    return Reads(4, 2), torch.randn(2, 4)
+
+def sharded():
+    return nn.DataParallel(nn.Linear(4, 2)), torch.randn(2, 4)
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
+@pytest.mark.parametrize("factory", ["deep", "wrapped"])
+def test_inspect_takes_a_factory_of_model_and_example(here, capsys, monkeypatch, factory, device):
+    (here / "inspected.py").write_text(INSPECTED)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert run(["inspect", f"inspected:{factory}", "--device", device, "--json", "net.json"]) == 0
+    out = capsys.readouterr().out
+    record = json.loads((here / "net.json").read_text())
+    assert record["device"] == device
+    assert [g["name"] for g in record["groups"] if not g["pinned"]] == [f"blocks.{i}.up" for i in range(3)]
+    assert record["macs"] == 4 * 6 + 3 * 2 * 6 * 16 + 6 * 2  # per example, of which there are five
+    pins = {pin["group"]: pin for pin in record["pins"]}
+    assert pins["stem"]["operator"] == "aten.native_layer_norm"
+    assert pins["head"]["reason"] == "they are the network's output 'logits'"
+    assert "BatchNorm" in pins["stem"]["remedy"]
+    assert re.search(r"blocks\.\*\.up \(x 3\) +16 +96", out)
+    for head in ("why", "operator", "line", "what would unpin it"):
+        assert head in out
+    assert "note: module 'spare' is not run" in out
+    del sys.modules["inspected"]
+
+
+def test_inspect_says_plainly_that_nothing_may_shrink(here, capsys, monkeypatch):
+    (here / "inspected2.py").write_text(INSPECTED)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert run(["inspect", "inspected2:fixed"]) == 0
+    assert "nothing can be removed from this network" in capsys.readouterr().out
+    check_refusal(capsys, ["inspect", "inspected2:reads_data", "--device", "meta"], "_local_scalar_dense")
+    check_refusal(capsys, ["inspect", "inspected2:sharded"], "DataParallel")
 
 
 def test_help_and_no_arguments(capsys):

@@ -102,7 +102,7 @@ def test_a_pass_that_reads_data_needs_data(body, device) -> None:
             net, x = Net(body), torch.randn(3, 8)
     text = message(net, (x,))
     assert re.search(r"test_failures\.py:\d+", text)
-    assert "a pass cannot read numbers or sizes off its values: give a model with data" in text
+    assert re.search("a pass cannot read numbers or sizes off its values.*: give a model with data", text)
 
 
 @pytest.mark.parametrize("device", ["meta", "fake"])

@@ -8,46 +8,119 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from apoptosis.cli.display import console
 from apoptosis.cli.options import JsonFile, integers
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
+from apoptosis.probe import as_call, num_rows
 from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.networks import num_parameters
 from apoptosis.records import Structure
+from apoptosis.unwrap import unwrap
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Place = Callable[[nn.Module, Call], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.',]|$)")  # of a module among others: layers.3.fc
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="package.module:factory, importable from here.")],
-    input_shape: Annotated[list[str], typer.Option(help="Shape of one example, 3,32,32; repeat for several inputs.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="package.module:factory, importable from here; gives a model, or (model, example input)."),
+    ],
+    input_shape: Annotated[
+        list[str] | None, typer.Option(help="Shape of one example, 3,32,32; repeat for several inputs.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Examples in the trial input.")] = 2,
     kwargs: Annotated[str, typer.Option(help='Arguments of the factory, as JSON: {"num_classes": 10}.')] = "{}",
     input_dtype: Annotated[str, typer.Option(help=f"Of the inputs: {', '.join(DTYPES)}.")] = "float32",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where the model is built: cpu, cuda ..., or meta or fake, which take no memory for weights."
+        ),
+    ] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """List the coupled channel groups of a network, their widths and consumer sites, and what is pinned and why."""
-    network = build(model, kwargs)
-    inputs = tuple(_trial(shape, batch, input_dtype) for shape in input_shape)
-    structure = analyse(network, inputs, {})
-    record = describe(structure, network, batch)
+    inputs = [_trial(shape, batch, input_dtype) for shape in input_shape or ()]
+    with placed(device) as place:
+        network, example = build(model, kwargs)
+        if inputs:
+            example = tuple(inputs)
+        elif example is None:
+            raise ArgumentError(
+                f"'{model}' gives no example input: give --input-shape, or return (model, example_input)."
+            )
+        network, args, named = place(unwrap(network).model, as_call(example))
+        structure = analyse(network, args, named)
+    record = describe(structure, network, max(1, num_rows((args, named))))
     if json_file is not None:
-        write_json(json_file, {"model": model, "input_shape": list(input_shape), **record})
-    _show(record)
+        write_json(json_file, {"model": model, "input_shape": list(input_shape or ()), "device": device, **record})
+    show(record)
 
 
-def build(model: str, kwargs: str) -> nn.Module:
+@contextmanager
+def placed(device: str) -> Iterator[Place]:
+    """Build what is built inside on a device, or as fake tensors: shapes without numbers.
+
+    Yields: a function that puts a model and the arguments of a call there, as far as they are not.
+
+    Raises: ArgumentError: no such device.
+    """
+    if device == "fake":
+        mode = FakeTensorMode()
+
+        def fake(network: nn.Module, call: Call) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+            def shape_of(x: Tensor) -> Tensor:
+                return x if isinstance(x, FakeTensor) else mode.from_tensor(x)
+
+            tensors = (*network.parameters(), *network.buffers())
+            args, kwargs = tree_map_only(Tensor, shape_of, call) if _any_fake(tensors) else call
+            return network, args, kwargs
+
+        with mode:
+            yield fake
+        return
+    try:
+        there = torch.device(device)
+        torch.empty(0, device=there)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"--device: '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+
+    def move(network: nn.Module, call: Call) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to(there), call)
+        return network.to(there), args, kwargs
+
+    with there:
+        yield move
+
+
+def _any_fake(tensors: Iterable[Tensor]) -> bool:
+    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def build(model: str, kwargs: str) -> tuple[nn.Module, Any]:
     """Import `package.module:factory`, the working directory first, and call it; a module is taken as it is.
+
+    Returns: the module, and the example input that the factory gave with it, or None.
 
     Raises: ArgumentError: it cannot be imported or called, or gives no torch.nn.Module.
     """
@@ -70,9 +143,12 @@ def build(model: str, kwargs: str) -> nn.Module:
         network = found if isinstance(found, nn.Module) else found(**arguments)
     except Exception as error:  # the user's code may raise anything
         raise ArgumentError(f"'{model}' cannot be built: {type(error).__name__}: {error}") from error
+    example = None
+    if isinstance(network, tuple) and len(network) == 2:
+        network, example = network
     if not isinstance(network, nn.Module):
         raise ArgumentError(f"'{model}' gives a {type(network).__name__}, not a torch.nn.Module.")
-    return network
+    return network, example
 
 
 def describe(structure: Structure, network: nn.Module, batch: int) -> dict[str, Any]:
@@ -92,6 +168,7 @@ def describe(structure: Structure, network: nn.Module, batch: int) -> dict[str, 
         {
             "group": group.pin.group,
             "channels": group.pin.num_channels,
+            "operator": _operator(group.pin.reason),
             "reason": group.pin.reason,
             "where": group.pin.where,
             "remedy": group.pin.remedy,
@@ -119,23 +196,56 @@ def _trial(shape: str, batch: int, dtype: str) -> Tensor:
     return torch.randn((batch, *sizes), generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
 
 
-def _show(record: dict[str, Any]) -> None:
+def _operator(reason: str) -> str:
+    """Return the operator that a reason names, "" for none."""
+    words = reason.split()
+    return words[1] if len(words) > 1 and words[0] == "operator" else ""
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print what `describe` returned: two tables, and the notes. Rows that differ in numbers alone are put together."""
     out = console()
-    table = Table(box=box.SIMPLE, pad_edge=False, title="groups that may shrink", title_justify="left")
-    for head, justify in (("group", "left"), ("channels", "right"), ("MACs per channel", "right"), ("read by", "left")):
-        table.add_column(head, justify="right" if justify == "right" else "left", overflow="fold")
-    for group in record["groups"]:
-        if not group["pinned"]:
-            sites = ", ".join(site["module"] for site in group["sites"])
-            table.add_row(group["name"], str(group["channels"]), f"{group['macs_per_channel']:,.0f}", sites)
-    out.print(table if table.row_count else "no group may shrink")
+    free = [group for group in record["groups"] if not group["pinned"]]
+    table = _table("groups that may shrink", {"group": "left", "channels": "right", "MACs per channel": "right",
+                                              "read by": "left"})  # fmt: skip
+    for row in _merged(
+        (g["name"], str(g["channels"]), f"{g['macs_per_channel']:,.0f}", ", ".join(s["module"] for s in g["sites"]))
+        for g in free
+    ):
+        table.add_row(*row)
+    out.print(table if free else "nothing can be removed from this network: no group may shrink", markup=False)
+    table = _table("pinned", {"group": "left", "channels": "right", "why": "left", "operator": "left", "line": "left",
+                              "what would unpin it": "left"})  # fmt: skip
+    for row in _merged(
+        (p["group"], str(p["channels"]), _why(p), p["operator"], p["where"], p["remedy"]) for p in record["pins"]
+    ):
+        table.add_row(*row)
     if record["pins"]:
-        out.print("pinned:", markup=False)
-    for pin in record["pins"]:
-        place = f" ({pin['where']})" if pin["where"] else ""
-        remedy = f" {pin['remedy']}" if pin["remedy"] else ""
-        line = f"  '{pin['group']}' ({pin['channels']} channels): {pin['reason']}{place}.{remedy}"
-        out.print(line, soft_wrap=True, markup=False)
+        out.print(table)
     for note in record["notes"]:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
     out.print(f"{record['parameters']:,} parameters, {record['macs']:,.0f} MACs per example", markup=False)
+
+
+def _table(title: str, columns: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")
+    for head, justify in columns.items():
+        table.add_column(head, justify=justify, overflow="fold")
+    return table
+
+
+def _why(pin: dict[str, Any]) -> str:
+    """Return a pin's reason without the operator, which has a column of its own."""
+    return str(pin["reason"]).removeprefix(f"operator {pin['operator']} ") if pin["operator"] else str(pin["reason"])
+
+
+def _merged(rows: Iterable[tuple[str, ...]]) -> list[tuple[Text, ...]]:
+    """Put rows together that differ in the numbers of names alone: `layers.*.fc (x 12)`."""
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        found.setdefault(tuple(_NUMBER.sub("*", cell) for cell in row), []).append(row)
+    merged = []
+    for key, alike in found.items():
+        shown = alike[0] if len(alike) == 1 else (f"{key[0]} (x {len(alike)})", *key[1:])
+        merged.append(tuple(Text(cell) for cell in shown))
+    return merged

@@ -17,8 +17,8 @@ from torch import nn
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(__file__)
 _NO_DATA = (
-    "without data (meta, fake) a pass cannot read numbers or sizes off its values: give a model with data, or replace "
-    "what reads them (.item(), if on a tensor, nonzero)"
+    "without data (meta, fake) a pass cannot read numbers or sizes off its values (.item(), if on a tensor, nonzero): "
+    "give a model with data; one on the meta device may get through as a fake one"
 )
 # Parts of a message, lower case -> what to do; the first that fits counts.
 _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
