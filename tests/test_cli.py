@@ -279,7 +279,7 @@ def test_inspect_takes_a_factory_of_model_and_example(here, capsys, monkeypatch,
     assert pins["stem"]["operator"] == "aten.native_layer_norm"
     assert pins["head"]["reason"] == "they are the network's output 'logits'"
     assert "BatchNorm" in pins["stem"]["remedy"]
-    assert re.search(r"blocks\.\*\.up \(x 3\) +16 +96", out)
+    assert re.search(r"blocks\.\*\.up \(x 3\) +16 +12", out)
     for head in ("why", "operator", "line", "what would unpin it"):
         assert head in out
     assert "note: module 'spare' is not run" in out
