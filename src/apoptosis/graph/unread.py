@@ -8,6 +8,7 @@ parameters, those that it shares with modules that do run, and what an unread pa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -31,9 +32,9 @@ def leave_alone(findings: Findings, model: nn.Module, aliases: Mapping[str, str]
     own = {name: dict(_own(findings, name, module, aliases)) for name, module in modules.items()}
     unread = {n: o for n, o in findings.slots.owners.items() if not o.is_buffer and not findings.reads.get(n)}
     idle = _idle(findings, own, unread)
-    notes = [_module_note(name, sum(_below(other, name) * len(own[other]) for other in own)) for name in idle]
+    notes = [_module_note(name, count) for name, count in idle.items()]
     for name, owner in unread.items():
-        above = next((module for module in idle if _below(name, module)), None)
+        above = next((module for module in _lineage(name) if module in idle), None)
         text = f"parameter '{name}' is not read by the forward pass on example_input"
         if above is None:
             notes.append(text)
@@ -54,22 +55,25 @@ def _own(findings: Findings, name: str, module: nn.Module, aliases: Mapping[str,
             yield leaf, findings.slots.owners[aliases.get(full, full)]
 
 
-def _idle(findings: Findings, own: Mapping[str, Mapping[str, Owner]], unread: Mapping[str, Owner]) -> list[str]:
-    """Return the outermost modules with parameters of which no part runs and nothing is read."""
+def _idle(findings: Findings, own: Mapping[str, Mapping[str, Owner]], unread: Mapping[str, Owner]) -> dict[str, int]:
+    """Find the outermost modules of which no part runs and nothing is read; the number of their parameters by name."""
     busy = set(findings.ran)
     busy |= {name for name, held in own.items() if any(owner.name not in unread for owner in held.values())}
-    found: list[str] = []
-    for name in own:
-        inside = [other for other in own if _below(other, name)]
-        alone = not any(_below(name, other) for other in found)
-        if alone and any(own[other] for other in inside) and not busy.intersection(inside):
-            found.append(name)
-    return found
+    busy = {above for name in busy for above in _lineage(name)}
+    inside = Counter(above for name, held in own.items() for above in _lineage(name) for _ in held)
+    idle = [name for name in own if name not in busy and inside[name]]
+    return {name: inside[name] for name in idle if not set(_lineage(name)[:-1]).intersection(idle)}
 
 
-def _below(name: str, module: str) -> bool:
-    """Whether a name is a module's own or lies inside it."""
-    return name == module or not module or name.startswith(f"{module}.")
+def _lineage(name: str) -> list[str]:
+    """Return the modules that a module lies in, the root first, and itself.
+
+    Example:
+        >>> _lineage("body.0.fc")
+        ['', 'body', 'body.0', 'body.0.fc']
+    """
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
 def _module_note(name: str, count: int) -> str:
