@@ -49,15 +49,23 @@ def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
         call.pin(ids, "splits channels that lie in many orders")
         return
     findings, where = call.tracer.findings, call.tracer.where()
-    for grid in np.unique(grids, axis=0):
+    for grid in _distinct(grids):
         if bool((grid == 0).any()):
             findings.pin(grid, call.reason("splits channels together with values that are none"))
             continue
-        first = np.sort(np.unique(grid, axis=0, return_index=True)[1])
-        known = (call.tracer.module_name, grid[first].tobytes())
+        distinct = _distinct(grid)
+        known = (call.tracer.module_name, distinct.tobytes())
         if known not in findings.grid_keys:
             findings.grid_keys.add(known)
-            findings.grids.append(Grid(call.tracer.module_name, grid[first], where))
+            findings.grids.append(Grid(call.tracer.module_name, distinct, where))
+
+
+def _distinct(items: IntArray) -> IntArray:
+    """Return the items along the first axis without repetitions, in the order in which they come."""
+    first: dict[bytes, int] = {}
+    for i, item in enumerate(items):
+        first.setdefault(item.tobytes(), i)
+    return items if len(first) == len(items) else items[list(first.values())]
 
 
 def note_parts(call: Call, ids: IntArray, dim: int, count: int) -> None:
