@@ -11,6 +11,14 @@ MODULES = (
     "classic", "convolutional", "mobile", "generative", "mixed", "pruning", "other", "language", "vision_transformers",
 )  # fmt: skip
 
+#: Near twins of other families: an ordinary run of the tests asks them in float64 only, and not everything.
+VARIANTS = frozenset({
+    "BERT, eager", "GPT-2, eager", "Llama, eager", "ViT, eager", "BERT, masked words", "BERT, whole heads, sdpa",
+    "Mistral", "Qwen2", "T5, gated", "T5, whole heads", "Swin, whole heads", "DeiT", "nanoGPT, own scale",
+    "nanoGPT, flash", "cross-attention, einsum", "cross-attention, whole heads, matmul", "torch: Conv2dBias",
+    "torch: Conv2dActivation", "torch: Conv2dPoolFlattenFunctional", "SwiGLU", "ReGLU, fused",
+})  # fmt: skip
+
 FAMILIES: dict[str, Family] = {}
 for _name in MODULES:
     for _family in import_module(f"families.{_name}").FAMILIES:
