@@ -62,8 +62,13 @@ def norm(w: Writer, s: Shape) -> Shape:
         return s
     batch = f"nn.BatchNorm2d({c})" if s.kind == "image" else f"nn.BatchNorm1d({c})"
     plain = batch.replace(")", ", affine=False)")
-    others = (f"nn.GroupNorm({2 - c % 2}, {{}})", "nn.GroupNorm(1, {})", "nn.GroupNorm({}, {})")
-    images = ("nn.InstanceNorm2d({})", "nn.InstanceNorm2d({}, affine=True)", "nn.LocalResponseNorm(3)")
+    others = (f"nn.GroupNorm({2 - c % 2}, {{}})", "nn.GroupNorm(1, {})")
+    images = (
+        "nn.GroupNorm({}, {})",
+        "nn.InstanceNorm2d({})",
+        "nn.InstanceNorm2d({}, affine=True)",
+        "nn.LocalResponseNorm(3)",
+    )
     kinds = (batch, plain, *others, *(images if s.kind == "image" else ("nn.LayerNorm({})",)))
     w.apply(w.pick(kinds).replace("{}", str(c)))
     return s

@@ -603,6 +603,118 @@ CASES = (
         message="outputs changed by",
         hides=False,
     ),
+    Case(
+        "nearly_constant_channels",
+        "tokens",
+        """
+        self.m0 = nn.Embedding(11, 8)
+        self.m5 = nn.Linear(8, 6)
+        self.m6 = nn.Linear(8, 6)
+        self.m7 = nn.Linear(8, 6)
+        self.m8 = nn.Parameter(torch.randn(3, 8))
+        self.m9 = nn.Linear(8, 6)
+        self.m10 = nn.Linear(8, 6)
+        self.m11 = 1
+        self.m12 = nn.Linear(6, 8)
+        self.m14 = nn.Linear(8, 6)
+        self.m15 = nn.Tanh()
+        self.m17 = nn.Linear(8, 6)
+        self.m18 = nn.Tanh()
+        self.m20 = nn.Linear(12, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        x1 = h
+        x2 = self.m5(h)
+        x3 = self.m6(h)
+        x4 = self.m7(h)
+        x3 = self.m9(self.m8).expand(len(h), -1, -1)
+        x4 = self.m10(self.m8).expand(len(h), -1, -1)
+        x2 = x2.unflatten(-1, (self.m11, -1)).transpose(1, 2)
+        x3 = x3.unflatten(-1, (self.m11, -1)).transpose(1, 2)
+        x4 = x4.unflatten(-1, (self.m11, -1)).transpose(1, 2)
+        h = (x2 @ x3.transpose(-2, -1) / 2.0).softmax(-1) @ x4
+        h = h.transpose(1, 2).flatten(2)
+        h = self.m12(h)
+        x13 = h
+        h = x13
+        h = self.m14(h)
+        h = self.m15(h)
+        x16 = h
+        h = x13
+        h = self.m17(h)
+        h = self.m18(h)
+        x19 = h
+        h = torch.cat([x16, x19], -1)
+        h = h.mean(1)
+        h = self.m20(h)
+        return h
+""",
+        seed=2022,
+        open="digits lost around a large mean",
+        message="no width that is a multiple of align= meets the tolerance",
+    ),
+    Case(
+        "literal_channel_in_place",
+        "vector",
+        """
+        self.m0 = nn.Linear(6, 6, bias=False)
+        self.m1 = nn.BatchNorm1d(6)
+        self.m2 = nn.ReLU()
+        self.m5 = nn.LayerNorm(6)
+        self.m6 = nn.Parameter(torch.randn(6))
+        self.m8 = nn.Parameter(torch.randn(6))
+        self.m10 = nn.Linear(6, 8, bias=False)
+        self.m11 = nn.Parameter(torch.randn(8))
+        self.m13 = nn.Linear(14, 6)
+        self.m15 = nn.Parameter(torch.randn(6))
+        self.m16 = nn.Linear(6, 5)
+        self.m19 = nn.Linear(6, 8, bias=False)
+        self.m21 = nn.Parameter(torch.randn(8))
+        self.m22 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        x3 = h
+        h = x3
+        x4 = h
+        h = self.m5(h)
+        h = h * self.m6
+        h += x4
+        x7 = h
+        h = x7
+        h = h * self.m8
+        x9 = h
+        h = x7
+        h = self.m10(h)
+        h = h.transpose(0, 1).contiguous().transpose(0, 1)
+        h = self.m11 * h + 1.0
+        x12 = h
+        h = torch.cat([x9, x12], -1)
+        h = self.m13(h)
+        x14 = h
+        h = x3
+        h = h * self.m15
+        x17 = self.m16(h)
+        x18 = h
+        h = x14 * x18
+        h = self.m19(h)
+        h = h.clone()
+        h.select(-1, 0).mul_(2.0)
+        x20 = h
+        h = h * self.m21
+        h = h + x20
+        h = self.m22(h)
+        return h, x17
+""",
+        seed=2071,
+        literal=True,
+        open="a channel picked by number and changed in place",
+        message="outputs changed by",
+        hides=False,
+    ),
 )
 
 #: Patterns of the failures that are known and not mended yet.

@@ -12,6 +12,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import gcd
 
 import numpy as np
@@ -42,6 +43,21 @@ ROWS = 96
 TOLERANCE = 1e-10
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trial(Operation):
+    """exactly: no more was removed than planted. Else the errors are those that tolerance 0 stands for.
+
+    Even so they may be ten times those of the families: these networks are not initialised to be well conditioned, and
+    a mix is solved from a Gram matrix, whose condition is the square of the channels'.
+    """
+
+    exactly: bool
+
+    @property
+    def tolerance(self) -> float:
+        return 10 * TOLERANCE if self.exactly else 1e-6
+
+
 class InvalidNetworkError(Exception):
     """The network does not train as it is: nothing can be asked of it."""
 
@@ -61,6 +77,8 @@ def saying(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if "hardly vary" in str(error):
+            raise InvalidNetworkError(str(error)) from error
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
 
 
@@ -116,7 +134,8 @@ def shrinks(network: Network, model: nn.Module, structure: Structure, seed: int)
         return network.example(rows, seed=torch.initial_seed() % 997) if exactly else batches[0][:rows]
 
     family = Family(name="random", build=lambda: network.build(seed=1), example=example, groups=planted)
-    operation = Operation(
+    operation = _Trial(
+        exactly=exactly,
         family=family,
         dtype=torch.float64,
         before=before,
@@ -160,6 +179,8 @@ def _found(network: Network, operation: Operation, structure: Structure) -> None
         notes = "; ".join(operation.event.notes)
         if "self.training" in network.source and f"{name}: not observed yet" in notes:
             continue  # read in training mode too, which shrink_ does not run
+        if "of an nn.LSTM with projections would not exceed" in notes:
+            continue  # torch tells such an LSTM by its widths, so not every width is open to it
         assert kept <= width - num, f"not found: '{name}': {width} channels, {num} planted, {kept} kept; {notes}"
 
 
