@@ -16,6 +16,7 @@ VARIANTS = frozenset({
     "BERT, eager", "GPT-2, eager", "Llama, eager", "ViT, eager", "BERT, masked words", "BERT, whole heads, sdpa",
     "Mistral", "Qwen2", "T5, gated", "T5, whole heads", "Swin, whole heads", "DeiT", "nanoGPT, own scale",
     "nanoGPT, flash", "cross-attention, einsum", "cross-attention, whole heads, matmul", "torch: Conv2dBias",
+    "nn.TransformerEncoder, norm first", "nanoGPT, whole heads", "GPT-2, whole heads", "BERT, whole heads, eager",
     "torch: Conv2dActivation", "torch: Conv2dPoolFlattenFunctional", "SwiGLU", "ReGLU, fused",
 })  # fmt: skip
 
