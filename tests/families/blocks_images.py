@@ -106,7 +106,8 @@ def channel_shuffle(w: Writer, s: Shape) -> Shape:
     if w.flag():
         w.apply("nn.ChannelShuffle(2)")
     else:
-        w.line(f"h = h.unflatten(1, ({w.module('4')}, -1)).transpose(1, 2).flatten(1, 2)")
+        rows = w.number(4, ("num_groups", "n_groups"))
+        w.line(f"h = h.unflatten(1, ({rows}, -1)).transpose(1, 2).flatten(1, 2)")
     if w.flag():
         w.apply("nn.Conv2d(8, 8, 3, padding=1, groups=2)")
     return s

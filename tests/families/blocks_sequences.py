@@ -39,7 +39,7 @@ def _by_hand(w: Writer, c: int, n: int, width: int, form: str) -> None:
         memory = w.module(f"nn.Parameter(torch.randn(3, {c}))")
         w.line(f"{k} = {w.module(f'nn.Linear({c}, {width})')}({memory}).expand(len(h), -1, -1)")
         w.line(f"{v} = {w.module(f'nn.Linear({c}, {width})')}({memory}).expand(len(h), -1, -1)")
-    heads = w.module(str(n))
+    heads = w.number(n, ("num_heads", "n_heads", "heads", "nhead"))
     for name in (q, k, v):
         rows = 1 if form == "multiquery" and name != q else heads
         w.line(f"{name} = {name}.unflatten(-1, ({rows}, -1)).transpose(1, 2)")

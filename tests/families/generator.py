@@ -92,6 +92,15 @@ class Writer:
         self.init.append(f"self.{name} = {expression}")
         return f"self.{name}"
 
+    def number(self, value: int, names: Sequence[str]) -> str:
+        """A number that forward splits channels by: an attribute of a usual name, or written where it is used."""
+        free = [name for name in names if not any(line.startswith(f"self.{name} =") for line in self.init)]
+        if not free or self.pick((False, False, False, True)):
+            self.literal = True
+            return str(value)
+        self.init.append(f"self.{free[0]} = {value}")
+        return f"self.{free[0]}"
+
     def line(self, text: str) -> None:
         """Add a line to forward; `h` is the running value."""
         self.lines.append(text)
@@ -153,14 +162,14 @@ INPUTS = {
 }
 
 
-def generate(choices: Sequence[int], kind: str | None = None) -> Network:
-    """Write the network that a list of numbers stands for."""
+def generate(choices: Sequence[int], kind: str | None = None, most: int = 4) -> Network:
+    """Write the network that a list of numbers stands for, of at most so many blocks in a row."""
     from families import blocks  # it needs the Writer
 
     writer = Writer(choices)
     given = INPUTS[kind or writer.pick(tuple(INPUTS))]
     shape = blocks.begin(writer, given)
-    for _ in range(writer.pick((1, 2, 3, 4))):
+    for _ in range(writer.pick(range(1, most + 1))):
         shape = blocks.block(writer, shape)
     blocks.end(writer, shape)
     body = "".join(f"        {line}\n" for line in writer.init)
