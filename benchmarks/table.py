@@ -111,6 +111,31 @@ def overhead_table(results: Mapping[str, Record]) -> str:
     return _table(head, rows) if rows else EMPTY.format(command="python benchmarks/overhead.py")
 
 
+def capture_table(results: Mapping[str, Record]) -> str:
+    """What finding the structure of large networks takes."""
+    rows = []
+    for _, result in _of_kind(results, "capture"):
+        for run in result["runs"]:
+            limits = [f"{run['limit_seconds']:.0f} s"] if run["limit_seconds"] is not None else []
+            limits += [f"{run['limit_bytes'] / 2**30:.0f} GiB"] if run["limit_bytes"] is not None else []
+            rows.append(
+                (
+                    run["network"] + (", fake tensors" if run["fake"] else ""),
+                    f"{run['parameters'] / 1e6:,.1f} million",
+                    f"{run['weights']}",
+                    f"{run['groups']}, {run['groups_free']}",
+                    f"{run['seconds_first']:.2f} s",
+                    f"{run['seconds_next']:.2f} s",
+                    f"{run['processor_seconds_next']:.2f} s",
+                    f"{run['bytes_beyond_weights'] / 2**20:.0f} MiB",
+                    ", ".join(limits) or "none set",
+                )
+            )
+    head = ("network", "parameters", "weights", "groups: all, may shrink", "first capture", "next captures",
+            "processor time", "memory beyond the weights", "limits")  # fmt: skip
+    return _table(head, rows) if rows else EMPTY.format(command="python benchmarks/capture_cost.py")
+
+
 def machines_table(results: Mapping[str, Record]) -> str:
     """What each result ran on."""
     rows = []
@@ -127,6 +152,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "seeds": seeds_table,
     "rivals": rivals_table,
     "overhead": overhead_table,
+    "capture": capture_table,
     "machines": machines_table,
 }
 

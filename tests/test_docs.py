@@ -210,6 +210,27 @@ def test_rivals_and_overhead_rows():
     )
 
 
+def test_capture_rows():
+    run = {"network": "llama", "fake": True, "parameters": 1_100_048_384, "weights": 156, "groups": 80,
+           "groups_free": 40, "seconds_first": 2.204, "seconds_next": 2.0, "processor_seconds_next": 1.9,
+           "bytes_beyond_weights": 256 * 2**20, "limit_seconds": 60.0, "limit_bytes": 2.0 * 2**30}  # fmt: skip
+    small = run | {"network": "mlp", "fake": False, "limit_bytes": None}
+    rows = table.capture_table({"c": {"kind": "capture", "runs": [run, small]}}).splitlines()[2:]
+    assert rows[0] == (
+        "| llama, fake tensors | 1,100.0 million | 156 | 80, 40 | 2.20 s | 2.00 s | 1.90 s | 256 MiB | 60 s, 2 GiB |"
+    )
+    assert rows[1].endswith("| 60 s |")
+
+
+def test_the_figures_of_captures_are_within_their_limits():
+    runs = table.read_results()["capture-cost"]["runs"]
+    assert {run["network"] for run in runs} == set(load_script("capture_cost").NETWORKS)
+    for run in runs:
+        assert run["limit_seconds"] is None or run["seconds_first"] < run["limit_seconds"]
+        assert run["limit_bytes"] is None or run["bytes_beyond_weights"] < run["limit_bytes"]
+    assert next(run["parameters"] for run in runs if run["fake"]) > 1e9
+
+
 def test_filling_is_stable_and_says_what_is_missing():
     page = "a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb"
     empty = table.fill(page, {})
