@@ -11,6 +11,7 @@ changes the operation, so it can be shared. Does not live here: the models (regi
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis import Event, load, save, shrink_
 from apoptosis.graph import analyse
 from apoptosis.probe import as_call
-from apoptosis.records import Structure
+from apoptosis.records import Group, Structure
 from apoptosis.surgery.attributes import ATTRIBUTES
 from families.family import Family
 from families.plant import enliven, plant, settle
@@ -284,6 +285,12 @@ def check_training(operation: Operation) -> None:
     assert losses[-1] < losses[0], f"the loss went from {losses[0]:.4g} to {losses[-1]:.4g}"
 
 
+def shares(groups: Mapping[str, Group], name: str) -> int:
+    """Into how many equal parts a group falls, of each of which an event can take one out of all that go along."""
+    along = [group for group in (groups[name], *(groups[n] for n in groups[name].equal if n in groups))]
+    return math.gcd(*(group.num_channels // group.rows for group in along))
+
+
 def check_second_event(operation: Operation) -> None:
     """Planted again in the shrunk model, redundancy is found again."""
     family, dtype = operation.family, operation.dtype
@@ -295,9 +302,9 @@ def check_second_event(operation: Operation) -> None:
     gone = [name for name in operation.planted if name not in groups]
     assert not gone, f"groups that are no longer found after the first event: {gone}"
     numbers = {
-        name: groups[name].rows
+        name: groups[name].num_channels // parts
         for name in operation.planted
-        if name not in family.missing and groups[name].num_channels // groups[name].rows >= 3
+        if name not in family.missing and (parts := shares(groups, name)) >= 3
     }
     widths = {name: groups[name].num_channels for name in numbers}
     refused = plant_all(model, structure, numbers, seed=50)

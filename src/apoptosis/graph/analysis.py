@@ -18,6 +18,7 @@ from apoptosis.graph.classes import close
 from apoptosis.graph.findings import Findings
 from apoptosis.graph.granularity import settle, splits
 from apoptosis.graph.groups import build_groups
+from apoptosis.graph.shares import same_share
 from apoptosis.graph.slots import Slots, named_tensors
 from apoptosis.graph.unread import leave_alone
 from apoptosis.records import Seen, Structure
@@ -67,8 +68,9 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     classes, rows = settle(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
+    found = splits(findings, classes)
     return Structure(
-        groups=build_groups(findings, classes, rows),
+        groups=same_share(model, build_groups(findings, classes, rows), found, labels),
         macs=findings.macs.get("training", 0.0),
         shapes={name: owner.shape for name, owner in findings.slots.owners.items()},
         aliases=aliases,
@@ -76,7 +78,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         classes=labels,
         pinned_classes=classes.pinned,
         scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
-        splits=splits(findings, classes),
+        splits=found,
     )
 
 

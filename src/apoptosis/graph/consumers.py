@@ -34,6 +34,7 @@ def _norm_of(findings: Findings, module: str) -> str | None:
 
 
 def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
+    """Make the site of a consumer that the channels own these columns of, (channels, P)."""
     num_columns = findings.slots.owners[consumer.weight].shape[consumer.dim]
     bias = consumer.bias
     if bias is not None and findings.reads[bias] - own_readers(consumer):
@@ -58,7 +59,7 @@ def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
 
 
 def per_forward(macs: dict[str, float]) -> float:
-    """Multiply-adds of one forward pass: in training mode, or in evaluation where only that computes it."""
+    """Return multiply-adds of one forward pass: in training mode, or in evaluation where only that computes it."""
     return macs.get("training", 0.0) or macs.get("evaluation", 0.0)
 
 
@@ -112,6 +113,7 @@ def _product_site(findings: Findings, product: Product, places: IntArray, num_ch
         macs=per_forward(product.macs) * places.shape[1] / product.left.size,
         functional=True,
         rescale=tuple(rescale),
+        per_sum=product.left.size // product.num_rows,
     )
 
 

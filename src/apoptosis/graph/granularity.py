@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from torch import nn
 
 from apoptosis.graph.classes import Classes, classify, numbered
 from apoptosis.graph.findings import Findings, Grid, Reason
@@ -33,8 +34,19 @@ def note_split(call: Call, old_ids: IntArray, old: Sequence[int], ids: IntArray,
             else:
                 b, j = b * new[j], j + 1
         before = [k for k in range(i0, i) if old_ids.shape[k] > 1]
-        if len(before) == 1 and j - j0 > 1:
+        if len(before) == 1 and j - j0 > 1 and not _packed(call, new[j0:j]):
             note_grid(call, ids, range(j0, j))
+
+
+def _packed(call: Call, parts: Sequence[int]) -> bool:
+    """Whether torch's attention takes its packed projection apart: with narrower heads it does not any more."""
+    module = call.tracer.module
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and len(parts) == 2
+        and parts[0] in (2, 3)
+        and parts[1] == module.embed_dim
+    )
 
 
 def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
@@ -45,6 +57,8 @@ def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
     rows = [k for k in axes if k < last]
     rest = [k for k in range(ids.ndim) if k not in rows and k != last]
     grids = ids.transpose(*rest, *rows, last).reshape(-1, int(np.prod([ids.shape[k] for k in rows])), ids.shape[last])
+    if grids.shape[1] == 1 and len(grids) > 1:  # one row for every channel of each head: other grids tell their number
+        return
     if len(grids) > _MANY:
         call.pin(ids, "splits channels that lie in many orders")
         return

@@ -109,12 +109,21 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
             call.pin(a, "combines channels with positions of another channel")
         return a
     if not (along_a <= along_b or along_b <= along_a):
-        call.pin(a, "combines channels that lie along different axes")
-        call.pin(b, "combines channels that lie along different axes")
-        return a
+        return _crossed(call, left, a, right, b, ndim)
     call.tracer.findings.tie(a, b)
     wide_a, wide_b = np.broadcast_arrays(a, b)
     lone = (wide_a == 0) != (wide_b == 0)
     if bool(lone.any()):
         call.pin(np.where(lone, wide_a + wide_b, 0), "combines channels with values that are none")
     return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)
+
+
+def _crossed(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:
+    """Channels along one axis meet channels along another: the fewer are never removed, the others go on."""
+    text = "combines channels that lie along different axes"
+    if np.unique(a).size < np.unique(b).size:
+        left, a, right, b = right, b, left, a
+    call.pin(b, text)
+    if varying(a) & varying(b) or _spans(right, ndim, varying(a)):
+        call.pin(a, text)
+    return a

@@ -131,6 +131,8 @@ class Memory:
         if block is None:
             return nothing(tensor.dim(), "the network input" if key in self._inputs else "a constant")
         found = block.values.get(_geometry(tensor))
+        if found is None and key in self._inputs and not any(value.live for value in block.values.values()):
+            return nothing(tensor.dim(), "the network input")
         if found is None:
             for value in block.values.values():
                 self._pin(value.ids, "left a view behind that cannot be followed")

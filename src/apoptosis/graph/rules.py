@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
 from apoptosis.graph.meet import meet
+from apoptosis.graph.rules_batchnorm import BATCH_NORMS
 from apoptosis.graph.rules_contract import CONTRACTIONS
 from apoptosis.graph.rules_experts import EXPERTS
 from apoptosis.graph.rules_layout import LAYOUTS
@@ -26,7 +28,7 @@ from apoptosis.graph.rules_product import PRODUCTS
 from apoptosis.graph.rules_reduce import REDUCTIONS, has_second_operand, reduce
 from apoptosis.graph.scalars import scalar_operators
 from apoptosis.graph.tracer import Call, Result, Rule
-from apoptosis.graph.values import Path, Paths, Value, linear_after, nothing, spoiled
+from apoptosis.graph.values import Path, Paths, Value, linear_after, nothing, spoiled, varying
 
 # Operators that are an activation of torch.nn by themselves: name of the neuron type, and how many of the operator's
 # scalar arguments belong to it.
@@ -164,11 +166,31 @@ def _extremum(call: Call) -> Result:
 def _own_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
     """Whether a linear module adds its own bias in a separate operator (done for inputs that are not contiguous)."""
     module = call.tracer.module
-    if call.name != "add" or len(tensors) != 2 or len(call.args) != 2 or not isinstance(module, nn.Linear):
+    if call.name != "add" or len(tensors) != 2 or len(call.args) != 2:
         return False
+    if not isinstance(module, nn.Linear):
+        return _functional_bias(call, tensors)
     view, bias = call.tracer.view(tensors[1]), call.tracer.owner_of(module, "bias")
     source = call.tracer.value(tensors[0]).source if call.tracer.view(tensors[0]) is None else None
     if view is None or view.owner is not bias or source != call.tracer.module_name:
+        return False
+    call.tracer.findings.biases.add((view.owner.name, 0))
+    return True
+
+
+def _functional_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
+    """Whether a parameter with one entry per row is added to what F.linear made of inputs that are not contiguous."""
+    if call.tracer.view(tensors[0]) is not None:
+        return False
+    value, view = call.tracer.value(tensors[0]), call.tracer.view(tensors[1])
+    if view is None or view.ndim != 1 or view.dims is None or view.owner.is_buffer or len(view.owner.shape) != 1:
+        return False
+    if list(value.paths.values()) != [Path()] or varying(value.ids) - {value.ids.ndim - 1}:
+        return False
+    name, dim = next(iter(value.paths))
+    owner = call.tracer.findings.slots.owners[name]
+    places = value.ids.reshape(-1) - owner.bases[dim]
+    if view.owner.shape[0] != owner.shape[dim] or not np.array_equal(view.slots(0) - view.owner.bases[0], places):
         return False
     call.tracer.findings.biases.add((view.owner.name, 0))
     return True
@@ -208,6 +230,7 @@ RULES: dict[str, tuple[Rule, bool]] = {
     **{name: (rule, False) for name, rule in MOVES.items()},
     **{name: (rule, reads) for name, (rule, reads) in CONTRACTIONS.items()},
     **PRODUCTS,
+    **BATCH_NORMS,
     **EXPERTS,
     **REDUCTIONS,
     **NORMS,

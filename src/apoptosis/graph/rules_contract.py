@@ -1,31 +1,31 @@
-"""Contractions and batch normalisation: the few operators with rules of their own.
+"""Contractions: the few operators with rules of their own.
 
-Lives here: matrix products and convolutions with a parameter (consumer sites and producers), batch normalisation.
-Does not live here: products of activations with one another, which pin.
+Lives here: matrix products and convolutions with a parameter (consumer sites and producers). Does not live here:
+products of activations with one another (rules_product.py), batch normalisation (rules_batchnorm.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.findings import Consumer, site_key
+from apoptosis.graph.matrices import Matrix, as_matrix
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_product import multiply
-from apoptosis.graph.slots import Owner, View
+from apoptosis.graph.slots import View
 from apoptosis.graph.tracer import Call, Result, Rule
-from apoptosis.graph.values import Path, Paths, Value, nothing, spoiled, varying
+from apoptosis.graph.values import Path, Value, nothing, spoiled, varying
 from apoptosis.records import IntArray, SiteKind
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _STOCK: dict[Any, Any] = {cls.forward: getattr(cls, "_conv_forward", None) for cls in _CONVS}
-_NORMS = (_BatchNorm.forward, SyncBatchNorm.forward)
 _REMEDY = "Let an nn.Linear or nn.Conv module compute it."
 
 
@@ -40,60 +40,15 @@ def _stock_conv(module: nn.Module | None) -> bool:
     return forward in _STOCK and getattr(type(module), "_conv_forward", None) is _STOCK[forward]
 
 
-@dataclass(slots=True)
-class _Weight:
-    """A parameter in a contraction: the slots along its contracted and its other axis, and where these lie.
-
-    select: the places along further axes of the parameter, of which the contraction reads this one slice.
-    """
-
-    owner: Owner
-    dim_in: int
-    dim_out: int
-    columns: IntArray
-    rows: IntArray
-    select: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def whole(self) -> bool:
-        """Whether every row and column is read (of the slice that is)."""
-        return (self.columns.size, self.rows.size) == (self.owner.shape[self.dim_in], self.owner.shape[self.dim_out])
-
-
-def _matrix(view: View, axis_in: int, axis_out: int) -> _Weight | None:
-    """Read a view as a matrix of one parameter; None when its axes are not axes of the parameter."""
-    owner = view.owner
-    if view.dims is None:
-        return None
-    found: dict[int, tuple[int, IntArray]] = {}
-    for axis in (axis_in, axis_out):
-        if view.shape[axis] > 1:
-            slots = view.sole(axis)
-            dims = [d for d in view.varied() if axis in view.axes(d)]
-            if slots is None:
-                return None
-            found[axis] = (dims[0], slots)
-    taken = {dim for dim, _ in found.values()}
-    for axis, wanted in ((axis_in, len(owner.shape) - 1), (axis_out, 0)):
-        if axis not in found:  # an axis of size 1: the parameter's axis that is left over
-            dim = wanted if wanted not in taken else next((d for d in range(len(owner.shape)) if d not in taken), -1)
-            if dim < 0 or len(owner.shape) != 2:
-                return None
-            taken.add(dim)
-            found[axis] = (dim, np.array([owner.bases[dim] + view.dims[dim][0]], dtype=np.int64))
-    (dim_in, columns), (dim_out, rows) = found[axis_in], found[axis_out]
-    rest = (d for d in range(len(owner.shape)) if d not in (dim_in, dim_out) and owner.shape[d] > 1)
-    select = tuple((d, view.dims[d][0]) for d in rest)
-    return None if dim_in == dim_out else _Weight(owner, dim_in, dim_out, columns, rows, select)
-
-
-def _consume(call: Call, weight: _Weight, tensor: Tensor, axis: int, columns: IntArray) -> Value:
+def consume(call: Call, weight: Matrix, tensor: Tensor, axis: int, columns: IntArray) -> Value:
     """Tie the channels along `axis` of an operand to the columns that read them."""
     tracer = call.tracer
     value = tracer.value(tensor)
     tracer.findings.uses.append((np.unique(value.ids), f"{weight.owner.name}:{weight.dim_in}"))
     size = tensor.shape[axis]
-    if not value.live:
+    if not value.live and _is_zero(value, tensor):
+        pass  # a first hidden state, which says nothing of its channels
+    elif not value.live:
         call.pin(columns, f"reads {value.origin}, which carries no channels")
     elif value.ids.shape[axis] != size:
         text = "mixes the positions of single channels"
@@ -108,7 +63,12 @@ def _consume(call: Call, weight: _Weight, tensor: Tensor, axis: int, columns: In
     return value
 
 
-def _register(call: Call, weight: _Weight, value: Value, site: Consumer, direct: bool, macs: float) -> None:
+def _is_zero(value: Value, tensor: Tensor) -> bool:
+    """Whether an operand was filled with zeros."""
+    return value.free and not tensor.is_meta and not isinstance(tensor, FakeTensor) and not bool(tensor.any())
+
+
+def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: bool, macs: float) -> None:
     """Record the consumer and the producer that this contraction is."""
     tracer, findings = call.tracer, call.tracer.findings
     name = tracer.module_name
@@ -146,8 +106,13 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
     macs = float(out.numel()) * (a.shape[-1] if a.dim() else 1)
     tracer.findings.macs[tracer.mode] += macs
     view_a, view_b = tracer.view(a), tracer.view(b)
+    # a buffer is no more than a constant here: it is not fitted, and nothing is folded into it
+    view_a, view_b = (None if v is not None and v.owner.is_buffer else v for v in (view_a, view_b))
     value: Value | None = None
-    if view_b is not None and view_a is None and b.dim() >= 2:
+    if _outer(a, b) and view_a is None and view_b is None:
+        met = meet(call, [a, b], out.dim())
+        value = replace(met, paths=spoiled([tracer.value(t).paths for t in (a, b) if tracer.view(t) is None]))
+    elif view_b is not None and view_a is None and b.dim() >= 2:
         value = _apply(call, view_b, (b.dim() - 2, b.dim() - 1), a, a.dim() - 1, out.dim() - 1, macs, bias)
     elif view_a is not None and view_b is None and a.dim() >= 2:
         axis = max(0, b.dim() - 2)
@@ -166,6 +131,11 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
     return value if bias is None else _biased(call, value, bias, out)
 
 
+def _outer(a: Tensor, b: Tensor) -> bool:
+    """Whether nothing is summed: every element of the one meets every element of the other (angles of rotations)."""
+    return a.dim() > 1 and b.dim() > 1 and a.shape[-1] == 1
+
+
 def _apply(
     call: Call,
     view: View,
@@ -179,7 +149,7 @@ def _apply(
     """One operand is a parameter: consumer of `x` along `axis`, producer along `axis_result` of the result."""
     tracer, out = call.tracer, call.outs[0]
     module = tracer.module
-    weight = _matrix(view, *axes)
+    weight = as_matrix(view, *axes)
     if weight is None or any(view.axes(d) & set(range(view.ndim - 2)) for d in view.varied()):
         return None
     direct = (
@@ -189,7 +159,7 @@ def _apply(
         and (weight.dim_in, weight.dim_out) == (1, 0)
         and weight.whole
     )
-    value = _consume(call, weight, x, axis, weight.columns)
+    value = consume(call, weight, x, axis, weight.columns)
     site = Consumer(
         tracer.module_name,
         "linear",
@@ -199,7 +169,7 @@ def _apply(
         functional=not direct,
         select=weight.select,
     )
-    _register(call, weight, value, site, direct, macs)
+    register(call, weight, value, site, direct, macs)
     tracer.show(site_key(site), lambda: (x.movedim(axis, -1), None))
     ids = weight.rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
     made = (weight.owner.name, weight.dim_out)
@@ -255,7 +225,7 @@ def _convolution(call: Call) -> Result:
         return value if bias is None else _biased(call, value, bias, out)
     owner = view.owner
     dim_in, dim_out = (0, 1) if transposed else (1, 0)
-    weight = _Weight(owner, dim_in, dim_out, owner.axis(dim_in), owner.axis(dim_out))
+    weight = Matrix(owner, dim_in, dim_out, owner.axis(dim_in), owner.axis(dim_out))
     module = tracer.module
     direct = _stock_conv(module) and module is not None and tracer.owner_of(module, "weight") is owner
     if groups > 1 and (w.shape[0] // groups if transposed else w.shape[1]) == 1:
@@ -264,13 +234,13 @@ def _convolution(call: Call) -> Result:
             call.pin(weight.owner.slots(), "is a depthwise convolution without a module", _REMEDY)
     else:
         columns, rows = _grouped(call, weight, groups, transposed)
-        read = _consume(call, weight, x, 1, columns)
+        read = consume(call, weight, x, 1, columns)
         kind: SiteKind = "conv_transpose" if transposed else "conv"
         padded = transposed and (taps > 1 or bool(np.any(np.array(stride) != 1)))  # borders read fewer taps
         padded = padded or bool(np.any(padding)) or _pads_itself(module, taps)
         name = tracer.module_name if direct else None
         site = Consumer(name, kind, owner.name, dim_in, _site_bias(call, direct), taps, padded, groups)
-        _register(call, weight, read, site, direct, macs)
+        register(call, weight, read, site, direct, macs)
         made = (owner.name, dim_out)
         paths = {made: Path()}
         value = Value(_channels_first(rows, out.dim()), paths=paths, source=name, linear=frozenset((made,)))
@@ -306,7 +276,7 @@ def _channels_first(slots: IntArray, ndim: int) -> IntArray:
     return slots.reshape([-1 if i == 1 else 1 for i in range(ndim)])
 
 
-def _grouped(call: Call, weight: _Weight, groups: int, transposed: bool) -> tuple[IntArray, IntArray]:
+def _grouped(call: Call, weight: Matrix, groups: int, transposed: bool) -> tuple[IntArray, IntArray]:
     """Return the slot that reads each input channel and the slot that makes each output channel.
 
     With several blocks the same position of every block goes together, so that the blocks stay of one size.
@@ -321,57 +291,15 @@ def _grouped(call: Call, weight: _Weight, groups: int, transposed: bool) -> tupl
     return np.tile(columns, groups), rows
 
 
-def _depthwise(call: Call, weight: _Weight, x: Tensor, groups: int, transposed: bool, macs: float) -> Value:
+def _depthwise(call: Call, weight: Matrix, x: Tensor, groups: int, transposed: bool, macs: float) -> Value:
     """Every block reads one channel: its outputs are removed with it, and it is no producer of its own."""
     tracer, owner = call.tracer, weight.owner
     slots = owner.axis(0).reshape(groups, -1)
-    value = _consume(call, weight, x, 1, slots[:, 0])
+    value = consume(call, weight, x, 1, slots[:, 0])
     tracer.findings.tie(slots[:, 1:], np.broadcast_to(slots[:, :1], slots[:, 1:].shape))
     tracer.findings.axis_macs[(owner.name, 0)][tracer.mode] += macs
     ids = np.repeat(slots[:, 0], owner.shape[1]) if transposed else slots.reshape(-1)
     return Value(_channels_first(ids, call.outs[0].dim()), paths=spoiled([value.paths]))
-
-
-def _batch_norm(call: Call) -> Result:
-    """Statistics per channel along axis 1, one entry of each operand per channel."""
-    tracer, x = call.tracer, call.args[0]
-    value = tracer.value(x)
-    ndim = x.dim()
-    module = tracer.module
-    stock = isinstance(module, _BatchNorm) and type(module).forward in _NORMS
-    shape = [-1 if i == 1 else 1 for i in range(ndim)]
-    over = bool(varying(value.ids) - {1})
-    if over:
-        call.pin(value.ids, "normalises over channels")
-    sizes = {tracer.findings.slots.owners[name].shape[dim] for name, dim in value.paths}
-    stock = stock and not over and sizes <= {x.shape[1]} and value.ids.shape[1] == x.shape[1]
-    given: list[tuple[Tensor, Value]] = []
-    operands: list[Tensor] = []
-    for tensor in call.args[1:5]:
-        if not isinstance(tensor, Tensor) or tensor.dim() != 1:
-            continue
-        if tracer.view(tensor) is not None:
-            operands.append(tensor.view(shape))
-        else:
-            found = tracer.value(tensor)
-            given.append((tensor.view(shape), found.moved(found.ids.reshape(shape))))
-    if value.source is not None:
-        reader = tracer.module_name if stock else "operator"
-        tracer.findings.readers[value.source].add(reader)
-    if stock:
-        tracer.findings.normalised[tracer.module_name].add(value.source or "")
-    met = meet(call, [x, *operands], ndim, given)
-    result = replace(met, paths=_normalised(value.paths, tracer.module_name if stock else None))
-    moments = Value(met.ids.reshape(-1)) if met.ids.size == met.ids.shape[1] else None
-    return [result, *[moments if o.dim() == 1 and o.shape[0] == x.shape[1] else None for o in call.outs[1:]]]
-
-
-def _normalised(paths: Paths, norm: str | None) -> Paths:
-    out: dict[tuple[str, int], Path | None] = {}
-    for key, path in paths.items():
-        plain = path is not None and norm is not None and path == Path()
-        out[key] = Path(norm=norm) if plain else None
-    return out
 
 
 CONTRACTIONS: dict[str, tuple[Rule, bool]] = {
@@ -384,18 +312,5 @@ CONTRACTIONS: dict[str, tuple[Rule, bool]] = {
     "addmv": (_addmm, True),
     "linear": (_linear, True),
     "convolution": (_convolution, True),
-    **{
-        name: (_batch_norm, False)
-        for name in (
-            "native_batch_norm",
-            "_native_batch_norm_legit",
-            "_native_batch_norm_legit_no_training",
-            "_batch_norm_with_update",
-            "_batch_norm_no_update",
-            "cudnn_batch_norm",
-            "miopen_batch_norm",
-            "batch_norm",
-        )
-    },
 }
 """Operator name -> rule, and whether it reads its operands' values as such."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from apoptosis.graph.findings import Consumer, site_key
-from apoptosis.graph.rules_contract import _consume, _register, _Weight
+from apoptosis.graph.matrices import Matrix
+from apoptosis.graph.rules_contract import consume, register
 from apoptosis.graph.tracer import Call, Result, Rule, no_rule
 from apoptosis.graph.values import Value
 
@@ -30,12 +31,12 @@ def _grouped_mm(call: Call) -> Result:
     if columns is None or rows is None:
         return no_rule(call, "multiplies with a stack that is laid out in another way")
     dims = {axis: next(dim for dim in view.varied() if axis in view.axes(dim)) for axis in (1, 2)}
-    weight = _Weight(view.owner, dims[1], dims[2], columns, rows)
+    weight = Matrix(view.owner, dims[1], dims[2], columns, rows)
     for dim in set(view.varied()) - set(dims.values()):
         call.pin(view.slots(dim), "names experts by their number", _EXPERT_REMEDY)
-    value = _consume(call, weight, x, 1, columns)
+    value = consume(call, weight, x, 1, columns)
     site = Consumer(tracer.module_name, "linear", view.owner.name, dims[1], None, functional=True)
-    _register(call, weight, value, site, False, macs)
+    register(call, weight, value, site, False, macs)
     tracer.show(site_key(site), lambda: (x, None))
     made = (view.owner.name, dims[2])
     return Value(np.asarray(rows)[None, :], paths={made: None}, linear=frozenset((made,)))

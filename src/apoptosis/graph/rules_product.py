@@ -199,7 +199,9 @@ def _attention(call: Call) -> Result:
         return [nothing(out.dim()) for out in call.outs]
     if left.paired:
         heads = _pair(call, left, right, own_scale=own, macs=macs)
-    mask = call.arg(3, "attn_mask")
+    names = {"_scaled_dot_product_flash_attention_for_cpu": "attn_mask", "_scaled_dot_product_flash_attention": ""}
+    named = names.get(call.name)
+    mask = call.kwargs.get(named) if named is not None else call.arg(3, "attn_mask", call.kwargs.get("attn_bias"))
     if isinstance(mask, Tensor) and call.tracer.view(mask) is None and heads is not None:
         met = align(call.tracer.value(mask).ids, ndim)
         call.tracer.findings.tie(heads, met)
@@ -223,5 +225,10 @@ def _repeated(operand: _Operand, num_heads: int) -> _Operand:
     return _Operand(operand.tensor.repeat_interleave(times, -3), operand.value, wide)
 
 
-PRODUCTS: dict[str, tuple[Rule, bool]] = {"scaled_dot_product_attention": (_attention, True)}
+_FUSED = (
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math"
+).split()
+PRODUCTS: dict[str, tuple[Rule, bool]] = {name: (_attention, True) for name in _FUSED}
 """Operator name -> rule, and whether it reads its operands' values as such."""

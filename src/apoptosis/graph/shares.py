@@ -1,0 +1,59 @@
+"""Groups of which an event has to keep the same share, because one number of a module is the width of a row of all.
+
+Lives here: finding them from the splits and the module's own numbers. Does not live here: noticing splits
+(granularity.py), following the numbers (surgery), choosing a share (planner).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from apoptosis.records import Group, IntArray, Split
+
+Labels = Mapping[str, tuple[IntArray, ...]]
+
+
+def same_share(model: nn.Module, groups: Sequence[Group], splits: Iterable[Split], labels: Labels) -> tuple[Group, ...]:
+    """Fill in `Group.equal`.
+
+    A module that splits queries, keys and values by one plain number of its own (`head_dim`) can only run when all of
+    them have as many channels per row; where the width of a row is left to torch (-1), they are independent.
+    """
+    modules = dict(model.named_modules())
+    names = _names(groups, labels)
+    together: dict[str, set[str]] = {}
+    for sets in _governed(splits, modules, names).values():
+        united = set(sets).union(*(together.get(name, ()) for name in sets))
+        together.update(dict.fromkeys(united, united))
+    return tuple(replace(g, equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name}))) for g in groups)
+
+
+def _names(groups: Sequence[Group], labels: Labels) -> dict[int, str]:
+    """Return the group of every channel class; groups of whole heads own channels of others and are left out."""
+    found: dict[int, str] = {}
+    for group in groups:
+        for member in group.members:
+            classes = labels[member.tensor][member.dim][member.positions]
+            if bool((classes == classes[:, :1]).all()):
+                found.update((int(label), group.name) for label in classes[:, 0])
+    return found
+
+
+def _governed(
+    splits: Iterable[Split], modules: Mapping[str, nn.Module], names: Mapping[int, str]
+) -> dict[tuple[str, str, int], set[str]]:
+    """Return the groups in the splits that one number of a module governs, by module and number."""
+    found: dict[tuple[str, str, int], set[str]] = {}
+    for split in splits:
+        module = modules.get(split.module)
+        numbers = {value for value in vars(module).values() if type(value) is int} if module is not None else set()
+        rows, columns = split.classes.shape
+        inside = {names[label] for label in np.unique(split.classes).tolist() if label in names}
+        for kind, number in (("columns", columns), ("total", rows * columns)):
+            if number in numbers and rows > 1:
+                found.setdefault((split.module, kind, number), set()).update(inside)
+    return found
