@@ -204,6 +204,22 @@ def test_several_processes_are_refused(runs, monkeypatch):
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_wrapper_with_hooks_loads_what_fits_and_refuses_new_widths(runs, tmp_path):
+    net = runs.mlp()
+    hooked = DistributedDataParallel(net)
+    hooked.register_comm_hook(None, lambda state, bucket: bucket)
+    save(tmp_path / "same.safetensors", runs.mlp(seed=1))
+    save(tmp_path / "narrow.safetensors", runs.mlp(width=16))
+    reducer = hooked.reducer
+    load(tmp_path / "same.safetensors", hooked)
+    assert hooked.reducer is reducer
+    before = runs.everything(net)
+    with pytest.raises(ArgumentError, match="communication hook"):
+        load(tmp_path / "narrow.safetensors", hooked)
+    assert runs.same(runs.everything(net), before)
+
+
+@pytest.mark.usefixtures("alone")
 def test_what_a_wrapper_would_lose_is_refused(runs):
     hooked = DistributedDataParallel(runs.mlp())
     hooked.register_comm_hook(None, lambda state, bucket: bucket)

@@ -97,7 +97,10 @@ def rebuild(parallel: Any) -> None:
     """Let DistributedDataParallel set up its gradient buffers for the shapes that its module has now.
 
     They are set up again in the way of unpickling, the wrapper itself stays the same object.
+
+    Raises: ArgumentError: a communication hook would be lost.
     """
+    _check_hooks(parallel)
     state = parallel.__getstate__()
     parallel.reducer = None  # the old one lets go of its hooks before the new one sets its own
     parallel.logger = None
@@ -127,11 +130,7 @@ def _check_parallel(module: Any) -> None:
             "remove the same channels at the same step; that is not done yet. Train in one process, or shrink the "
             "trained network with shrink_(model.module, ...) and wrap it again."
         )
-    if getattr(module, "_comm_hooks", None) or getattr(module, "mixed_precision", None) is not None:
-        raise ArgumentError(
-            "the model is wrapped in DistributedDataParallel with a communication hook, which would be lost when its "
-            "buffers are set up for new shapes. Wrap it without."
-        )
+    _check_hooks(module)
     try:
         module.__getstate__()  # what rebuild() begins with
     except RuntimeError as error:
@@ -139,6 +138,14 @@ def _check_parallel(module: Any) -> None:
             f"the model is wrapped in DistributedDataParallel whose buffers cannot be set up for new shapes: {error}. "
             "Wrap it with the default process group."
         ) from error
+
+
+def _check_hooks(module: Any) -> None:
+    if getattr(module, "_comm_hooks", None) or getattr(module, "mixed_precision", None) is not None:
+        raise ArgumentError(
+            "the model is wrapped in DistributedDataParallel with a communication hook, which would be lost when its "
+            "buffers are set up for new shapes. Wrap it without."
+        )
 
 
 def _check_refused(who: str, module: nn.Module) -> None:

@@ -121,7 +121,7 @@ def load(
             Model and optimizer are as before the call.
     """
     manifest, tensors = read_file(path)
-    parallel, model = parallel_in(model), bare(model)
+    wrappers, model = parallel_in(model), bare(model)
     try:
         stored = manifest["model"]
         values = _check_tensors(model, stored, tensors)
@@ -136,6 +136,7 @@ def load(
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(f"checkpoint '{path}' is damaged: its manifest lacks or misstates {error}.") from error
     journal = Journal()
+    reshaped = any(tensor.shape != value.shape for tensor, value in values)
     try:
         for tensor, value in values:
             journal.set_tensor(tensor, value)  # gradients belong to the old values and go
@@ -148,7 +149,7 @@ def load(
         torch.clear_autocast_cache()
         if apo is not None:
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
-        for wrapper in parallel:
+        for wrapper in wrappers if reshaped else ():
             rebuild(wrapper)
     except BaseException:
         journal.undo()
