@@ -107,7 +107,8 @@ GPT2_GROUPS = every_layer("transformer.h.{}", {"attn.c_attn": 4, "mlp.c_fc": 6})
 
 #: Frequencies are one buffer for all layers, so that rotary pairs of queries and keys are one group.
 PAIRS = {"model.layers.0.self_attn.q_proj": 1}
-PHI_LAYER = {"self_attn.q_proj#2": 2, "self_attn.v_proj": 2, "mlp.fc1": 6}  # half of the queries is not rotated
+PHI_LAYER = {"self_attn.v_proj": 2, "mlp.fc1": 6}
+PHI_REST = {"model.layers.0.self_attn.q_proj#2": 2}  # half of the queries is not rotated
 LLAMA_GROUPS = {**PAIRS, **every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.gate_proj": 6})}
 
 
@@ -126,8 +127,7 @@ def t5_groups(hidden: str, num_layers: int) -> dict[str, int]:
 
 #: Why some groups are not removable yet.
 ROOTS = "the scores are divided by the root of a size as the forward pass runs"
-FREQUENCIES = "rotary frequencies are multiplied with positions as a matrix product"
-STATES = "an outer product of channels with the state"
+SLICES = "an attribute says how many channels of each head are rotated"
 
 
 def ending(groups: dict[str, int], reason: str, *names: str) -> dict[str, str]:
@@ -142,8 +142,8 @@ def family(name: str, build: Callable[[], nn.Module], example: Any, groups: dict
 def turned(name: str, config: str, groups: dict[str, int], **settings: Any) -> Family:
     """A decoder with rotary positions, by the name of its configuration's class."""
     model = build(f"{config}ForCausalLM", f"{config}Config", **DECODER, **settings)
-    missing = ending(groups, FREQUENCIES, "q_proj", "q_proj#2", "v_proj")
-    return Family(name=name, build=model, example=tokens(use_cache=False), groups=groups, missing=missing)
+    missing = ending(groups, SLICES, "q_proj#2", "v_proj") if "partial_rotary_factor" in settings else {}
+    return family(name, model, tokens(use_cache=False), groups, missing=missing)
 
 
 def _families() -> Iterator[Family]:
@@ -157,7 +157,7 @@ def _families() -> Iterator[Family]:
     yield family("BERT, masked words", bert("BertForMaskedLM", "sdpa"), padded, BERT_GROUPS)
     yield turned("Mistral", "Mistral", LLAMA_GROUPS, sliding_window=4)
     yield turned("Qwen2", "Qwen2", LLAMA_GROUPS, tie_word_embeddings=True)
-    yield turned("Phi", "Phi", every_layer("model.layers.{}", PHI_LAYER), partial_rotary_factor=0.5)
+    yield turned("Phi", "Phi", {**PHI_REST, **every_layer("model.layers.{}", PHI_LAYER)}, partial_rotary_factor=0.5)
     inside = every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.experts": 6})
     experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
     yield turned("Mixtral", "Mixtral", {**PAIRS, **inside}, **experts)
@@ -174,7 +174,7 @@ def _families() -> Iterator[Family]:
     missing = {f"{stems[2]}Attention:heads": "a mask is added to zeros of every head"}
     yield family("T5, whole heads", t5("relu", 2, 4), translation, heads, missing=missing)
     inner = every_layer("backbone.layers.{}", {"mixer.in_proj": 6})
-    yield family("Mamba", mamba, plain, inner, missing=ending(inner, STATES, "in_proj"))
+    yield family("Mamba", mamba, plain, inner)
 
 
 FAMILIES = () if transformers is None else tuple(_families())

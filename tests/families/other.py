@@ -24,8 +24,8 @@ def words(rows: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (rows, 6))
 
 
-def layer(kind: type[nn.Module], **more: Any) -> nn.Module:
-    return kind(12, 2, 20, dropout=0.1, batch_first=True, **more)
+def layer(kind: type[nn.Module], num_heads: int = 2, **more: Any) -> nn.Module:
+    return kind(12, num_heads, 20, dropout=0.1, batch_first=True, **more)
 
 
 class CausalSelfAttention(nn.Module):
@@ -240,30 +240,34 @@ def _each(stem: str, groups: dict[str, int], num: int = 2) -> dict[str, int]:
 
 
 _ROOTS = "the scores are divided by the root of a size as the forward pass runs"
-_NO_HEADS = "torch's own attention hides its inside"
-ENCODER = {**_each("1.layers.{}", {".linear1": 6, ".self_attn": 4})}
-DECODER = _each("layers.{}", {".linear1": 6, ".self_attn": 4, ".multihead_attn": 4})
+ENCODER = _each("1.layers.{}", {".linear1": 6, ".self_attn": 4, ".self_attn#2": 4})
+DECODER = _each(
+    "layers.{}", {".linear1": 6, ".self_attn": 4, ".self_attn#2": 4, ".multihead_attn": 4, ".multihead_attn#2": 4}
+)
 TRANSFORMERS = (
     Family(
         name="nn.TransformerEncoder",
         build=encoder,
         example=sequences((6, 5)),
         groups=ENCODER,
-        missing={name: _NO_HEADS for name in ENCODER if name.endswith("attn")},
     ),
     Family(
         name="nn.TransformerEncoder, norm first",
         build=lambda: encoder(norm_first=True, activation="gelu"),
         example=sequences((6, 5)),
         groups=ENCODER,
-        missing={name: _NO_HEADS for name in ENCODER if name.endswith("attn")},
+    ),
+    Family(
+        name="nn.TransformerEncoder, whole heads",
+        build=lambda: encoder(num_heads=4),
+        example=sequences((6, 5)),
+        groups=_each("1.layers.{}", {".self_attn:heads": 1}),
     ),
     Family(
         name="nn.TransformerDecoder",
         build=lambda: nn.TransformerDecoder(layer(nn.TransformerDecoderLayer), 2),
         example=sequences((6, 12), (7, 12)),
         groups=DECODER,
-        missing={name: _NO_HEADS for name in DECODER if name.endswith("attn")},
     ),
 )
 BY_HAND = (
