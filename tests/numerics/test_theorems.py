@@ -26,7 +26,7 @@ from apoptosis.numerics.decompose import (
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.pairs import joint, product_error
 from apoptosis.probe import compare, make_probe
-from apoptosis.records import ColumnFold, OffsetFold, TensorEdit
+from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
 from apoptosis.surgery import apply_edit
 from apoptosis.verdict import Verdict
 
@@ -402,3 +402,106 @@ def test_products_of_activations(seed: int, channels: int, kept: int, heads: int
     related = float(torch.where(inside, second[0] * (centred.T @ centred / len(right)), 0.0).sum())
     assert related == pytest.approx(float(before.var(2, correction=0).mean(1).sum()), rel=1e-8)
     assert related <= float(before.flatten(1).var(1, correction=0).sum()) * (1 + 1e-12)
+
+
+@given(
+    seed=seeds,
+    kernel=st.integers(3, 4),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    transposed=st.booleans(),
+    constant=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_zero_padding(seed: int, kernel: int, stride: int, dilation: int, transposed: bool, constant: bool) -> None:
+    kept, channels, out = 3, 5, 4
+    z = draw(seed, 4, kept, 9, 9) + 1.0
+    more = torch.einsum("nkhw,kc->nchw", z, draw(seed + 1, kept, channels - kept))
+    z = torch.cat([z, more + 0.5 * constant], 1)
+    weight, bias = draw(seed + 2, out, channels, kernel, kernel), draw(seed + 3, out)
+    padding = 0 if transposed else (kernel - 1) * dilation
+    apply, dim = (F.conv_transpose2d, 0) if transposed else (F.conv2d, 1)
+    weight = weight.transpose(0, 1).contiguous() if transposed else weight
+
+    def run(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return apply(x, w, b, stride=stride, padding=padding, dilation=dilation)
+
+    rows = z.movedim(1, -1).reshape(-1, channels)
+    moments, keep = moments_of(rows), torch.arange(kept)
+    if constant:  # the fit with an offset
+        mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+    else:
+        mix, shift = solve_mix(moments.second_moment(), keep)
+    columns = np.arange(channels)[:, None]
+    edit = TensorEdit(tensor="w", keep={dim: keep}, folds=(ColumnFold(dim=dim, columns=columns, keep=keep, mix=mix),))
+    moves = () if shift is None else (OffsetFold(weight="w", dim=dim, columns=columns, offset=shift),)
+    moved = apply_edit(TensorEdit(tensor="b", keep={}, offsets=moves), bias, {"w": weight})
+    change = run(z, weight, bias) - run(z[:, :kept], apply_edit(edit, weight, {"w": weight}), moved)
+    full = run(torch.ones_like(z), torch.ones_like(weight), torch.zeros_like(bias))[0, 0]
+    border = full < full.max()  # outputs that read fewer taps
+    assert bool(border.any())
+    scale = float(run(z, weight, bias).abs().max())
+    at_border, inside = (float(change[..., where].abs().sum()) / scale for where in (border, ~border))
+    assert (at_border > 1e-6) if constant else (at_border <= 1e-10)
+    assert inside <= 1e-10 or (constant and transposed)
+
+
+@given(seed=seeds, heads=st.integers(1, 3), size=st.integers(2, 6), kept=st.integers(1, 5))
+@quick
+def test_scale_of_the_scores(seed: int, heads: int, size: int, kept: int) -> None:
+    kept = min(kept, size - 1)
+    keep = torch.cat([torch.arange(kept) + head * size for head in range(heads)])
+    row_of = torch.arange(heads * size) // size
+    mix = torch.where(row_of[keep][:, None] == row_of, draw(seed, keep.numel(), heads * size), 0.0)
+    mix[:, keep] = torch.eye(keep.numel(), dtype=torch.float64)
+    x, value = draw(seed + 1, 2, 7, 5), draw(seed + 2, 2, heads, 7, 3)
+    (wq, wk), (bq, bk) = draw(seed + 3, 2, heads * size, 5), draw(seed + 4, 2, heads * size)
+    wq, bq = mix.T @ wq[keep], mix.T @ bq[keep]  # queries of which only `keep` say anything
+    columns = np.arange(heads * size)[:, None]
+    fold = ColumnFold(dim=0, columns=columns, keep=keep, mix=mix)
+    scale = RowScale(dim=0, positions=columns, factor=math.sqrt(kept / size))
+    left = TensorEdit(tensor="q", keep={0: keep}, scales=(scale,))
+    right = TensorEdit(tensor="k", keep={0: keep}, folds=(fold,))
+
+    def attend(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        w, b, v, c = tensors
+        query, key = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (F.linear(x, w, b), F.linear(x, v, c)))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    old = (wq, bq, wk, bk)
+    new = tuple(apply_edit(edit, t, {}) for edit, t in zip((left, left, right, right), old, strict=True))
+    torch.testing.assert_close(attend(new), attend(old), rtol=1e-9, atol=1e-10)
+
+
+@given(seed=seeds, heads=st.integers(2, 4), size=st.integers(1, 4), factor=st.floats(-3, 3), exact=st.booleans())
+@quick
+def test_whole_heads(seed: int, heads: int, size: int, factor: float, exact: bool) -> None:
+    x = draw(seed, 3, 6, 5)
+    weights, biases = draw(seed + 1, 3, heads, size, 5), draw(seed + 2, 3, heads, size)
+    mix = draw(seed + 3, heads - 1, heads)
+    if exact:  # the last head has the scores of the first, and multiples of its values
+        weights[:2, -1], biases[:2, -1] = weights[:2, 0], biases[:2, 0]
+        weights[2, -1], biases[2, -1] = factor * weights[2, 0], factor * biases[2, 0]
+        mix = torch.eye(heads, dtype=torch.float64)[:-1]
+        mix[0, -1] = factor
+    keep = torch.arange(heads - 1)
+    out, bias = draw(seed + 4, 4, heads * size), draw(seed + 5, 4)
+
+    def attend(w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        q, k, v = (torch.einsum("nti,hdi->nhtd", x, one) + c[:, None] for one, c in zip(w, b, strict=True))
+        return F.scaled_dot_product_attention(q, k, v)  # (batch, heads, time, size)
+
+    def project(z: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.linear(z.transpose(1, 2).flatten(2), w, bias)
+
+    columns = np.arange(heads * size).reshape(heads, size)
+    positions = torch.from_numpy(columns)[keep].reshape(-1)
+    fold = ColumnFold(dim=1, columns=columns, keep=keep, mix=mix)
+    folded = apply_edit(TensorEdit(tensor="o", keep={1: positions}, folds=(fold,)), out, {"o": out})
+    z = attend(weights, biases)
+    after = project(attend(weights[:, :-1], biases[:, :-1]), folded)
+    missing = z - torch.einsum("nktd,kh->nhtd", z[:, :-1], mix)
+    lost = F.linear(missing.transpose(1, 2).flatten(2), out)
+    torch.testing.assert_close(project(z, out) - after, lost, rtol=1e-9, atol=1e-9)
+    if exact:
+        assert float(lost.abs().max()) <= 1e-9
