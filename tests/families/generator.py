@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import linecache
 import random
+import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -130,12 +132,15 @@ class Network:
 
 
 def build(source: str) -> nn.Module:
-    """Run the source and make its Net."""
-    name = f"network_{next(_numbers)}.py"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    space: dict[str, Any] = {"__name__": name}
-    exec(compile(source, name, "exec"), space)
-    net = space["Net"]()
+    """Run the source as a module of its own, whose lines can be looked up, and make its Net."""
+    name = f"network_{next(_numbers)}"
+    file = f"{name}.py"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    module = types.ModuleType(name)
+    module.__file__ = file
+    sys.modules[name] = module
+    exec(compile(source, file, "exec"), vars(module))
+    net = module.Net()
     assert isinstance(net, nn.Module)
     return net
 
