@@ -119,9 +119,7 @@ def oracle() -> Callable[..., Structure]:
 def _spread(group: Group) -> list[int]:
     """Half of every row of the group's channels, other ones in every row."""
     length = group.num_channels // group.rows
-    return sorted(
-        row * length + (row + 1 + 2 * i) % length for row in range(group.rows) for i in range(length // 2)
-    )
+    return sorted(row * length + (row + 1 + 2 * i) % length for row in range(group.rows) for i in range(length // 2))
 
 
 def muted(model: nn.Module, groups: Iterable[Group], removed: Mapping[str, list[int]]) -> nn.Module:
