@@ -176,6 +176,16 @@ class ScalarOperands:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Worked:
+    """One call of an operator that worked on part of a group's channels only: their classes, ascending."""
+
+    operator: str
+    classes: IntArray
+    module: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Split:
     """An axis of channels that the forward pass of `module` splits into rows of equal length, or cuts into equal parts.
 
@@ -208,6 +218,7 @@ class Structure:
     pinned_classes: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     scalars: Mapping[str, tuple[ScalarOperands, ...]] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()
+    worked: Mapping[str, tuple[Worked, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -67,7 +67,7 @@ def test_ids_go_where_the_values_go(steps: list[tuple[int, int, int]]) -> None:
         layer.weight.zero_()
         layer.bias.copy_(torch.arange(base, base + 6.0))
         with _module_stack(tracer, layer), _Watch(tracer):
-            x = layer(torch.zeros(2, 4, 3))
+            x = layer(torch.ones(2, 4, 3))
             for kind, a, b in steps:
                 if x.numel() > 2000 or x.dim() > 6:
                     break

@@ -18,6 +18,7 @@ from apoptosis.graph.classes import close
 from apoptosis.graph.findings import Findings
 from apoptosis.graph.granularity import settle, splits
 from apoptosis.graph.groups import build_groups
+from apoptosis.graph.picks import partial_work
 from apoptosis.graph.shares import same_share
 from apoptosis.graph.slots import Slots, named_tensors
 from apoptosis.graph.unread import leave_alone
@@ -69,8 +70,9 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
     found = splits(findings, classes)
+    groups = same_share(model, build_groups(findings, classes, rows), found, labels)
     return Structure(
-        groups=same_share(model, build_groups(findings, classes, rows), found, labels),
+        groups=groups,
         macs=findings.macs.get("training", 0.0),
         shapes={name: owner.shape for name, owner in findings.slots.owners.items()},
         aliases=aliases,
@@ -79,6 +81,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         pinned_classes=classes.pinned,
         scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
         splits=found,
+        worked=partial_work(findings, groups, classes.labels, labels),
     )
 
 

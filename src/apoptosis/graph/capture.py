@@ -31,7 +31,8 @@ from apoptosis.errors import CaptureError
 from apoptosis.graph.failures import failure
 from apoptosis.graph.findings import Findings
 from apoptosis.graph.outputs import named_in, tensors_in
-from apoptosis.graph.rules import RULES, SCALARS
+from apoptosis.graph.picks import note_work
+from apoptosis.graph.rules import RULES, SCALARS, WORKS
 from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
 from apoptosis.passes import own_pass
@@ -228,7 +229,9 @@ def capture(
         stack.enter_context(_fake(model))
         tensors, _, _ = named_tensors(model)
         stack.enter_context(_step_by_step(model))
-        tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS, watch)
+        tracer = Tracer(
+            findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS, watch, note_work, WORKS
+        )
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_module_stack(tracer, model))

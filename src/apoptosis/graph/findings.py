@@ -112,6 +112,7 @@ class Findings:
     read_order: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     readers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     normalised: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    worked: dict[str, list[tuple[str, str, str, IntArray]]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
     scalars: dict[str, list[ScalarOperands]] = field(default_factory=lambda: defaultdict(list))
 

@@ -246,6 +246,10 @@ SCALARS = scalar_operators((*_ELEMENTWISE, *ACTIVATIONS, "scatter", "index_fill"
 """Operators whose plain numbers must be the same before and after an edit."""
 
 
+WORKS = frozenset(RULES) - frozenset((*MOVES, *CONTRACTIONS, *PRODUCTS))
+"""Operators that do something to channels, so that it matters to which."""
+
+
 def register_rule(operator: str, rule: Rule) -> None:
     """Give an operator a rule: which channels its outputs carry.
 

@@ -94,6 +94,7 @@ class _Kind:
     rule: Rule | None
     reads: bool
     writes: tuple[int, ...]
+    works: bool = True
 
 
 def _flatten(items: Iterable[Any]) -> list[Tensor]:
@@ -119,12 +120,14 @@ class Tracer:
         mode: str,
         scalars: frozenset[str] = frozenset(),
         watch: Callable[[Seen], None] | None = None,
+        note: Callable[[Call], None] | None = None,
+        works: frozenset[str] = frozenset(),
     ) -> None:
         self.findings = findings
         self.mode = mode
         self._rules = rules
-        self._scalars = scalars
-        self._watch = watch
+        self._scalars, self._works = scalars, works
+        self._watch, self._note = watch, note
         self.muted = False
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -236,7 +239,8 @@ class Tracer:
                 writes = ()
             usable = space == "aten" and (not writes or inplace)
             rule, reads = (self._rules.get(base) if usable else None) or (None, True)
-            kind = _Kind(base, f"{space}.{name}", func._overloadname, rule, reads, writes)
+            works = base in self._works
+            kind = _Kind(base, f"{space}.{name}", func._overloadname, rule, reads, writes, works)
             self._kinds[func] = kind
         return kind
 
@@ -266,6 +270,8 @@ class Tracer:
         if kind.reads:
             self._note_reads(call)
         self._note_scalars(call, out)
+        if self._note is not None and kind.works:
+            self._note(call)
         result: Result = None
         try:
             result = kind.rule(call) if kind.rule is not None else no_rule(call)

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from apoptosis.errors import StructureChangedError
+from apoptosis.graph.picks import changed_split, changed_work
 from apoptosis.graph.scalars import changed_scalar
 from apoptosis.records import IntArray, Structure
 
@@ -44,8 +45,15 @@ def _place(structure: Structure, names: list[tuple[str, int]], old: IntArray, wh
     return f"group '{name}', at dim {dim} of '{tensor}'" if name else f"dim {dim} of '{tensor}'"
 
 
-def _verify_classes(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
-    """Raise unless every position of every tensor carries the channel it carried, and no other."""
+def _verify_classes(
+    old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]
+) -> dict[int, int]:
+    """Raise unless every position of every tensor carries the channel it carried, and no other.
+
+    An axis that is left with one position carries no id of its own (it may as well be broadcast) and is passed over.
+
+    Returns: class after the edit -> before.
+    """
     names: list[tuple[str, int]] = []
     olds: list[IntArray] = []
     news: list[IntArray] = []
@@ -58,11 +66,13 @@ def _verify_classes(old: Structure, new: Structure, kept: Mapping[str, Mapping[i
                 raise StructureChangedError(
                     f"'{tensor}' has {label.size} positions along dim {dim}, {before.size} were kept."
                 )
+            if label.size == 1 and old.shapes[tensor][dim] > 1:
+                continue
             names.append((tensor, dim))
             olds.append(before)
             news.append(label)
     if not names:
-        return
+        return {}
     which = np.repeat(np.arange(len(names)), [o.size for o in olds])
     left, right = np.concatenate(olds), np.concatenate(news)
     for a, b, text in ((right, left, "meets channels that were apart"), (left, right, "no longer meets its channel")):
@@ -74,6 +84,7 @@ def _verify_classes(old: Structure, new: Structure, kept: Mapping[str, Mapping[i
     if bool(fresh.any()):
         place = _place(old, names, left, which, int(np.flatnonzero(fresh)[0]))
         raise StructureChangedError(f"{place} reaches an operator or an output that it did not reach before.")
+    return dict(zip(right.tolist(), left.tolist(), strict=True))
 
 
 def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
@@ -81,7 +92,8 @@ def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tenso
 
     Every channel of `new` must be exactly one channel of `old`: the same positions of the same tensors tied together.
     Code that picks channels by literal positions (`h[:, ::2]`) keeps valid shapes and reads other channels; only this
-    shows it. The plain numbers that the arithmetic uses must be the same ones (`h / h.shape[1] ** 0.5` changes them).
+    shows it. Operators that work on part of a group's channels have to work on the same ones, and splits to have the
+    same rows. The plain numbers that the arithmetic uses must be the same (`h / h.shape[1] ** 0.5` changes them).
 
     Args:
         old: structure before the edit.
@@ -94,7 +106,10 @@ def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tenso
     if set(old.shapes) != set(new.shapes):
         odd = sorted(set(old.shapes) ^ set(new.shapes))
         raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
-    _verify_classes(old, new, kept)
+    old_of = _verify_classes(old, new, kept)
+    for text in (changed_split(old, new, old_of), changed_work(old, new, old_of)):
+        if text is not None:
+            raise StructureChangedError(f"{text}: the model picks channels by literal positions or sizes.")
     for mode, calls in old.scalars.items():
         text = changed_scalar(calls, new.scalars.get(mode, ()))
         if text is not None:
