@@ -1,7 +1,7 @@
 """The removal oracles: what the structure says may go is really cut out, and compared with the silenced model.
 
-`oracle` cuts by plain indexing, which is enough for plain layers. `removal` lets the surgery cut, which also follows the
-modules' own numbers (hidden_size, num_heads, head_dim), keeps rows of equal length and groups that go together, and
+`oracle` cuts by plain indexing, which is enough for plain layers. `removal` lets the surgery cut, which also follows
+the modules' own numbers (hidden_size, num_heads, head_dim), keeps rows of equal length and groups that go together, and
 knows products of activations. What is compared with is in both the full model, silenced by plain indexing.
 """
 

@@ -1,4 +1,4 @@
-"""What reads channels without being a plain layer: recurrences, functional layers, layers with a forward of their own."""
+"""What reads channels without being a plain layer: recurrences, functional layers, layers with an own forward."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ BETWEEN = {
     "functional": (lambda m, h: F.linear(h, torch.eye(6)), "aten.addmm|aten.mm", "not a parameter"),
     "item": (lambda m, h: h * float(h.detach().abs().amax(0)[0]), "aten._local_scalar_dense", "has no rule"),
     "gate": (lambda m, h: h * h[:, :1], "aten.mul", "spreads one channel"),
-    "bmm": (lambda m, h: (h[:, None] @ h[:, :, None])[:, 0] + h, "aten.bmm", "not a parameter"),
+    "bmm": (lambda m, h: (h[:, None] @ torch.ones(4, 6, 6))[:, 0], "aten.bmm", "not a parameter"),
     "scatter": (lambda m, h: h.index_add(1, torch.tensor([0]), h[:, :1]), "aten.index_add", "writes channels"),
 }  # fmt: skip
 
@@ -67,30 +67,10 @@ def test_pins_with_operator_and_line(name: str) -> None:
         assert text in str(pin)
 
 
-@pytest.mark.parametrize(
-    "modules",
-    [
-        {"mid": nn.LayerNorm(6)}, {"mid": nn.RMSNorm(6)}, {"mid": nn.LSTM(6, 6, batch_first=True)},
-        {"mid": nn.GRU(6, 6, batch_first=True)}, {"mid": nn.RNN(6, 6, batch_first=True)},
-        {"mid": nn.TransformerEncoderLayer(6, 2, 16, batch_first=True)},
-    ],
-    ids=lambda m: type(m["mid"]).__name__,
-)  # fmt: skip
-def test_layers_of_the_next_floor_pin_and_do_not_fail(oracle, modules) -> None:
-    def between(m, h):
-        out = m.mid(h)
-        return out[0] if isinstance(out, tuple) else out
-
-    widths = {"mid.linear1": 16} if isinstance(modules["mid"], nn.TransformerEncoderLayer) else {}
-    structure = oracle(Net(between, **modules), (SEQ,), widths, training=False)
+@pytest.mark.parametrize("modules", [{"mid": nn.LayerNorm(6)}, {"mid": nn.RMSNorm(6)}], ids=["layer", "rms"])
+def test_norms_over_channels_pin_and_do_not_fail(oracle, modules) -> None:
+    structure = oracle(Net(lambda m, h: m.mid(h), **modules), (SEQ,), {}, training=False)
     assert structure.groups[0].pin is not None
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_multihead_attention_pins_inside(oracle, bias: bool) -> None:
-    net = Net(lambda m, h: m.mid(h, h, h)[0], mid=nn.MultiheadAttention(6, 2, bias=bias, batch_first=True))
-    structure = oracle(net, (SEQ,), {"mid.out_proj": 6})
-    assert [g.name for g in structure.groups if g.pin] == ["a", "mid", "b"]
 
 
 def test_group_norm_pins() -> None:
@@ -98,40 +78,6 @@ def test_group_norm_pins() -> None:
     pin = analyse(net, (IMG,), {}).groups[0].pin
     assert pin is not None
     assert "native_group_norm" in pin.reason
-
-
-def test_transformer_feed_forward_still_shrinks() -> None:
-    net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.2)
-    groups = {g.name: g for g in analyse(net, (SEQ,), {}).groups}
-    assert groups["linear1"].pin is None
-    assert groups["linear1"].neuron is not None
-    assert groups["linear1"].sites[0].dropout == 0.2
-    assert groups["linear2"].pin is not None
-
-
-def test_consumer_without_a_module_pins() -> None:
-    class Loose(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.weight = nn.Linear(8, 6), nn.Parameter(torch.randn(2, 6))
-
-        def forward(self, x):
-            return F.linear(self.a(x).relu(), self.weight)
-
-    pin = analyse(Loose(), (X,), {}).groups[0].pin
-    assert pin is not None
-    assert "consumer without a module" in pin.reason
-    assert pin.remedy
-
-
-def test_own_forward_of_a_subclass_pins() -> None:
-    class Mine(nn.Linear):
-        def forward(self, x):
-            return F.linear(x, self.weight, self.bias) * 2.0
-
-    pin = analyse(nn.Sequential(nn.Linear(8, 6), Mine(6, 2)), (X,), {}).groups[0].pin
-    assert pin is not None
-    assert "consumer without a module" in pin.reason
 
 
 def test_norm_must_be_the_only_reader() -> None:
@@ -252,7 +198,7 @@ def test_output_objects_are_searched() -> None:
 def test_rules_can_be_registered_once(monkeypatch) -> None:
     with pytest.raises(ArgumentError, match="'relu' has a rule already"):
         register_rule("relu", lambda call: None)
-    with pytest.raises(ArgumentError, match="no operator 'aten::top_k' .similar names: .*topk"):
+    with pytest.raises(ArgumentError, match=r"no operator 'aten::top_k' [(]similar names: .*topk"):
         register_rule("top_k", lambda call: None)
     with pytest.raises(ArgumentError, match="is a str, not a function"):
         register_rule("special_airy_ai", "elementwise")

@@ -78,7 +78,7 @@ def repeated(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def expanded(m: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    b, h, t, d = k.shape
+    b, h, t = k.shape[:3]
     times = m.num_heads // m.num_kv_heads
     k, v = (s[:, :, None].expand(b, h, times, t, s.shape[-1]).reshape(b, h * times, t, s.shape[-1]) for s in (k, v))
     return by_hand(m, q, k, v)
@@ -241,6 +241,21 @@ def test_channels_times_themselves_are_sliced_only(removal) -> None:
 
     (site,) = removal(Gram(), (X,), {"a": 6}).groups[0].sites
     assert site.weight == ""
+
+
+def test_a_squared_norm_by_a_product_is_a_sum_of_pairs(removal) -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h) + (h[..., None, :] @ h[..., :, None])[..., 0]
+
+    structure = removal(Squared(), (X,), {"a": 6})
+    assert [s.kind for s in structure.groups[0].sites] == ["linear", "product"]
 
 
 def seen_in(model: nn.Module, x: Tensor) -> dict[str, Seen]:
