@@ -111,7 +111,9 @@ class Apoptosis:
         check_optimizers(optimizers, model)
         call = as_call(example_input)
         self._patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
-        self._verdict = Verdict(budget, None if probe is None else make_probe(probe, example_input))
+        self._verdict = Verdict(
+            budget, None if probe is None else make_probe(probe, example_input), exact=tolerance == 0
+        )
         self._log = log
         structure, seconds = timed_capture(model, self._patient.call)
         overhead = overhead_macs(seconds) if calibration is None else float(calibration)

@@ -83,7 +83,7 @@ def shrink_(
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
     patient = Patient(model=model, optimizers=optimizers, call=as_call(example_input), parallel=parallel)
-    verdict = Verdict(None, None if probe is None else make_probe(probe, example_input))
+    verdict = Verdict(None, None if probe is None else make_probe(probe, example_input), exact=tolerance == 0)
     structure = analyse(model, *patient.call)
     if verdict.probe is not None:
         check_runs(model, verdict.probe)

@@ -227,16 +227,23 @@ def _guilty(
     dropped: Mapping[str, Tensor],
     probe: Probe | None,
 ) -> dict[str, str]:
-    """Which groups fail on their own, with the reason; every trial is rolled back."""
+    """Which groups fail on their own, with the reason; every trial is rolled back.
+
+    Groups that one number of a module governs (Group.equal) can only be tried, and fail, together.
+    """
     found: dict[str, str] = {}
-    for reduction in reductions:
+    equal = {group.name: group.equal for group in structure.groups}
+    for first in reductions:
+        if first.group in found:
+            continue
+        trial = [first, *(r for r in reductions if r.group in equal[first.group])]
         with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
             try:
-                _edit(transaction, patient, structure, [reduction], dropped)
+                _edit(transaction, patient, structure, trial, dropped)
                 if probe is not None:
                     _outputs_after(patient, probe)
             except _BROKEN as error:
-                found[reduction.group] = str(error)
+                found.update((reduction.group, str(error)) for reduction in trial)
             transaction.rollback()
     return found
 

@@ -87,8 +87,8 @@ class Site:
     per_sum: positions that one sum runs over: position p of `input_columns` belongs to sum p // per_sum. 0: each of a
         channel's P positions is in a sum of its own, one sum for all channels of a row.
     scale: the operator divides by the square root of the number of channels per row by itself, so that an event which
-    keeps k' of k per row multiplies one operand by sqrt(k'/k): `rescale` lists (tensor, dim, positions (channels, m)) of
-    the left operand's producer and its bias, which take that factor.
+    keeps k' of k per row multiplies one operand by sqrt(k'/k): `rescale` lists (tensor, dim, positions) of the left
+    operand's producer and its bias, which take that factor; positions (channels, m).
     """
 
     module: str
@@ -225,8 +225,8 @@ class Structure:
 class Seen:
     """What a contraction reads as a replayed pass runs through it; the tensors are the model's own, not to be kept.
 
-    site: key of the site. x: (..., positions), positions as in Site.input_columns. right: the right operand of a product
-    laid out likewise, else None.
+    site: key of the site. x: (..., positions), positions as in Site.input_columns. right: the right operand of a sum of
+    products laid out likewise, else None.
     """
 
     site: str

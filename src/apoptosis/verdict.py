@@ -20,6 +20,7 @@ from apoptosis.probe import Change, Probe, num_rows
 from apoptosis.records import Certificate
 
 SANITY_RMS = 0.25  # without a budget: relative rms change of the outputs beyond which an event is rolled back
+EXACT_RMS = 1e-3  # the same at tolerance 0, where more than round-off can only be a wrong structure
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -32,8 +33,9 @@ class Verdict:
         probe: held-out examples, or None to measure on training inputs.
     """
 
-    def __init__(self, budget: float | None, probe: Probe | None) -> None:
+    def __init__(self, budget: float | None, probe: Probe | None, *, exact: bool = False) -> None:
         self.probe = probe
+        self.sanity = EXACT_RMS if exact else SANITY_RMS
         self.account = Account(budget, 0 if probe is None else probe.rows)
         self.training_flips = 0.0
         self.named = probe is not None and probe.labels is not None
@@ -114,8 +116,8 @@ class Verdict:
                 f"{what}on training inputs: nothing is claimed about the population",
             )
             self._pending = Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
-        if budget is None and not change.rms <= SANITY_RMS:
-            return f"the outputs changed by {change.rms:.3g} (relative rms), beyond the sanity limit {SANITY_RMS}"
+        if (budget is None or self.sanity < SANITY_RMS) and not change.rms <= self.sanity:
+            return f"the outputs changed by {change.rms:.3g} (relative rms), beyond the sanity limit {self.sanity}"
         return ""
 
     def settle(self) -> tuple[Certificate, ...]:

@@ -5,10 +5,13 @@ Lives here: sites of weights and of products of activations. Does not live here:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 
 from apoptosis.graph.classes import Classes, own_readers
-from apoptosis.graph.findings import Consumer, Findings, Product, Reason, product_key
+from apoptosis.graph.findings import Consumer, Findings, Product, Reason, pairs_of
 from apoptosis.records import IntArray, Site
 
 _UNEVEN = "some of their channels are multiplied in more places than others"
@@ -68,7 +71,7 @@ def product_sites(findings: Findings, classes: Classes, channels: IntArray) -> t
     rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
     rank[channels] = np.arange(channels.size)
     found = []
-    for product in findings.products.values():
+    for product in _merged(findings.products.values()):
         index = rank[classes.labels[product.left]]
         inside = np.flatnonzero(index >= 0)
         if not inside.size:
@@ -79,6 +82,19 @@ def product_sites(findings: Findings, classes: Classes, channels: IntArray) -> t
         order = inside[np.argsort(index[inside], kind="stable")].reshape(channels.size, -1)
         found.append(_product_site(findings, product, order, num_channels=channels.size))
     return tuple(found), None
+
+
+def _merged(products: Iterable[Product]) -> list[Product]:
+    """Take what is one product in both modes as one; where the ways there differ, only slicing is right."""
+    out: dict[str, Product] = {}
+    for product in products:
+        key = pairs_of(product)
+        known = out.setdefault(key, product)
+        if known is not product:
+            fold = known.fold if known.fold == product.fold else None
+            own_scale, linear = known.own_scale or product.own_scale, known.linear & product.linear
+            out[key] = replace(known, fold=fold, own_scale=own_scale, linear=linear)
+    return list(out.values())
 
 
 def _product_site(findings: Findings, product: Product, places: IntArray, num_channels: int) -> Site:
@@ -126,5 +142,5 @@ def _foldable(findings: Findings, product: Product) -> bool:
         return False
     if np.intersect1d(product.left, product.right).size:
         return False
-    mine = product_key(product)
+    mine = pairs_of(product)
     return not any(key != mine and np.intersect1d(slots, product.right).size for slots, key in findings.uses)

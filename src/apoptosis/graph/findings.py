@@ -151,6 +151,12 @@ def site_key(consumer: Consumer) -> str:
     return f"{consumer.module}:{consumer.weight}:{consumer.dim}{part}"
 
 
+def pairs_of(product: Product) -> str:
+    """Tell one set of pairs from another, whichever operand comes first."""
+    sides = sorted((product.left.tobytes(), product.right.tobytes()))
+    return f"{product.module}:{hash(tuple(sides))}"
+
+
 def product_key(product: Product) -> str:
     """Key of the site (records.Site) that a product becomes."""
     weight, dim = product.fold or ("", 0)

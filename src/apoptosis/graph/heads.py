@@ -49,15 +49,15 @@ def head_drafts(findings: Findings) -> list[HeadDraft]:
             module_of.setdefault(head, module)
     alike: dict[tuple[object, ...], list[int]] = {}
     for head, axes in places.items():
-        signature = (module_of[head], *((axis, len(found)) for axis, found in sorted(axes.items())))
+        signature: tuple[object, ...] = (module_of[head], *((axis, len(found)) for axis, found in sorted(axes.items())))
         alike.setdefault(signature, []).append(head)
     out = []
-    for signature, heads in alike.items():
+    for key, heads in alike.items():
         if len(heads) > 1:
             ordered = sorted(heads, key=lambda head: min(found[0] for found in places[head].values()))
             axes = places[heads[0]]
             positions = {axis: np.array([places[head][axis] for head in ordered], dtype=np.int64) for axis in axes}
-            out.append(HeadDraft(str(signature[0]), len(heads), positions))
+            out.append(HeadDraft(str(key[0]), len(heads), positions))
     return out
 
 

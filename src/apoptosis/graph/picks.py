@@ -41,7 +41,7 @@ def partial_work(
 ) -> dict[str, tuple[Worked, ...]]:
     """Return per mode the calls that worked on part of a group that may shrink."""
     group_of = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
-    sizes = []
+    sizes: list[int] = []
     for group in groups:
         if group.pin is None and group.members and not group.name.endswith(":heads"):
             member = group.members[0]

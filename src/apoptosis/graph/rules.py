@@ -133,8 +133,14 @@ def _elementwise(call: Call) -> Result:
         met,
         paths=paths if paths is not None else spoiled([v.paths for v in known]),
         linear=linear_after(call.name, values, scalar=scalar),
+        scaled=call.name in ("mul", "div") and len(tensors) == 1 and known != [] and _plain(known[0]),
     )
     return [result] + [result] * (len(call.outs) - 1)
+
+
+def _plain(value: Value) -> bool:
+    """Whether every channel is its producer's, times the same number."""
+    return value.scaled or list(value.paths.values()) == [Path()]
 
 
 def _unary_paths(call: Call, tensors: Sequence[Tensor], values: Sequence[Value | None]) -> Paths | None:

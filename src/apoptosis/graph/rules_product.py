@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from apoptosis.graph.findings import Product, product_key
+from apoptosis.graph.findings import Product, pairs_of, product_key
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Axis, Path, Value, align, collapse, expand, nothing, spoiled, varying
 from apoptosis.records import IntArray
@@ -33,12 +33,12 @@ class _Operand:
     @property
     def paired(self) -> bool:
         """Whether the contracted axis carries channels."""
-        return self.ids.shape[-1] > 1
+        return bool(self.ids.shape[-1] > 1)
 
     @property
     def crossed(self) -> bool:
         """Whether the kept axis carries channels, too."""
-        return self.ids.shape[-2] > 1
+        return bool(self.ids.shape[-2] > 1)
 
 
 def _operand(call: Call, tensor: Tensor, ndim: int, *, flip: bool = False) -> _Operand:
@@ -54,13 +54,14 @@ def _operand(call: Call, tensor: Tensor, ndim: int, *, flip: bool = False) -> _O
 
 
 def _plain(call: Call, operand: _Operand, slots: IntArray) -> Axis | None:
-    """Return the axis that made the operand, when nothing but movement lies between."""
-    paths = operand.value.paths
-    if len(paths) != 1:
+    """Return the axis that made the operand, when nothing but movement and plain factors lie between."""
+    value = operand.value
+    if len(value.paths) != 1:
         return None
-    axis, path = next(iter(paths.items()))
+    axis, path = next(iter(value.paths.items()))
     found = call.tracer.findings.slots.axes_of(slots)
-    return axis if path == Path() and len(found) == 1 and found[0][:2] == axis else None
+    plain = path == Path() or (value.scaled and value.linear == {axis})
+    return axis if plain and len(found) == 1 and found[0][:2] == axis else None
 
 
 def _rows(left: _Operand, right: _Operand) -> tuple[IntArray, IntArray, IntArray, int] | None:
@@ -114,7 +115,7 @@ def _pair(call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs:
     known = findings.products.setdefault(product_key(product), product)
     if not (np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right)):
         call.pin(a, "multiplies other channels than this module did before", _REMEDY)
-    findings.uses += [(np.unique(x), product_key(product)) for x in (product.left, product.right)]
+    findings.uses += [(np.unique(x), pairs_of(product)) for x in (product.left, product.right)]
     known.own_scale = known.own_scale or own_scale
     known.macs[tracer.mode] += macs
     tracer.show(product_key(product), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))

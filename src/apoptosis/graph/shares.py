@@ -50,7 +50,9 @@ def _governed(
     found: dict[tuple[str, str, int], set[str]] = {}
     for split in splits:
         module = modules.get(split.module)
-        numbers = {value for value in vars(module).values() if type(value) is int} if module is not None else set()
+        if module is None or isinstance(module, nn.MultiheadAttention):  # whose widths follow each on their own
+            continue
+        numbers = {value for value in vars(module).values() if type(value) is int}
         rows, columns = split.classes.shape
         inside = {names[label] for label in np.unique(split.classes).tolist() if label in names}
         for kind, number in (("columns", columns), ("total", rows * columns)):

@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.memory import Memory
 from apoptosis.graph.neurons import Begun, begin
+from apoptosis.graph.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
 from apoptosis.graph.scalars import ITEM, literal, numbers
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.values import TooLargeError, Value, nothing
@@ -31,14 +32,6 @@ FRAME_MARKS: set[CodeType] = set()
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(__file__)
-
-# Operators that write to a buffer of the module or to noise beside their result.
-_SIDE_WRITES = frozenset(("_native_batch_norm_legit", "_batch_norm_with_update", "rrelu_with_noise"))
-# Operators that change a tensor object's shape and not its memory.
-_IN_PLACE_SHAPES = frozenset(("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_"))
-
-# Operators whose reading of a parameter may be folded into; "@module" stands for them among the readers.
-_PRODUCTS = frozenset(("mm", "bmm", "mv", "matmul", "addmm", "baddbmm", "addmv", "linear"))
 
 Result = Value | Sequence[Value | None] | None
 
@@ -235,7 +228,7 @@ class Tracer:
             )
             inplace = writes[:1] == (0,) and name.endswith("_")
             base = name[:-1] if inplace else name
-            if name in _SIDE_WRITES or name in _IN_PLACE_SHAPES:
+            if name in SIDE_WRITES or name in IN_PLACE_SHAPES:
                 writes = ()
             usable = space == "aten" and (not writes or inplace)
             rule, reads = (self._rules.get(base) if usable else None) or (None, True)
@@ -249,7 +242,7 @@ class Tracer:
 
         An operator that changes the shape of the tensor object itself is told by a second object for the same memory.
         """
-        if func._schema.name.rpartition("::")[2] in _IN_PLACE_SHAPES and isinstance(args[0], Tensor):
+        if func._schema.name.rpartition("::")[2] in IN_PLACE_SHAPES and isinstance(args[0], Tensor):
             return (args[0].detach(), *args[1:])
         return args
 
@@ -318,7 +311,7 @@ class Tracer:
                 self.memory.put(tensor, nothing(tensor.dim(), f"the result of {call.label}"))
 
     def _note_reads(self, call: Call) -> None:
-        reader = f"@{self.module_name}" if call.name in _PRODUCTS else "operator"
+        reader = f"@{self.module_name}" if call.name in READERS else "operator"
         for tensor in call.tensors():
             view = self.view(tensor)
             if view is not None:

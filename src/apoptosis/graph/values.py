@@ -51,6 +51,7 @@ class Value:
     dropout: rate of a dropout with nothing but data movement since. keep: set on a Bernoulli mask, its keep rate.
     source: module whose contraction this is the untouched output of.
     linear: the producers that this is linear and homogeneous in: it scales with their weights and biases.
+    scaled: nothing but movement and plain factors, the same for all channels, since the producer that `linear` names.
     """
 
     ids: IntArray
@@ -61,6 +62,7 @@ class Value:
     keep: float | None = None
     source: str | None = None
     linear: frozenset[Axis] = frozenset()
+    scaled: bool = False
 
     @property
     def live(self) -> bool:
