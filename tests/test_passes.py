@@ -97,3 +97,14 @@ def test_the_stance_goes_back_and_a_later_one_stays():
     assert stance() == "eager_on_recompile"
     later.__exit__(None, None, None)
     torch.compiler.set_stance("default")
+
+
+def test_two_windows_that_overlap_leave_the_stance_as_it_was() -> None:
+    first, second = Eager(), Eager()
+    before = torch._dynamo.eval_frame._stance.stance
+    first.begin()
+    second.begin()
+    first.end()  # not in the order in which they began
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.end()
+    assert torch._dynamo.eval_frame._stance.stance == before == "default"

@@ -17,6 +17,8 @@ import torch
 
 _RUNNING = threading.local()
 _DYNAMO = "torch._dynamo"  # loaded before anything can have been compiled
+_EAGER: set[int] = set()  # who needs compiled code to run eagerly: the stance is one for the process, as they are many
+_STANCE: list[Any] = []  # what the first of them set
 
 
 @contextmanager
@@ -63,18 +65,27 @@ class Eager:
     """
 
     def __init__(self) -> None:
-        self._stance: Any = None
+        self._begun = False
 
     def begin(self) -> None:
         """Set the stance; does nothing where nothing can have been compiled, or where it is set already."""
-        if self._stance is None and _DYNAMO in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")
+        if not self._begun and _DYNAMO in sys.modules:
+            self._begun = True
+            if not _EAGER:
+                _STANCE[:] = [torch.compiler.set_stance("force_eager")]
+            _EAGER.add(id(self))
 
     def end(self) -> None:
-        """Put back the stance from before."""
-        stance, self._stance = self._stance, None
+        """Put back the stance from before, once nobody needs it any more."""
+        if not self._begun:
+            return
+        self._begun = False
+        _EAGER.discard(id(self))
+        if _EAGER:
+            return
+        stance = _STANCE.pop()
         now = getattr(sys.modules.get(f"{_DYNAMO}.eval_frame"), "_stance", None)
-        if stance is not None and now is stance.stance:
+        if now is stance.stance:
             stance.__exit__(None, None, None)
 
 

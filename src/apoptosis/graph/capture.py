@@ -97,12 +97,15 @@ FRAME_MARKS.add(_forward.__code__)
 def _flags(model: nn.Module, *, training: bool, drop: bool = True) -> Iterator[None]:
     """Set every module's training flag itself (train() may be overridden and do more), and restore each.
 
-    drop: whether dropout modules take part in training mode.
+    drop: whether dropout modules take part in training mode; where they do not, parts of a model in that mode that are
+    in evaluation mode (frozen batch norms) stay so, as in the user's own passes.
     """
     before = [(module, module.training) for module in model.modules()]
+    as_is = not drop and model.training == training
     try:
-        for module, _ in before:
-            module.training = training and (drop or not isinstance(module, _DropoutNd))
+        for module, flag in before:
+            mode = flag if as_is else training
+            module.training = mode and (drop or not isinstance(module, _DropoutNd))
         yield
     finally:
         for module, flag in before:
