@@ -26,10 +26,22 @@ def same_share(model: nn.Module, groups: Sequence[Group], splits: Iterable[Split
     modules = dict(model.named_modules())
     names = _names(groups, labels)
     together: dict[str, set[str]] = {}
-    for sets in _governed(splits, modules, names).values():
+    for sets in (*_governed(splits, modules, names).values(), *_recurrent(groups, modules)):
         united = set(sets).union(*(together.get(name, ()) for name in sets))
         together.update(dict.fromkeys(united, united))
     return tuple(replace(g, equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name}))) for g in groups)
+
+
+def _recurrent(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> list[set[str]]:
+    """Return the groups of all layers and directions of a recurrence, which share one hidden (and projected) width."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for group in groups:
+        for member in group.members:
+            owner, _, leaf = member.tensor.rpartition(".")
+            if member.dim == 0 and isinstance(modules.get(owner), nn.RNNBase) and leaf.startswith("weight_"):
+                kind = "projected" if leaf.startswith("weight_hr") else "hidden"
+                found.setdefault((owner, kind), set()).add(group.name)
+    return list(found.values())
 
 
 def _names(groups: Sequence[Group], labels: Labels) -> dict[int, str]:
