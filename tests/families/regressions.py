@@ -253,6 +253,8 @@ CASES = (
         return h
 """,
         seed=240,
+        open="layers and directions that share one width",
+        message="of an nn.[A-Z]+ would have different widths",
     ),
     Case(
         "hand_attention_all_groups",
@@ -520,8 +522,6 @@ CASES = (
         return h
 """,
         seed=41,
-        open="num_features of a normalisation without tensors",
-        message="does not match num_features",
     ),
     Case(
         "lstm_hidden_as_wide_as_projected",
@@ -716,6 +716,34 @@ CASES = (
         seed=6990,
         open="channels along an axis that another tensor of the concatenation fills with none",
         message="Sizes of tensors must match except in dimension",
+    ),
+    Case(
+        "recurrent_layers",
+        "sequence",
+        """
+        self.r = nn.RNN(6, 6, batch_first=True, num_layers=2)
+        self.o = nn.Linear(6, 3)
+
+    def forward(self, h):
+        return self.o(self.r(h)[0].mean(1))
+""",
+        seed=1,
+        open="layers and directions that share one width",
+        message="of an nn.[A-Z]+ would have different widths",
+    ),
+    Case(
+        "one_column_of_rows",
+        "vector",
+        """
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(4, 3)
+
+    def forward(self, h):
+        x, y = self.a(h).chunk(2, -1)
+        return self.b(x * torch.tanh(y))
+""",
+        seed=0,
+        open="one column of rows that stays",
+        message="hold others than before",
     ),
 )
 

@@ -214,8 +214,8 @@ def cuts(network: Network, model: nn.Module, structure: Structure, seed: int) ->
     steps, drawn = steps_of(groups), dict[frozenset[str], int]()
     for group in groups:
         length, step = group.num_channels // group.rows, steps[group.name]
-        share = drawn.setdefault(frozenset((group.name, *group.equal)), dice.randrange(max(1, length // step - 1)))
-        num = share * step  # at least two steps stay
+        share = drawn.setdefault(frozenset((group.name, *group.equal)), dice.randrange(length // step))
+        num = share * step
         places = [row * length + i for row in range(group.rows) for i in dice.sample(range(length), num)]
         if places:
             removed[group.name] = sorted(places)
@@ -294,6 +294,6 @@ def cut(
     small = copy.deepcopy(full)
     edits = build_edits(structure, reductions)
     with Transaction(small, (), ()) as transaction:
-        transaction.apply(edits)
+        transaction.apply(edits, structure)
         transaction.commit()
     return small, {edit.tensor: edit.keep for edit in edits}
