@@ -52,10 +52,7 @@ def recurrent_widths(form: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_recurrences_shrink(request, removal, kind: str, form: str) -> None:
-    if kind == "RNN" and form in ("two layers", "bidirectional", "two layers, bidirectional"):
-        reason = "layers and directions of an nn.RNN share hidden_size, which Group.equal does not say yet"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_recurrences_shrink(removal, kind: str, form: str) -> None:
     wide = 12 if "bidirectional" in form else 6
     net = Net(outputs, width=wide, mid=KINDS[kind](6, 6, **FORMS[form]))
     structure = removal(net, (SEQ,), recurrent_widths(form), modes=(False,) if "two" in form else (True, False))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apoptosis.errors import StructureChangedError
 from apoptosis.graph import analyse, replay
 from apoptosis.records import Group, Seen, Structure
 
@@ -295,3 +296,22 @@ def test_positions_of_a_pair_are_where_its_channel_stands() -> None:
             tensor[pairs.members[0].positions[5]] = 0.0
     silent = seen_in(model, X)[site.key].x.abs().amax((0, 1)) == 0
     assert np.flatnonzero(silent.numpy()).tolist() == site.input_columns[5].tolist()
+
+
+class Literal(nn.Module):
+    """The number of heads is written out, so that nothing can follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(((q @ k.mT) * 0.5).softmax(-1).matmul(v).transpose(1, 2).flatten(2)).tanh()
+
+
+def test_heads_that_become_two_halves_of_one_are_refused(removal) -> None:
+    """The shapes fit and no channel meets another one, but two heads of half the size is not what was meant."""
+    with pytest.raises(StructureChangedError):
+        removal(model_of(Literal()), (X,), {"0.q": 8, "0.v": 8, "0.o": 8, "0:heads": 2})
