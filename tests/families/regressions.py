@@ -253,8 +253,6 @@ CASES = (
         return h
 """,
         seed=240,
-        open="layers and directions that share one width",
-        message="of an nn.[A-Z]+ would have different widths",
     ),
     Case(
         "hand_attention_all_groups",
@@ -728,8 +726,6 @@ CASES = (
         return self.o(self.r(h)[0].mean(1))
 """,
         seed=1,
-        open="layers and directions that share one width",
-        message="of an nn.[A-Z]+ would have different widths",
     ),
     Case(
         "one_column_of_rows",
@@ -744,6 +740,25 @@ CASES = (
         seed=0,
         open="one column of rows that stays",
         message="hold others than before",
+    ),
+    Case(
+        "one_value_channel",
+        "sequence",
+        """
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.num_heads = 1
+        self.o = nn.Linear(6, 3)
+
+    def forward(self, h):
+        q = self.q(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k = self.k(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = self.v(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        h = (q @ k.transpose(-2, -1) / 2.0).softmax(-1) @ v
+        return self.o(h.transpose(1, 2).flatten(2).mean(1))
+""",
+        seed=19,
+        open="one value channel of a head that stays",
+        message="that it did not reach before",
     ),
 )
 
