@@ -295,7 +295,6 @@ def test_what_a_computed_weight_reads_is_pinned(name: str) -> None:
         assert all(g.pin is not None for g in rows)
 
 
-@pytest.mark.xfail(reason="the pins of products do not name the parametrization", strict=False)
 @pytest.mark.filterwarnings("ignore:.*(spectral|weight)_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", PARAMETRIZED)
 def test_what_a_computed_weight_reads_is_pinned_with_the_way_out(name: str) -> None:

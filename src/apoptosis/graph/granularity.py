@@ -68,7 +68,7 @@ def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
             findings.pin(grid, call.reason("splits channels together with values that are none"))
             continue
         distinct = _distinct(grid)
-        known = (call.tracer.module_name, distinct.tobytes())
+        known = (f"{call.tracer.module_name}:{len(distinct)}", distinct.tobytes())
         if known not in findings.grid_keys:
             findings.grid_keys.add(known)
             findings.grids.append(Grid(call.tracer.module_name, distinct, where))

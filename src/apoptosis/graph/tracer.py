@@ -22,6 +22,7 @@ from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.memory import Memory
 from apoptosis.graph.neurons import Begun, begin
 from apoptosis.graph.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
+from apoptosis.graph.remedies import parametrized
 from apoptosis.graph.scalars import ITEM, literal, numbers
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.values import TooLargeError, Value, nothing
@@ -61,7 +62,7 @@ class Call:
         """Word a reason: the operator, the module it runs in and the user's line."""
         module = self.tracer.module_name
         place = f" in '{module}'" if module else ""
-        return Reason(f"operator {self.label}{place} {text}", self.tracer.where(), remedy)
+        return Reason(f"operator {self.label}{place} {text}", self.tracer.where(), self.tracer.take_off() or remedy)
 
     def pin(self, slots: IntArray, text: str, remedy: str = "") -> None:
         """Pin the channels of these slots."""
@@ -136,8 +137,7 @@ class Tracer:
 
     def value(self, tensor: Tensor) -> Value:
         """Return what is known of an operand; a parameter along one axis of which it runs gives that axis' slots."""
-        view = self.memory.view(tensor)
-        return self.memory.value(tensor) if view is None else self._as_value(view)
+        return self.memory.value(tensor) if (view := self.memory.view(tensor)) is None else self._as_value(view)
 
     def _as_value(self, view: View) -> Value:
         varied = view.varied()
@@ -152,7 +152,7 @@ class Tracer:
         if bool((slots != 0).any()):
             place = f" in '{self.module_name}'" if self.module_name else ""
             operator = f"operator {self._label}{place} " if self._label else ""
-            self.findings.pin(slots, Reason(operator + text, self.where()))
+            self.findings.pin(slots, Reason(operator + text, self.where(), self.take_off()))
 
     def show(self, site: str, make: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
         """Hand what a site reads to whoever watches this pass."""
@@ -215,6 +215,10 @@ class Tracer:
                 break
             frame = frame.f_back
         return ""
+
+    def take_off(self) -> str:
+        """Return how to take off what computes a weight of the running modules, "" where nothing does."""
+        return parametrized((name, module) for name, module, *_ in reversed(self._stack))
 
     # -- operators ----------------------------------------------------------------------------------------------
 
@@ -313,8 +317,7 @@ class Tracer:
     def _note_reads(self, call: Call) -> None:
         reader = f"@{self.module_name}" if call.name in READERS else "operator"
         for tensor in call.tensors():
-            view = self.view(tensor)
-            if view is not None:
+            if (view := self.view(tensor)) is not None:
                 self.read(view.owner, reader)
                 continue
             value = self.memory.recorded(tensor)
@@ -339,9 +342,8 @@ def no_rule(call: Call, text: str = "has no rule") -> Result:
     """Pin everything that reaches an operator; its results carry no channels."""
     remedy = "Register one with register_rule(), or leave it out with exclude=." if text == "has no rule" else ""
     for tensor in call.tensors():
-        view = call.tracer.view(tensor)
-        if view is not None:
-            call.pin_owner(view.owner, text, remedy, dim=-1 if call.name.startswith("embedding") else 0)
+        if (view := call.tracer.view(tensor)) is not None:
+            call.pin_owner(view.owner, text, remedy)
         else:
             call.pin(call.tracer.value(tensor).ids, text, remedy)
     return None
