@@ -760,6 +760,48 @@ CASES = (
         open="one value channel of a head that stays",
         message="that it did not reach before",
     ),
+    Case(
+        "recurrent_layer_beside_a_pinned_one",
+        "sequence",
+        """
+        self.r = nn.RNN(6, 6, batch_first=True, num_layers=2)
+        self.n = nn.LayerNorm(6)
+        self.o = nn.Linear(6, 3)
+
+    def forward(self, h):
+        return self.o(self.n(self.r(h)[0]).mean(1))
+""",
+        seed=1,
+        open="a layer of a recurrence that shares its width with a pinned one",
+        message="of an nn.[A-Z]+ would have different widths",
+    ),
+    Case(
+        "more_channels_than_rank",
+        "tokens",
+        """
+        self.m0 = nn.Embedding(11, 8)
+        self.m1 = nn.Softsign()
+        self.m2 = nn.Linear(8, 12)
+        self.m5 = nn.Linear(12, 6)
+        self.m6 = nn.Tanh()
+        self.m7 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        x3, x4 = h.chunk(2, -1)
+        h = torch.cat([x4, x3], -1)
+        h = self.m5(h)
+        h = self.m6(h)
+        h = h.mean(1)
+        h = self.m7(h)
+        return h
+""",
+        seed=21421,
+        open="round-off of a group with fewer directions than channels",
+        message="12 channels, 4 planted, 10 kept",
+    ),
 )
 
 #: Patterns of the failures that are known and not mended yet.
