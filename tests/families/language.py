@@ -108,7 +108,8 @@ GPT2_GROUPS = every_layer("transformer.h.{}", {"attn.c_attn": 4, "mlp.c_fc": 6})
 #: Frequencies are one buffer for all layers, so that rotary pairs of queries and keys are one group.
 PAIRS = {"model.layers.0.self_attn.q_proj": 1}
 PHI_LAYER = {"self_attn.v_proj": 2, "mlp.fc1": 6}
-PHI_REST = {"model.layers.0.self_attn.q_proj#2": 2}  # half of the queries is not rotated
+# half of the queries is not rotated; the rotated half of all layers is one group, named after the first
+PHI_REST = {"model.layers.0.self_attn.q_proj#2": 2, "model.layers.1.self_attn.q_proj": 2}
 LLAMA_GROUPS = {**PAIRS, **every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.gate_proj": 6})}
 
 
@@ -142,7 +143,7 @@ def family(name: str, build: Callable[[], nn.Module], example: Any, groups: dict
 def turned(name: str, config: str, groups: dict[str, int], **settings: Any) -> Family:
     """A decoder with rotary positions, by the name of its configuration's class."""
     model = build(f"{config}ForCausalLM", f"{config}Config", **DECODER, **settings)
-    missing = ending(groups, SLICES, "q_proj#2", "v_proj") if "partial_rotary_factor" in settings else {}
+    missing = ending(groups, SLICES, "q_proj", "q_proj#2", "v_proj") if "partial_rotary_factor" in settings else {}
     return family(name, model, tokens(use_cache=False), groups, missing=missing)
 
 
