@@ -160,8 +160,14 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
                 rows=len(rows.get(index, draft.channels[None])),
             )
         )
-    heads = [_head_group(findings, draft, by_axis) for draft in head_drafts(findings)]
-    return _with_alternatives(groups, [group for group in heads if group is not None])
+    heads = []
+    for whole in head_drafts(findings):
+        group = _head_group(findings, whole, by_axis)
+        if group is not None:
+            names[group.name] = names.get(group.name, 0) + 1
+            again = names[group.name]
+            heads.append(group if again == 1 else replace(group, name=f"{group.name}#{again}"))
+    return _with_alternatives(groups, heads)
 
 
 def _head_group(findings: Findings, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:

@@ -43,8 +43,8 @@ def partial_work(
     group_of = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
     sizes: list[int] = []
     for group in groups:
-        if group.pin is None and group.members and not group.name.endswith(":heads"):
-            member = group.members[0]
+        member = group.members[0] if group.pin is None and group.members else None
+        if member is not None and not _is_coarse(classes[member.tensor][member.dim][member.positions]):
             group_of[classes[member.tensor][member.dim][member.positions[:, 0]]] = len(sizes)
             sizes.append(group.num_channels)
     out: dict[str, tuple[Worked, ...]] = {}
@@ -60,6 +60,11 @@ def partial_work(
                 kept.append(Worked(operator=operator, classes=found, module=module, where=where))
         out[mode] = tuple(kept)
     return out
+
+
+def _is_coarse(classes: IntArray) -> bool:
+    """Whether the channels of a group are whole heads, of several classes each."""
+    return bool((classes != classes[:, :1]).any())
 
 
 def changed_work(old: Structure, new: Structure, old_of: Mapping[int, int]) -> str | None:
