@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from apoptosis.unwrap import bare, unwrap
 
 @pytest.fixture(autouse=True)
 def _forgotten():
+    gc.collect()  # windows of other tests' runs, which nobody closed, hold the compiler's stance
     yield
     torch.compiler.reset()
 

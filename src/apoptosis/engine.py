@@ -49,7 +49,7 @@ from apoptosis.state import (
 )
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.unwrap import bare, rebuild
-from apoptosis.verdict import Verdict
+from apoptosis.verdict import Verdict, sanity_limit
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -112,7 +112,7 @@ class Apoptosis:
         call = as_call(example_input)
         self._patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
         self._verdict = Verdict(
-            budget, None if probe is None else make_probe(probe, example_input), exact=tolerance == 0
+            budget, None if probe is None else make_probe(probe, example_input), sanity=sanity_limit(model, tolerance)
         )
         self._log = log
         structure, seconds = timed_capture(model, self._patient.call)

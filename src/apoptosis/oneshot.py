@@ -25,7 +25,7 @@ from apoptosis.planner import Plan, Request, make_plan
 from apoptosis.probe import as_call, check_runs, make_probe, num_rows, without_trace
 from apoptosis.records import Certificate, Structure
 from apoptosis.surgery import check_optimizers
-from apoptosis.verdict import Verdict
+from apoptosis.verdict import Verdict, sanity_limit
 
 _TRIES = 6  # halvings of the tolerance before a surgery beyond the sanity limit is given up
 
@@ -83,7 +83,9 @@ def shrink_(
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
     patient = Patient(model=model, optimizers=optimizers, call=as_call(example_input), parallel=parallel)
-    verdict = Verdict(None, None if probe is None else make_probe(probe, example_input), exact=tolerance == 0)
+    verdict = Verdict(
+        None, None if probe is None else make_probe(probe, example_input), sanity=sanity_limit(model, tolerance)
+    )
     structure = analyse(model, *patient.call)
     if verdict.probe is not None:
         check_runs(model, verdict.probe)

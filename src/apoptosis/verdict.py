@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from apoptosis.budget import ALPHA, Account
@@ -25,6 +25,17 @@ EXACT_RMS = 1e-3  # the same at tolerance 0, where more than round-off can only 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
+def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
+    """Return the relative rms change of the outputs beyond which an event is rolled back, without a budget.
+
+    At tolerance 0 it is the round-off of the parameters' type, with room for several layers.
+    """
+    if tolerance != 0:
+        return SANITY_RMS
+    coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    return min(SANITY_RMS, max(EXACT_RMS, 8 * coarsest))
+
+
 class Verdict:
     """Judge of one run: `begin` an attempt, `judge` what was measured, `settle` when it was committed.
 
@@ -33,9 +44,9 @@ class Verdict:
         probe: held-out examples, or None to measure on training inputs.
     """
 
-    def __init__(self, budget: float | None, probe: Probe | None, *, exact: bool = False) -> None:
+    def __init__(self, budget: float | None, probe: Probe | None, *, sanity: float = SANITY_RMS) -> None:
         self.probe = probe
-        self.sanity = EXACT_RMS if exact else SANITY_RMS
+        self.sanity = sanity
         self.account = Account(budget, 0 if probe is None else probe.rows)
         self.training_flips = 0.0
         self.named = probe is not None and probe.labels is not None
