@@ -117,3 +117,13 @@ def test_two_windows_that_overlap_leave_the_stance_as_it_was() -> None:
     assert torch._dynamo.eval_frame._stance.stance == "force_eager"
     second.end()
     assert torch._dynamo.eval_frame._stance.stance == before == "default"
+
+
+@pytest.mark.usefixtures("_no_window_left")
+def test_a_window_that_nobody_closes_ends_with_its_owner() -> None:
+    eager = Eager()
+    eager.begin()
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del eager
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"

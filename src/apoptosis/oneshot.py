@@ -76,8 +76,7 @@ def shrink_(
     optimizers = check_optimizers_given(optimizer)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
     seed = check_others(criterion=criterion, seed=seed)
-    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
-        raise ArgumentError(f"batches is a {type(batches).__name__}: give a sequence or loader of batches, [batch].")
+    _check_batches(batches)
     if given is None:
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
     chosen = get_criterion(criterion)
@@ -118,6 +117,11 @@ def shrink_(
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
     )
+
+
+def _check_batches(batches: object) -> None:
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
+        raise ArgumentError(f"batches is a {type(batches).__name__}: give a sequence or loader of batches, [batch].")
 
 
 def _surgery(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,28 +66,32 @@ class Eager:
     """
 
     def __init__(self) -> None:
-        self._begun = False
+        self._leave: Any = None
 
     def begin(self) -> None:
         """Set the stance; does nothing where nothing can have been compiled, or where it is set already."""
-        if not self._begun and _DYNAMO in sys.modules:
-            self._begun = True
+        if self._leave is None and _DYNAMO in sys.modules:
             if not _EAGER:
                 _STANCE[:] = [torch.compiler.set_stance("force_eager")]
             _EAGER.add(id(self))
+            self._leave = weakref.finalize(self, _leave, id(self))  # a window that nobody closes ends with its owner
+            self._leave.atexit = False
 
     def end(self) -> None:
         """Put back the stance from before, once nobody needs it any more."""
-        if not self._begun:
-            return
-        self._begun = False
-        _EAGER.discard(id(self))
-        if _EAGER:
-            return
-        stance = _STANCE.pop()
-        now = getattr(sys.modules.get(f"{_DYNAMO}.eval_frame"), "_stance", None)
-        if now is stance.stance:
-            stance.__exit__(None, None, None)
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
+
+
+def _leave(key: int) -> None:
+    _EAGER.discard(key)
+    if _EAGER or not _STANCE:
+        return
+    stance = _STANCE.pop()
+    now = getattr(sys.modules.get(f"{_DYNAMO}.eval_frame"), "_stance", None)
+    if now is stance.stance:
+        stance.__exit__(None, None, None)
 
 
 def forget_compiled() -> None:
