@@ -127,3 +127,12 @@ def test_a_window_that_nobody_closes_ends_with_its_owner() -> None:
     del eager
     gc.collect()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@pytest.mark.usefixtures("_no_window_left")
+def test_a_window_that_ends_inside_a_pass_of_the_library_lets_go_after_it() -> None:
+    eager = Eager()
+    eager.begin()
+    with own_pass():
+        eager.end()
+    assert torch._dynamo.eval_frame._stance.stance == "default"

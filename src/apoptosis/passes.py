@@ -36,6 +36,7 @@ def own_pass() -> Iterator[None]:
             yield
     finally:
         _RUNNING.depth = depth
+        _put_back()
 
 
 def is_own_pass() -> bool:
@@ -71,7 +72,7 @@ class Eager:
     def begin(self) -> None:
         """Set the stance; does nothing where nothing can have been compiled, or where it is set already."""
         if self._leave is None and _DYNAMO in sys.modules:
-            if not _EAGER:
+            if not _STANCE:
                 _STANCE[:] = [torch.compiler.set_stance("force_eager")]
             _EAGER.add(id(self))
             self._leave = weakref.finalize(self, _leave, id(self))  # a window that nobody closes ends with its owner
@@ -86,7 +87,12 @@ class Eager:
 
 def _leave(key: int) -> None:
     _EAGER.discard(key)
-    if _EAGER or not _STANCE:
+    _put_back()
+
+
+def _put_back() -> None:
+    """Put back the stance unless somebody needs it, or a pass of the library's own runs, which has set another."""
+    if _EAGER or not _STANCE or is_own_pass():
         return
     stance = _STANCE.pop()
     now = getattr(sys.modules.get(f"{_DYNAMO}.eval_frame"), "_stance", None)
