@@ -103,9 +103,6 @@ def test_rows_that_are_flattened_again_stay_equally_long(removal) -> None:
     assert split.where.startswith("test_granularity.py:")
 
 
-@pytest.mark.xfail(
-    reason="a split of the same channels into rows of another length is taken for the same", strict=False
-)
 def test_rows_within_rows_keep_the_finer_ones(removal) -> None:
     def nested(m: nn.Module, h: Tensor) -> Tensor:
         return h.unflatten(-1, (2, -1)).flatten(-2).unflatten(-1, (4, -1)).flatten(-2).tanh()
@@ -117,9 +114,6 @@ def test_rows_within_rows_keep_the_finer_ones(removal) -> None:
     removal(Net(nested, 12), (X,), free(structure))
 
 
-@pytest.mark.xfail(
-    reason="a split of the same channels into rows of another length is taken for the same", strict=False
-)
 def test_rows_that_overlap_without_nesting_are_tied(removal) -> None:
     def crossed(m: nn.Module, h: Tensor) -> Tensor:
         return (h.unflatten(-1, (2, -1)).flatten(-2) + h.unflatten(-1, (3, -1)).flatten(-2)).tanh()
@@ -199,7 +193,7 @@ def test_a_shuffle_before_a_grouped_convolution_keeps_its_blocks_alike(removal, 
 
 
 @pytest.mark.xfail(
-    reason="of one channel per block and row nothing tells any more that all of them are one", strict=False
+    reason="of one channel per block and row nothing tells any more that all of them are one", strict=True
 )
 def test_a_shuffle_before_a_grouped_convolution_may_come_down_to_one_channel(removal) -> None:
     removal(Shuffled(module=False, grouped=True, width=8), (IMG,), {"a": 2, "b": 4})

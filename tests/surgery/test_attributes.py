@@ -161,7 +161,10 @@ def test_recurrent_cells_lose_silent_hidden_channels(kind):
     with torch.no_grad():
         net.weight_hh[:, [1, 4]] = 0.0
     net.bidirectional = False
-    run = lambda h: h if isinstance(h, torch.Tensor) else h[0]  # noqa: E731
+
+    def run(h):
+        return h if isinstance(h, torch.Tensor) else h[0]
+
     expected = run(net(x, net(x)))[:, KEEP].detach()
     with Transaction(net) as transaction:
         transaction.apply(recurrent_edits(net))

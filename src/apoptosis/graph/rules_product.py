@@ -203,13 +203,14 @@ def _attention(call: Call) -> Result:
     names = {"_scaled_dot_product_flash_attention_for_cpu": "attn_mask", "_scaled_dot_product_flash_attention": ""}
     named = names.get(call.name)
     mask = call.kwargs.get(named) if named is not None else call.arg(3, "attn_mask", call.kwargs.get("attn_bias"))
-    if isinstance(mask, Tensor) and call.tracer.view(mask) is None and heads is not None:
+    view = call.tracer.view(mask) if isinstance(mask, Tensor) else None
+    if isinstance(mask, Tensor) and view is None and heads is not None:
         met = align(call.tracer.value(mask).ids, ndim)
         call.tracer.findings.tie(heads, met)
         if mask.dim() > 2 and mask.shape[-3] > 1 and mask.stride(-3) != 0 and met.shape[-3] == 1:
             call.pin(heads, "adds a mask of its own to every head")
-    elif isinstance(mask, Tensor) and call.tracer.view(mask) is not None:
-        call.pin_owner(call.tracer.view(mask).owner, "adds it to the scores")  # type: ignore[union-attr]
+    elif view is not None:
+        call.pin_owner(view.owner, "adds it to the scores")
         if heads is not None:
             call.pin(heads, "adds a parameter to the scores")
     flipped = _Operand(values.tensor, values.value, values.ids.swapaxes(-1, -2))
