@@ -9,7 +9,7 @@ from families.classic import images, vectors
 from families.family import Family
 
 LINEAR = {"seq.0": 1, "seq.1": 2}
-PINNED = "the hidden state of a recurrence is pinned where it meets its zero initial state"
+PINNED = "the network returns states of one layer, and all layers of a recurrence share one width"
 CONVOLUTIONS = {"seq.0": 8, "conv2d1": 16}
 
 FAMILIES = (
