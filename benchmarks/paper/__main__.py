@@ -1,0 +1,70 @@
+"""The paper's ground, all contestants, one command.
+
+    python -m benchmarks.paper --data-dir DIR                 every cell that is not there yet; hours on two cores
+    python -m benchmarks.paper --only mnist,higgs --seeds 0   some of them
+    python -m benchmarks.paper --quick                        a small network on bundled digits, for CI: under 5 minutes
+    python -m benchmarks.paper --table                        only read what is there: table, targets, pictures
+
+Resumable per cell (ground and seed): a cell whose JSON exists is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.paper.cells import cell_path, run_cell, write_cell
+from benchmarks.paper.grounds import GROUNDS, QUICK
+from benchmarks.paper.summary import read_cells, summarise, tell
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, help="where the publishers' files lie")
+    parser.add_argument("--only", help=f"grounds, comma-separated: {', '.join(GROUNDS)}", default=",".join(GROUNDS))
+    parser.add_argument("--seeds", help="comma-separated; default: each ground's own number of them, from 0")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells' JSON")
+    parser.add_argument("--no-criteria", action="store_true", help="leave the other criteria out")
+    parser.add_argument("--rows", type=int, help="training rows instead of all")
+    parser.add_argument("--epochs", type=int, help="instead of the ground's")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.only.split(",") if name not in GROUNDS]:
+        parser.error(f"unknown grounds {', '.join(unknown)}; there are {', '.join(GROUNDS)}")
+    given.results.mkdir(parents=True, exist_ok=True)
+    if not given.table:
+        _run(given)
+    cells = read_cells(given.results, only=["digits"] if given.quick else given.only.split(","))
+    if not cells:
+        print("no cells yet", file=sys.stderr)
+        return 1
+    print(tell(summarise(cells)))
+    return 0
+
+
+def _run(given: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    names = ["digits"] if given.quick else given.only.split(",")
+    for name in names:
+        ground = QUICK if given.quick else GROUNDS[name]
+        ground = ground if given.epochs is None else replace(ground, epochs=given.epochs)
+        seeds = range(ground.seeds) if given.seeds is None else [int(seed) for seed in given.seeds.split(",")]
+        missing = [seed for seed in seeds if given.quick or not cell_path(given.results, name, seed).exists()]
+        if not missing:
+            continue
+        task = ground.load(given.data_dir, given.rows)
+        for seed in missing:
+            print(f"{name}, seed {seed}", flush=True)
+            cell = run_cell(ground, task, seed, lambda line: print(line, flush=True), criteria=not given.no_criteria)
+            write_cell(cell_path(given.results, name, seed), cell)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

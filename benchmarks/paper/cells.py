@@ -1,0 +1,125 @@
+"""One cell of the table: all contestants of one ground and seed, trained epoch by epoch in turn, in one process.
+
+Lives here: who trains when, and the cell's JSON. Does not live here: methods, tables.
+Interleaving keeps it fair: whatever else the machine does meets all alike. Two rounds: what needs no result first; then
+what needs the widths that apoptosis found or the trained dense network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apoptosis.recipes.machine import machine, versions
+from benchmarks.paper.contestants import (
+    CRITERIA,
+    EarlyStopping,
+    FineTuning,
+    Lasso,
+    Pruning,
+    Shrinking,
+    small,
+)
+from benchmarks.paper.grounds import Ground, Task
+from benchmarks.paper.measure import energy_joules, latencies, training_memory
+from benchmarks.paper.training import Contestant
+
+SCHEMA = 1
+Say = Callable[[str], None]
+
+
+def run_cell(ground: Ground, task: Task, seed: int, say: Say, *, criteria: bool = True) -> dict[str, Any]:
+    """Train all contestants of a ground with one seed.
+
+    Args:
+        criteria: also apoptosis with each other criterion (core grounds).
+
+    Returns: the cell as plain values.
+    """
+    energy = energy_joules()
+    dense = Contestant("dense", ground, task, seed)
+    shrunk = Shrinking("apoptosis", ground, task, seed)
+    others: list[Contestant] = [Pruning("torch-pruning", ground, task, seed, shrunk.macs)]
+    if ground.core:
+        others.append(Contestant("half width", ground, task, seed, scale=0.5))
+        others.append(Lasso("group lasso", ground, task, seed, shrunk.macs))
+        if criteria:
+            others += [Shrinking(f"apoptosis, {c}", ground, task, seed, criterion=c) for c in CRITERIA]
+    early = EarlyStopping(dense)
+    _train([dense, shrunk, *others], say, after=lambda: early.look())
+    pace = shrunk.points[-1].seconds - shrunk.points[-2].seconds if len(shrunk.points) > 1 else shrunk.seconds
+    late: list[Contestant] = [small("same widths", shrunk)]
+    if ground.core:
+        late.append(small("same widths, longer", shrunk, seconds=shrunk.seconds, pace=pace))
+        late.append(FineTuning("train-prune-fine-tune", dense, shrunk.macs()))
+    _train(late, say)
+    everyone = [dense, shrunk, *others, *late]
+    records = {c.name: c.record() for c in everyone}
+    if ground.core:
+        records["early stopping"] = early.record()
+    inputs = task.test.between(0, min(256, len(task.test)))[0]
+    for name, found in latencies({c.name: c.model for c in everyone}, inputs).items():
+        records[name]["latency"] = found
+    batch = task.train.between(0, dense.batch)[0]
+    for contestant in (dense, shrunk):
+        records[contestant.name]["memory"] = training_memory(contestant.model, batch)
+    spent = energy_joules()
+    return {
+        "kind": "paper-cell",
+        "schema": SCHEMA,
+        "ground": ground.name,
+        "seed": seed,
+        "metric": ground.metric,
+        "unit": ground.unit,
+        "core": ground.core,
+        "epochs": ground.epochs,
+        "batch": ground.batch,
+        "lr": ground.lr,
+        "train_rows": len(task.train),
+        "versions": versions() | _torch_pruning(),
+        "machine": machine(torch.device("cpu")),
+        "joules": None if energy is None or spent is None else spent - energy,
+        "contestants": records,
+    }
+
+
+def _train(contestants: Sequence[Contestant], say: Say, after: Callable[[], None] | None = None) -> None:
+    """Train epoch by epoch in turn; dense and apoptosis lead alternately, rivals that follow apoptosis come after."""
+    number = 0
+    while any(not c.finished for c in contestants):
+        order = list(contestants)
+        if number % 2:
+            order[:2] = order[1::-1]
+        for contestant in order:
+            if not contestant.finished:
+                contestant.run_epoch()
+                point = contestant.points[-1]
+                say(
+                    f"  epoch {contestant.epoch:2d} {contestant.name:24s} validation {point.validation:.4f}  "
+                    f"{point.seconds:7.1f} s  {point.parameters:10,d} parameters  {point.macs:12,d} multiply-adds"
+                )
+        if after is not None:
+            after()
+        number += 1
+
+
+def _torch_pruning() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"torch-pruning": version("torch-pruning")}
+
+
+def cell_path(folder: Path, ground: str, seed: int) -> Path:
+    """Return where a cell's JSON lies."""
+    return folder / f"{ground}-{seed}.json"
+
+
+def write_cell(path: Path, cell: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(cell, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,210 @@
+"""What a user would pick: dense, apoptosis, small from the start, Torch-Pruning, group lasso.
+
+Lives here: each method as a `Contestant`. Does not live here: the training loop (training), the order (cells).
+
+At equal multiply-adds: after every epoch a pruning rival cuts to the multiply-adds that apoptosis has after the same
+epoch, so that both save the same arithmetic and only the choice of what goes, and what is kept of it, differs.
+References: Fang et al., "DepGraph", arXiv 2301.12900 (Torch-Pruning); Lym et al., "PruneTrain", arXiv 1901.09290.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from apoptosis import Apoptosis
+from benchmarks.paper.grounds import Ground, Task
+from benchmarks.paper.training import Contestant, count_macs, fresh_like
+
+PROBE_ROWS = 4096
+CRITERIA = ("greedy", "constant", "duplicate", "pairwise", "magnitude", "random")
+PATIENCE = 2  # epochs without a better validation metric after which early stopping stops
+FINE_TUNE = 0.2  # of the epochs, after pruning a trained network
+ALIGN = 8  # Torch-Pruning's round_to, the same multiple as apoptosis' own
+LASSO_SHARE = 0.25  # of the first loss that the penalty makes up (PruneTrain's rule)
+
+
+class Shrinking(Contestant):
+    """The dense network with `Apoptosis` in its loop, at default settings unless `options` says otherwise."""
+
+    def __init__(self, name: str, ground: Ground, task: Task, seed: int, **options: Any) -> None:
+        super().__init__(name, ground, task, seed)
+        probe = task.validation.between(0, min(PROBE_ROWS, len(task.validation)))
+        self.apo = Apoptosis(
+            self.model,
+            self.optimizer,
+            self.example(),
+            total_steps=self.total_steps,
+            probe=probe if task.classes else (probe[0],),
+            seed=seed,
+            **options,
+        )
+        self.seconds = self.run_seconds = self.apo.seconds
+        self.cpu_seconds = self.apo.seconds
+        self.events: list[dict[str, Any]] = []
+
+    def after_step(self) -> None:
+        if event := self.apo.step():
+            told = event.as_dict()
+            self.events.append({key: told[key] for key in ("step", "seconds") if key in told} | self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {"widths": self.widths(), "macs": self.macs()}
+
+    def widths(self) -> dict[str, int]:
+        """Return channels per group that may shrink."""
+        return {group.name: group.num_channels for group in self.apo.groups()}
+
+    @property
+    def own_seconds(self) -> float:
+        return self.apo.seconds
+
+    def more(self) -> dict[str, Any]:
+        ledger = self.apo.ledger().as_dict()
+        return {"widths": self.widths(), "events": self.events, "ledger": ledger, "calibration": self.apo.calibration}
+
+
+class Pruning(Contestant):
+    """Torch-Pruning during training: global group magnitude, optimizer rebuilt after every cut.
+
+    Args: target: asked after every epoch for the multiply-adds to cut to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ground: Ground,
+        task: Task,
+        seed: int,
+        target: Callable[[], int],
+        *,
+        model: nn.Module | None = None,
+        epochs: int | None = None,
+    ) -> None:
+        super().__init__(name, ground, task, seed, model=model, epochs=epochs)
+        self.target = target
+
+    def after_epoch(self) -> None:
+        if self.macs() > self.target() and prune_to(self.model, self.example(), self.target()):
+            self.optimizer = self.new_optimizer()
+
+
+class Lasso(Pruning):
+    """Group lasso from the first step, channels of small norm cut after every epoch, in the manner of PruneTrain."""
+
+    strength = 0.0
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = super().new_optimizer()
+        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
+        if not self.strength:
+            first = float(self.task.loss(self.model(self.example(128)), self.task.train.between(0, 128)[1]).detach())
+            total = sum(float(layer.weight.detach().flatten(1).norm(dim=1).sum()) for layer in layers)
+            self.strength = LASSO_SHARE / (1 - LASSO_SHARE) * first / total
+
+        def add_penalty(*_: Any) -> None:
+            with torch.no_grad():
+                for layer in layers:
+                    rows = layer.weight.flatten(1)
+                    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                    layer.weight.grad.add_(unit.view_as(layer.weight), alpha=self.strength)
+
+        optimizer.register_step_pre_hook(add_penalty)
+        return optimizer
+
+
+class FineTuning(Contestant):
+    """A trained dense network, pruned once to the final multiply-adds, trained on at a tenth of the learning rate."""
+
+    def __init__(self, name: str, dense: Contestant, target: int) -> None:
+        extra = max(1, round(FINE_TUNE * dense.ground.epochs))
+        model = copy.deepcopy(dense.model)
+        super().__init__(name, dense.ground, dense.task, dense.seed + 50, model=model, epochs=extra)
+        prune_to(self.model, self.example(), target)
+        self.optimizer = self.new_optimizer()
+        self.seconds, self.cpu_seconds, self.run_seconds = dense.seconds, dense.cpu_seconds, dense.run_seconds
+        self.points = list(dense.points)
+
+    def rate(self) -> float:
+        return 0.1 * self.ground.lr * (1 - self.step / self.total_steps)
+
+
+class EarlyStopping:
+    """The dense run, stopped when its validation metric has not improved for PATIENCE epochs; best weights kept."""
+
+    def __init__(self, dense: Contestant) -> None:
+        self.dense, self.best, self.stopped = dense, -float("inf"), 0
+        self.since, self.weights = 0, copy.deepcopy(dense.model.state_dict())
+
+    def look(self) -> None:
+        """Call after every epoch of the dense run."""
+        if self.stopped:
+            return
+        value = self.dense.points[-1].validation
+        self.since += 1
+        if value > self.best:
+            self.best, self.since, self.weights = value, 0, copy.deepcopy(self.dense.model.state_dict())
+        if self.since >= PATIENCE or self.dense.finished:
+            self.stopped = len(self.dense.points)
+            self.clocks = (self.dense.seconds, self.dense.cpu_seconds, self.dense.run_seconds)
+
+    def record(self) -> dict[str, Any]:
+        """Read the test part once with the weights that were kept; the dense run's own are untouched."""
+        last = copy.deepcopy(self.dense.model.state_dict())
+        self.dense.model.load_state_dict(self.weights)
+        told = self.dense.record()
+        self.dense.model.load_state_dict(last)
+        told["seconds"], told["cpu_seconds"], told["run_seconds"] = self.clocks
+        told["points"] = told["points"][: self.stopped]
+        return told
+
+
+def small(name: str, shrunk: Shrinking, *, seconds: float | None = None, pace: float | None = None) -> Contestant:
+    """Return the widths that apoptosis found, trained from the start.
+
+    Args:
+        seconds, pace: train for as many epochs as fit into `seconds` at `pace` seconds an epoch; None: the ground's.
+    """
+    model = copy.deepcopy(shrunk.model)
+    torch.manual_seed(shrunk.seed)
+    fresh_like(model)
+    epochs = None if seconds is None or not pace else max(shrunk.ground.epochs, round(seconds / pace))
+    return Contestant(name, shrunk.ground, shrunk.task, shrunk.seed, model=model, epochs=epochs)
+
+
+def prune_to(model: nn.Module, example: torch.Tensor, target: int, steps: int = 100) -> bool:
+    """Cut by Torch-Pruning until `model` takes at most `target` multiply-adds; says whether anything went.
+
+    Attention is left alone (its widths feed reshapes of the model's own), and so is every width under a norm; the last
+    layer keeps its outputs. A layer keeps at least a tenth of the channels it has.
+    """
+    import torch_pruning as tp
+
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    transformer = any(n.endswith("fc1") for n, _ in layers)
+    kept = [m for n, m in layers if transformer and not n.endswith("fc1")] or [layers[-1][1]]
+    was = model.training
+    model.eval()
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=0.95,
+        max_pruning_ratio=0.9,
+        iterative_steps=steps,
+        ignored_layers=kept,
+        round_to=ALIGN,
+    )
+    cut = False
+    for _ in range(steps):
+        if count_macs(model, example[:1]) <= target:
+            break
+        pruner.step()
+        cut = True
+    model.train(was)
+    return cut

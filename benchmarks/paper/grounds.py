@@ -1,0 +1,166 @@
+"""The ground: data sets, networks and schedules that every contestant shares.
+
+Lives here: `GROUNDS`, one entry per data set and network, and what loss and metric mean there. Does not live here:
+contestants. One configuration for all: Adam, learning rate 1e-3, batch 128, one-cycle schedule; nothing is tuned per set.
+Metrics are "higher is better".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apoptosis.recipes.datasets import Part, load_dataset
+from apoptosis.recipes.metrics import auc
+from apoptosis.recipes.networks import build_network
+from benchmarks.paper.networks import GPT, ViT, alexnet, autoencoder
+
+Score = Callable[[Tensor, Tensor], float]
+LENGTH = 64  # characters per example of the language model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
+    """Parts on the device and what is asked of a network.
+
+    loss: (outputs, labels) -> scalar to minimise. score: (all outputs, all labels) of a part -> metric, higher is better.
+    classes: whether outputs are (examples, classes), so that predictions can be compared.
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Score
+    classes: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """One data set with one network.
+
+    metric: its name. unit: what a difference of the metric is multiplied by ("points" are hundredths).
+    core: whether all rivals run here. build: (task, scale of all hidden widths) -> network.
+    """
+
+    name: str
+    metric: str
+    unit: float
+    epochs: int
+    load: Callable[[Path | None, int | None], Task]
+    build: Callable[[Task, float], nn.Module]
+    core: bool = False
+    seeds: int = 3
+    batch: int = 128
+    lr: float = 1e-3
+
+
+def _classes(name: str) -> Callable[[Path | None, int | None], Task]:
+    def load(data_dir: Path | None, rows: int | None) -> Task:
+        data = load_dataset(name, data_dir=data_dir, validation=0.25 if name == "digits" else 0.1, train_rows=rows)
+        device = torch.device("cpu")
+        parts = {part: getattr(data, part).resident(device, 2**30) for part in ("train", "validation", "test")}
+        score = _auc if data.metric == "auc" else _accuracy
+        return Task(**parts, loss=F.cross_entropy, score=score)
+
+    return load
+
+
+def _accuracy(outputs: Tensor, labels: Tensor) -> float:
+    return float((outputs.argmax(1) == labels).double().mean())
+
+
+def _auc(outputs: Tensor, labels: Tensor) -> float:
+    return auc(outputs[:, 1] - outputs[:, 0], labels)
+
+
+def _mlp(*widths: int) -> Callable[[Task, float], nn.Module]:
+    def build(task: Task, scale: float) -> nn.Module:
+        hidden = tuple(max(8, round(w * scale)) for w in widths)
+        shape = tuple(task.train.inputs.shape[1:])
+        return build_network("mlp", shape, int(task.train.labels.max()) + 1, widths=hidden)
+
+    return build
+
+
+def _cnn(task: Task, scale: float) -> nn.Module:
+    widths = tuple(max(8, round(w * scale)) for w in (64, 128, 256, 256))
+    return build_network("cnn", tuple(task.train.inputs.shape[1:]), 10, widths=widths)
+
+
+def _enlarged(data_dir: Path | None, rows: int | None) -> Task:
+    """10,000 images of CIFAR-10, enlarged to 64 pixels batch by batch inside the network's first layer."""
+    task = _classes("cifar10")(data_dir, rows or 10_000)
+    return replace(task, validation=task.validation.rows(0, 2000))
+
+
+def _large(task: Task, scale: float) -> nn.Module:
+    return nn.Sequential(nn.Upsample(scale_factor=2.0, mode="bilinear"), *alexnet(scale))
+
+
+def _reconstruct(data_dir: Path | None, rows: int | None) -> Task:
+    task = _classes("mnist")(data_dir, rows)
+    parts = {n: replace(p, labels=p.inputs.flatten(1)) for n, p in
+             (("train", task.train), ("validation", task.validation), ("test", task.test))}  # fmt: skip
+    return Task(**parts, loss=F.mse_loss, score=_explained, classes=False)
+
+
+def _explained(outputs: Tensor, labels: Tensor) -> float:
+    """Share of the pixels' variance that the reconstruction explains."""
+    return 1.0 - float(F.mse_loss(outputs, labels) / (labels - labels.mean(0)).square().mean())
+
+
+def _characters(data_dir: Path | None, rows: int | None) -> Task:
+    """Tiny Shakespeare in windows of LENGTH characters: 80 % train, 10 % validation, 10 % test, in the text's order."""
+    text = ((data_dir or Path("data")) / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+    index = {character: i for i, character in enumerate(sorted(set(text)))}
+    codes = torch.tensor([index[c] for c in text])
+    windows = (len(codes) - 1) // LENGTH
+    inputs = codes[: windows * LENGTH].view(windows, LENGTH)
+    labels = codes[1 : windows * LENGTH + 1].view(windows, LENGTH)
+    first, second = int(0.8 * windows), int(0.9 * windows)
+    whole = Part(inputs=inputs, labels=labels)
+    return Task(
+        train=whole.rows(0, min(rows or first, first)),
+        validation=whole.rows(first, second),
+        test=whole.rows(second, windows),
+        loss=_next_character,
+        score=lambda outputs, labels: -float(_next_character(outputs, labels)),
+        classes=False,
+    )
+
+
+def _next_character(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), labels.flatten())
+
+
+def _gpt(task: Task, scale: float) -> nn.Module:
+    vocabulary = 1 + max(int(part.inputs.max()) for part in (task.train, task.validation, task.test))
+    return GPT(vocabulary, LENGTH, hidden=round(512 * scale))
+
+
+_ALL = (
+    Ground(name="mnist", metric="accuracy", unit=100, epochs=10, core=True, seeds=5, load=_classes("mnist"),
+           build=_mlp(1024, 1024, 1024)),
+    Ground(name="fashion-mnist", metric="accuracy", unit=100, epochs=10, core=True, seeds=5,
+           load=_classes("fashion-mnist"), build=_mlp(1024, 1024, 1024)),
+    Ground(name="higgs", metric="AUC", unit=1, epochs=12, core=True, seeds=5, load=_classes("higgs"),
+           build=_mlp(300, 300, 300, 300, 300)),
+    Ground(name="cifar10", metric="accuracy", unit=100, epochs=5, core=True, load=_classes("cifar10"), build=_cnn),
+    Ground(name="vit", metric="accuracy", unit=100, epochs=5, load=_classes("cifar10"),
+           build=lambda task, scale: ViT(hidden=round(512 * scale))),
+    Ground(name="gpt", metric="-nats", unit=1, epochs=4, batch=32, load=_characters, build=_gpt),
+    Ground(name="alexnet", metric="accuracy", unit=100, epochs=10, load=_enlarged, build=_large),
+    Ground(name="autoencoder", metric="explained variance", unit=100, epochs=10, load=_reconstruct,
+           build=lambda task, scale: autoencoder(scale)),
+)  # fmt: skip
+GROUNDS: Mapping[str, Ground] = {ground.name: ground for ground in _ALL}
+
+# For CI: data inside the package, two minutes in all; its figures say nothing about the table.
+QUICK = Ground(name="digits", metric="accuracy", unit=100, epochs=4, core=True, seeds=1, load=_classes("digits"),
+               build=_mlp(256, 256))  # fmt: skip

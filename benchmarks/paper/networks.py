@@ -1,0 +1,108 @@
+"""Networks of the comparison that the recipes do not have: ViT, GPT, AlexNet for 64 pixels, autoencoder.
+
+Lives here: plain torch.nn modules. Does not live here: data, training.
+References: Dosovitskiy et al., arXiv 2010.11929; Radford et al., 2019; Krizhevsky, Sutskever, Hinton, NIPS 2012;
+Hinton, Salakhutdinov, Science 313 (2006).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate projections."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.num_heads, self.head_dim, self.causal = heads, width // heads, causal
+        self.scale = self.head_dim**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            layer(x).view(batch, length, self.num_heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, hidden: int, causal: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, causal)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return out
+
+
+class ViT(nn.Module):
+    """Patches of 4x4, class by the mean of the tokens."""
+
+    def __init__(self, *, width: int = 128, heads: int = 4, depth: int = 4, hidden: int = 512) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, hidden, causal=False) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        logits: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return logits
+
+
+class GPT(nn.Module):
+    """Characters in, logits of the next character out, (batch, length, vocabulary)."""
+
+    def __init__(
+        self, vocabulary: int, length: int, *, width: int = 128, heads: int = 4, depth: int = 4, hidden: int = 512
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, hidden, causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
+        return logits
+
+
+def alexnet(scale: float = 1.0) -> nn.Sequential:
+    """AlexNet's layers with strides for 64 pixels: 64-192-384-256-256 and two hidden layers of 4096."""
+    c1, c2, c3, c4, c5 = (max(8, round(c * scale)) for c in (64, 192, 384, 256, 256))
+    hidden = max(8, round(4096 * scale))
+    return nn.Sequential(
+        nn.Conv2d(3, c1, 11, stride=4, padding=5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(c1, c2, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(c2, c3, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(c3, c4, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(c4, c5, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(),
+        nn.Dropout(0.5), nn.Linear(9 * c5, hidden), nn.ReLU(),
+        nn.Dropout(0.5), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10),
+    )  # fmt: skip
+
+
+def autoencoder(scale: float = 1.0, code: int = 32) -> nn.Sequential:
+    """784-1024-512-code and back; reconstructs standardised pixels."""
+    a, b = (max(8, round(w * scale)) for w in (1024, 512))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, code),
+        nn.Linear(code, b), nn.ReLU(), nn.Linear(b, a), nn.ReLU(), nn.Linear(a, 784),
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""One contestant's training: the same batches, schedule and fused optimizer for all.
+
+Lives here: `Contestant`, its clocks and its curve. Does not live here: what a method does between steps or epochs
+(contestants), the order in which contestants train (cells).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apoptosis.recipes.datasets import Part
+from apoptosis.recipes.networks import num_parameters
+from apoptosis.recipes.optim import learning_rate
+from benchmarks.paper.grounds import Ground, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One epoch's end. seconds, cpu_seconds: training so far, the method's own work included, evaluation not."""
+
+    epoch: int
+    seconds: float
+    cpu_seconds: float
+    loss: float
+    validation: float
+    parameters: int
+    macs: int
+
+
+class Contestant:
+    """A network trained by the common recipe; methods override what happens between steps and epochs.
+
+    Args:
+        name: of the contestant. ground, task: where it trains. seed: of the initial weights and of the order.
+        scale: of the hidden widths. epochs: None for the ground's.
+
+    run_seconds: wall time of the whole run, evaluations of the validation part included. own_seconds: the method's
+    share where it keeps a clock of its own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ground: Ground,
+        task: Task,
+        seed: int,
+        *,
+        scale: float = 1.0,
+        model: nn.Module | None = None,
+        epochs: int | None = None,
+    ) -> None:
+        self.name, self.ground, self.task, self.seed = name, ground, task, seed
+        self.epochs = ground.epochs if epochs is None else epochs
+        torch.manual_seed(seed)
+        self.model = ground.build(task, scale) if model is None else model
+        self.optimizer = self.new_optimizer()
+        self.batch = min(ground.batch, len(task.train))
+        self.steps_per_epoch = len(task.train) // self.batch
+        self.total_steps = self.steps_per_epoch * self.epochs
+        self.step = self.epoch = 0
+        self.seconds = self.cpu_seconds = self.run_seconds = 0.0
+        self.points: list[Point] = []
+        self._macs: tuple[int, int] | None = None
+
+    # ------------------------------------------------------------------ what methods override
+
+    def after_step(self) -> None:
+        """Act after an optimizer step."""
+
+    def after_epoch(self) -> None:
+        """Act after an epoch's steps; counts as training time."""
+
+    @property
+    def own_seconds(self) -> float | None:
+        """Seconds that the method itself took, where it measures them."""
+        return None
+
+    def more(self) -> dict[str, Any]:
+        """Tell what else belongs into the record."""
+        return {}
+
+    # ------------------------------------------------------------------ the common recipe
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Return a fused Adam over today's parameters."""
+        return torch.optim.Adam(self.model.parameters(), lr=self.ground.lr, fused=True)
+
+    def example(self, rows: int = 2) -> Tensor:
+        """Return the first training inputs."""
+        return self.task.train.between(0, rows)[0]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.epochs
+
+    def rate(self) -> float:
+        """Return the learning rate of the coming step."""
+        return learning_rate("one-cycle", self.ground.lr, self.step, self.total_steps)
+
+    def run_epoch(self) -> None:
+        """Train one epoch, let the method act, evaluate on the validation part.
+
+        Raises: FloatingPointError: the loss is NaN or infinite.
+        """
+        whole, cpu = time.perf_counter(), time.process_time()
+        loss = self._train()
+        self.after_epoch()
+        self.seconds += time.perf_counter() - whole
+        self.cpu_seconds += time.process_time() - cpu
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{self.ground.name}, {self.name}, seed {self.seed}: the loss is {loss}.")
+        self.epoch += 1
+        value = self.evaluate(self.task.validation)
+        self.run_seconds += time.perf_counter() - whole
+        self.points.append(
+            Point(
+                epoch=self.epoch,
+                seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
+                loss=loss,
+                validation=value,
+                parameters=num_parameters(self.model),
+                macs=self.macs(),
+            )
+        )
+
+    def _train(self) -> float:
+        task, train = self.task, self.task.train
+        order_seed = 2 * (self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(order_seed))
+        torch.manual_seed(order_seed + 1)  # dropout draws alike for all contestants
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in order[: self.steps_per_epoch * self.batch].view(self.steps_per_epoch, self.batch):
+            inputs, labels = train.take(rows)
+            self.optimizer.param_groups[0]["lr"] = self.rate()
+            loss = task.loss(self.model(inputs), labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.step += 1
+            self.after_step()
+            total += loss.detach()
+        return float(total) / self.steps_per_epoch
+
+    @torch.no_grad()
+    def evaluate(self, part: Part, batch: int = 512) -> float:
+        """Return the metric on a part, in evaluation mode."""
+        self.model.eval()
+        outputs = [self.model(part.between(i, min(i + batch, len(part)))[0]) for i in range(0, len(part), batch)]
+        return self.task.score(torch.cat(outputs), part.labels)
+
+    def macs(self) -> int:
+        """Count multiply-adds per example; counted again only after the network has changed."""
+        size = num_parameters(self.model)
+        if self._macs is None or self._macs[0] != size:
+            self._macs = (size, count_macs(self.model, self.example(1)))
+        return self._macs[1]
+
+    def record(self) -> dict[str, Any]:
+        """Read the test part once, and tell everything as plain values."""
+        own = self.own_seconds
+        return {
+            "test": self.evaluate(self.task.test),
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "run_seconds": self.run_seconds,
+            "own_seconds": own,
+            "parameters": num_parameters(self.model),
+            "macs": self.macs(),
+            "points": [asdict(point) for point in self.points],
+            **self.more(),
+        }
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """Count the multiply-adds of one forward pass of `example`, in evaluation mode."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example)
+    for module, mode in training.items():
+        module.training = mode
+    return int(counter.get_total_flops()) // 2
+
+
+def fresh_like(model: nn.Module) -> None:
+    """Draw new weights for every layer of `model` at its present widths, by each module's own initialisation.
+
+    Raises: ValueError: a module holds parameters and has no `reset_parameters`.
+    """
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif own and type(module).__name__ == "ViT":
+            nn.init.normal_(module.positions, std=0.02)
+        elif own:
+            raise ValueError(f"'{name}' ({type(module).__name__}) has no reset_parameters.")
