@@ -150,7 +150,7 @@ FAMILIES = (
         name="DLRM, dot interactions",
         build=ClickModel,
         example=clicks,
-        groups={"bottom.0": 4, "top.0": 5, "top.2": 3},
+        groups={"bottom.0": 4, "bottom.2": 3, "top.0": 5, "top.2": 3},
         rows=128,
     ),
     Family(

@@ -110,12 +110,26 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
         return a
     if not (along_a <= along_b or along_b <= along_a):
         return _crossed(call, left, a, right, b, ndim)
-    call.tracer.findings.tie(a, b)
+    if not _inside(call, left, a, right, b, ndim):
+        call.tracer.findings.tie(a, b)
     wide_a, wide_b = np.broadcast_arrays(a, b)
     lone = (wide_a == 0) != (wide_b == 0)
     if bool(lone.any()):
         call.pin(np.where(lone, wide_a + wide_b, 0), "combines channels with values that are none")
     return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)
+
+
+def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> bool:
+    """Whether one side are heads of scores, and the other the channels inside them (a sum that divides each head's)."""
+    findings = call.tracer.findings
+    for tensor, heads, inner in ((left, a, b), (right, b, a)):
+        more = varying(inner) - varying(heads)
+        if not more or not varying(heads) <= varying(inner) or _spans(tensor, ndim, more):
+            continue
+        if findings.slots.is_fresh(heads) and not findings.slots.is_fresh(inner):
+            findings.contain(heads, inner, call.tracer.module_name)
+            return True
+    return False
 
 
 def _crossed(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:

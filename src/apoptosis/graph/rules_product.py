@@ -24,11 +24,15 @@ _REMEDY = "Keep it out of the shrinking part with exclude=, or compute it from a
 
 @dataclass(slots=True)
 class _Operand:
-    """A tensor whose ids are laid out as (batch axes..., kept axis, contracted axis)."""
+    """A tensor whose ids are laid out as (batch axes..., kept axis, contracted axis).
+
+    levelled: channels ran along the kept axis too, and were tied along it (vectors that meet one another in pairs).
+    """
 
     tensor: Tensor
     value: Value
     ids: IntArray
+    levelled: bool = False
 
     @property
     def paired(self) -> bool:
@@ -39,6 +43,18 @@ class _Operand:
     def crossed(self) -> bool:
         """Whether the kept axis carries channels, too."""
         return bool(self.ids.shape[-2] > 1)
+
+    def level(self, call: Call) -> _Operand:
+        """Tie what stands at the same place of several vectors: any two of them are multiplied place by place."""
+        if not self.crossed:
+            return self
+        call.tracer.findings.tie(self.ids[..., 1:, :], self.ids[..., :1, :].repeat(self.ids.shape[-2] - 1, -2))
+        lone = (self.ids == 0) != (self.ids[..., :1, :] == 0)
+        if bool(lone.any()):
+            call.pin(
+                np.where(lone, self.ids + self.ids[..., :1, :], 0), "multiplies channels with values that are none"
+            )
+        return _Operand(self.tensor, self.value, self.ids[..., :1, :], levelled=True)
 
 
 def _operand(call: Call, tensor: Tensor, ndim: int, *, flip: bool = False) -> _Operand:
@@ -92,6 +108,8 @@ def _shown(operand: _Operand, other: _Operand, num_rows: int) -> Tensor:
 def _pair(call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs: float) -> IntArray | None:
     """Tie the pairs; return the ids of the heads, (batch axes..., 1, 1), or None where scores carry none."""
     tracer, findings = call.tracer, call.tracer.findings
+    read = [np.unique(operand.ids) for operand in (left, right)]
+    left, right = left.level(call), right.level(call)
     a, b = left.ids[..., 0, :], right.ids[..., 0, :]
     findings.tie(a, b)
     lone = (a == 0) != (b == 0)
@@ -102,9 +120,9 @@ def _pair(call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs:
         call.pin(a, "multiplies channels in an order that cannot be followed", _REMEDY)
         return None
     slots_left, slots_right, row, num_rows = laid
-    fold = _plain(call, right, slots_right.reshape(-1))
+    fold = None if right.levelled else _plain(call, right, slots_right.reshape(-1))
     if fold is None:
-        swapped = _plain(call, left, slots_left.reshape(-1))
+        swapped = None if left.levelled else _plain(call, left, slots_left.reshape(-1))
         if swapped is not None or (own_scale and not left.value.linear):
             left, right, slots_left, slots_right, fold = right, left, slots_right, slots_left, swapped
     linear = left.value.linear
@@ -115,7 +133,7 @@ def _pair(call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs:
     known = findings.products.setdefault(product_key(product), product)
     if not (np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right)):
         call.pin(a, "multiplies other channels than this module did before", _REMEDY)
-    findings.uses += [(np.unique(x), pairs_of(product)) for x in (product.left, product.right)]
+    findings.uses += [(slots, pairs_of(product)) for slots in read]
     known.own_scale = known.own_scale or own_scale
     known.macs[tracer.mode] += macs
     tracer.show(product_key(product), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))
@@ -153,7 +171,7 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     """Matrix product of two activations: the last axis of `a` with the last but one of `b`."""
     wide = max(a.dim(), b.dim(), 2)
     left, right = _operand(call, a, wide), _operand(call, b, wide, flip=True)
-    if left.paired and right.paired and not left.crossed and not right.crossed:
+    if left.paired and right.paired:
         heads = _pair(call, left, right, own_scale=False, macs=macs)
         origin = f"the result of {call.label}"
         return nothing(ndim, origin) if heads is None else Value(_fit(heads, a, b, ndim))
@@ -162,10 +180,14 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
             call.pin(operand.value.ids, "contracts channels with values that are not a parameter", _REMEDY)
     if left.paired != right.paired:  # what lies along the other axis goes on: the rows of a computed weight
         left.ids, right.ids = left.ids[..., :1] * (not left.paired), right.ids[..., :1] * (not right.paired)
-    if left.crossed and (right.crossed or varying(right.ids)):
+    if left.crossed and not right.crossed and varying(right.ids):
         for operand in (left, right):
             call.pin(operand.value.ids, "spreads channels over those of another axis", _REMEDY)
         return nothing(ndim, f"the result of {call.label}")
+    if left.crossed and right.crossed:  # keys times values, summed over positions: an element carries one channel here
+        call.pin(left.value.ids, "spreads channels over those of another axis", _REMEDY)
+        passed = _pass(call, None, right)
+        return Value(_fit(passed.ids, a, b, ndim), paths=passed.paths, linear=passed.linear)
     if left.crossed:
         passed = _pass(call, None, left)
         return Value(_fit(passed.ids.swapaxes(-1, -2), a, b, ndim), paths=passed.paths, linear=passed.linear)
