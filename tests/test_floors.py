@@ -25,6 +25,7 @@ FLOORS = {
     "calibration": 2,
     "passes": 2,
     "unwrap": 2,
+    "norms": 2,
     "arguments": 3,
     "criteria": 3,
     "graph": 3,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from typing import get_args
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError
+from apoptosis.records import NormWidths
 from apoptosis.unwrap import Unwrapped, unwrap
 
 
@@ -65,7 +67,9 @@ def check_optimizers_given(
     return found
 
 
-def check_others(*, criterion: object, seed: object, log: object = None, logits: object = None) -> int:
+def check_others(
+    *, criterion: object, seed: object, log: object = None, logits: object = None, norm_widths: object = "pinned"
+) -> int:
     """Check the types of the remaining arguments; returns the seed as an int.
 
     Raises: ArgumentError: naming the argument.
@@ -74,6 +78,8 @@ def check_others(*, criterion: object, seed: object, log: object = None, logits:
         raise ArgumentError(f"criterion={criterion!r} must be the name of a criterion.")
     if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
         raise ArgumentError(f"seed={seed!r} must be a whole number >= 0.")
+    if norm_widths not in get_args(NormWidths):
+        raise ArgumentError(f"norm_widths={norm_widths!r} must be {' or '.join(map(repr, get_args(NormWidths)))}.")
     for name, value in (("log", log), ("logits", logits)):
         if value is not None and not callable(value):
             raise ArgumentError(f"{name}={value!r} must be a function, or None.")

@@ -20,7 +20,7 @@ from apoptosis.attempt import Run, attempt, plan_now, seen_by_policy
 from apoptosis.calibration import overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import CheckpointError, NonFiniteError
-from apoptosis.graph import analyse, replay
+from apoptosis.graph import replay
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import NOTHING_SEEN, Observer
@@ -36,7 +36,7 @@ from apoptosis.operate import (
 from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
 from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
-from apoptosis.records import Group, Pin, Structure
+from apoptosis.records import Group, NormWidths, Pin, Structure
 from apoptosis.state import (
     DAMAGES,
     UNDECIDED,
@@ -71,6 +71,8 @@ class Apoptosis:
         probe: held-out inputs of the form of example_input, or (inputs, labels).
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
+        norm_widths: "pinned" leaves channels under LayerNorm and RMSNorm (a transformer's residual width) alone;
+            "compensated" lets multiples of others and constants go, and the norms make up for them.
         log: called with one JSON-able dict per event, rolled back ones included; what it raises reaches the caller of
             step(), after the event.
         logits: reads (examples, classes) logits off the model's output, where the output is not just that tensor.
@@ -94,6 +96,7 @@ class Apoptosis:
         probe: Any = None,
         align: int = 8,
         exclude: Iterable[str] = (),
+        norm_widths: NormWidths = "pinned",
         log: Log | None = None,
         logits: ReadLogits | None = None,
         seed: int = 0,
@@ -105,17 +108,18 @@ class Apoptosis:
         tolerance, align, total_steps, budget = check_numbers(
             tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
         )
-        seed = check_others(criterion=criterion, seed=seed, log=log, logits=logits)
+        seed = check_others(criterion=criterion, seed=seed, log=log, logits=logits, norm_widths=norm_widths)
         patterns = check_exclude(exclude)
         chosen = get_criterion(criterion)
         check_optimizers(optimizers, model)
         call = as_call(example_input)
-        self._patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
+        patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
+        self._patient = replace(patient, norm_widths=norm_widths)
         self._verdict = Verdict(
             budget, None if probe is None else make_probe(probe, example_input), sanity=sanity_limit(model, tolerance)
         )
         self._log = log
-        structure, seconds = timed_capture(model, self._patient.call)
+        structure, seconds = timed_capture(self._patient)
         overhead = overhead_macs(seconds) if calibration is None else float(calibration)
         warn_if_fixed(structure, type(model).__name__)
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
@@ -235,7 +239,7 @@ class Apoptosis:
             raise
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        structure = analyse(self._patient.model, *self._patient.call)
+        structure = self._patient.capture()
         check_fits(state, {g.name: g.num_channels for g in structure.groups})
         check_followers(self._patient.followers, self._patient.model)
         try:

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError
-from apoptosis.graph import analyse, replay
+from apoptosis.graph import replay
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
 from apoptosis.planner import Plan, Request, make_plan
 from apoptosis.probe import as_call, check_runs, make_probe, num_rows, without_trace
-from apoptosis.records import Certificate, Structure
+from apoptosis.records import Certificate, NormWidths, Structure
 from apoptosis.surgery import check_optimizers
 from apoptosis.verdict import Verdict, sanity_limit
 
@@ -41,6 +41,7 @@ def shrink_(
     probe: Any = None,
     align: int = 1,
     exclude: Iterable[str] = (),
+    norm_widths: NormWidths = "pinned",
     seed: int = 0,
 ) -> Event:
     """Remove redundant channels from a trained network, once, in place.
@@ -57,6 +58,7 @@ def shrink_(
         probe: held-out inputs, or (inputs, labels). None: the change is measured on the largest batch.
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
+        norm_widths: as in Apoptosis.
         seed: of the private random generator.
 
     Returns: the Event; falsy when nothing could go, with the reasons in its notes.
@@ -75,17 +77,18 @@ def shrink_(
     model, parallel = check_model(model)
     optimizers = check_optimizers_given(optimizer)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
-    seed = check_others(criterion=criterion, seed=seed)
+    seed = check_others(criterion=criterion, seed=seed, norm_widths=norm_widths)
     _check_batches(batches)
     if given is None:
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
-    patient = Patient(model=model, optimizers=optimizers, call=as_call(example_input), parallel=parallel)
+    call = as_call(example_input)
+    patient = Patient(model=model, optimizers=optimizers, call=call, parallel=parallel, norm_widths=norm_widths)
     verdict = Verdict(
         None, None if probe is None else make_probe(probe, example_input), sanity=sanity_limit(model, tolerance)
     )
-    structure = analyse(model, *patient.call)
+    structure = patient.capture()
     if verdict.probe is not None:
         check_runs(model, verdict.probe)
     structure = with_pins(structure, exclude_pins(structure, check_exclude(exclude)))
@@ -102,10 +105,8 @@ def shrink_(
             break
         notes.append(f"rolled back at tolerance {used:g}: {outcome.refused}")
         structure, used = outcome.structure, used / 2
-    if not outcome.committed:
-        notes += [outcome.refused, *plan.notes, *(str(g.pin) for g in structure.groups if g.pin is not None)]
-    else:
-        notes += plan.notes
+    pinned = [str(g.pin) for g in structure.groups if g.pin is not None]
+    notes += plan.notes if outcome.committed else [outcome.refused, *plan.notes, *pinned]
     return make_event(
         step=0,
         plan=plan,

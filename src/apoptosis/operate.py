@@ -23,8 +23,8 @@ from apoptosis.ledger import Event
 from apoptosis.passes import forget_compiled
 from apoptosis.planner import Plan, merged
 from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs
-from apoptosis.records import Certificate, Group, Pin, Reduction, Structure, TensorEdit
-from apoptosis.surgery import Transaction, build_edits
+from apoptosis.records import Certificate, Group, NormWidths, Pin, Reduction, Structure, TensorEdit
+from apoptosis.surgery import Transaction, build_edits, norm_edits
 from apoptosis.unwrap import rebuild
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
@@ -37,7 +37,8 @@ Judge = Callable[[Change], str]  # why the change is refused, "" when it is gran
 class Patient:
     """What one surgery touches: the model, its optimizers, averaged copies, and how to call and read the model.
 
-    parallel: the DistributedDataParallel modules around the model, which is without its wrappers here.
+    parallel: the DistributedDataParallel modules around the model, which is without its wrappers here. norm_widths:
+    whether channels under norms may go.
     """
 
     model: nn.Module
@@ -46,6 +47,11 @@ class Patient:
     followers: tuple[nn.Module, ...] = ()
     read: ReadLogits | None = None
     parallel: tuple[nn.Module, ...] = ()
+    norm_widths: NormWidths = "pinned"
+
+    def capture(self) -> Structure:
+        """Capture the model as it is now."""
+        return analyse(self.model, *self.call, norm_widths=self.norm_widths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,12 +66,12 @@ class Outcome:
     done: tuple[Reduction, ...] = ()
 
 
-def timed_capture(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Structure, float]:
+def timed_capture(patient: Patient) -> tuple[Structure, float]:
     """Capture a model and say what that takes in seconds: the better of two, the first of which meets cold caches."""
     found = []
     for _ in range(2):
         begin = time.perf_counter()
-        structure = analyse(model, *call)
+        structure = patient.capture()
         found.append(time.perf_counter() - begin)
         if found[-1] > _LONG_CAPTURE:
             break
@@ -77,7 +83,7 @@ def refreshed(patient: Patient, structure: Structure) -> Structure:
     now = dict(patient.model.named_parameters(remove_duplicate=False))
     if all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items()):
         return structure
-    return _keep_pins(structure, analyse(patient.model, *patient.call))
+    return _keep_pins(structure, patient.capture())
 
 
 def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
@@ -144,7 +150,7 @@ def operate(
         if outcome is not None:
             return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
         if scalars_are_old:  # a temperature that the training loop sets, say, is no width: look again before pinning
-            scalars_are_old, now = False, analyse(patient.model, *patient.call).scalars
+            scalars_are_old, now = False, patient.capture().scalars
             if now != structure.scalars:
                 structure = replace(structure, scalars=now)
                 continue
@@ -201,8 +207,8 @@ def _edit(
 ) -> Structure:
     """Edit, capture again, follow the ids. Returns the new structure; raises what makes a group a pinned one."""
     edits = build_edits(structure, reductions, dropped_variance)
-    transaction.apply(edits, structure)
-    new = analyse(patient.model, *patient.call)
+    transaction.apply(edits, structure, norm_edits(structure, reductions))
+    new = patient.capture()
     verify(structure, new, kept_positions(edits))
     return new
 

@@ -17,6 +17,8 @@ from torch import Tensor
 IntArray = npt.NDArray[np.int64]
 
 SiteKind = Literal["linear", "conv", "conv_transpose", "product"]
+NormWay = Literal["", "class", "plain", "either"]
+NormWidths = Literal["pinned", "compensated"]
 CertificateKind = Literal["worst_case", "empirical", "accuracy"]
 
 
@@ -84,6 +86,8 @@ class Site:
     operand, and the fold goes into `weight` (and `bias`), the producer of the right operand: its rows take over, so
     `dim` is its output axis, `columns` the rows of each pair, `num_columns` the size of that axis. weight is "" where
     something lies between that producer and the product (a rotation, a norm): only slicing is right there.
+    norm_way: the module is a norm over these channels, whose statistics have to stay. "class": it becomes one that
+    knows what is gone; "plain": it stays as it is, and only what is always zero goes; "either". weight: its gain.
     per_sum: positions that one sum runs over: position p of `input_columns` belongs to sum p // per_sum. 0: each of a
         channel's P positions is in a sum of its own, one sum for all channels of a row.
     scale: the operator divides by the square root of the number of channels per row by itself, so that an event which
@@ -108,12 +112,13 @@ class Site:
     select: tuple[tuple[int, int], ...] = ()
     rescale: tuple[tuple[str, int, IntArray], ...] = ()
     per_sum: int = 0
+    norm_way: NormWay = ""
 
     @property
     def key(self) -> str:
         """Name of the site within a structure: module, weight and contracted axis."""
         part = "".join(f"[{dim}={index}]" for dim, index in self.select)
-        kind = ":product" if self.kind == "product" else ""
+        kind = ":product" if self.kind == "product" else ":norm" if self.norm_way else ""
         return f"{self.module}:{self.weight}:{self.dim}{part}{kind}"
 
 
@@ -308,11 +313,15 @@ class OffsetFold:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowScale:
-    """Along `dim`, the entries at `positions` (any shape, without repeats) are multiplied by `factor`."""
+    """Along `dim`, the entries at `positions` (any shape, without repeats) are multiplied by `factor`.
+
+    follow: gradients and what is made of them are divided by it.
+    """
 
     dim: int
     positions: IntArray
     factor: float
+    follow: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

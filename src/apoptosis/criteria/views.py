@@ -34,6 +34,7 @@ class SiteView:
     scale: the energy that errors relate to, where it is not E‖W(z - μ)‖² by the moments; measure needs it.
     blocks: (channels,) int64, or None for one block. Channels of different blocks never stand in for one another here
     (products of activations: other heads).
+    pairwise: a removed channel is a multiple of one kept channel, plus a constant (under a norm); never more than one.
     mixes: False where nothing may stand in for a removed channel at all: what it contributes is lost.
     note: what the errors speak of, for the certificate; "" for the output of a linear map.
     """
@@ -47,6 +48,7 @@ class SiteView:
     scale: float | None = None
     blocks: Tensor | None = None
     mixes: bool = True
+    pairwise: bool = False
     note: str = ""
     memo: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 

@@ -22,10 +22,16 @@ from apoptosis.graph.picks import partial_work
 from apoptosis.graph.shares import same_share
 from apoptosis.graph.slots import Slots, named_tensors
 from apoptosis.graph.unread import leave_alone
-from apoptosis.records import Seen, Structure
+from apoptosis.records import NormWidths, Seen, Structure
 
 
-def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Structure:
+def analyse(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    norm_widths: NormWidths = "pinned",
+) -> Structure:
     """Find the coupled channel groups of a model from one forward pass in training and one in evaluation mode.
 
     The model, its buffers, gradients, training flags and all random generators are afterwards as they were. What holds
@@ -35,6 +41,8 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         model: any module; parameters initialised.
         args: positional arguments of the forward pass (at least two examples where the model has batch normalisation).
         kwargs: its named arguments.
+        norm_widths: what becomes of channels under LayerNorm and RMSNorm; "compensated": they may go, and norms are
+            sites of their groups.
 
     Returns: the structure; its groups are in forward order, pinned ones included.
 
@@ -54,7 +62,7 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         raise CaptureError(
             f"'{lazy[0]}' of {type(model).__name__} is not initialised (lazy): run the model once before."
         )
-    findings = Findings(Slots(tensors, buffers))
+    findings = Findings(Slots(tensors, buffers), compensated=norm_widths == "compensated")
     returned = 0
     for training in (True, False):  # on copies: a forward pass may write to its input
         fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apoptosis.errors import CaptureError
 from apoptosis.graph.failures import failure
 from apoptosis.graph.findings import Findings
+from apoptosis.graph.norms import NormWatch
 from apoptosis.graph.outputs import named_in, tensors_in
 from apoptosis.graph.picks import note_work
 from apoptosis.graph.rules import RULES, SCALARS, WORKS
@@ -182,15 +183,18 @@ def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Tell the tracer which module is running; calls in other threads are passed over."""
     thread = threading.get_ident()
     names = {id(module): name for name, module in model.named_modules()}
+    norms = NormWatch(tracer)
 
     def enter(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == thread:
             tracer.entered(module, args)
+            norms.enter(module, args)
             if id(module) in names:
                 tracer.findings.ran.add(names[id(module)])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
+            norms.leave(module, output)
             tracer.left(module, output)
 
     handles = [

@@ -13,7 +13,7 @@ import numpy as np
 
 from apoptosis.graph.slots import Slots
 from apoptosis.graph.values import Axis, Paths
-from apoptosis.records import IntArray, ScalarOperands, SiteKind
+from apoptosis.records import IntArray, NormWay, ScalarOperands, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,16 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """One norm over channels that may go: its module, the slots it reads in order, its weight, and the way they go."""
+
+    module: str
+    slots: IntArray
+    weight: str
+    way: NormWay
+
+
+@dataclass(frozen=True, slots=True)
 class Grid:
     """Slots (rows, columns) of an axis that `module` splits into rows, or cuts into parts, of equal length."""
 
@@ -88,10 +98,13 @@ class Findings:
 
     ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for
     channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added to what a
-    weight axis makes. uses: (slots, key of the site that reads them). ran: the modules that were called.
+    weight axis makes. uses: (slots, key of the site that reads them). ran: the modules that were called. compensated:
+    channels under norms may go, and norms are sites.
     """
 
     slots: Slots
+    compensated: bool = False
+    norms: dict[str, Norm] = field(default_factory=dict)
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     pins: list[tuple[IntArray, Reason]] = field(default_factory=list)
     producers: dict[Axis, str] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from apoptosis.graph.classes import Classes, all_axes, numbered
 from apoptosis.graph.consumers import per_forward, product_sites, site_of
 from apoptosis.graph.findings import Consumer, Findings, Reason
 from apoptosis.graph.heads import HeadDraft, head_drafts
+from apoptosis.graph.norms import norm_sites
 from apoptosis.graph.remedies import usual
 from apoptosis.graph.values import Axis
 from apoptosis.records import Group, IntArray, Member, Neuron, Pin
@@ -147,8 +148,10 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
         if reason is None:
             products, why = product_sites(findings, classes, draft.channels)
             sites, reason = (*sites, *products), why or (None if sites or products else _NO_SITE)
+            norms, why = norm_sites(findings, classes, draft.channels)
+            sites, reason = (*sites, *norms), reason or why
         members = _members(findings, draft.positions, consumed)
-        plain = reason is None and not any(site.kind == "product" for site in sites)
+        plain = reason is None and not any(site.kind == "product" or site.norm_way for site in sites)
         groups.append(
             Group(
                 name=name,
@@ -175,7 +178,8 @@ def _head_group(findings: Findings, draft: HeadDraft, by_axis: Mapping[Axis, Seq
     readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
     sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
     members = _members(findings, draft.positions, frozenset(by_axis))
-    if not sites or not members:
+    under_norm = {norm.weight for norm in findings.norms.values()}
+    if not sites or not members or any(m.tensor in under_norm for m in members):
         return None
     return Group(name=f"{draft.module}:heads", num_channels=draft.num_heads, members=members, sites=sites)
 

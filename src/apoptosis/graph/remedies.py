@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils import parametrize
 
+from apoptosis.norms import SHRUNK, eps_name, is_shrunk
+
 # Old-style hooks that compute `weight` before each forward pass: name of the hook's type -> how to take it off.
 _HOOKS = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
@@ -19,6 +21,7 @@ _HOOKS = {
 _MARK = ".parametrizations."
 
 NORM_REMEDY = "A norm that treats every channel by itself (BatchNorm, GroupNorm with one group per channel) frees them."
+OPT_IN = "norm_widths='compensated' lets go what the norm's statistics can do without."
 FRONT_REMEDY = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
 _RAW = "Contract the raw parameter (nn.Linear, nn.Conv, F.linear), or freeze what is computed into one."
 _OPERAND = "Let a layer make both operands, or broadcast one value over all channels."
@@ -88,6 +91,14 @@ def usual(reason: str) -> str:
         'Let a layer make as many gates as there are channels.'
     """
     return next((remedy for part, remedy in _USUAL if part in reason), "")
+
+
+def opt_in(module: nn.Module | None) -> str:
+    """Return the usual remedy for channels under this norm, with the way to let them go where there may be one."""
+    stock = type(module) in SHRUNK and len(getattr(module, "normalized_shape", ())) == 1
+    if module is not None and (stock or is_shrunk(module) or eps_name(module) is not None):
+        return f"{NORM_REMEDY} {OPT_IN}"
+    return NORM_REMEDY
 
 
 def layer_of(name: str) -> str:

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.granularity import note_grid
 from apoptosis.graph.meet import meet
-from apoptosis.graph.remedies import NORM_REMEDY, layer_of, parametrized
+from apoptosis.graph.remedies import layer_of, opt_in, parametrized
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule, Tracer
 from apoptosis.graph.values import Axis, Value, nothing, reshape, spoiled, varying
@@ -134,10 +134,6 @@ def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tupl
     return out
 
 
-def _over_channels(call: Call, value: Value, remedy: str = NORM_REMEDY) -> None:
-    call.pin(value.ids, "normalises over channels", remedy)
-
-
 def _result(call: Call, x: Tensor, value: Value, gains: Sequence[Tensor], shape: Sequence[int] | None = None) -> Result:
     """Meet the gain and the offset, laid out in `shape`, and end what is known of the way here."""
     operands: list[Tensor] = []
@@ -171,7 +167,7 @@ def _layer_norm(call: Call) -> Result:
     x, shape = call.args[0], call.arg(1, "normalized_shape")
     value = held(call, x, range(x.dim() - len(shape)))
     if varying(value.ids) & set(range(x.dim() - len(shape), x.dim())):
-        _over_channels(call, value)
+        call.pin(value.ids, "normalises over channels", opt_in(call.tracer.module))
     return _result(call, x, value, [t for t in call.args[2:4] if isinstance(t, Tensor)])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.graph.meet import meet
-from apoptosis.graph.remedies import FRONT_REMEDY, NORM_REMEDY
+from apoptosis.graph.remedies import FRONT_REMEDY, NORM_REMEDY, opt_in
 from apoptosis.graph.rules_norm import held
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Paths, Value, spoiled, varying
@@ -62,7 +62,8 @@ def reduce(call: Call) -> Result:
     value = held(call, tensor, set(range(tensor.dim())) - reduced)
     if reduced & varying(value.ids):
         if call.name in _AVERAGES:
-            call.pin(value.ids, "reduces over channels, as what normalises over channels does", NORM_REMEDY)
+            text = "reduces over channels, as what normalises over channels does"
+            call.pin(value.ids, text, opt_in(call.tracer.module))
         else:
             call.pin(value.ids, "reduces over channels", _SUM_REMEDY if call.name == "sum" else FRONT_REMEDY)
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apoptosis.criteria import Criterion, Proposal, choose
+from apoptosis.criteria import Criterion, Proposal, choose, compensated
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.planner.alike import alike, missing, steps
 from apoptosis.planner.costs import macs_after
@@ -264,7 +264,12 @@ def _propose(
             return None, "the sum of its errors over all events has reached the limit"
         free = request.tolerance - spent.get(site.key, 0.0)
         limits[site.key] = shown.ratios[site.key] * min(cap, max(0.0, min(free, left)) / shares[site.key])
-    proposal = choose(request.criterion, shown.view, limits, align=step, min_keep=least)
+    criterion = request.criterion
+    if any(site.norm_way for site in group.sites):
+        if not criterion.needs_data:
+            return None, f"criterion '{criterion.name}' does not see what a norm reads; the others do"
+        criterion = compensated(criterion)
+    proposal = choose(criterion, shown.view, limits, align=step, min_keep=least)
     if proposal is None:
         return None, "no width that is a multiple of align= meets the tolerance"
     kept = len(proposal.reduction.keep)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from apoptosis.criteria import GroupView, NeuronView, Proposal, SiteView, dropped_variance
 from apoptosis.criteria.views import energy, statistics
+from apoptosis.norms import statistics_of
 from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
 from apoptosis.observe import Observation, reads_several_positions
@@ -50,6 +51,10 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int) 
             sites.append(show_product(site, seen, group.rows))
             ratios[site.key] = 1.0
             continue
+        if site.norm_way:
+            sites.append(_show_norm(site, seen, model.get_submodule(site.module)))
+            ratios[site.key] = 1.0
+            continue
         weight = tensors[site.weight]
         sample = None
         if reads_several_positions(site) and seen.sample is not None and seen.dropout == 0.0:
@@ -76,6 +81,22 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int) 
         rows=group.rows,
     )
     return Shown(view=view, samples=samples, ratios=ratios)
+
+
+def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
+    """Show a norm as what it has to know of its input: every channel, weighted by how many it stands for."""
+    counts = statistics_of(module).square_weights.to(seen.moments.device).sqrt()
+    plain = site.norm_way == "plain"
+    return SiteView(
+        key=site.key,
+        weight=counts[torch.as_tensor(site.columns[:, 0], device=counts.device)].diag()[:, :, None],
+        moments=seen.moments,
+        centred=not plain,
+        dropout=seen.dropout,
+        mixes=not plain,
+        pairwise=True,
+        note="of the channels that a norm takes its statistics of",
+    )
 
 
 def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> float:

@@ -4,6 +4,7 @@ from apoptosis.surgery.attributes import register_attributes
 from apoptosis.surgery.checkpoint import load, save
 from apoptosis.surgery.edits import build_edits
 from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
+from apoptosis.surgery.norms import norm_edits
 from apoptosis.surgery.optimizers import check_optimizers
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like
 
@@ -16,6 +17,7 @@ __all__ = [
     "load",
     "merge_like",
     "named_tensors",
+    "norm_edits",
     "register_attributes",
     "save",
     "slice_like",

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.records import TensorEdit
 from apoptosis.surgery.attention import attention_attributes
+from apoptosis.surgery.norms import norm_attributes
 from apoptosis.surgery.splits import vocabulary_of
 
 # module type, tensor, dim, attribute, whether the attribute counts all convolution groups while the dim counts one.
@@ -140,7 +141,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     found = {row.attribute: getattr(module, row.attribute) for row in rows_of(module)}
     if (name := _groups_name(module)) is not None:
         found[name] = getattr(module, name)
-    return {**found, **vocabulary_of(module), **attention_attributes(module)}
+    return {**found, **vocabulary_of(module), **attention_attributes(module), **norm_attributes(module)}
 
 
 def attribute_changes(

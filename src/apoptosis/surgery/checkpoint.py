@@ -17,10 +17,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError, ShapeError
+from apoptosis.norms import is_shrunk
 from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.surgery.attributes import attributes_of
 from apoptosis.surgery.container import read_file, write_file
 from apoptosis.surgery.journal import Journal
+from apoptosis.surgery.norms import shrunk_norm
 from apoptosis.surgery.optimizer_state import LoadedOptimizer, pack_optimizer, unpack_optimizer
 from apoptosis.surgery.splits import VOCABULARY
 from apoptosis.surgery.tree import pack, unpack
@@ -181,7 +183,8 @@ def _non_persistent(model: nn.Module) -> set[str]:
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that keep more than tensors, by the protocol of `nn.Module.get_extra_state`."""
     default = nn.Module.get_extra_state
-    return {name: m for name, m in model.named_modules() if type(m).get_extra_state is not default}
+    found = {name: m for name, m in model.named_modules() if type(m).get_extra_state is not default}
+    return {name: m for name, m in found.items() if not is_shrunk(m)}  # whose statistics are among the attributes
 
 
 def _check_states(model: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.Module, Any]]:
@@ -245,7 +248,7 @@ def _check_attributes(model: nn.Module, stored: Mapping[str, Mapping[str, Any]])
         module = modules.get(name)
         own = {} if module is None else attributes_of(module)
         if module is not None and "__class__" in attributes:
-            changes += _narrowed_attention(name, module, attributes)
+            changes += _exchanged_class(name, module, attributes)
             continue
         for attribute, value in attributes.items():
             if module is not None and attribute in VOCABULARY and attribute not in own:
@@ -257,11 +260,17 @@ def _check_attributes(model: nn.Module, stored: Mapping[str, Mapping[str, Any]])
     return changes
 
 
-def _narrowed_attention(name: str, module: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.Module, str, Any]]:
-    """Say what makes a stock nn.MultiheadAttention the narrowed one that was saved.
+def _exchanged_class(name: str, module: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.Module, str, Any]]:
+    """Say what makes a stock nn.MultiheadAttention, nn.LayerNorm or nn.RMSNorm the narrowed one that was saved.
 
-    A checkpoint names a class, but never chooses one: this one is the only class that is restored.
+    A checkpoint names a class, but never chooses one: only these are restored, each in the place of its own.
     """
+    try:
+        norm = shrunk_norm(module, stored)
+    except ShapeError as error:
+        raise CheckpointError(f"module '{name}': {error}") from error
+    if norm is not None:
+        return [(module, key, value) for key, value in norm.items()]
     if stored["__class__"] != ShrunkMultiheadAttention.__name__ or not isinstance(module, nn.MultiheadAttention):
         there = str(stored["__class__"])[:80]
         raise CheckpointError(f"it is of another network: '{name}' is {there} there and {type(module).__name__} here.")

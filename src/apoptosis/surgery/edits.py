@@ -34,6 +34,7 @@ from apoptosis.surgery.drafts import (
     rows_of_channels,
     unique_columns,
 )
+from apoptosis.surgery.norms import add_norm
 from apoptosis.surgery.products import add_product
 
 
@@ -90,7 +91,9 @@ def build_edits(
             key = site.key
             if key not in reduction.sites:
                 raise ShapeError(f"the reduction of group '{group.name}' says nothing about its site '{key}'.")
-            if site.kind == "product":
+            if site.norm_way:
+                add_norm(drafts, structure, site, reduction)
+            elif site.kind == "product":
                 add_product(drafts, structure, group, site, reduction)
             else:
                 _add_site(drafts, structure, site, reduction.keep, reduction.sites[key])

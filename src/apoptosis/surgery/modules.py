@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.norms import NormEdit
 from apoptosis.records import Structure, TensorEdit
 from apoptosis.surgery.attention import attention_changes
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence
 from apoptosis.surgery.journal import Journal
+from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.optimizers import StateChange, check_optimizers, state_changes
 from apoptosis.surgery.splits import SplitChange, followed, split_changes
 from apoptosis.surgery.values import apply_edit, merge_like
@@ -76,13 +78,16 @@ class Transaction:
         else:
             self.rollback()
 
-    def apply(self, edits: Sequence[TensorEdit], structure: Structure | None = None) -> None:
+    def apply(
+        self, edits: Sequence[TensorEdit], structure: Structure | None = None, norms: Sequence[NormEdit] = ()
+    ) -> None:
         """Compute everything that changes, then change it.
 
         Args:
             edits: at most one per tensor, all speaking of the shapes before the event.
             structure: before the event; attributes by which a forward pass splits channels (number of heads, size of a
                 head) follow its splits. Without it only attributes that follow a tensor's shape change.
+            norms: what norms have to know of the channels that go, see `norm_edits`.
 
         Raises:
             ShapeError: an edit does not fit its tensor or a split. UnsupportedOptimizerError: state without a rule.
@@ -95,7 +100,7 @@ class Transaction:
         if len(by_name) < len(edits):
             raise ArgumentError("two edits of one tensor in one transaction.")
         splits = {} if structure is None else split_changes(structure, edits)
-        plans = _plan_targets(self._targets, by_name, splits)
+        plans = _plan_targets(self._targets, by_name, splits, {edit.module: edit for edit in norms})
         parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
         states = [change for o in self._optimizers for change in state_changes(o, parameters, by_name)]
         try:
@@ -174,7 +179,10 @@ def _copy_of(follower: nn.Module) -> nn.Module:
 
 
 def _plan_targets(
-    targets: Sequence[nn.Module], edits: Mapping[str, TensorEdit], splits: Mapping[str, Sequence[SplitChange]]
+    targets: Sequence[nn.Module],
+    edits: Mapping[str, TensorEdit],
+    splits: Mapping[str, Sequence[SplitChange]],
+    norms: Mapping[str, NormEdit],
 ) -> list[_Plan]:
     # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
     plans = []
@@ -192,13 +200,16 @@ def _plan_targets(
             grad = tensor.grad if tensor.is_leaf else None
             new_grad = None if grad is None else merge_like(edit, grad)
             plan.tensors.append((tensor, apply_edit(edit, tensor, tensors), new_grad))
-        plan.attributes = _plan_attributes(target, edited, splits)
+        plan.attributes = _plan_attributes(target, edited, splits, norms)
         plans.append(plan)
     return plans
 
 
 def _plan_attributes(
-    target: nn.Module, edited: Mapping[int, TensorEdit], splits: Mapping[str, Sequence[SplitChange]]
+    target: nn.Module,
+    edited: Mapping[int, TensorEdit],
+    splits: Mapping[str, Sequence[SplitChange]],
+    norms: Mapping[str, NormEdit],
 ) -> list[tuple[nn.Module, str, Any]]:
     changes: list[tuple[nn.Module, str, Any]] = []
     for qualified, module in target.named_modules():
@@ -206,6 +217,8 @@ def _plan_attributes(
         if qualified in splits:
             merged.update(followed(module, splits[qualified]))
         merged.update(attention_changes(module, edited))
+        if qualified in norms:
+            merged.update(norm_changes(module, norms[qualified]))
         check_recurrence(module, edited)
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) in edited:

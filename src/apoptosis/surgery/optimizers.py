@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.records import TensorEdit
-from apoptosis.surgery.values import apply_edit, merge_like, slice_like
+from apoptosis.surgery.values import apply_edit, merge_like, slice_like, unscaled
 
 Rule = Literal["slice", "first", "value", "row", "column"]
 
@@ -39,6 +39,8 @@ _RULES: dict[str, dict[str, Rule]] = {
     "SGD": {"momentum_buffer": "first"},
     "SparseAdam": {"exp_avg": "first"},
 }
+# Squares of gradients, which fall by the square of a factor that the parameter is multiplied by.
+_SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"))
 _REFUSED = {"LBFGS": "its history is one flat vector over all parameters"}
 _CONVENTION: dict[str, Rule] = {"exp_avg": "first", "momentum_buffer": "first"}
 
@@ -106,7 +108,7 @@ def state_changes(
                 averages.setdefault(key, _averages(optimizer, parameters, key))
                 changes.append(StateChange(state, key, apply_edit(edit, value, averages[key])))
             elif rule is not None:
-                changes.append(StateChange(state, key, _changed(rule, edit, state, value)))
+                changes.append(StateChange(state, key, _changed(rule, edit, state, key, value)))
     return changes
 
 
@@ -155,14 +157,14 @@ def _averages(optimizer: Optimizer, parameters: Mapping[str, Tensor], key: str) 
     return {name: optimizer.state.get(p, {}).get(key, p) for name, p in parameters.items()}
 
 
-def _changed(rule: Rule, edit: TensorEdit, state: Mapping[str, Any], value: Tensor) -> Tensor:
+def _changed(rule: Rule, edit: TensorEdit, state: Mapping[str, Any], key: str, value: Tensor) -> Tensor:
     if rule == "first":
         return merge_like(edit, value)
     if rule == "row":
         return _factor(edit, value, state.get("col_var"), last=-1, other=-2)
     if rule == "column":
         return _factor(edit, value, state.get("row_var"), last=-2, other=-1)
-    return slice_like(edit, value)
+    return slice_like(edit, unscaled(edit, value, 2) if key in _SQUARES else value)
 
 
 def _factor(edit: TensorEdit, factor: Tensor, partner: Tensor | None, *, last: int, other: int) -> Tensor:

@@ -74,11 +74,15 @@ def slice_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
 def merge_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
     """Compute a first moment or gradient after the edit: by the chain rule m'_k = sum_j merge[k, j] m_j, else sliced.
 
-    Sparse gradients are sliced. Returns: a new tensor in the memory format of `tensor`.
+    Factors that gradients follow divide them. Sparse gradients are sliced.
+
+    Returns: a new tensor in the memory format of `tensor`.
 
     Raises: ShapeError: the edit does not fit the tensor.
     """
     _check_fits(edit, tensor)
+    if not tensor.is_sparse:
+        tensor = unscaled(edit, tensor)
     if not edit.merge or tensor.is_sparse:
         return slice_like(edit, tensor)
     with torch.no_grad():
@@ -87,6 +91,22 @@ def merge_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
             wide = value.movedim(dim, -1).double() @ matrix.to(value.device).double().T
             value = wide.movedim(-1, dim).to(tensor.dtype)
         return _sliced(value, {dim: keep for dim, keep in edit.keep.items() if dim not in edit.merge}, tensor)
+
+
+def unscaled(edit: TensorEdit, tensor: Tensor, power: int = 1) -> Tensor:
+    """Divide by the factors that gradients follow, to a power: 1 for gradients, 2 for their squares.
+
+    Returns: a new tensor, or the tensor itself where nothing is scaled.
+    """
+    scales = [scale for scale in edit.scales if scale.follow]
+    if not scales:
+        return tensor
+    value = tensor.detach().clone()
+    for scale in scales:
+        along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
+        positions = positions.to(value.device)
+        along[..., positions] = (along[..., positions].double() / scale.factor**power).to(value.dtype)
+    return value
 
 
 def _check_fits(edit: TensorEdit, tensor: Tensor) -> None:

@@ -1,0 +1,130 @@
+"""Norms over channels as consumer sites: what a forward pass shows of them, and the sites that they become.
+
+Lives here: modules that are followed as one norm, whatever operators they run, where channels under norms may go. Does
+not live here: which modules these are and what becomes of them (apoptosis.norms), the rules of the operators that norms
+are else made of (rules_norm.py, rules_reduce.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from apoptosis.graph.classes import Classes
+from apoptosis.graph.findings import Findings, Norm, Reason
+from apoptosis.graph.meet import meet
+from apoptosis.graph.remedies import NORM_REMEDY, opt_in
+from apoptosis.graph.tracer import Call, Tracer
+from apoptosis.graph.values import Value, nothing, spoiled, varying
+from apoptosis.norms import is_shrunk, way_of
+from apoptosis.records import IntArray, NormWay, Site
+
+_TEXT = "normalises over channels"
+_SEVERAL = "a norm's statistics run over these channels together with others, or over some of them twice"
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A norm as its forward begins; no operator is followed until it ends."""
+
+    module: nn.Module
+    x: Tensor
+    value: Value
+    way: NormWay
+
+    def ended(self, tracer: Tracer, output: Tensor) -> Value:
+        """Return what is known of the norm's output: the channels of its input, scaled one by one."""
+        call = Call(tracer, "layer_norm", type(self.module).__name__, "", (self.x,), {}, [output])
+        if output.shape != self.x.shape:
+            call.pin(self.value.ids, "normalises to another shape than that of its input", NORM_REMEDY)
+            return nothing(output.dim(), f"the result of {type(self.module).__name__}")
+        self._note(call, tracer.findings)
+        gains = [p for p in self.module._parameters.values() if p is not None]
+        met = meet(call, gains, output.dim(), [(self.x, self.value)])
+        return Value(met.ids, paths=spoiled([self.value.paths]))
+
+    def _note(self, call: Any, findings: Findings) -> None:
+        ids, last = self.value.ids, self.value.ids.ndim - 1
+        if last not in varying(ids):
+            call.pin(ids, _TEXT, NORM_REMEDY)  # one id all along, or none
+            return
+        view = call.tracer.view(self.module.weight)
+        slots = ids.reshape(-1)
+        name = call.tracer.module_name
+        known = findings.norms.get(name)
+        if not findings.compensated:
+            call.pin(ids, _TEXT, opt_in(self.module))
+        elif varying(ids) != {last} or bool((slots == 0).any()):
+            call.pin(ids, f"{_TEXT} that lie along several axes, or with values that are none", NORM_REMEDY)
+        elif view is None or not view.whole:
+            call.pin(ids, f"{_TEXT} with a weight that is not its own", NORM_REMEDY)
+        elif known is not None and not np.array_equal(known.slots, slots):
+            call.pin(ids, f"{_TEXT} and is used several times, on other channels each", NORM_REMEDY)
+        else:
+            findings.norms[name] = Norm(name, slots, view.owner.name, self.way)
+
+
+class NormWatch:
+    """Follows norms whose channels may go as one operator each; told of every module that begins or ends."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._begun: _Begun | None = None
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Note that a module's forward begins; of a norm no operator is followed."""
+        tracer = self._tracer
+        if self._begun is not None or tracer.muted or not args or not isinstance(args[0], Tensor):
+            return
+        if not (tracer.findings.compensated or is_shrunk(module)) or not (value := tracer.value(args[0])).live:
+            return
+        tracer.muted = True  # a norm that the model writes out is tried on numbers
+        way = way_of(module)
+        tracer.muted = bool(way)
+        if way:
+            self._begun = _Begun(module, args[0], value, way)
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """Note that a module's forward ended."""
+        begun = self._begun
+        if begun is None or begun.module is not module:
+            return
+        self._begun, self._tracer.muted = None, False
+        if isinstance(output, Tensor):
+            self._tracer.memory.put(output, begun.ended(self._tracer, output))
+
+
+def norm_sites(findings: Findings, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
+    """Return the sites at which norms read the channels of one group, or why that pins the group.
+
+    channels: classes of the group's channels, in order.
+    """
+    rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
+    rank[channels] = np.arange(channels.size)
+    found = []
+    for norm in findings.norms.values():
+        index = rank[classes.labels[norm.slots]]
+        if bool((index < 0).all()):
+            continue
+        if index.size != channels.size or bool((np.sort(index) != np.arange(channels.size)).any()):
+            return (), Reason(_SEVERAL)
+        columns = np.argsort(index, kind="stable").astype(np.int64)[:, None]
+        found.append(_site(norm, columns))
+    return tuple(found), None
+
+
+def _site(norm: Norm, columns: IntArray) -> Site:
+    return Site(
+        module=norm.module,
+        kind="linear",
+        weight=norm.weight,
+        dim=0,
+        bias=None,
+        columns=columns,
+        input_columns=columns,
+        num_columns=len(columns),
+        norm_way=norm.way,
+    )

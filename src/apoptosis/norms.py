@@ -1,0 +1,266 @@
+"""Normalisations whose channels may go: what is known of the channels that are gone, kept beside those that stay.
+
+Lives here: the classes that nn.LayerNorm and nn.RMSNorm become when channels go, their statistics, and which modules
+can lose channels in which way. Does not live here: finding them in a forward pass (graph), deciding what goes
+(criteria, planner), exchanging classes (surgery).
+
+A norm divides by a statistic over its full width C. Where each channel j that went was x_j = s_j x_k + c_j for one kept
+channel k, sums over all channels are weighted sums over the kept ones (theory, Theorem 24).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from apoptosis.errors import ShapeError
+from apoptosis.records import NormWay
+
+_EPS_NAMES = ("variance_epsilon", "eps")
+_FIELDS = ("mean_weights", "square_weights", "cross_weights", "constant_sum", "constant_square", "full_width")
+_PROBE_ROWS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Statistics:
+    """Sums over the full width by the kept channels, with x_j = s_j x_k + c_j for all j that k stands for, k included.
+
+    mean_weights: sum of s_j. square_weights: sum of s_j². cross_weights: sum of s_j c_j; all (kept,). constant_sum: sum
+    of c_j; constant_square: sum of c_j², over all channels. full_width: number of channels as built.
+    """
+
+    mean_weights: Tensor
+    square_weights: Tensor
+    cross_weights: Tensor
+    constant_sum: float
+    constant_square: float
+    full_width: int
+
+    @classmethod
+    def plain(cls, width: int) -> Self:
+        """Return those of a norm that has lost nothing."""
+        ones = torch.ones(width, dtype=torch.float64)
+        return cls(
+            mean_weights=ones,
+            square_weights=ones.clone(),
+            cross_weights=torch.zeros(width, dtype=torch.float64),
+            constant_sum=0.0,
+            constant_square=0.0,
+            full_width=width,
+        )
+
+    def after(self, mix: Tensor, offset: Tensor | None) -> Statistics:
+        """Return those after a further event, x = x_K @ mix + offset on the channels that are there now.
+
+        Args:
+            mix: (kept, channels) with at most one entry per column that is not zero.
+            offset: (channels,) or None.
+
+        Raises: ShapeError: another number of channels, or a column that mixes several kept channels.
+
+        Example:
+            >>> mix = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])  # the third channel is twice the first
+            >>> found = Statistics.plain(3).after(mix, None)
+            >>> found.mean_weights.tolist(), found.square_weights.tolist()
+            ([3.0, 1.0], [5.0, 1.0])
+        """
+        mix = mix.detach().cpu().double()
+        if mix.shape[1] != self.mean_weights.numel() or bool((mix.count_nonzero(0) > 1).any()):
+            raise ShapeError(
+                f"the statistics of a norm over {self.mean_weights.numel()} channels follow a removal in which each "
+                f"channel is a multiple of one kept channel, not a mix of shape {tuple(mix.shape)}."
+            )
+        own = mix.new_zeros(mix.shape[1]) if offset is None else offset.detach().cpu().double()
+        return Statistics(
+            mean_weights=mix @ self.mean_weights,
+            square_weights=mix.square() @ self.square_weights,
+            cross_weights=mix @ (own * self.square_weights + self.cross_weights),
+            constant_sum=self.constant_sum + float(own @ self.mean_weights),
+            constant_square=self.constant_square
+            + float(own.square() @ self.square_weights + 2.0 * (own @ self.cross_weights)),
+            full_width=self.full_width,
+        )
+
+    def attributes(self) -> dict[str, Any]:
+        """Return them as the attributes of a module."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NormEdit:
+    """What a norm has to know of an event that takes channels of its input: x = x_K @ mix + offset, in its own order.
+
+    mix: (kept, channels), at most one entry per column; offset: (channels,) or None. plain: channels that were always
+    zero went, the module stays what it is, and ε follows the width as its weight does.
+    """
+
+    module: str
+    mix: Tensor
+    offset: Tensor | None
+    plain: bool
+
+
+class _Compensated(nn.Module):
+    """What both norms share: statistics that follow the module's device and travel with its state_dict."""
+
+    mean_weights: Tensor
+    square_weights: Tensor
+    cross_weights: Tensor
+    constant_sum: float
+    constant_square: float
+    full_width: int
+
+    @property
+    def statistics(self) -> Statistics:
+        """The statistics, to be changed by an event only."""
+        return Statistics(**{name: getattr(self, name) for name in _FIELDS})
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the statistics: with weight and bias alone the norm would compute something else."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `get_extra_state` returned."""
+        if set(state) != set(_FIELDS):
+            raise ShapeError(f"this is no state of a {type(self).__name__}: {sorted(state)}.")
+        for name in _FIELDS:
+            value = state[name]
+            setattr(self, name, value.to(self.mean_weights.device) if isinstance(value, Tensor) else value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self.mean_weights.device)).device
+        for name in _FIELDS[:3] if device.type != "mps" else ():  # which has no float64
+            setattr(self, name, getattr(self, name).to(device))  # their digits they keep
+        return self
+
+    def extra_repr(self) -> str:
+        """Say how many channels there are, and were."""
+        return f"{super().extra_repr()}, full_width={self.full_width}"
+
+    def _sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, square, cross = (getattr(self, name).to(x.device, x.dtype) for name in _FIELDS[:3])
+        return mean, square, cross
+
+
+class ShrunkLayerNorm(_Compensated, nn.LayerNorm):
+    """What an nn.LayerNorm over one axis becomes when channels go: mean and variance stay those of the full width.
+
+    Modules get this class from an event or from `load`; there is no reason to construct one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise over the last axis.
+
+        The variance is a sum of squares around the mean, (s_j x_k + c_j - μ)² with x_k = d_k + μ, so that a large mean
+        costs no digits.
+        """
+        x = _wide(input)
+        by_mean, by_square, by_cross = self._sums(x)
+        mean = ((x * by_mean).sum(-1, keepdim=True) + self.constant_sum) / self.full_width
+        d = x - mean
+        away = by_square - by_mean  # sum of s (s - 1)
+        total = (d * (d * by_square + 2.0 * (mean * away + by_cross))).sum(-1, keepdim=True)
+        spread = (by_square - 2.0 * by_mean).sum() + self.full_width  # sum of (s - 1)²
+        shift = 2.0 * (by_cross.sum() - self.constant_sum)
+        total = total + mean * (mean * spread + shift) + self.constant_square
+        y = d * (total / self.full_width).clamp_min(0.0).add(self.eps).rsqrt()
+        y = y if self.weight is None else y * self.weight
+        return (y if self.bias is None else y + self.bias).to(input.dtype)
+
+
+class ShrunkRMSNorm(_Compensated, nn.RMSNorm):
+    """What an nn.RMSNorm over one axis becomes when channels go: the mean square stays that of the full width.
+
+    Modules get this class from an event or from `load`; there is no reason to construct one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide by the root of the mean square over the last axis."""
+        wide = _wide(x)
+        _, by_square, by_cross = self._sums(wide)
+        total = (wide * (wide * by_square + 2.0 * by_cross)).sum(-1, keepdim=True) + self.constant_square
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        y = wide * (total / self.full_width).clamp_min(0.0).add(eps).rsqrt()
+        return (y if self.weight is None else y * self.weight).to(x.dtype)
+
+
+SHRUNK: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: ShrunkLayerNorm, nn.RMSNorm: ShrunkRMSNorm}
+"""Class as built -> class once channels are gone."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def is_shrunk(module: nn.Module) -> bool:
+    """Whether a norm has lost channels and makes up for them."""
+    return isinstance(module, _Compensated)
+
+
+def statistics_of(module: nn.Module) -> Statistics:
+    """Return the statistics of a norm, lost channels or not. Raises: ShapeError: it has no weight."""
+    if isinstance(module, _Compensated):
+        return module.statistics
+    weight = module._parameters["weight"]
+    if weight is None:
+        raise ShapeError(f"{type(module).__name__} has no weight, so that its width is not known.")
+    return Statistics.plain(weight.shape[0])
+
+
+def eps_name(module: nn.Module) -> str | None:
+    """Return the attribute that a root-mean-square norm of its own forward pass holds ε in, None for other modules.
+
+    nn.RMSNorm with a number for ε is one, too.
+    """
+    if type(module) is not nn.RMSNorm and type(module).__module__.startswith("torch."):
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or module._buffers or module._modules:
+        return None
+    return next((name for name in _EPS_NAMES if type(vars(module).get(name)) is float), None)
+
+
+def way_of(module: nn.Module) -> NormWay:
+    """Say how channels of a module's input can go: "class", "plain", "either", or "" where they cannot.
+
+    "class": the module becomes a norm that knows what is gone, be it multiples of kept channels or constants. "plain":
+    channels that are always zero go, with ε and the weight following the width, and the module stays what it is.
+
+    Modules with a forward pass of their own are compared with the formula on a few numbers.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or weight.is_meta or hasattr(weight, "fake_mode"):
+        return ""
+    if type(module) in (nn.LayerNorm, ShrunkLayerNorm, ShrunkRMSNorm):
+        return "class"
+    if type(module) is nn.RMSNorm:
+        return "class" if module.eps is None else "either"
+    name = eps_name(module)
+    return "plain" if name is not None and _is_rms_norm(module, weight, getattr(module, name)) else ""
+
+
+def _is_rms_norm(module: nn.Module, weight: Tensor, eps: float) -> bool:
+    """Whether the module computes x / sqrt(mean(x²) + ε) * weight, on numbers large and small beside ε."""
+    rows = torch.randn(_PROBE_ROWS, weight.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not weight.is_floating_point() or not 0.0 <= eps < 1.0:
+        return False
+    allowed = torch.finfo(weight.dtype).eps ** 0.5
+    for size in (1.0, max(eps, 1e-30) ** 0.5):
+        x = (rows * size).to(weight.device, weight.dtype)
+        wide = x.double()
+        want = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.detach().double()
+        try:
+            with torch.no_grad():
+                got = module.forward(x)
+        except Exception:  # noqa: BLE001  # the user's forward may raise anything: then it is no such norm
+            return False
+        if not isinstance(got, Tensor) or got.shape != x.shape:
+            return False
+        if bool(((got.double() - want).abs() > allowed * (1e-3 + want.abs())).any()):
+            return False
+    return True

@@ -1,0 +1,155 @@
+"""What an event does to the norms that read the channels it takes.
+
+Lives here: the scale of a weight that follows the width, the edits of norms, and what they make of a module's
+attributes, its class included. Does not live here: the classes (apoptosis.norms), the rows of weight and bias, which
+are members of the group (edits.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apoptosis.errors import ShapeError
+from apoptosis.norms import (
+    SHRUNK,
+    NormEdit,
+    ShrunkLayerNorm,
+    ShrunkRMSNorm,
+    Statistics,
+    eps_name,
+    is_shrunk,
+    statistics_of,
+)
+from apoptosis.records import Reduction, RowScale, Site, SiteReduction, Structure
+from apoptosis.surgery.drafts import Draft, check_positions, first_name
+
+
+def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:
+    """Whether only channels that are always zero go, of a norm that can then stay what it is."""
+    gone = torch.ones(reduction.mix.shape[1], dtype=torch.bool)
+    gone[keep.cpu()] = False
+    moved = bool(reduction.mix.cpu()[:, gone].any()) or (reduction.offset is not None and bool(reduction.offset.any()))
+    if site.norm_way == "plain" and moved:
+        raise ShapeError(f"site '{site.key}': this norm can lose channels that are always zero, and no others.")
+    return site.norm_way != "class" and not moved
+
+
+def add_norm(drafts: dict[str, Draft], structure: Structure, site: Site, reduction: Reduction) -> None:
+    """Scale the weight of a norm that stays what it is by sqrt(C/C'), C channels before and C' after.
+
+    Raises: ShapeError: the norm can only lose channels that are always zero, and others would go; a weight that two
+        norms share.
+    """
+    found, keep, num = reduction.sites[site.key], reduction.keep, len(site.columns)
+    name = first_name(structure, site.weight)
+    check_positions(site.columns, num, structure.shapes[name][0], f"site '{site.key}'")
+    if not _stays_plain(site, found, keep):
+        return
+    draft = drafts.setdefault(name, Draft())
+    if any(scale.dim == 0 for scale in draft.scales):
+        raise ShapeError(f"site '{site.key}': its weight is shared, and would be scaled twice.")
+    factor = math.sqrt(num / keep.numel())
+    draft.scales.append(RowScale(dim=0, positions=np.arange(num, dtype=np.int64), factor=factor, follow=True))
+
+
+def norm_edits(structure: Structure, reductions: Sequence[Reduction]) -> tuple[NormEdit, ...]:
+    """Say what the norms of a model have to know of the reductions of one event.
+
+    Args:
+        structure: the structure that the reductions speak of.
+        reductions: as given to `build_edits`, which raises what is wrong with them.
+
+    Returns: one edit per norm that loses channels.
+    """
+    groups = {group.name: group for group in structure.groups}
+    edits = []
+    for reduction in reductions:
+        group = groups[reduction.group]
+        for site in group.sites if reduction.keep.numel() < group.num_channels else ():
+            if site.norm_way:
+                edits.append(_norm_edit(site, reduction.sites[site.key], reduction.keep))
+    return tuple(edits)
+
+
+def _norm_edit(site: Site, found: SiteReduction, keep: Tensor) -> NormEdit:
+    """Put a reduction at a norm into the order of the norm's own axis."""
+    place = torch.from_numpy(site.columns[:, 0])  # of each channel
+    channel = torch.argsort(place)
+    rows = torch.argsort(place[keep.cpu()])
+    return NormEdit(
+        module=site.module,
+        mix=found.mix.cpu()[rows][:, channel],
+        offset=None if found.offset is None else found.offset.cpu()[channel],
+        plain=_stays_plain(site, found, keep),
+    )
+
+
+def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
+    """Say what the attributes of a norm become, its class included.
+
+    Raises: ShapeError: a module that is no such norm.
+
+    Example:
+        >>> mix = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+        >>> norm = nn.LayerNorm(3)
+        >>> found = norm_changes(norm, NormEdit(module="n", mix=mix, offset=None, plain=False))
+        >>> found["__class__"].__name__, found["normalized_shape"], found["full_width"]
+        ('ShrunkLayerNorm', (2,), 3)
+    """
+    kept, width = edit.mix.shape
+    if edit.plain:
+        name = eps_name(module)
+        if name is None:
+            raise ShapeError(f"{type(module).__name__} is no norm that takes the root of a mean square.")
+        return {name: float(getattr(module, name)) * width / kept}
+    if type(module) not in SHRUNK and not is_shrunk(module):
+        raise ShapeError(f"{type(module).__name__} is no norm whose class can be exchanged.")
+    found = statistics_of(module).after(edit.mix, edit.offset)
+    cls = SHRUNK.get(type(module), type(module))
+    return {**_on_device(found, module), "normalized_shape": (kept,), "__class__": cls}
+
+
+def _on_device(found: Statistics, module: nn.Module) -> dict[str, Any]:
+    weight = module._parameters["weight"]
+    moves = weight is not None and weight.device.type != "mps"  # which has no float64
+    return {
+        name: value.to(weight.device) if isinstance(value, Tensor) and moves and weight is not None else value
+        for name, value in found.attributes().items()
+    }
+
+
+def norm_attributes(module: nn.Module) -> dict[str, Any]:
+    """Read what events change of a norm beside its shapes: ε, or the class and its statistics; nothing elsewhere."""
+    if isinstance(module, ShrunkLayerNorm | ShrunkRMSNorm):
+        return {"__class__": type(module).__name__, **module.statistics.attributes()}
+    name = eps_name(module)
+    return {} if name is None else {name: getattr(module, name)}
+
+
+def shrunk_norm(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Say what makes a norm the one that was saved; None for a module or an entry of another kind.
+
+    Args:
+        module: of the model that a checkpoint is loaded into, as built or shrunk.
+        stored: what `norm_attributes` said, with the attributes of the module's table.
+
+    Raises: ShapeError: statistics that do not fit the width.
+    """
+    cls = SHRUNK.get(type(module), type(module))
+    if (not is_shrunk(module) and type(module) not in SHRUNK) or stored.get("__class__") != cls.__name__:
+        return None
+    known = set(Statistics.plain(1).attributes()) | {"__class__", "normalized_shape"}
+    (width,) = stored["normalized_shape"]
+    tensors = [value for value in stored.values() if isinstance(value, Tensor)]
+    if known - set(stored) or len(tensors) != 3 or any(tuple(value.shape) != (width,) for value in tensors):
+        raise ShapeError(f"the statistics of a {cls.__name__} over {width} channels are damaged.")
+    own = module._parameters["weight"]
+    device = torch.device("cpu") if own is None or own.device.type == "mps" else own.device
+    moved = {k: v.double().to(device) if isinstance(v, Tensor) else v for k, v in stored.items() if k in known}
+    return {**moved, "__class__": cls}
