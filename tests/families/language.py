@@ -172,8 +172,7 @@ def _families() -> Iterator[Family]:
     yield family("GPT-2, whole heads", gpt2("sdpa", 4), plain, heads)
     stems = ("encoder.block.0.layer.0.Self", "decoder.block.0.layer.0.Self", "decoder.block.0.layer.1.EncDec")
     heads = {f"{stem}Attention:heads": 1 for stem in stems}
-    missing = {f"{stems[2]}Attention:heads": "a mask is added to zeros of every head"}
-    yield family("T5, whole heads", t5("relu", 2, 4), translation, heads, missing=missing)
+    yield family("T5, whole heads", t5("relu", 2, 4), translation, heads)
     inner = every_layer("backbone.layers.{}", {"mixer.in_proj": 6})
     yield family("Mamba", mamba, plain, inner)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -72,3 +75,52 @@ def test_a_sum_that_divides_each_heads_values_leaves_their_channels_apart(remova
 
     structure = removal(Divided(), (X,), {"v": 8})
     assert named(structure, "v").rows == 2
+
+
+def masked(mask: Callable[[Tensor], Tensor]) -> Structure:
+    """Attention of four heads to whose scores a mask is added, which has a place for every head."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.q, self.k, self.v, self.o = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
+            scores = q @ k.mT
+            weights = (scores + mask(torch.zeros(1, 4, 5, 5, dtype=x.dtype))).softmax(-1)
+            return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+    return analyse(Masked(), (X,), {})
+
+
+PADDING = torch.where(torch.arange(5) < 4, 0.0, -1.0)
+ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros and a mask": lambda zeros: zeros + PADDING,
+    "a mask laid out for every head": lambda zeros: (1.0 - PADDING.expand(1, 4, 5, 5)) * 2.0,
+    "in place": lambda zeros: zeros.add_(PADDING).mul_(2.0),
+    "a triangle": lambda zeros: (zeros + 1.0).tril() + PADDING,
+}
+APART: dict[str, Callable[[Tensor], Tensor]] = {
+    "numbers of heads": lambda zeros: zeros + PADDING + torch.arange(4.0)[:, None, None],
+    "running sums over heads": lambda zeros: (zeros + PADDING).cumsum(1),
+    "one head's own": lambda zeros: torch.cat([zeros[:, :3] + PADDING, zeros[:, 3:] + PADDING.flip(0)], 1),
+    "written into one head": lambda zeros: _written(zeros + PADDING),
+    "heads as positions": lambda zeros: (zeros[0, :, :, :4] + PADDING[:4]).transpose(0, 2)[..., :1].expand(4, 5, 5),
+}
+
+
+def _written(mask: Tensor) -> Tensor:
+    mask[:, 1] += torch.arange(5.0)
+    return mask
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_mask_that_is_the_same_for_all_heads_lets_them_go(name: str) -> None:
+    assert named(masked(ALIKE[name]), ":heads").num_channels == 4
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_mask_that_tells_heads_apart_keeps_them(name: str) -> None:
+    assert not any(group.name == ":heads" for group in masked(APART[name]).groups)

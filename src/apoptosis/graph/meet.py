@@ -6,7 +6,8 @@ is elementwise (rules.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -37,10 +38,17 @@ def _bind(call: Call, view: View, ndim: int, axes: frozenset[int] | None) -> Int
     return None
 
 
-def _spans(tensor: Tensor, ndim: int, axes: frozenset[int]) -> bool:
+def _spans(tensor: Tensor, ndim: int, axes: Set[int]) -> bool:
     """Whether the tensor has elements of its own along any of these axes of the result."""
     lead = ndim - tensor.dim()
     return any(axis >= lead and tensor.shape[axis - lead] > 1 and tensor.stride(axis - lead) != 0 for axis in axes)
+
+
+def _even(tensor: Tensor, ndim: int, value: Value) -> frozenset[int]:
+    """Return the axes, counted from the last, along which values without channels are all the same."""
+    return frozenset(
+        a for a in range(-ndim, 0) if value.free or a in value.even or not _spans(tensor, ndim, {ndim + a})
+    )
 
 
 def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple[Tensor, Value]] = ()) -> Value:
@@ -82,12 +90,14 @@ def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple
             dull.append((tensor, nothing(tensor.dim(), f"'{view.owner.name}'")))
     if not live:
         origin = dull[0][1].origin if dull else "a constant"
-        return nothing(ndim, origin, free=free)
+        alike = [_even(t, ndim, tracer.value(t) if v is None else v) for t, v in operands if v or not tracer.view(t)]
+        alike += [_even(tensor, ndim, nothing(ndim)) for tensor, _ in views]
+        return replace(nothing(ndim, origin, free=free), even=frozenset.intersection(*alike) if alike else frozenset())
     result = live[0][1]
     for (left, _), (tensor, ids) in pairwise(live):
         result = _join(call, left, result, tensor, ids, ndim)
     for tensor, value in dull:
-        if _spans(tensor, ndim, varying(result)):
+        if _spans(tensor, ndim, varying(result) - {ndim + axis for axis in value.even}):
             call.pin(result, f"combines channels with {value.origin}, which has none")
             break
     return Value(result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,19 @@ SIZE_LIMIT = 1 << 24
 """Largest id array that is ever expanded; what would need more is pinned."""
 
 
+CHANNELS, LITERAL = "channels", "literal"
+"""What a Multiple may be of, beside the sums of a product of activations (by `findings.pairs_of`)."""
+
+
 class TooLargeError(Exception):
     """An id array would grow beyond SIZE_LIMIT; never leaves this package."""
+
+
+class Multiple(NamedTuple):
+    """What a value is a multiple of, and the plain numbers in between: (call in the mode's scalars, place, power)."""
+
+    of: str
+    numbers: tuple[tuple[int, int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,8 @@ class Value:
     source: module whose contraction this is the untouched output of.
     linear: the producers that this is linear and homogeneous in: it scales with their weights and biases.
     scaled: nothing but movement and plain factors, the same for all channels, since the producer that `linear` names.
+    even: without ids: the axes, counted from the last (-1), along which all elements are alike though laid out apart.
+    multiple: the plain numbers that this was scaled with, where they are followed (multiples.py alone sets it).
     """
 
     ids: IntArray
@@ -63,6 +77,8 @@ class Value:
     source: str | None = None
     linear: frozenset[Axis] = frozenset()
     scaled: bool = False
+    even: frozenset[int] = frozenset()
+    multiple: Multiple | None = None
 
     @property
     def live(self) -> bool:
@@ -71,7 +87,7 @@ class Value:
 
     def moved(self, ids: IntArray) -> Value:
         """Return the same value with its elements rearranged."""
-        return replace(self, ids=ids)
+        return replace(self, ids=ids, even=frozenset())
 
 
 def nothing(ndim: int, origin: str = "a constant", *, free: bool = False) -> Value:
