@@ -25,8 +25,6 @@ from typing import Any
 import torch
 
 from apoptosis import shrink_
-from apoptosis.graph import analyse
-from apoptosis.probe import as_call
 from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.machine import machine, versions
 from apoptosis.records import Group, Pin
@@ -35,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # where the families live
 
 from families.family import Family  # noqa: E402
-from families.oracle import build, difference, inputs, operate, run  # noqa: E402
+from families.oracle import build, difference, inputs, operate, run, structure_of  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "coverage.md"
 SEED, TOLERANCE = 0, 0.05
@@ -73,10 +71,9 @@ def measure(family: Family) -> dict[str, Any]:
             planted = sum(operation.planted.values())
             went = sum(min(num, -_change(operation.event.groups.get(name))) for name, num in operation.planted.items())
     model, example = build(family, torch.float32, SEED), inputs(family, torch.float32, SEED, rows=4)
-    args, kwargs = as_call(example)
-    groups = [g for g in analyse(model, args, kwargs).groups if not g.name.endswith(":heads")]
+    groups = [g for g in structure_of(family, model, example).groups if not g.name.endswith(":heads")]
     batches = [inputs(family, torch.float32, 1 + i) for i in range(family.batches)]
-    event = shrink_(model, example, batches, tolerance=TOLERANCE, align=1)
+    event = shrink_(model, example, batches, tolerance=TOLERANCE, align=1, norm_widths=family.norm_widths)
     return {
         "channels": sum(g.num_channels for g in groups),
         "removable": sum(g.num_channels for g in groups if g.pin is None),

@@ -23,6 +23,7 @@ from apoptosis.records import NormWay
 _EPS_NAMES = ("variance_epsilon", "eps")
 _FIELDS = ("mean_weights", "square_weights", "cross_weights", "constant_sum", "constant_square", "full_width")
 _PROBE_ROWS = 3
+_FLOAT32 = 1e-5  # relative error of a norm in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -249,7 +250,7 @@ def _is_rms_norm(module: nn.Module, weight: Tensor, eps: float) -> bool:
     rows = torch.randn(_PROBE_ROWS, weight.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if not weight.is_floating_point() or not 0.0 <= eps < 1.0:
         return False
-    allowed = torch.finfo(weight.dtype).eps ** 0.5
+    allowed = max(torch.finfo(weight.dtype).eps ** 0.5, _FLOAT32)  # some compute in float32 whatever comes in
     for size in (1.0, max(eps, 1e-30) ** 0.5):
         x = (rows * size).to(weight.device, weight.dtype)
         wide = x.double()

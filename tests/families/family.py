@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apoptosis.records import NormWidths
+
 
 def first_tensor(output: Any) -> Tensor:
     """The first floating point tensor of an output: itself, in a tuple or list, by key, by field."""
@@ -46,6 +48,7 @@ class Family:
     groups: name -> channels to plant in it, all rows together (a multiple of Group.rows, fewer than all). None of these
     groups may ever be pinned. missing: listed groups that are not removable yet -> why; each is an expected failure.
     read: the output that is compared and trained on. rows, batches: how much the oracle shows the model.
+    norm_widths: as `shrink_` takes it.
     tolerance32: relative error allowed in float32. lr: of the 20 training steps.
     """
 
@@ -57,5 +60,6 @@ class Family:
     read: Callable[[Any], Tensor] = first_tensor
     rows: int = 64
     batches: int = 2
+    norm_widths: NormWidths = "pinned"
     tolerance32: float = 1e-5
     lr: float = 3e-3

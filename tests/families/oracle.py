@@ -86,6 +86,17 @@ def run(family: Family, model: nn.Module, example: Any, seed: int = 0) -> Tensor
     return family.read(model(*args, **kwargs))
 
 
+def structure_of(family: Family, model: nn.Module, example: Any) -> Structure:
+    """The structure that an event of this family sees."""
+    args, kwargs = as_call(example)
+    return analyse(model, args, kwargs, norm_widths=family.norm_widths)
+
+
+def shrink(family: Family, model: nn.Module, example: Any, batches: list[Any], optimizer: Optimizer) -> Event:
+    """One event in which only what is exactly redundant goes."""
+    return shrink_(model, example, batches, tolerance=0, align=1, optimizer=optimizer, norm_widths=family.norm_widths)
+
+
 def quiet(model: nn.Module) -> nn.Module:
     """Training mode with dropout off."""
     model.train()
@@ -121,11 +132,10 @@ def operate(family: Family, dtype: torch.dtype, seed: int = 0) -> Operation:
     optimizer.zero_grad()
     settle(model, lambda: run(family, model, batches[0]), seed)
     model.eval()
-    args, kwargs = as_call(example)
-    structure = analyse(model, args, kwargs)
+    structure = structure_of(family, model, example)
     refused = plant_all(model, structure, family.groups, seed)
     before = copy.deepcopy(model)
-    event = shrink_(model, example, batches, tolerance=0, align=1, optimizer=optimizer)
+    event = shrink(family, model, example, batches, optimizer)
     planted = {name: num for name, num in family.groups.items() if name not in refused}
     return Operation(
         family=family,
@@ -296,8 +306,7 @@ def check_second_event(operation: Operation) -> None:
     family, dtype = operation.family, operation.dtype
     model, optimizer = operation.copy()
     example = inputs(family, dtype, 50, rows=4)
-    args, kwargs = as_call(example)
-    structure = analyse(model, args, kwargs)
+    structure = structure_of(family, model, example)
     groups = {g.name: g for g in structure.groups}
     gone = [name for name in operation.planted if name not in groups]
     assert not gone, f"groups that are no longer found after the first event: {gone}"
@@ -311,7 +320,7 @@ def check_second_event(operation: Operation) -> None:
     assert not refused, f"pinned after the first event: {refused}"
     before = copy.deepcopy(model)
     batches = [inputs(family, dtype, 51 + i) for i in range(family.batches)]
-    event = shrink_(model, example, batches, tolerance=0, align=1, optimizer=optimizer)
+    event = shrink(family, model, example, batches, optimizer)
     for name, num in numbers.items():
         kept = event.groups.get(name, (0, widths[name]))[1]
         assert kept <= widths[name] - num, f"'{name}': {num} of {widths[name]} planted, {kept} kept; {event.notes}"

@@ -6,16 +6,14 @@ import sys
 
 import torch
 
-from apoptosis.graph import analyse
-from apoptosis.probe import as_call
-from families.oracle import build, inputs
+from families.oracle import build, inputs, structure_of
 from families.registry import FAMILIES
 
 
 def main() -> None:
     for name in sys.argv[1:] or FAMILIES:
         family = FAMILIES[name]
-        structure = analyse(build(family, torch.float32), *as_call(inputs(family, torch.float32, 0, rows=4)))
+        structure = structure_of(family, build(family, torch.float32), inputs(family, torch.float32, 0, rows=4))
         sys.stdout.write(f"{name}\n")
         for group in structure.groups:
             told = f"pinned: {group.pin}" if group.pin else f"open, rows {group.rows}, sites {len(group.sites)}"

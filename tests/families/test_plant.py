@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from apoptosis.graph import analyse
-from apoptosis.probe import as_call
 from families.family import Family
-from families.oracle import build, inputs, quiet, run
+from families.oracle import build, inputs, quiet, run, structure_of
 from families.plant import enliven, kinds_of, pairs, plant, settle
 from families.registry import FAMILIES
 
@@ -53,7 +52,7 @@ def site_inputs(family, model, group, x):
 @pytest.mark.parametrize("training", [False, True])
 def test_planted_channels_are_what_they_are_called(name, training):
     family, model, x = prepared(name)
-    structure = analyse(model, *as_call(x))
+    structure = structure_of(family, model, x)
     groups = {group.name: group for group in structure.groups}
     for index, (group_name, num) in enumerate(family.groups.items()):
         plant(model, structure, group_name, num, seed=index)
@@ -73,7 +72,7 @@ def test_every_kind_is_planted_somewhere():
     found = set()
     for name in NAMES:
         family = FAMILIES[name]
-        structure = analyse(build(family, torch.float64), *as_call(inputs(family, torch.float64, 1, rows=4)))
+        structure = structure_of(family, build(family, torch.float64), inputs(family, torch.float64, 1, rows=4))
         found |= {kind for group in structure.groups if group.name in family.groups for kind in kinds_of(group)}
     assert found == set(FACTORS)
 
