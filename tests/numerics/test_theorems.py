@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch import nn
 from torch.nn import functional as F
 
+from apoptosis.norms import NormEdit
 from apoptosis.numerics import bounds
 from apoptosis.numerics.activations import NEURON_TYPES, neuron_type
 from apoptosis.numerics.decompose import (
@@ -27,7 +29,8 @@ from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.pairs import joint, product_error
 from apoptosis.probe import compare, make_probe
 from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
-from apoptosis.surgery import apply_edit
+from apoptosis.surgery import apply_edit, merge_like
+from apoptosis.surgery.norms import norm_changes
 from apoptosis.verdict import Verdict
 
 seeds = st.integers(0, 2**32 - 1)
@@ -506,3 +509,98 @@ def test_whole_heads(seed: int, heads: int, size: int, factor: float, exact: boo
     torch.testing.assert_close(project(z, out) - after, lost, rtol=1e-9, atol=1e-9)
     if exact:
         assert float(lost.abs().max()) <= 1e-9
+
+
+def affine_copies(seed: int, kept: int, gone: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix (kept, channels) with one entry per column, and constants: the channels that went come last."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.cat([torch.eye(kept, dtype=torch.float64), torch.zeros(kept, gone, dtype=torch.float64)], 1)
+    constants = torch.zeros(kept + gone, dtype=torch.float64)
+    slopes = torch.randn(gone, generator=generator, dtype=torch.float64)
+    for j in range(gone):
+        partner = int(torch.randint(0, kept, (1,), generator=generator))
+        mix[partner, kept + j] = {"copies": 1.0, "multiples": float(slopes[j]), "constants": 0.0}.get(
+            kind, float(slopes[j])
+        )
+    if kind == "constants":
+        constants[kept:] = float(slopes[0])
+    elif kind == "any":
+        constants[kept:] = torch.randn(gone, generator=generator, dtype=torch.float64)
+    return mix, constants
+
+
+@given(seed=seeds, kept=st.integers(2, 6), gone=st.integers(1, 4), rms=st.booleans(), far=st.sampled_from([0.0, 1e3]))
+@quick
+def test_statistics_of_a_norm(seed: int, kept: int, gone: int, rms: bool, far: float) -> None:
+    first, constants = affine_copies(seed, kept, gone, "any")
+    second, others = affine_copies(seed + 1, kept - 1, 1, "any")
+    x = draw(seed + 2, 9, kept - 1) + far
+    middle = x @ second + others
+    full = middle @ first + constants
+    norm = nn.RMSNorm(kept + gone, eps=1e-3) if rms else nn.LayerNorm(kept + gone, eps=1e-3)
+    norm.double()
+    norm.weight.data = draw(seed + 3, kept + gone)
+    expected = norm(full)[:, : kept - 1].detach()
+    for mix, shift in ((first, constants), (second, others)):
+        num = mix.shape[0]
+        changes = norm_changes(norm, NormEdit(module="n", mix=mix, offset=shift, plain=False))
+        for parameter in norm.parameters():
+            parameter.data = parameter.data[:num]
+        for name, value in changes.items():
+            setattr(norm, name, value)
+    torch.testing.assert_close(norm(x).detach(), expected, rtol=1e-9 * max(far, 1.0), atol=1e-9 * max(far, 1.0))
+
+
+@given(
+    seed=seeds,
+    kept=st.integers(3, 6),
+    gone=st.integers(1, 3),
+    kind=st.sampled_from(["copies", "multiples", "constants"]),
+)
+@quick
+def test_behind_a_norm(seed: int, kept: int, gone: int, kind: str) -> None:
+    mix, constants = affine_copies(seed, kept, gone, kind)
+    x = draw(seed + 1, 40, kept) + draw(seed + 2, kept)
+    full, num = x @ mix + constants, kept + gone
+    weight, bias = draw(seed + 3, num), draw(seed + 4, num)
+    weight = torch.where(weight.abs() < 0.1, 1.0, weight)
+    if kind != "constants":
+        rms = F.rms_norm(full, (num,), weight, 1e-3)
+        slopes = mix * weight / weight[:kept, None]
+        torch.testing.assert_close(rms, rms[:, :kept] @ slopes, rtol=1e-9, atol=1e-9)
+    normed = F.layer_norm(full, (num,), None, None, 1e-3)
+    sums, total = mix.sum(1), constants.sum()
+    if kind == "multiples" and abs(num - float(sums.sum())) < 0.1:
+        return
+    slope = mix.sum(0)  # every column has one entry
+    if kind == "copies":
+        share = torch.zeros(num, dtype=torch.float64)
+    else:
+        share = (slope - 1.0) / (num - sums.sum())
+    torch.testing.assert_close(constants, -share * total, rtol=1e-9, atol=1e-9)  # the condition of the theorem
+    z = normed[:, :kept]
+    expected = z @ mix + torch.outer(z @ sums, share)
+    torch.testing.assert_close(normed, expected, rtol=1e-8, atol=1e-8)
+    y, fitted = normed * weight + bias, expected * weight + bias
+    torch.testing.assert_close(y, fitted, rtol=1e-7, atol=1e-7)
+
+
+@given(seed=seeds, kept=st.integers(1, 6), gone=st.integers(1, 4), eps=st.floats(1e-6, 0.5))
+@quick
+def test_root_mean_square_of_fewer_channels(seed: int, kept: int, gone: int, eps: float) -> None:
+    num = kept + gone
+    x = torch.cat([draw(seed, 7, kept), torch.zeros(7, gone, dtype=torch.float64)], 1)
+    old = nn.RMSNorm(num, eps=eps).double()
+    old.weight.data = draw(seed + 1, num)
+    new = nn.RMSNorm(kept, eps=eps).double()
+    keep = torch.arange(kept)
+    scale = RowScale(dim=0, positions=np.arange(num), factor=math.sqrt(num / kept), follow=True)
+    edit = TensorEdit(tensor="w", keep={0: keep}, scales=(scale,))
+    new.weight.data = apply_edit(edit, old.weight, {})
+    new.eps = norm_changes(old, NormEdit(module="n", mix=torch.eye(kept, num), offset=None, plain=True))["eps"]
+    before, after = old(x), new(x[:, :kept])
+    torch.testing.assert_close(after, before[:, :kept], rtol=1e-9, atol=1e-12)
+    direction = draw(seed + 2, 7, kept)
+    (before[:, :kept] * direction).sum().backward()
+    (after * direction).sum().backward()
+    torch.testing.assert_close(new.weight.grad, merge_like(edit, old.weight.grad), rtol=1e-9, atol=1e-12)
