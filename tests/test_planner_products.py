@@ -14,6 +14,7 @@ from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, macs_after, make_plan
 from apoptosis.planner.alike import alike, steps
+from apoptosis.planner.entangled import choices_of
 from apoptosis.planner.views import show
 from apoptosis.records import Group, Member, Seen, Site, Structure
 
@@ -433,3 +434,13 @@ def test_several_positions_of_a_functional_consumer_are_measured_on_whole_inputs
     (certificate,) = (c for c in event.certificates if c.kind == "empirical")
     measured = float((change / (before - before.mean(0)).square().sum()).sqrt())
     assert certificate.value == pytest.approx(measured, rel=1e-4)
+
+
+def test_whole_heads_that_go_along_with_one_another_are_one_choice() -> None:
+    def group(name: str, alternative: tuple[str, ...], equal: tuple[str, ...] = ()) -> Group:
+        return Group(name=name, num_channels=4, members=(), sites=(), alternative=alternative, equal=equal)
+
+    groups = [group("q", ("a",)), group("p", ("b",)), group("a", ("q",), ("b",)), group("b", ("p",), ("a",))]
+    sets = [[one.name for one in chosen] for chosen in choices_of(groups)]
+    assert ["q", "p"] in sets
+    assert ["a", "b"] in sets

@@ -170,7 +170,9 @@ def _families() -> Iterator[Family]:
         yield family(f"BERT, whole heads, {attention}", whole, padded, heads)
     heads = every_layer("transformer.h.{}", {"attn:heads": 1})
     yield family("GPT-2, whole heads", gpt2("sdpa", 4), plain, heads)
-    stems = ("encoder.block.0.layer.0.Self", "decoder.block.0.layer.0.Self", "decoder.block.0.layer.1.EncDec")
+    # heads of queries on the encoder are as many in all layers: one tensor of zeros is added to the scores of all
+    stems = ("encoder.block.0.layer.0.Self", "decoder.block.0.layer.0.Self")
+    stems += tuple(f"decoder.block.{i}.layer.1.EncDec" for i in range(2))
     heads = {f"{stem}Attention:heads": 1 for stem in stems}
     yield family("T5, whole heads", t5("relu", 2, 4), translation, heads)
     inner = every_layer("backbone.layers.{}", {"mixer.in_proj": 6})

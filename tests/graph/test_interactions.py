@@ -124,3 +124,45 @@ def test_a_mask_that_is_the_same_for_all_heads_lets_them_go(name: str) -> None:
 @pytest.mark.parametrize("name", APART)
 def test_a_mask_that_tells_heads_apart_keeps_them(name: str) -> None:
     assert not any(group.name == ":heads" for group in masked(APART[name]).groups)
+
+
+class Zeros(nn.Module):
+    """Two layers of attention with four heads; one tensor of zeros is added to the scores of both, or one to each."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.shared, self.num_heads = shared, 4
+        self.q, self.k = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+        self.v, self.o = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = None
+        for layer in zip(self.q, self.k, self.v, self.o, strict=True):
+            q, k, v = (part(x).unflatten(-1, (-1, 2)).transpose(1, 2) for part in layer[:3])
+            if zeros is None or not self.shared:
+                zeros = x.new_zeros(1, q.shape[1], 5, 5) + PADDING.to(x)
+            x = layer[3]((((q @ k.mT) + zeros).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_is_as_wide_as_the_heads_of_two_layers_keeps_them_equally_many(shared: bool) -> None:
+    structure = analyse(Zeros(shared=shared), (X,), {})
+    heads = {group.name: group.equal for group in structure.groups if group.name.startswith(":heads")}
+    assert heads == {":heads": (":heads#2",) if shared else (), ":heads#2": (":heads",) if shared else ()}
+
+
+def test_one_filled_tensor_added_to_two_layers_keeps_them_equally_wide(removal) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ones = torch.ones_like(x[0, 0, :1]).expand(self.a.out_features).contiguous()
+            return self.c(torch.relu(self.b(torch.relu(self.a(x) + ones)) + ones))
+
+    structure = removal(Shifted(), (X,), {"a": 6, "b": 6})
+    assert named(structure, "a").equal == ("b",)

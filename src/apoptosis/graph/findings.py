@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from apoptosis.graph.slots import Slots
-from apoptosis.graph.values import Axis, Paths
+from apoptosis.graph.values import Axis, Multiple, Paths
 from apoptosis.records import IntArray, NormWay, ScalarOperands, SiteKind
 
 
@@ -61,6 +61,7 @@ class Product:
     left, right: (positions,), the slots that meet. fold: the axis that the right slots lie on, where their producer's
     rows may take over; None where only slicing is right. own_scale: the operator divides by the root of the number of
     channels by itself. linear: producers that the left operand scales with. num_rows: sums that run side by side.
+    sides: producers that the left and the right operand scale with as a whole.
     """
 
     module: str
@@ -70,6 +71,7 @@ class Product:
     own_scale: bool
     linear: frozenset[Axis]
     num_rows: int
+    sides: tuple[frozenset[Axis], frozenset[Axis]] = (frozenset(), frozenset())
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
@@ -121,6 +123,7 @@ class Findings:
     axis_macs: dict[Axis, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ran: set[str] = field(default_factory=set)
+    extents: dict[object, list[IntArray]] = field(default_factory=lambda: defaultdict(list))
     reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     read_order: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     readers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -128,6 +131,7 @@ class Findings:
     worked: dict[str, list[tuple[str, str, str, IntArray]]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
     scalars: dict[str, list[ScalarOperands]] = field(default_factory=lambda: defaultdict(list))
+    multiples: dict[str, dict[Multiple, None]] = field(default_factory=lambda: defaultdict(dict))
 
     def tie(self, a: IntArray, b: IntArray) -> None:
         """Record that slots which meet (after broadcasting, both not 0) are removed together."""

@@ -6,7 +6,7 @@ is elementwise (rules.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import pairwise
 
@@ -44,11 +44,35 @@ def _spans(tensor: Tensor, ndim: int, axes: Set[int]) -> bool:
     return any(axis >= lead and tensor.shape[axis - lead] > 1 and tensor.stride(axis - lead) != 0 for axis in axes)
 
 
-def _even(tensor: Tensor, ndim: int, value: Value) -> frozenset[int]:
-    """Return the axes, counted from the last, along which values without channels are all the same."""
-    return frozenset(
-        a for a in range(-ndim, 0) if value.free or a in value.even or not _spans(tensor, ndim, {ndim + a})
-    )
+def _even(call: Call, tensor: Tensor, ndim: int, value: Value) -> dict[int, object]:
+    """Return the axes, counted from the last, along which values without channels are alike, with their tokens.
+
+    None is the token of an axis along which the tensor is broadcast, so that it has no size of its own there.
+    """
+    out: dict[int, object] = {}
+    for axis in range(-ndim, 0):
+        if not _spans(tensor, ndim, {ndim + axis}):
+            out[axis] = None
+        elif axis in value.even:
+            out[axis] = value.even[axis]
+        elif value.free:
+            out[axis] = (call.tracer.mode, call.tracer.memory.place(tensor), axis)
+    return out
+
+
+def _all_even(parts: Sequence[Mapping[int, object]]) -> dict[int, object]:
+    """Return the axes along which all operands are alike, each with a token of theirs or one of its own."""
+    axes = frozenset.intersection(*(frozenset(part) for part in parts)) if parts else frozenset()
+    return {axis: next((part[axis] for part in parts if part[axis] is not None), object()) for axis in axes}
+
+
+def _note_extents(call: Call, tensor: Tensor, value: Value, ids: IntArray) -> None:
+    """Note the channels that a tensor without any meets along axes on which it is the same all along."""
+    axes = sorted(varying(ids))
+    fresh = call.tracer.findings.slots.is_fresh(ids)
+    for axis, token in _even(call, tensor, ids.ndim, value).items():
+        if token is not None and ids.ndim + axis in (axes if fresh else axes[-1:]):
+            call.tracer.findings.extents[token].append(np.unique(ids[ids != 0]))
 
 
 def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple[Tensor, Value]] = ()) -> Value:
@@ -65,6 +89,7 @@ def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple
     tracer = call.tracer
     live: list[tuple[Tensor, IntArray]] = []
     dull: list[tuple[Tensor, Value]] = []
+    filled: list[tuple[Tensor, Value]] = []
     views: list[tuple[Tensor, View]] = []
     free = True
     operands: list[tuple[Tensor, Value | None]] = [*given, *((tensor, None) for tensor in tensors)]
@@ -79,8 +104,8 @@ def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple
         free = free and (value.free or tensor.numel() == 1)
         if value.live:
             live.append((tensor, align(value.ids, ndim)))
-        elif not value.free:
-            dull.append((tensor, value))
+        else:
+            (filled if value.free else dull).append((tensor, value))
     axes = frozenset().union(*(varying(ids) for _, ids in live)) if live else None
     for tensor, view in views:
         bound = _bind(call, view, ndim, axes)
@@ -90,12 +115,14 @@ def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple
             dull.append((tensor, nothing(tensor.dim(), f"'{view.owner.name}'")))
     if not live:
         origin = dull[0][1].origin if dull else "a constant"
-        alike = [_even(t, ndim, tracer.value(t) if v is None else v) for t, v in operands if v or not tracer.view(t)]
-        alike += [_even(tensor, ndim, nothing(ndim)) for tensor, _ in views]
-        return replace(nothing(ndim, origin, free=free), even=frozenset.intersection(*alike) if alike else frozenset())
+        parts = [_even(call, t, ndim, value) for t, value in (*dull, *filled)]
+        parts += [_even(call, tensor, ndim, nothing(ndim)) for tensor, _ in views]
+        return replace(nothing(ndim, origin, free=free), even={} if free else _all_even(parts))
     result = live[0][1]
     for (left, _), (tensor, ids) in pairwise(live):
         result = _join(call, left, result, tensor, ids, ndim)
+    for tensor, value in (*dull, *filled):
+        _note_extents(call, tensor, value, result)
     for tensor, value in dull:
         if _spans(tensor, ndim, varying(result) - {ndim + axis for axis in value.even}):
             call.pin(result, f"combines channels with {value.origin}, which has none")

@@ -115,6 +115,10 @@ class Memory:
         """Whether the tensor lies in the memory of this parameter or buffer."""
         return any(o is owner for _, o in self._owned.get(self._storage(tensor)[0], ()))
 
+    def place(self, tensor: Tensor) -> int:
+        """Return a number that tells the memory a tensor lies in from all other memory of this pass."""
+        return self._storage(tensor)[0]
+
     def shared(self, a: Tensor, b: Tensor) -> bool:
         """Whether two tensors lie in one storage."""
         return self._storage(a)[0] == self._storage(b)[0]

@@ -70,7 +70,9 @@ def _triangle(call: Call) -> Result:
     value = held(call, tensor)
     if varying(value.ids) & {tensor.dim() - 2, tensor.dim() - 1}:
         call.pin(value.ids, "numbers channels along a diagonal", FRONT_REMEDY)
-    even = frozenset(range(-tensor.dim(), -2)) if value.free else frozenset()  # what was filled now tells places apart
+    even = (
+        {axis: object() for axis in range(-tensor.dim(), -2)} if value.free else {}
+    )  # filled, now it tells places apart
     paths = spoiled([value.paths])
     return replace(value, paths=paths, source=None, linear=frozenset(), free=False, even=even)
 

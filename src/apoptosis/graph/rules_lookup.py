@@ -200,7 +200,7 @@ def _filled(call: Call) -> Result:
     value = call.tracer.value(target)
     if dim in varying(value.ids):
         call.pin(value.ids, "writes channels by number", _NUMBER_REMEDY)
-    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even=frozenset())
+    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even={})
 
 
 def _without_gaps(ids: IntArray) -> IntArray:
@@ -225,7 +225,7 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
         written = np.where(mask, new, 0)
         return Value(_without_gaps(written), paths=paths, free=value.free and source.free)
     if source.free and not source.live:
-        return replace(value, paths=paths, source=None, linear=frozenset(), even=frozenset())
+        return replace(value, paths=paths, source=None, linear=frozenset(), even={})
     old, new, mask = np.broadcast_arrays(value.ids, new, mask)
     call.tracer.findings.tie(np.where(mask, old, 0), new)
     lone = np.where(mask & ((old == 0) != (new == 0)), old + new, 0)
@@ -314,7 +314,7 @@ def _bucketize(call: Call) -> Result:
     value = call.tracer.value(call.args[0])
     for tensor in call.tensors()[1:]:
         call.pin(call.tracer.value(tensor).ids, "compares channels with one another", FRONT_REMEDY)
-    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even=frozenset())
+    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even={})
 
 
 def _checked(call: Call) -> Result:

@@ -96,7 +96,7 @@ def _pooled(paths: Paths, average: bool, largest: bool) -> Paths:
 def _ended(value: Value) -> Value:
     """Return the value after something that is no neuron type."""
     return replace(
-        value, paths=spoiled([value.paths]), dropout=0.0, source=None, keep=None, linear=frozenset(), even=frozenset()
+        value, paths=spoiled([value.paths]), dropout=0.0, source=None, keep=None, linear=frozenset(), even={}
     )
 
 
@@ -134,7 +134,7 @@ def _pool(call: Call) -> Result:
             not np.any(padding) and call.arg(6, "divisor_override") is None and call.arg(4, "ceil_mode") is not True
         )
     paths = _pooled(value.paths, average, largest)
-    result = replace(value, paths=paths, dropout=0.0, source=None, keep=None, linear=frozenset(), even=frozenset())
+    result = replace(value, paths=paths, dropout=0.0, source=None, keep=None, linear=frozenset(), even={})
     return [result] * len(call.outs)
 
 

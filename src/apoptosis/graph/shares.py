@@ -17,8 +17,14 @@ from apoptosis.records import Group, IntArray, Split
 Labels = Mapping[str, tuple[IntArray, ...]]
 
 
-def same_share(model: nn.Module, groups: Sequence[Group], splits: Iterable[Split], labels: Labels) -> tuple[Group, ...]:
-    """Fill in `Group.equal`.
+def same_share(
+    model: nn.Module,
+    groups: Sequence[Group],
+    splits: Iterable[Split],
+    labels: Labels,
+    others: Iterable[set[str]] = (),
+) -> tuple[Group, ...]:
+    """Fill in `Group.equal`; others: sets of groups of which something else is known to need the same share of each.
 
     A module that splits queries, keys and values by one plain number of its own (`head_dim`) can only run when all of
     them have as many channels per row; where the width of a row is left to torch (-1), they are independent.
@@ -26,7 +32,7 @@ def same_share(model: nn.Module, groups: Sequence[Group], splits: Iterable[Split
     modules = dict(model.named_modules())
     names = _names(groups, labels)
     together: dict[str, set[str]] = {}
-    for sets in (*_governed(splits, modules, names).values(), *_recurrent(groups, modules)):
+    for sets in (*_governed(splits, modules, names).values(), *_recurrent(groups, modules), *others):
         united = set(sets).union(*(together.get(name, ()) for name in sets))
         together.update(dict.fromkeys(united, united))
     return tuple(replace(g, equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name}))) for g in groups)

@@ -64,7 +64,8 @@ class Value:
     source: module whose contraction this is the untouched output of.
     linear: the producers that this is linear and homogeneous in: it scales with their weights and biases.
     scaled: nothing but movement and plain factors, the same for all channels, since the producer that `linear` names.
-    even: without ids: the axes, counted from the last (-1), along which all elements are alike though laid out apart.
+    even: without ids: the axes, counted from the last (-1), along which all elements are alike though laid out apart;
+        what is of one size along them has one token (see Findings.extents).
     multiple: the plain numbers that this was scaled with, where they are followed (multiples.py alone sets it).
     """
 
@@ -77,7 +78,7 @@ class Value:
     source: str | None = None
     linear: frozenset[Axis] = frozenset()
     scaled: bool = False
-    even: frozenset[int] = frozenset()
+    even: Mapping[int, object] = field(default_factory=dict)
     multiple: Multiple | None = None
 
     @property
@@ -87,7 +88,7 @@ class Value:
 
     def moved(self, ids: IntArray) -> Value:
         """Return the same value with its elements rearranged."""
-        return replace(self, ids=ids, even=frozenset())
+        return replace(self, ids=ids, even={})
 
 
 def nothing(ndim: int, origin: str = "a constant", *, free: bool = False) -> Value:

@@ -45,9 +45,9 @@ def choices_of(groups: Sequence[Group]) -> list[list[Group]]:
     """
     found: list[list[Group]] = []
     for first in groups:
-        chosen = [first]
+        chosen = [first, *(g for g in groups if g is not first and g.name in first.equal and not _exclude(first, g))]
         for other in groups:
-            if other is not first and not any(_exclude(other, one) for one in chosen):
+            if other not in chosen and not any(_exclude(other, one) for one in chosen):
                 chosen.append(other)
         chosen = [group for group in groups if group in chosen]
         if chosen not in found:
