@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
-from apoptosis.graph import analyse, verify
+from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.ledger import Event
 from apoptosis.passes import forget_compiled
 from apoptosis.planner import Plan, merged
@@ -150,9 +150,9 @@ def operate(
         if outcome is not None:
             return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
         if scalars_are_old:  # a temperature that the training loop sets, say, is no width: look again before pinning
-            scalars_are_old, now = False, patient.capture().scalars
-            if now != structure.scalars:
-                structure = replace(structure, scalars=now)
+            scalars_are_old, now = False, patient.capture()
+            if now.scalars != structure.scalars:
+                structure = replace(structure, scalars=now.scalars, multiples=now.multiples)
                 continue
         guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
         for name, reason in guilty.items():
@@ -205,11 +205,14 @@ def _edit(
     reductions: Sequence[Reduction],
     dropped_variance: Mapping[str, Tensor],
 ) -> Structure:
-    """Edit, capture again, follow the ids. Returns the new structure; raises what makes a group a pinned one."""
+    """Edit, capture again, follow the ids, make up for scores that are scaled by a size.
+
+    Returns the new structure, which no scale changes; raises what makes a group a pinned one.
+    """
     edits = build_edits(structure, reductions, dropped_variance)
     transaction.apply(edits, structure, norm_edits(structure, reductions))
     new = patient.capture()
-    verify(structure, new, kept_positions(edits))
+    transaction.rescale(verify_up_to_scale(structure, new, kept_positions(edits)))
     return new
 
 

@@ -211,7 +211,8 @@ class Structure:
     input. shapes: shape of every parameter and buffer at capture. aliases: tied name -> first name.
     classes: for every parameter and buffer, per dim, the number of the channel that owns each position: what verify()
     compares. pinned_classes: the numbers that are pinned. scalars: per mode, the plain numbers that the arithmetic of
-    the forward pass used, call by call.
+    the forward pass used, call by call. multiples: per mode, what is read times such numbers: (what, (call, place,
+    power) each). scalable: per product of activations, the (tensor, dim, positions) that scale its sums alone.
     """
 
     groups: tuple[Group, ...]
@@ -224,6 +225,8 @@ class Structure:
     scalars: Mapping[str, tuple[ScalarOperands, ...]] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()
     worked: Mapping[str, tuple[Worked, ...]] = field(default_factory=dict)
+    multiples: Mapping[str, tuple[tuple[str, tuple[tuple[int, int, float], ...]], ...]] = field(default_factory=dict)
+    scalable: Mapping[str, tuple[tuple[str, int, IntArray], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

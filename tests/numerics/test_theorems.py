@@ -604,3 +604,38 @@ def test_root_mean_square_of_fewer_channels(seed: int, kept: int, gone: int, eps
     (before[:, :kept] * direction).sum().backward()
     (after * direction).sum().backward()
     torch.testing.assert_close(new.weight.grad, merge_like(edit, old.weight.grad), rtol=1e-9, atol=1e-12)
+
+
+@given(
+    seed=seeds, size=st.integers(2, 6), kept=st.integers(1, 5), early=st.floats(-1, 1), late=st.floats(-1, 1),
+    bias=st.booleans(),
+)  # fmt: skip
+@quick
+def test_numbers_that_follow_a_size(seed: int, size: int, kept: int, early: float, late: float, bias: bool) -> None:
+    kept = min(kept, size - 1)
+    positions = np.arange(kept)
+    x, y = draw(seed, 7, 5), draw(seed + 1, 9, 5)
+    (wl, wr), (bl, br) = draw(seed + 2, 2, size, 5), draw(seed + 3, 2, size) * bias
+    wl[kept:] = bl[kept:] = 0.0  # what goes adds nothing to the sums
+
+    def readings(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = F.linear(x, tensors[0], tensors[1]), F.linear(y, tensors[2], tensors[3])
+        d = left.shape[-1]
+        sums = (left * d**early) @ right.mT  # a number on the way to the product, and two readings behind it
+        return sums.mul(d**late).softmax(-1), (sums / d**-late).cos()
+
+    old = tuple(t.clone().requires_grad_() for t in (wl, bl, wr, br))
+    factor = (size / kept) ** (early + late)
+    scale = RowScale(dim=0, positions=positions, factor=factor)
+    scales = ((scale,), (scale,), (), ())
+    edits = [TensorEdit(tensor="w", keep={0: torch.arange(kept)}, scales=found) for found in scales]
+    new = tuple(apply_edit(edit, t, {}).requires_grad_() for edit, t in zip(edits, old, strict=True))
+    for a, b in zip(readings(new), readings(old), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    for tensors in (old, new):
+        sum(reading.sin().sum() for reading in readings(tensors)).backward()
+    for i in range(2):
+        expected, found = old[i].grad, new[i].grad
+        assert expected is not None
+        assert found is not None
+        torch.testing.assert_close(found * factor, expected[:kept], rtol=1e-7, atol=1e-8)

@@ -5,6 +5,6 @@ Lives here: model in, groups, sites and pins out. Does not live here: statistics
 
 from apoptosis.graph.analysis import analyse, replay
 from apoptosis.graph.rules import register_rule
-from apoptosis.graph.verification import verify
+from apoptosis.graph.verification import verify, verify_up_to_scale
 
-__all__ = ["analyse", "register_rule", "replay", "verify"]
+__all__ = ["analyse", "register_rule", "replay", "verify", "verify_up_to_scale"]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
 from apoptosis.graph.classes import close
+from apoptosis.graph.factors import scalable
 from apoptosis.graph.findings import Findings
 from apoptosis.graph.granularity import settle, splits
 from apoptosis.graph.groups import build_groups
@@ -90,6 +91,8 @@ def analyse(
         scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
         splits=found,
         worked=partial_work(findings, groups, classes.labels, labels),
+        multiples={mode: tuple(found) for mode, found in findings.multiples.items()},
+        scalable=scalable(findings, classes),
     )
 
 

@@ -9,14 +9,15 @@ else runs along the heads (a bias per head) ties with it, and the values' channe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.graph.findings import Product, pairs_of, product_key
+from apoptosis.graph.multiples import FUSED
 from apoptosis.graph.tracer import Call, Result, Rule
-from apoptosis.graph.values import Axis, Path, Value, align, collapse, expand, nothing, spoiled, varying
+from apoptosis.graph.values import Axis, Multiple, Path, Value, align, collapse, expand, nothing, spoiled, varying
 from apoptosis.records import IntArray
 
 _REMEDY = "Keep it out of the shrinking part with exclude=, or compute it from an nn.Linear's output."
@@ -43,6 +44,11 @@ class _Operand:
     def crossed(self) -> bool:
         """Whether the kept axis carries channels, too."""
         return bool(self.ids.shape[-2] > 1)
+
+    @property
+    def whole_linear(self) -> frozenset[Axis]:
+        """The producers that every element scales with, all of whose slots `ids` tell."""
+        return frozenset() if self.levelled else self.value.linear
 
     def level(self, call: Call) -> _Operand:
         """Tie what stands at the same place of several vectors: any two of them are multiplied place by place."""
@@ -105,8 +111,14 @@ def _shown(operand: _Operand, other: _Operand, num_rows: int) -> Tensor:
     return x.transpose(1, 2).reshape(-1, kept, num_rows * size)
 
 
-def _pair(call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs: float) -> IntArray | None:
-    """Tie the pairs; return the ids of the heads, (batch axes..., 1, 1), or None where scores carry none."""
+def _pair(
+    call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs: float
+) -> tuple[IntArray | None, Multiple | None]:
+    """Tie the pairs.
+
+    Returns: the ids of the heads, (batch axes..., 1, 1), or None where scores carry none; what the sums are a multiple
+    of.
+    """
     tracer, findings = call.tracer, call.tracer.findings
     read = [np.unique(operand.ids) for operand in (left, right)]
     left, right = left.level(call), right.level(call)
@@ -118,7 +130,7 @@ def _pair(call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs:
     laid = _rows(left, right)
     if laid is None:
         call.pin(a, "multiplies channels in an order that cannot be followed", _REMEDY)
-        return None
+        return None, None
     slots_left, slots_right, row, num_rows = laid
     fold = None if right.levelled else _plain(call, right, slots_right.reshape(-1))
     if fold is None:
@@ -130,20 +142,24 @@ def _pair(call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs:
         call.pin(a, "divides by the root of the number of channels by itself", "Give it scale= as a number.")
     slots_left, slots_right = slots_left.reshape(-1), slots_right.reshape(-1)
     product = Product(tracer.module_name, slots_left, slots_right, fold, own_scale, linear, num_rows)
+    product.sides = (left.whole_linear, right.whole_linear)
     known = findings.products.setdefault(product_key(product), product)
     if not (np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right)):
         call.pin(a, "multiplies other channels than this module did before", _REMEDY)
     findings.uses += [(slots, pairs_of(product)) for slots in read]
     known.own_scale = known.own_scale or own_scale
+    known.sides = (known.sides[0] & left.whole_linear, known.sides[1] & right.whole_linear)
     known.macs[tracer.mode] += macs
     tracer.show(product_key(product), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))
+    found = [number for operand in (left, right) for number in tracer.numbers.of_channels(operand.value)]
+    multiple = Multiple(pairs_of(product), tuple(sorted(found)))
     if num_rows == 1:
-        return None
+        return None, multiple
     heads = findings.slots.fresh(num_rows)
     for slots in (slots_left.reshape(num_rows, -1), slots_right.reshape(num_rows, -1)):
         if np.unique(slots[:, 0]).size > 1:  # keys that all heads share are in none of them
             findings.contain(heads[:, None], slots, tracer.module_name)
-    return collapse(heads[row])[..., None, None]
+    return collapse(heads[row])[..., None, None], multiple
 
 
 def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
@@ -172,9 +188,9 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     wide = max(a.dim(), b.dim(), 2)
     left, right = _operand(call, a, wide), _operand(call, b, wide, flip=True)
     if left.paired and right.paired:
-        heads = _pair(call, left, right, own_scale=False, macs=macs)
-        origin = f"the result of {call.label}"
-        return nothing(ndim, origin) if heads is None else Value(_fit(heads, a, b, ndim))
+        heads, multiple = _pair(call, left, right, own_scale=False, macs=macs)
+        scores = nothing(ndim, f"the result of {call.label}") if heads is None else Value(_fit(heads, a, b, ndim))
+        return replace(scores, multiple=multiple)
     for operand in (left, right):
         if operand.paired:
             call.pin(operand.value.ids, "contracts channels with values that are not a parameter", _REMEDY)
@@ -221,7 +237,8 @@ def _attention(call: Call) -> Result:
             call.pin(operand.value.ids, "attends along an axis that carries channels")
         return [nothing(out.dim()) for out in call.outs]
     if left.paired:
-        heads = _pair(call, left, right, own_scale=own, macs=macs)
+        heads, multiple = _pair(call, left, right, own_scale=own, macs=macs)
+        call.tracer.numbers.fused(call, multiple, (*call.args[2:4], call.kwargs.get("attn_mask")))
     names = {"_scaled_dot_product_flash_attention_for_cpu": "attn_mask", "_scaled_dot_product_flash_attention": ""}
     named = names.get(call.name)
     mask = call.kwargs.get(named) if named is not None else call.arg(3, "attn_mask", call.kwargs.get("attn_bias"))
@@ -249,10 +266,5 @@ def _repeated(operand: _Operand, num_heads: int) -> _Operand:
     return _Operand(operand.tensor.repeat_interleave(times, -3), operand.value, wide)
 
 
-_FUSED = (
-    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math"
-).split()
-PRODUCTS: dict[str, tuple[Rule, bool]] = {name: (_attention, True) for name in _FUSED}
+PRODUCTS: dict[str, tuple[Rule, bool]] = {name: (_attention, True) for name in FUSED}
 """Operator name -> rule, and whether it reads its operands' values as such."""

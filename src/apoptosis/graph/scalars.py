@@ -8,7 +8,8 @@ meets its channel; only the numbers themselves show it. Sizes, dims and indices 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -47,20 +48,43 @@ def _same(a: tuple[complex, ...], b: tuple[complex, ...]) -> bool:
     return len(a) == len(b) and all(x == y or (x != x and y != y) for x, y in zip(a, b, strict=True))
 
 
-def changed_scalar(old: Sequence[ScalarOperands], new: Sequence[ScalarOperands]) -> str | None:
+def changed_numbers(old: Sequence[ScalarOperands], new: Sequence[ScalarOperands]) -> frozenset[int]:
+    """Return the calls that use other numbers in the other pass, up to where the passes part or read data."""
+    found: set[int] = set()
+    for at, (a, b) in enumerate(zip(old, new, strict=False)):
+        if a.operator != b.operator:
+            break
+        if not _same(a.values, b.values):
+            if a.operator.endswith(ITEM):
+                break
+            found.add(at)
+    return frozenset(found)
+
+
+def changed_scalar(
+    old: Sequence[ScalarOperands],
+    new: Sequence[ScalarOperands],
+    granted: Set[int] = frozenset(),
+    why: Mapping[int, str] = MappingProxyType({}),
+) -> str | None:
     """Say which number of one pass is another one in the other pass, or None.
 
     A number read from data (`tensor.item()`) moves with any edit, and what comes after it may follow from it: the
-    comparison ends there.
+    comparison ends there. granted: calls whose numbers may change; why: what is known of those of others.
     """
-    for a, b in zip(old, new, strict=False):
+    for at, (a, b) in enumerate(zip(old, new, strict=False)):
         if a.operator != b.operator:
             return f"operator {b.operator}{_place(b)} runs where {a.operator}{_place(a)} ran before the edit"
         if not _same(a.values, b.values):
             if a.operator.endswith(ITEM):
                 return None
+            if at in granted:
+                continue
             before, after = (", ".join(f"{v:.6g}" for v in s.values) or "none" for s in (a, b))
-            return f"operator {b.operator}{_place(b)} uses the number {after}, which was {before} before the edit"
+            known = f", {why[at]} (a scale that is an attribute, set once, would stay)" if at in why else ""
+            return (
+                f"operator {b.operator}{_place(b)} uses the number {after}, which was {before} before the edit{known}"
+            )
     if len(old) != len(new):
         extra = (old if len(old) > len(new) else new)[min(len(old), len(new))]
         ran = "no longer runs" if len(old) > len(new) else "runs only"

@@ -9,24 +9,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.memory import Memory
+from apoptosis.graph.multiples import Numbers
 from apoptosis.graph.neurons import Begun, begin
 from apoptosis.graph.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
 from apoptosis.graph.remedies import parametrized
-from apoptosis.graph.scalars import ITEM, literal, numbers
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.values import TooLargeError, Value, nothing
-from apoptosis.records import IntArray, ScalarOperands, Seen
+from apoptosis.records import IntArray, Seen
 
 FRAME_MARKS: set[CodeType] = set()
 """Code objects that call the user's model: beyond them lies no line of the model."""
@@ -120,7 +118,7 @@ class Tracer:
         self.findings = findings
         self.mode = mode
         self._rules = rules
-        self._scalars, self._works = scalars, works
+        self._works = works
         self._watch, self._note = watch, note
         self.muted = False
         self._kinds: dict[Any, _Kind] = {}
@@ -128,6 +126,7 @@ class Tracer:
         self._stack: list[tuple[str, nn.Module, Begun | None]] = []
         self._label = ""
         self.memory = Memory(findings.slots, tensors, inputs, self._pin)
+        self.numbers = Numbers(findings, mode, scalars, self.memory.recorded)
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -266,7 +265,7 @@ class Tracer:
         call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes))
         if kind.reads:
             self._note_reads(call)
-        self._note_scalars(call, out)
+        at = self.numbers.note(call, out)
         if self._note is not None and kind.works:
             self._note(call)
         result: Result = None
@@ -278,38 +277,23 @@ class Tracer:
             result = no_rule(call, "could not be followed")
         values = [result] * len(outs[:1]) if isinstance(result, Value) else list(result or ())
         values += [None] * (len(outs) - len(values))
+        multiple = self.numbers.follow(call, at, values[0] if values else None)
+        made = [
+            value or nothing(t.dim(), f"the result of {kind.label}") for t, value in zip(outs, values, strict=False)
+        ]
+        made = [v if v.multiple is multiple else replace(v, multiple=multiple) for v in made]
         if kind.writes:
-            self._written(call, kind, values)
+            self._written(call, kind, made)
             return
-        for tensor, value in zip(outs, values, strict=False):
-            if value is None:
-                value = nothing(tensor.dim(), f"the result of {kind.label}")
+        for tensor, value in zip(outs, made, strict=False):
             self.memory.put(tensor, value)
 
-    def _note_scalars(self, call: Call, out: Any) -> None:
-        """Note the plain numbers that this call used; those of dropout follow its rate, which may be scheduled."""
-        values: tuple[complex, ...] = ()
-        if call.label == f"aten.{ITEM}":
-            values = () if isinstance(self.module, _BatchNorm) else (out,)  # a counter of batches
-        elif call.label == "aten.lift_fresh":
-            values = literal(call.outs[0])
-        elif call.name in self._scalars and call.label.startswith("aten."):
-            values = numbers(call.args, call.kwargs)
-        if not values or isinstance(self.module, (_DropoutNd, nn.MultiheadAttention)):
-            return  # the head size that torch's attention divides by is kept by the surgery on it
-        known = self.memory.recorded(call.args[0]) if call.args and isinstance(call.args[0], Tensor) else None
-        if known is not None and known.keep is not None:
-            return
-        self.findings.scalars[self.mode].append(
-            ScalarOperands(operator=call.label, values=values, module=self.module_name, where=self.where())
-        )
-
-    def _written(self, call: Call, kind: _Kind, values: list[Value | None]) -> None:
+    def _written(self, call: Call, kind: _Kind, values: Sequence[Value]) -> None:
         targets = [call.args[i] for i in kind.writes if i < len(call.args) and isinstance(call.args[i], Tensor)]
         targets += [t for t in _flatten(call.kwargs.values()) if any(t is o for o in call.outs)]
         for i, tensor in enumerate(targets):
-            value = values[i] if i < len(values) else None
-            self.memory.write(tensor, value or nothing(tensor.dim(), f"the result of {call.label}"))
+            value = values[i] if i < len(values) else nothing(tensor.dim(), f"the result of {call.label}")
+            self.memory.write(tensor, value)
         for tensor in call.outs:
             if not any(self.memory.shared(tensor, target) for target in targets):
                 self.memory.put(tensor, nothing(tensor.dim(), f"the result of {call.label}"))
@@ -327,6 +311,7 @@ class Tracer:
     def finished(self, outputs: Sequence[tuple[str, Tensor]]) -> None:
         """Pin what the model returns: tensors, each with the way to it inside the output."""
         for way, tensor in outputs:
+            self.numbers.read_all(tensor)
             which = f" '{way}'" if way else ""
             view = self.view(tensor)
             if view is not None:

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from apoptosis.errors import StructureChangedError
+from apoptosis.graph.factors import make_up
 from apoptosis.graph.picks import changed_split, changed_work
 from apoptosis.graph.scalars import changed_scalar
-from apoptosis.records import IntArray, Structure
+from apoptosis.records import IntArray, Structure, TensorEdit
 
 
 def _indices(kept: Tensor | IntArray) -> IntArray:
@@ -103,6 +104,33 @@ def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tenso
     Raises:
         StructureChangedError: names the group and the tensor where they differ, or the operator and its number.
     """
+    _verify_structure(old, new, kept)
+    for mode, calls in old.scalars.items():
+        text = changed_scalar(calls, new.scalars.get(mode, ()))
+        if text is not None:
+            raise StructureChangedError(f"{text}: the model computes with sizes.")
+
+
+def verify_up_to_scale(
+    old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]
+) -> tuple[TensorEdit, ...]:
+    """Verify as `verify` does, but for numbers that can be made up for: `scores / keys.size(-1) ** 0.5`.
+
+    Args:
+        old: structure before the edit.
+        new: structure of the edited model.
+        kept: tensor name -> dim -> kept old positions, in their new order; axes that are not named are whole.
+
+    Returns: edits of the edited model's tensors with which its scores are scaled as they were; () for most.
+
+    Raises:
+        StructureChangedError: as `verify`, for every other number.
+    """
+    _verify_structure(old, new, kept)
+    return make_up(old, new, kept)
+
+
+def _verify_structure(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
     if set(old.shapes) != set(new.shapes):
         odd = sorted(set(old.shapes) ^ set(new.shapes))
         raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
@@ -110,7 +138,3 @@ def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tenso
     for text in (changed_split(old, new, old_of), changed_work(old, new, old_of)):
         if text is not None:
             raise StructureChangedError(f"{text}: the model picks channels by literal positions or sizes.")
-    for mode, calls in old.scalars.items():
-        text = changed_scalar(calls, new.scalars.get(mode, ()))
-        if text is not None:
-            raise StructureChangedError(f"{text}: the model computes with sizes.")

@@ -100,7 +100,30 @@ class Transaction:
         if len(by_name) < len(edits):
             raise ArgumentError("two edits of one tensor in one transaction.")
         splits = {} if structure is None else split_changes(structure, edits)
-        plans = _plan_targets(self._targets, by_name, splits, {edit.module: edit for edit in norms})
+        self._write(by_name, splits, {edit.module: edit for edit in norms})
+
+    def rescale(self, edits: Sequence[TensorEdit]) -> None:
+        """Multiply parts of tensors that `apply` has written, as `verify_up_to_scale` wants it.
+
+        Args:
+            edits: at most one per tensor, of scales alone, speaking of the shapes as they are now.
+
+        Raises:
+            ArgumentError: an edit that does more than scale, of an unknown tensor, two edits of one tensor, or a
+            transaction that is over. ShapeError: an edit does not fit its tensor. Whatever is raised, roll back.
+        """
+        by_name = {edit.tensor: edit for edit in edits}
+        if not self._open or len(by_name) < len(edits) or any(e.keep or e.folds or e.offsets or e.merge for e in edits):
+            raise ArgumentError("a transaction that is open is rescaled by one edit per tensor, of scales alone.")
+        self._write(by_name, {}, {})
+
+    def _write(
+        self,
+        by_name: Mapping[str, TensorEdit],
+        splits: Mapping[str, Sequence[SplitChange]],
+        norms: Mapping[str, NormEdit],
+    ) -> None:
+        plans = _plan_targets(self._targets, by_name, splits, norms)
         parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
         states = [change for o in self._optimizers for change in state_changes(o, parameters, by_name)]
         try:

@@ -1,0 +1,210 @@
+"""Numbers that follow a size and scale a product of activations, and what makes up for them after an edit.
+
+Lives here: which weights scale the sums of a product and nothing else, and the comparison of the plain numbers of two
+structures. Does not live here: following numbers through a pass (multiples.py), the tensors (surgery).
+
+`scores / k.size(-1) ** 0.5` divides by another number once channels are gone. Where all that reads the scores reads
+them times such numbers, and weights of their own make an operand, these take the factor that is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from apoptosis.errors import StructureChangedError
+from apoptosis.graph.classes import Classes
+from apoptosis.graph.findings import Findings, pairs_of
+from apoptosis.graph.scalars import changed_numbers, changed_scalar
+from apoptosis.graph.values import CHANNELS, LITERAL, Axis
+from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, TensorEdit
+
+Kept = Mapping[str, Mapping[int, Tensor | IntArray]]
+Parts = tuple[tuple[str, int, IntArray], ...]
+
+_POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+_CLOSE = 1e-9
+_ELSEWHERE = "which scales more than a product of activations"
+_APART = "which does not scale all that reads a product of activations"
+_NO_SIDE = "which scales a product of activations neither side of which scales with weights of its own alone"
+_NO_SIZE = "which scales a product of activations, but not with the root of a number of channels"
+
+
+def scalable(findings: Findings, classes: Classes) -> dict[str, Parts]:
+    """Return what scales the sums of each product, and nothing else: (tensor, dim, positions), by `pairs_of`.
+
+    That is one operand's producers and their biases. Products without such an operand are left out.
+    """
+    sides: dict[str, dict[bytes, tuple[IntArray, frozenset[Axis]]]] = {}
+    for product in findings.products.values():
+        found = sides.setdefault(pairs_of(product), {})
+        for slots, axes in zip((product.left, product.right), product.sides, strict=True):
+            _, known = found.get(slots.tobytes(), (slots, axes))
+            found[slots.tobytes()] = (slots, axes & known)
+    out: dict[str, Parts] = {}
+    for key, found in sides.items():
+        if len(found) < 2:  # times itself
+            continue
+        both, counts = np.unique(np.concatenate([np.unique(slots) for slots, _ in found.values()]), return_counts=True)
+        if int(counts.max()) > 1:
+            continue
+        parts = (_parts(findings, classes, slots, axes, both, key) for slots, axes in found.values())
+        first = next((part for part in parts if part), ())
+        if first:
+            out[key] = first
+    return out
+
+
+def _parts(
+    findings: Findings, classes: Classes, slots: IntArray, axes: frozenset[Axis], both: IntArray, key: str
+) -> Parts:
+    """Return what scales one operand; () where that is not all it consists of, or others read it too."""
+    owned = findings.slots.axes_of(slots)
+    if {(name, dim) for name, dim, _ in owned} != axes or any(len(findings.reads[name]) > 1 for name, _ in axes):
+        return ()
+    if any(other != key and np.intersect1d(read, slots).size for read, other in findings.uses):
+        return ()
+    found: list[tuple[str, int, IntArray]] = []
+    labels = np.unique(classes.labels[slots])
+    for name, dim, here in owned:
+        owner = findings.slots.owners[name]
+        every = owner.axis(dim).reshape(-1)
+        tied = every[np.isin(classes.labels[every], labels) & ~np.isin(every, both)]
+        if tied.size and not np.isin(tied, np.concatenate([read for read, _ in findings.uses])).all():
+            return ()  # more of the axis is in the operand than its ids say: a sum of two of its parts
+        positions = np.unique(slots[here]) - owner.bases[dim]
+        biases = sorted(findings.bias_of.get((name, dim), ()))
+        if any(len(findings.reads[bias]) > 1 for bias in biases):
+            return ()
+        found += [(name, dim, positions), *((bias, 0, positions) for bias in biases)]
+    return tuple(found)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One reading of a multiple: the mode, the ratio of its numbers after and before the edit, and their calls."""
+
+    mode: str
+    of: str
+    ratio: float
+    calls: frozenset[int]
+
+
+def make_up(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdit, ...]:
+    """Return the edits, on the shapes after the event, that make up for numbers that changed with it.
+
+    Args:
+        old: structure before the edit.
+        new: structure of the edited model.
+        kept: tensor name -> dim -> kept old positions.
+
+    Raises: StructureChangedError: a number changed that does anything else than scale a product of activations by a
+        power of a width, or nothing can make up for it. Names the operator and its numbers.
+    """
+    readings = list(_readings(old, new))
+    ratios, odd = _judged(old, readings, kept)
+    for mode, calls in old.scalars.items():
+        covered = frozenset().union(*(r.calls for r in readings if r.mode == mode))
+        why = {at: text for (where, at), text in odd.items() if where == mode}
+        text = changed_scalar(calls, new.scalars.get(mode, ()), covered - why.keys(), why)
+        if text is not None:
+            raise StructureChangedError(f"{text}: the model computes with sizes.")
+    scales: dict[str, list[RowScale]] = {}
+    for of, ratio in ratios.items():
+        for name, dim, positions in old.scalable[of]:
+            left = _left(kept, name, dim)
+            places = positions if left is None else np.flatnonzero(np.isin(left, positions))
+            if places.size:
+                scales.setdefault(name, []).append(RowScale(dim=dim, positions=places, factor=1.0 / ratio, follow=True))
+    return tuple(TensorEdit(tensor=name, keep={}, scales=tuple(found)) for name, found in scales.items())
+
+
+def _readings(old: Structure, new: Structure) -> Iterator[_Reading]:
+    for mode, multiples in old.multiples.items():
+        before, after = old.scalars.get(mode, ()), new.scalars.get(mode, ())
+        changed = changed_numbers(before, after)
+        for multiple in multiples:
+            ratio = math.prod(_ratio(number, before, after) for number in multiple[1] if number[0] in changed)
+            yield _Reading(mode, multiple[0], ratio, frozenset(number[0] for number in multiple[1]))
+
+
+def _ratio(number: tuple[int, int, float], before: Sequence[ScalarOperands], after: Sequence[ScalarOperands]) -> float:
+    """Return a number after the edit over what it was, to its power; NaN where that is no positive number."""
+    call, place, power = number
+    numbers = [calls[call].values[place] for calls in (before, after) if place < len(calls[call].values)]
+    if len(numbers) < 2 or numbers[0].imag or numbers[1].imag or not numbers[0].real:
+        return math.nan
+    ratio = float(numbers[1].real) / float(numbers[0].real)
+    return ratio**power if ratio > 0.0 else math.nan
+
+
+def _judged(
+    old: Structure, readings: Sequence[_Reading], kept: Kept
+) -> tuple[dict[str, float], dict[tuple[str, int], str]]:
+    """Return the ratio of each product that has to be made up for, and why calls cannot be: (mode, call) -> text."""
+    by_product: dict[str, list[_Reading]] = {}
+    odd: dict[tuple[str, int], str] = {}
+    shares = _shares(old, kept)
+    for reading in readings:
+        by_product.setdefault(reading.of, []).append(reading)
+    ratios: dict[str, float] = {}
+    for of, found in by_product.items():
+        ratio = found[0].ratio
+        if all(_same(r.ratio, 1.0) for r in found):
+            continue
+        if of in (CHANNELS, LITERAL):
+            found, text = [r for r in found if not _same(r.ratio, 1.0)], _ELSEWHERE
+        elif not all(_same(r.ratio, ratio) for r in found):
+            text = _APART
+        elif of not in old.scalable:
+            text = _NO_SIDE
+        elif not _is_power(ratio, shares + _own_shares(old, of, kept)):
+            text = _NO_SIZE
+        else:
+            ratios[of] = ratio
+            continue
+        odd.update(((r.mode, call), text) for r in found for call in r.calls)
+    return ratios, odd
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_CLOSE)
+
+
+def _left(kept: Kept, name: str, dim: int) -> IntArray | None:
+    """Return the positions that an event keeps along one axis, None for all."""
+    found = kept.get(name, {}).get(dim)
+    if found is None:
+        return None
+    return found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
+
+
+def _shares(old: Structure, kept: Kept) -> list[float]:
+    """Return the share that the event leaves of every group."""
+    found = set()
+    for group in old.groups:
+        for member in group.members[:1]:
+            left = _left(kept, member.tensor, member.dim)
+            if left is not None:
+                found.add(float(np.isin(member.positions[:, 0], left).mean()))
+    return sorted(found)
+
+
+def _own_shares(old: Structure, of: str, kept: Kept) -> list[float]:
+    """Return the share that is left of the channels of one product."""
+    total = remaining = 0
+    for name, dim, positions in old.scalable[of]:
+        left = _left(kept, name, dim)
+        total += positions.size
+        remaining += positions.size if left is None else int(np.isin(positions, left).sum())
+    return [remaining / total]
+
+
+def _is_power(ratio: float, shares: Sequence[float]) -> bool:
+    """Whether a ratio is a root or a power of one of the shares, or the inverse of that."""
+    targets = (share**power for share in shares if 0.0 < share < 1.0 for power in _POWERS)
+    return any(_same(ratio, target) or _same(1.0 / ratio, target) for target in targets)
