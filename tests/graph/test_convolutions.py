@@ -77,6 +77,20 @@ def test_pixel_shuffle_keeps_blocks(oracle) -> None:
     oracle(net, (IMG,), {"0": 4})
 
 
+def test_pixel_shuffle_keeps_blocks_that_nothing_else_ties(removal) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.Flatten(), nn.Linear(2 * 12 * 12, 2))
+    removal(net, (IMG,), {"0": 2})
+
+
+def test_pixel_shuffle_of_padded_channels_is_pinned() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ConstantPad3d((0, 0, 0, 0, 0, 2), 0.0), nn.PixelShuffle(2), nn.Flatten())
+    groups = analyse(nn.Sequential(net, nn.Linear(2 * 12 * 12, 2)), (IMG,), {}).groups
+    whole, broken, _ = groups
+    assert whole.pin is None
+    assert broken.members[0].positions.tolist() == [[4, 5]]
+    assert "lays channels out beside values that are none" in broken.pin.reason
+
+
 def test_channel_shuffle(oracle) -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1, groups=1), nn.Conv2d(6, 2, 1))
     shuffled = nn.Sequential(net[0], nn.ChannelShuffle(2), net[2], net[3])

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from apoptosis.graph.findings import Consumer, site_key
 from apoptosis.graph.matrices import Matrix, as_matrix
 from apoptosis.graph.meet import meet
-from apoptosis.graph.rules_product import multiply
+from apoptosis.graph.rules_product import lone_pair, multiply
 from apoptosis.graph.slots import View
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Value, nothing, spoiled, varying
@@ -109,7 +109,7 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
     # a buffer is no more than a constant here: it is not fitted, and nothing is folded into it
     view_a, view_b = (None if v is not None and v.owner.is_buffer else v for v in (view_a, view_b))
     value: Value | None = None
-    if _outer(a, b) and view_a is None and view_b is None:
+    if _outer(a, b) and view_a is None and view_b is None and not lone_pair(call, a, b):
         met = meet(call, [a, b], out.dim())
         value = replace(met, paths=spoiled([tracer.value(t).paths for t in (a, b) if tracer.view(t) is None]))
     elif view_b is not None and view_a is None and b.dim() >= 2:

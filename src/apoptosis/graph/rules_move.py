@@ -145,6 +145,11 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
     scaling = frozenset().union(*(v.linear for v in values)) if all(v.linear for v in values) else frozenset()
     if dim not in varying(first) and all(np.array_equal(v.ids, first) for v in values):
         return Value(first, paths=paths, dropout=dropout, linear=scaling)
+    for tensor, value in zip(tensors, values, strict=True):
+        fixed = {k for k in axes - varying(value.ids) if tensor.shape[k] > 1}
+        for other in values if fixed and (value.live or not value.free) else ():
+            if varying(other.ids) & fixed:
+                call.pin(other.ids, "lays channels along one axis beside values that have none along it")
     parts = [expand(v.ids, t.shape, [*axes, dim]) for t, v in zip(tensors, values, strict=True)]
     if ndim and sum(p.size for p in parts) > SIZE_LIMIT:
         raise TooLargeError
@@ -239,6 +244,12 @@ def _trailing(call: Call) -> Result:
     if not value.live:
         return nothing(call.outs[0].dim(), value.origin, free=value.free)
     keep = max(0, tensor.dim() - 3) if call.name.startswith("pixel") else 0
+    if call.name == "pixel_shuffle" and value.ids.shape[keep] > 1:  # the operator takes whole blocks only
+        ids = value.ids
+        blocks = ids.reshape(*ids.shape[:keep], -1, int(call.arg(1, "upscale_factor")) ** 2, *ids.shape[keep + 1 :])
+        call.tracer.findings.tie(blocks, np.broadcast_to(blocks.take([0], axis=keep + 1), blocks.shape))
+        broken = (blocks == 0).any(axis=keep + 1, keepdims=True)
+        call.pin(np.where(broken, blocks, 0), "lays channels out beside values that are none")
     wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, range(keep, tensor.dim()))))
     moved = getattr(torch.ops.aten, call.name)(wide, *call.args[1:], **call.kwargs)
     return value.moved(collapse(moved.numpy()))

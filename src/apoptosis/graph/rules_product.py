@@ -183,11 +183,22 @@ def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
     return Value(ids, paths=paths, linear=b.value.linear)
 
 
+def lone_pair(call: Call, a: Tensor, b: Tensor) -> bool:
+    """Whether one channel of each is multiplied, all that is left of queries and keys (on its own in every head)."""
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != 1 or call.tracer.view(a) or call.tracer.view(b):
+        return False
+    for tensor in (a, b):
+        value, last = call.tracer.value(tensor), {tensor.dim() - 2, tensor.dim() - 1}
+        if not value.live or varying(value.ids) & last or call.tracer.findings.slots.is_fresh(value.ids):
+            return False
+    return True
+
+
 def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     """Matrix product of two activations: the last axis of `a` with the last but one of `b`."""
     wide = max(a.dim(), b.dim(), 2)
     left, right = _operand(call, a, wide), _operand(call, b, wide, flip=True)
-    if left.paired and right.paired:
+    if (left.paired and right.paired) or lone_pair(call, a, b):
         heads, multiple = _pair(call, left, right, own_scale=False, macs=macs)
         scores = nothing(ndim, f"the result of {call.label}") if heads is None else Value(_fit(heads, a, b, ndim))
         return replace(scores, multiple=multiple)

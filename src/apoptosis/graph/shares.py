@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from apoptosis.records import Group, IntArray, Split
+from apoptosis.records import Group, IntArray, Pin, Split
 
 Labels = Mapping[str, tuple[IntArray, ...]]
 
@@ -35,7 +35,9 @@ def same_share(
     for sets in (*_governed(splits, modules, names).values(), *_recurrent(groups, modules), *others):
         united = set(sets).union(*(together.get(name, ()) for name in sets))
         together.update(dict.fromkeys(united, united))
-    return tuple(replace(g, equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name}))) for g in groups)
+    return tuple(
+        replace(g, equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name}))) for g in _held(groups, modules)
+    )
 
 
 def _recurrent(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> list[set[str]]:
@@ -48,6 +50,20 @@ def _recurrent(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> lis
                 kind = "projected" if leaf.startswith("weight_hr") else "hidden"
                 found.setdefault((owner, kind), set()).add(group.name)
     return list(found.values())
+
+
+def _held(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> tuple[Group, ...]:
+    """Pin the layers and directions of a recurrence of which another one is pinned: they have one width."""
+    pins = {group.name: group.pin for group in groups if group.pin is not None}
+    held: dict[str, Pin] = {}
+    for names in _recurrent(groups, modules):
+        pinned = min(names & pins.keys(), default="")
+        for name in names - pins.keys() if pinned else ():
+            why = pins[pinned]
+            shared = f"they share the width of '{pinned}' in one recurrence, which is pinned: {why.reason}"
+            num = next(g.num_channels for g in groups if g.name == name)
+            held[name] = Pin(group=name, num_channels=num, reason=shared, where=why.where, remedy=why.remedy)
+    return tuple(replace(g, pin=held[g.name], neuron=None) if g.name in held else g for g in groups)
 
 
 def _names(groups: Sequence[Group], labels: Labels) -> dict[int, str]:

@@ -28,6 +28,7 @@ class Draft:
     taken_over: list[tuple[int, IntArray]] = field(default_factory=list)  # (dim, positions): rows folded at a product
     dropped_variance: Tensor | None = None
     merges: dict[int, list[tuple[IntArray, Tensor, Tensor]]] = field(default_factory=dict)
+    order: dict[int, IntArray] = field(default_factory=dict)  # dim -> what kept positions are sorted by
 
 
 def first_name(structure: Structure, name: str) -> str:
@@ -50,6 +51,19 @@ def removed(keep: Tensor, num_channels: int) -> IntArray:
     mask = np.ones(num_channels, dtype=bool)
     mask[keep.cpu().numpy()] = False
     return np.flatnonzero(mask).astype(np.int64)
+
+
+def note_order(draft: Draft, dim: int, positions: IntArray, keep: Tensor, rows: int, size: int) -> None:
+    """Note where kept channels of a group of several rows will stand along an axis of `size` entries.
+
+    A shuffle lays the rows out in turn (a0 b0 a1 b1 ...): the first kept channel of every row comes first then, from
+    whatever place of its row. The i-th kept channel of a row stands where the row's i-th channel stood.
+    """
+    if rows > 1:
+        length = positions.shape[0] // rows
+        kept = keep.cpu().numpy()
+        first = np.arange(positions.shape[0]).reshape(rows, length)[:, : kept.size // rows].reshape(-1)
+        draft.order.setdefault(dim, np.arange(size))[positions[kept]] = positions[first]
 
 
 def check_positions(positions: IntArray, num_channels: int, size: int, where: str) -> None:
@@ -96,7 +110,10 @@ def finished(name: str, draft: Draft, shape: tuple[int, ...]) -> TensorEdit:
         if not mask.any():
             raise ShapeError(f"tensor '{name}' would lose every entry along dim {dim}.")
         if not mask.all():
-            keep[dim] = torch.from_numpy(np.flatnonzero(mask))
+            kept = np.flatnonzero(mask)
+            if dim in draft.order:
+                kept = kept[np.argsort(draft.order[dim][kept], kind="stable")]
+            keep[dim] = torch.from_numpy(kept)
     merge = {
         dim: _merge_matrix(shape[dim], keep[dim], parts, [taken for along, taken in draft.taken_over if along == dim])
         for dim, parts in draft.merges.items()

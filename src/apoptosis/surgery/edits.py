@@ -30,6 +30,7 @@ from apoptosis.surgery.drafts import (
     finished,
     first_name,
     is_new,
+    note_order,
     removed,
     rows_of_channels,
     unique_columns,
@@ -86,7 +87,7 @@ def build_edits(
                 )
         changed.add(group.name)
         for member in group.members:
-            _add_member(drafts, structure, member, reduction)
+            _add_member(drafts, structure, group, member, reduction)
         for site in group.sites:
             key = site.key
             if key not in reduction.sites:
@@ -96,7 +97,7 @@ def build_edits(
             elif site.kind == "product":
                 add_product(drafts, structure, group, site, reduction)
             else:
-                _add_site(drafts, structure, site, reduction.keep, reduction.sites[key])
+                _add_site(drafts, structure, site, reduction.keep, reduction.sites[key], group.rows)
             if key not in scaled and dropped_variance is not None and key in dropped_variance:
                 scaled.add(key)
                 _add_variance(drafts, structure, site, dropped_variance[key])
@@ -127,19 +128,22 @@ def _check_keep(group: Group, reduction: Reduction) -> None:
             raise ShapeError(f"{who}: offset at site '{key}' has shape {tuple(site.offset.shape)}.")
 
 
-def _add_member(drafts: dict[str, Draft], structure: Structure, member: Member, reduction: Reduction) -> None:
+def _add_member(
+    drafts: dict[str, Draft], structure: Structure, group: Group, member: Member, reduction: Reduction
+) -> None:
     name = first_name(structure, member.tensor)
-    num_channels = next(g.num_channels for g in structure.groups if g.name == reduction.group)
+    num_channels = group.num_channels
     size = structure.shapes[name][member.dim]
     check_positions(member.positions, num_channels, size, f"tensor '{name}', dim {member.dim}")
     draft = drafts.setdefault(name, Draft())
+    note_order(draft, member.dim, member.positions, reduction.keep, group.rows, size)
     draft.removed.setdefault(member.dim, []).append(member.positions[removed(reduction.keep, num_channels)].reshape(-1))
     if reduction.merge is not None and member.role in ("producer", "bias"):
         draft.merges.setdefault(member.dim, []).append((member.positions, reduction.keep, reduction.merge))
 
 
 def _add_site(
-    drafts: dict[str, Draft], structure: Structure, site: Site, keep: Tensor, reduction: SiteReduction
+    drafts: dict[str, Draft], structure: Structure, site: Site, keep: Tensor, reduction: SiteReduction, rows: int
 ) -> None:
     name = first_name(structure, site.weight)
     num_channels = reduction.mix.shape[1]
@@ -150,6 +154,7 @@ def _add_site(
     if is_new(draft, fold, site):
         draft.folds.append(fold)
         draft.removed.setdefault(site.dim, []).append(columns[removed(keep, num_channels)].reshape(-1))
+        note_order(draft, site.dim, columns, keep, rows, structure.shapes[name][site.dim])
     if reduction.offset is None or not bool(reduction.offset.count_nonzero()):
         return
     where = _offset_target(structure, site)
