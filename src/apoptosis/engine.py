@@ -65,7 +65,7 @@ class Apoptosis:
         tolerance: cap per consumer site and event on the relative rms change of the consumer's output (a share; the
             errors of one site over all events add up to at most 8 times that). None: the library's own schedule.
             0: only what is redundant to round-off in float64.
-        criterion: "interpolative", "greedy", "constant", "duplicate", "pairwise", "magnitude", "random".
+        criterion: "interpolative", "reconstruction", "greedy", "constant", "duplicate", "pairwise", "magnitude", "random".
         total_steps: optimizer steps of the whole run; without it every turn comes at twice the steps of the last.
         budget: what all removals together may cost in accuracy (a share, 0.002 = 0.2 points), measured on `probe`.
         probe: held-out inputs of the form of example_input, or (inputs, labels).
@@ -304,6 +304,7 @@ class Apoptosis:
             exact=self._settings.tolerance == 0,
             keep_inputs=not self._verdict.held_out,
             replay=replay,
+            gradients=self._settings.criterion.felt and self._settings.tolerance != 0,
         )
 
     def _drop_window(self) -> None:

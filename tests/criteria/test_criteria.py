@@ -216,7 +216,7 @@ def test_a_criterion_that_needs_data_says_so(name: str) -> None:
 def test_registry_refuses_duplicates_and_lists_what_there_is() -> None:
     with pytest.raises(ArgumentError, match="registered already"):
         register_criterion(get_criterion("random"))
-    with pytest.raises(ArgumentError, match="interpolative, greedy"):
+    with pytest.raises(ArgumentError, match="interpolative, reconstruction, greedy"):
         get_criterion("no such thing")
     assert all(isinstance(get_criterion(name), Criterion) and get_criterion(name).summary for name in criteria())
 

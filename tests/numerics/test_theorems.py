@@ -639,3 +639,19 @@ def test_numbers_that_follow_a_size(seed: int, size: int, kept: int, early: floa
         assert expected is not None
         assert found is not None
         torch.testing.assert_close(found * factor, expected[:kept], rtol=1e-7, atol=1e-8)
+
+
+@given(seed=seeds, channels=st.integers(1, 6), rows=st.integers(1, 40), ridge=st.floats(1e-3, 10))
+@quick
+def test_what_the_loss_sees(seed: int, channels: int, rows: int, ridge: float) -> None:
+    g, r = correlated(seed, rows, channels), correlated(seed + 3, rows, channels)
+    felt, errors = g.T @ g / rows, r.T @ r / rows
+    for metric in (felt + ridge * torch.eye(channels, dtype=torch.float64), ridge * torch.eye(channels) + 0.0 * felt):
+        first = torch.linalg.solve(metric, felt).trace()
+        bound = (first * (errors * metric).sum()).sqrt()
+        assert float((g * r).sum(1).abs().mean()) <= float(bound) * (1 + 1e-9)
+    exact = felt + 1e-12 * felt.trace() * torch.eye(channels, dtype=torch.float64)
+    assert float(torch.linalg.solve(exact, felt).trace()) <= channels + 1e-6
+    # every pair of a gradient and an error equally often: uncorrelated by construction
+    pairs = (g @ r.T).square().mean()
+    torch.testing.assert_close(pairs, (errors * felt).sum(), rtol=1e-9, atol=1e-12)

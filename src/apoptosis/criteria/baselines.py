@@ -14,9 +14,10 @@ from apoptosis.criteria.views import (
     Criterion,
     GroupView,
     Ranking,
+    cost_taps,
+    cost_weight,
     device_of,
     energy,
-    flat_weight,
     gram,
     relative_rms,
     selection,
@@ -45,7 +46,7 @@ def _curves(view: GroupView, order: Tensor, *, offsets: bool) -> dict[str, Tenso
             continue
         covariance, mean = statistics(site)
         matrix = covariance if offsets and site.centred else covariance.addr_(mean, mean)
-        curves[site.key] = relative_rms(site.num_taps * dropping_curve(matrix, flat_weight(site), order), site)
+        curves[site.key] = relative_rms(cost_taps(site) * dropping_curve(matrix, cost_weight(site), order), site)
     return curves
 
 

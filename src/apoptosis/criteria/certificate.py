@@ -18,6 +18,7 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
+    cost_weight,
     exactness,
     flat_weight,
     relative_rms,
@@ -57,11 +58,22 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
     the condition stated at dropped_variance, over the estimated energy. A site whose output does not vary is a
     constant: 0.0 if the constant is kept to round-off, else infinity.
     """
-    if site.measure is not None:
+    if site.felt is not None:
+        error = _felt_error(site, keep, reduction)
+    elif site.measure is not None:
         error = site.measure(keep, reduction)
     else:
         error = site.num_taps * float(dropped_variance(site, keep, reduction).sum())
     return float(relative_rms(torch.tensor(error, dtype=torch.float64), site))
+
+
+def _felt_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float:
+    """tr(R M), M what the loss feels of errors of the channels."""
+    covariance, mean = statistics(site)
+    offset = None if reduction.offset is None else reduction.offset.to(covariance.device)
+    residual = residual_gram(covariance, mean, keep, reduction.mix.to(covariance.device), offset)
+    root = cost_weight(site).to(covariance.device)
+    return float(site_diag(root, residual).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,7 +155,7 @@ class _Search:
         if criterion.needs_data and any(site.moments is None for site in view.sites):
             raise ArgumentError(f"criterion '{criterion.name}' needs moments at every site of group '{view.name}'.")
         known = all(site.key in ranking.curves for site in view.sites)
-        exact = all(site.measure is None for site in view.sites)
+        exact = all(site.measure is None or site.felt is not None for site in view.sites)
         self.curves_are_exact = known and exact
         if not known and not self.has_data:
             raise ArgumentError(f"criterion '{criterion.name}' gives no score without data for group '{view.name}'.")

@@ -18,7 +18,8 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
-    flat_weight,
+    cost_taps,
+    cost_weight,
     relative_rms,
     selection,
     statistics,
@@ -67,8 +68,8 @@ def arranged(criterion: Criterion, view: GroupView) -> Ranking:
 def _lost_curve(site: SiteView, order: Tensor) -> Tensor:
     """Relative rms error of keeping the first k where nothing stands in for the rest."""
     covariance, mean = statistics(site)
-    found = dropping_curve(covariance.addr_(mean, mean), flat_weight(site), order)
-    return relative_rms(site.num_taps * found, site)
+    found = dropping_curve(covariance.addr_(mean, mean), cost_weight(site), order)
+    return relative_rms(cost_taps(site) * found, site)
 
 
 def allowed(view: GroupView, reduction: Reduction) -> Reduction:

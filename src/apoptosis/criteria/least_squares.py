@@ -1,10 +1,13 @@
 """The interpolative decomposition: keep channels that explain the rest, and mix the rest from them.
 
-Lives here: "interpolative" (order by one weighted pivoted Cholesky) and "greedy" (order by forward selection on the
-consumers' full error). Does not live here: the linear algebra (numerics), how many to keep (certificate.py).
+Lives here: "interpolative" and "reconstruction" (order by one weighted pivoted Cholesky), "greedy" (order by forward
+selection on the consumers' full error). Does not live here: the linear algebra (numerics), how many to keep
+(certificate.py).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,9 +17,10 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
+    cost_taps,
+    cost_weight,
     device_of,
     energy,
-    flat_weight,
     gram,
     relative_rms,
     selection,
@@ -29,13 +33,15 @@ from apoptosis.records import Reduction, SiteReduction
 
 
 def _column_norms(site: SiteView) -> Tensor:
-    """‖W_j‖ over outputs and taps, (channels,) float64 on the CPU."""
+    """‖W_j‖ over outputs and taps, or what the loss feels of a channel, (channels,) float64 on the CPU."""
+    if site.felt is not None:
+        return site.felt.detach().double().diagonal().clamp_min(0.0).sqrt().cpu()
     return site.weight.detach().double().square().sum((0, 2)).sqrt().cpu()
 
 
 def _curve(site: SiteView, factor: Factor) -> Tensor:
     """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
-    return relative_rms(site.num_taps * joint_error_curve(flat_weight(site), factor, dtype=working_dtype(site)), site)
+    return relative_rms(cost_taps(site) * joint_error_curve(cost_weight(site), factor, dtype=working_dtype(site)), site)
 
 
 def _relative_weight(site: SiteView) -> float:
@@ -63,7 +69,7 @@ def _rank_greedy(view: GroupView) -> Ranking:
     total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64)
     rows = []
     for site in view.sites:
-        weight = flat_weight(site).cpu()
+        weight = cost_weight(site).cpu()
         share = _relative_weight(site) ** 0.5
         total += gram(site).cpu() / len(view.sites)
         rows.append(weight * share)
@@ -96,8 +102,16 @@ INTERPOLATIVE = Criterion(
     needs_data=True,
     rank=_rank_interpolative,
     reduce=_reduce,
-    summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation",
+    summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation; errors count by what the "
+    "loss makes of them",
     curves=_curves,
+    felt=True,
+)
+RECONSTRUCTION = replace(
+    INTERPOLATIVE,
+    name="reconstruction",
+    summary="the same, but every output of a consumer counts alike, whatever the loss makes of it",
+    felt=False,
 )
 GREEDY = Criterion(
     name="greedy",

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from apoptosis.criteria.baselines import CONSTANT, MAGNITUDE, RANDOM
-from apoptosis.criteria.least_squares import GREEDY, INTERPOLATIVE
+from apoptosis.criteria.least_squares import GREEDY, INTERPOLATIVE, RECONSTRUCTION
 from apoptosis.criteria.merging import DUPLICATE, PAIRWISE
 from apoptosis.criteria.views import Criterion, GroupView, Ranking
 from apoptosis.errors import ArgumentError
 from apoptosis.records import Reduction
 
-_BUILT_IN = (INTERPOLATIVE, GREEDY, CONSTANT, PAIRWISE, DUPLICATE, MAGNITUDE, RANDOM)
+_BUILT_IN = (INTERPOLATIVE, RECONSTRUCTION, GREEDY, CONSTANT, PAIRWISE, DUPLICATE, MAGNITUDE, RANDOM)
 _REGISTRY: dict[str, Criterion] = {criterion.name: criterion for criterion in _BUILT_IN}
 
 

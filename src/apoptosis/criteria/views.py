@@ -17,6 +17,8 @@ from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
 
+FELT_RIDGE = 1e-6  # of the diagonal, at first: moments taken in float32 are positive only to round-off
+
 Measure = Callable[[Tensor, SiteReduction], float]
 """(keep, reduction at this site) -> E‖W(z - ẑ)‖² on sampled inputs, in the units of `scale`."""
 
@@ -37,6 +39,8 @@ class SiteView:
     pairwise: a removed channel is a multiple of one kept channel, plus a constant (under a norm); never more than one.
     mixes: False where nothing may stand in for a removed channel at all: what it contributes is lost.
     note: what the errors speak of, for the certificate; "" for the output of a linear map.
+    felt: (channels, channels), positive semidefinite: what an error r of the channels costs is rᵀ felt r, in place of
+        ‖W r‖². From the loss's gradients; None where every output counts alike.
     """
 
     key: str
@@ -50,7 +54,9 @@ class SiteView:
     mixes: bool = True
     pairwise: bool = False
     note: str = ""
+    felt: Tensor | None = None
     memo: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    root: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3:
@@ -59,6 +65,8 @@ class SiteView:
             raise ShapeError(f"site '{self.key}': moments of {self.moments.num_channels} channels, weight of others.")
         if self.measure is not None and self.scale is None:
             raise ArgumentError(f"site '{self.key}': give measure and scale together.")
+        if self.felt is not None and self.felt.shape != (self.weight.shape[1],) * 2:
+            raise ShapeError(f"site '{self.key}': felt of shape {tuple(self.felt.shape)} for its channels.")
 
     @property
     def num_taps(self) -> int:
@@ -138,6 +146,7 @@ class Criterion:
     reduce: Callable[[GroupView, Tensor], Reduction]
     summary: str = ""
     curves: Callable[[GroupView, Tensor, int], Mapping[str, Tensor]] | None = None
+    felt: bool = False
 
 
 def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
@@ -169,23 +178,55 @@ def flat_weight(site: SiteView) -> Tensor:
     return site.weight.detach().double().permute(0, 2, 1).reshape(-1, site.weight.shape[1])
 
 
-def energy(site: SiteView) -> float:
-    """Return what relative errors at a site relate to: tr(W C Wᵀ), the centred energy of its output, bias excluded.
+def cost_weight(site: SiteView) -> Tensor:
+    """Return V (rows, channels) float64 with which an error r costs ‖V r‖²: the flat weight, or a root of `felt`.
 
+    Costs of a site with several taps are then per tap; see cost_taps.
+    """
+    if site.felt is None:
+        return flat_weight(site)
+    if site.root is None:
+        object.__setattr__(site, "root", _root(site.felt.detach().double()))
+    assert site.root is not None
+    return site.root
+
+
+def _root(felt_CC: Tensor) -> Tensor:
+    """Return V with VᵀV = felt to a ridge of round-off, relative to every channel's own size."""
+    size = felt_CC.diagonal().clamp_min(0.0)
+    level = size + size.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    ridge = FELT_RIDGE
+    while True:
+        lower, info = torch.linalg.cholesky_ex(felt_CC + (ridge * level).diag())
+        if int(info) == 0:
+            root: Tensor = lower.T.contiguous()
+            return root
+        ridge *= 10.0
+
+
+def cost_taps(site: SiteView) -> int:
+    """Return how many costs of one position an error may amount to: P where outputs add up taps, else 1."""
+    return site.num_taps if site.felt is None else 1
+
+
+def energy(site: SiteView) -> float:
+    """Return what relative errors at a site relate to: tr(V C Vᵀ), V its cost_weight.
+
+    For V = W the centred energy of its output, bias excluded.
     `scale` where it was measured; from pooled moments with P > 1 the sum over taps Σ_p tr(W_p C W_pᵀ), which is an
     estimate (exact for taps that are not correlated). Without the part that is dropout's own noise, so that a bound
     relates to what the network computes in evaluation.
 
     Raises: ArgumentError: the site has no moments.
     """
-    if site.scale is not None:
+    if site.scale is not None and site.felt is None:
         return site.scale
     if "energy" not in site.memo:
         covariance, _ = statistics(site)
         if site.moments is not None and site.dropout > 0:
             covariance = site.moments.without_dropout(site.dropout).covariance()
         dtype = working_dtype(site)
-        weight = flat_weight(site).to(covariance.device, dtype)
+        weight = cost_weight(site).to(covariance.device, dtype)
         product = (weight @ covariance.to(dtype)).mul_(weight)
         site.memo["energy"] = float(product.sum(dtype=torch.float64).clamp_min(0.0))
     return site.memo["energy"]
@@ -207,7 +248,7 @@ def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
         site.memo["level"] = scale
         if site.moments is not None:
             mean = site.moments.mean
-            site.memo["level"] += float((flat_weight(site).to(mean.device) @ mean).square().sum())
+            site.memo["level"] += float((cost_weight(site).to(mean.device) @ mean).square().sum())
     tiny = roundoff_floor(site.weight.shape[1]) ** 2 * site.memo["level"]
     if scale <= tiny:
         return torch.where(errors <= tiny, 0.0, torch.inf).double()
@@ -223,7 +264,7 @@ def exactness(site: SiteView) -> float:
     floor = roundoff_floor(site.weight.shape[1])
     if site.centred or site.moments is None:
         return floor
-    weight, mean = flat_weight(site).to(site.moments.device), site.moments.mean
+    weight, mean = cost_weight(site).to(site.moments.device), site.moments.mean
     varying = float(((weight @ site.moments.covariance()) * weight).sum())
     constant = float((weight @ mean).square().sum())
     scale = varying if site.scale is None or site.measure is not None else site.scale

@@ -1,7 +1,7 @@
 """The one thing a window puts on the user's modules, and where it finds itself when called.
 
-Lives here: a hook that does not travel with copies; whether a call comes from a backward pass or a transform. Does not
-live here: what hooks do (window.py).
+Lives here: a hook that does not travel with copies; whether a call comes from a backward pass or a transform; what a
+checkpoint can hold. Does not live here: what hooks do (window.py).
 """
 
 from __future__ import annotations
@@ -43,3 +43,12 @@ def in_backward() -> bool:
 def is_wrapped(x: Tensor) -> bool:
     """Whether a tensor belongs to a functional transform (vmap, grad), beyond which its values may not be kept."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def is_plain(value: object) -> bool:
+    """Whether a checkpoint can hold a value: nested plain containers of tensors, numbers and strings."""
+    if type(value) is tuple or type(value) is list:
+        return all(is_plain(item) for item in value)
+    if type(value) is dict:
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, bool | int | float | str | Tensor)

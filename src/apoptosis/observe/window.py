@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from apoptosis.observe.dropouts import DROPOUTS, Dropped
-from apoptosis.observe.hooks import Hook, in_backward, is_wrapped
+from apoptosis.observe.gradients import Gradients
+from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped
 from apoptosis.observe.replayed import Replay, Replayed
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
@@ -54,6 +55,7 @@ class Observer:
             passes alone.
         replay: graph.replay, which runs the model again to show what functional sites read; without it they are not
             observed.
+        gradients: also take the loss's gradients at the sites.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Observer:
         keep_inputs: bool = False,
         any_mode: bool = False,
         replay: Replay | None = None,
+        gradients: bool = False,
     ) -> None:
         self._model = model
         self._modules = dict(model.named_modules())
@@ -73,6 +76,7 @@ class Observer:
         self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns of a site that several groups share
         self._places: list[tuple[str, Site, tuple[str, str]]] = []  # group, site, key of its watch
         self._by_module: dict[str, list[Watch]] = {}
+        self._gradients = Gradients(seed, wanted=gradients and not any_mode)
         self._samples: dict[str, Sample] = {}
         self._calls: dict[str, int] = {}
         self._dropped = Dropped()
@@ -106,6 +110,7 @@ class Observer:
             watch = Watch(site, columns, group.num_channels, device, exact=exact, spread=not self._any_mode)
             self._watches[key] = watch
             self._by_module.setdefault(site.module, []).append(watch)
+            self._gradients.watch(key, site, columns, group.num_channels, device)
         self._watches[key].rows_needed = max(self._watches[key].rows_needed, Watch.needed(site, group.num_channels))
         if several:
             self._samples.setdefault(site.module, Sample(exact=exact))
@@ -138,6 +143,7 @@ class Observer:
             handle.remove()
         self._handles = []
         self._dropped.clear()
+        self._gradients.end_step()
         self._eager.end()
 
     @property
@@ -172,6 +178,7 @@ class Observer:
         """
         self._calls.clear()
         self._dropped.clear()
+        self.hook_seconds += self._gradients.end_step()
         self._steps += 1
         self._run_again()
         enough = self._replayed.finished and all(watch.enough() for watch in self._watches.values())
@@ -239,9 +246,14 @@ class Observer:
             if isinstance(x, Tensor) and x.numel() and not is_wrapped(x) and self._counts(name):
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     self._take(name, x.detach())
+                self._gradients.attach(name, x, unbatched=self._lacks_batch(name, x))
             self.hook_seconds += time.perf_counter() - start
 
         return hook
+
+    def _lacks_batch(self, name: str, x: Tensor) -> bool:
+        site = self._by_module[name][0].site
+        return site.kind != "linear" and x.dim() == self._model.get_parameter(site.weight).dim() - 1
 
     def _take(self, name: str, x: Tensor) -> None:
         watches = self._by_module[name]
@@ -250,8 +262,8 @@ class Observer:
             return
         site = watches[0].site
         before, rate = self._dropped.before(x) if site.dropout > 0 and not self._any_mode else (x, 0.0)
-        if site.kind != "linear" and before.dim() == self._model.get_parameter(site.weight).dim() - 1:
-            before = before.unsqueeze(0)  # an unbatched convolution input
+        if self._lacks_batch(name, before):
+            before = before.unsqueeze(0)
         known = self._passes > 0 and (self._inside or in_backward())
         limit = self._root_rows if known and self._root_rows else before.shape[0]
         self._largest = max(self._largest, min(limit, before.shape[0] if before.dim() > 1 else 1))
@@ -286,12 +298,14 @@ class Observer:
             if key not in moments:
                 continue
             whole, own = None, moments[key]
+            felt = self._gradients.second_moments(key)
             if not key[0]:
                 whole = own
-                own = whole.select(torch.as_tensor(site.input_columns[:, 0], device=whole.device))
+                picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
+                own, felt = whole.select(picks), None if felt is None else felt[picks][:, picks]
             sample = samples.get(site.module) if reads_several_positions(site) else None
             dropout = self._watches[key].dropout or 0.0
-            found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout)
+            found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout, felt=felt)
         return found | self._replayed.observations()
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,10 +315,11 @@ class Observer:
             "watches": watches,
             "samples": {name: list(sample.kept) for name, sample in self._samples.items()},
             "replayed": self._replayed.state_dict(),
+            "gradients": self._gradients.state_dict(),
             "generator": self._generator.get_state(),
             "steps": self._steps,
             "largest": self._largest,
-            "inputs": self.inputs if self.inputs is not None and _is_plain(self.inputs) else None,
+            "inputs": self.inputs if self.inputs is not None and is_plain(self.inputs) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -321,6 +336,7 @@ class Observer:
         for name, kept in state["samples"].items():
             self._samples[name].kept = [x.to(device) for x in kept]
         self._replayed.load_state_dict(state["replayed"])
+        self._gradients.load_state_dict(state["gradients"])
         self._generator.set_state(state["generator"].cpu())
         self._steps, self._largest = int(state["steps"]), int(state["largest"])
         if state["inputs"] is not None:
@@ -329,12 +345,3 @@ class Observer:
             self._input_rows = next(
                 len(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()
             )
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a checkpoint can hold a value: nested plain containers of tensors, numbers and strings."""
-    if type(value) is tuple or type(value) is list:
-        return all(_is_plain(item) for item in value)
-    if type(value) is dict:
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, bool | int | float | str | Tensor)

@@ -209,7 +209,9 @@ class _Desk:
 
     def _show(self, group: Group) -> Shown:
         if group.name not in self._shown:
-            self._shown[group.name] = show(self._model, group, self._observations, self._request.seed)
+            self._shown[group.name] = show(
+                self._model, group, self._observations, self._request.seed, felt=self._request.criterion.felt
+            )
         return self._shown[group.name]
 
     def certificates(self, group: Group) -> tuple[Certificate, ...]:

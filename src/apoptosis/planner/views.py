@@ -23,6 +23,8 @@ from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, Neuron, Site
 from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
 
+OUTPUTS_SHARE = 0.1  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
+
 Observations = Mapping[tuple[str, str], Observation]
 
 
@@ -39,8 +41,12 @@ class Shown:
     ratios: Mapping[str, float]
 
 
-def show(model: nn.Module, group: Group, observations: Observations, seed: int) -> Shown:
-    """Put together what a criterion sees of a group; every site of it was observed."""
+def show(model: nn.Module, group: Group, observations: Observations, seed: int, *, felt: bool = False) -> Shown:
+    """Put together what a criterion sees of a group; every site of it was observed.
+
+    Args: felt: let errors count by what the loss makes of them, where its gradients were seen.
+    """
+    felt = felt and not any(site.norm_way for site in group.sites)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     sites: list[SiteView] = []
     samples: dict[str, SampledSite] = {}
@@ -68,6 +74,7 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int) 
             dropout=seen.dropout,
             measure=None if sample is None else sample.error,
             scale=None if sample is None else sample.scale,
+            felt=blended(seen.felt, gather_weight(site, weight)) if felt else None,
         )
         sites.append(shown)
         ratios[site.key] = _ratio(site, shown, seen, weight)
@@ -81,6 +88,23 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int) 
         rows=group.rows,
     )
     return Shown(view=view, samples=samples, ratios=ratios)
+
+
+def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Return E[g gᵀ] with a share of WᵀW, both of mean diagonal 1; None without gradients, or where all are zero.
+
+    Gradients of one window leave directions out that the loss comes to see later on; the weights know of these.
+
+    Args: felt: (channels, channels). weight: (out, channels, P).
+    """
+    if felt is None:
+        return None
+    flat = weight.detach().to(felt.device, torch.float64).permute(0, 2, 1).reshape(-1, weight.shape[1])
+    plain = flat.T @ flat
+    size, share = felt.diagonal().mean(), plain.diagonal().mean()
+    if not (size > 0 and share > 0):
+        return None
+    return (felt / size + OUTPUTS_SHARE * plain / share) / (1.0 + OUTPUTS_SHARE)
 
 
 def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:

@@ -1,0 +1,121 @@
+"""What the loss makes of a change at the input of a site: second moments of its gradient there, taken in backward.
+
+Lives here: hooks on tensors of the user's passes, and the rows of gradients they take. Does not live here: which passes
+count and when a window is over (window.py), what the planner makes of the moments.
+
+A change r of what a site reads changes the loss by g · r to first order, g the loss's gradient there (theory, "What the
+loss sees"). Scale is of no account: gradients of scaled losses and of means over batches serve as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from apoptosis.errors import NonFiniteError
+from apoptosis.observe.watch import Watch
+from apoptosis.records import IntArray, Site
+
+_UNLIMITED = 2**62
+
+
+class GradientWatch(Watch):
+    """Rows of gradients at one site. What is not finite is passed over: a loss scaler's overflow is no defect."""
+
+    def _flush(self) -> None:
+        try:
+            self._add_buffer(self.moments)
+        except NonFiniteError:
+            pass
+        self.buffer, self.buffered = [], 0
+
+    def second_moments(self) -> Tensor | None:
+        """Return E[g gᵀ], (channels, channels) float64, uncentred; None before any finite row."""
+        found = self.moments.select(torch.arange(self.moments.num_channels, device=self.moments.device))
+        try:
+            self._add_buffer(found)
+        except NonFiniteError:
+            found = self.moments
+        if found.num_rows == 0:
+            return None
+        mean = found.mean
+        return found.covariance().addr_(mean, mean)
+
+
+class Gradients:
+    """Gradients at the sites of a window, by the keys of its watches.
+
+    Args:
+        seed: of the private generator that picks positions.
+        wanted: False makes all of this do nothing.
+    """
+
+    def __init__(self, seed: int, *, wanted: bool) -> None:
+        self._wanted = wanted
+        self._watches: dict[tuple[str, str], GradientWatch] = {}
+        self._by_module: dict[str, list[GradientWatch]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._generator = torch.Generator().manual_seed(seed)
+        self._seconds = 0.0
+
+    def watch(self, key: tuple[str, str], site: Site, columns: IntArray, channels: int, device: torch.device) -> None:
+        """Take gradients at a site; columns: (channels, P) along its input's channel axis."""
+        if not self._wanted or site.norm_way:
+            return
+        found = GradientWatch(site, columns, channels, device, exact=False)
+        self._watches[key] = found
+        self._by_module.setdefault(site.module, []).append(found)
+
+    def attach(self, module: str, x: Tensor, *, unbatched: bool) -> None:
+        """Look at the gradient of one input of a module when backward comes to it; unbatched: it lacks a batch axis."""
+        watches = [watch for watch in self._by_module.get(module, ()) if not watch.enough(0)]
+        if watches and x.requires_grad:
+            take = partial(self._take, watches, unbatched)
+            self._handles.append(x.register_hook(take))  # type: ignore[no-untyped-call]
+
+    def _take(self, watches: list[GradientWatch], unbatched: bool, gradient: Tensor) -> None:
+        start = time.perf_counter()
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            g = gradient.detach().unsqueeze(0) if unbatched else gradient.detach()
+            for watch in watches:
+                if not watch.enough(0):
+                    watch.take(g, self._generator, examples=_UNLIMITED, repeated=False, dropout=0.0)
+        self._seconds += time.perf_counter() - start
+
+    def end_step(self) -> float:
+        """Take the hooks of the step's tensors off; return the seconds that they took."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def second_moments(self, key: tuple[str, str]) -> Tensor | None:
+        """E[g gᵀ] over the columns of the watch of a key; None where no gradient came."""
+        watch = self._watches.get(key)
+        return None if watch is None else watch.second_moments()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything exactly."""
+        return {
+            "watches": [{"group": g, "site": k, **watch.state_dict()} for (g, k), watch in self._watches.items()],
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote.
+
+        Raises: KeyError: it is of other groups.
+        """
+        entries = {(entry["group"], entry["site"]): entry for entry in state["watches"]}
+        if set(entries) != set(self._watches):
+            raise KeyError("the window is of other groups")
+        for key, entry in entries.items():
+            self._watches[key].load_state_dict(entry)
+        self._generator.set_state(state["generator"].cpu())
