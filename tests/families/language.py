@@ -127,7 +127,6 @@ def t5_groups(hidden: str, num_layers: int) -> dict[str, int]:
 
 
 #: Why some groups are not removable yet.
-ROOTS = "the scores are divided by the root of a size as the forward pass runs"
 SLICES = "an attribute says how many channels of each head are rotated"
 
 
@@ -152,16 +151,16 @@ def _families() -> Iterator[Family]:
     for attention in ("eager", "sdpa"):
         pooled = {**BERT_GROUPS, "bert.pooler.dense": 4}
         yield family(f"BERT, {attention}", bert("BertForSequenceClassification", attention), padded, pooled)
-        missing = ending(GPT2_GROUPS, ROOTS, "c_attn") if attention == "eager" else {}
-        yield family(f"GPT-2, {attention}", gpt2(attention), plain, GPT2_GROUPS, missing=missing)
+        yield family(f"GPT-2, {attention}", gpt2(attention), plain, GPT2_GROUPS)
         yield turned(f"Llama, {attention}", "Llama", LLAMA_GROUPS, attn_implementation=attention)
     yield family("BERT, masked words", bert("BertForMaskedLM", "sdpa"), padded, BERT_GROUPS)
     yield turned("Mistral", "Mistral", LLAMA_GROUPS, sliding_window=4)
     yield turned("Qwen2", "Qwen2", LLAMA_GROUPS, tie_word_embeddings=True)
     yield turned("Phi", "Phi", {**PHI_REST, **every_layer("model.layers.{}", PHI_LAYER)}, partial_rotary_factor=0.5)
     inside = every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.experts": 6})
-    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-    yield turned("Mixtral", "Mixtral", {**PAIRS, **inside}, **experts)
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    for name, way in (("", "eager"), (", experts in batches", "batched_mm")):  # "grouped_mm" takes no float64
+        yield turned(f"Mixtral{name}", "Mixtral", {**PAIRS, **inside}, **experts, experts_implementation=way)
     yield family("T5", t5("relu", 2), translation, t5_groups("wi", 2))
     yield family("T5, gated", t5("gated-gelu", 1), translation, t5_groups("wi_0", 1))
     heads = every_layer("bert.encoder.layer.{}", {"attention.self:heads": 1})

@@ -26,11 +26,15 @@ from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, Ten
 Kept = Mapping[str, Mapping[int, Tensor | IntArray]]
 Parts = tuple[tuple[str, int, IntArray], ...]
 
+LEFT_OUT = "left out by exclude="
+"""Why groups are pinned whose weights nothing may touch."""
+
 _POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _CLOSE = 1e-9
 _ELSEWHERE = "which scales more than a product of activations"
 _APART = "which does not scale all that reads a product of activations"
 _NO_SIDE = "which scales a product of activations neither side of which scales with weights of its own alone"
+_LEFT_OUT = "which only weights that are left out by exclude= could make up for"
 _NO_SIZE = "which scales a product of activations, but not with the root of a number of channels"
 
 
@@ -162,6 +166,8 @@ def _judged(
             text = _APART
         elif of not in old.scalable:
             text = _NO_SIDE
+        elif _is_left_out(old, of):
+            text = _LEFT_OUT
         elif not _is_power(ratio, shares + _own_shares(old, of, kept)):
             text = _NO_SIZE
         else:
@@ -169,6 +175,16 @@ def _judged(
             continue
         odd.update(((r.mode, call), text) for r in found for call in r.calls)
     return ratios, odd
+
+
+def _is_left_out(old: Structure, of: str) -> bool:
+    """Whether the user left out what scales a product."""
+    members = [m for g in old.groups if g.pin is not None and g.pin.reason == LEFT_OUT for m in g.members]
+    return any(
+        (member.tensor, member.dim) == (name, dim) and bool(np.isin(member.positions, positions).any())
+        for name, dim, positions in old.scalable[of]
+        for member in members
+    )
 
 
 def _same(a: float, b: float) -> bool:
