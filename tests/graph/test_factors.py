@@ -54,6 +54,12 @@ def in_place(m: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mixed(scores, v)
 
 
+def in_place_by_a_view(m: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.view(-1).mul_(k.size(-1) ** -0.5)
+    return mixed(scores, v)
+
+
 def rotated(m: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def turn(x: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
@@ -85,6 +91,8 @@ KEPT: dict[str, Way] = {
     "temperature": lambda m, q, k, v: mixed(q @ k.mT * m.temperature / q.size(-1) ** 0.5, v),
     "einsum": lambda m, q, k, v: mixed(torch.einsum("bhqd,bhkd->bhqk", q, k) / q.size(-1) ** 0.5, v),
     "fused": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.size(-1)),
+    "fused, by its own scale": lambda m, q, k, v: F.scaled_dot_product_attention(q / q.size(-1), k, v),
+    "in place, by a view": in_place_by_a_view,
     "fused, queries": lambda m, q, k, v: F.scaled_dot_product_attention(q / q.size(-1), k, v, scale=1.0),
     "two products alike": lambda m, q, k, v: mixed((q / q.size(-1) ** 0.5) @ k.mT + (q @ k.mT) / q.size(-1) ** 0.5, v),
     "keys behind an activation": lambda m, q, k, v: mixed(q @ k.tanh().mT / q.size(-1) ** 0.5, v),
@@ -117,6 +125,14 @@ REFUSED: dict[str, tuple[Way, str]] = {
     "scaled queries elsewhere": (
         lambda m, q, k, v: mixed((s := q / q.size(-1) ** 0.5) @ k.mT, v) + m.o(s.transpose(1, 2).flatten(2)).mean(),
         ELSEWHERE,
+    ),
+    "added to something": (
+        lambda m, q, k, v: mixed(
+            q @ k.mT / q.size(-1) ** 0.5
+            + torch.baddbmm(m.bias[None].expand(8, 5, 5), q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (4, 2)),
+            v,
+        ),
+        TWO,
     ),
     "one mode": (
         lambda m, q, k, v: mixed(q @ k.mT * (q.size(-1) ** -0.5 if m.training else m.scale), v),
@@ -184,7 +200,7 @@ def test_weights_take_the_factor(name: str) -> None:
     silent, small, made_up = operated(Scores(KEPT[name]), ("q",))
     side = "k" if name == "queries behind an activation" else "q"
     assert {edit.tensor for edit in made_up} == {f"{side}.weight", f"{side}.bias"}
-    root = 1.0 if name in ("by the size", "fused", "fused, queries") else 0.5
+    root = 1.0 if name in ("by the size", "fused", "fused, queries", "fused, by its own scale") else 0.5
     for edit in made_up:
         (scale,) = edit.scales
         assert scale.factor == pytest.approx((LEFT / SIZE) ** root, rel=1e-12)

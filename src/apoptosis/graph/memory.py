@@ -199,7 +199,8 @@ class Memory:
         elif old is not None and np.array_equal(old.ids, value.ids):
             for other in others:
                 found = block.values[other]
-                block.values[other] = Value(found.ids, origin=found.origin, paths=spoiled([found.paths]))
+                paths = spoiled([found.paths])
+                block.values[other] = Value(found.ids, origin=found.origin, paths=paths, multiple=value.multiple)
             block.values[geometry] = value
         else:
             self._rebuild(tensor, block, value)

@@ -190,6 +190,8 @@ def _apply(
 def _biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
     """Add a bias, which belongs to the rows when it is a parameter along them."""
     view = call.tracer.view(bias)
+    if value.multiple is not None:
+        call.tracer.numbers.read(value.multiple)
     if view is None:
         other = call.tracer.value(bias)
         met = meet(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition
