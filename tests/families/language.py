@@ -107,8 +107,9 @@ GPT2_GROUPS = every_layer("transformer.h.{}", {"attn.c_attn": 4, "mlp.c_fc": 6})
 
 #: Frequencies are one buffer for all layers, so that rotary pairs of queries and keys are one group.
 PAIRS = {"model.layers.0.self_attn.q_proj": 1}
-PHI_LAYER = {"self_attn.v_proj": 2, "mlp.fc1": 6}
-# half of the queries is not rotated; the rotated half of all layers is one group, named after the first
+PHI_LAYER = {"self_attn.v_proj": 4, "mlp.fc1": 6}
+# half of the queries is not rotated, and makes room in rows as wide as those of values; the rotated half of all layers
+# is one group, named after the first, and stays
 PHI_REST = {"model.layers.0.self_attn.q_proj#2": 2, "model.layers.1.self_attn.q_proj": 2}
 LLAMA_GROUPS = {**PAIRS, **every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.gate_proj": 6})}
 
@@ -126,15 +127,6 @@ def t5_groups(hidden: str, num_layers: int) -> dict[str, int]:
     return {name: planted for layer in layers for name, planted in layer.items()}
 
 
-#: Why some groups are not removable yet.
-SLICES = "an attribute says how many channels of each head are rotated"
-
-
-def ending(groups: dict[str, int], reason: str, *names: str) -> dict[str, str]:
-    """The groups whose last name is one of these, as not removable yet for this reason."""
-    return {name: reason for name in groups if name.rpartition(".")[2] in names}
-
-
 def family(name: str, build: Callable[[], nn.Module], example: Any, groups: dict[str, int], **more: Any) -> Family:
     return Family(name=name, build=build, example=example, groups=groups, **more)
 
@@ -142,8 +134,7 @@ def family(name: str, build: Callable[[], nn.Module], example: Any, groups: dict
 def turned(name: str, config: str, groups: dict[str, int], **settings: Any) -> Family:
     """A decoder with rotary positions, by the name of its configuration's class."""
     model = build(f"{config}ForCausalLM", f"{config}Config", **DECODER, **settings)
-    missing = ending(groups, SLICES, "q_proj", "q_proj#2", "v_proj") if "partial_rotary_factor" in settings else {}
-    return family(name, model, tokens(use_cache=False), groups, missing=missing)
+    return family(name, model, tokens(use_cache=False), groups)
 
 
 def _families() -> Iterator[Family]:

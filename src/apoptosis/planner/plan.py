@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, choose, compensated
 from apoptosis.numerics.decompose import roundoff_floor
-from apoptosis.planner.alike import alike, missing, steps
+from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
 from apoptosis.planner.costs import macs_after
 from apoptosis.planner.entangled import choices_of, entangled, most_readers
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
@@ -195,14 +195,16 @@ class _Desk:
             own_spent, own_shares = dict(spent), Counter(shares)
             found: dict[str, Proposal] = {}
             for group, one, step in zip(groups, shown, aligned, strict=True):
-                proposal, why = _propose(group, one, self._request, own_spent, own_shares, step, least)
+                proposal, why = _propose(
+                    group, one, self._request, own_spent, own_shares, step, own_share(group, least)
+                )
                 own_shares.subtract(site.key for site in group.sites)
                 if proposal is None:
                     others = {g.name: f"as wide as {group.name}, for which: {why}" for g in groups if g is not group}
                     return {}, {group.name: why, **others}
                 found[group.name] = proposal
                 _spend(own_spent, proposal)
-            kept = [len(found[group.name].reduction.keep) / group.num_channels for group in groups]
+            kept = [share_of_row(group, len(found[group.name].reduction.keep)) for group in groups]
             if max(kept) - min(kept) < 1e-9:
                 return found, {}
             least = max(kept)
