@@ -150,13 +150,15 @@ def _group_norm(call: Call) -> Result:
     value = held(call, x, [1])
     block = channels // max(1, groups)
     sets = reshape(value.ids, x.shape, (num, groups, block * positions))
-    if 2 in varying(sets) and 1 < groups and varying(value.ids) == {1}:
+    remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
+    reason = call.reason(f"normalises over channels, {block} at a time", remedy)
+    if 2 in varying(sets) and varying(value.ids) == {1} and bool((value.ids != 0).all()):
         blocks = value.ids.reshape(1, groups, block)  # which go as a whole
         call.tracer.findings.tie(blocks[..., 1:], blocks[..., :-1])
+        call.tracer.findings.lumps.append((blocks[0, 0, :1], reason))
         note_grid(call, blocks, (1, 2))
     elif 2 in varying(sets):
-        remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
-        call.pin(value.ids, f"normalises over channels, {block} at a time", remedy)
+        call.tracer.findings.pin(value.ids, reason)
     elif x.dim() > 1 and value.ids.shape[1] == channels:
         note_grid(call, value.ids, (1,))  # one row: num_groups is the number of channels, and has to follow it
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
