@@ -109,7 +109,7 @@ def test_hooks_go_with_the_object(runs):
 def test_shapes_changed_by_other_hands_are_met_at_the_next_window(runs):
     net = runs.mlp()
     optimizer = runs.adam(net)
-    apo = runs.start(net, optimizer, total_steps=400)
+    apo = runs.start(net, optimizer, total_steps=390)
     runs.train(net, optimizer, apo, steps=3)
     event = shrink_(net, runs.inputs(4, 99), [runs.inputs(512, 5)], tolerance=0.2, optimizer=optimizer)
     assert event

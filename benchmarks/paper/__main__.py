@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.paper.cells import cell_path, run_cell, write_cell
 from benchmarks.paper.grounds import GROUNDS, QUICK
+from benchmarks.paper.pictures import draw_all
 from benchmarks.paper.summary import read_cells, summarise, tell
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-criteria", action="store_true", help="leave the other criteria out")
     parser.add_argument("--rows", type=int, help="training rows instead of all")
     parser.add_argument("--epochs", type=int, help="instead of the ground's")
+    parser.add_argument("--pictures", type=Path, help="folder to draw the pictures into")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args(arguments)
@@ -45,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("no cells yet", file=sys.stderr)
         return 1
     print(tell(summarise(cells)))
+    if given.pictures is not None:
+        for path in draw_all(cells, given.pictures):
+            print(f"wrote {path}")
     return 0
 
 

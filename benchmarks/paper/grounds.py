@@ -1,8 +1,8 @@
 """The ground: data sets, networks and schedules that every contestant shares.
 
 Lives here: `GROUNDS`, one entry per data set and network, and what loss and metric mean there. Does not live here:
-contestants. One configuration for all: Adam, learning rate 1e-3, batch 128, one-cycle schedule; nothing is tuned per set.
-Metrics are "higher is better".
+contestants. One configuration for all: Adam, learning rate 1e-3, batch 128 (gpt: 32), one-cycle schedule; nothing is
+tuned per set. Metrics are "higher is better".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTH = 64  # characters per example of the language model
 class Task:
     """Parts on the device and what is asked of a network.
 
-    loss: (outputs, labels) -> scalar to minimise. score: (all outputs, all labels) of a part -> metric, higher is better.
+    loss: (outputs, labels) -> scalar to minimise. score: (all outputs, all labels) of a part -> metric.
     classes: whether outputs are (examples, classes), so that predictions can be compared.
     """
 

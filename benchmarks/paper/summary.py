@@ -69,9 +69,7 @@ def _row(ground: str, name: str, cells: Sequence[Cell]) -> Row:
     differences = tuple(unit * (own["test"] - dense["test"]) for dense, own in pairs)
     own = [o["own_seconds"] / o["run_seconds"] for _, o in pairs if o["own_seconds"] is not None]
     reached = [share for dense, o in pairs if (share := _reached(dense, o)) is not None]
-    latency = {
-        b: fmean(d["latency"][b] / o["latency"][b] for d, o in pairs) for b in pairs[0][1].get("latency", {})
-    }
+    latency = {b: fmean(d["latency"][b] / o["latency"][b] for d, o in pairs) for b in pairs[0][1].get("latency", {})}
     return Row(
         ground=ground,
         contestant=name,
@@ -137,7 +135,9 @@ def targets(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
     ]  # fmt: skip
     shares = {r.ground: r.own_share or 0.0 for r in own.values()}
     worst = max(shares, key=lambda g: shares[g])
-    told.append(("own share at most 1 % of the run", f"most: {worst} {100 * shares[worst]:.1f} %", shares[worst] <= 0.01))
+    told.append(
+        ("own share at most 1 % of the run", f"most: {worst} {100 * shares[worst]:.1f} %", shares[worst] <= 0.01)
+    )
     for rival in ("torch-pruning", "group lasso", "train-prune-fine-tune", "same widths", "same widths, longer"):
         both = [(own[r.ground], r) for r in rows if r.contestant == rival and r.ground in own]
         if both:

@@ -331,7 +331,7 @@ class Apoptosis:
         else:
             after, undone = self._structure.macs, bool(refused)
             past = PastEvent(step=self._memory.step, macs_before=macs, macs_after=after, rolled_back=undone)
-            self._memory.history = (*self._memory.history, past)
+            self._memory.history += () if self._memory.decision.look else (past,)
         finally:
             self._memory.decision = self._decide()
         if self._log is not None and (refused or event is not None):

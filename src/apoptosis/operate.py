@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify_up_to_scale
+from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.ledger import Event
 from apoptosis.passes import forget_compiled
 from apoptosis.planner import Plan, merged
@@ -109,7 +110,7 @@ def exclude_pins(structure: Structure, patterns: Sequence[str]) -> dict[str, Pin
             names = ", ".join(g.name for g in structure.groups[:20])
             raise ArgumentError(f"exclude={pattern!r} matches no group; the groups are: {names}.")
         for group in hits:
-            pins[group.name] = Pin(group=group.name, num_channels=group.num_channels, reason="left out by exclude=")
+            pins[group.name] = Pin(group=group.name, num_channels=group.num_channels, reason=LEFT_OUT)
     return pins
 
 

@@ -7,6 +7,7 @@ models, random numbers. Costs are multiply-adds (MACs); what an event costs besi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,12 @@ TRAIN_MACS = 3.0  # a training step costs about three forward passes: forward, a
 OPTIMISTIC_YIELD = 0.5  # share of MACs the first event is taken to save
 POOR_YIELD = 0.02  # an event that saved less than this share makes the policy skip a turn
 LAST_SHARE = 0.7  # no event later than this share of the run: what is left must be learnt again
-WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 100, 500
+WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 150, 500
+SHORT_WARMUP = 0.25  # of a run at most
+TRIAL_STEPS, TRIAL_WARMUP = 400, 0.1  # a run of fewer steps is a trial, which has to show something
+LOOK_MIN = 50  # a run whose warm-up is shorter is too short to look at before anything goes
+FORECAST = 4.0  # needs are forecast to so many times the steps so far, and not beyond the last turn
+MAX_GROWTH = 1.0  # power of the steps that a need grows by at most
 NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
 START_TOLERANCE = 0.025  # relative rms per site and event, of the library's own schedule
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
@@ -43,7 +49,8 @@ class Telemetry:
     step: optimizer steps so far. total_steps: of the whole run, None if unknown. macs: of one forward pass per
     example. batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
     factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event.
-    tolerance: the user's cap, None for the library's schedule. halvings: rollbacks so far.
+    tolerance: the user's cap, None for the library's schedule. halvings: rollbacks so far. looked: whether it is known
+    how many channels every group needed some time ago.
     """
 
     step: int
@@ -55,23 +62,31 @@ class Telemetry:
     tolerance: float | None
     halvings: int
     history: tuple[PastEvent, ...] = ()
+    looked: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Open a window at `at_step` with `tolerance` per site, or never again (`at_step` None), and why."""
+    """Open a window at `at_step` with `tolerance` per site, or never again (`at_step` None), and why.
+
+    look: nothing goes after that window; what every group needs is noted.
+    """
 
     at_step: int | None
     tolerance: float
     reason: str
+    look: bool = False
 
 
 def warmup_steps(total_steps: int | None) -> int:
-    """Return the steps before the first event: 3 % of the run within 100..500, at most a tenth of a short run."""
+    """Return the steps before the first event: 3 % of the run within 150..500, at most a quarter of it.
+
+    Of a run of fewer than 400 steps, a trial, at most a tenth.
+    """
     if total_steps is None:
         return WARMUP_MIN
     wanted = min(max(round(WARMUP_SHARE * total_steps), WARMUP_MIN), WARMUP_MAX)
-    return max(1, min(wanted, total_steps // 10))
+    return max(1, min(wanted, int((TRIAL_WARMUP if total_steps < TRIAL_STEPS else SHORT_WARMUP) * total_steps)))
 
 
 def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
@@ -83,7 +98,7 @@ def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
 
     Example:
         >>> turns(1000, after=0)
-        (100, 150, 200, 250, 300, 406, 541, 700)
+        (150, 225, 300, 375, 450, 525, 600, 700)
     """
     first = warmup_steps(total_steps)
     if total_steps is None:
@@ -97,6 +112,38 @@ def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     for i in range(1, count):  # never closer than half the warm-up: what was cut must settle first
         steps.append(max(first + round((last - first) * (i / (count - 1)) ** 2), steps[-1] + (first + 1) // 2))
     return tuple(step for step in steps if after < step <= max(last, first))
+
+
+def look_step(total_steps: int | None) -> int | None:
+    """Return the step of a first look at what every group needs, half-way to the first event; None in a short run."""
+    first = warmup_steps(total_steps)
+    return None if first < LOOK_MIN else first // 2
+
+
+def forecast(needed: int, *, step: int, before: int, step_before: int, total_steps: int | None) -> int:
+    """Return how many channels a group will need at the last turn, or at four times the steps so far if that is sooner.
+
+    Needs grow like a power of the steps while a network learns (docs/research.md), and what goes cannot come back. The
+    power is that of the last two looks; a need that fell is taken to stay.
+
+    Args:
+        needed: channels that the tolerance asks for now.
+        step: now.
+        before: channels that it asked for then.
+        step_before: then.
+        total_steps: of the run, None if unknown.
+
+    Example:
+        >>> forecast(90, step=150, before=60, step_before=75, total_steps=600)
+        164
+        >>> forecast(60, step=150, before=90, step_before=75, total_steps=600)
+        60
+    """
+    if needed <= before or before <= 0 or not 0 < step_before < step:
+        return needed
+    power = min(MAX_GROWTH, math.log(needed / before) / math.log(step / step_before))
+    end = FORECAST if total_steps is None else min(FORECAST, LAST_SHARE * total_steps / step)
+    return round(needed * math.pow(max(1.0, end), power))
 
 
 def tolerance_at(cap: float | None, halvings: int) -> float:
@@ -151,7 +198,12 @@ def expected_yield(history: tuple[PastEvent, ...]) -> float:
 
 
 def decide(telemetry: Telemetry) -> Decision:
-    """Choose the next window: the next turn of the schedule at which an event is expected to pay, or none."""
+    """Choose the next window: a look, then the next turn of the schedule at which an event pays, or none."""
+    look = look_step(telemetry.total_steps)
+    wants_look = look is not None and not telemetry.looked and telemetry.tolerance != 0
+    if look is not None and wants_look and telemetry.step < look:
+        tolerance = tolerance_at(telemetry.tolerance, telemetry.halvings)
+        return Decision(at_step=look, tolerance=tolerance, reason="a look at what every group needs", look=True)
     upcoming = turns(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
         return Decision(at_step=None, tolerance=0.0, reason="the schedule has no turn left")
@@ -177,7 +229,7 @@ def decide(telemetry: Telemetry) -> Decision:
                 tolerance=0.0,
                 reason=f"an event would save {saved:.3g} MACs in the steps that remain and cost {cost:.3g}",
             )
-    return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule")
+    return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule", look=wants_look)
 
 
 def pays(telemetry: Telemetry, macs_after: float) -> bool:

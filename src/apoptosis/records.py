@@ -152,6 +152,8 @@ class Group:
         (whole heads beside the channels inside them); () for most.
     equal: names of groups of which an event keeps the same share as of this one, because one number of the model is the
         width of a row of all of them (the head size of queries and of values); () for most.
+    beside: channels that stand beside the group's in every row of that width and stay (those that a partial rotation
+        turns), as many as would fill their places: shares are of both together.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Group:
     rows: int = 1
     alternative: tuple[str, ...] = ()
     equal: tuple[str, ...] = ()
+    beside: int = 0
 
     @property
     def macs_per_channel(self) -> float:

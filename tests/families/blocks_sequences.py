@@ -47,7 +47,6 @@ def _by_hand(w: Writer, c: int, n: int, width: int, form: str) -> None:
         w.line(f"h = F.scaled_dot_product_attention({q}, {k}, {v}, is_causal={w.pick((False, True))})")
     else:
         divisor = w.pick(("2.0", f"{q}.shape[-1] ** 0.5"))
-        w.literal = w.literal or "shape" in divisor
         w.line(f"h = ({q} @ {k}.transpose(-2, -1) / {divisor}).softmax(-1) @ {v}")
     w.line("h = h.transpose(1, 2).flatten(2)")
 

@@ -158,6 +158,8 @@ class DiffusionUNet(nn.Module):
 
 
 DOUBLE = ("enter", "down1", "down2", "merge2", "merge1")
+#: Half of what a GroupNorm of two groups normalises; what its blocks share with a skip goes along and cannot go.
+BLOCKS = {"down.conv1": 1, "middle1.conv1": 1, "middle2.conv1": 1, "up.conv1": 1}
 UNET = {f"{name}.{index}": 2 for name in DOUBLE for index in (0, 3)}
 
 FAMILIES = (
@@ -180,7 +182,6 @@ FAMILIES = (
         build=autoencoder,
         example=images(1, 8),
         groups={"0.0": 3, "0.2": 4, "0.5": 3, "1.0": 4, "1.3": 3},
-        missing={"1.0": "the sizes of an Unflatten do not follow"},
     ),
     Family(name="GAN generator", build=Generator, example=vectors(6), groups={"main.0": 4, "main.3": 3}),
     Family(
@@ -193,7 +194,7 @@ FAMILIES = (
         name="diffusion U-Net",
         build=DiffusionUNet,
         example=lambda rows: (torch.randn(rows, 3, 8, 8), torch.rand(rows) * 50),
-        groups={"embed.0": 4, "embed.2": 4, "attention.qkv": 2},
+        groups={"embed.0": 4, "embed.2": 4, "attention.qkv": 2, **BLOCKS},
         rows=32,
     ),
 )

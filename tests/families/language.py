@@ -107,8 +107,9 @@ GPT2_GROUPS = every_layer("transformer.h.{}", {"attn.c_attn": 4, "mlp.c_fc": 6})
 
 #: Frequencies are one buffer for all layers, so that rotary pairs of queries and keys are one group.
 PAIRS = {"model.layers.0.self_attn.q_proj": 1}
-PHI_LAYER = {"self_attn.v_proj": 2, "mlp.fc1": 6}
-# half of the queries is not rotated; the rotated half of all layers is one group, named after the first
+PHI_LAYER = {"self_attn.v_proj": 4, "mlp.fc1": 6}
+# half of the queries is not rotated, and makes room in rows as wide as those of values; the rotated half of all layers
+# is one group, named after the first, and stays
 PHI_REST = {"model.layers.0.self_attn.q_proj#2": 2, "model.layers.1.self_attn.q_proj": 2}
 LLAMA_GROUPS = {**PAIRS, **every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.gate_proj": 6})}
 
@@ -126,16 +127,6 @@ def t5_groups(hidden: str, num_layers: int) -> dict[str, int]:
     return {name: planted for layer in layers for name, planted in layer.items()}
 
 
-#: Why some groups are not removable yet.
-ROOTS = "the scores are divided by the root of a size as the forward pass runs"
-SLICES = "an attribute says how many channels of each head are rotated"
-
-
-def ending(groups: dict[str, int], reason: str, *names: str) -> dict[str, str]:
-    """The groups whose last name is one of these, as not removable yet for this reason."""
-    return {name: reason for name in groups if name.rpartition(".")[2] in names}
-
-
 def family(name: str, build: Callable[[], nn.Module], example: Any, groups: dict[str, int], **more: Any) -> Family:
     return Family(name=name, build=build, example=example, groups=groups, **more)
 
@@ -143,8 +134,7 @@ def family(name: str, build: Callable[[], nn.Module], example: Any, groups: dict
 def turned(name: str, config: str, groups: dict[str, int], **settings: Any) -> Family:
     """A decoder with rotary positions, by the name of its configuration's class."""
     model = build(f"{config}ForCausalLM", f"{config}Config", **DECODER, **settings)
-    missing = ending(groups, SLICES, "q_proj", "q_proj#2", "v_proj") if "partial_rotary_factor" in settings else {}
-    return family(name, model, tokens(use_cache=False), groups, missing=missing)
+    return family(name, model, tokens(use_cache=False), groups)
 
 
 def _families() -> Iterator[Family]:
@@ -152,16 +142,16 @@ def _families() -> Iterator[Family]:
     for attention in ("eager", "sdpa"):
         pooled = {**BERT_GROUPS, "bert.pooler.dense": 4}
         yield family(f"BERT, {attention}", bert("BertForSequenceClassification", attention), padded, pooled)
-        missing = ending(GPT2_GROUPS, ROOTS, "c_attn") if attention == "eager" else {}
-        yield family(f"GPT-2, {attention}", gpt2(attention), plain, GPT2_GROUPS, missing=missing)
+        yield family(f"GPT-2, {attention}", gpt2(attention), plain, GPT2_GROUPS)
         yield turned(f"Llama, {attention}", "Llama", LLAMA_GROUPS, attn_implementation=attention)
     yield family("BERT, masked words", bert("BertForMaskedLM", "sdpa"), padded, BERT_GROUPS)
     yield turned("Mistral", "Mistral", LLAMA_GROUPS, sliding_window=4)
     yield turned("Qwen2", "Qwen2", LLAMA_GROUPS, tie_word_embeddings=True)
     yield turned("Phi", "Phi", {**PHI_REST, **every_layer("model.layers.{}", PHI_LAYER)}, partial_rotary_factor=0.5)
     inside = every_layer("model.layers.{}", {"self_attn.v_proj": 4, "mlp.experts": 6})
-    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-    yield turned("Mixtral", "Mixtral", {**PAIRS, **inside}, **experts)
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    for name, way in (("", "eager"), (", experts in batches", "batched_mm")):  # "grouped_mm" takes no float64
+        yield turned(f"Mixtral{name}", "Mixtral", {**PAIRS, **inside}, **experts, experts_implementation=way)
     yield family("T5", t5("relu", 2), translation, t5_groups("wi", 2))
     yield family("T5, gated", t5("gated-gelu", 1), translation, t5_groups("wi_0", 1))
     heads = every_layer("bert.encoder.layer.{}", {"attention.self:heads": 1})

@@ -301,6 +301,12 @@ def shares(groups: Mapping[str, Group], name: str) -> int:
     return math.gcd(*(group.num_channels // group.rows for group in along))
 
 
+def event_of(operation: Operation, name: str) -> tuple[int, int]:
+    """Channels of a group before and after the event."""
+    width = operation.widths[name]
+    return operation.event.groups.get(name, (width, width))
+
+
 def check_second_event(operation: Operation) -> None:
     """Planted again in the shrunk model, redundancy is found again."""
     family, dtype = operation.family, operation.dtype
@@ -313,7 +319,7 @@ def check_second_event(operation: Operation) -> None:
     numbers = {
         name: groups[name].num_channels // parts
         for name in operation.planted
-        if name not in family.missing and (parts := shares(groups, name)) >= 3
+        if name not in family.missing and event_of(operation, name)[1] > 1 and (parts := shares(groups, name)) >= 3
     }
     widths = {name: groups[name].num_channels for name in numbers}
     refused = plant_all(model, structure, numbers, seed=50)

@@ -239,7 +239,6 @@ def _each(stem: str, groups: dict[str, int], num: int = 2) -> dict[str, int]:
     return {f"{stem.format(i)}{name}": planted for i in range(num) for name, planted in groups.items()}
 
 
-_ROOTS = "the scores are divided by the root of a size as the forward pass runs"
 ENCODER = _each("1.layers.{}", {".linear1": 6, ".self_attn": 4, ".self_attn#2": 4})
 DECODER = _each(
     "layers.{}", {".linear1": 6, ".self_attn": 4, ".self_attn#2": 4, ".multihead_attn": 4, ".multihead_attn#2": 4}
@@ -277,7 +276,6 @@ BY_HAND = (
             build=lambda form=form: GPT(form),
             example=words,
             groups=_each("h.{}.", {"attn.c_attn": 4, "mlp.c_fc": 6}),
-            missing={f"h.{i}.attn.c_attn": _ROOTS for i in range(2)} if form == "own scale" else {},
         )
         for form in ("by hand", "own scale", "flash")
     ),
@@ -370,7 +368,6 @@ FEED_FORWARD = (
             example=lambda rows: torch.randn(rows, 6),
             groups={"w1": 4},
             rows=128,
-            missing={} if form == "loop" else {"w1": "a stack of matrices in one product"},
         )
         for form in ("loop", "einsum")
     ),

@@ -42,7 +42,48 @@ class Streams(nn.Module):
         return self.read(self.attend(self.enter(x), keys, values, need_weights=False)[0])
 
 
+class Picked(nn.Module):
+    """Every example multiplies with the matrices (and biases) of its own expert, picked from the stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.router = nn.Linear(6, 9), nn.Linear(6, 3)
+        self.w1, self.b1 = nn.Parameter(torch.randn(3, 12, 9) / 3.0), nn.Parameter(torch.zeros(3, 12))
+        self.w2 = nn.Parameter(torch.randn(3, 9, 12) / 3.5)
+        self.out = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share, best = self.router(x).softmax(-1).max(-1)
+        h = self.enter(x)
+        inner = F.gelu(torch.bmm(self.w1[best], h[..., None])[..., 0] + self.b1[best])
+        return self.out(h + torch.bmm(inner[:, None], self.w2[best].mT)[:, 0] * share[:, None])
+
+
+class Projected(nn.Module):
+    """Heads as an axis of the projections' weights, in each of the two orders; joined again by a plain layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Parameter(torch.randn(7, 2, 6) / 2.5) for _ in range(2))
+        self.v = nn.Parameter(torch.randn(2, 7, 8) / 2.5)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (torch.einsum("bnd,dhe->bhne", x, w) for w in (self.q, self.k))
+        v = torch.einsum("bnd,hde->bhne", x, self.v)
+        weights = (torch.einsum("bhne,bhme->bhnm", q, k) * 0.4).softmax(-1)
+        return self.out(torch.einsum("bhnm,bhme->bnhe", weights, v).flatten(2))
+
+
 FAMILIES = (
+    Family(
+        name="experts picked for every example",
+        build=Picked,
+        example=lambda rows: torch.randn(rows, 6),
+        groups={"enter": 3, "w1": 4},
+        rows=256,
+    ),
+    Family(name="heads as an axis of weights", build=Projected, example=sequences((6, 7)), groups={"q": 1, "v": 2}),
     *(
         Family(
             name=f"linear attention, {form}",

@@ -19,6 +19,7 @@ VARIANTS = frozenset({
     "nanoGPT, flash", "cross-attention, einsum", "cross-attention, whole heads, matmul", "torch: Conv2dBias",
     "nn.TransformerEncoder, norm first", "nanoGPT, whole heads", "GPT-2, whole heads", "BERT, whole heads, eager",
     "torch: Conv2dActivation", "torch: Conv2dPoolFlattenFunctional", "SwiGLU", "ReGLU, fused",
+    "Mixtral, experts in batches", "linear attention, einsum",
 })  # fmt: skip
 
 FAMILIES: dict[str, Family] = {}

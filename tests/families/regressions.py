@@ -625,8 +625,6 @@ CASES = (
         return h
 """,
         seed=2022,
-        open="digits lost around a large mean",
-        message="no width that is a multiple of align= meets the tolerance",
     ),
     Case(
         "literal_channel_in_place",
@@ -781,8 +779,6 @@ CASES = (
         return h
 """,
         seed=21421,
-        open="round-off of a group with fewer directions than channels",
-        message="12 channels, 4 planted, 10 kept",
     ),
 )
 

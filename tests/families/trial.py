@@ -22,7 +22,7 @@ from torch.optim import Adam
 
 from apoptosis import shrink_
 from apoptosis.errors import ShapeError
-from apoptosis.graph import analyse, verify
+from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.records import Group, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits
 from families.family import Family, first_tensor
@@ -230,13 +230,15 @@ def cuts(network: Network, model: nn.Module, structure: Structure, seed: int) ->
         raise
     try:
         verified = analyse(small, (network.example(4),))
-        verify(structure, verified, kept)
+        scales = verify_up_to_scale(structure, verified, kept)
     except Exception:
         if network.literal:
             return  # refused, as it has to be
         raise
     if network.literal:
         return
+    with Transaction(small) as transaction:
+        transaction.rescale(scales)
     for training in (False, True):
         outs = []
         for net in (full, small):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from families.family import Family
-from families.language import ROOTS, build, ending, every_layer, family, transformers
+from families.language import build, every_layer, family, transformers
 
 #: What the configurations of ViT and DeiT agree on.
 PATCHES = {
@@ -53,7 +53,7 @@ def _families() -> Iterator[Family]:
     )  # fmt: skip
     inside = {"attention.self.query": 4, "attention.self.value": 4, "intermediate.dense": 6}
     groups = _stages("swin.encoder.layers.{}.blocks", inside)
-    yield family("Swin", swin, pictures, groups, rows=32, missing=ending(groups, ROOTS, "query", "value"))
+    yield family("Swin", swin, pictures, groups, rows=32)
     heads = every_layer("swin.encoder.layers.1.blocks.{}", {"attention.self:heads": 1})
     yield family("Swin, whole heads", swin, pictures, heads, rows=32)
     vit = build("ViTForImageClassification", "ViTConfig", **PATCHES | {"num_attention_heads": 4})

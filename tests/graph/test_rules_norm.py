@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from apoptosis import shrink_
 from apoptosis.graph import analyse
 from apoptosis.records import Pin
 
@@ -116,17 +117,76 @@ def test_gains_that_a_layer_makes_go_with_the_channels(oracle) -> None:
     assert {m.tensor for m in structure.groups[0].members} == {"a.weight", "a.bias", "g.weight", "g.bias"}
 
 
-def test_group_norm_over_blocks_pins_with_the_remedy() -> None:
-    pin = pin_of(images(nn.GroupNorm(2, 6)), IMG, "0")
-    assert "aten.native_group_norm in '1' normalises over channels, 3 at a time" in pin.reason
+def test_group_norm_over_one_block_pins_with_the_remedy() -> None:
+    pin = pin_of(images(nn.GroupNorm(1, 6)), IMG, "0")
+    assert pin.num_channels == 6
+    assert "aten.native_group_norm in '1' normalises over channels, 6 at a time" in pin.reason
     assert "num_groups=6" in pin.remedy
 
 
-def test_group_norm_over_blocks_keeps_the_group_whole() -> None:
+def test_group_norm_over_blocks_lets_whole_blocks_go(oracle) -> None:
+    oracle(images(ChannelNorm(6, 2)), (IMG,), {"0": 3, "3": 4})
     structure = analyse(images(nn.GroupNorm(2, 6)), (IMG,), {})
     first = structure.groups[0]
-    assert (first.name, first.num_channels, len(first.sites)) == ("0", 6, 1)
+    assert (first.name, first.num_channels, len(first.sites)) == ("0", 2, 1)
     assert {m.tensor for m in first.members} >= {"0.weight", "1.weight", "1.bias"}
+    assert next(m for m in first.members if m.tensor == "1.weight").positions.tolist() == [[0, 1, 2], [3, 4, 5]]
+    (split,) = (s for s in structure.splits if s.module == "1")
+    assert split.classes.shape == (2, 3)
+
+
+def test_blocks_of_several_norms_are_taken_together(oracle) -> None:
+    """Blocks of two and of three channels share some: six go at a time."""
+    norms = nn.Sequential(ChannelNorm(12, 2), ChannelNorm(12, 3))
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), norms, nn.Conv2d(12, 2, 1))
+    oracle(net, (IMG,), {"0": 2})
+
+
+def test_a_block_that_the_input_reaches_into_is_pinned() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 9, 1), nn.GroupNorm(3, 12), nn.Conv2d(12, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.norm(torch.cat([x, self.a(x)], 1)))
+
+    pin = pin_of(Beside(), IMG, "a")
+    assert "normalises" in pin.reason or "values that are none" in pin.reason
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(3, 12), nn.GroupNorm(3, 12, affine=False), ChannelNorm(12, 4)])
+def test_a_block_that_is_there_twice_goes_exactly(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), norm, nn.ReLU(), nn.Conv2d(12, 2, 1)).double()
+    with torch.no_grad():
+        for tensor in (net[0].weight, net[0].bias, *norm.parameters()):
+            tensor[8:] = tensor[:4]
+    x = torch.randn(40, 3, 6, 6, dtype=torch.float64)
+    before = net(x).detach()
+    event = shrink_(net, x[:4], [x], tolerance=0)
+    assert event.groups == {"0": (3, 2)}
+    assert net[0].out_channels == 8
+    assert getattr(norm, "num_groups", 2) == 2
+    torch.testing.assert_close(net(x).detach(), before, rtol=1e-10, atol=1e-10)
+
+
+def test_a_written_number_of_groups_is_refused_and_undone() -> None:
+    class Literal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.group_norm(x, 3)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), Literal(), nn.ReLU(), nn.Conv2d(12, 2, 1)).double()
+    with torch.no_grad():
+        for tensor in (net[0].weight, net[0].bias):
+            tensor[8:] = tensor[:4]
+    x = torch.randn(40, 3, 6, 6, dtype=torch.float64)
+    before = net(x).detach()
+    event = shrink_(net, x[:4], [x], tolerance=0)
+    assert not event
+    assert any("broke the forward pass" in note for note in event.notes)
+    assert torch.equal(net(x).detach(), before)
 
 
 def by_hand(m: nn.Module, h: Tensor) -> Tensor:

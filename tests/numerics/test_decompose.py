@@ -100,6 +100,20 @@ def test_joint_curve_equals_brute_force_for_every_number_kept(seed: int, channel
             assert curve[k].item() == pytest.approx(want, rel=1e-6, abs=1e-6 * float(curve[0]))
 
 
+@given(seed=seeds, channels=st.integers(4, 24), rank=st.integers(1, 6), spread=st.floats(0.0, 4.0))
+@settings(max_examples=60, deadline=None)
+def test_curves_of_singular_matrices_end_at_round_off(seed: int, channels: int, rank: int, spread: float) -> None:
+    """Channels of very different energies, fewer directions than channels: what pivots explain is explained."""
+    scale = 10.0 ** -(spread * torch.rand(channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    gram, weight = covariance(sample(seed, channels, min(rank, channels)) * scale), weights(seed, 5, channels)
+    order = pivoted_cholesky(gram, weights_C=weight.norm(dim=0)).order
+    curve = joint_error_curve(weight, ordered_cholesky(gram, order))
+    known = joint_error_curve(weight, pivoted_cholesky(gram, weights_C=weight.norm(dim=0)))
+    assert (curve.diff() <= 0).all()
+    level = float((weight.square() * gram.diagonal()).sum())
+    assert float((curve - known).abs().max()) <= roundoff_floor(channels) ** 2 * level
+
+
 @given(seed=seeds, channels=st.integers(2, 10), rank=st.integers(1, 10), kept=st.integers(1, 9), centred=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_solve_mix_equals_lstsq_on_the_rows(seed: int, channels: int, rank: int, kept: int, centred: bool) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
 from apoptosis.graph.classes import close
+from apoptosis.graph.extents import same_extent
 from apoptosis.graph.factors import scalable
 from apoptosis.graph.findings import Findings
 from apoptosis.graph.granularity import settle, splits
@@ -79,7 +80,8 @@ def analyse(
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
     found = splits(findings, classes)
-    groups = same_share(model, build_groups(findings, classes, rows), found, labels)
+    groups = build_groups(findings, classes, rows)
+    groups = same_share(model, groups, found, labels, same_extent(findings, groups, classes, labels))
     return Structure(
         groups=groups,
         macs=findings.macs.get("training", 0.0),

@@ -26,11 +26,16 @@ from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, Ten
 Kept = Mapping[str, Mapping[int, Tensor | IntArray]]
 Parts = tuple[tuple[str, int, IntArray], ...]
 
+LEFT_OUT = "left out by exclude="
+"""Why groups are pinned whose weights nothing may touch."""
+
 _POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _CLOSE = 1e-9
+_NOBODY, _SEVERAL = -1, -2  # readers of a slot
 _ELSEWHERE = "which scales more than a product of activations"
 _APART = "which does not scale all that reads a product of activations"
 _NO_SIDE = "which scales a product of activations neither side of which scales with weights of its own alone"
+_LEFT_OUT = "which only weights that are left out by exclude= could make up for"
 _NO_SIZE = "which scales a product of activations, but not with the root of a number of channels"
 
 
@@ -46,27 +51,49 @@ def scalable(findings: Findings, classes: Classes) -> dict[str, Parts]:
             _, known = found.get(slots.tobytes(), (slots, axes))
             found[slots.tobytes()] = (slots, axes & known)
     out: dict[str, Parts] = {}
+    readers, numbers = _readers(findings)
     for key, found in sides.items():
         if len(found) < 2:  # times itself
             continue
         both, counts = np.unique(np.concatenate([np.unique(slots) for slots, _ in found.values()]), return_counts=True)
         if int(counts.max()) > 1:
             continue
-        parts = (_parts(findings, classes, slots, axes, both, key) for slots, axes in found.values())
+        free = np.isin(readers, (_NOBODY, numbers[key]))
+        parts = (
+            _parts(findings, classes, slots, axes, (both, readers))
+            for slots, axes in found.values()
+            if bool(free[slots].all())
+        )
         first = next((part for part in parts if part), ())
         if first:
             out[key] = first
     return out
 
 
+def _readers(findings: Findings) -> tuple[IntArray, dict[str, int]]:
+    """Return for every slot which site or product reads it, by number, and these numbers."""
+    readers = np.full(findings.slots.num_slots, _NOBODY, dtype=np.int64)
+    numbers: dict[str, int] = {}
+    for slots, key in findings.uses:
+        number = numbers.setdefault(key, len(numbers))
+        known = readers[slots]
+        readers[slots] = np.where((known == _NOBODY) | (known == number), number, _SEVERAL)
+    return readers, numbers
+
+
 def _parts(
-    findings: Findings, classes: Classes, slots: IntArray, axes: frozenset[Axis], both: IntArray, key: str
+    findings: Findings,
+    classes: Classes,
+    slots: IntArray,
+    axes: frozenset[Axis],
+    known: tuple[IntArray, IntArray],
 ) -> Parts:
-    """Return what scales one operand; () where that is not all it consists of, or others read it too."""
-    owned = findings.slots.axes_of(slots)
+    """Return what scales one operand; () where that is not all it consists of.
+
+    known: the slots of both operands, and the reader of every slot.
+    """
+    owned, (both, readers) = findings.slots.axes_of(slots), known
     if {(name, dim) for name, dim, _ in owned} != axes or any(len(findings.reads[name]) > 1 for name, _ in axes):
-        return ()
-    if any(other != key and np.intersect1d(read, slots).size for read, other in findings.uses):
         return ()
     found: list[tuple[str, int, IntArray]] = []
     labels = np.unique(classes.labels[slots])
@@ -74,7 +101,7 @@ def _parts(
         owner = findings.slots.owners[name]
         every = owner.axis(dim).reshape(-1)
         tied = every[np.isin(classes.labels[every], labels) & ~np.isin(every, both)]
-        if tied.size and not np.isin(tied, np.concatenate([read for read, _ in findings.uses])).all():
+        if bool((readers[tied] == _NOBODY).any()):
             return ()  # more of the axis is in the operand than its ids say: a sum of two of its parts
         positions = np.unique(slots[here]) - owner.bases[dim]
         biases = sorted(findings.bias_of.get((name, dim), ()))
@@ -162,6 +189,8 @@ def _judged(
             text = _APART
         elif of not in old.scalable:
             text = _NO_SIDE
+        elif _is_left_out(old, of):
+            text = _LEFT_OUT
         elif not _is_power(ratio, shares + _own_shares(old, of, kept)):
             text = _NO_SIZE
         else:
@@ -169,6 +198,16 @@ def _judged(
             continue
         odd.update(((r.mode, call), text) for r in found for call in r.calls)
     return ratios, odd
+
+
+def _is_left_out(old: Structure, of: str) -> bool:
+    """Whether the user left out what scales a product."""
+    members = [m for g in old.groups if g.pin is not None and g.pin.reason == LEFT_OUT for m in g.members]
+    return any(
+        (member.tensor, member.dim) == (name, dim) and bool(np.isin(member.positions, positions).any())
+        for name, dim, positions in old.scalable[of]
+        for member in members
+    )
 
 
 def _same(a: float, b: float) -> bool:

@@ -101,11 +101,13 @@ class Findings:
     ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for
     channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added to what a
     weight axis makes. uses: (slots, key of the site that reads them). ran: the modules that were called. compensated:
-    channels under norms may go, and norms are sites.
+    channels under norms may go, and norms are sites. lumps: (a slot of what goes as a whole, why).
+    extents: by token of what is of one size, without channels and all alike along that axis, the slots that it meets.
     """
 
     slots: Slots
     compensated: bool = False
+    lumps: list[tuple[IntArray, Reason]] = field(default_factory=list)
     norms: dict[str, Norm] = field(default_factory=dict)
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     pins: list[tuple[IntArray, Reason]] = field(default_factory=list)

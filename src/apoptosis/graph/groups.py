@@ -126,6 +126,22 @@ def _pin(name: str, num_channels: int, reason: Reason) -> Pin:
     return Pin(group=name, num_channels=num_channels, reason=reason.text, where=reason.where, remedy=remedy)
 
 
+def _lumped(findings: Findings, classes: Classes, draft: _Draft) -> Reason | None:
+    """Return why a group is one channel that cannot go, though it owns many positions; None for any other group.
+
+    Such a group is listed position by position, as any that is never removed.
+    """
+    if draft.channels.size > 1:
+        return None
+    reasons = (why for slot, why in findings.lumps if int(classes.labels[slot[0]]) == int(draft.channels[0]))
+    reason = next(reasons, None)
+    num = next((p.shape[1] for axis, p in draft.positions.items() if axis in findings.producers), 1)
+    if reason is not None and all(p.size % num == 0 for p in draft.positions.values()):
+        draft.channels = np.repeat(draft.channels, num)
+        draft.positions = {axis: p.reshape(num, -1) for axis, p in draft.positions.items()}
+    return reason
+
+
 def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
     """Put the groups together, in forward order; whole heads come last.
 
@@ -138,13 +154,13 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
     groups: list[Group] = []
     names: dict[str, int] = {}
     for index, draft in enumerate(_drafts(findings, classes, rows)):
-        base = _base_name(findings, draft)
+        lumped, base = _lumped(findings, classes, draft), _base_name(findings, draft)
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
         readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
         sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
         number = int(classes.first_pin[draft.channels[0]])
-        reason = findings.pins[number][1] if number >= 0 else None
+        reason = findings.pins[number][1] if number >= 0 else lumped
         if reason is None:
             products, why = product_sites(findings, classes, draft.channels)
             sites, reason = (*sites, *products), why or (None if sites or products else _NO_SITE)

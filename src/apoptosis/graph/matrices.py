@@ -37,7 +37,7 @@ class Matrix:
 def as_matrix(view: View, axis_in: int, axis_out: int) -> Matrix | None:
     """Read a view as a matrix of one parameter; None when its axes are not axes of the parameter."""
     owner = view.owner
-    if view.dims is None:
+    if view.dims is None or view.looked_up:
         return None
     found: dict[int, tuple[int, IntArray]] = {}
     for axis in (axis_in, axis_out):
@@ -59,3 +59,42 @@ def as_matrix(view: View, axis_in: int, axis_out: int) -> Matrix | None:
     rest = (d for d in range(len(owner.shape)) if d not in (dim_in, dim_out) and owner.shape[d] > 1)
     select = tuple((d, view.dims[d][0]) for d in rest)
     return None if dim_in == dim_out else Matrix(owner, dim_in, dim_out, columns, rows, select)
+
+
+@dataclass(slots=True)
+class Stack:
+    """A parameter as several matrices side by side. rows: the slot of each place of what is put out.
+
+    others: the slots along the axes that number the matrices.
+    """
+
+    matrix: Matrix
+    rows: IntArray
+    others: IntArray
+
+
+def as_stack(view: View, axis_in: int, axis_out: int) -> Stack | None:
+    """Read a view as matrices that are all contracted in one product: one per entry of the batch, or per block of rows.
+
+    Blocks of rows lie one after the other, so that the places within a block are the innermost axis along them.
+    """
+    owner, places = view.owner, view.places()
+    columns = [(dim, found[axis_in]) for dim, found in enumerate(places) if axis_in in found]
+    rows = [(dim, found[axis_out]) for dim, found in enumerate(places) if axis_out in found]
+    if len(columns) != 1 or not rows or owner.is_buffer:
+        return None
+    dim_in, dim_out = columns[0][0], max(rows, key=lambda part: int((np.diff(part[1]) != 0).sum()))[0]
+    slots = dict(rows)[dim_out]
+    if dim_in in dict(rows) or {dim_in, dim_out} & set(view.looked_up):
+        return None
+    if any(len(places[dim]) != 1 for dim in (dim_in, dim_out)):
+        return None
+    if not (
+        np.array_equal(columns[0][1], owner.axis(dim_in)) and np.array_equal(np.unique(slots), owner.axis(dim_out))
+    ):
+        return None
+    rest = [owner.axis(d) for d in range(len(owner.shape)) if d not in (dim_in, dim_out) and owner.shape[d] > 1]
+    if not rest:
+        return None
+    matrix = Matrix(owner, dim_in, dim_out, owner.axis(dim_in), owner.axis(dim_out))
+    return Stack(matrix, slots, np.concatenate(rest))

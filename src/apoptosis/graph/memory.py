@@ -102,18 +102,47 @@ class Memory:
         return None
 
     def adopt(self, copy: Tensor, original: Tensor) -> bool:
-        """Let a copy of a parameter's view, laid out alike, stand for the parameter too."""
+        """Let a copy of a parameter's view stand for the parameter too: laid out alike, or whole in another order."""
         view = self.view(original)
-        if view is None or copy.stride() != original.stride():
+        if view is None:
             return False
-        start = next(s for s, o in self._owned[self._storage(original)[0]] if o is view.owner)
-        shift = int(copy.storage_offset()) - int(original.storage_offset())
-        self._own(copy, view.owner, start + shift)
+        owned = self._owned[self._storage(original)[0]]
+        start, layout = next((s, o) for s, o in owned if o.name == view.owner.name)
+        if copy.stride() == original.stride():
+            shift = int(copy.storage_offset()) - int(original.storage_offset())
+            self._own(copy, layout, start + shift)
+            return True
+        if copy.element_size() != original.element_size() or layout.raw is not None or len(layout.shape) not in (2, 3):
+            return False
+        axes = [list(found) for _, found in view.dims or ()]
+        runs = sorted(a for found in axes for a in found)
+        if any(len(found) > 1 for found in axes) or runs != [a for a, n in enumerate(view.shape) if n > 1]:
+            return False
+        if [view.shape[found[0]] if found else 1 for found in axes] != list(layout.shape):
+            return False  # a part of it, or several axes as one
+        stride = tuple(copy.stride(a[0]) if a else 1 for a in axes)
+        self._own(copy, replace(layout, stride=stride, raw=layout), int(copy.storage_offset()))
         return True
+
+    def look_up(self, copy: Tensor, original: Tensor) -> bool:
+        """Let some matrices of a stack (a whole parameter of three axes), picked by number, stand for all of it."""
+        view = self.view(original)
+        if view is None or not view.whole or view.ndim != 3 or view.owner.is_buffer or not copy.is_contiguous():
+            return False
+        layout = replace(
+            view.owner, shape=tuple(copy.shape), stride=tuple(copy.stride()), raw=view.owner, looked_up=(0,)
+        )
+        self._own(copy, layout, int(copy.storage_offset()))
+        return True
+
+    def start(self, tensor: Tensor, owner: Owner) -> int | None:
+        """Return where in its memory the parameter begins that a tensor is a view of; None in a copy in other order."""
+        found = next((s, o) for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
+        return found[0] if found[1].raw is None else None
 
     def same(self, tensor: Tensor, owner: Owner) -> bool:
         """Whether the tensor lies in the memory of this parameter or buffer."""
-        return any(o is owner for _, o in self._owned.get(self._storage(tensor)[0], ()))
+        return any(o.name == owner.name for _, o in self._owned.get(self._storage(tensor)[0], ()))
 
     def place(self, tensor: Tensor) -> int:
         """Return a number that tells the memory a tensor lies in from all other memory of this pass."""
@@ -170,7 +199,8 @@ class Memory:
         elif old is not None and np.array_equal(old.ids, value.ids):
             for other in others:
                 found = block.values[other]
-                block.values[other] = Value(found.ids, origin=found.origin, paths=spoiled([found.paths]))
+                paths = spoiled([found.paths])
+                block.values[other] = Value(found.ids, origin=found.origin, paths=paths, multiple=value.multiple)
             block.values[geometry] = value
         else:
             self._rebuild(tensor, block, value)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.findings import Consumer, site_key
-from apoptosis.graph.matrices import Matrix, as_matrix
+from apoptosis.graph.matrices import Matrix, as_matrix, as_stack
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_product import lone_pair, multiply
 from apoptosis.graph.slots import View
@@ -27,6 +27,7 @@ from apoptosis.records import IntArray, SiteKind
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _STOCK: dict[Any, Any] = {cls.forward: getattr(cls, "_conv_forward", None) for cls in _CONVS}
 _REMEDY = "Let an nn.Linear or nn.Conv module compute it."
+_STACK_REMEDY = "The widths inside the matrices may shrink; their number may not."
 
 
 def _stock_linear(module: nn.Module | None) -> bool:
@@ -150,14 +151,20 @@ def _apply(
     tracer, out = call.tracer, call.outs[0]
     module = tracer.module
     weight = as_matrix(view, *axes)
+    stack = None
     if weight is None or any(view.axes(d) & set(range(view.ndim - 2)) for d in view.varied()):
-        return None
+        stack = as_stack(view, *axes)
+        if stack is None:
+            return None
+        weight = stack.matrix
+        call.pin(stack.others, "numbers matrices of a stack", _STACK_REMEDY)
     direct = (
         _stock_linear(module)
         and module is not None
         and tracer.owner_of(module, "weight") is weight.owner
         and (weight.dim_in, weight.dim_out) == (1, 0)
         and weight.whole
+        and stack is None
     )
     value = consume(call, weight, x, axis, weight.columns)
     site = Consumer(
@@ -165,21 +172,26 @@ def _apply(
         "linear",
         weight.owner.name,
         weight.dim_in,
-        None if weight.select else _site_bias(call, direct, bias, weight.owner.shape[weight.dim_out]),
+        None
+        if weight.select or stack is not None
+        else _site_bias(call, direct, bias, weight.owner.shape[weight.dim_out]),
         functional=not direct,
         select=weight.select,
     )
     register(call, weight, value, site, direct, macs)
     tracer.show(site_key(site), lambda: (x.movedim(axis, -1), None))
-    ids = weight.rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
+    rows = weight.rows if stack is None else stack.rows
+    ids = rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
     made = (weight.owner.name, weight.dim_out)
     source = tracer.module_name if direct else None
-    return Value(ids, paths={made: Path()}, source=source, linear=frozenset((made,)))
+    return Value(ids, paths={made: Path() if stack is None else None}, source=source, linear=frozenset((made,)))
 
 
 def _biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
     """Add a bias, which belongs to the rows when it is a parameter along them."""
     view = call.tracer.view(bias)
+    if value.multiple is not None:
+        call.tracer.numbers.read(value.multiple)
     if view is None:
         other = call.tracer.value(bias)
         met = meet(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition

@@ -1,12 +1,17 @@
 """Grouped matrix products: rows of one operand, each with its own matrix of a stack of experts.
 
-Lives here: the operator that mixtures of experts come down to. Does not live here: an expert at a time, which is a
-product with one slice of the stack (rules_contract.py); the router, whose channels pin.
+Lives here: the operator that mixtures of experts come down to, and matrices picked from a stack for every token.
+Does not live here: an expert at a time, or all of them at once, which is a product with one slice or all of the stack
+(rules_contract.py); the router, whose channels pin.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from apoptosis.graph.findings import Consumer, site_key
 from apoptosis.graph.matrices import Matrix
@@ -40,6 +45,14 @@ def _grouped_mm(call: Call) -> Result:
     tracer.show(site_key(site), lambda: (x, None))
     made = (view.owner.name, dims[2])
     return Value(np.asarray(rows)[None, :], paths={made: None}, linear=frozenset((made,)))
+
+
+def of_stack(call: Call, tensor: Tensor, indices: Sequence[Tensor | None]) -> bool:
+    """Whether matrices are picked from a stack of experts, one for every token: they stand for the stack."""
+    picks = [index for index in indices if index is not None]
+    if len(picks) != 1 or indices[0] is None or picks[0].dim() != 1 or picks[0].dtype in (torch.bool, torch.uint8):
+        return False
+    return call.tracer.memory.look_up(call.outs[0], tensor)
 
 
 EXPERTS: dict[str, tuple[Rule, bool]] = {"_grouped_mm": (_grouped_mm, True)}

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import FRONT_REMEDY
+from apoptosis.graph.rules_experts import of_stack
 from apoptosis.graph.rules_norm import held
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Value, align, collapse, expand, nothing, spoiled, varying
@@ -291,6 +292,9 @@ def _index_select(call: Call) -> Result:
 
 def _index(call: Call) -> Result:
     tensor, indices = call.args[0], list(call.arg(1, "indices"))
+    if of_stack(call, tensor, indices):
+        _as_index(call, indices[0])
+        return None
     axes: list[int] = []
     position = 0
     for index in indices:

@@ -79,19 +79,15 @@ def _kept(call: Call, view: View, dim: int | None, ids: IntArray | None) -> Valu
     return Value(ids, origin=f"'{owner.name}'", paths={(owner.name, dim): None})
 
 
-def _start(call: Call, tensor: Tensor, owner: Owner) -> int:
-    memory = call.tracer.memory
-    return next(start for start, found in memory._owned[memory._storage(tensor)[0]] if found is owner)
-
-
 def _flattened(call: Call, tensor: Tensor, owner: Owner) -> IntArray | None:
     """Return the first axis' slots at each place of a view that runs over several of the other axes at once.
 
     None where some axis of the view runs over the first one and another.
     """
-    if len(owner.shape) < 2 or owner.stride[0] != math.prod(owner.shape[1:]):
+    begin = call.tracer.memory.start(tensor, owner)
+    if begin is None or len(owner.shape) < 2 or owner.stride[0] != math.prod(owner.shape[1:]):
         return None
-    outer, start = owner.stride[0], int(tensor.storage_offset()) - _start(call, tensor, owner)
+    outer, start = owner.stride[0], int(tensor.storage_offset()) - begin
     ids = np.full((1,) * tensor.dim(), owner.bases[0] + start // outer, dtype=np.int64)
     inside = start % outer
     for axis, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
@@ -154,9 +150,15 @@ def _group_norm(call: Call) -> Result:
     value = held(call, x, [1])
     block = channels // max(1, groups)
     sets = reshape(value.ids, x.shape, (num, groups, block * positions))
-    if 2 in varying(sets):
-        remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
-        call.pin(value.ids, f"normalises over channels, {block} at a time", remedy)
+    remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
+    reason = call.reason(f"normalises over channels, {block} at a time", remedy)
+    if 2 in varying(sets) and varying(value.ids) == {1} and bool((value.ids != 0).all()):
+        blocks = value.ids.reshape(1, groups, block)  # which go as a whole
+        call.tracer.findings.tie(blocks[..., 1:], blocks[..., :-1])
+        call.tracer.findings.lumps.append((blocks[0, 0, :1], reason))
+        note_grid(call, blocks, (1, 2))
+    elif 2 in varying(sets):
+        call.tracer.findings.pin(value.ids, reason)
     elif x.dim() > 1 and value.ids.shape[1] == channels:
         note_grid(call, value.ids, (1,))  # one row: num_groups is the number of channels, and has to follow it
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]

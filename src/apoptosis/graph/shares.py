@@ -6,15 +6,21 @@ Lives here: finding them from the splits and the module's own numbers. Does not 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
-import numpy as np
 from torch import nn
 
 from apoptosis.records import Group, IntArray, Pin, Split
 
 Labels = Mapping[str, tuple[IntArray, ...]]
+Row = dict[str, Fraction]
+"""What share of the places of a row each group fills."""
+
+_PART = "they fill a part of rows whose width is one number, which other channels have as well"
+_PART_REMEDY = "Give these rows a number of their own, or leave their width to torch (-1)."
 
 
 def same_share(
@@ -31,13 +37,46 @@ def same_share(
     """
     modules = dict(model.named_modules())
     names = _names(groups, labels)
+    governed = _governed(splits, modules, names)
+    beside, fixed = _mixed(governed.values(), {group.name: group.num_channels for group in groups})
+    sets = [set().union(*rows) - fixed for rows in governed.values() if any(row != rows[0] for row in rows)]
     together: dict[str, set[str]] = {}
-    for sets in (*_governed(splits, modules, names).values(), *_recurrent(groups, modules), *others):
-        united = set(sets).union(*(together.get(name, ()) for name in sets))
+    for part in (*sets, *_recurrent(groups, modules), *others):
+        united = set(part).union(*(together.get(name, ()) for name in part))
         together.update(dict.fromkeys(united, united))
     return tuple(
-        replace(g, equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name}))) for g in _held(groups, modules)
+        replace(
+            g,
+            equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name})),
+            beside=beside.get(g.name, 0),
+            pin=g.pin or (_fixed_pin(g) if g.name in fixed else None),
+        )
+        for g in _held(groups, modules)
     )
+
+
+def _fixed_pin(group: Group) -> Pin:
+    return Pin(group=group.name, num_channels=group.num_channels, reason=_PART, remedy=_PART_REMEDY)
+
+
+def _mixed(governed: Iterable[Sequence[Row]], widths: Mapping[str, int]) -> tuple[dict[str, int], set[str]]:
+    """Say what follows where several groups fill rows of one width, and other rows of that width are filled otherwise.
+
+    The finest of the groups in a row is as wide as it has to be, and the others stay (a partial rotation: the channels
+    that are not turned give way).
+
+    Returns: by name, the channels beside a group; the names of the groups that stay.
+    """
+    beside: dict[str, int] = {}
+    fixed: set[str] = set()
+    for rows in governed:
+        for row in rows if any(other != row for other in rows for row in rows) else ():
+            first = max(row, key=lambda name: (widths[name] / row[name], row[name]))
+            fill = widths[first] * (sum(row.values()) - row[first]) / row[first]
+            if fill.denominator != 1 or beside.setdefault(first, int(fill)) != fill:
+                fixed.add(first)
+            fixed |= set(row) - {first}
+    return beside, fixed
 
 
 def _recurrent(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> list[set[str]]:
@@ -79,17 +118,19 @@ def _names(groups: Sequence[Group], labels: Labels) -> dict[int, str]:
 
 def _governed(
     splits: Iterable[Split], modules: Mapping[str, nn.Module], names: Mapping[int, str]
-) -> dict[tuple[str, str, int], set[str]]:
-    """Return the groups in the splits that one number of a module governs, by module and number."""
-    found: dict[tuple[str, str, int], set[str]] = {}
+) -> dict[tuple[str, str, int], list[Row]]:
+    """Return what fills the rows of the splits that one number of a module governs, by module and number."""
+    found: dict[tuple[str, str, int], list[Row]] = {}
     for split in splits:
         module = modules.get(split.module)
         if module is None or isinstance(module, nn.MultiheadAttention):  # whose widths follow each on their own
             continue
         numbers = {value for value in vars(module).values() if type(value) is int}
         rows, columns = split.classes.shape
-        inside = {names[label] for label in np.unique(split.classes).tolist() if label in names}
         for kind, number in (("columns", columns), ("total", rows * columns)):
             if number in numbers and rows > 1:
-                found.setdefault((split.module, kind, number), set()).update(inside)
+                counts = Counter(names[label] for label in split.classes.reshape(-1).tolist() if label in names)
+                row = {name: Fraction(count, split.classes.size) for name, count in counts.items()}
+                if row:
+                    found.setdefault((split.module, kind, number), []).append(row)
     return found

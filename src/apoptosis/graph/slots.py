@@ -8,8 +8,8 @@ A view is recognised by its storage and its strides, so that any chain of views 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,13 +20,19 @@ from apoptosis.records import IntArray
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """One parameter or buffer: how its elements lie in memory, and the first slot of each axis."""
+    """One parameter or buffer: how its elements lie in memory, and the first slot of each axis.
+
+    raw: set on the layout of a copy whose elements lie in another order: the parameter itself. looked_up: axes of which
+    such a copy holds some positions, by numbers that are data.
+    """
 
     name: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     bases: tuple[int, ...]
     is_buffer: bool
+    raw: Owner | None = None
+    looked_up: tuple[int, ...] = ()
 
     @property
     def span(self) -> int:
@@ -49,6 +55,9 @@ class View:
 
     dims: per axis of the owner, (start, {axis of the view: step}); None when an axis of the view runs over several
     axes of the owner. whole: same shape, strides and offset as the owner.
+    nested: where dims is None and an axis runs over several axes of the owner, one within the other: per axis of the
+    owner, (start, {axis of the view: offset at each place}). looked_up: axes of the owner of which only some positions
+    are there, by numbers that are data.
     """
 
     owner: Owner
@@ -56,6 +65,18 @@ class View:
     shape: tuple[int, ...]
     dims: tuple[tuple[int, Mapping[int, int]], ...] | None
     whole: bool
+    nested: tuple[tuple[int, Mapping[int, IntArray]], ...] | None = None
+    looked_up: tuple[int, ...] = ()
+
+    def places(self) -> list[dict[int, IntArray]]:
+        """Return per axis of the owner, by axis of the view, the slots at its places; empty where not followed."""
+        if self.nested is not None:
+            parts = [(start, dict(steps)) for start, steps in self.nested]
+        else:
+            sizes = [np.arange(size, dtype=np.int64) for size in self.shape]
+            parts = [(start, {a: sizes[a] * step for a, step in steps.items()}) for start, steps in self.dims or ()]
+        bases = self.owner.bases
+        return [{a: bases[d] + start + offset for a, offset in found.items()} for d, (start, found) in enumerate(parts)]
 
     def varied(self) -> list[int]:
         """Return the axes of the owner along which this view runs."""
@@ -106,8 +127,38 @@ def _locate(owner: Owner, offset: int, shape: tuple[int, ...], stride: tuple[int
     for dim in order:
         last = start[dim] + sum(step * (shape[axis] - 1) for axis, step in steps[dim].items())
         mixed = mixed or last >= owner.shape[dim]
-    dims = None if mixed else tuple(zip(start, steps, strict=True))
-    return View(owner, len(shape), shape, dims, whole)
+    if mixed:
+        return View(owner, len(shape), shape, None, whole, _nested(owner, start, order, shape, stride))
+    return View(owner, len(shape), shape, tuple(zip(start, steps, strict=True)), whole)
+
+
+def _nested(
+    owner: Owner, start: Sequence[int], order: Sequence[int], shape: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[tuple[int, Mapping[int, IntArray]], ...] | None:
+    """Follow each axis of a view through the axes of its owner, one within the other; None where it leaves them."""
+    found: list[dict[int, IntArray]] = [{} for _ in owner.shape]
+    last = list(start)
+    for axis, (size, step) in enumerate(zip(shape, stride, strict=True)):
+        rest = np.arange(size, dtype=np.int64) * step
+        for dim in order:
+            place, rest = np.divmod(rest, owner.stride[dim])
+            if bool(place.any()):
+                found[dim][axis] = place
+                last[dim] += int(place.max())
+        if bool(rest.any()):
+            return None
+    if any(last[dim] >= owner.shape[dim] for dim in order):
+        return None
+    return tuple(zip(start, found, strict=True))
+
+
+def _of_copy(view: View, layout: Owner) -> View:
+    """Say of a view of a copy what it is of the parameter that was copied."""
+    assert layout.raw is not None
+    gone = layout.looked_up
+    dims = view.dims and tuple((0, {}) if d in gone else found for d, found in enumerate(view.dims))
+    nested = view.nested and tuple((0, {}) if d in gone else found for d, found in enumerate(view.nested))
+    return replace(view, owner=layout.raw, dims=dims, nested=nested, whole=False, looked_up=gone)
 
 
 class Slots:
@@ -129,7 +180,7 @@ class Slots:
         self._num_owned = self.num_slots
         self._starts: IntArray | None = None
         self._axis: list[tuple[str, int]] = []
-        self._cache: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], View] = {}
+        self._cache: dict[tuple[Owner, int, tuple[int, ...], tuple[int, ...]], View] = {}
 
     def fresh(self, count: int) -> IntArray:
         """Give out slots that belong to no tensor: what is one thing without being a position (a head of scores)."""
@@ -154,10 +205,11 @@ class Slots:
     def view(self, owner: Owner, offset: int, tensor: Tensor) -> View:
         """Return `tensor` as a view of `owner`, `offset` elements after the owner's first."""
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-        key = (owner.name, offset, shape, stride)
+        key = (owner, offset, shape, stride)
         found = self._cache.get(key)
         if found is None:
-            found = self._cache[key] = _locate(owner, offset, shape, stride)
+            found = _locate(owner, offset, shape, stride)
+            found = self._cache[key] = found if owner.raw is None else _of_copy(found, owner)
         return found
 
 

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import lapack, solve_triangular
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
@@ -110,8 +110,9 @@ def pivoted_cholesky(
 def ordered_cholesky(gram_CC: Tensor, order: Tensor) -> Factor:
     """Factorise G in a given order of the channels, to read off the error curve of an order chosen elsewhere.
 
-    G is replaced by G + ε diag(G) with the smallest ε (from channels * eps) that LAPACK accepts. Schur complements
-    grow with their matrix, so the curve read from the factor never lies below the one of G, and above it by O(ε).
+    G is replaced by G + ε diag(G), ε = channels * eps. Schur complements grow with their matrix, so the curve read from
+    the factor never lies below the one of G, and above it by O(ε). Channels of which less than round-off remains once
+    others are known explain nothing themselves: any remainder there would be divided by the root of round-off.
 
     Raises: ShapeError, NonFiniteError: as in pivoted_cholesky.
     """
@@ -123,19 +124,43 @@ def ordered_cholesky(gram_CC: Tensor, order: Tensor) -> Factor:
     scale = np.sqrt(diagonal)
     inverse = np.divide(1.0, scale, out=np.zeros(num), where=scale > _TINY)
     unit = np.clip(permuted * inverse[:, None] * inverse[None, :], -1.0, 1.0)  # so that some ridge below C will do
-    ridge = num * EPS
-    while True:
-        np.fill_diagonal(unit, 1.0 + ridge)
-        with _threads().limit(limits=1, user_api="blas"):
-            lower, info = lapack.dpotrf(unit.T, lower=1, clean=1)
-        if info == 0:
-            break
-        ridge *= 10.0
+    np.fill_diagonal(unit, 1.0 + num * EPS)
+    lower = _semidefinite(unit, num * EPS)
     lower = lower * scale[:, None]
     factor = np.empty_like(lower)
     factor[index] = lower
     remainder = torch.from_numpy(_tails(np.square(lower).sum(0)))
     return Factor(order=order.cpu().clone(), factor=torch.from_numpy(factor), rank=num, remainder_trace=remainder)
+
+
+def _semidefinite(unit: FloatArray, ridge: float) -> FloatArray:
+    """Factorise a matrix of unit diagonal that may be singular up to round-off; overwrites it.
+
+    Where LAPACK meets a pivot that is not positive, what remains of the matrix is taken on without the channels whose
+    remainder is round-off by then; these keep a remainder of `ridge` or their own, on the diagonal alone.
+    """
+    num = unit.shape[0]
+    out, open_ = np.zeros((num, num)), np.arange(num)
+    rest = unit
+    while open_.size:
+        with _threads().limit(limits=1, user_api="blas"):
+            lower, info = lapack.dpotrf(rest.T, lower=1, clean=1)
+            done = open_.size if info == 0 else int(info) - 1
+            if done == num:
+                return np.asarray(lower)
+            out[np.ix_(open_[:done], open_[:done])] = lower[:done, :done]
+            if done == open_.size:
+                break
+            below = solve_triangular(lower[:done, :done], rest[:done, done:], lower=True).T
+            rest = rest[done:, done:] - below @ below.T
+        out[np.ix_(open_[done:], open_[:done])] = below
+        open_ = open_[done:]
+        left = rest.diagonal()
+        null = left <= 10.0 * ridge
+        null[0] = True  # LAPACK would not take it
+        out[open_[null], open_[null]] = np.sqrt(np.maximum(left[null], ridge))
+        open_, rest = open_[~null], rest[np.ix_(~null, ~null)]
+    return out
 
 
 def joint_error_curve(weight_OC: Tensor, factor: Factor, *, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -35,6 +35,16 @@ def missing(groups: Sequence[Group]) -> list[str]:
     return sorted({name for group in groups for name in group.equal} - names)
 
 
+def share_of_row(group: Group, kept: int) -> float:
+    """Return the share of a row that stays: the channels kept, and those of others that stand beside them."""
+    return (kept + group.beside) / (group.num_channels + group.beside)
+
+
+def own_share(group: Group, share: float) -> float:
+    """Return the share of a group's own channels that has to stay for this share of its rows."""
+    return max(0.0, share * (group.num_channels + group.beside) - group.beside) / group.num_channels
+
+
 def positions_per_channel(group: Group) -> int:
     """Return the number of positions that every channel owns at least along each axis: a head's are many."""
     counts = [m.positions.shape[1] for m in group.members if m.role == "producer"]
@@ -48,7 +58,7 @@ def steps(groups: Sequence[Group], views: Sequence[GroupView], align: int) -> li
     Widths are multiples of `align` in positions of the tensors, of the rows, and of what the other groups need; where
     that leaves no step below all channels, align gives way to its largest divisor that does.
     """
-    channels = [group.num_channels for group in groups]
+    channels = [group.num_channels + group.beside for group in groups]
     parts = gcd(*channels)  # a share of all of them is a number of parts
     found = parts
     for divisor in (d for d in range(align, 0, -1) if align % d == 0):

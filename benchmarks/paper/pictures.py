@@ -1,0 +1,122 @@
+"""Pictures of the cells: metric against time, widths over time, parameters against metric, certificates, events.
+
+Lives here: drawing. Does not live here: any figure that the cells' JSON does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+Cell = Mapping[str, Any]
+COLOURS = {
+    "dense": "#444444",
+    "apoptosis": "#c0392b",
+    "torch-pruning": "#2471a3",
+    "group lasso": "#7d3c98",
+    "half width": "#b7950b",
+    "same widths": "#1e8449",
+    "same widths, longer": "#76d7c4",
+    "train-prune-fine-tune": "#5dade2",
+    "early stopping": "#999999",
+}
+
+
+def draw_all(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """Draw every picture for which there are cells; returns what was written, SVG."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("svg")
+    looks = {"svg.hashsalt": "paper", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    matplotlib.rcParams.update(looks)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Callable[[Any, Sequence[Cell]], None]] = {
+        "time": _metric_against_time,
+        "widths": _widths,
+        "frontier": _frontier,
+        "certificates": _certificates,
+        "share": _where_time_goes,
+    }
+    written = []
+    for name, draw in pictures.items():
+        grounds = list(dict.fromkeys(c["ground"] for c in cells))
+        figure, axes = pyplot.subplots(
+            1, len(grounds), figsize=(3.4 * len(grounds), 3.0), squeeze=False, layout="constrained"
+        )
+        for axis, ground in zip(axes[0], grounds, strict=True):
+            here = [c for c in cells if c["ground"] == ground]
+            axis.set_title(ground)
+            draw(axis, here)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+        path = folder / f"paper-{name}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def _metric_against_time(axis: Any, cells: Sequence[Cell]) -> None:
+    """Validation metric at the end of every epoch, means over seeds."""
+    for name, colour in COLOURS.items():
+        runs = [c["contestants"][name]["points"] for c in cells if name in c["contestants"]]
+        if not runs or name == "early stopping":
+            continue
+        length = min(len(points) for points in runs)
+        seconds = [fmean(points[i]["seconds"] for points in runs) for i in range(length)]
+        value = [fmean(points[i]["validation"] for points in runs) for i in range(length)]
+        axis.plot(seconds, value, color=colour, label=name, linewidth=2 if name == "apoptosis" else 1)
+    values = [p["validation"] for c in cells for p in c["contestants"]["dense"]["points"]]
+    axis.set_ylim(sorted(values)[len(values) // 4] - 0.01, max(values) + 0.01)
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel(f"validation {cells[0]['metric']}")
+
+
+def _widths(axis: Any, cells: Sequence[Cell]) -> None:
+    """Channels of every group after every event, first seed."""
+    run = cells[0]["contestants"]["apoptosis"]
+    for name in run["widths"]:
+        steps = [event["step"] for event in run["events"]]
+        axis.step(steps, [event["widths"].get(name) for event in run["events"]], where="post", label=name)
+    axis.set_xlabel("step")
+    axis.set_ylabel("channels")
+    axis.set_ylim(bottom=0)
+
+
+def _frontier(axis: Any, cells: Sequence[Cell]) -> None:
+    """Parameters against the paired difference of the test metric."""
+    unit = cells[0]["unit"]
+    for name, colour in COLOURS.items():
+        pairs = [(c["contestants"]["dense"], c["contestants"][name]) for c in cells if name in c["contestants"]]
+        if pairs:
+            size = [own["parameters"] for _, own in pairs]
+            axis.scatter(size, [unit * (o["test"] - d["test"]) for d, o in pairs], color=colour, label=name, s=18)
+    axis.axhline(0, color="#cccccc", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("parameters")
+    axis.set_ylabel("difference to dense" + (", points" if unit == 100 else ""))
+
+
+def _certificates(axis: Any, cells: Sequence[Cell]) -> None:
+    """What all removals cost at most, by certificate, against the metric lost in the end."""
+    for cell in cells:
+        run, dense = cell["contestants"]["apoptosis"], cell["contestants"]["dense"]
+        limit = run["ledger"].get("accuracy_cost")
+        if limit is not None:
+            axis.scatter([100 * limit], [100 * max(0.0, dense["test"] - run["test"])], color=COLOURS["apoptosis"], s=18)
+    axis.set_xlabel("certificate: at most, points")
+    axis.set_ylabel("measured loss, points")
+
+
+def _where_time_goes(axis: Any, cells: Sequence[Cell]) -> None:
+    """Seconds of every event, and the run around them, first seed."""
+    run = cells[0]["contestants"]["apoptosis"]
+    axis.bar([str(event["step"]) for event in run["events"]], [1000 * e["seconds"] for e in run["events"]],
+             color=COLOURS["apoptosis"])  # fmt: skip
+    axis.set_xlabel(f"event at step; {run['own_seconds']:.2f} s of {run['run_seconds']:.1f} s in all")
+    axis.set_ylabel("ms")
+    axis.tick_params(axis="x", rotation=60)
