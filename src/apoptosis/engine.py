@@ -37,16 +37,7 @@ from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
 from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
 from apoptosis.records import Group, NormWidths, Pin, Structure
-from apoptosis.state import (
-    DAMAGES,
-    UNDECIDED,
-    Memory,
-    Settings,
-    check_fits,
-    read_state,
-    sum_up,
-    write_state,
-)
+from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.unwrap import bare, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
@@ -62,10 +53,10 @@ class Apoptosis:
             looked through: names are those of the module inside.
         optimizer: one optimizer or a sequence of them.
         example_input: what one forward pass takes: a tensor, a tuple (positional) or a dict (keyword arguments).
-        tolerance: cap per consumer site and event on the relative rms change of the consumer's output (a share; the
-            errors of one site over all events add up to at most 8 times that). None: the library's own schedule.
-            0: only what is redundant to round-off in float64.
-        criterion: "interpolative", "reconstruction", "greedy", "constant", "duplicate", "pairwise", "magnitude", "random".
+        tolerance: cap per consumer site and event on the relative rms change of what the loss sees of the consumer's
+            output (a share; the errors of one site over all events add up to at most 8 times that). None: the
+            library's own schedule. 0: only what is redundant to round-off in float64.
+        criterion: one of `apoptosis.criteria.criteria()`.
         total_steps: optimizer steps of the whole run; without it every turn comes at twice the steps of the last.
         budget: what all removals together may cost in accuracy (a share, 0.002 = 0.2 points), measured on `probe`.
         probe: held-out inputs of the form of example_input, or (inputs, labels).

@@ -50,7 +50,10 @@ Tolerance = Annotated[
     _option("Cap per consumer site and event on the relative rms change. Default: the library's schedule."),
 ]
 Criterion = Annotated[
-    str, _option("interpolative, reconstruction, greedy, pairwise, constant, duplicate, magnitude or random: how channels are chosen.")
+    str,
+    _option(
+        "interpolative, reconstruction, greedy, pairwise, constant, duplicate, magnitude or random: how to choose."
+    ),
 ]
 Budget = Annotated[
     float | None, _option("What all removals may cost in accuracy, a share (0.002 is 0.2 points), on validation rows.")

@@ -23,7 +23,7 @@ from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, Neuron, Site
 from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
 
-OUTPUTS_SHARE = 0.1  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
+OUTPUTS_SHARE = 0.01  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
 
 Observations = Mapping[tuple[str, str], Observation]
 
