@@ -127,7 +127,7 @@ def unflattened_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _refitted(sizes: tuple[int, ...], change: SplitChange) -> tuple[int, ...] | None:
-    """What the sizes become: the first one that takes the change alone, the last one where rows get shorter."""
+    """Change one size: the first one that takes the change alone, the last such one where rows get shorter."""
     rows, columns = change.old
     known = math.prod(size for size in sizes if size > 0)
     wide = [size if size > 0 else rows * columns // known for size in sizes]
