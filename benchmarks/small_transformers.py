@@ -2,6 +2,7 @@
 
     python benchmarks/small_transformers.py --data-dir DIR --json benchmarks/results/transformers.json
     python benchmarks/small_transformers.py --data-dir DIR --only gpt --seeds 0 --steps 600     a part, printed alone
+    python benchmarks/small_transformers.py --data-dir DIR --only gpt --needs 15,30,60,100,150,200,300 --steps 600
 
 DIR holds tinyshakespeare/input.txt and cifar-10-batches-bin/. Figures are of validation splits alone: of Shakespeare
 the first 90 % train, the next 5 % validate, the rest is never read; of CIFAR-10 the last 5,000 training images
@@ -28,11 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis
+from apoptosis.criteria import get_criterion
+from apoptosis.graph import analyse, replay
+from apoptosis.observe import Observer
+from apoptosis.planner import Request, make_plan
+from apoptosis.policy import START_TOLERANCE
 from apoptosis.recipes.machine import machine, versions
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 4, 4, 64, 32
 PEAK, FIRST, FLOOR = 2e-3, 50, 0.1  # learning rate: peak, steps to it, share of it at the end of the cosine
-TURN = 25  # steps that one of two networks trains before it is the other's turn
+TURN = 25  # steps that one twin trains before it is the other's turn
 Batch = tuple[Tensor, Tensor]
 
 
@@ -198,8 +204,8 @@ def tasks(folder: Path, names: list[str]) -> dict[str, Task]:
         found |= {"gpt": Task(lambda: GPT(count), *draws), "gpt2": Task(lambda: gpt2(count), *draws)}
         found |= {"llama": Task(lambda: llama(count), *draws), "encoder": Task(lambda: Encoder(count), *hidden)}
     if "vit" in names:
-        images, labels = images_of(folder)
-        found["vit"] = Task(ViT, pictures(images[:-5000], labels[:-5000]), pictures(images[-5000:], labels[-5000:]))
+        x, y = images_of(folder)
+        found["vit"] = Task(ViT, pictures(x[:-5000], y[:-5000]), pictures(x[-5000:], y[-5000:]))
     return {name: found[name] for name in names}
 
 
@@ -245,7 +251,7 @@ class Contestant:
             self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
-    def validate(self, batches: int = 24) -> float:
+    def validate(self, batches: int = 16) -> float:
         self.model.eval()
         picks = torch.Generator().manual_seed(1)
         found = sum(float(loss_of(self.model, self.task.validation(picks))) for _ in range(batches)) / batches
@@ -255,25 +261,18 @@ class Contestant:
 
 def run(name: str, task: Task, seed: int, steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """Train twins in turn and say what came of them."""
-    torch.manual_seed(seed)
     twins = {"dense": Contestant(task, seed, steps, None), "apoptosis": Contestant(task, seed, steps, options)}
-    curve: list[list[float]] = []
     for turn in range(0, steps, TURN):
         order = list(twins.values()) if (turn // TURN + seed) % 2 == 0 else list(twins.values())[::-1]
         for twin in order:
             twin.train(min(TURN, steps - turn))
-        if (turn // TURN) % 8 == 7:
-            curve.append([turn + TURN, *(twin.validate(8) for twin in twins.values())])
     small = twins["apoptosis"]
     assert small.apoptosis is not None
     ledger = small.apoptosis.ledger()
     losses = {kind: twin.validate() for kind, twin in twins.items()}
     widths = {g.name: g.num_channels for g in small.apoptosis.groups()}
     result = {
-        "network": name,
-        "seed": seed,
-        "steps": steps,
-        "options": options,
+        **{"network": name, "seed": seed, "steps": steps, "options": options},
         "validation_loss": losses,
         "difference": losses["apoptosis"] - losses["dense"],
         "seconds": {kind: twin.seconds for kind, twin in twins.items()},
@@ -282,8 +281,6 @@ def run(name: str, task: Task, seed: int, steps: int, options: dict[str, Any]) -
         "macs": ledger.macs,
         "widths": widths,
         "events": small.events,
-        "pins": [str(pin) for pin in small.apoptosis.pins()],
-        "curve": curve,
     }
     print(
         f"{name}, seed {seed}, {steps} steps: loss {losses['dense']:.4f} dense, {losses['apoptosis']:.4f} apoptosis "
@@ -294,25 +291,54 @@ def run(name: str, task: Task, seed: int, steps: int, options: dict[str, Any]) -
     return result
 
 
+def needs(name: str, task: Task, seed: int, steps: int, marks: list[int]) -> None:
+    """Train without apoptosis; print how many channels of every group the default tolerance would keep on the way."""
+    twin = Contestant(task, seed, steps, None)
+    picks = torch.Generator().manual_seed(9)
+    batches = [task.train(picks)[0] for _ in range(8)]
+    structure = analyse(twin.model, (batches[0],), {})
+    groups = [g for g in structure.groups if g.pin is None and not g.name.endswith(":heads")]
+    print(name, ", ".join(f"{g.name} {g.num_channels}" for g in groups))
+    for mark in marks:
+        twin.train(mark - twin.step)
+        observer = Observer(twin.model, groups, seed=0, any_mode=True, replay=replay)
+        observer.open()
+        with torch.no_grad():
+            for batch in batches:
+                twin.model(batch)
+                observer.end_step()
+        observer.close()
+        criterion = get_criterion("interpolative")
+        request = Request(criterion=criterion, tolerance=START_TOLERANCE, align=1, max_drop=1.0, seed=0)
+        plan = make_plan(twin.model, structure, observer.observations(), request)
+        found = [plan.needs[g.name][0] if g.name in plan.needs else "-" for g in groups]
+        print(f"step {mark}: {found}, validation loss {twin.validate(8):.3f}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--only", default="gpt,gpt2,llama,encoder,vit")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--options", type=json.loads, default={}, help="JSON, further arguments of Apoptosis")
     parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--needs", help="steps, comma-separated: what every group needs then, without apoptosis")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = tasks(given.data_dir, given.only.split(","))
     options = {"total_steps": given.steps, **given.options}
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    runs = [run(name, task, seed, given.steps, options) for name, task in found.items() for seed in seeds]
-    if given.json is not None:
-        result = {"kind": "transformers", "versions": versions(), "machine": machine(torch.device("cpu")), "runs": runs}
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {given.json}")
+    for name, task in found.items() if given.needs else ():
+        needs(name, task, seeds[0], given.steps, [int(mark) for mark in given.needs.split(",")])
+    runs: list[dict[str, Any]] = []
+    result = {"kind": "transformers", "versions": versions(), "machine": machine(torch.device("cpu")), "runs": runs}
+    for name, task in found.items() if not given.needs else ():
+        for seed in seeds:
+            runs.append(run(name, task, seed, given.steps, options))
+            if given.json is not None:  # as far as it went
+                given.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -32,7 +32,7 @@ def cases():
                     yield pytest.param(name, dtype, check, id=f"{name}-{short}-{check}")
             if dtype == torch.float64:
                 for group, reason in family.missing.items():
-                    mark = pytest.mark.xfail(raises=AssertionError, strict=False, reason=reason)
+                    mark = pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason)
                     yield pytest.param(name, dtype, f"missing:{group}", id=f"{name}-missing-{group}", marks=mark)
 
 

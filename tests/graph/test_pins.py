@@ -73,8 +73,8 @@ def test_norms_over_channels_pin_and_do_not_fail(oracle, modules) -> None:
     assert structure.groups[0].pin is not None
 
 
-def test_group_norm_pins() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+def test_group_norm_over_all_channels_pins() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 2, 1))
     pin = analyse(net, (IMG,), {}).groups[0].pin
     assert pin is not None
     assert "native_group_norm" in pin.reason

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from apoptosis import shrink_
 from apoptosis.errors import ShapeError
 from apoptosis.graph import analyse, verify
 from apoptosis.records import Split, Structure, TensorEdit
@@ -264,3 +265,41 @@ def test_numbers_that_a_forward_pass_sets_hinder_no_loading(tmp_path):
     load(tmp_path / "a", fresh)
     assert not hasattr(fresh, "h")
     assert fresh(x).equal(net(x))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "old", "new", "want"),
+    [
+        ((12, 2, 2), (24, 2), (20, 2), (10, 2, 2)),
+        ((12, 4), (12, 4), (9, 4), (9, 4)),
+        ((2, 4), (2, 4), (2, 3), (2, 3)),
+        ((2, 4, 3), (8, 3), (6, 3), (2, 3, 3)),
+        ((12, -1), (12, 4), (9, 4), (9, -1)),
+        ((-1, 4), (12, 4), (9, 4), None),
+        ((6,), (2, 4), (2, 3), None),
+        ((2, 4), (8, 1), (7, 1), None),
+    ],
+)
+def test_sizes_of_an_unflatten_follow(sizes, old, new, want) -> None:
+    found = followed(nn.Unflatten(1, sizes), [SplitChange(module="", old=old, new=new)])
+    assert found == ({} if want is None else {"unflattened_size": want})
+
+
+def test_a_network_with_an_unflatten_shrinks_and_loads(tmp_path) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Unflatten(1, (6, 2, 2)), nn.Conv2d(6, 2, 1)).double()
+
+    model, x = build(), torch.randn(64, 5, dtype=torch.float64)
+    with torch.no_grad():
+        model[0].weight[20:] = model[0].weight[4:8]
+        model[0].bias[20:] = model[0].bias[4:8]
+        want = model(x)
+    event = shrink_(model, x[:2], [x], tolerance=0)
+    assert event.groups == {"0": (6, 5)}
+    assert model[2].unflattened_size == (5, 2, 2)
+    torch.testing.assert_close(model(x), want)
+    save(tmp_path / "small.apo", model)
+    fresh = build()
+    load(tmp_path / "small.apo", fresh)
+    torch.testing.assert_close(fresh(x), want)

@@ -183,6 +183,12 @@ def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
     return Value(ids, paths=paths, linear=b.value.linear)
 
 
+def _credit(call: Call, value: Value, macs: float) -> None:
+    """Count a contraction with a computed weight to the rows that it is computed from."""
+    for axis in value.paths:
+        call.tracer.findings.axis_macs[axis][call.tracer.mode] += macs / len(value.paths)
+
+
 def lone_pair(call: Call, a: Tensor, b: Tensor) -> bool:
     """Whether one channel of each is multiplied, all that is left of queries and keys (on its own in every head)."""
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != 1 or call.tracer.view(a) or call.tracer.view(b):
@@ -206,6 +212,7 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
         if operand.paired:
             call.pin(operand.value.ids, "contracts channels with values that are not a parameter", _REMEDY)
     if left.paired != right.paired:  # what lies along the other axis goes on: the rows of a computed weight
+        _credit(call, (right if left.paired else left).value, macs)
         left.ids, right.ids = left.ids[..., :1] * (not left.paired), right.ids[..., :1] * (not right.paired)
     if left.crossed and not right.crossed and varying(right.ids):
         for operand in (left, right):

@@ -18,7 +18,7 @@ from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.records import TensorEdit
 from apoptosis.surgery.attention import attention_attributes
 from apoptosis.surgery.norms import norm_attributes
-from apoptosis.surgery.splits import vocabulary_of
+from apoptosis.surgery.splits import unflattened_of, vocabulary_of
 
 # module type, tensor, dim, attribute, whether the attribute counts all convolution groups while the dim counts one.
 # The first type of a module's method resolution order that has rows is used, so subclasses need no row of their own.
@@ -141,6 +141,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     found = {row.attribute: getattr(module, row.attribute) for row in rows_of(module)}
     if (name := _groups_name(module)) is not None:
         found[name] = getattr(module, name)
+    found |= unflattened_of(module)
     return {**found, **vocabulary_of(module), **attention_attributes(module), **norm_attributes(module)}
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,6 +113,34 @@ def vocabulary_of(module: nn.Module) -> dict[str, int]:
     return {name: value for name, value in vars(module).items() if name in VOCABULARY and type(value) is int}
 
 
+def unflattened_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Read the sizes of an nn.Unflatten, {} for other modules and sizes with names.
+
+    Example:
+        >>> unflattened_of(nn.Unflatten(1, (4, 2)))
+        {'unflattened_size': (4, 2)}
+    """
+    sizes = module.unflattened_size if type(module) is nn.Unflatten else ()
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        return {}
+    return {"unflattened_size": tuple(sizes)}
+
+
+def _refitted(sizes: tuple[int, ...], change: SplitChange) -> tuple[int, ...] | None:
+    """Change one size: the first one that takes the change alone, the last such one where rows get shorter."""
+    rows, columns = change.old
+    known = math.prod(size for size in sizes if size > 0)
+    wide = [size if size > 0 else rows * columns // known for size in sizes]
+    if math.prod(wide) != rows * columns:
+        return None
+    part, whole = math.prod(change.new), rows * columns
+    order = range(len(wide)) if change.new[1] == columns else reversed(range(len(wide)))
+    at = next((i for i in order if wide[i] * part % whole == 0), None)
+    if at is None:
+        return None
+    return tuple(size if i != at or size < 0 else size * part // whole for i, size in enumerate(sizes))
+
+
 def split_changes(structure: Structure, edits: Iterable[TensorEdit]) -> dict[str, tuple[SplitChange, ...]]:
     """Say what the event makes of every grid, by module; modules none of whose grids change are left out.
 
@@ -162,7 +192,7 @@ def _grids(splits: Iterable[Split], removed: IntArray) -> list[tuple[Split, npt.
     return found
 
 
-def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, int]:
+def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, Any]:
     """Say what the module's attributes become: those of the vocabulary that hold a number of a grid that changes.
 
     A name says what it counts, so that equal numbers of rows and of columns are told apart. Where one attribute could
@@ -180,7 +210,11 @@ def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, int
         >>> followed(block, [SplitChange(module="block", old=(4, 4), new=(4, 3))])
         {'head_dim': 3, 'inner_dim': 12}
     """
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
+    for name, sizes in unflattened_of(module).items():
+        refitted = {_refitted(sizes, change) for change in changes} - {None}
+        if len(refitted) == 1 and refitted != {sizes}:
+            found[name] = refitted.pop()
     for name, value in vocabulary_of(module).items():
         for follow in VOCABULARY[name]:
             votes = [(new, change) for change in changes if (new := follow(value, change)) is not None]
