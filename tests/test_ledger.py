@@ -139,10 +139,10 @@ def test_an_empty_ledger_prints(runs):
 def test_a_bound_above_everything_is_no_figure(runs):
     net = runs.mlp()
     optimizer = runs.adam(net)
-    probe = runs.inputs(4, 777)
+    probe = runs.inputs(2, 777)
     apo = runs.start(net, optimizer, probe=(probe, runs.labels(probe)))
     assert runs.train(net, optimizer, apo)
     ledger = apo.ledger()
     assert ledger.accuracy_cost >= 1.0
-    assert "4 held-out probe rows are too few" in str(ledger)
+    assert "2 held-out probe rows are too few" in str(ledger)
     assert "points" not in str(ledger)

@@ -62,10 +62,10 @@ class Apoptosis:
         probe: held-out inputs of the form of example_input, or (inputs, labels).
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
-        norm_widths: "pinned" leaves channels under LayerNorm and RMSNorm (a transformer's residual width) alone;
-            "compensated" lets multiples of others and constants go, and the norms make up for them.
         log: called with one JSON-able dict per event, rolled back ones included; what it raises reaches the caller of
             step(), after the event.
+        norm_widths: "pinned" leaves channels under LayerNorm and RMSNorm (a transformer's residual width) alone;
+            "compensated" lets multiples of others and constants go, and the norms make up for them.
         logits: reads (examples, classes) logits off the model's output, where the output is not just that tensor.
         seed: of the private random generator (positions of feature maps, criterion "random").
         calibration: fixed cost of an event in MACs (`apo.calibration` of an earlier run), measured where None.
@@ -87,8 +87,8 @@ class Apoptosis:
         probe: Any = None,
         align: int = 8,
         exclude: Iterable[str] = (),
-        norm_widths: NormWidths = "pinned",
         log: Log | None = None,
+        norm_widths: NormWidths = "pinned",
         logits: ReadLogits | None = None,
         seed: int = 0,
         calibration: float | None = None,
