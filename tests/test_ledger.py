@@ -137,7 +137,7 @@ def test_an_empty_ledger_prints(runs):
 
 
 def test_a_bound_above_everything_is_no_figure(runs):
-    net = runs.mlp()
+    net = runs.mlp(48)
     optimizer = runs.adam(net)
     probe = runs.inputs(2, 777)
     apo = runs.start(net, optimizer, probe=(probe, runs.labels(probe)))

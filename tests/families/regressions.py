@@ -780,6 +780,41 @@ CASES = (
 """,
         seed=21421,
     ),
+    Case(
+        "one_column_of_rows_flattened",
+        "sequence",
+        """
+        self.m4 = nn.Linear(6, 8)
+        self.m7 = nn.Linear(20, 6)
+        self.m9 = nn.Linear(6, 3)
+
+    def forward(self, h):
+        x5, x6 = self.m4(h).chunk(2, -1)
+        return self.m9(torch.tanh(self.m7((x5 * torch.tanh(x6)).flatten(1))))
+""",
+        seed=0,
+    ),
+    Case(
+        "one_channel_of_every_block",
+        "image",
+        """
+        self.m2 = nn.Conv2d(3, 8, 3, padding=1)
+        self.num_groups = 4
+        self.m3 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.m4 = nn.Conv2d(8, 8, 3, padding=1)
+        self.m10 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = torch.tanh(self.m2(h))
+        h = h.unflatten(1, (self.num_groups, -1)).transpose(1, 2).flatten(1, 2)
+        h = torch.tanh(self.m4(torch.tanh(self.m3(h))))
+        return self.m10(h.mean((2, 3)))
+""",
+        seed=0,
+        open="a grouped convolution that comes down to one channel per block is told like a depthwise one",
+        message="meets channels that were apart",
+        hides=False,
+    ),
 )
 
 #: Patterns of the failures that are known and not mended yet.

@@ -6,7 +6,7 @@ Lives here: sites of weights and of products of activations. Does not live here:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,12 +66,36 @@ def per_forward(macs: dict[str, float]) -> float:
     return macs.get("training", 0.0) or macs.get("evaluation", 0.0)
 
 
-def product_sites(findings: Findings, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
+@dataclass(frozen=True, slots=True)
+class Products:
+    """All products of a model, and who reads each slot: the number of the site's or product's key.
+
+    reader: (slots,), -1 where nobody does, -2 where several do.
+    """
+
+    merged: list[Product]
+    reader: IntArray
+    numbers: dict[str, int]
+
+
+def products_of(findings: Findings) -> Products:
+    """Gather the products once for all groups."""
+    reader, numbers = np.full(findings.slots.num_slots, -1, dtype=np.int64), dict[str, int]()
+    for slots, key in findings.uses:
+        number = numbers.setdefault(key, len(numbers))
+        known = reader[slots]
+        reader[slots] = np.where((known == -1) | (known == number), number, -2)
+    return Products(_merged(findings.products.values()), reader, numbers)
+
+
+def product_sites(
+    findings: Findings, classes: Classes, channels: IntArray, products: Products
+) -> tuple[tuple[Site, ...], Reason | None]:
     """Return the sites at which channels of one group are multiplied in pairs, or why that pins the group."""
     rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
     rank[channels] = np.arange(channels.size)
     found = []
-    for product in _merged(findings.products.values()):
+    for product in products.merged:
         index = rank[classes.labels[product.left]]
         inside = np.flatnonzero(index >= 0)
         if not inside.size:
@@ -80,7 +104,7 @@ def product_sites(findings: Findings, classes: Classes, channels: IntArray) -> t
         if bool((counts != counts[0]).any()):
             return (), Reason(_UNEVEN)
         order = inside[np.argsort(index[inside], kind="stable")].reshape(channels.size, -1)
-        found.append(_product_site(findings, product, order, num_channels=channels.size))
+        found.append(_product_site(findings, products, product, order))
     return tuple(found), None
 
 
@@ -97,10 +121,10 @@ def _merged(products: Iterable[Product]) -> list[Product]:
     return list(out.values())
 
 
-def _product_site(findings: Findings, product: Product, places: IntArray, num_channels: int) -> Site:
+def _product_site(findings: Findings, products: Products, product: Product, places: IntArray) -> Site:
     """places: (channels, P), where the group's channels stand among the product's positions."""
-    fold = product.fold if _foldable(findings, product) else None
-    weight, bias, columns, num_columns = "", None, np.zeros((num_channels, 0), dtype=np.int64), 0
+    fold = product.fold if _foldable(findings, products, product) else None
+    weight, bias, columns, num_columns = "", None, np.zeros((len(places), 0), dtype=np.int64), 0
     if fold is not None:
         weight, dim = fold
         owner = findings.slots.owners[weight]
@@ -133,7 +157,7 @@ def _product_site(findings: Findings, product: Product, places: IntArray, num_ch
     )
 
 
-def _foldable(findings: Findings, product: Product) -> bool:
+def _foldable(findings: Findings, products: Products, product: Product) -> bool:
     """Whether the right operand's producer serves this product alone, so that its rows may take over."""
     if product.fold is None or len(findings.reads[product.fold[0]]) > 1:
         return False
@@ -142,5 +166,5 @@ def _foldable(findings: Findings, product: Product) -> bool:
         return False
     if np.intersect1d(product.left, product.right).size:
         return False
-    mine = pairs_of(product)
-    return not any(key != mine and np.intersect1d(slots, product.right).size for slots, key in findings.uses)
+    readers = products.reader[product.right]
+    return bool(((readers == -1) | (readers == products.numbers.get(pairs_of(product), -1))).all())

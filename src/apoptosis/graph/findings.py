@@ -100,7 +100,8 @@ class Findings:
 
     ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for
     channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added to what a
-    weight axis makes. uses: (slots, key of the site that reads them). ran: the modules that were called. compensated:
+    weight axis makes. uses: (slots, key of the site that reads them).
+    distinct: by address, an array of ids and the different ones of it. ran: the modules that were called. compensated:
     channels under norms may go, and norms are sites. lumps: (a slot of what goes as a whole, why).
     extents: by token of what is of one size, without channels and all alike along that axis, the slots that it meets.
     """
@@ -131,6 +132,7 @@ class Findings:
     readers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     normalised: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     worked: dict[str, list[tuple[str, str, str, IntArray]]] = field(default_factory=lambda: defaultdict(list))
+    distinct: dict[int, tuple[IntArray, IntArray]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     scalars: dict[str, list[ScalarOperands]] = field(default_factory=lambda: defaultdict(list))
     multiples: dict[str, dict[Multiple, None]] = field(default_factory=lambda: defaultdict(dict))

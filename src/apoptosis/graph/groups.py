@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apoptosis.graph.classes import Classes, all_axes, numbered
-from apoptosis.graph.consumers import per_forward, product_sites, site_of
+from apoptosis.graph.consumers import per_forward, product_sites, products_of, site_of
 from apoptosis.graph.findings import Consumer, Findings, Reason
 from apoptosis.graph.heads import HeadDraft, head_drafts
 from apoptosis.graph.norms import norm_sites
@@ -150,7 +150,7 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
     by_axis: dict[Axis, list[Consumer]] = {}
     for consumer in findings.consumers.values():
         by_axis.setdefault((consumer.weight, consumer.dim), []).append(consumer)
-    consumed = frozenset(by_axis)
+    consumed, pairs = frozenset(by_axis), products_of(findings)
     groups: list[Group] = []
     names: dict[str, int] = {}
     for index, draft in enumerate(_drafts(findings, classes, rows)):
@@ -162,7 +162,7 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
         number = int(classes.first_pin[draft.channels[0]])
         reason = findings.pins[number][1] if number >= 0 else lumped
         if reason is None:
-            products, why = product_sites(findings, classes, draft.channels)
+            products, why = product_sites(findings, classes, draft.channels, pairs)
             sites, reason = (*sites, *products), why or (None if sites or products else _NO_SITE)
             norms, why = norm_sites(findings, classes, draft.channels)
             sites, reason = (*sites, *norms), reason or why

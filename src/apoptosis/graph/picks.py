@@ -30,10 +30,18 @@ def note_work(call: Call) -> None:
     for tensor in call.tensors():
         value = tracer.memory.recorded(tensor) if tracer.view(tensor) is None else None
         if value is not None and value.live and value.ids.size <= _FEW:
-            found.append(np.unique(value.ids))
+            found.append(_slots(tracer.findings, value.ids))
     if found:
         slots = found[0] if len(found) == 1 else np.unique(np.concatenate(found))
         tracer.findings.worked[tracer.mode].append((call.label, tracer.module_name, tracer.where(), slots))
+
+
+def _slots(findings: Findings, ids: IntArray) -> IntArray:
+    """Return the different ids, ascending; what moves through many operators unchanged is looked at once."""
+    known = findings.distinct.get(id(ids))
+    if known is None:
+        known = findings.distinct[id(ids)] = (ids, np.unique(ids))  # held, so that the address stays its own
+    return known[1]
 
 
 def partial_work(

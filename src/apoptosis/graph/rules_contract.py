@@ -51,6 +51,8 @@ def consume(call: Call, weight: Matrix, tensor: Tensor, axis: int, columns: IntA
         pass  # a first hidden state, which says nothing of its channels
     elif not value.live:
         call.pin(columns, f"reads {value.origin}, which carries no channels")
+    elif value.ids.size == 1:  # positions of one channel, the only one: flattened, they are read column by column
+        tracer.findings.tie(np.broadcast_to(value.ids.reshape(1), columns.shape), columns)
     elif value.ids.shape[axis] != size:
         text = "mixes the positions of single channels"
         call.pin(value.ids, text)
