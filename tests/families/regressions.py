@@ -815,6 +815,65 @@ CASES = (
         message="meets channels that were apart",
         hides=False,
     ),
+    Case(
+        "outputs_in_which_channels_cancel",
+        "vector",
+        """
+        self.m0 = nn.Linear(6, 4, bias=False)
+        self.m1 = nn.Linear(4, 8)
+        self.m2 = nn.GroupNorm(2, 8)
+        self.m3 = nn.Tanh()
+        self.m4 = nn.Linear(8, 4)
+        self.m5 = nn.Linear(4, 4)
+        self.m7 = nn.Dropout(0.3)
+        self.m8 = nn.Linear(4, 4)
+        self.m9 = nn.GroupNorm(2, 4)
+        self.m10 = nn.Tanh()
+        self.m11 = nn.Linear(4, 3)
+
+    def forward(self, h):
+        h = self.m0(h)
+        h = h * torch.sigmoid(h)
+        h = self.m1(h)
+        h = self.m2(h)
+        h = self.m3(h)
+        h = self.m4(h)
+        h = torch.tanh(self.m5(h))
+        h = torch.tanh(self.m5(h))
+        h = torch.tanh(self.m5(h))
+        x6 = h
+        h = self.m7(h)
+        h = h + x6
+        h = self.m8(h)
+        h = self.m9(h)
+        h = self.m10(h)
+        h = self.m11(h)
+        return h
+""",
+        seed=30036,
+        open="round-off of channels that cancel in a site's output, to which errors relate",
+        message="no width that is a multiple of align= meets the tolerance",
+        hides=False,
+    ),
+    Case(
+        "halves_of_whole_blocks",
+        "vector",
+        """
+        self.m3 = nn.Linear(6, 8)
+        self.m6 = nn.GroupNorm(2, 8)
+        self.m8 = nn.Linear(8, 4)
+        self.m20 = nn.Linear(4, 3)
+
+    def forward(self, h):
+        x4, x5 = torch.tanh(self.m3(h)).chunk(2, -1)
+        h = self.m6(torch.cat([x5, x4], -1))
+        return self.m20(torch.tanh(self.m8(h)))
+""",
+        seed=0,
+        open="parts, of which the code takes a fixed number, that go as a whole (refused after the edit, not before)",
+        message="hold others than before",
+        hides=False,
+    ),
 )
 
 #: Patterns of the failures that are known and not mended yet.

@@ -11,8 +11,9 @@ from torch import nn
 
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph import analyse, verify
+from apoptosis.graph.picks import changed_split
 from apoptosis.graph.scalars import changed_scalar
-from apoptosis.records import ScalarOperands
+from apoptosis.records import ScalarOperands, Split, Structure
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -187,3 +188,18 @@ def test_not_a_number_is_the_same_number() -> None:
     assert changed_scalar(calls, [ScalarOperands(operator="aten.mul", values=(float("nan"), 2.0))]) is not None
     assert "no longer runs" in str(changed_scalar(calls * 2, calls))
     assert "runs only" in str(changed_scalar(calls, calls * 2))
+
+
+def test_a_part_that_is_gone_does_not_leave_its_place_to_halves_of_another() -> None:
+    """What is left of two parts is split again, and swapped: every element of it belongs to the same channel."""
+    before = Split(module="", classes=np.array([[1, 1], [2, 2]]))
+    one, halves = Split(module="", classes=np.array([[5, 5]])), Split(module="", classes=np.array([[5], [5]]))
+    old = Structure(groups=(), macs=0.0, shapes={}, splits=(before,))
+    for after in (one, halves):  # one row, and one column, which is told like it
+        assert changed_split(old, Structure(groups=(), macs=0.0, shapes={}, splits=(after,)), {5: 2}) is None
+    wide = Split(module="", classes=np.array([[1, 1, 1, 1], [2, 2, 2, 2]]))
+    old = Structure(groups=(), macs=0.0, shapes={}, splits=(wide,))
+    after = Split(module="", classes=np.array([[5, 5], [5, 5]]))
+    text = changed_split(old, Structure(groups=(), macs=0.0, shapes={}, splits=(after,)), {5: 2})
+    assert text is not None
+    assert "hold others than before" in text

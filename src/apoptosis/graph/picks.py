@@ -106,10 +106,10 @@ def changed_split(old: Structure, new: Structure, old_of: Mapping[int, int]) -> 
 def _forms(split: Split, old_of: Mapping[int, int]) -> set[tuple[tuple[int, ...], ...]]:
     """Write the grid in classes before the edit, without what is gone; one column is told like one row."""
     rows = [tuple(old_of[c] for c in row if c in old_of) for row in split.classes.tolist()]
-    grid = tuple(dict.fromkeys(row for row in rows if row))
-    if all(len(row) == 1 for row in grid):
-        grid = (tuple(row[0] for row in grid),)
-    return {(tuple(dict.fromkeys(grid[0])),) if len(grid) == 1 else grid}
+    rows = [row for row in rows if row]
+    if all(len(row) == 1 for row in rows):
+        rows = [tuple(row[0] for row in rows)]
+    return {tuple(dict.fromkeys(rows))}
 
 
 def _place(module: str, where: str) -> str:
