@@ -1,6 +1,7 @@
 """The policy is a pure function: every property is checked on plain numbers."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from apoptosis.policy import (
     FORECAST,
     LAST_SHARE,
+    MIN_GROWTH,
     NUM_TURNS,
-    START_TOLERANCE,
     WARMUP_MAX,
     PastEvent,
     Telemetry,
@@ -32,7 +33,7 @@ FRESH = Telemetry(
     batch_rows=0.0,
     event_macs=1e9,
     overhead_macs=1e9,
-    tolerance=None,
+    tolerance=0.025,
     halvings=0,
 )
 
@@ -65,10 +66,10 @@ def test_unknown_length_doubles():
     assert all(b == 2 * a for a, b in itertools.pairwise(steps))
 
 
-@given(st.one_of(st.none(), st.floats(0, 0.9)), st.integers(0, 5))
+@given(st.floats(0, 0.9), st.integers(0, 5))
 def test_every_rollback_halves_the_tolerance(cap, halvings):
     now = tolerance_at(cap, halvings)
-    assert now == (START_TOLERANCE if cap is None else cap) / 2**halvings
+    assert now == cap / 2**halvings
     assert site_limit(cap) == pytest.approx(8 * tolerance_at(cap, 0))
 
 
@@ -135,7 +136,8 @@ def test_a_forecast_never_takes_away_and_stays_below_straight_growth(needed, bef
 def test_a_power_law_is_forecast_exactly(power, first, step):
     needed = round(first * 2**power)
     found = forecast(needed, step=2 * step, before=first, step_before=step, total_steps=8 * step)
-    assert found == pytest.approx(needed * (LAST_SHARE * 4) ** power, rel=0.15)
+    grew = math.log2(needed / first) >= MIN_GROWTH
+    assert found == pytest.approx(needed * (LAST_SHARE * 4) ** power, rel=0.15) if grew else found == needed
 
 
 def test_the_first_window_looks_and_the_next_one_acts():

@@ -39,7 +39,7 @@ class Shrinking(Contestant):
             self.optimizer,
             self.example(),
             total_steps=self.total_steps,
-            probe=probe if task.classes else (probe[0],),
+            probe=probe if task.classes else probe[0],
             seed=seed,
             **options,
         )

@@ -54,8 +54,8 @@ class Apoptosis:
         optimizer: one optimizer or a sequence of them.
         example_input: what one forward pass takes: a tensor, a tuple (positional) or a dict (keyword arguments).
         tolerance: cap per consumer site and event on the relative rms change of what the loss sees of the consumer's
-            output (a share; the errors of one site over all events add up to at most 8 times that). None: the
-            library's own schedule. 0: only what is redundant to round-off in float64.
+            output (a share; the errors of one site over all events add up to at most 8 times that). None:
+            the criterion's own. 0: only what is redundant to round-off in float64.
         criterion: one of `apoptosis.criteria.criteria()`.
         total_steps: optimizer steps of the whole run; without it every turn comes at twice the steps of the last.
         budget: what all removals together may cost in accuracy (a share, 0.002 = 0.2 points), measured on `probe`.
@@ -102,13 +102,13 @@ class Apoptosis:
         seed = check_others(criterion=criterion, seed=seed, log=log, logits=logits, norm_widths=norm_widths)
         patterns = check_exclude(exclude)
         chosen = get_criterion(criterion)
+        tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
         call = as_call(example_input)
         patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
         self._patient = replace(patient, norm_widths=norm_widths)
-        self._verdict = Verdict(
-            budget, None if probe is None else make_probe(probe, example_input), sanity=sanity_limit(model, tolerance)
-        )
+        held_out = None if probe is None else make_probe(probe, example_input)
+        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance))
         self._log = log
         structure, seconds = timed_capture(self._patient)
         overhead = overhead_macs(seconds) if calibration is None else float(calibration)

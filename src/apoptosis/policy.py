@@ -20,9 +20,8 @@ SHORT_WARMUP = 0.25  # of a run at most
 TRIAL_STEPS, TRIAL_WARMUP = 400, 0.1  # a run of fewer steps is a trial, which has to show something
 LOOK_MIN = 50  # a run whose warm-up is shorter is too short to look at before anything goes
 FORECAST = 4.0  # needs are forecast to so many times the steps so far, and not beyond the last turn
-MAX_GROWTH = 1.0  # power of the steps that a need grows by at most
+MIN_GROWTH, MAX_GROWTH = 0.2, 1.0  # powers of the steps: slower growth is none, faster growth does not last
 NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
-START_TOLERANCE = 0.025  # relative rms per site and event, of the library's own schedule
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
@@ -49,7 +48,7 @@ class Telemetry:
     step: optimizer steps so far. total_steps: of the whole run, None if unknown. macs: of one forward pass per
     example. batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
     factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event.
-    tolerance: the user's cap, None for the library's schedule. halvings: rollbacks so far. looked: whether it is known
+    tolerance: cap per site and event, relative rms. halvings: rollbacks so far. looked: whether it is known
     how many channels every group needed some time ago.
     """
 
@@ -59,7 +58,7 @@ class Telemetry:
     batch_rows: float
     event_macs: float
     overhead_macs: float
-    tolerance: float | None
+    tolerance: float
     halvings: int
     history: tuple[PastEvent, ...] = ()
     looked: bool = True
@@ -124,7 +123,7 @@ def forecast(needed: int, *, step: int, before: int, step_before: int, total_ste
     """Return how many channels a group will need at the last turn, or at four times the steps so far if that is sooner.
 
     Needs grow like a power of the steps while a network learns (docs/research.md), and what goes cannot come back. The
-    power is that of the last two looks; a need that fell is taken to stay.
+    power is that of the last two looks; a need that fell or hardly grew is taken to stay.
 
     Args:
         needed: channels that the tolerance asks for now.
@@ -142,18 +141,20 @@ def forecast(needed: int, *, step: int, before: int, step_before: int, total_ste
     if needed <= before or before <= 0 or not 0 < step_before < step:
         return needed
     power = min(MAX_GROWTH, math.log(needed / before) / math.log(step / step_before))
+    if power < MIN_GROWTH:
+        return needed
     end = FORECAST if total_steps is None else min(FORECAST, LAST_SHARE * total_steps / step)
     return round(needed * math.pow(max(1.0, end), power))
 
 
-def tolerance_at(cap: float | None, halvings: int) -> float:
-    """Tolerance per consumer site of an event: the user's cap or the library's own; halved by every rollback.
+def tolerance_at(cap: float, halvings: int) -> float:
+    """Tolerance per consumer site of an event: the cap, halved by every rollback.
 
     Example:
-        >>> tolerance_at(None, 0), tolerance_at(None, 1), tolerance_at(0.02, 0)
-        (0.025, 0.0125, 0.02)
+        >>> tolerance_at(0.025, 0), tolerance_at(0.025, 1)
+        (0.025, 0.0125)
     """
-    return (START_TOLERANCE if cap is None else cap) * 0.5**halvings
+    return cap * 0.5**halvings
 
 
 def allot(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, float]:
@@ -177,12 +178,12 @@ def allot(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, flo
     return {name: tolerance * (macs / most) ** ALLOT_POWER for name, macs in macs_by_group.items()}
 
 
-def site_limit(cap: float | None) -> float:
+def site_limit(cap: float) -> float:
     """Return what the relative errors of one site may add up to over all events.
 
     By the triangle inequality the sum bounds the error that all events together made at the site.
     """
-    return SITE_LIMIT_FACTOR * (START_TOLERANCE if cap is None else cap)
+    return SITE_LIMIT_FACTOR * cap
 
 
 def saves(telemetry: Telemetry, share: float, step: int) -> float:

@@ -41,7 +41,7 @@ class Settings:
         }
 
     criterion: Criterion
-    tolerance: float | None
+    tolerance: float
     total_steps: int | None
     align: int
     seed: int

@@ -17,8 +17,8 @@ from torch import Tensor
 from apoptosis import shrink_
 from apoptosis.cli.display import console
 from apoptosis.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance
+from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError, CheckpointError
-from apoptosis.policy import START_TOLERANCE
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.datasets import Dataset
 from apoptosis.recipes.folder import CHECKPOINT, CONFIG, write_json
@@ -48,7 +48,7 @@ def plan(
         model,
         example.to(place),
         _batches(data, min(config.batch, len(data.train)), place),
-        tolerance=START_TOLERANCE if config.tolerance is None else config.tolerance,
+        tolerance=get_criterion(config.criterion).tolerance if config.tolerance is None else config.tolerance,
         criterion=config.criterion,
         probe=tuple(t.to(place) for t in data.validation.between(0, rows)) if rows else None,
         align=config.align,

@@ -106,12 +106,14 @@ INTERPOLATIVE = Criterion(
     "loss makes of them",
     curves=_curves,
     felt=True,
+    tolerance=0.0125,
 )
 RECONSTRUCTION = replace(
     INTERPOLATIVE,
     name="reconstruction",
     summary="the same, but every output of a consumer counts alike, whatever the loss makes of it",
     felt=False,
+    tolerance=0.025,
 )
 GREEDY = Criterion(
     name="greedy",

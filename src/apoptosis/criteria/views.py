@@ -147,6 +147,7 @@ class Criterion:
     summary: str = ""
     curves: Callable[[GroupView, Tensor, int], Mapping[str, Tensor]] | None = None
     felt: bool = False
+    tolerance: float = 0.025
 
 
 def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
