@@ -19,14 +19,25 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from apoptosis.errors import NonFiniteError
-from apoptosis.observe.watch import Watch
+from apoptosis.observe.hooks import is_wrapped
+from apoptosis.observe.watch import WHOLE_COLUMNS, Watch
 from apoptosis.records import IntArray, Site
 
-_UNLIMITED = 2**62
+_SHARE = 2  # batches, at least, that the rows of a window come from
 
 
 class GradientWatch(Watch):
-    """Rows of gradients at one site. What is not finite is passed over: a loss scaler's overflow is no defect."""
+    """Rows of gradients at one site, those that are not zero: of T positions the loss may look at one.
+
+    What is not finite is passed over: a loss scaler's overflow is no defect.
+    """
+
+    def feel(self, gradient: Tensor, picks: torch.Generator) -> None:
+        """Take rows of one gradient, of many a share."""
+        rows = self.flat(gradient)
+        if self.fits(rows):
+            rows = rows[(rows != 0).any(1)]
+            self.add(self.picked(rows, -(-self.rows_needed // _SHARE), picks), 0)
 
     def _flush(self) -> None:
         try:
@@ -36,13 +47,13 @@ class GradientWatch(Watch):
         self.buffer, self.buffered = [], 0
 
     def second_moments(self) -> Tensor | None:
-        """Return E[g gᵀ], (channels, channels) float64, uncentred; None before any finite row."""
+        """Return E[g gᵀ], (channels, channels) float64, uncentred; None from fewer rows than channels."""
         found = self.moments.select(torch.arange(self.moments.num_channels, device=self.moments.device))
         try:
             self._add_buffer(found)
         except NonFiniteError:
             found = self.moments
-        if found.num_rows == 0:
+        if found.num_rows < found.num_channels:
             return None
         mean = found.mean
         return found.covariance().addr_(mean, mean)
@@ -66,7 +77,7 @@ class Gradients:
 
     def watch(self, key: tuple[str, str], site: Site, columns: IntArray, channels: int, device: torch.device) -> None:
         """Take gradients at a site; columns: (channels, P) along its input's channel axis."""
-        if not self._wanted or site.norm_way:
+        if not self._wanted or site.norm_way or len(columns) > WHOLE_COLUMNS:
             return
         found = GradientWatch(site, columns, channels, device, exact=False)
         self._watches[key] = found
@@ -79,13 +90,16 @@ class Gradients:
             take = partial(self._take, watches, unbatched)
             self._handles.append(x.register_hook(take))  # type: ignore[no-untyped-call]
 
-    def _take(self, watches: list[GradientWatch], unbatched: bool, gradient: Tensor) -> None:
+    def _take(self, watches: list[GradientWatch], unbatched: bool, gradient: Tensor | None) -> None:
+        """Take rows of one gradient, inside the user's backward pass: nothing here may fail, whatever comes."""
+        if gradient is None or gradient.layout is not torch.strided or is_wrapped(gradient):
+            return  # a function of the user's own says that it has none, or several gradients come at once
         start = time.perf_counter()
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             g = gradient.detach().unsqueeze(0) if unbatched else gradient.detach()
             for watch in watches:
                 if not watch.enough(0):
-                    watch.take(g, self._generator, examples=_UNLIMITED, repeated=False, dropout=0.0)
+                    watch.feel(g, self._generator)
         self._seconds += time.perf_counter() - start
 
     def end_step(self) -> float:

@@ -42,7 +42,8 @@ def in_backward() -> bool:
 
 def is_wrapped(x: Tensor) -> bool:
     """Whether a tensor belongs to a functional transform (vmap, grad), beyond which its values may not be kept."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
 
 
 def is_plain(value: object) -> bool:

@@ -115,26 +115,36 @@ class Watch:
             self.dropout = dropout
         if self.dropout != dropout:
             return
-        z = x.movedim(1, -1) if self.site.kind != "linear" and x.dim() > 2 else x
-        examples = max(1, min(examples, z.shape[0] if z.dim() > 1 else 1))
-        rows = z.reshape(-1, z.shape[-1]).to(self._device)
-        if rows.shape[1] != self._width:
+        rows = self.flat(x)
+        examples = max(1, min(examples, x.shape[0] if x.dim() > 1 else 1))
+        if not self.fits(rows):
             self.spoiled = f"the input of '{self.site.module}' changed its width while it was watched"
             return
-        taps = self.columns.shape[1]
         share = self.share(-(-self.rows_needed * examples // MIN_EXAMPLES) + 1)
+        taken = self.picked(rows, share if self.positional or rows.shape[0] > examples else None, picks)
+        self.add(taken, 0 if repeated else examples)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return an input of the module as rows (positions, channels of the input)."""
+        z = x.movedim(1, -1) if self.site.kind != "linear" and x.dim() > 2 else x
+        return z.reshape(-1, z.shape[-1]).to(self._device)
+
+    def fits(self, rows: Tensor) -> bool:
+        """Whether rows are as wide as the input that was captured."""
+        return rows.shape[1] == self._width
+
+    def picked(self, rows: Tensor, share: int | None, picks: torch.Generator) -> Tensor:
+        """Return rows of the watch's channels, (rows * P, channels), or `share` of them drawn with replacement."""
+        taps = self.columns.shape[1]
         total = rows.shape[0] * taps
-        if (self.positional or rows.shape[0] > examples) and total > share:
+        if share is not None and total > share:
             chosen = torch.randint(0, total, (share,), generator=picks).to(rows.device)
             taken = rows.index_select(0, chosen // taps)
-            if not self._all:
-                taken = taken.gather(1, self.columns.T[chosen % taps])
-        elif not self._all:
-            picked = rows[:, self.columns.reshape(-1)].reshape(rows.shape[0], *self.columns.shape)
-            taken = picked.transpose(1, 2).reshape(-1, len(self.columns))
-        else:
-            taken = rows.clone()
-        self.add(taken, 0 if repeated else examples)
+            return taken if self._all else taken.gather(1, self.columns.T[chosen % taps])
+        if self._all:
+            return rows.clone()
+        spread = rows[:, self.columns.reshape(-1)].reshape(rows.shape[0], *self.columns.shape)
+        return spread.transpose(1, 2).reshape(-1, len(self.columns))
 
     def share(self, even: int) -> int:
         """Return the rows to take of one input; even: its share of what is needed, if more inputs come.

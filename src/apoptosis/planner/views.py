@@ -7,7 +7,7 @@ how many channels go (plan.py), what a criterion does (criteria).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, Neuron, Site
 from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
 
+BY_THE_LOSS = "of what the loss sees of the output"
 OUTPUTS_SHARE = 0.01  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
 
 Observations = Mapping[tuple[str, str], Observation]
@@ -75,6 +76,7 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
             measure=None if sample is None else sample.error,
             scale=None if sample is None else sample.scale,
             felt=blended(seen.felt, gather_weight(site, weight)) if felt else None,
+            note=BY_THE_LOSS if felt and seen.felt is not None else "",
         )
         sites.append(shown)
         ratios[site.key] = _ratio(site, shown, seen, weight)
@@ -129,7 +131,7 @@ def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> fl
         return 1.0
     moved = read_weight(site, weight).double()
     moved = moved.reshape(*moved.shape[:2], -1)
-    own = energy(shown)
+    own = energy(replace(shown, felt=None))  # both by the weights alone
     whole = energy(SiteView(key=site.key, weight=moved, moments=seen.whole, dropout=seen.dropout))
     return float((whole / own) ** 0.5) if own > 0.0 and whole > 0.0 else 1.0
 
