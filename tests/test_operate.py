@@ -72,6 +72,39 @@ def test_a_refused_change_leaves_everything_bitwise(runs, how):
     assert net[0].out_features == net[2].in_features == 16
 
 
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_number_that_the_training_loop_set_is_no_width(runs, follows):
+    """It was halved since the last capture, as a hidden group is now: no weight makes up for what the user wanted."""
+
+    class Annealed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heat = 2.0
+            self.q, self.k, self.v, self.o = (nn.Linear(6, 6) for _ in range(4))
+            self.wide, self.out = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x):
+            scores = self.q(x) @ self.k(x).mT / self.heat
+            if follows:
+                scores = scores / self.out.in_features
+            return self.out(torch.relu(self.wide(x))) + self.o(scores.softmax(-1) @ self.v(x))
+
+    torch.manual_seed(0)
+    net = Annealed().double()
+    x = torch.randn(20, 5, 6, dtype=torch.float64)
+    patient, structure = patient_of(net, example=x[:2])
+    with torch.no_grad():
+        net.out.weight[:, 8:] = 0.0
+    net.heat = 1.0
+    expected, queries = net(x), net.q.weight.clone()
+    outcome = operate(patient, structure, cut(structure, "wide"), {}, make_probe(x, x[:2]), lambda change: "")
+    assert outcome.committed
+    assert outcome.pins == ()
+    assert net.wide.out_features == 8
+    torch.testing.assert_close(net.q.weight, queries / 2 if follows else queries, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_a_forward_that_breaks_on_the_probe_alone_is_rolled_back_and_pinned(runs):
     class Odd(nn.Module):
         def __init__(self):

@@ -145,15 +145,16 @@ def operate(
     pins: dict[str, Pin] = {}
     todo = list(reductions)
     before = outputs(patient.model, probe) if probe is not None else None
-    scalars_are_old = True
+    old_numbers = True  # the training loop may have set a temperature, say, since they were captured
     while todo:
-        outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge)
+        outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge, old_numbers)
         if outcome is not None:
             return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
-        if scalars_are_old:  # a temperature that the training loop sets, say, is no width: look again before pinning
-            scalars_are_old, now = False, patient.capture()
-            if now.scalars != structure.scalars:
-                structure = replace(structure, scalars=now.scalars, multiples=now.multiples)
+        if old_numbers:  # nothing is pinned, and no weight takes a factor, for what the user has changed
+            old_numbers, now = False, patient.capture()
+            changed = now.scalars != structure.scalars
+            structure = replace(structure, scalars=now.scalars, multiples=now.multiples, scalable=now.scalable)
+            if changed or not fault:
                 continue
         guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
         for name, reason in guilty.items():
@@ -176,11 +177,18 @@ def _attempt(
     probe: Probe | None,
     before: list[Any] | None,
     judge: Judge,
+    old_numbers: bool,
 ) -> tuple[Outcome | None, str]:
-    """One try with all of `reductions`: an outcome, or None and what went wrong with the structure."""
+    """One try with all of `reductions`: an outcome, or None and what went wrong with the structure.
+
+    Nothing went wrong ("") where numbers need a factor and those they are compared with may be old.
+    """
     with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
         try:
-            new = _edit(transaction, patient, structure, reductions, dropped_variance)
+            new, scaled = _edit(transaction, patient, structure, reductions, dropped_variance)
+            if scaled and old_numbers:
+                transaction.rollback()
+                return None, ""
             after = None if probe is None or before is None else _outputs_after(patient, probe)
         except _BROKEN as error:
             transaction.rollback()
@@ -205,16 +213,18 @@ def _edit(
     structure: Structure,
     reductions: Sequence[Reduction],
     dropped_variance: Mapping[str, Tensor],
-) -> Structure:
+) -> tuple[Structure, bool]:
     """Edit, capture again, follow the ids, make up for scores that are scaled by a size.
 
-    Returns the new structure, which no scale changes; raises what makes a group a pinned one.
+    Returns the new structure, which no scale changes, and whether there were such scores; raises what makes a group a
+    pinned one.
     """
     edits = build_edits(structure, reductions, dropped_variance)
     transaction.apply(edits, structure, norm_edits(structure, reductions))
     new = patient.capture()
-    transaction.rescale(verify_up_to_scale(structure, new, kept_positions(edits)))
-    return new
+    scales = verify_up_to_scale(structure, new, kept_positions(edits))
+    transaction.rescale(scales)
+    return new, bool(scales)
 
 
 def _outputs_after(patient: Patient, probe: Probe) -> list[Any]:
