@@ -35,6 +35,9 @@ from apoptosis.errors import ArgumentError, CaptureError, UnsupportedOptimizerEr
         ("logits", 3),
         ("seed", -1),
         ("seed", 1.5),
+        ("calibration", -5.0),
+        ("calibration", float("nan")),
+        ("calibration", "x"),
         ("probe", "x"),
         ("probe", torch.zeros(0, 6)),
         ("probe", torch.zeros(8, 5)),
@@ -122,3 +125,9 @@ def test_numpy_scalars_are_numbers(runs):
         net, runs.inputs(4, 0), [runs.inputs(512, 1)], tolerance=np.float32(0.1), align=np.int64(8), seed=np.int64(1)
     )
     assert type(event.tolerance) is float
+
+
+def test_an_example_without_examples_is_refused(runs):
+    net = runs.mlp()
+    with pytest.raises(ArgumentError, match="no example"):
+        Apoptosis(net, runs.adam(net), torch.zeros(0, 6))

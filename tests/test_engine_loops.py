@@ -1,6 +1,7 @@
 """The loops people write: old losses, accumulation, precision, schedulers, averages, several optimizers, other nets."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -350,3 +351,32 @@ def test_parts_called_by_hand_are_watched_too(runs):
         return apo.step()
 
     finish(whole, apo, loop(runs, whole, optimizer, apo, step), optimizer)
+
+
+def test_two_on_one_model_get_out_of_each_others_way(runs):
+    net = runs.mlp()
+    optimizer = runs.adam(net)
+    first = runs.start(net, optimizer)
+    second = runs.start(net, optimizer)
+    events = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(runs.STEPS):
+            x = runs.inputs(runs.BATCH, number)
+            nn.functional.cross_entropy(net(x), runs.labels(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            events += [event for event in (first.step(), second.step()) if event]
+    assert events
+    assert all("changed by shrink_ or by another Apoptosis" in str(w.message) for w in told)
+    assert told
+
+
+def test_a_run_that_was_never_seen_says_so(runs):
+    net = runs.mlp()
+    optimizer = runs.adam(net)
+    apo = runs.start(net, optimizer)
+    for _ in range(runs.STEPS - 1):
+        apo.step()
+    with pytest.warns(RuntimeWarning, match="saw nothing of this run"):
+        apo.step()

@@ -5,6 +5,7 @@ Lives here: validation of the arguments of Apoptosis and shrink_. Does not live 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import get_args
@@ -68,9 +69,15 @@ def check_optimizers_given(
 
 
 def check_others(
-    *, criterion: object, seed: object, log: object = None, logits: object = None, norm_widths: object = "pinned"
-) -> int:
-    """Check the types of the remaining arguments; returns the seed as an int.
+    criterion: object,
+    seed: object,
+    calibration: object = None,
+    *,
+    log: object = None,
+    logits: object = None,
+    norm_widths: object = "pinned",
+) -> tuple[int, float | None]:
+    """Check the types of the remaining arguments; returns the seed as an int and the calibration as a float.
 
     Raises: ArgumentError: naming the argument.
     """
@@ -83,7 +90,12 @@ def check_others(
     for name, value in (("log", log), ("logits", logits)):
         if value is not None and not callable(value):
             raise ArgumentError(f"{name}={value!r} must be a function, or None.")
-    return int(seed)
+    if calibration is None:
+        return int(seed), None
+    value = float(calibration) if isinstance(calibration, Real) else math.nan
+    if isinstance(calibration, bool) or not 0 <= value < math.inf:
+        raise ArgumentError(f"calibration={calibration!r} must be a finite number >= 0, or None.")
+    return int(seed), value
 
 
 def check_exclude(exclude: Iterable[str]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.graph import replay
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
-from apoptosis.observe import NOTHING_SEEN, Observer
+from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
 from apoptosis.operate import (
     Patient,
     exclude_pins,
@@ -99,7 +99,7 @@ class Apoptosis:
         tolerance, align, total_steps, budget = check_numbers(
             tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
         )
-        seed = check_others(criterion=criterion, seed=seed, log=log, logits=logits, norm_widths=norm_widths)
+        seed, known = check_others(criterion, seed, calibration, log=log, logits=logits, norm_widths=norm_widths)
         patterns = check_exclude(exclude)
         chosen = get_criterion(criterion)
         tolerance = chosen.tolerance if tolerance is None else tolerance
@@ -111,7 +111,7 @@ class Apoptosis:
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance))
         self._log = log
         structure, seconds = timed_capture(self._patient)
-        overhead = overhead_macs(seconds) if calibration is None else float(calibration)
+        overhead = overhead_macs(seconds) if known is None else known
         warn_if_fixed(structure, type(model).__name__)
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
         self._has_classes = has_classes(model, self._patient.call, logits)
@@ -266,6 +266,8 @@ class Apoptosis:
             return None
         if observer is not None and not observer.end_step():
             if self._memory.step == self._settings.total_steps:  # the run is over
+                if observer.blind:
+                    warnings.warn(f"apoptosis saw nothing of this run: {NOTHING_SEEN}", RuntimeWarning, stacklevel=2)
                 self._drop_window()
             return None
         start = time.perf_counter()
@@ -310,9 +312,12 @@ class Apoptosis:
         self._memory.batch_rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
         event, macs = None, self._structure.macs
         refused = ""
+        stale, self._structure = self._structure, refreshed(self._patient, self._structure)
         try:
             if observer.blind:
                 raise NonFiniteError(NOTHING_SEEN)
+            if stale is not self._structure:
+                raise NonFiniteError(CHANGED_BY_OTHERS)
             self._structure, event, refused = attempt(self._run(), observer, start)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
             refused = str(error)
@@ -322,7 +327,7 @@ class Apoptosis:
         else:
             after, undone = self._structure.macs, bool(refused)
             past = PastEvent(step=self._memory.step, macs_before=macs, macs_after=after, rolled_back=undone)
-            self._memory.history += () if self._memory.decision.look else (past,)
+            self._memory.history += (past,)
         finally:
             self._memory.decision = self._decide()
         if self._log is not None and (refused or event is not None):

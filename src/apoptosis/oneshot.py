@@ -6,8 +6,8 @@ Lives here: observing on batches that the user hands over, then one transaction.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import replay
 from apoptosis.ledger import Event
-from apoptosis.observe import Observer
+from apoptosis.observe import Observer, in_both
 from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
-from apoptosis.planner import Plan, Request, make_plan
+from apoptosis.planner import Observations, Plan, Request, make_plan
 from apoptosis.probe import as_call, check_runs, make_probe, num_rows, without_trace
 from apoptosis.records import Certificate, NormWidths, Structure
 from apoptosis.surgery import check_optimizers
@@ -54,7 +54,9 @@ def shrink_(
         tolerance: cap per consumer site on the relative rms change of its output, 0 for what is redundant to
             round-off.
         criterion: as in Apoptosis.
-        optimizer: one or several whose state follows; None if the network is not trained any more.
+        optimizer: one or several whose state follows; None if the network is not trained any more. With one, at
+            tolerance 0 and under batch normalisation, batches are run in training mode, too, and what goes is
+            redundant in both modes.
         probe: held-out inputs, or (inputs, labels). None: the change is measured on the largest batch.
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
@@ -77,7 +79,7 @@ def shrink_(
     model, parallel = check_model(model)
     optimizers = check_optimizers_given(optimizer)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
-    seed = check_others(criterion=criterion, seed=seed, norm_widths=norm_widths)
+    seed, _ = check_others(criterion, seed, norm_widths=norm_widths)
     _check_batches(batches)
     if given is None:
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
@@ -92,8 +94,9 @@ def shrink_(
     if verdict.probe is not None:
         check_runs(model, verdict.probe)
     structure = with_pins(structure, exclude_pins(structure, check_exclude(exclude)))
-    observer = _observe(model, structure, example_input, batches, exact=tolerance == 0, seed=seed)
-    observations = observer.observations()
+    modes = 2 if tolerance == 0 and optimizers and _has_modes(model) else 1
+    observers = _observe(model, structure, example_input, batches, exact=tolerance == 0, modes=modes, seed=seed)
+    observer, observations = observers[0], _observations(observers)
     before = size_of(patient, structure)
     notes: list[str] = []
     used = given
@@ -133,12 +136,36 @@ def _surgery(
     return outcome, verdict.settle() if outcome.committed else ()
 
 
+def _has_modes(model: nn.Module) -> bool:
+    """Whether a norm computes something else in training: a channel may be silent in one mode alone."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    return any(norm.track_running_stats for norm in norms)
+
+
+def _observations(observers: Sequence[Observer]) -> Observations:
+    first, *others = (observer.observations() for observer in observers)
+    found = dict(first)
+    for other in others:
+        found |= {key: in_both(found.get(key), seen) for key, seen in other.items()}
+    return found
+
+
 def _observe(
-    model: nn.Module, structure: Structure, example: Any, batches: Iterable[Any], *, exact: bool, seed: int
-) -> Observer:
-    """Run batches through the model until every site has seen enough."""
+    model: nn.Module,
+    structure: Structure,
+    example: Any,
+    batches: Iterable[Any],
+    *,
+    exact: bool,
+    modes: int,
+    seed: int,
+) -> list[Observer]:
+    """Run batches through the model until every site has seen enough: in evaluation and, of two modes, in training."""
     groups = [group for group in structure.groups if group.pin is None]
-    observer = Observer(model, groups, seed=seed, exact=exact, keep_inputs=True, any_mode=True, replay=replay)
+    observer, *others = (
+        Observer(model, groups, seed=seed, exact=exact, keep_inputs=mode == 0, any_mode=True, replay=replay)
+        for mode in range(modes)
+    )
     count, late = 0, frozenset[str]()
     observer.open()
     try:
@@ -152,14 +179,39 @@ def _observe(
                 late = late if count else observer.unseen
                 if late:
                     late = _run_late(model, observer, late, tree_map_only(Tensor, Tensor.clone, call))
+                over = [observer.end_step()]
+                for other in others:
+                    with observer.only(frozenset()):
+                        over.append(_run_in_training(model, other, tree_map_only(Tensor, Tensor.clone, call)))
                 count += 1
-                if observer.end_step():
+                if all(over):
                     break
     finally:
         observer.close()
     if count == 0:
         raise ArgumentError("batches is empty: at least one batch of inputs is needed.")
-    return observer
+    return [observer, *others]
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode without a trace; dropout modules let everything through."""
+    with without_trace(model):
+        for module in model.modules():
+            module.training = not isinstance(module, nn.modules.dropout._DropoutNd)
+        yield
+
+
+def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """Show a batch in training mode, and return whether that is enough; a model that cannot train on it shows none."""
+    observer.open()
+    try:
+        with _training(model):
+            with suppress(ArgumentError):
+                _run(model, *call, 0)
+            return observer.end_step()
+    finally:
+        observer.close()
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
@@ -175,13 +227,10 @@ def _run_late(
 ) -> frozenset[str]:
     """Run a batch in training mode for modules that take part there alone (an auxiliary head); return those it shows.
 
-    Dropout modules let everything through. A batch on which the model cannot train (one example) shows nothing.
+    A batch on which the model cannot train (one example) shows nothing.
     """
-    with without_trace(model), observer.only(late):
-        for module in model.modules():
-            module.training = not isinstance(module, nn.modules.dropout._DropoutNd)
-        with suppress(ArgumentError):
-            _run(model, *call, 0)
+    with _training(model), observer.only(late), suppress(ArgumentError):
+        _run(model, *call, 0)
     return late - observer.unseen
 
 

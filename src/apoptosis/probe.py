@@ -63,8 +63,14 @@ class Change:
     readable: bool
 
 
-def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn an example input (tensor, tuple of arguments or dict of keyword arguments) into (args, kwargs)."""
+def as_call(example: Any, what: str = "example input") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn an example input (tensor, tuple of arguments or dict of keyword arguments) into (args, kwargs).
+
+    Raises: ArgumentError: it is neither, or its tensors hold no example.
+    """
+    tensors = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    if tensors and all(leaf.shape[0] == 0 for leaf in tensors):
+        raise ArgumentError(f"{what}: its tensors hold no example (0 rows).")
     if isinstance(example, Mapping):
         if not all(isinstance(key, str) for key in example):
             raise ArgumentError("example input: a dict is taken as keyword arguments, so its keys must be strings.")
@@ -101,7 +107,7 @@ def make_probe(probe: Any, example: Any) -> Probe:
             f"probe: expected inputs of the form of example_input ({type(example).__name__}) or (inputs, labels), "
             f"got {type(probe).__name__}."
         )
-    args, kwargs = as_call(inputs)
+    args, kwargs = as_call(inputs, "probe")
     rows = num_rows((args, kwargs))
     if rows == 0:
         raise ArgumentError("probe holds no examples along dimension 0.")

@@ -39,6 +39,7 @@ BLIND_STEPS = 64  # steps without any row after which a window gives up
 NOTHING_SEEN = (
     "no training pass went through the modules it watches. The model must be called in training mode with gradients."
 )
+CHANGED_BY_OTHERS = "the model was changed by shrink_ or by another Apoptosis while its channels were watched."
 _SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
 
 
