@@ -33,7 +33,6 @@ from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, make_plan
-from apoptosis.policy import START_TOLERANCE
 from apoptosis.recipes.machine import machine, versions
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 4, 4, 64, 32
@@ -292,7 +291,10 @@ def run(name: str, task: Task, seed: int, steps: int, options: dict[str, Any]) -
 
 
 def needs(name: str, task: Task, seed: int, steps: int, marks: list[int]) -> None:
-    """Train without apoptosis; print how many channels of every group the default tolerance would keep on the way."""
+    """Train without apoptosis; print how many channels of every group criterion `reconstruction` would keep on the way.
+
+    "-": nothing would go.
+    """
     twin = Contestant(task, seed, steps, None)
     picks = torch.Generator().manual_seed(9)
     batches = [task.train(picks)[0] for _ in range(8)]
@@ -308,10 +310,10 @@ def needs(name: str, task: Task, seed: int, steps: int, marks: list[int]) -> Non
                 twin.model(batch)
                 observer.end_step()
         observer.close()
-        criterion = get_criterion("interpolative")
-        request = Request(criterion=criterion, tolerance=START_TOLERANCE, align=1, max_drop=1.0, seed=0)
+        criterion = get_criterion("reconstruction")
+        request = Request(criterion=criterion, tolerance=criterion.tolerance, align=1, max_drop=1.0, seed=0)
         plan = make_plan(twin.model, structure, observer.observations(), request)
-        found = [plan.needs[g.name][0] if g.name in plan.needs else "-" for g in groups]
+        found = [plan.widths[g.name][1] if g.name in plan.widths else "-" for g in groups]
         print(f"step {mark}: {found}, validation loss {twin.validate(8):.3f}", flush=True)
 
 

@@ -195,7 +195,7 @@ def test_a_window_that_sees_nothing_gives_up_with_a_warning(runs):
     apo = runs.start(net, optimizer, total_steps=1000)
 
     def idle():
-        for _ in range(145):
+        for _ in range(220):
             net(runs.inputs(8, 0)).sum().backward()
             apo.step()
 

@@ -161,28 +161,6 @@ def test_too_few_rows_are_not_believed(runs):
     assert any("rows cannot tell" in note for note in plan.notes)
 
 
-def test_what_a_growing_group_will_need_stays_and_is_never_cut_below(runs):
-    net = nn.Sequential(nn.Linear(6, 48), nn.Tanh(), nn.Linear(48, 5))
-    structure, seen = observe(net, runs.inputs(600, 3))
-    now = make_plan(net, structure, seen, request(tolerance=0.1))
-    needed, reserve = now.needs["0"]
-    assert now.widths["0"] == (48, needed)
-    assert 4 < needed < 24
-    assert reserve == 0
-
-    def planned(*last, **given):
-        return make_plan(net, structure, seen, request(tolerance=0.1, needs={"0": last}, step=200, **given))
-
-    grown = planned(100, needed // 2, 0, total_steps=400)  # twice as many in twice the steps, and 280 is the last turn
-    assert grown.needs["0"] == (needed, round(1.4 * needed)) == (needed, grown.widths["0"][1])
-    assert planned(100, 48, 0).widths == now.widths  # what fell is taken to stay
-    assert planned(100, 48, 30).widths["0"] == (48, 30)
-    assert planned(100, 48, 30).needs["0"] == (needed, 30)
-    kept = planned(100, needed // 4, 0)  # all of it may be needed
-    assert not kept.reductions
-    assert "its need grows" in kept.notes[0]
-
-
 def test_unobserved_groups_are_said(runs):
     net = runs.mlp(48)
     structure, observations = observe(net, runs.inputs(600, 3))

@@ -1,7 +1,6 @@
 """The policy is a pure function: every property is checked on plain numbers."""
 
 import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -9,16 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apoptosis.policy import (
-    FORECAST,
     LAST_SHARE,
-    MIN_GROWTH,
     NUM_TURNS,
     WARMUP_MAX,
     PastEvent,
     Telemetry,
     allot,
     decide,
-    forecast,
     pays,
     site_limit,
     tolerance_at,
@@ -121,33 +117,3 @@ def test_decide_is_a_function(step, share, cost):
     assert decide(telemetry) == decide(telemetry)
     at = decide(telemetry).at_step
     assert at is None or at > step
-
-
-@given(st.integers(1, 4096), st.integers(0, 4096), st.integers(1, 5000), st.integers(1, 5000), st.integers(400, 20000))
-def test_a_forecast_never_takes_away_and_stays_below_straight_growth(needed, before, step, step_before, total):
-    found = forecast(needed, step=step, before=before, step_before=step_before, total_steps=total)
-    assert needed <= found <= round(FORECAST * needed)
-    if needed <= before or step >= LAST_SHARE * total:
-        assert found == needed
-    assert found <= forecast(needed, step=step, before=before, step_before=step_before, total_steps=None)
-
-
-@given(st.floats(0.05, 1.0), st.integers(20, 200), st.integers(50, 200))
-def test_a_power_law_is_forecast_exactly(power, first, step):
-    needed = round(first * 2**power)
-    found = forecast(needed, step=2 * step, before=first, step_before=step, total_steps=8 * step)
-    grew = math.log2(needed / first) >= MIN_GROWTH
-    assert found == pytest.approx(needed * (LAST_SHARE * 4) ** power, rel=0.15) if grew else found == needed
-
-
-def test_the_first_window_looks_and_the_next_one_acts():
-    fresh = replace(FRESH, looked=False)
-    look = decide(fresh)
-    assert look.look
-    assert look.at_step == warmup_steps(5000) // 2
-    blind = decide(replace(fresh, step=look.at_step + 1))
-    assert blind.look  # nothing was seen: the first turn looks
-    assert blind.at_step == warmup_steps(5000)
-    assert not decide(replace(FRESH, step=look.at_step + 1)).look
-    assert not decide(replace(fresh, tolerance=0.0)).look  # what is redundant to round-off stays so
-    assert not decide(replace(fresh, total_steps=100)).look

@@ -59,8 +59,7 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
     Raises: NonFiniteError: statistics, weights or outputs hold NaN or infinity; nothing was tried.
     """
     plan = plan_now(run, observer.observations())
-    run.memory.needs = {**run.memory.needs, **{name: (run.memory.step, *seen) for name, seen in plan.needs.items()}}
-    if run.memory.decision.look or not plan.reductions or not pays(seen_by_policy(run), plan.macs_after / _rows(run)):
+    if not plan.reductions or not pays(seen_by_policy(run), plan.macs_after / _rows(run)):
         return run.structure, None, ""
     patient, memory, verdict = run.patient, run.memory, run.verdict
     before = size_of(patient, run.structure)

@@ -7,7 +7,6 @@ models, random numbers. Costs are multiply-adds (MACs); what an event costs besi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,9 +17,6 @@ LAST_SHARE = 0.7  # no event later than this share of the run: what is left must
 WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 150, 500
 SHORT_WARMUP = 0.25  # of a run at most
 TRIAL_STEPS, TRIAL_WARMUP = 400, 0.1  # a run of fewer steps is a trial, which has to show something
-LOOK_MIN = 50  # a run whose warm-up is shorter is too short to look at before anything goes
-FORECAST = 4.0  # needs are forecast to so many times the steps so far, and not beyond the last turn
-MIN_GROWTH, MAX_GROWTH = 0.2, 1.0  # powers of the steps: slower growth is none, faster growth does not last
 NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
@@ -48,8 +44,7 @@ class Telemetry:
     step: optimizer steps so far. total_steps: of the whole run, None if unknown. macs: of one forward pass per
     example. batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
     factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event.
-    tolerance: cap per site and event, relative rms. halvings: rollbacks so far. looked: whether it is known
-    how many channels every group needed some time ago.
+    tolerance: cap per site and event, relative rms. halvings: rollbacks so far.
     """
 
     step: int
@@ -61,20 +56,15 @@ class Telemetry:
     tolerance: float
     halvings: int
     history: tuple[PastEvent, ...] = ()
-    looked: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Open a window at `at_step` with `tolerance` per site, or never again (`at_step` None), and why.
-
-    look: nothing goes after that window; what every group needs is noted.
-    """
+    """Open a window at `at_step` with `tolerance` per site, or never again (`at_step` None), and why."""
 
     at_step: int | None
     tolerance: float
     reason: str
-    look: bool = False
 
 
 def warmup_steps(total_steps: int | None) -> int:
@@ -111,40 +101,6 @@ def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     for i in range(1, count):  # never closer than half the warm-up: what was cut must settle first
         steps.append(max(first + round((last - first) * (i / (count - 1)) ** 2), steps[-1] + (first + 1) // 2))
     return tuple(step for step in steps if after < step <= max(last, first))
-
-
-def look_step(total_steps: int | None) -> int | None:
-    """Return the step of a first look at what every group needs, half-way to the first event; None in a short run."""
-    first = warmup_steps(total_steps)
-    return None if first < LOOK_MIN else first // 2
-
-
-def forecast(needed: int, *, step: int, before: int, step_before: int, total_steps: int | None) -> int:
-    """Return how many channels a group will need at the last turn, or at four times the steps so far if that is sooner.
-
-    Needs grow like a power of the steps while a network learns (docs/research.md), and what goes cannot come back. The
-    power is that of the last two looks; a need that fell or hardly grew is taken to stay.
-
-    Args:
-        needed: channels that the tolerance asks for now.
-        step: now.
-        before: channels that it asked for then.
-        step_before: then.
-        total_steps: of the run, None if unknown.
-
-    Example:
-        >>> forecast(90, step=150, before=60, step_before=75, total_steps=600)
-        164
-        >>> forecast(60, step=150, before=90, step_before=75, total_steps=600)
-        60
-    """
-    if needed <= before or before <= 0 or not 0 < step_before < step:
-        return needed
-    power = min(MAX_GROWTH, math.log(needed / before) / math.log(step / step_before))
-    if power < MIN_GROWTH:
-        return needed
-    end = FORECAST if total_steps is None else min(FORECAST, LAST_SHARE * total_steps / step)
-    return round(needed * math.pow(max(1.0, end), power))
 
 
 def tolerance_at(cap: float, halvings: int) -> float:
@@ -199,12 +155,7 @@ def expected_yield(history: tuple[PastEvent, ...]) -> float:
 
 
 def decide(telemetry: Telemetry) -> Decision:
-    """Choose the next window: a look, then the next turn of the schedule at which an event pays, or none."""
-    look = look_step(telemetry.total_steps)
-    wants_look = look is not None and not telemetry.looked and telemetry.tolerance != 0
-    if look is not None and wants_look and telemetry.step < look:
-        tolerance = tolerance_at(telemetry.tolerance, telemetry.halvings)
-        return Decision(at_step=look, tolerance=tolerance, reason="a look at what every group needs", look=True)
+    """Choose the next window: the next turn of the schedule at which an event is expected to pay, or none."""
     upcoming = turns(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
         return Decision(at_step=None, tolerance=0.0, reason="the schedule has no turn left")
@@ -217,7 +168,7 @@ def decide(telemetry: Telemetry) -> Decision:
     if telemetry.total_steps is None:
         step = upcoming[0] << min(skip, 20)
     elif skip >= len(upcoming):
-        return Decision(at_step=None, tolerance=0.0, reason=f"the last {skip} events saved too little to go on")
+        return Decision(at_step=None, tolerance=0.0, reason=f"the last {skip} attempts saved too little to go on")
     else:
         step = upcoming[skip]
     tolerance = tolerance_at(telemetry.tolerance, telemetry.halvings)
@@ -230,7 +181,7 @@ def decide(telemetry: Telemetry) -> Decision:
                 tolerance=0.0,
                 reason=f"an event would save {saved:.3g} MACs in the steps that remain and cost {cost:.3g}",
             )
-    return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule", look=wants_look)
+    return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule")
 
 
 def pays(telemetry: Telemetry, macs_after: float) -> bool:

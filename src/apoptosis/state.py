@@ -53,9 +53,7 @@ class Memory:
     """Everything of a run that is neither the model's structure, nor the window, nor the budget's account.
 
     full: parameters and MACs at construction; full_shapes: of every tensor then. overhead: calibrated fixed cost of an
-    event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site. needs: by group,
-    the step at which it was last looked at, the channels that the tolerance asked for then, and the channels that no
-    later event goes below because the group was seen to grow (0 if it was not). own_seconds,
+    event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site. own_seconds,
     hook_seconds: wall time spent so far, the open window's hooks excluded.
     """
 
@@ -73,7 +71,6 @@ class Memory:
     closed: bool = False
     history: tuple[PastEvent, ...] = ()
     site_cost: dict[str, float] = field(default_factory=dict)
-    needs: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     decision: Decision = UNDECIDED
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,7 +81,6 @@ class Memory:
             "full_shapes": {name: list(shape) for name, shape in self.full_shapes.items()},
             "history": [asdict(past) for past in self.history],
             "site_cost": dict(self.site_cost),
-            "needs": {name: list(seen) for name, seen in self.needs.items()},
             "decision": asdict(self.decision),
         }
         return found
@@ -101,7 +97,6 @@ def read_memory(state: Mapping[str, Any]) -> Memory:
         "full_shapes": {str(name): tuple(int(n) for n in shape) for name, shape in state["full_shapes"].items()},
         "history": tuple(PastEvent(**past) for past in state["history"]),
         "site_cost": {str(key): float(value) for key, value in state["site_cost"].items()},
-        "needs": {str(name): (int(s), int(n), int(r)) for name, (s, n, r) in state["needs"].items()},
         "decision": Decision(**state["decision"]),
     }
     for f in fields(Memory):
@@ -181,7 +176,6 @@ def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows:
         tolerance=settings.tolerance,
         halvings=memory.halvings,
         history=memory.history,
-        looked=bool(memory.needs),
     )
 
 
@@ -196,9 +190,6 @@ def allowed(memory: Memory, settings: Settings, groups: Sequence[Group]) -> Requ
         align=settings.align,
         max_drop=MAX_DROP,
         seed=settings.seed + memory.step,
-        needs={} if settings.tolerance == 0 else memory.needs,  # what is redundant to round-off stays so
-        step=memory.step,
-        total_steps=settings.total_steps,
     )
 
 

@@ -20,10 +20,7 @@ from apoptosis.planner.alike import alike, missing, own_share, share_of_row, ste
 from apoptosis.planner.costs import macs_after
 from apoptosis.planner.entangled import choices_of, entangled, most_readers
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
-from apoptosis.policy import forecast
 from apoptosis.records import Certificate, Group, Reduction, Structure
-
-NO_WIDTH = "no width that is a multiple of align= meets the tolerance"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +31,6 @@ class Request:
     allowance: what is left of a site's sum over all events, by site key.
     align: widths are rounded up to a multiple. max_drop: largest share of a group's channels one event removes.
     rows_per_channel: a width is only trusted when the window saw this many rows for every channel kept.
-    needs: by group, the step at which it was last looked at, the channels that the tolerance asked for then, and a
-    number that no event goes below. What it will need by the same growth (policy.forecast) stays. step, total_steps:
-    now, and of the whole run.
     """
 
     criterion: Criterion
@@ -47,9 +41,6 @@ class Request:
     allotted: Mapping[str, float] = field(default_factory=dict)
     allowance: Mapping[str, float] = field(default_factory=dict)
     rows_per_channel: int = 3
-    needs: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
-    step: int = 0
-    total_steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,9 +48,7 @@ class Plan:
     """What one event would do.
 
     widths: group -> (before, after). macs: per forward pass of the example input. errors: group -> site key -> relative
-    rms change of the site's output that the group is to blame for; certificates: group -> its certificates. needs:
-    group -> channels that the tolerance asks for now, and those to keep from now on because they will be needed (0 if
-    the group did not grow), for all groups that were looked at.
+    rms change of the site's output that the group is to blame for; certificates: group -> its certificates.
     """
 
     tolerance: float
@@ -71,7 +60,6 @@ class Plan:
     macs_after: float
     errors: Mapping[str, Mapping[str, float]]
     dropped_variance: Mapping[str, Tensor]
-    needs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -145,7 +133,6 @@ def make_plan(model: nn.Module, structure: Structure, observations: Observations
         macs_after=macs_after(structure, keeps),
         errors={g.name: desk.proposals[g.name].errors for g in ordered},
         dropped_variance=desk.dropped(ordered),
-        needs=desk.needs,
         notes=tuple(notes),
     )
 
@@ -153,7 +140,7 @@ def make_plan(model: nn.Module, structure: Structure, observations: Observations
 class _Desk:
     """Proposals as they are made, one choice of groups after the other.
 
-    shares: by site key, the groups still to come that read it. spent: the errors of those that came. needs: as in Plan.
+    shares: by site key, the groups still to come that read it. spent: the errors of those that came.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, observations: Observations, request: Request) -> None:
@@ -162,7 +149,6 @@ class _Desk:
         self.shares: Counter[str] = Counter()
         self.spent: dict[str, float] = {}
         self.proposals: dict[str, Proposal] = {}
-        self.needs: dict[str, tuple[int, int]] = {}
 
     def take(self, sets: Sequence[Sequence[Group]]) -> list[str]:
         """Add the proposals of the set of groups that saves most; return notes on all of them."""
@@ -209,7 +195,9 @@ class _Desk:
             own_spent, own_shares = dict(spent), Counter(shares)
             found: dict[str, Proposal] = {}
             for group, one, step in zip(groups, shown, aligned, strict=True):
-                proposal, why = self._propose_grown(group, one, own_spent, own_shares, step, own_share(group, least))
+                proposal, why = _propose(
+                    group, one, self._request, own_spent, own_shares, step, own_share(group, least)
+                )
                 own_shares.subtract(site.key for site in group.sites)
                 if proposal is None:
                     others = {g.name: f"as wide as {group.name}, for which: {why}" for g in groups if g is not group}
@@ -220,34 +208,6 @@ class _Desk:
             if max(kept) - min(kept) < 1e-9:
                 return found, {}
             least = max(kept)
-
-    def _propose_grown(
-        self,
-        group: Group,
-        one: Shown,
-        spent: Mapping[str, float],
-        shares: Mapping[str, int],
-        step: int,
-        least_share: float,
-    ) -> tuple[Proposal | None, str]:
-        """Propose what the tolerance asks for, note it, and keep as many more as the group is going to need.
-
-        What was once seen to grow is never cut below that again: of a network that was cut, the tolerance asks for less
-        at every event, whatever the whole one would need.
-        """
-        request = self._request
-        proposal, why = _propose(group, one, request, spent, shares, step, least_share)
-        kept = group.num_channels if proposal is None else len(proposal.reduction.keep)
-        last, before, reserve = request.needs.get(group.name, (0, 0, 0))
-        if group.name not in self.needs and (proposal is not None or why == NO_WIDTH):  # before others ask for more
-            wanted = forecast(kept, step=request.step, before=before, step_before=last, total_steps=request.total_steps)
-            self.needs[group.name] = kept, max(reserve, wanted if wanted > kept else 0)
-        reserve = self.needs.get(group.name, (kept, reserve))[1]
-        if proposal is None or reserve <= kept:
-            return proposal, why
-        if reserve >= group.num_channels:
-            return None, f"needs {kept} channels now, but its need grows, and {reserve} are kept for that"
-        return _propose(group, one, request, spent, shares, step, reserve / group.num_channels)
 
     def _show(self, group: Group) -> Shown:
         if group.name not in self._shown:
@@ -315,7 +275,7 @@ def _propose(
         criterion = compensated(criterion)
     proposal = choose(criterion, shown.view, limits, align=step, min_keep=least)
     if proposal is None:
-        return None, NO_WIDTH
+        return None, "no width that is a multiple of align= meets the tolerance"
     kept = len(proposal.reduction.keep)
     for view in shown.view.sites if request.criterion.needs_data else ():
         rank = -(-kept // (1 if view.blocks is None else int(view.blocks.max()) + 1))
