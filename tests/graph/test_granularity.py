@@ -145,10 +145,9 @@ def test_a_part_that_is_the_output_pins_the_other_part() -> None:
     assert second.where.startswith("test_granularity.py:")
 
 
-def test_maxout_over_unflattened_pieces_pins() -> None:
-    pin = analyse(Net(lambda m, h: h.unflatten(-1, (-1, 2)).amax(-1)), (X,), {}).groups[0].pin
-    assert pin is not None
-    assert "reduces over channels" in pin.reason
+def test_maxout_over_unflattened_pieces_ties_them(removal) -> None:
+    structure = removal(Net(lambda m, h: h.unflatten(-1, (-1, 2)).amax(-1)), (X,), {"a": 6})
+    assert structure.groups[0].members[0].positions.tolist() == [[2 * i, 2 * i + 1] for i in range(6)]
 
 
 def test_maxout_of_halves_ties_its_pieces(removal) -> None:

@@ -183,13 +183,29 @@ def _cat(call: Call) -> Result:
     if not tensors:
         return None
     dim = int(call.arg(1, "dim", 0)) % tensors[0].dim()
+    tensors = [t for t in tensors if t.shape[dim]] or tensors  # what is empty along it lays nothing beside
     return _side_by_side(call, tensors, _extended(call, tensors, _beside(call, tensors), dim), dim)
+
+
+def _one_width(call: Call, values: Sequence[Value], dim: int) -> None:
+    """Let what is stacked keep one width: place by place where flattening would lay it out in turns, else as shares."""
+    live = [v for v in values if v.live]
+    if len({v.ids.tobytes() for v in live}) < 2:
+        return
+    if dim > min(min(varying(v.ids), default=dim) for v in live):
+        for value in live[1:]:
+            call.tracer.findings.tie(live[0].ids, value.ids)
+        return
+    token = object()
+    for value in live:
+        call.tracer.findings.extents[token].append(np.unique(value.ids[value.ids != 0]))
 
 
 def _stack(call: Call) -> Result:
     tensors = list(call.args[0])
     dim = int(call.arg(1, "dim", 0)) % (tensors[0].dim() + 1)
     values = _beside(call, tensors)
+    _one_width(call, values, dim)
     values = [v.moved(np.expand_dims(v.ids, dim)) for v in values]
     return _side_by_side(call, [t.unsqueeze(dim) for t in tensors], values, dim)
 

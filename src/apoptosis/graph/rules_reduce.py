@@ -29,6 +29,7 @@ _REDUCTIONS = {
 }  # fmt: skip
 _LAST = frozenset(("kthvalue", "mode", "sort", "topk"))
 _AVERAGES = frozenset(("mean", "var", "std", "var_mean", "std_mean"))
+_EXTREMES = frozenset(("amax", "amin", "max", "min"))
 _ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "log_softmax": 1, "cumsum": 1,
           "cumprod": 1, "logcumsumexp": 1, "cummax": 1, "cummin": 1, "_cummax_helper": 3, "_cummin_helper": 3,
           "sort": 1, "topk": 2, "_fft_c2c": 1, "_fft_r2c": 1, "_fft_c2r": 1}  # fmt: skip
@@ -60,6 +61,8 @@ def reduce(call: Call) -> Result:
     tensor = call.args[0]
     reduced = _axes(call, _REDUCTIONS[call.name], tensor.dim())
     value = held(call, tensor, set(range(tensor.dim())) - reduced)
+    if call.name in _EXTREMES and reduced & varying(value.ids) and varying(value.ids) - reduced:
+        value = _place_by_place(call, value, reduced)
     if reduced & varying(value.ids):
         if call.name in _AVERAGES:
             text = "reduces over channels, as what normalises over channels does"
@@ -82,6 +85,17 @@ def reduce(call: Call) -> Result:
         linear=frozenset(),
     )
     return [result] * len(call.outs)
+
+
+def _place_by_place(call: Call, value: Value, reduced: frozenset[int]) -> Value:
+    """Tie the channels of which one is chosen at each place of the other axes, as an elementwise maximum does."""
+    first, axes = value.ids, tuple(reduced & varying(value.ids))
+    for axis in axes:
+        first = first.take([0], axis=axis)
+    call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(first, value.ids.shape)), value.ids)
+    broken = (value.ids == 0).any(axis=axes, keepdims=True)
+    call.pin(np.where(broken, value.ids, 0), "chooses between channels and values that are none", FRONT_REMEDY)
+    return replace(value, ids=first, paths=spoiled([value.paths]), even={})
 
 
 def _pooled(paths: Paths, average: bool, largest: bool) -> Paths:
