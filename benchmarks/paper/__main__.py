@@ -11,10 +11,12 @@ Resumable per cell (ground and seed): a cell whose JSON exists is not run again.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.paper.cells import cell_path, run_cell, write_cell
+from benchmarks.paper.cells import cell_path, fits, run_cell, write_cell
 from benchmarks.paper.grounds import GROUNDS, QUICK
 from benchmarks.paper.pictures import draw_all
 from benchmarks.paper.summary import read_cells, summarise, tell
@@ -31,14 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", help="comma-separated; default: each ground's own number of them, from 0")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells' JSON")
     parser.add_argument("--no-criteria", action="store_true", help="leave the other criteria out")
-    parser.add_argument("--rows", type=int, help="training rows instead of all")
-    parser.add_argument("--epochs", type=int, help="instead of the ground's")
+    parser.add_argument("--rows", type=int, help="training rows instead of all: a trial, give --results")
+    parser.add_argument("--epochs", type=int, help="instead of the ground's: a trial, give --results")
     parser.add_argument("--pictures", type=Path, help="folder to draw the pictures into")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.only.split(",") if name not in GROUNDS]:
         parser.error(f"unknown grounds {', '.join(unknown)}; there are {', '.join(GROUNDS)}")
+    if given.results == RESULTS and (given.rows or given.epochs or given.quick) and not given.table:
+        parser.error("--rows, --epochs and --quick make trials: give --results, another folder")
     given.results.mkdir(parents=True, exist_ok=True)
     if not given.table:
         _run(given)
@@ -54,21 +58,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     names = ["digits"] if given.quick else given.only.split(",")
     for name in names:
         ground = QUICK if given.quick else GROUNDS[name]
         ground = ground if given.epochs is None else replace(ground, epochs=given.epochs)
         seeds = range(ground.seeds) if given.seeds is None else [int(seed) for seed in given.seeds.split(",")]
-        missing = [seed for seed in seeds if given.quick or not cell_path(given.results, name, seed).exists()]
-        if not missing:
-            continue
-        task = ground.load(given.data_dir, given.rows)
-        for seed in missing:
+        task = None
+        for seed in seeds:
+            path = cell_path(given.results, name, seed)
+            if not given.quick and path.exists() and fits(json.loads(path.read_text()), ground, given.rows):
+                continue
+            task = ground.load(given.data_dir, given.rows) if task is None else task
             print(f"{name}, seed {seed}", flush=True)
             cell = run_cell(ground, task, seed, lambda line: print(line, flush=True), criteria=not given.no_criteria)
-            write_cell(cell_path(given.results, name, seed), cell)
+            write_cell(path, cell)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 Lives here: who trains when, and the cell's JSON. Does not live here: methods, tables.
 Interleaving keeps it fair: whatever else the machine does meets all alike. Two rounds: what needs no result first; then
-what needs the widths that apoptosis found or the trained dense network.
+what needs the widths that apoptosis found or the trained dense network, so that its seconds are of a later time than
+dense's (processor time is told beside).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from benchmarks.paper.grounds import Ground, Task
 from benchmarks.paper.measure import energy_joules, latencies, training_memory
 from benchmarks.paper.training import Contestant
 
-SCHEMA = 1
+SCHEMA = 2
 Say = Callable[[str], None]
 
 
@@ -116,6 +117,13 @@ def _torch_pruning() -> dict[str, str]:
 def cell_path(folder: Path, ground: str, seed: int) -> Path:
     """Return where a cell's JSON lies."""
     return folder / f"{ground}-{seed}.json"
+
+
+def fits(cell: Mapping[str, Any], ground: Ground, train_rows: int | None = None) -> bool:
+    """Whether a cell was run as the ground asks now; train_rows: None if whatever there was is fine."""
+    asked = (SCHEMA, ground.name, ground.epochs, ground.batch, ground.lr)
+    same = tuple(cell.get(key) for key in ("schema", "ground", "epochs", "batch", "lr")) == asked
+    return same and (train_rows is None or cell.get("train_rows") == train_rows)
 
 
 def write_cell(path: Path, cell: dict[str, Any]) -> None:

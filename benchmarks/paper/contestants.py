@@ -2,8 +2,9 @@
 
 Lives here: each method as a `Contestant`. Does not live here: the training loop (training), the order (cells).
 
-At equal multiply-adds: after every epoch a pruning rival cuts to the multiply-adds that apoptosis has after the same
-epoch, so that both save the same arithmetic and only the choice of what goes, and what is kept of it, differs.
+At equal final multiply-adds: after every epoch a pruning rival cuts to at most the multiply-adds that apoptosis has
+after the same epoch. Within an epoch apoptosis is ahead, so what the whole run multiplied is told beside (spent_macs).
+Their optimizer starts anew after every cut, as their users have to do.
 References: Fang et al., "DepGraph", arXiv 2301.12900 (Torch-Pruning); Lym et al., "PruneTrain", arXiv 1901.09290.
 """
 
@@ -26,6 +27,7 @@ PATIENCE = 2  # epochs without a better validation metric after which early stop
 FINE_TUNE = 0.2  # of the epochs, after pruning a trained network
 ALIGN = 8  # Torch-Pruning's round_to, the same multiple as apoptosis' own
 LASSO_SHARE = 0.25  # of the first loss that the penalty makes up (PruneTrain's rule)
+LASSO_STEP = 0.1  # of the penalty's gradient per step at the highest learning rate: PruneTrain's, of SGD
 
 
 class Shrinking(Contestant):
@@ -49,6 +51,7 @@ class Shrinking(Contestant):
 
     def after_step(self) -> None:
         if event := self.apo.step():
+            self.step_macs = self.batch * self.macs()
             told = event.as_dict()
             self.events.append({key: told[key] for key in ("step", "seconds") if key in told} | self._state())
 
@@ -94,27 +97,26 @@ class Pruning(Contestant):
 
 
 class Lasso(Pruning):
-    """Group lasso from the first step, channels of small norm cut after every epoch, in the manner of PruneTrain."""
+    """Group lasso from the first step, channels of small norm cut after every epoch, in the manner of PruneTrain.
+
+    The penalty is a proximal step after the optimizer's own, weighted by the learning rate: as a gradient, Adam would
+    divide it away.
+    """
 
     strength = 0.0
 
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = super().new_optimizer()
+    def after_step(self) -> None:
         layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
-        if not self.strength:
-            first = float(self.task.loss(self.model(self.example(128)), self.task.train.between(0, 128)[1]).detach())
-            total = sum(float(layer.weight.detach().flatten(1).norm(dim=1).sum()) for layer in layers)
-            self.strength = LASSO_SHARE / (1 - LASSO_SHARE) * first / total
-
-        def add_penalty(*_: Any) -> None:
-            with torch.no_grad():
-                for layer in layers:
-                    rows = layer.weight.flatten(1)
-                    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                    layer.weight.grad.add_(unit.view_as(layer.weight), alpha=self.strength)
-
-        optimizer.register_step_pre_hook(add_penalty)
-        return optimizer
+        with torch.no_grad():
+            if not self.strength:
+                batch = self.task.train.between(0, self.batch)
+                first = float(self.task.loss(self.model(batch[0]), batch[1]))
+                total = sum(float(layer.weight.flatten(1).norm(dim=1).sum()) for layer in layers)
+                self.strength = LASSO_SHARE / (1 - LASSO_SHARE) * first / total
+            step = self.strength * self.rate() / self.ground.lr * LASSO_STEP
+            for layer in layers:
+                rows = layer.weight.flatten(1)
+                rows.mul_((1 - step / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_min_(0.0))
 
 
 class FineTuning(Contestant):
@@ -127,7 +129,7 @@ class FineTuning(Contestant):
         prune_to(self.model, self.example(), target)
         self.optimizer = self.new_optimizer()
         self.seconds, self.cpu_seconds, self.run_seconds = dense.seconds, dense.cpu_seconds, dense.run_seconds
-        self.points = list(dense.points)
+        self.points, self.spent_macs = list(dense.points), dense.spent_macs
 
     def rate(self) -> float:
         return 0.1 * self.ground.lr * (1 - self.step / self.total_steps)
@@ -160,6 +162,7 @@ class EarlyStopping:
         self.dense.model.load_state_dict(last)
         told["seconds"], told["cpu_seconds"], told["run_seconds"] = self.clocks
         told["points"] = told["points"][: self.stopped]
+        told["spent_macs"] = told["spent_macs"] * self.stopped // len(self.dense.points)
         return told
 
 

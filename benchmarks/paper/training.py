@@ -66,7 +66,9 @@ class Contestant:
         self.step = self.epoch = 0
         self.seconds = self.cpu_seconds = self.run_seconds = 0.0
         self.points: list[Point] = []
+        self.spent_macs = 0  # of all forward passes of the run so far
         self._macs: tuple[int, int] | None = None
+        self.step_macs = self.batch * self.macs()
 
     # ------------------------------------------------------------------ what methods override
 
@@ -112,6 +114,7 @@ class Contestant:
         whole, cpu = time.perf_counter(), time.process_time()
         loss = self._train()
         self.after_epoch()
+        self.step_macs = self.batch * self.macs()
         self.seconds += time.perf_counter() - whole
         self.cpu_seconds += time.process_time() - cpu
         if not math.isfinite(loss):
@@ -146,6 +149,7 @@ class Contestant:
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.step += 1
+            self.spent_macs += self.step_macs
             self.after_step()
             total += loss.detach()
         return float(total) / self.steps_per_epoch
@@ -175,6 +179,7 @@ class Contestant:
             "own_seconds": own,
             "parameters": num_parameters(self.model),
             "macs": self.macs(),
+            "spent_macs": self.spent_macs,
             "points": [asdict(point) for point in self.points],
             **self.more(),
         }
