@@ -22,6 +22,7 @@ from apoptosis.records import NormWay
 
 _EPS_NAMES = ("variance_epsilon", "eps")
 _FIELDS = ("mean_weights", "square_weights", "cross_weights", "constant_sum", "constant_square", "full_width")
+_OWN_HOOKS = "apoptosis.observe."  # modules that these come from
 _PROBE_ROWS = 3
 _FLOAT32 = 1e-5  # relative error of a norm in float32
 
@@ -164,11 +165,14 @@ class ShrunkLayerNorm(_Compensated, nn.LayerNorm):
         by_mean, by_square, by_cross = self._sums(x)
         mean = ((x * by_mean).sum(-1, keepdim=True) + self.constant_sum) / self.full_width
         d = x - mean
-        away = by_square - by_mean  # sum of s (s - 1)
+        once, twice, cross = self.mean_weights, self.square_weights, self.cross_weights  # in float64, where they cancel
+        away = (twice - once).to(x.device, x.dtype)  # sum of s (s - 1)
         total = (d * (d * by_square + 2.0 * (mean * away + by_cross))).sum(-1, keepdim=True)
-        spread = (by_square - 2.0 * by_mean).sum() + self.full_width  # sum of (s - 1)²
-        shift = 2.0 * (by_cross.sum() - self.constant_sum)
-        total = total + mean * (mean * spread + shift) + self.constant_square
+        exact = x.dtype if x.device.type == "mps" else torch.float64
+        spread = ((twice - 2.0 * once).sum() + self.full_width).to(x.device, exact)  # sum of (s - 1)²
+        shift = (2.0 * (cross.sum() - self.constant_sum)).to(x.device, exact)  # twice the sum of (s - 1) c
+        level = mean.to(exact)  # one number of each row: (s - 1) μ + c may be little of μ
+        total = total + (level * (level * spread + shift) + self.constant_square).to(x.dtype)
         y = d * (total / self.full_width).clamp_min(0.0).add(self.eps).rsqrt()
         y = y if self.weight is None else y * self.weight
         return (y if self.bias is None else y + self.bias).to(input.dtype)
@@ -185,7 +189,7 @@ class ShrunkRMSNorm(_Compensated, nn.RMSNorm):
         wide = _wide(x)
         _, by_square, by_cross = self._sums(wide)
         total = (wide * (wide * by_square + 2.0 * by_cross)).sum(-1, keepdim=True) + self.constant_square
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps  # torch's: of the type that computes
         y = wide * (total / self.full_width).clamp_min(0.0).add(eps).rsqrt()
         return (y if self.weight is None else y * self.weight).to(x.dtype)
 
@@ -213,6 +217,21 @@ def statistics_of(module: nn.Module) -> Statistics:
     return Statistics.plain(weight.shape[0])
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module's own forward pass is all that runs on its input: no hook before it, no forward in its place.
+
+    Hooks behind it take what it returns, as any reader does; a window's own hooks change nothing.
+
+    Example:
+        >>> norm = nn.LayerNorm(4)
+        >>> handle = norm.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
+        >>> is_bare(norm), is_bare(nn.LayerNorm(4))
+        (False, True)
+    """
+    hooks = (str(getattr(hook, "__module__", "")) for hook in module._forward_pre_hooks.values())
+    return "forward" not in vars(module) and all(name.startswith(_OWN_HOOKS) for name in hooks)
+
+
 def eps_name(module: nn.Module) -> str | None:
     """Return the attribute that a root-mean-square norm of its own forward pass holds ε in, None for other modules.
 
@@ -232,10 +251,11 @@ def way_of(module: nn.Module) -> NormWay:
     "class": the module becomes a norm that knows what is gone, be it multiples of kept channels or constants. "plain":
     channels that are always zero go, with ε and the weight following the width, and the module stays what it is.
 
-    Modules with a forward pass of their own are compared with the formula on a few numbers.
+    Modules with a forward pass of their own are compared with the formula on a few numbers. None can where something
+    runs before a module's forward pass or in its place (`is_bare`).
     """
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 1 or weight.is_meta or hasattr(weight, "fake_mode"):
+    if not is_bare(module) or weight is None or weight.dim() != 1 or weight.is_meta or hasattr(weight, "fake_mode"):
         return ""
     if type(module) in (nn.LayerNorm, ShrunkLayerNorm, ShrunkRMSNorm):
         return "class"

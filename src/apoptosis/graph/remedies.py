@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils import parametrize
 
-from apoptosis.norms import SHRUNK, eps_name, is_shrunk
+from apoptosis.norms import SHRUNK, eps_name, is_bare, is_shrunk
 
 # Old-style hooks that compute `weight` before each forward pass: name of the hook's type -> how to take it off.
 _HOOKS = {
@@ -22,6 +22,10 @@ _MARK = ".parametrizations."
 
 NORM_REMEDY = "A norm that treats every channel by itself (BatchNorm, GroupNorm with one group per channel) frees them."
 OPT_IN = "norm_widths='compensated' lets go what the norm's statistics can do without."
+_TAKE_OFF = (
+    "Without its forward pre-hooks, or the forward that was set on the module itself, norm_widths='compensated' lets "
+    "go what the norm's statistics can do without."
+)
 FRONT_REMEDY = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
 _RAW = "Contract the raw parameter (nn.Linear, nn.Conv, F.linear), or freeze what is computed into one."
 _OPERAND = "Let a layer make both operands, or broadcast one value over all channels."
@@ -97,7 +101,7 @@ def opt_in(module: nn.Module | None) -> str:
     """Return the usual remedy for channels under this norm, with the way to let them go where there may be one."""
     stock = type(module) in SHRUNK and len(getattr(module, "normalized_shape", ())) == 1
     if module is not None and (stock or is_shrunk(module) or eps_name(module) is not None):
-        return f"{NORM_REMEDY} {OPT_IN}"
+        return f"{NORM_REMEDY} {OPT_IN}" if is_bare(module) else f"{NORM_REMEDY} {_TAKE_OFF}"
     return NORM_REMEDY
 
 

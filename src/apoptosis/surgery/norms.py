@@ -23,6 +23,7 @@ from apoptosis.norms import (
     ShrunkRMSNorm,
     Statistics,
     eps_name,
+    is_bare,
     is_shrunk,
     statistics_of,
 )
@@ -93,7 +94,7 @@ def _norm_edit(site: Site, found: SiteReduction, keep: Tensor) -> NormEdit:
 def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
     """Say what the attributes of a norm become, its class included.
 
-    Raises: ShapeError: a module that is no such norm.
+    Raises: ShapeError: a module that is no such norm, or not all that runs in its place.
 
     Example:
         >>> mix = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -103,6 +104,7 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
         ('ShrunkLayerNorm', (2,), 3)
     """
     kept, width = edit.mix.shape
+    _check_bare(module)
     if edit.plain:
         name = eps_name(module)
         if name is None:
@@ -113,6 +115,14 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
     found = statistics_of(module).after(edit.mix, edit.offset)
     cls = SHRUNK.get(type(module), type(module))
     return {**_on_device(found, module), "normalized_shape": (kept,), "__class__": cls}
+
+
+def _check_bare(module: nn.Module) -> None:
+    if not is_bare(module):
+        raise ShapeError(
+            f"a {type(module).__name__} can lose channels where its own forward pass is all that runs: take its "
+            f"forward pre-hooks, or the forward that was set on the module itself, off."
+        )
 
 
 def _on_device(found: Statistics, module: nn.Module) -> dict[str, Any]:
@@ -139,11 +149,15 @@ def shrunk_norm(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any] 
         module: of the model that a checkpoint is loaded into, as built or shrunk.
         stored: what `norm_attributes` said, with the attributes of the module's table.
 
-    Raises: ShapeError: statistics that do not fit the width.
+    Raises: ShapeError: statistics that do not fit the width, or a module whose own forward pass does not run.
     """
     cls = SHRUNK.get(type(module), type(module))
     if (not is_shrunk(module) and type(module) not in SHRUNK) or stored.get("__class__") != cls.__name__:
         return None
+    if type(module) is not cls and "forward" in vars(module):
+        raise ShapeError(
+            f"a forward that was set on this {type(module).__name__} itself would run in place of its own."
+        )
     known = set(Statistics.plain(1).attributes()) | {"__class__", "normalized_shape"}
     (width,) = stored["normalized_shape"]
     tensors = [value for value in stored.values() if isinstance(value, Tensor)]
