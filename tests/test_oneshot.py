@@ -1,5 +1,7 @@
 """shrink_: one surgery on a trained network, whatever the batches come in."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +29,25 @@ def test_duplicates_go_and_the_outputs_stay(runs):
     assert event.measured["flips"] == 0.0
     assert "512 of the given inputs" in str(event)
     assert event.bytes_freed == 4 * (event.parameters[0] - event.parameters[1])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_is_silent_in_one_mode_alone_stays_where_training_goes_on(trains):
+    """Running statistics lag behind, so two channels are silent in evaluation, but neither in training nor alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
+    with torch.no_grad():
+        net[0].weight[7], net[0].bias[7] = net[0].weight[6], net[0].bias[6]
+        net[1].running_mean[:2] = 50.0
+    x = torch.randn(512, 6, dtype=torch.float64)
+    before = copy.deepcopy(net)
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1) if trains else None
+    event = shrink_(net, x[:4], [x], tolerance=0, optimizer=optimizer)
+    assert event.groups == {"0": (8, 7 if trains else 5)}
+    for mode in (False, True) if trains else (False,):
+        torch.testing.assert_close(net.train(mode)(x), before.train(mode)(x), rtol=1e-9, atol=1e-10)
+    assert event.measured["output_rms"] < 1e-10
 
 
 @pytest.mark.parametrize("training", [False, True])

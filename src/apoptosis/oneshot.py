@@ -54,9 +54,8 @@ def shrink_(
         tolerance: cap per consumer site on the relative rms change of its output, 0 for what is redundant to
             round-off.
         criterion: as in Apoptosis.
-        optimizer: one or several whose state follows; None if the network is not trained any more. With one, at
-            tolerance 0 and under batch normalisation, batches are run in training mode, too, and what goes is
-            redundant in both modes.
+        optimizer: one or several whose state follows; None if the network is not trained any more. With one, what goes
+            at tolerance 0 under batch normalisation is redundant in training mode, too.
         probe: held-out inputs, or (inputs, labels). None: the change is measured on the largest batch.
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
@@ -95,8 +94,7 @@ def shrink_(
         check_runs(model, verdict.probe)
     structure = with_pins(structure, exclude_pins(structure, check_exclude(exclude)))
     modes = 2 if tolerance == 0 and optimizers and _has_modes(model) else 1
-    observers = _observe(model, structure, example_input, batches, exact=tolerance == 0, modes=modes, seed=seed)
-    observer, observations = observers[0], _observations(observers)
+    observer, observations = _observe(model, structure, example_input, batches, tolerance == 0, modes, seed)
     before = size_of(patient, structure)
     notes: list[str] = []
     used = given
@@ -155,11 +153,10 @@ def _observe(
     structure: Structure,
     example: Any,
     batches: Iterable[Any],
-    *,
     exact: bool,
     modes: int,
     seed: int,
-) -> list[Observer]:
+) -> tuple[Observer, Observations]:
     """Run batches through the model until every site has seen enough: in evaluation and, of two modes, in training."""
     groups = [group for group in structure.groups if group.pin is None]
     observer, *others = (
@@ -190,7 +187,7 @@ def _observe(
         observer.close()
     if count == 0:
         raise ArgumentError("batches is empty: at least one batch of inputs is needed.")
-    return [observer, *others]
+    return observer, _observations([observer, *others])
 
 
 @contextmanager

@@ -856,6 +856,32 @@ CASES = (
         hides=False,
     ),
     Case(
+        "channels_silent_in_evaluation_alone",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 4, 3, bias=False)
+        self.m1 = nn.GroupNorm(1, 4)
+        self.m2 = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.m3 = nn.Sigmoid()
+        self.m4 = nn.Parameter(torch.randn(4, 1, 1))
+        self.m6 = nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.m7 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Hardswish())
+        self.m9 = nn.Sequential(nn.Conv2d(8, 4, 1), nn.SiLU(), nn.Conv2d(4, 8, 1), nn.Hardsigmoid())
+        self.m10 = nn.Conv2d(8, 4, 1)
+        self.m13 = nn.Linear(16, 3)
+
+    def forward(self, h):
+        h = self.m1(self.m0(h)).relu_()
+        h = self.m3(self.m2(h)) * self.m4
+        x5 = h
+        h = self.m7(self.m6(h))
+        h = self.m9(F.adaptive_avg_pool2d(h, 1)) * h
+        h = self.m10(h) + x5
+        return self.m13(h.reshape(h.shape[0], -1))
+""",
+        seed=50784,
+    ),
+    Case(
         "halves_of_whole_blocks",
         "vector",
         """

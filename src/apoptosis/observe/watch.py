@@ -7,7 +7,7 @@ here: hooks and which passes count (window.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,42 @@ class Observation:
     whole: Moments | None = None
     dropout: float = 0.0
     felt: Tensor | None = None
+
+
+def in_both(one: Observation | None, other: Observation | None) -> Observation:
+    """Return what two windows saw of the same examples in two modes as one; rows count once.
+
+    Raises: ValueError: neither saw anything.
+    """
+    if one is None or other is None:
+        if (alone := one or other) is None:
+            raise ValueError("in_both: two observations that are both None")
+        return alone
+
+    def pooled(a: Moments | None, b: Moments | None) -> Moments | None:
+        return a if a is None or b is None else _pooled(a, b)
+
+    sample, more = one.sample, other.sample
+    if sample is not None and more is not None and sample.shape[1:] == more.shape[1:]:
+        sample = torch.cat([sample, more.to(sample)])
+    return replace(
+        one,
+        moments=_pooled(one.moments, other.moments),
+        right=pooled(one.right, other.right),
+        whole=pooled(one.whole, other.whole),
+        sample=sample,
+    )
+
+
+def _pooled(a: Moments, b: Moments) -> Moments:
+    """Join moments, with the count of the first: the same examples again say less than as many others would."""
+    out = a.select(torch.arange(a.num_channels, device=a.device))
+    out.merge(b)
+    state = out.state_dict()
+    share = a.num_rows / out.num_rows
+    rows, examples = torch.tensor(a.num_rows), torch.tensor(a.num_examples)
+    out.load_state_dict({**state, "num_rows": rows, "num_examples": examples, "scatter": state["scatter"] * share})
+    return out
 
 
 class Watch:
