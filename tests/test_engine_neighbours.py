@@ -122,7 +122,7 @@ def test_batches_that_do_not_fit_are_one_clear_error(runs):
     before = runs.everything(net)
     with pytest.raises(ArgumentError, match="batch 0"):
         shrink_(net, runs.inputs(4, 0), [torch.zeros(8, 7)], tolerance=0.1)
-    with pytest.raises(ArgumentError, match="without examples"):
+    with pytest.raises(ArgumentError, match="batches: its tensors hold no example"):
         shrink_(net, runs.inputs(4, 0), [torch.zeros(0, 6)], tolerance=0.1)
     with pytest.raises(ArgumentError, match=r"x for x, in loader"):
         shrink_(net, runs.inputs(4, 0), [[torch.zeros(8, 6)]], tolerance=0.1)

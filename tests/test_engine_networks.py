@@ -101,7 +101,9 @@ def convolutional():
     ), (2, 6, 6)  # fmt: skip
 
 
-CONVOLUTIONAL = {name: (net, shape) for name, net, shape in convolutional()}
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    CONVOLUTIONAL = {name: (net, shape) for name, net, shape in convolutional()}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
