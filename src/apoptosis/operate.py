@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.factors import LEFT_OUT
+from apoptosis.graph.failures import after_failure
 from apoptosis.ledger import Event
 from apoptosis.passes import forget_compiled
 from apoptosis.planner import Plan, merged
@@ -273,8 +274,8 @@ def _pin(structure: Structure, name: str, reason: str) -> Pin:
     return Pin(
         group=name,
         num_channels=group.num_channels,
-        reason=f"removing channels broke the forward pass: {reason}",
-        remedy="Look for a literal width or index in the model's forward, or leave the group out with exclude=.",
+        reason=f"removing channels broke the forward pass: {reason.rstrip('.')}",
+        remedy=after_failure(reason),
     )
 
 

@@ -81,7 +81,8 @@ def analyse(
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
     found = splits(findings, classes)
     groups = build_groups(findings, classes, rows)
-    groups = same_share(model, groups, found, labels, same_extent(findings, groups, classes, labels))
+    extents, rigid = same_extent(findings, groups, classes, labels), splits(findings, classes, rigid=True)
+    groups = same_share(model, groups, found, labels, extents, rigid)
     return Structure(
         groups=groups,
         macs=findings.macs.get("training", 0.0),

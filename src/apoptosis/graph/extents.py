@@ -49,7 +49,7 @@ def _owners(groups: Sequence[Group], labels: Labels) -> tuple[dict[int, str], di
     fine: dict[int, str] = {}
     whole: dict[int, str] = {}
     for group in groups:
-        for member in group.members if group.pin is None else ():
+        for member in group.members:
             found = labels[member.tensor][member.dim][member.positions]
             coarse = bool((found != found[:, :1]).any())
             (whole if coarse else fine).update((int(label), group.name) for label in found.reshape(-1))

@@ -69,6 +69,24 @@ def failure(error: BaseException, model: nn.Module, mode: str, operator_code: Co
     return f"{type(model).__name__} fails on example_input in {mode} mode{place}: {_message(error, model)}"
 
 
+def after_failure(reason: str) -> str:
+    """Say what to do about an edit after which the forward pass failed.
+
+    Example:
+        >>> after_failure("at operator aten._grouped_mm: RuntimeError: strides should be multiple of 16 bytes")
+        'The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=.'
+    """
+    text = reason.lower()
+    if "multiple of" in text or "multiples of" in text or "divisible by 8" in text or "divisible by 16" in text:
+        return "The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=."
+    if "aten.split" in text:
+        return (
+            "If stored integers of the module say where it splits, name them with register_attributes(); or leave the "
+            "group out with exclude=."
+        )
+    return "Look for a literal width or index in the model's forward, or leave the group out with exclude=."
+
+
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     """Yield the frames of a traceback below the one that caught it, outermost first."""
     trace = error.__traceback__.tb_next if error.__traceback__ is not None else None

@@ -140,11 +140,11 @@ def _coarser(fine: IntArray, coarse: IntArray) -> bool:
     return all(len({row_of.get(int(label), -1) for label in row}) == 1 for row in fine)
 
 
-def splits(findings: Findings, classes: Classes) -> tuple[Split, ...]:
-    """Return every split with the classes at its places, those that never change left out."""
+def splits(findings: Findings, classes: Classes, *, rigid: bool = False) -> tuple[Split, ...]:
+    """Return every split with the classes at its places that may change; rigid: those that never change instead."""
     out = []
     for grid in findings.grids:
         labels = classes.labels[grid.slots]
-        if not bool((classes.first_pin[labels] >= 0).all()):
+        if bool((classes.first_pin[labels] >= 0).all()) == rigid:
             out.append(Split(module=grid.module, classes=labels, where=grid.where))
     return tuple(out)

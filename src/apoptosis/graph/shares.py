@@ -20,6 +20,8 @@ Row = dict[str, Fraction]
 """What share of the places of a row each group fills."""
 
 _PART = "they fill a part of rows whose width is one number, which other channels have as well"
+_PINNED = "which is pinned: "
+_SIZES = ("dim", "size", "width", "d_k", "d_v", "d_q", "d_head", "dk", "dv")
 _PART_REMEDY = "Give these rows a number of their own, or leave their width to torch (-1)."
 
 
@@ -29,8 +31,12 @@ def same_share(
     splits: Iterable[Split],
     labels: Labels,
     others: Iterable[set[str]] = (),
+    rigid: Iterable[Split] = (),
 ) -> tuple[Group, ...]:
-    """Fill in `Group.equal`; others: sets of groups of which something else is known to need the same share of each.
+    """Fill in `Group.equal`, and pin what has one width with a pinned group.
+
+    others: sets of groups of which something else is known to need the same share of each. rigid: splits of channels
+    that are all pinned.
 
     A module that splits queries, keys and values by one plain number of its own (`head_dim`) can only run when all of
     them have as many channels per row; where the width of a row is left to torch (-1), they are independent.
@@ -41,7 +47,9 @@ def same_share(
     beside, fixed = _mixed(governed.values(), {group.name: group.num_channels for group in groups})
     sets = [set().union(*rows) - fixed for rows in governed.values() if any(row != rows[0] for row in rows)]
     together: dict[str, set[str]] = {}
-    for part in (*sets, *_recurrent(groups, modules), *others):
+    alike = [("in one tensor", part) for part in others]
+    held = _with_pinned(groups, [*_by_number(_governed([*splits, *rigid], modules, names), modules), *alike])
+    for part in (*sets, *_recurrent(groups, modules), *(part for _, part in alike)):
         united = set(part).union(*(together.get(name, ()) for name in part))
         together.update(dict.fromkeys(united, united))
     return tuple(
@@ -49,10 +57,53 @@ def same_share(
             g,
             equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name})),
             beside=beside.get(g.name, 0),
-            pin=g.pin or (_fixed_pin(g) if g.name in fixed else None),
+            pin=g.pin or held.get(g.name) or (_fixed_pin(g) if g.name in fixed else None),
         )
         for g in _held(groups, modules)
     )
+
+
+def _by_number(
+    governed: Mapping[tuple[str, str, int], Sequence[Row]], modules: Mapping[str, nn.Module]
+) -> list[tuple[str, set[str]]]:
+    """Return the groups whose rows have a module's own size of a head, with where that is."""
+    found = []
+    for (module, kind, number), rows in governed.items():
+        sizes = [name for name, value in vars(modules[module]).items() if type(value) is int and value == number]
+        if kind == "columns" and any(_is_size(name) for name in sizes):
+            found.append((f"in the rows of '{module}'" if module else "in rows of the model", set().union(*rows)))
+    return found
+
+
+def _is_size(attribute: str) -> bool:
+    """Whether the name of an attribute speaks of a size, not of how many there are (num_heads, n_head).
+
+    Example:
+        >>> _is_size("head_dim"), _is_size("attention_head_size"), _is_size("num_heads")
+        (True, True, False)
+    """
+    return not attribute.startswith(("num", "n_")) and any(part in attribute for part in _SIZES)
+
+
+def _with_pinned(groups: Sequence[Group], sets: Iterable[tuple[str, set[str]]]) -> dict[str, Pin]:
+    """Pin groups that have one width with a group that is pinned; sets: where it is one, and the names."""
+    pins = {group.name: group.pin for group in groups if group.pin is not None}
+    widths = {group.name: group.num_channels for group in groups}
+    found: dict[str, Pin] = {}
+    waiting = list(sets)
+    while True:
+        ready = [(place, names) for place, names in waiting if names & pins.keys() and names - pins.keys()]
+        if not ready:
+            return found
+        place, names = ready[0]
+        first = min(names & pins.keys())
+        why = pins[first]
+        cause = why.reason.rpartition(_PINNED)[2]
+        for name in names - pins.keys():
+            reason = f"they share the width of '{first}' {place}, {_PINNED}{cause}"
+            pins[name] = found[name] = Pin(
+                group=name, num_channels=widths[name], reason=reason, where=why.where, remedy=why.remedy
+            )
 
 
 def _fixed_pin(group: Group) -> Pin:
