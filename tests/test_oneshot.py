@@ -249,3 +249,47 @@ def test_criteria_find_duplicates(runs, criterion):
     event = shrink_(net, x[:4], [x], tolerance=1e-3, criterion=criterion)
     assert event.groups["0"] == (32, 16)
     assert torch.allclose(net(x), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-5])
+def test_a_small_signal_on_a_large_constant_is_no_round_off(size):
+    """A BatchNorm makes the signal large again: what goes at tolerance 0 must be reproduced to round-off of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 24), nn.SiLU(), nn.Linear(24, 8), nn.BatchNorm1d(8, eps=1e-12), nn.Linear(8, 3))
+    net = net.double()
+    with torch.no_grad():
+        net[0].weight *= size
+        net[0].bias.uniform_(-2, 2)
+        net[0].weight[20:], net[0].bias[20:] = net[0].weight[:4], net[0].bias[:4]
+        for _ in range(100):
+            net(torch.randn(64, 4).double())
+    net.eval()
+    before = copy.deepcopy(net)
+    event = shrink_(net, torch.zeros(4, 4).double(), [torch.randn(2000, 4).double()], tolerance=0)
+    assert event.groups["0"][1] <= 20
+    x = torch.randn(200, 4).double()
+    for mode in (False, True):
+        a, b = before.train(mode)(x).detach(), net.train(mode)(x).detach()
+        assert float((a - b).norm() / a.norm()) < 1e-9
+
+
+def test_a_group_at_fault_stays_and_the_others_go_at_tolerance_zero():
+    """In float32, a signal of 1e-4 of its mean is lost in the round-off of the first layer, but not in the second."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8), nn.BatchNorm1d(8), nn.ReLU()),
+        *(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)),
+    )
+    with torch.no_grad():
+        net[5].weight[16:], net[5].bias[16:] = net[5].weight[:16], net[5].bias[:16]
+        for _ in range(100):
+            net(1e5 + torch.randn(64, 16))
+    net.eval()
+    before = copy.deepcopy(net)
+    event = shrink_(net, torch.zeros(4, 16), [1e5 + torch.randn(2000, 16)], tolerance=0)
+    assert list(event.groups) == ["5"]
+    assert event.groups["5"][1] <= 16
+    assert len(event.notes) == len(set(event.notes))
+    assert len([note for note in event.notes if "rolled back" in note]) == 1
+    x = 1e5 + torch.randn(100, 16)
+    torch.testing.assert_close(net(x), before(x), rtol=1e-4, atol=1e-4)

@@ -22,8 +22,8 @@ from apoptosis.ledger import Event
 from apoptosis.observe import Observer, in_both
 from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
 from apoptosis.planner import Observations, Plan, Request, make_plan
-from apoptosis.probe import as_call, check_runs, make_probe, num_rows, without_trace
-from apoptosis.records import Certificate, NormWidths, Structure
+from apoptosis.probe import Probe, as_call, check_runs, make_probe, num_rows, without_trace
+from apoptosis.records import Certificate, NormWidths, Pin, Structure
 from apoptosis.surgery import check_optimizers
 from apoptosis.verdict import Verdict, sanity_limit
 
@@ -96,16 +96,16 @@ def shrink_(
     modes = 2 if tolerance == 0 and optimizers and _has_modes(model) else 1
     observer, observations = _observe(model, structure, example_input, batches, tolerance == 0, modes, seed)
     before = size_of(patient, structure)
-    notes: list[str] = []
-    used = given
-    for _ in range(_TRIES):
+    notes, used = list[str](), given
+    for _ in range(_TRIES if used > 0.0 else 1 + len(structure.groups)):
         request = Request(criterion=chosen, tolerance=used, align=align, max_drop=1.0, seed=seed)
         plan = make_plan(model, structure, observations, request)
         outcome, certificates = _surgery(patient, structure, plan, verdict, observer)
         if outcome.committed or not plan.reductions or outcome.change is None:
             break
         notes.append(f"rolled back at tolerance {used:g}: {outcome.refused}")
-        structure, used = outcome.structure, used / 2
+        stay = _at_fault(patient, structure, plan, verdict, observer) if used == 0.0 else {}  # nothing is half of 0
+        structure, used = with_pins(outcome.structure, stay), used / 2
     pinned = [str(g.pin) for g in structure.groups if g.pin is not None]
     notes += plan.notes if outcome.committed else [outcome.refused, *plan.notes, *pinned]
     return make_event(
@@ -146,6 +146,37 @@ def _observations(observers: Sequence[Observer]) -> Observations:
     for other in others:
         found |= {key: in_both(found.get(key), seen) for key, seen in other.items()}
     return found
+
+
+def _at_fault(
+    patient: Patient, structure: Structure, plan: Plan, verdict: Verdict, observer: Observer
+) -> dict[str, Pin]:
+    """Return pins for the groups that change the outputs too much, each tried by itself and rolled back.
+
+    All that are beyond the limit alone; where none is, the one that changes most, and the first if none runs alone.
+    Measured on the given inputs, so that no confidence of held-out ones is spent.
+    """
+    probe = verdict.probe
+    if observer.inputs is not None:
+        args, kwargs = observer.inputs
+        probe = Probe(args=args, kwargs=kwargs, labels=None, rows=num_rows((args, kwargs)), held_out=False)
+    found = {plan.reductions[0].group: 0.0}
+    for reduction in plan.reductions:
+        trial = operate(patient, structure, [reduction], plan.dropped_variance, probe, lambda _: "measured")
+        if trial.change is not None:
+            found[reduction.group] = trial.change.rms
+    guilty = [name for name, rms in found.items() if not rms <= verdict.sanity]
+    guilty = guilty or sorted(found, key=found.__getitem__)[-1:]
+    widths = {group.name: group.num_channels for group in structure.groups}
+    return {
+        name: Pin(
+            group=name,
+            num_channels=widths[name],
+            reason=f"its removals alone change the outputs by {found[name]:.3g} (relative rms)",
+            remedy="Run the network in float64, or allow a tolerance above 0.",
+        )
+        for name in guilty
+    }
 
 
 def _observe(

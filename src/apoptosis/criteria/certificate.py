@@ -6,13 +6,14 @@ own), budgets over events, alignment to hardware beyond rounding up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from apoptosis.criteria.demands import allowed, arranged, step_between
+from apoptosis.criteria.exact import below_roundoff
 from apoptosis.criteria.views import (
     Criterion,
     GroupView,
@@ -131,16 +132,19 @@ def choose(
     caps = {site.key: max(exactness(site), _cap(limits, site)) for site in view.sites}
     align = step_between(view, align)
     ranking = arranged(criterion, view)
-    search = _Search(criterion, view, ranking, caps)
+    strict = [site for site in view.sites if _cap(limits, site) < exactness(site)]
+    search = _Search(criterion, view, ranking, caps, strict)
     low = _aligned(max(min_keep, ranking.min_keep, 1), align)
     high = max(low, _aligned(search.from_curves(), align))
-    if not search.curves_are_exact:
+    if not search.curves_are_exact or (search.rooted and high < view.num_channels and not search.good(high)):
+        low = max(low, high) if search.curves_are_exact else low
+        high = _aligned(view.num_channels, align) if search.rooted else high
         high = search.bisect(low, min(high, _aligned(view.num_channels, align)), align)
     step = align
     while high < view.num_channels:
         reduction = search.reduction(high)
         errors = search.errors(high, reduction)
-        if all(errors[key] <= caps[key] for key in caps):
+        if all(errors[key] <= caps[key] for key in caps) and search.exact(reduction):
             return Proposal(reduction=reduction, errors=errors, kind="empirical" if search.has_data else "worst_case")
         high, step = high + step, 2 * step
     return None
@@ -149,8 +153,16 @@ def choose(
 class _Search:
     """Errors of keeping the first k of one ranking."""
 
-    def __init__(self, criterion: Criterion, view: GroupView, ranking: Ranking, caps: Mapping[str, float]) -> None:
-        self._criterion, self._view, self._ranking, self._caps = criterion, view, ranking, caps
+    def __init__(
+        self,
+        criterion: Criterion,
+        view: GroupView,
+        ranking: Ranking,
+        caps: Mapping[str, float],
+        strict: Sequence[SiteView],
+    ) -> None:
+        self._criterion, self._view, self._ranking, self._caps, self._strict = criterion, view, ranking, caps, strict
+        self.rooted = any(site.moments is not None and site.moments.root() is not None for site in strict)
         self.has_data = all(site.moments is not None or site.measure is not None for site in view.sites)
         if criterion.needs_data and any(site.moments is None for site in view.sites):
             raise ArgumentError(f"criterion '{criterion.name}' needs moments at every site of group '{view.name}'.")
@@ -186,7 +198,12 @@ class _Search:
         if num_keep >= self._view.num_channels:
             return True
         reduction = self.reduction(num_keep)
-        return all(error <= self._caps[key] for key, error in self.errors(num_keep, reduction).items())
+        within = all(error <= self._caps[key] for key, error in self.errors(num_keep, reduction).items())
+        return within and self.exact(reduction)
+
+    def exact(self, reduction: Reduction) -> bool:
+        """Whether sites of which nothing may be lost lose nothing, as far as their moments tell."""
+        return all(below_roundoff(site, reduction.keep, reduction.sites[site.key]) for site in self._strict)
 
     def bisect(self, low: int, high: int, align: int) -> int:
         """Smallest multiple of align in [low, high] that is good, taking errors to fall with the number kept."""

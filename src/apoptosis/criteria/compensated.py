@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apoptosis.criteria.exact import gram_root
 from apoptosis.criteria.merging import Pairs, merge_order, moment_pairs
 from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, device_of, gram, selection, statistics
 from apoptosis.numerics.decompose import complement, roundoff_floor, solve_mix
+from apoptosis.numerics.rooted import solve_mix_rooted
 from apoptosis.records import Reduction, SiteReduction
 
 _SHARE_OF_READERS = 1e-3  # what norms lose cannot be made up for elsewhere, so readers only tell equals apart
@@ -97,8 +99,8 @@ def _reduce_site(site: SiteView, keep: Tensor, gone: Tensor, to: Tensor, fixed: 
         left = (own - slope * cross).clamp_min(0.0)
         inexact = left > roundoff_floor(num) ** 2 * own
         if bool(inexact.any()):
-            ridge = None if site.moments is None else site.moments.resolution
-            fitted, _ = solve_mix(matrix, keep_here, ridge=ridge)
+            ridge, root = None if site.moments is None else site.moments.resolution, gram_root(site)
+            fitted = solve_mix(matrix, keep_here, ridge=ridge)[0] if root is None else solve_mix_rooted(root, keep_here)
             mix[:, gone[inexact]] = fitted[:, gone[inexact]]
     offset = None
     if site.centred:

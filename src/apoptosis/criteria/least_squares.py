@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from apoptosis.criteria.exact import gram_root
 from apoptosis.criteria.views import (
     Criterion,
     GroupView,
@@ -28,6 +29,7 @@ from apoptosis.criteria.views import (
     working_dtype,
 )
 from apoptosis.numerics.decompose import Factor, joint_error_curve, ordered_cholesky, pivoted_cholesky, solve_mix
+from apoptosis.numerics.rooted import pivoted_qr, solve_mix_rooted
 from apoptosis.numerics.selection import greedy_order
 from apoptosis.records import Reduction, SiteReduction
 
@@ -52,16 +54,24 @@ def _relative_weight(site: SiteView) -> float:
 def _rank_interpolative(view: GroupView) -> Ranking:
     if len(view.sites) == 1:
         site = view.sites[0]
-        factor = pivoted_cholesky(gram(site), weights_C=_column_norms(site))
+        root, norms = gram_root(site), _column_norms(site)
+        factor = pivoted_cholesky(gram(site), weights_C=norms) if root is None else pivoted_qr(root, norms)
         return Ranking(order=factor.order, curves={site.key: _curve(site, factor)})
     # One weight per channel for all sites: scaled site by site, exact duplicates would not be redundant in the sum.
     total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64)
     weights = torch.zeros(view.num_channels, dtype=torch.float64)
+    roots: list[Tensor] = []
     for site in view.sites:
         squares = _relative_weight(site) * _column_norms(site).square()
+        root = gram_root(site)
+        if root is not None:
+            roots.append(squares.sum().sqrt() * root.cpu())
         total += squares.sum() * gram(site).cpu()
         weights += squares
-    order = pivoted_cholesky(total, weights_C=weights.sqrt()).order
+    if len(roots) == len(view.sites):
+        order = pivoted_qr(torch.cat(roots), weights.sqrt()).order
+    else:
+        order = pivoted_cholesky(total, weights_C=weights.sqrt()).order
     return Ranking(order=order, curves=_curves(view, order))
 
 
@@ -89,7 +99,13 @@ def _reduce(view: GroupView, keep: Tensor) -> Reduction:
             continue
         covariance, mean = statistics(site)
         ridge = None if site.moments is None else site.moments.resolution
-        if site.centred:
+        root = gram_root(site)
+        if root is not None:
+            mix = solve_mix_rooted(root, keep)
+            offset = mean - mean[keep.to(mean.device)] @ mix if site.centred else None
+            if offset is not None:
+                offset[keep.to(mean.device)] = 0.0
+        elif site.centred:
             mix, offset = solve_mix(covariance, keep, mean_C=mean, ridge=ridge)
         else:
             mix, offset = solve_mix(covariance.addr_(mean, mean), keep, ridge=ridge)

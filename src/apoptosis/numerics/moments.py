@@ -65,7 +65,7 @@ class Moments:
         Stanford CS-79-773 (1979).
     """
 
-    __slots__ = ("_mean", "_scatter", "exact", "num_channels", "num_examples", "num_rows")
+    __slots__ = ("_mean", "_root", "_scatter", "exact", "num_channels", "num_examples", "num_rows")
 
     def __init__(self, num_channels: int, *, device: torch.device | str = "cpu") -> None:
         if num_channels < 1:
@@ -76,6 +76,7 @@ class Moments:
         self.exact = True
         self._mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(num_channels, num_channels, dtype=torch.float64, device=device)
+        self._root: Tensor | None = torch.zeros(0, num_channels, dtype=torch.float64, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +112,7 @@ class Moments:
             self._move(rows_NC.device)
         with _true_float32(rows_NC.device):
             rows = rows_NC.detach()
+            rooted = exact and rows.dtype == torch.float64
             if exact:
                 rows = rows.double()
             elif rows.dtype not in (torch.float32, torch.float64):
@@ -132,6 +134,7 @@ class Moments:
                     "Leave out steps that the gradient scaler skips, or lower the learning rate."
                 )
             self._scatter.add_(product)
+            self._add_root(work if rooted else None)
             self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
         self.exact = self.exact and exact
         self.num_rows = total
@@ -151,6 +154,8 @@ class Moments:
         total = self.num_rows + other.num_rows
         step = other._mean.to(self.device) - self._mean
         self._scatter.add_(other._scatter.to(self.device))
+        link = (step * (self.num_rows * other.num_rows / total) ** 0.5)[None]
+        self._add_root(None if other._root is None else torch.cat([other._root.to(self.device), link]))
         self._scatter.addr_(step, step, alpha=self.num_rows * other.num_rows / total)
         self._mean.add_(step, alpha=other.num_rows / total)
         self.exact = self.exact and other.exact
@@ -168,6 +173,15 @@ class Moments:
         """Return E[(z - μ)(z - μ)ᵀ] of the sample, divided by the number of rows: (channels, channels)."""
         self._need_rows()
         return self._scatter / self.num_rows
+
+    def root(self) -> Tensor | None:
+        """Return F (at most channels, channels) with FᵀF = covariance, or None unless all rows were float64 and exact.
+
+        Made from the rows by orthogonal steps: it knows each channel to round-off of its rms, where the covariance
+        knows variances to round-off, the rms to the root of that.
+        """
+        self._need_rows()
+        return None if self._root is None else self._root / self.num_rows**0.5
 
     def second_moment(self) -> Tensor:
         """Return the uncentred second moment E[z zᵀ] of the sample: (channels, channels)."""
@@ -187,6 +201,7 @@ class Moments:
             raise ArgumentError(f"Moments.without_dropout: p is {p}; it must lie in [0, 1).")
         out = self.select(torch.arange(self.num_channels, device=self.device))
         square = self._mean.square() * self.num_rows
+        out._root = None
         diagonal = out._scatter.diagonal()
         diagonal.copy_(((diagonal + square) * (1.0 - p) - square).clamp_min_(0.0))
         return out
@@ -198,6 +213,16 @@ class Moments:
         out.num_rows, out.num_examples, out.exact = self.num_rows, self.num_examples, self.exact
         out._mean = self._mean[index].clone()
         out._scatter = self._scatter[index][:, index].clone()
+        out._root = None if self._root is None else self._root[:, index]
+        return out
+
+    def counted(self, num_rows: int, num_examples: int) -> Moments:
+        """Return the same mean, covariance and root, resting on other counts."""
+        out = self.select(torch.arange(self.num_channels, device=self.device))
+        share = num_rows / self.num_rows
+        out.num_rows, out.num_examples = num_rows, num_examples
+        out._scatter *= share
+        out._root = None if out._root is None else out._root * share**0.5
         return out
 
     @classmethod
@@ -213,6 +238,7 @@ class Moments:
         out.num_rows = out.num_examples = num_rows
         out.exact = exact
         out._scatter = matrix_CC.double() * num_rows
+        out._root = None
         return out
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -244,9 +270,19 @@ class Moments:
         self._scatter = scatter.to(self.device, torch.float64, copy=True)
         self.num_rows, self.num_examples = int(state["num_rows"]), int(state["num_examples"])
         self.exact = bool(state["exact"])
+        self._root = None if self.num_rows else scatter.new_zeros(0, self.num_channels).to(self.device, torch.float64)
+
+    def _add_root(self, rows_NC: Tensor | None) -> None:
+        """Add centred rows to the triangle; None: rows that are rounded more coarsely, which ends it."""
+        if self._root is None or rows_NC is None:
+            self._root = None
+            return
+        stacked = torch.cat([self._root, rows_NC])
+        self._root = stacked if len(stacked) <= self.num_channels else torch.linalg.qr(stacked, mode="r").R
 
     def _move(self, device: torch.device) -> None:
         self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        self._root = None if self._root is None else self._root.to(device)
 
     def _need_rows(self) -> None:
         if self.num_rows == 0:

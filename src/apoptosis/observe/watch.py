@@ -85,11 +85,7 @@ def _pooled(a: Moments, b: Moments) -> Moments:
     """Join moments, with the count of the first: the same examples again say less than as many others would."""
     out = a.select(torch.arange(a.num_channels, device=a.device))
     out.merge(b)
-    state = out.state_dict()
-    share = a.num_rows / out.num_rows
-    rows, examples = torch.tensor(a.num_rows), torch.tensor(a.num_examples)
-    out.load_state_dict({**state, "num_rows": rows, "num_examples": examples, "scatter": state["scatter"] * share})
-    return out
+    return out.counted(a.num_rows, a.num_examples)
 
 
 class Watch:
@@ -196,7 +192,7 @@ class Watch:
         self.examples += examples
         for start in range(0, rows.shape[0], _FLUSH_ROWS):
             piece = rows[start : start + _FLUSH_ROWS]
-            self.buffer.append(piece.to(self._device, torch.float64 if self.exact else torch.float32))
+            self.buffer.append(piece.to(self._device, piece.dtype if self.exact else torch.float32))
             self.buffered += piece.shape[0]
             if self.buffered >= _FLUSH_ROWS:
                 self._flush()
