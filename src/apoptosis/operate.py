@@ -25,7 +25,7 @@ from apoptosis.ledger import Event
 from apoptosis.passes import forget_compiled
 from apoptosis.planner import Plan, merged
 from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs
-from apoptosis.records import Certificate, Group, NormWidths, Pin, Reduction, Structure, TensorEdit
+from apoptosis.records import Certificate, NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.surgery import Transaction, build_edits, norm_edits
 from apoptosis.unwrap import rebuild
 
@@ -270,13 +270,9 @@ def _guilty(
 
 
 def _pin(structure: Structure, name: str, reason: str) -> Pin:
-    group: Group = next(g for g in structure.groups if g.name == name)
-    return Pin(
-        group=name,
-        num_channels=group.num_channels,
-        reason=f"removing channels broke the forward pass: {reason.rstrip('.')}",
-        remedy=after_failure(reason),
-    )
+    num = next(g.num_channels for g in structure.groups if g.name == name)
+    text = f"removing channels broke the forward pass: {reason.rstrip('.')}"
+    return Pin(group=name, num_channels=num, reason=text, remedy=after_failure(reason))
 
 
 def _keep_pins(old: Structure, new: Structure) -> Structure:

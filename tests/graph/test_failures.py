@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
+from apoptosis.graph.failures import after_failure
 
 X = torch.randn(3, 8)
 
@@ -127,3 +128,9 @@ def test_without_data_the_structure_is_the_same(device) -> None:
     assert [[s.key for s in g.sites] for g in found.groups] == [[s.key for s in g.sites] for g in real.groups]
     assert found.macs == real.macs
     assert type(net[0].weight) is not torch.Tensor
+
+
+def test_a_failed_edit_gets_the_remedy_that_fits() -> None:
+    assert "align=8" in after_failure("at operator aten._grouped_mm: strides should be multiple of 16 bytes")
+    assert "register_attributes" in after_failure("at operator aten.split_with_sizes: expects split_sizes to sum to 8")
+    assert "literal width" in after_failure("at operator aten.view: invalid shape")

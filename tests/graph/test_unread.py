@@ -148,3 +148,57 @@ def test_one_note_for_a_whole_branch_and_none_for_a_network_that_runs_in_full() 
     assert len(notes) == 1
     assert "module 'spare' is not run" in notes[0]
     assert "its 8 parameters" in notes[0]
+
+
+class Experts(nn.Module):
+    """Every row goes to one expert; none of the example's to the last one."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
+        self.i, self.o = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.ex = nn.ModuleList(nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 12)) for _ in range(3))
+
+    def forward(self, x):
+        h, which = self.i(x), torch.arange(len(x)) // 2
+        out = torch.zeros_like(h)
+        for number, expert in enumerate(self.ex):
+            rows = (which == number).nonzero().squeeze(-1)
+            if rows.numel() or not self.skip:
+                out = out.index_add(0, rows, expert(h[rows]))
+        return self.o(h + out)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_expert_without_rows_is_noted_and_pinned_with_what_it_reads(skip: bool) -> None:
+    structure = analyse(Experts(skip), (X,))
+    assert [g.name for g in structure.groups if g.pin is None] == ["ex.0.0", "ex.1.0"]
+    pin = pin_of(structure, "i")
+    assert "'ex.2'" in pin.reason
+    assert "larger example_input" in pin.remedy
+    assert "'ex.2'" in structure.notes[0]
+    assert "larger example_input" in structure.notes[0]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_experts_with_rows_are_free(skip: bool) -> None:
+    structure = analyse(Experts(skip), (torch.randn(6, 8),))
+    assert [g.name for g in structure.groups if g.pin is None] == ["i", "ex.0.0", "ex.1.0", "ex.2.0"]
+    assert structure.notes == ()
+
+
+class Standardised(nn.Module):
+    """A convolution whose weight is standardised in the model's own forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        w = self.a.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return self.b(torch.relu(nn.functional.conv2d(x, w, self.a.bias)))
+
+
+def test_a_layer_whose_weight_is_computed_is_listed(removal) -> None:
+    removal(Standardised(), (torch.randn(2, 3, 6, 6),), {"a": 6})

@@ -191,6 +191,8 @@ def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
             norms.enter(module, args)
             if id(module) in names:
                 tracer.findings.ran.add(names[id(module)])
+                if all(arg.numel() for arg in args if isinstance(arg, Tensor)):
+                    tracer.findings.fed.add(names[id(module)])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:

@@ -101,8 +101,9 @@ class Findings:
     ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for
     channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added to what a
     weight axis makes. uses: (slots, key of the site that reads them).
-    distinct: by address, an array of ids and the different ones of it. ran: the modules that were called. compensated:
-    channels under norms may go, and norms are sites. lumps: (a slot of what goes as a whole, why).
+    distinct: by address, an array of ids and the different ones of it. ran: the modules that were called; fed:
+    those that had any rows. compensated: channels under norms may go, and norms are sites. lumps: (a slot of what goes
+    as a whole, why).
     extents: by token of what is of one size, without channels and all alike along that axis, the slots that it meets.
     """
 
@@ -126,6 +127,7 @@ class Findings:
     axis_macs: dict[Axis, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ran: set[str] = field(default_factory=set)
+    fed: set[str] = field(default_factory=set)
     extents: dict[object, list[IntArray]] = field(default_factory=lambda: defaultdict(list))
     reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     read_order: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))

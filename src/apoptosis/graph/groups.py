@@ -142,11 +142,24 @@ def _lumped(findings: Findings, classes: Classes, draft: _Draft) -> Reason | Non
     return reason
 
 
+def _list_left_over(findings: Findings, classes: Classes) -> None:
+    """List weights of layers that are part of no group, so that they are groups of their own (computed weights)."""
+    listed = {*findings.producers, *findings.owners}
+    known = [findings.slots.owners[name].axis(dim) for name, dim in listed]
+    covered = np.unique(classes.labels[np.concatenate(known)]) if known else np.zeros(0, dtype=np.int64)
+    for name, owner in findings.slots.owners.items():
+        if owner.is_buffer or len(owner.shape) < 2 or any((name, dim) in listed for dim in range(len(owner.shape))):
+            continue
+        if not bool(np.isin(classes.labels[owner.slots()], covered).any()):
+            findings.owners[name, 0] = name
+
+
 def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
     """Put the groups together, in forward order; whole heads come last.
 
     rows: by group number, the classes of the rows that keep equally many channels (see granularity.settle).
     """
+    _list_left_over(findings, classes)
     by_axis: dict[Axis, list[Consumer]] = {}
     for consumer in findings.consumers.values():
         by_axis.setdefault((consumer.weight, consumer.dim), []).append(consumer)

@@ -295,8 +295,7 @@ def _index(call: Call) -> Result:
     if of_stack(call, tensor, indices):
         _as_index(call, indices[0])
         return None
-    axes: list[int] = []
-    position = 0
+    axes, position = list[int](), 0
     for index in indices:
         width = index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
         if index is not None:
@@ -309,9 +308,15 @@ def _index(call: Call) -> Result:
     if varying(value.ids) & set(axes) and not all(_is_literal(call, i) for i in indices if i is not None):
         call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
         return None
-    wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))
-    places = tuple(slice(None) if i is None else _readable(i) for i in indices)
-    return value.moved(collapse(wide[places].numpy()))
+    places = tuple(slice(None) if i is None else _some(_readable(i)) for i in indices)
+    return value.moved(collapse(torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))[places].numpy()))
+
+
+def _some(index: Tensor) -> Tensor:
+    """Return an index of no places with the first one instead, so that the channels of an empty result are known."""
+    if index.dtype not in (torch.bool, torch.uint8):
+        return index if index.numel() else index.new_zeros([max(1, size) for size in index.shape])
+    return index if bool(index.any()) else torch.arange(index.numel()).view(index.shape) == 0
 
 
 def _bucketize(call: Call) -> Result:

@@ -9,14 +9,17 @@ parameters, those that it shares with modules that do run, and what an unread pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 from torch import nn
 
+from apoptosis.graph.classes import classify
 from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.slots import Owner
 
 _REMEDY = "Give an example_input that takes this way, or delete it."
+_MORE = "Give a larger example_input, of which some rows come here."
 _LISTS = (nn.ParameterList, nn.ParameterDict)  # which no pass could run
 
 
@@ -44,7 +47,62 @@ def leave_alone(findings: Findings, model: nn.Module, aliases: Mapping[str, str]
     lists = {name for name, module in modules.items() if isinstance(module, _LISTS)}
     _pin_shared(findings, {name: held for name, held in own.items() if name not in lists})
     _pin_beside(findings, own, unread)
+    starved = _starved(findings, own)
+    for name, count in starved.items():
+        notes.append(_starved_note(name, count))
+        for owner in _inside(own, name):
+            _pin(findings, owner, Reason(f"'{name}' runs on no rows of example_input", remedy=_MORE))
+    _pin_siblings(findings, modules, own, idle)
     return tuple(notes)
+
+
+def _starved(findings: Findings, own: Mapping[str, Mapping[str, Owner]]) -> dict[str, int]:
+    """Find the outermost modules that ran on empty tensors alone; the number of their parameters by name."""
+    empty = [name for name in own if name in findings.ran - findings.fed]
+    outer = [name for name in empty if not set(_lineage(name)[:-1]).intersection(empty)]
+    counts = {name: sum(1 for _ in _inside(own, name)) for name in outer}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _starved_note(name: str, count: int) -> str:
+    held = f"its {count} parameters stay" if count > 1 else "its parameter stays"
+    return (
+        f"module '{name}' runs on zero rows of example_input: {held} as they are; give a larger example_input (of "
+        "which a router sends some to every expert)"
+    )
+
+
+def _inside(own: Mapping[str, Mapping[str, Owner]], name: str) -> Iterator[Owner]:
+    """Yield the parameters of a module and of those inside it."""
+    return (owner for module, held in own.items() if name in _lineage(module) for owner in held.values())
+
+
+def _pin_siblings(
+    findings: Findings, modules: Mapping[str, nn.Module], own: Mapping[str, Mapping[str, Owner]], idle: Iterable[str]
+) -> None:
+    """Pin the channels from outside that a twin of an idle module reads or makes (an expert that no row came to).
+
+    A twin is of the same type, in the same list, with parameters of the same shapes: another input may run the idle one
+    in its place, on the same channels.
+    """
+    found: dict[str, str] = {}
+    for name in idle:
+        home = name.rpartition(".")[0]
+        shapes = [owner.shape for owner in _inside(own, name)]
+        for twin in modules if isinstance(modules[home], nn.ModuleList | nn.ModuleDict) else ():
+            like = twin.rpartition(".")[0] == home and type(modules[twin]) is type(modules[name])
+            if like and twin in findings.ran and [owner.shape for owner in _inside(own, twin)] == shapes:
+                found.setdefault(twin, name)
+    labels = classify(findings).labels if found else np.zeros(0, dtype=np.int64)
+    for twin, name in found.items():
+        slots = np.concatenate([owner.slots() for owner in _inside(own, twin)])
+        outside = np.ones(labels.size, dtype=bool)
+        outside[slots] = False
+        shared = slots[np.isin(labels[slots], labels[outside])]
+        text = (
+            f"'{name}', which may read or make them as '{twin}' does, is not run by the forward pass on example_input"
+        )
+        findings.pin(shared, Reason(text, remedy=_MORE))
 
 
 def _own(findings: Findings, name: str, module: nn.Module, aliases: Mapping[str, str]) -> Iterator[tuple[str, Owner]]:
@@ -80,7 +138,7 @@ def _module_note(name: str, count: int) -> str:
     held = f"its {count} parameters stay" if count > 1 else "its parameter stays"
     return (
         f"module '{name}' is not run by the forward pass on example_input: {held} as they are; if another input runs "
-        "it on channels that have become fewer, it will fail"
+        "it on channels that have become fewer, it will fail (a larger example_input may run it)"
     )
 
 
