@@ -40,8 +40,8 @@ def below_roundoff(site: SiteView, keep: Tensor, reduction: SiteReduction) -> bo
 
     Output o adds up products w_oc z_c, each known to eps: what it comes to is known to eps sqrt(Σ_c w_oc² E[z_c²]), the
     mean of z included. ROUNDINGS of that, or EXACT_SHARE of what the output varies by, are no change. A BatchNorm
-    behind a small signal on a large mean makes much of it, so that errors are compared output by output, and as rms, which
-    moments alone do not resolve.
+    behind a small signal on a large mean makes much of it, so that errors are compared output by output, and as rms,
+    which moments alone do not resolve.
     """
     root = None if site.moments is None else site.moments.root()
     if root is None or site.moments is None:
