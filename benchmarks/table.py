@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-ORDER = ("mnist", "fashion-mnist", "fashion-mnist-default", "higgs", "cifar10")
+ORDER = ("mnist", "fashion-mnist", "higgs", "cifar10")
 
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."

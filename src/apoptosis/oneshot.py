@@ -278,4 +278,4 @@ def _call_of(batch: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
         )
     if isinstance(example, Mapping) and not isinstance(batch, Mapping):
         raise ArgumentError(f"batches: example_input is a dict, but a batch is a {type(batch).__name__}.")
-    return as_call(tuple(batch) if isinstance(batch, list) else batch)
+    return as_call(tuple(batch) if isinstance(batch, list) else batch, "batches")
