@@ -19,7 +19,6 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
-    cost_weight,
     exactness,
     flat_weight,
     relative_rms,
@@ -73,8 +72,8 @@ def _felt_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float
     covariance, mean = statistics(site)
     offset = None if reduction.offset is None else reduction.offset.to(covariance.device)
     residual = residual_gram(covariance, mean, keep, reduction.mix.to(covariance.device), offset)
-    root = cost_weight(site).to(covariance.device)
-    return float(site_diag(root, residual).sum())
+    assert site.felt is not None
+    return max(0.0, float((residual * site.felt.detach().to(residual)).sum()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -101,8 +101,9 @@ def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
     """
     if felt is None:
         return None
-    flat = weight.detach().to(felt.device, torch.float64).permute(0, 2, 1).reshape(-1, weight.shape[1])
-    plain = flat.T @ flat
+    flat = weight.detach().to(felt.device).permute(0, 2, 1).reshape(-1, weight.shape[1])
+    flat = flat if flat.dtype == torch.float64 else flat.float()  # a small share: float32 knows enough of it
+    plain = (flat.T @ flat).double()
     size, share = felt.diagonal().mean(), plain.diagonal().mean()
     if not (size > 0 and share > 0):
         return None
