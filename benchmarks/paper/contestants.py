@@ -77,18 +77,8 @@ class Pruning(Contestant):
     Args: target: asked after every epoch for the multiply-adds to cut to.
     """
 
-    def __init__(
-        self,
-        name: str,
-        ground: Ground,
-        task: Task,
-        seed: int,
-        target: Callable[[], int],
-        *,
-        model: nn.Module | None = None,
-        epochs: int | None = None,
-    ) -> None:
-        super().__init__(name, ground, task, seed, model=model, epochs=epochs)
+    def __init__(self, name: str, ground: Ground, task: Task, seed: int, target: Callable[[], int]) -> None:
+        super().__init__(name, ground, task, seed)
         self.target = target
 
     def after_epoch(self) -> None:

@@ -146,7 +146,7 @@ class Contestant:
             self.optimizer.param_groups[0]["lr"] = self.rate()
             loss = task.loss(self.model(inputs), labels)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
             self.step += 1
             self.spent_macs += self.step_macs

@@ -16,7 +16,7 @@ from families.family import Family
 try:
     import transformers
 except ImportError:
-    transformers = None  # type: ignore[assignment]
+    transformers = None
 
 VOCABULARY = 40
 

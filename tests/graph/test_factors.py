@@ -266,8 +266,9 @@ def test_one_product_called_twice_takes_one_factor() -> None:
 
 
 def test_numbers_that_cancel_need_nothing() -> None:
-    way: Way = lambda m, q, k, v: mixed((q * q.size(-1)) @ k.mT / k.size(-1) * 0.5, v)  # noqa: E731
-    silent, small, made_up = operated(Scores(way), ("q",))
+    silent, small, made_up = operated(
+        Scores(lambda m, q, k, v: mixed((q * q.size(-1)) @ k.mT / k.size(-1) * 0.5, v)), ("q",)
+    )
     assert made_up == ()
     same_outputs(silent, small)
 

@@ -173,7 +173,7 @@ def test_names_and_types_are_taken_once() -> None:
     with pytest.raises(ArgumentError, match="'ReLU' is a neuron type already"):
         register_activation("ramp", torch.relu, module_type=nn.ReLU, lipschitz=1.0)
     with pytest.raises(ArgumentError, match=r"derived from torch.nn.Module"):
-        register_activation("fn", torch.sin, module_type=torch.sin, lipschitz=1.0)  # type: ignore[arg-type]
+        register_activation("fn", torch.sin, module_type=torch.sin, lipschitz=1.0)
     register_activation("gate", Gate(), module_type=Gate, lipschitz=1.0)  # the refused ones left nothing behind
 
 

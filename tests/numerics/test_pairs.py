@@ -97,9 +97,9 @@ def test_square_roots_stay_within_blocks_and_forgive_round_off() -> None:
 
 def test_labels_of_channels_that_run_through_the_same_sums() -> None:
     found = {name: blocks_of(sums) for name, sums in LAYOUTS.items()}
-    assert found["heads"].tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
-    assert found["grouped"].tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
-    assert found["halves"].tolist() == [0] * 6  # type: ignore[union-attr]
+    assert found["heads"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert found["grouped"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert found["halves"].tolist() == [0] * 6
     assert blocks_of(np.array([[0, 1], [1, 2]])) is None
     assert same_sum(np.array([[0, 1], [1, 2]])).tolist()[1] == [False, True, True, False]
 
