@@ -21,6 +21,7 @@ def window(net, example, **arguments):
 
 
 def felt_at(observer, group):
+    """Rows of gradients."""
     return next(o.felt for (name, _), o in observer.observations().items() if name == group)
 
 
@@ -36,7 +37,9 @@ def test_second_moments_are_those_of_autograd():
         expected += g.T @ g
         net(x).square().mean().backward()
         observer.end_step()
-    torch.testing.assert_close(felt_at(observer, "0"), expected / 48, rtol=1e-5, atol=1e-12)
+    rows = felt_at(observer, "0").double()  # fewer than a sketch holds; the passes of autograd.grad were seen, too
+    assert len(rows) == 96
+    torch.testing.assert_close(rows.T @ rows, 2 * expected, rtol=1e-5, atol=1e-12)
     observer.close()
 
 
@@ -47,9 +50,9 @@ def test_maps_are_seen_at_every_position_and_flattened_ones_alike():
     _, observer = window(net, torch.randn(2, 2, 6, 6))
     net(torch.randn(32, 2, 6, 6)).square().sum().backward()
     observer.end_step()
-    assert felt_at(observer, "0").shape == (4, 4)
-    assert felt_at(observer, "2").shape == (3, 3)
-    assert bool((torch.linalg.eigvalsh(felt_at(observer, "2")) >= -1e-9).all())
+    assert felt_at(observer, "0").shape[1] == 4
+    assert felt_at(observer, "2").shape[1] == 3
+    assert bool(felt_at(observer, "2").ne(0).any(0).all())
 
 
 def test_nothing_stays_on_tensors_of_the_users():
@@ -130,12 +133,17 @@ def test_channels_that_only_a_silent_output_reads_cost_little():
 
 
 def test_blending_is_of_equal_sizes_and_nothing_without_gradients():
-    weight = torch.randn(3, 5, 1, dtype=torch.float64)
-    plain = weight[:, :, 0].T @ weight[:, :, 0]
+    weight = torch.randn(3, 5, 1)
+    rows = weight[:, :, 0]
+    plain = rows.T @ rows
     assert blended(None, weight) is None
-    assert blended(torch.zeros(5, 5, dtype=torch.float64), weight) is None
-    mixed = blended(7.0 * plain, weight)
-    torch.testing.assert_close(mixed, plain / plain.diagonal().mean())
+    assert blended(torch.zeros(4, 5), weight) is None
+    mixed = blended(7.0 * rows, weight)
+    torch.testing.assert_close(mixed.T @ mixed, plain / plain.diagonal().mean())
+    felt = torch.randn(9, 5)
+    mixed, own = blended(felt, weight), felt.T @ felt
+    expected = own / own.diagonal().mean() + OUTPUTS_SHARE * plain / plain.diagonal().mean()
+    torch.testing.assert_close(mixed.T @ mixed, expected / (1.0 + OUTPUTS_SHARE))
     assert 0.0 <= OUTPUTS_SHARE < 1.0
 
 

@@ -27,6 +27,7 @@ from apoptosis.numerics.decompose import (
 )
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.pairs import joint, product_error
+from apoptosis.numerics.sketch import Sketch
 from apoptosis.probe import compare, make_probe
 from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
 from apoptosis.surgery import apply_edit, merge_like
@@ -655,3 +656,23 @@ def test_what_the_loss_sees(seed: int, channels: int, rows: int, ridge: float) -
     # every pair of a gradient and an error equally often: uncorrelated by construction
     pairs = (g @ r.T).square().mean()
     torch.testing.assert_close(pairs, (errors * felt).sum(), rtol=1e-9, atol=1e-12)
+
+
+@given(seed=seeds, channels=st.integers(1, 5), rows=st.integers(1, 30), size=st.integers(2, 12))
+@quick
+def test_sketched_rows(seed: int, channels: int, rows: int, size: int) -> None:
+    g = correlated(seed, rows, channels)
+    x = correlated(seed + 1, 1, channels)[0]
+    whole = float((g @ x).square().sum())
+    draws = torch.Generator().manual_seed(seed % 2**31)
+    found = []
+    for _ in range(400):
+        sketch = Sketch(channels, size=size)
+        sketch.add(g, draws)
+        found.append(float((sketch.rows().double() @ x).square().sum()))
+    energies = torch.tensor(found, dtype=torch.float64)
+    if rows <= size:
+        torch.testing.assert_close(energies, torch.full_like(energies, whole), rtol=1e-4, atol=1e-12)
+    bound = (2 / size) ** 0.5 * whole
+    assert abs(float(energies.mean()) - whole) <= 6 * bound / 400**0.5 + 1e-4 * whole
+    assert float((energies - whole).square().mean()) <= bound**2 * 2.5 + (1e-4 * whole) ** 2  # of 400 draws

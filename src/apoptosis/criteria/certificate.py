@@ -19,6 +19,7 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
+    cost_weight,
     exactness,
     flat_weight,
     relative_rms,
@@ -68,12 +69,13 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
 
 
 def _felt_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float:
-    """tr(R M), M what the loss feels of errors of the channels."""
+    """tr(V R Vᵀ), V what the loss feels of errors of the channels."""
     covariance, mean = statistics(site)
     offset = None if reduction.offset is None else reduction.offset.to(covariance.device)
     residual = residual_gram(covariance, mean, keep, reduction.mix.to(covariance.device), offset)
-    assert site.felt is not None
-    return max(0.0, float((residual * site.felt.detach().to(residual)).sum()))
+    removed = complement(keep.to(covariance.device), covariance.shape[0])
+    rows = cost_weight(site).to(covariance.device)
+    return float(site_diag(rows[:, removed], residual[removed][:, removed]).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

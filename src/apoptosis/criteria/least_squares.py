@@ -37,13 +37,16 @@ from apoptosis.records import Reduction, SiteReduction
 def _column_norms(site: SiteView) -> Tensor:
     """‖W_j‖ over outputs and taps, or what the loss feels of a channel, (channels,) float64 on the CPU."""
     if site.felt is not None:
-        return site.felt.detach().double().diagonal().clamp_min(0.0).sqrt().cpu()
+        return site.felt.detach().double().square().sum(0).sqrt().cpu()
     return site.weight.detach().double().square().sum((0, 2)).sqrt().cpu()
 
 
 def _curve(site: SiteView, factor: Factor) -> Tensor:
     """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
-    return relative_rms(cost_taps(site) * joint_error_curve(cost_weight(site), factor, dtype=working_dtype(site)), site)
+    costs = joint_error_curve(cost_weight(site), factor, dtype=working_dtype(site))
+    if site.centred and site.dropout == 0.0 and site.scale is None:
+        site.memo.setdefault("energy", float(costs[0]))  # keeping none costs all: nothing to compute a second time
+    return relative_rms(cost_taps(site) * costs, site)
 
 
 def _relative_weight(site: SiteView) -> float:

@@ -17,8 +17,6 @@ from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
 
-FELT_RIDGE = 1e-6  # of the diagonal, at first: moments taken in float32 are positive only to round-off
-
 Measure = Callable[[Tensor, SiteReduction], float]
 """(keep, reduction at this site) -> E‖W(z - ẑ)‖² on sampled inputs, in the units of `scale`."""
 
@@ -39,8 +37,8 @@ class SiteView:
     pairwise: a removed channel is a multiple of one kept channel, plus a constant (under a norm); never more than one.
     mixes: False where nothing may stand in for a removed channel at all: what it contributes is lost.
     note: what the errors speak of, for the certificate; "" for the output of a linear map.
-    felt: (channels, channels), positive semidefinite: what an error r of the channels costs is rᵀ felt r, in place of
-        ‖W r‖². From the loss's gradients; None where every output counts alike.
+    felt: (rows, channels): what an error r of the channels costs is ‖felt r‖², in place of ‖W r‖². Gradients of the
+        loss; None where every output counts alike.
     """
 
     key: str
@@ -56,7 +54,6 @@ class SiteView:
     note: str = ""
     felt: Tensor | None = None
     memo: dict[str, float] = field(default_factory=dict, init=False, repr=False)
-    root: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3:
@@ -65,7 +62,7 @@ class SiteView:
             raise ShapeError(f"site '{self.key}': moments of {self.moments.num_channels} channels, weight of others.")
         if self.measure is not None and self.scale is None:
             raise ArgumentError(f"site '{self.key}': give measure and scale together.")
-        if self.felt is not None and self.felt.shape != (self.weight.shape[1],) * 2:
+        if self.felt is not None and (self.felt.ndim != 2 or self.felt.shape[1] != self.weight.shape[1]):
             raise ShapeError(f"site '{self.key}': felt of shape {tuple(self.felt.shape)} for its channels.")
 
     @property
@@ -180,29 +177,11 @@ def flat_weight(site: SiteView) -> Tensor:
 
 
 def cost_weight(site: SiteView) -> Tensor:
-    """Return V (rows, channels) float64 with which an error r costs ‖V r‖²: the flat weight, or a root of `felt`.
+    """Return V (rows, channels) float64 with which an error r costs ‖V r‖²: the flat weight, or `felt`.
 
     Costs of a site with several taps are then per tap; see cost_taps.
     """
-    if site.felt is None:
-        return flat_weight(site)
-    if site.root is None:
-        object.__setattr__(site, "root", _root(site.felt.detach().double()))
-    assert site.root is not None
-    return site.root
-
-
-def _root(felt_CC: Tensor) -> Tensor:
-    """Return V with VᵀV = felt to a ridge of round-off, relative to every channel's own size."""
-    size = felt_CC.diagonal().clamp_min(0.0)
-    level = size + size.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    ridge = FELT_RIDGE
-    while True:
-        lower, info = torch.linalg.cholesky_ex(felt_CC + (ridge * level).diag())
-        if int(info) == 0:
-            root: Tensor = lower.T.contiguous()
-            return root
-        ridge *= 10.0
+    return flat_weight(site) if site.felt is None else site.felt.detach().double()
 
 
 def cost_taps(site: SiteView) -> int:

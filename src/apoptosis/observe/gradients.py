@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from apoptosis.errors import NonFiniteError
+from apoptosis.numerics.sketch import Sketch
 from apoptosis.observe.hooks import is_wrapped
 from apoptosis.observe.watch import WHOLE_COLUMNS, Watch
 from apoptosis.records import IntArray, Site
@@ -27,36 +27,41 @@ _SHARE = 2  # batches, at least, that the rows of a window come from
 
 
 class GradientWatch(Watch):
-    """Rows of gradients at one site, those that are not zero: of T positions the loss may look at one.
+    """Rows of gradients at one site, those that are not zero: of T positions the loss may look at one. Kept sketched.
 
     What is not finite is passed over: a loss scaler's overflow is no defect.
     """
+
+    def __init__(self, site: Site, columns: IntArray, rows_for: int, device: torch.device) -> None:
+        super().__init__(site, columns, rows_for, device, exact=False)
+        self.sketch = Sketch(len(columns), device=device)
+
+    @property
+    def rows(self) -> int:
+        """Rows taken so far."""
+        return self.sketch.num_rows
 
     def feel(self, gradient: Tensor, picks: torch.Generator) -> None:
         """Take rows of one gradient, of many a share."""
         rows = self.flat(gradient)
         if self.fits(rows):
-            rows = rows[(rows != 0).any(1)]
-            self.add(self.picked(rows, -(-self.rows_needed // _SHARE), picks), 0)
+            rows = rows[rows.ne(0).any(1) & rows.isfinite().all(1)]
+            self.sketch.add(self.picked(rows, -(-self.rows_needed // _SHARE), picks), picks)
 
-    def _flush(self) -> None:
-        try:
-            self._add_buffer(self.moments)
-        except NonFiniteError:
-            pass
-        self.buffer, self.buffered = [], 0
-
-    def second_moments(self) -> Tensor | None:
-        """Return E[g gᵀ], (channels, channels) float64, uncentred; None from fewer rows than channels."""
-        found = self.moments.select(torch.arange(self.moments.num_channels, device=self.moments.device))
-        try:
-            self._add_buffer(found)
-        except NonFiniteError:
-            found = self.moments
-        if found.num_rows < found.num_channels:
+    def root(self) -> Tensor | None:
+        """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None from fewer rows than channels."""
+        found = self.sketch.rows()
+        if self.rows < self.sketch.num_channels or not bool(torch.isfinite(found).all()):
             return None
-        mean = found.mean
-        return found.covariance().addr_(mean, mean)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything exactly."""
+        return {"sketch": self.sketch.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote."""
+        self.sketch.load_state_dict(state["sketch"])
 
 
 class Gradients:
@@ -79,7 +84,7 @@ class Gradients:
         """Take gradients at a site; columns: (channels, P) along its input's channel axis."""
         if not self._wanted or site.norm_way or len(columns) > WHOLE_COLUMNS:
             return
-        found = GradientWatch(site, columns, channels, device, exact=False)
+        found = GradientWatch(site, columns, channels, device)
         self._watches[key] = found
         self._by_module.setdefault(site.module, []).append(found)
 
@@ -110,10 +115,10 @@ class Gradients:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def second_moments(self, key: tuple[str, str]) -> Tensor | None:
-        """E[g gᵀ] over the columns of the watch of a key; None where no gradient came."""
+    def root(self, key: tuple[str, str]) -> Tensor | None:
+        """V (rows, columns of the watch of a key) with VᵀV = Σ g gᵀ, sketched; None where no gradient came."""
         watch = self._watches.get(key)
-        return None if watch is None else watch.second_moments()
+        return None if watch is None else watch.root()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""

@@ -44,8 +44,8 @@ class Observation:
     whole: moments of every input column of the module, where others than the group's are read too and one position at
         a time; else None.
     dropout: rate of a dropout that the rows were taken behind, 0.0 for none.
-    felt: (channels, channels) float64, E[g gᵀ] of the loss's gradient g at the channels, in any unit; None where no
-        backward pass came by.
+    felt: (rows, channels) float32, rows that stand for the loss's gradients at the channels, in any unit; None where
+        no backward pass came by.
     """
 
     moments: Moments

@@ -299,11 +299,11 @@ class Observer:
             if key not in moments:
                 continue
             whole, own = None, moments[key]
-            felt = self._gradients.second_moments(key)
+            felt = self._gradients.root(key)
             if not key[0]:
                 whole = own
                 picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
-                own, felt = whole.select(picks), None if felt is None else felt[picks][:, picks]
+                own, felt = whole.select(picks), None if felt is None else felt[:, picks]
             sample = samples.get(site.module) if reads_several_positions(site) else None
             dropout = self._watches[key].dropout or 0.0
             found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout, felt=felt)

@@ -18,12 +18,14 @@ from apoptosis.criteria.views import energy, statistics
 from apoptosis.norms import statistics_of
 from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
+from apoptosis.numerics.sketch import sketched
 from apoptosis.observe import Observation, reads_several_positions
 from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, Neuron, Site
 from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
 
 BY_THE_LOSS = "of what the loss sees of the output"
+OUTPUTS_ROWS = 128
 OUTPUTS_SHARE = 0.01  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
 
 Observations = Mapping[tuple[str, str], Observation]
@@ -93,21 +95,23 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
 
 
 def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
-    """Return E[g gᵀ] with a share of WᵀW, both of mean diagonal 1; None without gradients, or where all are zero.
+    """Return V, VᵀV = E[g gᵀ] with a share of WᵀW, both of mean diagonal 1; None without gradients or where all are 0.
 
-    Gradients of one window leave directions out that the loss comes to see later on; the weights know of these.
+    Gradients of one window leave directions out that the loss comes to see later on; the weights know of these. A small
+    share: of them, too, few rows tell enough.
 
-    Args: felt: (channels, channels). weight: (out, channels, P).
+    Args: felt: (rows, channels). weight: (out, channels, P).
+    Returns: (rows, channels) float32.
     """
     if felt is None:
         return None
     flat = weight.detach().to(felt.device).permute(0, 2, 1).reshape(-1, weight.shape[1])
-    flat = flat if flat.dtype == torch.float64 else flat.float()  # a small share: float32 knows enough of it
-    plain = (flat.T @ flat).double()
-    size, share = felt.diagonal().mean(), plain.diagonal().mean()
+    plain = sketched(flat, OUTPUTS_ROWS, 0)
+    size, share = (float(rows.double().square().mean() * len(rows)) for rows in (felt, plain))
     if not (size > 0 and share > 0):
         return None
-    return (felt / size + OUTPUTS_SHARE * plain / share) / (1.0 + OUTPUTS_SHARE)
+    both = torch.cat([felt * size**-0.5, plain * (OUTPUTS_SHARE / share) ** 0.5])
+    return both.mul_((1.0 + OUTPUTS_SHARE) ** -0.5)
 
 
 def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:

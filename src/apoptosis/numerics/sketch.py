@@ -1,0 +1,86 @@
+"""Few rows that stand for many: a sum of rows with random signs, which keeps second moments in the mean.
+
+Lives here: `Sketch` (streaming) and `sketched` (of a matrix at hand). Does not live here: where rows come from.
+References: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams" (2002), with buckets drawn evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apoptosis.errors import ShapeError
+
+SKETCH_ROWS = 512  # the standard deviation of a sketched energy is sqrt(2 / SKETCH_ROWS) = 6 % of it, of an rms 3 %
+
+
+class Sketch:
+    """S (size, channels) of rows G (N, channels) as they come: E[SᵀS] = GᵀG, and S holds G itself while N <= size.
+
+    Rows fall into buckets, `size` rows in a row into one each, in an order drawn anew for every `size`; each is added
+    with a random sign. For every x: E‖S x‖² = ‖G x‖² and Var ‖S x‖² <= 2/size ‖G x‖⁴ (docs/theory.md, "Sketched rows").
+
+    Args:
+        num_channels: columns. size: rows kept. device: where they lie.
+
+    Example:
+        >>> sketch = Sketch(2, size=4)
+        >>> sketch.add(torch.tensor([[3.0, 4.0]]), torch.Generator().manual_seed(0))
+        >>> sketch.rows().square().sum().item()
+        25.0
+    """
+
+    def __init__(self, num_channels: int, *, size: int = SKETCH_ROWS, device: torch.device | str | None = None) -> None:
+        self.num_channels, self.size = num_channels, size
+        self.num_rows = 0
+        self._kept = torch.zeros(size, num_channels, device=device)
+        self._order = torch.arange(size)  # of the buckets, for the rows of this turn
+
+    def add(self, rows_NC: Tensor, draws: torch.Generator) -> None:
+        """Add rows, in float32; draws: where buckets and signs come from.
+
+        Raises: ShapeError: rows_NC is not (rows, num_channels).
+        """
+        if rows_NC.ndim != 2 or rows_NC.shape[1] != self.num_channels:
+            raise ShapeError(f"Sketch.add: rows of shape {tuple(rows_NC.shape)}, expected (N, {self.num_channels}).")
+        signs = torch.randint(0, 2, (len(rows_NC), 1), generator=draws) * 2 - 1
+        signed = rows_NC.detach().float() * signs.to(rows_NC.device)
+        start = 0
+        while start < len(signed):
+            place = self.num_rows % self.size
+            if place == 0:
+                self._order = torch.randperm(self.size, generator=draws)
+            stop = min(len(signed), start + self.size - place)
+            buckets = self._order[place : place + stop - start].to(self._kept.device)
+            self._kept.index_add_(0, buckets, signed[start:stop].to(self._kept.device))
+            self.num_rows += stop - start
+            start = stop
+
+    def rows(self) -> Tensor:
+        """Return S without rows that nothing fell into, (at most size, channels) float32; a copy."""
+        return self._kept.clone() if self.num_rows >= self.size else self._kept[self._order[: self.num_rows]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything exactly."""
+        return {"num_rows": self.num_rows, "kept": self._kept.clone(), "order": self._order.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote.
+
+        Raises: ShapeError: it is of another size.
+        """
+        if state["kept"].shape != self._kept.shape:
+            raise ShapeError(f"Sketch: state of {tuple(state['kept'].shape)}, expected {tuple(self._kept.shape)}.")
+        self.num_rows = int(state["num_rows"])
+        self._kept = state["kept"].to(self._kept.device, copy=True)
+        self._order = state["order"].cpu().clone()
+
+
+def sketched(matrix_NC: Tensor, size: int, seed: int) -> Tensor:
+    """Return at most `size` rows that stand for those of a matrix, (rows, channels) float32."""
+    sketch = Sketch(matrix_NC.shape[1], size=size, device=matrix_NC.device)
+    sketch.add(matrix_NC, torch.Generator().manual_seed(seed))
+    return sketch.rows()
