@@ -205,3 +205,29 @@ def test_on_cuda_with_tf32_allowed() -> None:
     assert moments.device.type == "cuda"
     want = twin(z)[1]
     np.testing.assert_allclose(moments.covariance().cpu().numpy(), want, atol=3e-6 * np.abs(want).max())
+
+
+def test_mean_of_many_rows_is_that_of_float64():
+    z = torch.randn(1500, 3, generator=torch.Generator().manual_seed(3)) + 1e4  # more rows than are taken at once
+    moments = Moments(3)
+    moments.update(z)
+    torch.testing.assert_close(moments.mean, z.double().mean(0), rtol=1e-14, atol=0.0)
+
+
+def test_a_copy_is_equal_and_apart():
+    z = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).double()
+    moments = Moments(4)
+    moments.update(z, exact=True, examples=3)
+    again = moments.copy()
+    assert (again.num_channels, again.num_rows, again.num_examples, again.exact) == (4, 9, 3, True)
+    assert torch.equal(again.covariance(), moments.covariance()) and torch.equal(again.root(), moments.root())
+    again.update(z[:2] + 1.0, exact=True)
+    whole = Moments(4)
+    whole.update(z, exact=True)
+    assert moments.num_rows == 9 and torch.equal(moments.covariance(), whole.covariance())
+    assert torch.equal(moments.root(), whole.root())
+
+
+def test_select_of_nothing_is_refused():
+    with pytest.raises(ArgumentError, match="no channel"):
+        Moments(4).select(torch.zeros(0, dtype=torch.int64))

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.linalg import lapack, solve_triangular
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
+from apoptosis.numerics.blas import one_thread
 
 FloatArray = npt.NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
@@ -90,7 +89,7 @@ def pivoted_cholesky(
         return Factor(order=torch.arange(num), factor=empty, rank=0, remainder_trace=torch.zeros(1).double())
     tolerance = (num * EPS if relative_tolerance is None else relative_tolerance) * largest
     # A symmetric C-ordered array is its own Fortran-ordered transpose: LAPACK works in place, nothing is copied.
-    with _threads().limit(limits=1, user_api="blas"):
+    with one_thread():
         packed, pivots, rank, _ = lapack.dpstrf(scaled.T, tol=tolerance, lower=1, overwrite_a=1)
     order = pivots.astype(np.int64) - 1
     lower = np.tril(packed[:, :rank])
@@ -143,7 +142,7 @@ def _semidefinite(unit: FloatArray, ridge: float) -> FloatArray:
     out, open_ = np.zeros((num, num)), np.arange(num)
     rest = unit
     while open_.size:
-        with _threads().limit(limits=1, user_api="blas"):
+        with one_thread():
             lower, info = lapack.dpotrf(rest.T, lower=1, clean=1)
             done = open_.size if info == 0 else int(info) - 1
             if done == num:
@@ -291,16 +290,6 @@ def _solve(matrix_KK: Tensor, right_KR: Tensor, ridge: float) -> Tensor:
     basis = vectors[:, usable]
     solved: Tensor = basis @ ((basis.T @ right) / values[usable, None])
     return solved * inverse[:, None]
-
-
-@cache
-def _threads() -> ThreadpoolController:
-    """Return the handle on the threads of scipy's own BLAS.
-
-    Its waiting threads and torch's would fight for the same cores: with both at work, the products after a
-    factorisation ran ten times slower on two cores than with one thread here.
-    """
-    return ThreadpoolController()
 
 
 def _tails(values: FloatArray) -> FloatArray:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
+from apoptosis.numerics.blas import gram
 
 _STATE_KEYS = ("num_rows", "num_examples", "exact", "mean", "scatter")
 
@@ -39,7 +40,7 @@ def _true_float32(device: torch.device) -> Iterator[None]:
                 setattr(backend, name, before)
 
 
-_BLOCK = 256  # columns of a block of a Gram matrix
+_ROWS = 256  # that are taken to float64 at once, for their mean
 
 
 class Moments:
@@ -117,7 +118,7 @@ class Moments:
                 rows = rows.double()
             elif rows.dtype not in (torch.float32, torch.float64):
                 rows = rows.float()
-            mean = rows.mean(0, dtype=torch.float64)
+            mean = _mean(rows)
             total = self.num_rows + num_rows
             step = mean - self._mean if self.num_rows else torch.zeros_like(mean)
             weight = self.num_rows * num_rows / total
@@ -127,7 +128,7 @@ class Moments:
             work[num_rows] = step.to(rows.dtype) * weight**0.5
             if not exact:
                 work = work.float()
-            product = _gram(work)
+            product = gram(work)
             if not bool(torch.isfinite(mean.sum() + product.diagonal().sum(dtype=torch.float64))):
                 raise NonFiniteError(
                     "the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
@@ -199,7 +200,7 @@ class Moments:
         """
         if not 0.0 <= p < 1.0:
             raise ArgumentError(f"Moments.without_dropout: p is {p}; it must lie in [0, 1).")
-        out = self.select(torch.arange(self.num_channels, device=self.device))
+        out = self.copy()
         square = self._mean.square() * self.num_rows
         out._root = None
         diagonal = out._scatter.diagonal()
@@ -207,18 +208,30 @@ class Moments:
         return out
 
     def select(self, index: Tensor) -> Moments:
-        """Return the moments of the channels `index` (kept,) alone, in that order."""
-        out = Moments(int(index.numel()), device=self.device)
+        """Return the moments of the channels `index` (kept,) alone, in that order.
+
+        Raises: ArgumentError: index is empty.
+        """
         index = index.to(self.device)
+        if index.numel() == 0:
+            raise ArgumentError("Moments.select: no channel is named.")
+        scatter = self._scatter.index_select(0, index).index_select(1, index)
+        return self._alike(self._mean[index], scatter, None if self._root is None else self._root[:, index])
+
+    def copy(self) -> Moments:
+        """Return the same moments, to be updated apart from these."""
+        return self._alike(self._mean.clone(), self._scatter.clone(), self._root)  # the root is never written to
+
+    def _alike(self, mean_C: Tensor, scatter_CC: Tensor, root_KC: Tensor | None) -> Moments:
+        out = Moments(1, device=self.device)
+        out.num_channels = mean_C.numel()
         out.num_rows, out.num_examples, out.exact = self.num_rows, self.num_examples, self.exact
-        out._mean = self._mean[index].clone()
-        out._scatter = self._scatter[index][:, index].clone()
-        out._root = None if self._root is None else self._root[:, index]
+        out._mean, out._scatter, out._root = mean_C, scatter_CC, root_KC
         return out
 
     def counted(self, num_rows: int, num_examples: int) -> Moments:
         """Return the same mean, covariance and root, resting on other counts."""
-        out = self.select(torch.arange(self.num_channels, device=self.device))
+        out = self.copy()
         share = num_rows / self.num_rows
         out.num_rows, out.num_examples = num_rows, num_examples
         out._scatter *= share
@@ -292,14 +305,11 @@ class Moments:
         return f"Moments({self.num_channels} channels, {self.num_rows} rows, {self.num_examples} examples)"
 
 
-def _gram(rows_NC: Tensor) -> Tensor:
-    """Return rowsᵀ @ rows; for many channels in blocks of columns, each pair once: torch has no symmetric product."""
-    num = rows_NC.shape[1]
-    if num < 2 * _BLOCK:
-        return rows_NC.T @ rows_NC
-    out = torch.empty(num, num, dtype=rows_NC.dtype, device=rows_NC.device)
-    for start in range(0, num, _BLOCK):
-        stop = min(start + _BLOCK, num)
-        torch.mm(rows_NC[:, start:stop].T, rows_NC[:, start:], out=out[start:stop, start:])
-        out[stop:, start:stop] = out[start:stop, stop:].T
-    return out
+def _mean(rows_NC: Tensor) -> Tensor:
+    """Return the mean row in float64; on the CPU a few rows at a time, as torch would make a float64 copy of them."""
+    if rows_NC.device.type != "cpu" or rows_NC.dtype == torch.float64 or len(rows_NC) <= _ROWS:
+        return rows_NC.mean(0, dtype=torch.float64)
+    total = torch.zeros(rows_NC.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows_NC), _ROWS):
+        total += rows_NC[start : start + _ROWS].double().sum(0)
+    return total / len(rows_NC)
