@@ -216,7 +216,7 @@ class Watch:
         """
         if self.spoiled:
             raise NonFiniteError(self.spoiled)
-        found = self.moments.select(torch.arange(self.moments.num_channels, device=self.moments.device))
+        found = self.moments.copy()
         self._add_buffer(found)
         return found
 
