@@ -20,6 +20,7 @@ from apoptosis.numerics.decompose import (
     site_diag,
     solve_mix,
 )
+from apoptosis.numerics.rooted import pivoted_qr
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -213,3 +214,23 @@ def test_bad_arguments() -> None:
     with pytest.raises(ShapeError):
         site_diag(torch.ones(2, 4), torch.eye(3))
     assert complement(torch.tensor([1]), 3).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("rank", [60, 150, 300])  # below, above and far above what is multiplied at once
+def test_factors_are_triangular_and_curves_are_the_whole_product(rank: int) -> None:
+    z = sample(3, 300, rank, rows=400)
+    gram, weight = covariance(z), weights(3, 20, 300)
+    root = (z - z.mean(0)) / len(z) ** 0.5
+    for found in (
+        pivoted_cholesky(gram, weights_C=weight.norm(dim=0)),
+        ordered_cholesky(gram, torch.randperm(300, generator=torch.Generator().manual_seed(5))),
+        pivoted_qr(root, weight.norm(dim=0)),
+    ):
+        assert not found.factor[found.order].triu(1).any()
+        for matrix in (weight, weights(4, 310, 300)):
+            energies = (matrix @ found.factor).square().sum(0)
+            want = torch.cat([energies.flip(0).cumsum(0).flip(0), torch.zeros(301 - found.rank).double()])
+            got = joint_error_curve(matrix, found)
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want[0]))
+            short = joint_error_curve(matrix, found, dtype=torch.float32)
+            torch.testing.assert_close(short, want, rtol=1e-4, atol=1e-6 * float(want[0]))

@@ -23,6 +23,7 @@ from apoptosis.numerics.blas import one_thread
 FloatArray = npt.NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
 _TINY = 1e-150  # rms below which a channel counts as silent: its square is hardly a number any more
+_BLOCK = 128  # columns of a triangular factor that are multiplied at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,7 +32,7 @@ class Factor:
 
     order: (channels,) int64, all channels, best to keep first; the first `rank` are the pivots.
     factor: (channels, rank) float64; column i is what pivot i explains of every channel beyond the pivots before it,
-        so the remainder after k pivots is factor[:, k:] @ factor[:, k:]ᵀ.
+        so the remainder after k pivots is factor[:, k:] @ factor[:, k:]ᵀ. factor[order] is lower triangular.
     remainder_trace: (rank + 1,) trace of that remainder for k = 0 .. rank, in the weights the order was chosen with.
     """
 
@@ -82,7 +83,8 @@ def pivoted_cholesky(
     weights = np.ones(num) if weights_C is None else _array(weights_C, "pivoted_cholesky")
     if weights.shape != (num,):
         raise ShapeError(f"pivoted_cholesky: {weights.shape[0]} weights for {num} channels.")
-    scaled = gram * weights[:, None] * weights[None, :]
+    scaled = gram * weights[:, None]
+    scaled *= weights
     largest = float(scaled.diagonal().max())
     if largest <= 0.0:
         empty = torch.zeros(num, 0, dtype=torch.float64)
@@ -92,7 +94,7 @@ def pivoted_cholesky(
     with one_thread():
         packed, pivots, rank, _ = lapack.dpstrf(scaled.T, tol=tolerance, lower=1, overwrite_a=1)
     order = pivots.astype(np.int64) - 1
-    lower = np.tril(packed[:, :rank])
+    lower = torch.from_numpy(packed)[:, :rank].tril().numpy()
     remainder = _tails(np.square(lower).sum(0))
     kept = weights[order]
     lower *= np.divide(1.0, kept, out=np.zeros(num), where=kept > 0)[:, None]
@@ -166,7 +168,8 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor, *, dtype: torch.dtype =
     """tr(W S_k Wᵀ) for every number k of kept channels at once, S_k the least-squares remainder after k pivots.
 
     With G = F Fᵀ in pivot order, S_k = Σ_{i >= k} f_i f_iᵀ, so the joint error is Σ_{i >= k} ‖W f_i‖²: one product
-    W F and a cumulative sum, exact for everything removed together (docs/theory.md, "Error curve").
+    W F and a cumulative sum, exact for everything removed together (docs/theory.md, "Error curve"). F is triangular in
+    pivot order: columns are multiplied a block at a time, without the rows that are zero in all of them.
 
     Args:
         weight_OC: (out, channels).
@@ -181,12 +184,19 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor, *, dtype: torch.dtype =
     num = factor.order.numel()
     if weight_OC.ndim != 2 or weight_OC.shape[1] != num:
         raise ShapeError(f"joint_error_curve: weight of shape {tuple(weight_OC.shape)} for {num} channels.")
-    weight = weight_OC.detach().to("cpu", dtype)
-    columns_CK = factor.factor.to(dtype)
-    if weight.shape[0] > num and dtype == torch.float64:  # ‖W f‖² = fᵀ WᵀW f: cheaper for many outputs, but cancels
-        columns = ((weight.T @ weight) @ columns_CK).mul_(columns_CK).sum(0).clamp_min_(0.0)
-    else:
-        columns = (weight @ columns_CK).square_().sum(0, dtype=torch.float64)
+    weight = weight_OC.detach().to("cpu", dtype).index_select(1, factor.order)
+    lower_CK = factor.factor.to(dtype).index_select(0, factor.order)
+    squared = weight.shape[0] > num and dtype == torch.float64  # ‖W f‖² = fᵀ WᵀW f: cheaper for many outputs, cancels
+    if squared:
+        weight = weight.T @ weight
+    columns = torch.zeros(factor.rank, dtype=torch.float64)
+    for start in range(0, factor.rank, _BLOCK):
+        block = lower_CK[start:, start : start + _BLOCK]
+        if squared:
+            found = (weight[start:, start:] @ block).mul_(block).sum(0).clamp_min_(0.0)
+        else:
+            found = (weight[:, start:] @ block).square_().sum(0, dtype=torch.float64)
+        columns[start : start + _BLOCK] = found
     curve = torch.zeros(num + 1, dtype=torch.float64)
     curve[: factor.rank + 1] = torch.from_numpy(_tails(columns.numpy()))
     return curve
@@ -218,7 +228,8 @@ def solve_mix(
     mix = torch.zeros(keep.numel(), num, dtype=torch.float64, device=gram.device)
     if keep.numel() and removed.numel():
         level = num * EPS if ridge is None else ridge
-        mix[:, removed] = _solve(gram[keep][:, keep], gram[keep][:, removed], level)
+        known = gram[keep]
+        mix[:, removed] = _solve(known[:, keep], known[:, removed], level)
     mix[torch.arange(keep.numel(), device=gram.device), keep] = 1.0
     if mean_C is None:
         return mix, None
@@ -233,7 +244,8 @@ def residual_gram(
 ) -> Tensor:
     """R = E[(z - ẑ)(z - ẑ)ᵀ] for ẑ = z_K @ mix + offset: exact for any mix and offset, least squares or not.
 
-    With e = z - ẑ: R = Cov(e) + E[e] E[e]ᵀ.
+    With e = z - ẑ: R = Cov(e) + E[e] E[e]ᵀ, and Cov(e) = Σ - Σ_·K M - Mᵀ Σ_K· + Mᵀ Σ_KK M is the symmetric part of
+    Σ + Mᵀ (Σ_KK M - 2 Σ_K·): two products.
 
     Returns: (channels, channels) float64.
     """
@@ -241,12 +253,12 @@ def residual_gram(
     num = cov.shape[0]
     keep = _index(keep_K, num, "residual_gram").to(cov.device)
     removed = torch.arange(num, device=cov.device)
-    identity = torch.eye(num, dtype=torch.float64, device=cov.device)[keep]
-    if torch.equal(mix[:, keep], identity[:, keep]):  # kept channels stand for themselves: only the rest can err
-        removed = complement(keep, num)
-    part = mix[:, removed]
-    cross = part.T @ cov[keep][:, removed]
-    block = cov[removed][:, removed] - cross - cross.T + part.T @ cov[keep][:, keep] @ part
+    if torch.equal(mix[:, keep], torch.eye(keep.numel(), dtype=torch.float64, device=cov.device)):
+        removed = complement(keep, num)  # kept channels stand for themselves: only the rest can err
+    part, kept = mix[:, removed], cov[keep]
+    inner = (kept[:, keep] @ part).sub_(kept[:, removed], alpha=2.0)
+    block = cov[removed][:, removed] + part.T @ inner
+    block = (block + block.T).mul_(0.5)
     bias = (mean - mean[keep] @ mix)[removed] - (0.0 if offset_C is None else offset_C.double()[removed])
     block += torch.outer(bias, bias)
     out = torch.zeros_like(cov)
