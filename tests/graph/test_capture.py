@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 
@@ -12,6 +13,9 @@ from torch import nn
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
+from apoptosis.graph.findings import Findings
+from apoptosis.graph.memory import Memory
+from apoptosis.graph.tracer import Tracer
 
 
 def network() -> nn.Module:
@@ -153,3 +157,34 @@ def test_an_evaluation_flag_outside_is_no_matter() -> None:
     assert [(g.name, g.num_channels, g.neuron) for g in quiet.groups] == [
         (g.name, g.num_channels, g.neuron) for g in loud.groups
     ]
+
+
+def test_nothing_of_a_pass_waits_for_the_garbage_collector() -> None:
+    def alive() -> int:
+        return sum(type(o) in (Tracer, Memory, Findings) for o in gc.get_objects())
+
+    net, x = network(), torch.randn(4, 3, 8, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        analyse(net, (x,), {})
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
+def test_every_capture_draws_the_same_and_other_devices_keep_their_numbers() -> None:
+    draws = []
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    net[1].register_forward_hook(lambda _, args, out: draws.append(out.detach().clone()))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        waiting = len(torch.cuda._queued_calls)  # seeds for devices that are not begun with yet
+        states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        analyse(net, (torch.ones(3, 4),), {})
+        assert len(torch.cuda._queued_calls) == waiting
+        assert all(
+            torch.equal(a, b) for a, b in zip(states, torch.cuda.get_rng_state_all() if states else [], strict=True)
+        )
+    assert torch.equal(draws[0], draws[2])

@@ -142,7 +142,9 @@ def _kept_randomness(model: nn.Module) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed seeds every device, now or once it is begun with
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
             random.seed(0)
             np.random.seed(0)
             yield

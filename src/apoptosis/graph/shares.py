@@ -163,7 +163,7 @@ def _names(groups: Sequence[Group], labels: Labels) -> dict[int, str]:
         for member in group.members:
             classes = labels[member.tensor][member.dim][member.positions]
             if bool((classes == classes[:, :1]).all()):
-                found.update((int(label), group.name) for label in classes[:, 0])
+                found.update(dict.fromkeys(classes[:, 0].tolist(), group.name))
     return found
 
 

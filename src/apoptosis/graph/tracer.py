@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType
@@ -125,7 +126,8 @@ class Tracer:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[tuple[str, nn.Module, Begun | None]] = []
         self._label = ""
-        self.memory = Memory(findings.slots, tensors, inputs, self._pin)
+        here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
+        self.memory = Memory(findings.slots, tensors, inputs, lambda slots, text: here._pin(slots, text))
         self.numbers = Numbers(findings, mode, scalars, self.memory.recorded)
 
     # -- tensors ------------------------------------------------------------------------------------------------
