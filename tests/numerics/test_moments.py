@@ -233,3 +233,22 @@ def test_a_copy_is_equal_and_apart():
 def test_select_of_nothing_is_refused():
     with pytest.raises(ArgumentError, match="no channel"):
         Moments(4).select(torch.zeros(0, dtype=torch.int64))
+
+
+def test_without_rows_everything_but_a_covariance_works():
+    z = torch.randn(7, 3, generator=torch.Generator().manual_seed(2))
+    empty = Moments(3)
+    assert not empty.state_dict()["scatter"].any()
+    for again in (empty.copy(), empty.select(torch.tensor([2, 0, 1])), empty.without_dropout(0.5)):
+        again.update(z)
+        torch.testing.assert_close(again.covariance(), filled([z]).covariance())
+    other = filled([z])
+    joined = Moments(3)
+    joined.merge(other)
+    joined.update(z)
+    assert torch.equal(other.covariance(), filled([z]).covariance())  # merged by value
+    assert empty.num_rows == 0
+    loaded = Moments(3)
+    loaded.load_state_dict(empty.state_dict())
+    loaded.update(z)
+    assert torch.equal(loaded.covariance(), filled([z], exact=False).covariance())

@@ -76,7 +76,8 @@ class Moments:
         self.num_examples = 0
         self.exact = True
         self._mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
-        self._scatter = torch.zeros(num_channels, num_channels, dtype=torch.float64, device=device)
+        # no memory before there is something to sum
+        self._scatter = torch.zeros(1, 1, dtype=torch.float64, device=device).expand(num_channels, num_channels)
         self._root: Tensor | None = torch.zeros(0, num_channels, dtype=torch.float64, device=device)
 
     @property
@@ -134,7 +135,7 @@ class Moments:
                     "the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
                     "Leave out steps that the gradient scaler skips, or lower the learning rate."
                 )
-            self._scatter.add_(product)
+            self._add_scatter(product)
             self._add_root(work if rooted else None)
             self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
         self.exact = self.exact and exact
@@ -154,7 +155,7 @@ class Moments:
             self._move(other.device)
         total = self.num_rows + other.num_rows
         step = other._mean.to(self.device) - self._mean
-        self._scatter.add_(other._scatter.to(self.device))
+        self._add_scatter(other._scatter)
         link = (step * (self.num_rows * other.num_rows / total) ** 0.5)[None]
         self._add_root(None if other._root is None else torch.cat([other._root.to(self.device), link]))
         self._scatter.addr_(step, step, alpha=self.num_rows * other.num_rows / total)
@@ -284,6 +285,12 @@ class Moments:
         self.num_rows, self.num_examples = int(state["num_rows"]), int(state["num_examples"])
         self.exact = bool(state["exact"])
         self._root = None if self.num_rows else scatter.new_zeros(0, self.num_channels).to(self.device, torch.float64)
+
+    def _add_scatter(self, scatter_CC: Tensor) -> None:
+        if self.num_rows:
+            self._scatter.add_(scatter_CC.to(self.device))
+        else:
+            self._scatter = scatter_CC.to(self.device, torch.float64, copy=True)
 
     def _add_root(self, rows_NC: Tensor | None) -> None:
         """Add centred rows to the triangle; None: rows that are rounded more coarsely, which ends it."""
