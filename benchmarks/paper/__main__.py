@@ -3,6 +3,7 @@
     python -m benchmarks.paper --data-dir DIR                 every cell that is not there yet; hours on two cores
     python -m benchmarks.paper --only mnist,higgs --seeds 0   some of them
     python -m benchmarks.paper --quick                        a small network on bundled digits, for CI: under 5 minutes
+    python -m benchmarks.paper --frontier --data-dir DIR      the same networks at many tolerances, one seed
     python -m benchmarks.paper --table                        only read what is there: table, targets, pictures
 
 Resumable per cell (ground and seed): a cell whose JSON exists is not run again.
@@ -17,9 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.paper.cells import cell_path, fits, run_cell, write_cell
+from benchmarks.paper.frontier import GROUNDS as FRONTIERS
+from benchmarks.paper.frontier import frontier_path, run_frontier
 from benchmarks.paper.grounds import GROUNDS, QUICK
 from benchmarks.paper.pictures import draw_all
-from benchmarks.paper.summary import read_cells, summarise, tell
+from benchmarks.paper.summary import read_cells, read_frontiers, summarise, tell
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
 
@@ -37,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="instead of the ground's: a trial, give --results")
     parser.add_argument("--pictures", type=Path, help="folder to draw the pictures into")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--frontier", action="store_true", help="many tolerances instead of the table's defaults")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.only.split(",") if name not in GROUNDS]:
@@ -44,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.results == RESULTS and (given.rows or given.epochs or given.quick) and not given.table:
         parser.error("--rows, --epochs and --quick make trials: give --results, another folder")
     given.results.mkdir(parents=True, exist_ok=True)
-    if not given.table:
+    if given.frontier:
+        _run_frontiers(given)
+    elif not given.table:
         _run(given)
     cells = read_cells(given.results, only=["digits"] if given.quick else given.only.split(","))
     if not cells:
@@ -52,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(tell(summarise(cells)))
     if given.pictures is not None:
-        for path in draw_all(cells, given.pictures):
+        for path in draw_all(cells, read_frontiers(given.results), given.pictures):
             print(f"wrote {path}")
     return 0
 
@@ -72,6 +78,16 @@ def _run(given: argparse.Namespace) -> None:
             print(f"{name}, seed {seed}", flush=True)
             cell = run_cell(ground, task, seed, lambda line: print(line, flush=True), criteria=not given.no_criteria)
             write_cell(path, cell)
+
+
+def _run_frontiers(given: argparse.Namespace) -> None:
+    for name in (n for n in given.only.split(",") if n in FRONTIERS):
+        path = frontier_path(given.results, name)
+        if path.exists() and fits(json.loads(path.read_text()), GROUNDS[name], given.rows):
+            continue
+        print(f"{name}, frontier", flush=True)
+        task = GROUNDS[name].load(given.data_dir, given.rows)
+        write_cell(path, run_frontier(GROUNDS[name], task, 0, lambda line: print(line, flush=True)))
 
 
 if __name__ == "__main__":

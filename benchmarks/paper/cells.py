@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from benchmarks.paper.grounds import Ground, Task
 from benchmarks.paper.measure import energy_joules, latencies, training_memory
 from benchmarks.paper.training import Contestant
 
-SCHEMA = 2
+SCHEMA = 3
 Say = Callable[[str], None]
 
 
@@ -37,7 +38,7 @@ def run_cell(ground: Ground, task: Task, seed: int, say: Say, *, criteria: bool 
     """Train all contestants of a ground with one seed.
 
     Args:
-        criteria: also apoptosis with each other criterion (core grounds).
+        criteria: also apoptosis with each other criterion (core grounds, first seed).
 
     Returns: the cell as plain values.
     """
@@ -48,29 +49,40 @@ def run_cell(ground: Ground, task: Task, seed: int, say: Say, *, criteria: bool 
     if ground.core:
         others.append(Contestant("half width", ground, task, seed, scale=0.5))
         others.append(Lasso("group lasso", ground, task, seed, shrunk.macs))
-        if criteria:
+        if criteria and seed == 0:
             others += [Shrinking(f"apoptosis, {c}", ground, task, seed, criterion=c) for c in CRITERIA]
     early = EarlyStopping(dense)
-    _train([dense, shrunk, *others], say, after=lambda: early.look())
+    train([dense, shrunk, *others], say, after=lambda: early.look())
     pace = shrunk.points[-1].seconds - shrunk.points[-2].seconds if len(shrunk.points) > 1 else shrunk.seconds
     late: list[Contestant] = [small("same widths", shrunk)]
     if ground.core:
         late.append(small("same widths, longer", shrunk, seconds=shrunk.seconds, pace=pace))
         late.append(FineTuning("train-prune-fine-tune", dense, shrunk.macs()))
-    _train(late, say)
+    train(late, say)
     everyone = [dense, shrunk, *others, *late]
     records = {c.name: c.record() for c in everyone}
     if ground.core:
         records["early stopping"] = early.record()
+    _measure(records, everyone, task)
+    spent = energy_joules()
+    joules = None if energy is None or spent is None else spent - energy
+    return header("paper-cell", ground, task, seed) | {"joules": joules, "contestants": records}
+
+
+def _measure(records: dict[str, dict[str, Any]], everyone: Sequence[Contestant], task: Task) -> None:
+    """Add latencies of all networks, and the memory of a training step of the first two."""
     inputs = task.test.between(0, min(256, len(task.test)))[0]
     for name, found in latencies({c.name: c.model for c in everyone}, inputs).items():
         records[name]["latency"] = found
-    batch = task.train.between(0, dense.batch)[0]
-    for contestant in (dense, shrunk):
+    batch = task.train.between(0, everyone[0].batch)[0]
+    for contestant in everyone[:2]:
         records[contestant.name]["memory"] = training_memory(contestant.model, batch)
-    spent = energy_joules()
+
+
+def header(kind: str, ground: Ground, task: Task, seed: int) -> dict[str, Any]:
+    """Return what was run, with what, on what."""
     return {
-        "kind": "paper-cell",
+        "kind": kind,
         "schema": SCHEMA,
         "ground": ground.name,
         "seed": seed,
@@ -81,14 +93,12 @@ def run_cell(ground: Ground, task: Task, seed: int, say: Say, *, criteria: bool 
         "batch": ground.batch,
         "lr": ground.lr,
         "train_rows": len(task.train),
-        "versions": versions() | _torch_pruning(),
+        "versions": versions() | {"torch-pruning": version("torch-pruning")},
         "machine": machine(torch.device("cpu")),
-        "joules": None if energy is None or spent is None else spent - energy,
-        "contestants": records,
     }
 
 
-def _train(contestants: Sequence[Contestant], say: Say, after: Callable[[], None] | None = None) -> None:
+def train(contestants: Sequence[Contestant], say: Say, after: Callable[[], None] | None = None) -> None:
     """Train epoch by epoch in turn; dense and apoptosis lead alternately, rivals that follow apoptosis come after."""
     number = 0
     while any(not c.finished for c in contestants):
@@ -106,12 +116,6 @@ def _train(contestants: Sequence[Contestant], say: Say, after: Callable[[], None
         if after is not None:
             after()
         number += 1
-
-
-def _torch_pruning() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"torch-pruning": version("torch-pruning")}
 
 
 def cell_path(folder: Path, ground: str, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""Networks of the comparison that the recipes do not have: ViT, GPT, AlexNet for 64 pixels, autoencoder.
+"""Networks of the comparison that the recipes do not have: small CNN, ViT, GPT, AlexNet for 64 pixels, autoencoder.
 
 Lives here: plain torch.nn modules. Does not live here: data, training.
 References: Dosovitskiy et al., arXiv 2010.11929; Radford et al., 2019; Krizhevsky, Sutskever, Hinton, NIPS 2012;
@@ -82,6 +82,18 @@ class GPT(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device)
         logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
         return logits
+
+
+def small_cnn(scale: float = 1.0) -> nn.Sequential:
+    """AlexNet's plan for 32 pixels: early downsampling, narrow convolutions (32-64-128), two layers of 2048."""
+    c1, c2, c3 = (max(8, round(c * scale)) for c in (32, 64, 128))
+    hidden = max(8, round(2048 * scale))
+    return nn.Sequential(
+        nn.Conv2d(3, c1, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(c1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(c1, c2, 3, padding=1, bias=False), nn.BatchNorm2d(c2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(c2, c3, 3, padding=1, bias=False), nn.BatchNorm2d(c3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * c3, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10),
+    )  # fmt: skip
 
 
 def alexnet(scale: float = 1.0) -> nn.Sequential:

@@ -24,7 +24,16 @@ COLOURS = {
 }
 
 
-def draw_all(cells: Sequence[Cell], folder: Path) -> list[Path]:
+METHODS = {
+    "interpolative": "#c0392b",
+    "reconstruction": "#e59866",
+    "magnitude": "#7d3c98",
+    "torch-pruning": "#2471a3",
+    "same widths": "#1e8449",
+}
+
+
+def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], folder: Path) -> list[Path]:
     """Draw every picture for which there are cells; returns what was written, SVG."""
     import matplotlib
     from matplotlib import pyplot
@@ -33,21 +42,24 @@ def draw_all(cells: Sequence[Cell], folder: Path) -> list[Path]:
     looks = {"svg.hashsalt": "paper", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     matplotlib.rcParams.update(looks)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, Callable[[Any, Sequence[Cell]], None]] = {
-        "time": _metric_against_time,
-        "widths": _widths,
-        "frontier": _frontier,
-        "certificates": _certificates,
-        "share": _where_time_goes,
+    pictures: dict[str, tuple[Callable[[Any, Sequence[Cell]], None], Sequence[Cell]]] = {
+        "time": (_metric_against_time, cells),
+        "widths": (_widths, cells),
+        "sizes": (_sizes, cells),
+        "frontier": (_frontier, frontiers),
+        "certificates": (_certificates, cells),
+        "share": (_where_time_goes, cells),
     }
     written = []
-    for name, draw in pictures.items():
-        grounds = list(dict.fromkeys(c["ground"] for c in cells))
+    for name, (draw, shown) in pictures.items():
+        if not shown:
+            continue
+        grounds = list(dict.fromkeys(c["ground"] for c in shown))
         figure, axes = pyplot.subplots(
             1, len(grounds), figsize=(3.4 * len(grounds), 3.0), squeeze=False, layout="constrained"
         )
         for axis, ground in zip(axes[0], grounds, strict=True):
-            here = [c for c in cells if c["ground"] == ground]
+            here = [c for c in shown if c["ground"] == ground]
             axis.set_title(ground)
             draw(axis, here)
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -88,7 +100,19 @@ def _widths(axis: Any, cells: Sequence[Cell]) -> None:
 
 
 def _frontier(axis: Any, cells: Sequence[Cell]) -> None:
-    """Parameters against the paired difference of the test metric."""
+    """Parameters against the test metric over tolerances, one curve per method."""
+    for name, colour in METHODS.items():
+        points = sorted((p["parameters"], p["test"]) for p in cells[0]["points"] if p["method"] == name)
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3, linewidth=1)
+    dense = next(p for p in cells[0]["points"] if p["method"] == "dense")
+    axis.axhline(dense["test"], color=COLOURS["dense"], linewidth=0.8, label="dense")
+    axis.set_xscale("log")
+    axis.set_xlabel("parameters")
+    axis.set_ylabel(f"test {cells[0]['metric']}")
+
+
+def _sizes(axis: Any, cells: Sequence[Cell]) -> None:
+    """Parameters against the paired difference of the test metric, default settings, every seed."""
     unit = cells[0]["unit"]
     for name, colour in COLOURS.items():
         pairs = [(c["contestants"]["dense"], c["contestants"][name]) for c in cells if name in c["contestants"]]

@@ -125,7 +125,7 @@ INTERPOLATIVE = Criterion(
     "loss makes of them",
     curves=_curves,
     felt=True,
-    tolerance=0.0125,
+    tolerance=0.01,
 )
 RECONSTRUCTION = replace(
     INTERPOLATIVE,
