@@ -7,7 +7,7 @@ of the widths that A had, a fresh copy after every event; who goes first alterna
 planning, surgery and the first capture took together, whatever apoptosis' own clock says. Where that clock stood still
 there was no more than a counter, so those chunks enter by the median of their differences: other programs' noise, in
 all of them, would drown the few in which something happened. Copying is not timed; evaluation does not happen.
-Lives here: this measurement. Does not live here: speed-ups (run_figures.py).
+Lives here: this measurement. Does not live here: speed-ups (paper).
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ from apoptosis.recipes.loop import Trainer
 from apoptosis.recipes.machine import machine, versions
 from apoptosis.recipes.optim import learning_rate, make_optimizer
 from apoptosis.recipes.train import prepare
-from run_figures import COMMON, RESULTS, ROWS
 
+RESULTS = Path(__file__).parent / "results"
+COMMON: dict[str, object] = {"optimizer": "adam", "batch": 128, "schedule": "one-cycle"}
+ROWS: dict[str, dict[str, object]] = {  # fields of apoptosis.recipes.config.RunConfig
+    "mnist": {"data": "mnist", "network": "mlp", "widths": (1024, 1024, 1024), "epochs": 10},
+    "fashion-mnist": {"data": "fashion-mnist", "network": "mlp", "widths": (1024, 1024, 1024), "epochs": 10},
+    "higgs": {"data": "higgs", "network": "mlp", "widths": (300, 300, 300, 300, 300), "epochs": 12},
+}
 Step = Callable[[], object]
 CHUNK = 25  # steps of A before B repeats them: short, so that both meet the same disturbances
 

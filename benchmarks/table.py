@@ -1,7 +1,7 @@
 """Make the tables of README.md and docs/results.md from benchmarks/results/*.json.
 
-    python benchmarks/table.py --write      fill the text between the markers of both files
-    python benchmarks/table.py --check      exit status 1 if a file does not say what the JSON says
+    python -m benchmarks.table --write      fill the text between the markers of both files
+    python -m benchmarks.table --check      exit status 1 if a file does not say what the JSON says
 
 Lives here: JSON to Markdown; no figure of a table is typed by hand. Does not live here: any measuring.
 A marker pair is `<!-- NAME:begin -->` ... `<!-- NAME:end -->` with NAME one of the keys of TABLES.
@@ -16,77 +16,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper import tables
+from benchmarks.paper.summary import read_cells, read_frontiers
+from benchmarks.paper.summary import table as markdown
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAPER = RESULTS / "paper"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-ORDER = ("mnist", "fashion-mnist", "higgs", "cifar10")
-
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."
-FIGURES_COMMAND = "python benchmarks/run_figures.py && python benchmarks/table.py --write"
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, Record]:
-    """File stem -> JSON, in the order of the tables."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    rank = {name: i for i, name in enumerate(ORDER)}
-    return dict(sorted(found.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
-
-
-def results_table(results: Mapping[str, Record]) -> str:
-    """One row per comparison, all seeds together."""
-    rows = [_result_row(name, r) for name, r in _of_kind(results, "compare")]
-    head = ("run", "seeds", "whole run", "parameters", "multiply-adds", "test metric: without, with", "difference",
-            "time in apoptosis")  # fmt: skip
-    return _table(head, rows) if rows else EMPTY.format(command=FIGURES_COMMAND)
-
-
-def seeds_table(results: Mapping[str, Record]) -> str:
-    """One row per comparison and seed."""
-    rows = []
-    for name, result in _of_kind(results, "compare"):
-        for run in result["runs"]:
-            dense, slim = run["dense"], run["apoptosis"]
-            reached = run["seconds_to_dense_metric"]
-            rows.append(
-                (
-                    name,
-                    str(run["seed"]),
-                    f"{dense['seconds_run']:.1f} s, {slim['seconds_run']:.1f} s",
-                    f"{1000 * dense['step_seconds']:.2f} ms, {1000 * slim['step_seconds']:.2f} ms",
-                    f"{run['speedup_run']:.2f}x",
-                    f"{dense['parameters']:,}, {slim['parameters']:,}",
-                    "-".join(str(width) for width in slim["widths"].values()),
-                    _metrics(dense["metric_name"], dense["test_metric"], slim["test_metric"]),
-                    "not reached" if reached is None else f"{reached:.1f} s",
-                    _cost(run["ledger"]),
-                )
-            )
-    head = ("run", "seed", "whole run: without, with", "per step", "faster", "parameters", "final widths",
-            "test metric: without, with", "time to the dense validation metric", "ledger")  # fmt: skip
-    return _table(head, rows) if rows else EMPTY.format(command=FIGURES_COMMAND)
-
-
-def rivals_table(results: Mapping[str, Record]) -> str:
-    """The shrunk network against one trained from scratch at its final widths."""
-    rows = []
-    for name, result in _of_kind(results, "rivals"):
-        for run in result["runs"]:
-            dense, slim, rival = run["dense"], run["apoptosis"], run["rival"]
-            metric = dense["metric_name"]
-            rows.append(
-                (
-                    str(result.get("row", name)),
-                    str(run["seed"]),
-                    "-".join(str(width) for width in run["rival_widths"]),
-                    *(
-                        f"{_metric(metric, r['test_metric'])}, {r['seconds_training']:.1f} s"
-                        for r in (dense, slim, rival)
-                    ),
-                )
-            )
-    head = ("run", "seed", "widths", "without", "with apoptosis", "these widths from scratch")
-    return _table(head, rows) if rows else EMPTY.format(command="python benchmarks/rivals.py")
+    """File stem -> JSON."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def overhead_table(results: Mapping[str, Record]) -> str:
@@ -108,7 +52,7 @@ def overhead_table(results: Mapping[str, Record]) -> str:
             )
     head = ("run", "seed", "events", "training", "the same steps without", "share by difference",
             "share by its own clock", "of this, hooks")  # fmt: skip
-    return _table(head, rows) if rows else EMPTY.format(command="python benchmarks/overhead.py")
+    return markdown(head, rows) if rows else EMPTY.format(command="python benchmarks/overhead.py")
 
 
 def capture_table(results: Mapping[str, Record]) -> str:
@@ -133,24 +77,35 @@ def capture_table(results: Mapping[str, Record]) -> str:
             )
     head = ("network", "parameters", "weights", "groups: all, may shrink", "first capture", "next captures",
             "processor time", "memory beyond the weights", "limits")  # fmt: skip
-    return _table(head, rows) if rows else EMPTY.format(command="python benchmarks/capture_cost.py")
+    return markdown(head, rows) if rows else EMPTY.format(command="python benchmarks/capture_cost.py")
 
 
 def machines_table(results: Mapping[str, Record]) -> str:
     """What each result ran on."""
     rows = []
-    for name, result in results.items():
+    for name, result in [*results.items(), *_one_of_each(read_cells(PAPER))]:
         machine, versions = result.get("machine", {}), result.get("versions", {})
         where = machine.get("accelerator") or machine.get("cpu", "unknown")
         rows.append((name, str(where), f"{machine.get('cores')}, {machine.get('threads')}", str(versions.get("torch")),
                      str(versions.get("torch-apoptosis"))))  # fmt: skip
-    return _table(("result", "machine", "cores, threads", "torch", "torch-apoptosis"), rows) if rows else ""
+    return markdown(("result", "machine", "cores, threads", "torch", "torch-apoptosis"), rows) if rows else ""
+
+
+def _one_of_each(cells: Sequence[Record]) -> list[tuple[str, Record]]:
+    return list({f"{cell['ground']} and its rivals": cell for cell in cells}.items())
+
+
+def paper(make: Callable[[Sequence[Record], Sequence[Record]], str]) -> Callable[[Mapping[str, Record]], str]:
+    """Return a table of the comparison's cells as a table of this page."""
+    return lambda results: make(read_cells(PAPER), read_frontiers(PAPER))
 
 
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
-    "results": results_table,
-    "seeds": seeds_table,
-    "rivals": rivals_table,
+    "results": paper(tables.overview),
+    "contestants": paper(tables.contestants),
+    "aims": paper(tables.aims),
+    "seeds": paper(tables.seeds),
+    "frontier": paper(tables.frontier),
     "overhead": overhead_table,
     "capture": capture_table,
     "machines": machines_table,
@@ -170,48 +125,8 @@ def fill(text: str, results: Mapping[str, Record]) -> str:
     return text
 
 
-def _result_row(name: str, result: Record) -> tuple[str, ...]:
-    total, config = result["overall"], result["config"]
-    metric = result["runs"][0]["dense"]["metric_name"]
-    difference = total["test_metric_difference"]
-    widths = " " + ",".join(map(str, config["widths"])) if config.get("widths") else ""
-    tolerance = "" if config.get("tolerance") is None else f", tolerance {config['tolerance']:g}"
-    return (
-        f"{config['data']}, {config['network']}{widths}, {config['epochs']} epochs{tolerance}",
-        str(total["num_seeds"]),
-        f"{total['speedup_run']:.2f}x faster",
-        f"{total['parameters_ratio']:.1f}x fewer",
-        f"{total['macs_ratio']:.1f}x fewer",
-        _metrics(metric, total["test_metric_dense"], total["test_metric_apoptosis"]),
-        f"{100 * difference:+.2f} points" if metric == "accuracy" else f"{difference:+.4f}",
-        f"{100 * total['apoptosis_share']:.1f} %",
-    )
-
-
-def _metric(name: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if name == "accuracy" else f"{name.upper()} {value:.4f}"
-
-
-def _metrics(name: str, dense: float, slim: float) -> str:
-    return f"{_metric(name, dense)}, {_metric(name, slim)}"
-
-
-def _cost(ledger: Record) -> str:
-    cost = ledger.get("accuracy_cost")
-    if cost is None:
-        return "no classes to read"
-    if ledger.get("population"):
-        return f"at most {100 * cost:.2f} points ({100 * ledger['confidence']:.0f} %)"
-    return f"{100 * cost:.2f} points on training inputs"
-
-
 def _of_kind(results: Mapping[str, Record], kind: str) -> list[tuple[str, Record]]:
     return [(name, result) for name, result in results.items() if result.get("kind") == kind]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def main() -> int:
@@ -231,7 +146,7 @@ def main() -> int:
         elif filled != text:
             stale.append(str(page.relative_to(ROOT)))
     if stale:
-        print(f"not what the JSON says: {', '.join(stale)}; run: python benchmarks/table.py --write", file=sys.stderr)
+        print(f"not what the JSON says: {', '.join(stale)}; run: python -m benchmarks.table --write", file=sys.stderr)
     return 1 if stale else 0
 
 

@@ -1,9 +1,9 @@
 """The pages: their code runs, their links lead somewhere, their tables are the JSON's, their options exist."""
 
+import importlib
 import importlib.util
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,9 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
+sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
+
+
 def load_script(name):
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -29,7 +32,7 @@ def load_script(name):
     return module
 
 
-table = load_script("table")
+table = importlib.import_module("benchmarks.table")
 
 
 # ---------------------------------------------------------------- code
@@ -128,7 +131,7 @@ def test_tables_are_what_the_json_says():
     results = table.read_results()
     for page in table.PAGES:
         text = page.read_text(encoding="utf-8")
-        assert table.fill(text, results) == text, "run: python benchmarks/table.py --write"
+        assert table.fill(text, results) == text, "run: python -m benchmarks.table --write"
 
 
 def test_every_table_has_its_place_and_every_marker_its_table():
@@ -137,71 +140,7 @@ def test_every_table_has_its_place_and_every_marker_its_table():
     assert text.count(":begin -->") == text.count(":end -->")
 
 
-def comparison():
-    """A compare record as the recipes write it, with figures of no run."""
-    from apoptosis.recipes.results import Pair, Result, overall
-
-    dense = Result(
-        contestant="dense",
-        seed=0,
-        steps=100,
-        seconds_training=10.0,
-        seconds_run=12.0,
-        step_seconds=0.1,
-        last_step_seconds=0.1,
-        metric_name="accuracy",
-        test_metric=0.9812,
-        validation_metric=0.98,
-        loss=0.1,
-        parameters=3000,
-        macs=2000,
-        widths={},
-    )
-    slim = replace(
-        dense,
-        contestant="apoptosis",
-        seconds_training=4.0,
-        seconds_run=6.0,
-        step_seconds=0.04,
-        test_metric=0.9805,
-        parameters=500,
-        macs=400,
-        widths={"a": 16, "b": 8},
-        apoptosis_seconds=0.3,
-        hook_seconds=0.1,
-    )
-    ledger = {"accuracy_cost": 0.0123, "population": True, "confidence": 0.95}
-    pairs = [
-        Pair(seed=s, dense=dense, apoptosis=slim, ledger=ledger, ledger_text="", calibration=1.0, events=())
-        for s in (0, 1)
-    ]
-    config = {"data": "mnist", "network": "mlp", "widths": [64, 64], "epochs": 3}
-    runs = [pair.as_dict() for pair in pairs]
-    return {"kind": "compare", "config": config, "runs": runs, "overall": overall(pairs), "machine": {"cpu": "x|y"}}
-
-
-def test_rows_are_made_from_what_compare_writes():
-    results = {"mnist": comparison()}
-    row = table.results_table(results).splitlines()[2]
-    assert row == (
-        "| mnist, mlp 64,64, 3 epochs | 2 | 2.00x faster | 6.0x fewer | 5.0x fewer "
-        "| 98.12 %, 98.05 % | -0.07 points | 5.0 % |"
-    )
-    rows = table.seeds_table(results).splitlines()[2:]
-    assert len(rows) == 2
-    assert "| 16-8 |" in rows[0]
-    assert "at most 1.23 points (95 %)" in rows[0]
-    assert "not reached" in rows[0]
-    assert "x\\|y" in table.machines_table(results)
-
-
-def test_rivals_and_overhead_rows():
-    side = {"metric_name": "auc", "test_metric": 0.78125, "seconds_training": 7.5}
-    rivals = {"kind": "rivals", "row": "higgs", "runs": [{"seed": 1, "rival_widths": [8, 4], "dense": side,
-              "apoptosis": side | {"seconds_training": 3.0}, "rival": side | {"seconds_training": 2.0}}]}  # fmt: skip
-    assert table.rivals_table({"r": rivals}).splitlines()[2] == (
-        "| higgs | 1 | 8-4 | AUC 0.7812, 7.5 s | AUC 0.7812, 3.0 s | AUC 0.7812, 2.0 s |"
-    )
+def test_overhead_rows():
     run = {"seed": 0, "events": 4, "seconds_with": 10.0, "seconds_without": 9.8, "share_by_difference": 0.02,
            "share_by_clock": 0.015, "hook_share": 0.005}  # fmt: skip
     overhead = {"kind": "overhead", "row": "mnist", "runs": [run]}
@@ -232,16 +171,19 @@ def test_the_figures_of_captures_are_within_their_limits():
 
 
 def test_filling_is_stable_and_says_what_is_missing():
-    page = "a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb"
+    page = "a\n<!-- overhead:begin -->\nold\n<!-- overhead:end -->\nb"
     empty = table.fill(page, {})
-    assert "run_figures.py" in empty
+    assert "benchmarks/overhead.py" in empty
     assert "old" not in empty
     assert table.fill(empty, {}) == empty
-    full = table.fill(empty, {"mnist": comparison()})
-    assert full.startswith("a\n<!-- results:begin -->\n| run |")
-    assert full.endswith("|\n<!-- results:end -->\nb")
+    run = {"seed": 0, "events": 4, "seconds_with": 10.0, "seconds_without": 9.8, "share_by_difference": 0.02,
+           "share_by_clock": 0.015, "hook_share": 0.005}  # fmt: skip
+    full = table.fill(empty, {"x": {"kind": "overhead", "row": "a|b", "runs": [run]}})
+    assert full.startswith("a\n<!-- overhead:begin -->\n| run |")
+    assert "| a\\|b |" in full
+    assert full.endswith("|\n<!-- overhead:end -->\nb")
     with pytest.raises(ValueError, match="has no"):
-        table.fill("<!-- results:begin -->", {})
+        table.fill("<!-- overhead:begin -->", {})
 
 
 # ---------------------------------------------------------------- the command
@@ -286,15 +228,3 @@ def test_command_lines_of_the_pages_have_only_options_that_exist():
     assert calls
     for call in calls:
         assert {word for word in call[2:] if word.startswith("--")} <= options[call[1]]
-
-
-def test_the_rows_of_the_figures_are_configurations_of_compare():
-    from apoptosis.recipes.config import RunConfig
-
-    figures = load_script("run_figures")
-    for name, fields in figures.ROWS.items():
-        config = RunConfig.checked(**figures.COMMON, **fields)
-        assert (config.batch, config.optimizer) == (128, "adam")
-        call = figures.command(name, "0,1", Path("a.json"), Path("run"), "data")
-        assert {word for word in call if word.startswith("--")} <= options_of()["compare"]
-    assert set(figures.SEEDS) == set(figures.ROWS) == set(table.ORDER)

@@ -4,6 +4,7 @@
     python -m benchmarks.paper --only mnist,higgs --seeds 0   some of them
     python -m benchmarks.paper --quick                        a small network on bundled digits, for CI: under 5 minutes
     python -m benchmarks.paper --frontier --data-dir DIR      the same networks at many tolerances, one seed
+    python -m benchmarks.paper --event-time --data-dir DIR    where the time of events goes, by profile
     python -m benchmarks.paper --table                        only read what is there: table, targets, pictures
 
 Resumable per cell (ground and seed): a cell whose JSON exists is not run again.
@@ -18,11 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.paper.cells import cell_path, fits, run_cell, write_cell
+from benchmarks.paper.event_time import EVENT_TIME, read_event_time, run_event_time
 from benchmarks.paper.frontier import GROUNDS as FRONTIERS
 from benchmarks.paper.frontier import frontier_path, run_frontier
 from benchmarks.paper.grounds import GROUNDS, QUICK
 from benchmarks.paper.pictures import draw_all
-from benchmarks.paper.summary import read_cells, read_frontiers, summarise, tell
+from benchmarks.paper.summary import read_cells, read_frontiers
+from benchmarks.paper.tables import aims, contestants
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
 
@@ -40,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="instead of the ground's: a trial, give --results")
     parser.add_argument("--pictures", type=Path, help="folder to draw the pictures into")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--event-time", action="store_true", help="profile the events of one run (mnist) instead")
     parser.add_argument("--frontier", action="store_true", help="many tolerances instead of the table's defaults")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args(arguments)
@@ -50,15 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
     given.results.mkdir(parents=True, exist_ok=True)
     if given.frontier:
         _run_frontiers(given)
+    elif given.event_time:
+        task = GROUNDS["mnist"].load(given.data_dir, given.rows)
+        write_cell(
+            given.results / EVENT_TIME, run_event_time(GROUNDS["mnist"], task, lambda line: print(line, flush=True))
+        )
     elif not given.table:
         _run(given)
     cells = read_cells(given.results, only=["digits"] if given.quick else given.only.split(","))
     if not cells:
         print("no cells yet", file=sys.stderr)
         return 1
-    print(tell(summarise(cells)))
+    frontiers = read_frontiers(given.results)
+    print(contestants(cells, frontiers), aims(cells, frontiers), sep="\n\n")
     if given.pictures is not None:
-        for path in draw_all(cells, read_frontiers(given.results), given.pictures):
+        for path in draw_all(cells, frontiers, read_event_time(given.results / EVENT_TIME), given.pictures):
             print(f"wrote {path}")
     return 0
 

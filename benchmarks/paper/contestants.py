@@ -52,11 +52,11 @@ class Shrinking(Contestant):
     def after_step(self) -> None:
         if event := self.apo.step():
             self.step_macs = self.batch * self.macs()
-            told = event.as_dict()
-            self.events.append({key: told[key] for key in ("step", "seconds") if key in told} | self._state())
-
-    def _state(self) -> dict[str, Any]:
-        return {"widths": self.widths(), "macs": self.macs()}
+            sites = [c.value for c in event.certificates if c.kind == "empirical"]
+            self.events.append(
+                {"step": event.step, "seconds": event.seconds, "widths": self.widths(), "macs": self.macs()}
+                | {"site_error": max(sites, default=None), "measured": dict(event.measured)}
+            )
 
     def widths(self) -> dict[str, int]:
         """Return channels per group that may shrink."""

@@ -14,7 +14,7 @@ from benchmarks.paper.grounds import Ground, Task
 from benchmarks.paper.training import Contestant
 
 GROUNDS = ("fashion-mnist", "mnist", "higgs")
-TOLD = ("test", "seconds", "run_seconds", "parameters", "macs", "spent_macs")
+TOLD = ("test", "seconds", "run_seconds", "parameters", "macs", "spent_macs", "events", "ledger")
 TOLERANCES = {
     "interpolative": (0.005, 0.01, 0.025, 0.05, 0.1),
     "reconstruction": (0.0125, 0.025, 0.05, 0.1),
@@ -47,7 +47,7 @@ def run_frontier(ground: Ground, task: Task, seed: int, say: Say) -> dict[str, A
         | {
             k: v
             for k, v in run.record().items()
-            if k in ("test", "seconds", "run_seconds", "parameters", "macs", "spent_macs")
+            if k in ("test", "seconds", "run_seconds", "parameters", "macs", "spent_macs", "events", "ledger")
         }
         for method, tolerance, run in [*runs, *late]
     ]

@@ -44,11 +44,12 @@ class Task:
 class Ground:
     """One data set with one network.
 
-    metric: its name. unit: what a difference of the metric is multiplied by ("points" are hundredths).
+    network: in words. metric: its name. unit: what a difference of it is multiplied by ("points" are hundredths).
     core: whether all rivals run here. build: (task, scale of all hidden widths) -> network.
     """
 
     name: str
+    network: str
     metric: str
     unit: float
     epochs: int
@@ -150,24 +151,34 @@ def _gpt(task: Task, scale: float) -> nn.Module:
 
 
 _ALL = (
-    Ground(name="mnist", metric="accuracy", unit=100, epochs=10, core=True, seeds=5, load=_classes("mnist"),
+    Ground(name="mnist", network="MLP 784-1024-1024-1024-10",
+           metric="accuracy", unit=100, epochs=10, core=True, seeds=5, load=_classes("mnist"),
            build=_mlp(1024, 1024, 1024)),
-    Ground(name="fashion-mnist", metric="accuracy", unit=100, epochs=10, core=True, seeds=5,
+    Ground(name="fashion-mnist", network="MLP 784-1024-1024-1024-10",
+           metric="accuracy", unit=100, epochs=10, core=True, seeds=5,
            load=_classes("fashion-mnist"), build=_mlp(1024, 1024, 1024)),
-    Ground(name="higgs", metric="AUC", unit=1, epochs=12, core=True, seeds=5, load=_classes("higgs"),
+    Ground(name="higgs", network="MLP 28-300x5-2",
+           metric="AUC", unit=1, epochs=12, core=True, seeds=5, load=_classes("higgs"),
            build=_mlp(300, 300, 300, 300, 300)),
-    Ground(name="cifar10", metric="accuracy", unit=100, epochs=5, core=True, load=_classes("cifar10"),
+    Ground(name="cifar10", network="small CNN 32-64-128, 2048-2048",
+           metric="accuracy", unit=100, epochs=5, core=True, load=_classes("cifar10"),
            build=lambda task, scale: small_cnn(scale)),
-    Ground(name="cifar10-conv", metric="accuracy", unit=100, epochs=5, seeds=1, load=_first(10_000), build=_cnn),
-    Ground(name="vit", metric="accuracy", unit=100, epochs=5, seeds=1, load=_first(10_000),
+    Ground(name="cifar10-conv", network="CNN 64-128-256, 256",
+           metric="accuracy", unit=100, epochs=5, seeds=1, load=_first(10_000), build=_cnn),
+    Ground(name="vit", network="ViT, 4 blocks of width 128",
+           metric="accuracy", unit=100, epochs=5, seeds=1, load=_first(10_000),
            build=lambda task, scale: ViT(hidden=round(512 * scale))),
-    Ground(name="gpt", metric="-nats", unit=1, epochs=2, batch=32, seeds=1, load=_characters, build=_gpt),
-    Ground(name="alexnet", metric="accuracy", unit=100, epochs=4, seeds=1, load=_first(10_000), build=_large),
-    Ground(name="autoencoder", metric="explained variance", unit=100, epochs=10, seeds=1, load=_reconstruct,
+    Ground(name="gpt", network="GPT, 4 blocks of width 128",
+           metric="-nats", unit=1, epochs=2, batch=32, seeds=1, load=_characters, build=_gpt),
+    Ground(name="alexnet", network="AlexNet for 64 px, 4096-4096",
+           metric="accuracy", unit=100, epochs=4, seeds=1, load=_first(10_000), build=_large),
+    Ground(name="autoencoder", network="autoencoder 784-1024-512-32 and back",
+           metric="explained variance", unit=100, epochs=10, seeds=1, load=_reconstruct,
            build=lambda task, scale: autoencoder(scale)),
 )  # fmt: skip
 GROUNDS: Mapping[str, Ground] = {ground.name: ground for ground in _ALL}
 
 # For CI: data inside the package, two minutes in all; its figures say nothing about the table.
-QUICK = Ground(name="digits", metric="accuracy", unit=100, epochs=4, core=True, seeds=1, load=_classes("digits"),
+QUICK = Ground(name="digits", network="MLP 64-256-256-10",
+           metric="accuracy", unit=100, epochs=4, core=True, seeds=1, load=_classes("digits"),
                build=_mlp(256, 256))  # fmt: skip

@@ -5,10 +5,13 @@ Lives here: drawing. Does not live here: any figure that the cells' JSON does no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from benchmarks.paper.summary import CORE
 
 Cell = Mapping[str, Any]
 COLOURS = {
@@ -24,6 +27,7 @@ COLOURS = {
 }
 
 
+ACROSS = 4  # pictures in a row
 METHODS = {
     "interpolative": "#c0392b",
     "reconstruction": "#e59866",
@@ -33,11 +37,12 @@ METHODS = {
 }
 
 
-def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], folder: Path) -> list[Path]:
+def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[Cell], folder: Path) -> list[Path]:
     """Draw every picture for which there are cells; returns what was written, SVG."""
     import matplotlib
     from matplotlib import pyplot
 
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts that only formulas would ask for
     matplotlib.use("svg")
     looks = {"svg.hashsalt": "paper", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     matplotlib.rcParams.update(looks)
@@ -47,18 +52,21 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], folder: Path) -> 
         "widths": (_widths, cells),
         "sizes": (_sizes, cells),
         "frontier": (_frontier, frontiers),
-        "certificates": (_certificates, cells),
-        "share": (_where_time_goes, cells),
+        "certificates": (_certificates, frontiers),
+        "events": (_where_time_goes, times),
     }
     written = []
     for name, (draw, shown) in pictures.items():
         if not shown:
             continue
-        grounds = list(dict.fromkeys(c["ground"] for c in shown))
-        figure, axes = pyplot.subplots(
-            1, len(grounds), figsize=(3.4 * len(grounds), 3.0), squeeze=False, layout="constrained"
-        )
-        for axis, ground in zip(axes[0], grounds, strict=True):
+        present = {c["ground"] for c in shown}
+        grounds = [g for g in (*CORE, *sorted(present.difference(CORE))) if g in present]
+        rows, columns = -(-len(grounds) // ACROSS), min(ACROSS, len(grounds))
+        size = (3.4 * columns, 3.0 * rows)
+        figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        for axis in axes.flat[len(grounds) :]:
+            axis.set_visible(False)
+        for axis, ground in zip(axes.flat, grounds, strict=False):
             here = [c for c in shown if c["ground"] == ground]
             axis.set_title(ground)
             draw(axis, here)
@@ -103,7 +111,8 @@ def _frontier(axis: Any, cells: Sequence[Cell]) -> None:
     """Parameters against the test metric over tolerances, one curve per method."""
     for name, colour in METHODS.items():
         points = sorted((p["parameters"], p["test"]) for p in cells[0]["points"] if p["method"] == name)
-        axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3, linewidth=1)
+        if points:
+            axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3, linewidth=1)
     dense = next(p for p in cells[0]["points"] if p["method"] == "dense")
     axis.axhline(dense["test"], color=COLOURS["dense"], linewidth=0.8, label="dense")
     axis.set_xscale("log")
@@ -126,21 +135,26 @@ def _sizes(axis: Any, cells: Sequence[Cell]) -> None:
 
 
 def _certificates(axis: Any, cells: Sequence[Cell]) -> None:
-    """What all removals cost at most, by certificate, against the metric lost in the end."""
-    for cell in cells:
-        run, dense = cell["contestants"]["apoptosis"], cell["contestants"]["dense"]
-        limit = run["ledger"].get("accuracy_cost")
-        if limit is not None:
-            axis.scatter([100 * limit], [100 * max(0.0, dense["test"] - run["test"])], color=COLOURS["apoptosis"], s=18)
-    axis.set_xlabel("certificate: at most, points")
-    axis.set_ylabel("measured loss, points")
+    """Every event of every tolerance: the worst site's certificate against what the outputs did on held-out rows."""
+    for name in ("interpolative", "reconstruction", "magnitude"):
+        events = [e for p in cells[0]["points"] if p["method"] == name for e in p["events"]]
+        pairs = [(e["site_error"], e["measured"]["output_rms"]) for e in events if e["site_error"]]
+        if pairs:
+            axis.scatter(*zip(*pairs, strict=True), color=METHODS[name], s=9, label=name)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.axline((0.001, 0.001), (0.1, 0.1), color="#cccccc", linewidth=0.8)
+    axis.set_xlabel("certificate: relative rms error of the worst site")
+    axis.set_ylabel("measured: relative rms change of the outputs")
 
 
 def _where_time_goes(axis: Any, cells: Sequence[Cell]) -> None:
-    """Seconds of every event, and the run around them, first seed."""
-    run = cells[0]["contestants"]["apoptosis"]
-    axis.bar([str(event["step"]) for event in run["events"]], [1000 * e["seconds"] for e in run["events"]],
-             color=COLOURS["apoptosis"])  # fmt: skip
-    axis.set_xlabel(f"event at step; {run['own_seconds']:.2f} s of {run['run_seconds']:.1f} s in all")
+    """Milliseconds of the parts of every event."""
+    events = cells[0]["events"]
+    below = [0.0] * len(events)
+    for part in events[0]["parts"]:
+        heights = [1000 * event["parts"][part] for event in events]
+        axis.bar([str(event["step"]) for event in events], heights, bottom=below, label=part)
+        below = [b + h for b, h in zip(below, heights, strict=True)]
+    axis.set_xlabel("event at step")
     axis.set_ylabel("ms")
-    axis.tick_params(axis="x", rotation=60)

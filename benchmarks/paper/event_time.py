@@ -1,0 +1,70 @@
+"""Where the time of an event goes: the parts of every event of one run, by profile.
+
+    python -m benchmarks.paper --event-time --data-dir DIR
+
+Lives here: which functions make up a part. Does not live here: the share of whole runs (cells have it).
+"""
+
+from __future__ import annotations
+
+import cProfile
+import json
+import pstats
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.cells import Say, header
+from benchmarks.paper.contestants import Shrinking
+from benchmarks.paper.grounds import Ground, Task
+
+# Part -> functions (file, name), none of them inside another; the rest of an event is told as "rest".
+PARTS = {
+    "moments": (("window.py", "observations"),),
+    "plan": (("plan.py", "make_plan"),),
+    "surgery": (("edits.py", "build_edits"), ("modules.py", "apply")),
+    "capture": (("analysis.py", "analyse"),),
+    "probe": (("probe.py", "outputs"), ("probe.py", "compare")),
+}
+EVENT_TIME = "event-time.json"
+EPOCHS = 4  # of the run's schedule: later events are small
+
+
+class _Profiled(Shrinking):
+    """A run whose steps of apoptosis are profiled one by one."""
+
+    def after_step(self) -> None:
+        profile = cProfile.Profile()
+        before = len(self.events)
+        hooks = self.apo.hook_seconds
+        profile.enable()
+        super().after_step()
+        profile.disable()
+        if len(self.events) > before:
+            self.events[-1]["parts"] = _parts(profile) | {"hooks, so far": hooks}
+
+
+def _parts(profile: cProfile.Profile) -> dict[str, float]:
+    found = dict.fromkeys(PARTS, 0.0)
+    whole = 0.0
+    stats: Any = pstats.Stats(profile)
+    for (file, _, name), (_, _, _, cumulative, _) in stats.stats.items():
+        for part, functions in PARTS.items():
+            if (Path(file).name, name) in functions:
+                found[part] += cumulative
+        if (Path(file).name, name) == ("engine.py", "step"):
+            whole = cumulative
+    return found | {"rest": max(0.0, whole - sum(found.values()))}
+
+
+def run_event_time(ground: Ground, task: Task, say: Say) -> dict[str, Any]:
+    """Profile the events of one run. Returns: plain values; `events`, each with the seconds of its parts."""
+    run = _Profiled("apoptosis", ground, task, 0)
+    for _ in range(min(EPOCHS, ground.epochs)):
+        run.run_epoch()
+        say(f"  epoch {run.epoch}: {len(run.events)} events")
+    return header("paper-event-time", ground, task, 0) | {"events": run.events}
+
+
+def read_event_time(path: Path) -> list[dict[str, Any]]:
+    """Return what was measured, in a list; empty where nothing was yet."""
+    return [json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []

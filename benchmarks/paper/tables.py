@@ -1,0 +1,104 @@
+"""Markdown of the cells for README.md and docs/results.md.
+
+Lives here: which columns a page shows. Does not live here: means and intervals (summary), files and markers (table.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.paper.grounds import GROUNDS, QUICK
+from benchmarks.paper.summary import CORE, Cell, Row, summarise, table, targets
+
+NETWORKS = {ground.name: ground.network for ground in (*GROUNDS.values(), QUICK)}
+EMPTY = "No results are committed yet; `python -m benchmarks.paper --data-dir DIR` makes them."
+
+
+def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+    """One row per ground: apoptosis at default settings against dense."""
+    rows = [r for r in _ordered(summarise(cells)) if r.contestant == "apoptosis"]
+    dense = {r.ground: r for r in summarise(cells) if r.contestant == "dense"}
+    head = ("data, network", "seeds", "whole run", "parameters", "multiply-adds", "test metric: without, with",
+            "difference (95 %)", "time in apoptosis")  # fmt: skip
+    lines = [
+        (
+            f"{r.ground}, {NETWORKS[r.ground]}",
+            str(r.seeds),
+            f"{r.speedup:.2f}x faster",
+            f"{r.parameters:.1f}x fewer",
+            f"{r.macs:.1f}x fewer",
+            f"{_metric(dense[r.ground])}, {_metric(r)}",
+            r.difference_text,
+            "" if r.own_share is None else f"{100 * r.own_share:.1f} %",
+        )
+        for r in rows
+    ]
+    return table(head, lines) if lines else EMPTY
+
+
+def contestants(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+    """All contestants of all grounds."""
+    head = ("data", "contestant", "seeds", "whole run", "processor time", "test metric", "difference (95 %)",
+            "parameters", "multiply-adds", "of the whole run", "own share", "dense's metric reached",
+            "latency at 1, 256", "memory")  # fmt: skip
+    lines = [row.cells() for row in _ordered(summarise(cells))]
+    return table(head, lines) if lines else EMPTY
+
+
+def aims(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+    """What was aimed at, what was measured."""
+    lines = [(what, got, "yes" if met else "**no**") for what, got, met in targets(summarise(cells), frontiers)]
+    return table(("aim", "measured", "met"), lines) if lines else EMPTY
+
+
+def seeds(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+    """Apoptosis at default settings, every seed of the core grounds."""
+    lines = []
+    for cell in (c for name in CORE for c in cells if c["ground"] == name):
+        dense, own = cell["contestants"]["dense"], cell["contestants"]["apoptosis"]
+        percent = cell["unit"] == 100
+        limit = own["ledger"].get("accuracy_cost")
+        lines.append(
+            (
+                cell["ground"],
+                str(cell["seed"]),
+                f"{dense['run_seconds']:.1f} s, {own['run_seconds']:.1f} s",
+                "-".join(str(width) for width in own["widths"].values()),
+                ", ".join(f"{100 * x:.2f} %" if percent else f"{x:.4f}" for x in (dense["test"], own["test"])),
+                str(own["ledger"]["events"]),
+                "" if limit is None else f"at most {100 * limit:.1f} points",
+            )
+        )
+    head = ("data", "seed", "whole run: without, with", "final widths", "test metric: without, with", "events",
+            "ledger (95 %)")  # fmt: skip
+    return table(head, lines) if lines else EMPTY
+
+
+def frontier(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+    """Every run of the frontiers."""
+    lines = []
+    for one in frontiers:
+        dense = next(p for p in one["points"] if p["method"] == "dense")
+        for point in one["points"]:
+            lines.append(
+                (
+                    one["ground"],
+                    point["method"],
+                    "" if point["tolerance"] is None else f"{point['tolerance']:g}",
+                    f"{dense['parameters'] / point['parameters']:.1f}x fewer",
+                    f"{dense['macs'] / point['macs']:.1f}x fewer",
+                    f"{dense['run_seconds'] / point['run_seconds']:.2f}x faster",
+                    f"{100 * point['test']:.2f} %" if one["unit"] == 100 else f"{point['test']:.4f}",
+                    f"{one['unit'] * (point['test'] - dense['test']):+.{2 if one['unit'] == 100 else 4}f}",
+                )
+            )
+    head = ("data", "method", "tolerance", "parameters", "multiply-adds", "whole run", "test metric", "difference")
+    return table(head, lines) if lines else EMPTY.replace("--data-dir", "--frontier --data-dir")
+
+
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    return [row for name in NETWORKS for row in rows if row.ground == name]
+
+
+def _metric(row: Row) -> str:
+    return f"{100 * row.metric:.2f} %" if row.unit == 100 else f"{row.metric_name} {row.metric:.4f}"
