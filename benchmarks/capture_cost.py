@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apoptosis.graph import analyse
-from apoptosis.operate import num_parameters
+from apoptosis.told import num_parameters
 from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.machine import machine, versions
 

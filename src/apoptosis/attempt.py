@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
-from apoptosis.operate import Patient, make_event, operate, size_of
+from apoptosis.operate import Patient, operate
 from apoptosis.planner import Observations, Plan, make_plan
 from apoptosis.policy import Telemetry, pays
 from apoptosis.probe import like_example, num_rows
+from apoptosis.ranks import checksums
 from apoptosis.records import Structure
 from apoptosis.state import Memory, Settings, allowed, telemetry
+from apoptosis.told import make_event, size_of
 from apoptosis.verdict import Verdict
 
 
@@ -42,7 +44,8 @@ def seen_by_policy(run: Run) -> Telemetry:
 def plan_now(run: Run, observations: Observations) -> Plan:
     """Plan an event under what is allowed now."""
     groups = tuple(group for group in run.structure.groups if group.pin is None)
-    return make_plan(run.patient.model, run.structure, observations, allowed(run.memory, run.settings, groups))
+    wanted = allowed(run.memory, run.settings, groups)
+    return make_plan(run.patient.model, run.structure, observations, wanted, run.patient.ranks)
 
 
 def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Event | None, str]:
@@ -58,6 +61,11 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
 
     Raises: NonFiniteError: statistics, weights or outputs hold NaN or infinity; nothing was tried.
     """
+    ranks = run.patient.ranks
+    sent = ranks.bytes_sent
+    observer.pool()
+    if ranks.size > 1:
+        ranks.same("parameters before an event", checksums(run.patient.model))
     plan = plan_now(run, observer.observations())
     if not plan.reductions or not pays(seen_by_policy(run), plan.macs_after / _rows(run)):
         return run.structure, None, ""
@@ -83,5 +91,6 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
         certificates=certificates,
         measured_on="held-out examples" if verdict.held_out else "training inputs",
         seconds=time.perf_counter() - start,
+        notes=(f"{ranks.bytes_sent - sent:,} bytes summed over {ranks.size} ranks",) if ranks.size > 1 else (),
     )
     return outcome.structure, event, ""

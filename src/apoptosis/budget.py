@@ -21,12 +21,14 @@ CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean
 class Account:
     """Limits granted so far.
 
-    budget: share of accuracy, or None when only the sum is kept; rows: of the probe. spent: sum of granted limits.
+    budget: share of accuracy, or None when only the sum is kept; rows: of the probe, ranks: how many probes like it are
+    judged together. spent: sum of granted limits.
     judged: (start, stop) of the probe rows of every attempt so far.
     """
 
     budget: float | None
     rows: int
+    ranks: int = 1
     spent: float = 0.0
     judged: list[tuple[int, int]] = field(default_factory=list)
 
@@ -53,10 +55,10 @@ class Account:
         if self.budget is None:
             return
         needed = required_probe_rows(self.budget, alpha_for_attempt(1, ALPHA))
-        if self.rows < needed:
+        if self.rows * self.ranks < needed:
             raise BudgetError(
-                f"budget={self.budget:g} can never be granted by a probe of {self.rows} examples: even an event that "
-                f"changes no prediction needs N = {needed}. Give a larger probe or a larger budget."
+                f"budget={self.budget:g} can never be granted by a probe of {self.rows * self.ranks} examples: even an "
+                f"event that changes no prediction needs N = {needed}. Give a larger probe or a larger budget."
             )
 
     def next_rows(self) -> tuple[int, int]:
@@ -64,21 +66,23 @@ class Account:
         if self.budget is None:
             block = max(1, self.rows // CLEAN_EVENTS)
         else:
-            block = required_probe_rows(self.budget / CLEAN_EVENTS, alpha_for_attempt(self.attempts + 1, ALPHA))
+            wanted = required_probe_rows(self.budget / CLEAN_EVENTS, alpha_for_attempt(self.attempts + 1, ALPHA))
+            block = -(-wanted // self.ranks)
         if self.used + block <= self.rows:
             return self.used, self.used + block
         return 0, self.rows
 
-    def attempt(self, start: int, stop: int, losses: int) -> float:
+    def attempt(self, start: int, stop: int, losses: int, *, rows: int | None = None) -> float:
         """Book an attempt on rows start..stop with `losses` changed examples; returns its upper limit (a share).
 
-        Every attempt spends confidence, rolled back or not.
+        rows: examples of all ranks' probes together, where they are others than start..stop. Every attempt spends
+        confidence, rolled back or not.
         """
         # On rows judged before, what is tried may depend on those verdicts: each doubles what might have been tried.
         earlier = _overlaps(start, stop, self.judged)
         self.judged.append((start, stop))
         alpha = alpha_for_attempt(self.attempts, ALPHA, earlier_verdicts=earlier)
-        return clopper_pearson_upper(losses, stop - start, alpha)
+        return clopper_pearson_upper(losses, stop - start if rows is None else rows, alpha)
 
     def grants(self, limit: float) -> bool:
         """Whether the budget still covers a limit."""

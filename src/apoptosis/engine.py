@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,7 +28,6 @@ from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
 from apoptosis.operate import (
     Patient,
     exclude_pins,
-    num_parameters,
     refreshed,
     timed_capture,
     warn_if_fixed,
@@ -36,9 +36,11 @@ from apoptosis.operate import (
 from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
 from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
+from apoptosis.ranks import ranks_of
 from apoptosis.records import Group, NormWidths, Pin, Structure
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
+from apoptosis.told import num_parameters
 from apoptosis.unwrap import bare, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
 
@@ -62,8 +64,8 @@ class Apoptosis:
         probe: held-out inputs of the form of example_input, or (inputs, labels).
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
-        log: called with one JSON-able dict per event, rolled back ones included; what it raises reaches the caller of
-            step(), after the event.
+        log: called (on rank 0) with one JSON-able dict per event, rolled back ones included; what it raises reaches
+            the caller of step(), after the event.
         norm_widths: "pinned" leaves channels under LayerNorm and RMSNorm (a transformer's residual width) alone;
             "compensated" lets multiples of others and constants go, and the norms make up for them.
         logits: reads (examples, classes) logits off the model's output, where the output is not just that tensor.
@@ -105,13 +107,14 @@ class Apoptosis:
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
         call = as_call(example_input)
+        ranks = ranks_of(parallel)
         patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
-        self._patient = replace(patient, norm_widths=norm_widths)
+        self._patient = replace(patient, norm_widths=norm_widths, ranks=ranks)
         held_out = None if probe is None else make_probe(probe, example_input)
-        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance))
+        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks.size)
         self._log = log
         structure, seconds = timed_capture(self._patient)
-        overhead = overhead_macs(seconds) if known is None else known
+        overhead = ranks.first(overhead_macs(seconds) if known is None else known)
         warn_if_fixed(structure, type(model).__name__)
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
         self._has_classes = has_classes(model, self._patient.call, logits)
@@ -131,6 +134,9 @@ class Apoptosis:
             site_limit=site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest),
         )
         self._observer: Observer | None = None
+        widths = {group.name: group.num_channels for group in self.groups()}
+        asked = self._settings.as_dict() | {"seed": seed, "budget": budget, "probe": held_out is not None}
+        ranks.same("arguments or groups of Apoptosis", asked | {f"group {name}": n for name, n in widths.items()})
         self._memory.decision = self._decide()
         self._memory.own_seconds += time.perf_counter() - start
 
@@ -211,7 +217,8 @@ class Apoptosis:
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
-        window = None if self._observer is None else self._observer.state_dict()
+        alone = self._patient.ranks.size == 1  # every rank saw other rows: a resumed run opens its window anew
+        window = self._observer.state_dict() if self._observer is not None and alone else None
         return write_state(self._memory, self._settings, self._structure, self._verdict, window)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -264,7 +271,7 @@ class Apoptosis:
         observer, due = self._observer, self._memory.decision.at_step
         if observer is None and (due is None or self._memory.step < due):
             return None
-        if observer is not None and not observer.end_step():
+        if observer is not None and not self._patient.ranks.all(observer.end_step()):
             if self._memory.step == self._settings.total_steps:  # the run is over
                 if observer.blind:
                     warnings.warn(f"apoptosis saw nothing of this run: {NOTHING_SEEN}", RuntimeWarning, stacklevel=2)
@@ -293,7 +300,8 @@ class Apoptosis:
         return Observer(
             self._patient.model,
             groups,
-            seed=self._settings.seed * 1_000_003 + len(self._memory.history),
+            seed=self._settings.seed * 1_000_003 + len(self._memory.history) + 500_009 * self._patient.ranks.rank,
+            ranks=self._patient.ranks,
             exact=self._settings.tolerance == 0,
             keep_inputs=not self._verdict.held_out,
             replay=replay,
@@ -309,15 +317,16 @@ class Apoptosis:
     def _event(self, observer: Observer) -> Event | None:
         start = time.perf_counter()
         self._drop_window()
-        self._memory.batch_rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
+        ranks = self._patient.ranks
+        rows = torch.tensor([observer.examples / max(1, self._memory.step - self._memory.window_start)])
+        self._memory.batch_rows = float(ranks.total(rows.double())) / ranks.size
         event, macs = None, self._structure.macs
         refused = ""
         stale, self._structure = self._structure, refreshed(self._patient, self._structure)
         try:
-            if observer.blind:
-                raise NonFiniteError(NOTHING_SEEN)
-            if stale is not self._structure:
-                raise NonFiniteError(CHANGED_BY_OTHERS)
+            fault = NOTHING_SEEN if observer.blind else CHANGED_BY_OTHERS if stale is not self._structure else ""
+            if fault := ranks.fault(fault):
+                raise NonFiniteError(fault)
             self._structure, event, refused = attempt(self._run(), observer, start)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
             refused = str(error)
@@ -330,7 +339,7 @@ class Apoptosis:
             self._memory.history += (past,)
         finally:
             self._memory.decision = self._decide()
-        if self._log is not None and (refused or event is not None):
+        if self._log is not None and ranks.rank == 0 and (refused or event is not None):
             told = {"step": self._memory.step} if event is None else event.as_dict()
             self._log({"kind": "event", "rolled_back": bool(refused), "reason": refused, **told})
         return event

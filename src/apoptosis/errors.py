@@ -44,5 +44,9 @@ class CheckpointError(ApoptosisError):
     """A checkpoint is damaged, foreign, newer than this library, or of another network."""
 
 
+class RankError(ApoptosisError):
+    """Another process of the run is gone, does not answer in time, or came to another result."""
+
+
 class DataError(ApoptosisError):
     """A data file is missing, cut off or not of the format it should be."""

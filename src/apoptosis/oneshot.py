@@ -20,11 +20,13 @@ from apoptosis.errors import ArgumentError
 from apoptosis.graph import replay
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer, in_both
-from apoptosis.operate import Outcome, Patient, exclude_pins, make_event, operate, size_of, with_pins
+from apoptosis.operate import Outcome, Patient, exclude_pins, operate, with_pins
 from apoptosis.planner import Observations, Plan, Request, make_plan
 from apoptosis.probe import Probe, as_call, check_runs, make_probe, num_rows, without_trace
 from apoptosis.records import Certificate, NormWidths, Pin, Structure
 from apoptosis.surgery import check_optimizers
+from apoptosis.told import make_event, size_of
+from apoptosis.unwrap import check_alone
 from apoptosis.verdict import Verdict, sanity_limit
 
 _TRIES = 6  # halvings of the tolerance before a surgery beyond the sanity limit is given up
@@ -76,6 +78,7 @@ def shrink_(
     """
     start = time.perf_counter()
     model, parallel = check_model(model)
+    check_alone(parallel)
     optimizers = check_optimizers_given(optimizer)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
     seed, _ = check_others(criterion, seed, norm_widths=norm_widths)

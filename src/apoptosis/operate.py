@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
+from apoptosis.errors import ArgumentError, CaptureError, NonFiniteError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure
-from apoptosis.ledger import Event
 from apoptosis.passes import forget_compiled
-from apoptosis.planner import Plan, merged
-from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs
-from apoptosis.records import Certificate, NormWidths, Pin, Reduction, Structure, TensorEdit
+from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs, together
+from apoptosis.ranks import Ranks, checksums
+from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.surgery import Transaction, build_edits, norm_edits
 from apoptosis.unwrap import rebuild
 
@@ -40,7 +39,7 @@ class Patient:
     """What one surgery touches: the model, its optimizers, averaged copies, and how to call and read the model.
 
     parallel: the DistributedDataParallel modules around the model, which is without its wrappers here. norm_widths:
-    whether channels under norms may go.
+    whether channels under norms may go. ranks: that do the same surgery at the same time.
     """
 
     model: nn.Module
@@ -49,6 +48,7 @@ class Patient:
     followers: tuple[nn.Module, ...] = ()
     read: ReadLogits | None = None
     parallel: tuple[nn.Module, ...] = ()
+    ranks: Ranks = field(default_factory=Ranks)
     norm_widths: NormWidths = "pinned"
 
     def capture(self) -> Structure:
@@ -184,28 +184,46 @@ def _attempt(
 
     Nothing went wrong ("") where numbers need a factor and those they are compared with may be old.
     """
+    fault, again, after = "", False, None
     with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
         try:
             new, scaled = _edit(transaction, patient, structure, reductions, dropped_variance)
-            if scaled and old_numbers:
-                transaction.rollback()
-                return None, ""
-            after = None if probe is None or before is None else _outputs_after(patient, probe)
+            again = scaled and old_numbers
+            if not again and probe is not None and before is not None:
+                after = _outputs_after(patient, probe)
         except _BROKEN as error:
+            fault = str(error)
+        fault = patient.ranks.fault(fault)
+        if fault or again:
             transaction.rollback()
-            return None, str(error)
+            return None, fault
         change = None
         if probe is not None and before is not None and after is not None:
-            change = compare(before, after, probe.labels, patient.read, probe=probe)
+            change = _measured(patient, probe, before, after)
             refused = judge(change)
             if refused:
                 transaction.rollback()
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
+        if patient.ranks.size > 1:
+            patient.ranks.same("parameters after an event", checksums(patient.model))
         transaction.commit()
     for wrapper in patient.parallel:
         rebuild(wrapper)
     forget_compiled()
     return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
+
+
+def _measured(patient: Patient, probe: Probe, before: list[Any], after: list[Any]) -> Change:
+    """Compare outputs on the probes of all ranks. Raises: NonFiniteError: outputs before are not finite."""
+    fault, change = "", None
+    try:
+        change = compare(before, after, probe.labels, patient.read, probe=probe)
+    except NonFiniteError as error:
+        fault = str(error)
+    fault = patient.ranks.fault(fault)
+    if fault or change is None:
+        raise NonFiniteError(fault)
+    return together(patient.ranks.gathered(change))
 
 
 def _edit(
@@ -266,7 +284,7 @@ def _guilty(
             except _BROKEN as error:
                 found.update((reduction.group, str(error)) for reduction in trial)
             transaction.rollback()
-    return found
+    return {name: reason for own in patient.ranks.gathered(found) for name, reason in own.items()}
 
 
 def _pin(structure: Structure, name: str, reason: str) -> Pin:
@@ -278,69 +296,3 @@ def _pin(structure: Structure, name: str, reason: str) -> Pin:
 def _keep_pins(old: Structure, new: Structure) -> Structure:
     """Pins that were set from outside (excluded, broken before) survive a new capture."""
     return with_pins(new, {g.name: g.pin for g in old.groups if g.pin is not None})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """How large a patient is: number of parameters, bytes of parameters, buffers and optimizer state, MACs."""
-
-    parameters: int
-    bytes: int
-    macs: float
-
-
-def size_of(patient: Patient, structure: Structure) -> Size:
-    """Measure a patient."""
-    return Size(parameters=num_parameters(patient.model), bytes=state_bytes(patient), macs=structure.macs)
-
-
-def make_event(
-    *,
-    step: int,
-    plan: Plan,
-    outcome: Outcome,
-    before: Size,
-    after: Size,
-    certificates: tuple[Certificate, ...],
-    measured_on: str,
-    seconds: float,
-    notes: tuple[str, ...] = (),
-) -> Event:
-    """Put together the record of one surgery, from what was planned and what came of it."""
-    done = [reduction.group for reduction in outcome.done]
-    promised = merged(certificate for name in done for certificate in plan.certificates[name])
-    measured: dict[str, float] = {}
-    change = outcome.change
-    if change is not None:
-        measured["output_rms"] = change.rms
-        if change.readable:
-            measured |= {"flips": change.flips / change.rows, "margin_share": change.margin_share}
-    return Event(
-        step=step,
-        tolerance=plan.tolerance,
-        criterion=plan.criterion,
-        groups={name: plan.widths[name] for name in plan.widths if name in done},
-        parameters=(before.parameters, after.parameters),
-        macs=(before.macs, after.macs),
-        bytes_freed=before.bytes - after.bytes,
-        certificates=(*promised, *certificates),
-        measured=measured,
-        measured_on=f"on {change.rows if change is not None else 0} {measured_on}",
-        seconds=seconds,
-        notes=(*notes, *(str(pin) for pin in outcome.pins)),
-    )
-
-
-def state_bytes(patient: Patient) -> int:
-    """Bytes of parameters, buffers and optimizer state now."""
-    total = sum(t.numel() * t.element_size() for t in (*patient.model.parameters(), *patient.model.buffers()))
-    for optimizer in patient.optimizers:
-        for state in optimizer.state.values():
-            if isinstance(state, dict):
-                total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
-    return total
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones counted once."""
-    return sum(p.numel() for p in model.parameters())

@@ -7,7 +7,7 @@ outputs. Does not live here: counting and what follows from it (numerics.bounds)
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,8 @@ class Change:
 
     flips: examples whose largest output changed. losses: right before and wrong after (equal to flips where labels are
     missing). margin_share: share of examples whose two largest logits differ by at most twice the largest change of a
-    logit. readable: whether the outputs have columns to compare, one row per example.
+    logit. readable: whether the outputs have columns to compare, one row per example. moved, spread: squared sums, the
+    root of whose ratio is rms.
     """
 
     rms: float
@@ -61,6 +62,8 @@ class Change:
     losses: int
     margin_share: float
     readable: bool
+    moved: float = 0.0
+    spread: float = 0.0
 
 
 def as_call(example: Any, what: str = "example input") -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -259,7 +262,7 @@ def compare(
         NonFiniteError: the outputs before hold NaN or infinity (after: the change is infinite).
         ArgumentError: a held-out probe and outputs of other rows, or labels that name no class.
     """
-    rms = _relative_rms(before, after)
+    moved, spread = _squares(before, after)
     rows = flips = losses = close = 0
     readable = True
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -281,7 +284,9 @@ def compare(
             readable = False
         rows += size
     return Change(
-        rms=rms,
+        rms=_root_of(moved, spread),
+        moved=moved,
+        spread=spread,
         rows=rows,
         flips=flips,
         losses=losses,
@@ -290,8 +295,32 @@ def compare(
     )
 
 
-def _relative_rms(before: list[Any], after: list[Any]) -> float:
-    """Root of the squared change over the squared spread of the outputs, all their tensors together."""
+def together(changes: Sequence[Change]) -> Change:
+    """Return what changed on several sets of examples as one."""
+    if len(changes) == 1:
+        return changes[0]
+    rows = sum(change.rows for change in changes)
+    moved, spread = sum(change.moved for change in changes), sum(change.spread for change in changes)
+    return Change(
+        rms=_root_of(moved, spread),
+        moved=moved,
+        spread=spread,
+        rows=rows,
+        flips=sum(change.flips for change in changes),
+        losses=sum(change.losses for change in changes),
+        margin_share=sum(change.margin_share * change.rows for change in changes) / max(rows, 1),
+        readable=all(change.readable for change in changes),
+    )
+
+
+def _root_of(moved: float, spread: float) -> float:
+    if not moved < float("inf"):
+        return float("inf")
+    return (moved / spread) ** 0.5 if spread > 0 else (0.0 if moved == 0 else float("inf"))
+
+
+def _squares(before: list[Any], after: list[Any]) -> tuple[float, float]:
+    """Return the squared change and the squared spread of the outputs, all their tensors together."""
     change = scale = 0.0
     for old, new in zip(before, after, strict=True):
         for x, y in zip(_leaves(old), _leaves(new), strict=True):
@@ -301,9 +330,7 @@ def _relative_rms(before: list[Any], after: list[Any]) -> float:
             change += float((y - x).square().sum())
             alone = len(before) == 1 and x.dim() and x.shape[0] == 1  # one example has no spread: take its size
             scale += float((x if alone else x - x.mean(0, keepdim=True)).square().sum())
-    if change != change:
-        return float("inf")
-    return (change / scale) ** 0.5 if scale > 0 else (0.0 if change == 0 else float("inf"))
+    return change, scale
 
 
 def has_classes(model: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], read: ReadLogits | None) -> bool:

@@ -47,7 +47,7 @@ class Unwrapped(NamedTuple):
 
 
 def unwrap(model: nn.Module) -> Unwrapped:
-    """Take off torch.compile and DistributedDataParallel (of one process), in any order.
+    """Take off torch.compile and DistributedDataParallel in any order.
 
     Raises: ArgumentError: a wrapper that removal does not reach through, by name, with the remedy.
 
@@ -71,6 +71,20 @@ def unwrap(model: nn.Module) -> Unwrapped:
                 "the old shapes. Wrap the whole model, or give apoptosis the wrapped module alone."
             )
     return Unwrapped(model=inner, parallel=parallel)
+
+
+def check_alone(parallel: tuple[Any, ...]) -> None:
+    """Refuse DistributedDataParallel of several processes where one process acts alone.
+
+    Raises: ArgumentError: there are several.
+    """
+    ranks = parallel[0].process_group.size() if parallel else 1
+    if ranks > 1:
+        raise ArgumentError(
+            f"the model is wrapped in DistributedDataParallel over {ranks} processes, in which every one would have to "
+            "remove the same channels. Shrink the trained network with shrink_(model.module, ...) in one process and "
+            "wrap it again, or let Apoptosis shrink it while it trains."
+        )
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -123,13 +137,6 @@ def _is(module: nn.Module, name: str, package: str) -> bool:
 
 def _check_parallel(module: Any) -> None:
     """Refuse what the gradient buffers cannot be set up again for."""
-    ranks = module.process_group.size()
-    if ranks > 1:
-        raise ArgumentError(
-            f"the model is wrapped in DistributedDataParallel over {ranks} processes, in which every one would have to "
-            "remove the same channels at the same step; that is not done yet. Train in one process, or shrink the "
-            "trained network with shrink_(model.module, ...) and wrap it again."
-        )
     _check_hooks(module)
     try:
         module.__getstate__()  # what rebuild() begins with

@@ -41,13 +41,15 @@ class Verdict:
 
     Args:
         budget: share of accuracy for all removals together, or None for the sanity limit alone.
-        probe: held-out examples, or None to measure on training inputs.
+        probe: held-out examples, or None to measure on training inputs. ranks: that judge on a probe each, together.
     """
 
-    def __init__(self, budget: float | None, probe: Probe | None, *, sanity: float = SANITY_RMS) -> None:
+    def __init__(
+        self, budget: float | None, probe: Probe | None, *, sanity: float = SANITY_RMS, ranks: int = 1
+    ) -> None:
         self.probe = probe
         self.sanity = sanity
-        self.account = Account(budget, 0 if probe is None else probe.rows)
+        self.account = Account(budget, 0 if probe is None else probe.rows, ranks)
         self.training_flips = 0.0
         self.named = probe is not None and probe.labels is not None
         self._judged = 0  # attempts whose outputs could be read
@@ -108,13 +110,13 @@ class Verdict:
         self._judged += change.readable
         what = "" if self.named else "share of examples whose largest output changed, no claim about accuracy; "
         if self.held_out and change.readable:
-            limit = self.account.attempt(first, last, change.losses)
+            limit = self.account.attempt(first, last, change.losses, rows=change.rows)
             note = f"{what}part of the ledger's sum: the confidence is that of all attempts of the run together"
             self._pending = Certificate(
                 kind="accuracy",
                 subject="outputs",
                 value=limit,
-                rows=last - first,
+                rows=change.rows,
                 confidence=1.0 - ALPHA,
                 population=True,
                 note=note,

@@ -255,6 +255,21 @@ class Moments:
         out._root = None
         return out
 
+    @classmethod
+    def of(cls, mean_C: Tensor, scatter_CC: Tensor, num_rows: int, num_examples: int, *, exact: bool) -> Moments:
+        """Return moments of known sums: the mean and the scatter around it, float64 (channels, channels)."""
+        out = cls(1, device=mean_C.device)
+        out.num_channels, out.num_rows, out.num_examples, out.exact = len(mean_C), num_rows, num_examples, exact
+        out._mean, out._scatter, out._root = mean_C, scatter_CC, None
+        return out
+
+    def scatter_around(self, centre_C: Tensor) -> Tensor:
+        """Return Σ (z - c)(z - c)ᵀ over the rows, (channels, channels) float64."""
+        if self.num_rows == 0:
+            return torch.zeros(self.num_channels, self.num_channels, dtype=torch.float64, device=self.device)
+        step = self._mean - centre_C.to(self._mean)
+        return self._scatter.addr(step, step, alpha=float(self.num_rows))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return counts, mean (channels,) and scatter (channels, channels): copies, ready for safetensors."""
         return {

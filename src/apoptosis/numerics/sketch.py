@@ -6,7 +6,7 @@ References: Charikar, Chen, Farach-Colton, "Finding frequent items in data strea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,14 @@ class Sketch:
             start = stop
 
     def rows(self) -> Tensor:
-        """Return S without rows that nothing fell into, (at most size, channels) float32; a copy."""
-        return self._kept.clone() if self.num_rows >= self.size else self._kept[self._order[: self.num_rows]]
+        """Return S without rows that are zero, (at most size, channels) float32; a copy."""
+        return self._kept[self._kept.ne(0).any(1)]
+
+    def pool(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add what other processes sketched with signs of their own; total: sums a tensor over all of them."""
+        counted = total(torch.tensor([float(self.num_rows)], dtype=torch.float64, device=self._kept.device))
+        self._kept = total(self._kept.double()).float()
+        self.num_rows, self._order = int(counted.item()), torch.arange(self.size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""

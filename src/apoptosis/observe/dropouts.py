@@ -1,12 +1,17 @@
 """Looking in front of a dropout module: behind it the covariance carries the noise of its masks.
 
-Lives here: what went into every dropout of a pass, and the same view of it. Does not live here: hooks on other modules
+Lives here: what went into every dropout of a pass, and the same view of it. Does not live here: other hooks
 (window.py), what a known rate means for moments (numerics).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
+
+from apoptosis.observe.hooks import is_wrapped
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -20,6 +25,16 @@ class Dropped:
     def clear(self) -> None:
         """Forget the pass."""
         self._passed.clear()
+
+    def hook(self, name: str, trains: Callable[[], bool]) -> Callable[..., None]:
+        """Make a hook that notes what the module of that name does while `trains` says so."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and isinstance(output, Tensor) and not is_wrapped(x) and trains():
+                self.note(name, module, x, output)
+
+        return hook
 
     def note(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Note what a dropout module made of its input, unless it did so in place."""

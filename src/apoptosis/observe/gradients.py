@@ -88,6 +88,10 @@ class Gradients:
         self._watches[key] = found
         self._by_module.setdefault(site.module, []).append(found)
 
+    def watches(self) -> list[GradientWatch]:
+        """Return all watches, in the order of their groups."""
+        return list(self._watches.values())
+
     def attach(self, module: str, x: Tensor, *, unbatched: bool) -> None:
         """Look at the gradient of one input of a module when backward comes to it; unbatched: it lacks a batch axis."""
         watches = [watch for watch in self._by_module.get(module, ()) if not watch.enough(0)]

@@ -118,6 +118,14 @@ class Replayed:
             watch = self._watches[own]
             watch.rows_needed = max(watch.rows_needed, Watch.needed(site, rows_for))
 
+    def watches(self) -> list[Watch]:
+        """Return all watches, in the order of their groups."""
+        return list(self._watches.values())
+
+    def samples(self) -> list[Sample]:
+        """Return all samples."""
+        return list(self._samples.values())
+
     # ------------------------------------------------------------------ passes
 
     @property

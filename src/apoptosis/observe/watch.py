@@ -209,6 +209,10 @@ class Watch:
             rows = self.buffer[0] if len(self.buffer) == 1 else torch.cat(self.buffer)
             moments.update(rows, exact=self.exact)
 
+    def take_over(self, moments: Moments, examples: int) -> None:
+        """Take moments of more rows, these among them, in the place of its own."""
+        self.moments, self.examples, self.buffer, self.buffered = moments, examples, [], 0
+
     def snapshot(self) -> Moments:
         """Moments of all rows so far; what is buffered stays buffered, so looking changes nothing.
 

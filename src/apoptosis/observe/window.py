@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from apoptosis.observe.dropouts import DROPOUTS, Dropped
 from apoptosis.observe.gradients import Gradients
 from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped
+from apoptosis.observe.pooled import pool, share_out
 from apoptosis.observe.replayed import Replay, Replayed
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
@@ -33,6 +34,7 @@ from apoptosis.observe.watch import (
     reads_several_positions,
 )
 from apoptosis.passes import Eager
+from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up
@@ -56,7 +58,7 @@ class Observer:
             passes alone.
         replay: graph.replay, which runs the model again to show what functional sites read; without it they are not
             observed.
-        gradients: also take the loss's gradients at the sites.
+        gradients: also take the loss's gradients at the sites. ranks: that see the rows together.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Observer:
         any_mode: bool = False,
         replay: Replay | None = None,
         gradients: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model = model
         self._modules = dict(model.named_modules())
@@ -98,6 +101,16 @@ class Observer:
                     self._replayed.watch(group, site)
                 else:
                     self._watch(group, site, exact)
+        self._ranks = ranks or Ranks()
+        share_out([*self._all(), *self._gradients.watches()], self._ranks)
+
+    def _all(self) -> list[Watch]:
+        return [*self._watches.values(), *self._replayed.watches()]
+
+    def pool(self) -> None:
+        """Take together what all ranks saw. Raises: NonFiniteError: rows of some rank hold NaN or infinity."""
+        samples = [*self._samples.values(), *self._replayed.samples()]
+        pool(self._all(), [watch.sketch for watch in self._gradients.watches()], samples, self._ranks)
 
     def _watch(self, group: Group, site: Site, exact: bool) -> None:
         device = self._model.get_parameter(site.weight).device
@@ -136,7 +149,8 @@ class Observer:
         if any(watch.site.dropout > 0 for watch in self._watches.values()) and not self._any_mode:
             for name, module in self._modules.items():
                 if type(module) in DROPOUTS:
-                    self._handles.append(module.register_forward_hook(Hook(self._make_dropout_hook(name))))
+                    hook = Hook(self._dropped.hook(name, self._trains))
+                    self._handles.append(module.register_forward_hook(hook))
 
     def close(self) -> None:
         """Take every hook off; what was seen stays."""
@@ -276,14 +290,6 @@ class Observer:
                 watch.take(before, self._generator, examples=limit, repeated=repeated, dropout=behind)
         if sample is not None and not sample.enough():
             sample.take(before)
-
-    def _make_dropout_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = args[0] if args else None
-            if isinstance(x, Tensor) and isinstance(output, Tensor) and not is_wrapped(x) and self._trains():
-                self._dropped.note(name, module, x, output)
-
-        return hook
 
     # ------------------------------------------------------------------ what was seen
 

@@ -15,11 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, choose, compensated
+from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
 from apoptosis.planner.costs import macs_after
 from apoptosis.planner.entangled import choices_of, entangled, most_readers
+from apoptosis.planner.owners import owners
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
+from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate, Group, Reduction, Structure
 
 
@@ -96,7 +99,9 @@ class Plan:
         }
 
 
-def make_plan(model: nn.Module, structure: Structure, observations: Observations, request: Request) -> Plan:
+def make_plan(
+    model: nn.Module, structure: Structure, observations: Observations, request: Request, ranks: Ranks | None = None
+) -> Plan:
     """Ask the criterion for as much as every unpinned group's sites allow.
 
     A site that reads several groups shares its tolerance out among them: the errors of all of them, added up, stay
@@ -107,9 +112,11 @@ def make_plan(model: nn.Module, structure: Structure, observations: Observations
         structure: of the model.
         observations: by (group name, site key); groups that were not observed are left out, with a note.
         request: what the event may do.
+        ranks: that share the work and get the same plan.
 
     Raises: NonFiniteError: statistics or weights hold NaN or infinity.
     """
+    ranks = ranks or Ranks()
     open_groups = [group for group in structure.groups if group.pin is None]
     seen = [g for g in open_groups if all((g.name, site.key) in observations for site in g.sites)]
     notes = [f"{g.name}: not observed yet" for g in open_groups if g not in seen]
@@ -118,21 +125,34 @@ def make_plan(model: nn.Module, structure: Structure, observations: Observations
     desk.shares = Counter()
     for sets in choices:
         desk.shares += most_readers(sets)
-    for sets in choices:
-        desk.shares -= most_readers(sets)
-        notes += desk.take(sets)
-    keeps = {name: len(p.reduction.keep) for name, p in desk.proposals.items()}
+    owner = owners(choices, ranks.size)
+    fault = ""
+    own: list[str] = []
+    try:
+        for sets, rank in zip(choices, owner, strict=True):
+            desk.shares -= most_readers(sets)
+            own += desk.take(sets) if rank == ranks.rank else []
+    except NonFiniteError as error:
+        fault = str(error)
+    if fault := ranks.fault(fault):
+        raise NonFiniteError(fault)
+    mine = [g for g in seen if g.name in desk.proposals]
+    told = ranks.gathered((desk.proposals, {g.name: desk.certificates(g) for g in mine}, desk.dropped(mine), own))
+    proposals = {name: p for found, *_ in told for name, p in found.items()}
+    certificates = {name: c for _, found, *_ in told for name, c in found.items()}
+    notes += [note for *_, found in told for note in found]
+    keeps = {name: len(p.reduction.keep) for name, p in proposals.items()}
     ordered = [g for g in seen if g.name in keeps]
     return Plan(
         tolerance=request.tolerance,
         criterion=request.criterion.name,
-        reductions=tuple(desk.proposals[g.name].reduction for g in ordered),
-        certificates={g.name: desk.certificates(g) for g in ordered},
+        reductions=tuple(proposals[g.name].reduction for g in ordered),
+        certificates={g.name: certificates[g.name] for g in ordered},
         widths={g.name: (g.num_channels, keeps[g.name]) for g in ordered},
         macs_before=structure.macs,
         macs_after=macs_after(structure, keeps),
-        errors={g.name: desk.proposals[g.name].errors for g in ordered},
-        dropped_variance=desk.dropped(ordered),
+        errors={g.name: proposals[g.name].errors for g in ordered},
+        dropped_variance={key: lost for _, _, found, _ in told for key, lost in found.items()},
         notes=tuple(notes),
     )
 

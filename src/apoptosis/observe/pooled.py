@@ -1,0 +1,82 @@
+"""What the windows of all ranks saw, as if one rank had seen it all.
+
+Lives here: two sums over all ranks per window, of counts and means first, then of scatter around the common mean; whole
+inputs are exchanged. Does not live here: what is watched (window.py), how ranks talk (ranks).
+
+The scatter of all rows is Σ_r [S_r + n_r (m_r - m)(m_r - m)ᵀ], m the mean of all (Chan, Golub, LeVeque): nothing
+cancels, and every rank gets the same bits. Sketches add up: their signs are drawn apart on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from apoptosis.errors import NonFiniteError
+from apoptosis.numerics.moments import Moments
+from apoptosis.numerics.sketch import Sketch
+from apoptosis.observe.watch import Sample, Watch, named_snapshot
+from apoptosis.ranks import Ranks
+
+
+def share_out(watches: Iterable[Watch], ranks: Ranks) -> None:
+    """Let every rank wait for its share of the rows alone."""
+    for watch in watches:
+        watch.rows_needed = -(-watch.rows_needed // ranks.size)
+
+
+def pool(watches: Sequence[Watch], sketches: Sequence[Sketch], samples: Sequence[Sample], ranks: Ranks) -> None:
+    """Put into every rank's watches what all of them saw; the watches are the same ones, in the same order.
+
+    Raises: NonFiniteError: rows of some rank hold NaN or infinity. RankError: a rank is gone.
+    """
+    if ranks.size == 1:
+        return
+    found, fault = _snapshots(watches)
+    if fault := ranks.fault(fault):
+        raise NonFiniteError(fault)
+    _pool_moments(watches, found, ranks)
+    for sketch in sketches:
+        sketch.pool(ranks.total)
+    for sample in samples:
+        sample.kept = [x.to(sample.kept[0].device) if sample.kept else x
+                       for kept in ranks.gathered([x.cpu() for x in sample.kept]) for x in kept]  # fmt: skip
+
+
+def _snapshots(watches: Sequence[Watch]) -> tuple[list[Moments], str]:
+    try:
+        return [named_snapshot(watch) for watch in watches], ""
+    except NonFiniteError as error:
+        return [], str(error)
+
+
+def _pool_moments(watches: Sequence[Watch], found: Sequence[Moments], ranks: Ranks) -> None:
+    if not watches:
+        return
+    device = found[0].device
+    numbers = [float(n) for m, w in zip(found, watches, strict=True) for n in (m.num_rows, m.num_examples, w.examples)]
+    counts = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = ranks.total(torch.cat([counts, *((m.mean * m.num_rows).to(device) for m in found)]))
+    totals = sums[: len(counts)].view(-1, 3).tolist()
+    start = len(counts)
+    means: list[Tensor] = []
+    packed: list[Tensor] = []
+    for moments, (rows, _, _) in zip(found, totals, strict=True):
+        size = moments.num_channels
+        means.append(sums[start : start + size].to(moments.device) / max(rows, 1.0))
+        packed.append(moments.scatter_around(means[-1])[_upper(size, moments.device)].to(device))
+        start += size
+    scatters = torch.split(ranks.total(torch.cat(packed)), [len(p) for p in packed])
+    exact = ranks.all(all(m.exact for m in found))
+    for watch, own, mean, scatter, (rows, examples, seen) in zip(watches, found, means, scatters, totals, strict=True):
+        whole = torch.zeros(own.num_channels, own.num_channels, dtype=torch.float64, device=own.device)
+        whole[_upper(own.num_channels, own.device)] = scatter.to(own.device)
+        whole = whole + whole.triu(1).T
+        watch.take_over(Moments.of(mean, whole, int(rows), int(examples), exact=exact), int(seen))
+
+
+def _upper(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(size, size, device=device)
+    return rows, columns

@@ -1,0 +1,82 @@
+"""What one surgery is told as: sizes before and after, and the event.
+
+Lives here: counting parameters and bytes, putting an Event together. Does not live here: the surgery (operate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from apoptosis.ledger import Event
+from apoptosis.operate import Outcome, Patient
+from apoptosis.planner import Plan, merged
+from apoptosis.records import Certificate, Structure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large a patient is: number of parameters, bytes of parameters, buffers and optimizer state, MACs."""
+
+    parameters: int
+    bytes: int
+    macs: float
+
+
+def size_of(patient: Patient, structure: Structure) -> Size:
+    """Measure a patient."""
+    return Size(parameters=num_parameters(patient.model), bytes=state_bytes(patient), macs=structure.macs)
+
+
+def make_event(
+    *,
+    step: int,
+    plan: Plan,
+    outcome: Outcome,
+    before: Size,
+    after: Size,
+    certificates: tuple[Certificate, ...],
+    measured_on: str,
+    seconds: float,
+    notes: tuple[str, ...] = (),
+) -> Event:
+    """Put together the record of one surgery, from what was planned and what came of it."""
+    done = [reduction.group for reduction in outcome.done]
+    promised = merged(certificate for name in done for certificate in plan.certificates[name])
+    measured: dict[str, float] = {}
+    change = outcome.change
+    if change is not None:
+        measured["output_rms"] = change.rms
+        if change.readable:
+            measured |= {"flips": change.flips / change.rows, "margin_share": change.margin_share}
+    return Event(
+        step=step,
+        tolerance=plan.tolerance,
+        criterion=plan.criterion,
+        groups={name: plan.widths[name] for name in plan.widths if name in done},
+        parameters=(before.parameters, after.parameters),
+        macs=(before.macs, after.macs),
+        bytes_freed=before.bytes - after.bytes,
+        certificates=(*promised, *certificates),
+        measured=measured,
+        measured_on=f"on {change.rows if change is not None else 0} {measured_on}",
+        seconds=seconds,
+        notes=(*notes, *(str(pin) for pin in outcome.pins)),
+    )
+
+
+def state_bytes(patient: Patient) -> int:
+    """Bytes of parameters, buffers and optimizer state now."""
+    total = sum(t.numel() * t.element_size() for t in (*patient.model.parameters(), *patient.model.buffers()))
+    for optimizer in patient.optimizers:
+        for state in optimizer.state.values():
+            if isinstance(state, dict):
+                total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
+    return total
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
