@@ -113,6 +113,7 @@ class Observer:
             self._by_module.setdefault(site.module, []).append(watch)
             self._gradients.watch(key, site, columns, group.num_channels, device)
         self._watches[key].rows_needed = max(self._watches[key].rows_needed, Watch.needed(site, group.num_channels))
+        self._gradients.need(key, self._watches[key].rows_needed)
         if several:
             self._samples.setdefault(site.module, Sample(exact=exact))
 
@@ -299,7 +300,7 @@ class Observer:
             if key not in moments:
                 continue
             whole, own = None, moments[key]
-            felt = self._gradients.root(key)
+            felt = self._gradients.root(key, len(site.input_columns))
             if not key[0]:
                 whole = own
                 picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
