@@ -55,6 +55,28 @@ def test_maps_are_seen_at_every_position_and_flattened_ones_alike():
     assert bool(felt_at(observer, "2").ne(0).any(0).all())
 
 
+def test_every_group_of_a_site_that_several_share_has_its_gradients():
+    torch.manual_seed(0)
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(5, size) for size in (16, 256))
+            self.out = nn.Linear(272, 3)
+
+        def forward(self, x):
+            return self.out(torch.cat([part(x).relu() for part in self.parts], 1))
+
+    net = Joined()
+    _, observer = window(net, torch.randn(2, 5))
+    for _ in range(8):
+        net(torch.randn(128, 5)).square().mean().backward()
+        observer.end_step()
+    observer.close()
+    felt = {name: o.felt for (name, _), o in observer.observations().items()}
+    assert sorted(x.shape[1] for x in felt.values()) == [16, 256]
+
+
 def test_nothing_stays_on_tensors_of_the_users():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 

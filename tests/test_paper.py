@@ -39,6 +39,13 @@ def test_all_contestants_run_on_equal_terms(cells):
     for rival in ("torch-pruning", "group lasso", "train-prune-fine-tune"):
         assert found[rival]["macs"] <= own["macs"], rival
     assert found["same widths"]["parameters"] == own["parameters"]
+    pace = found["same widths"]["seconds"] / cell["epochs"]
+    assert len(found["same widths, longer"]["points"]) == pytest.approx(own["seconds"] / pace, abs=1.001)
+    steps = cell["epochs"] * (cell["train_rows"] // cell["batch"]) * cell["batch"]
+    assert dense["spent_macs"] == steps * dense["macs"]
+    tuned = found["train-prune-fine-tune"]
+    more = len(tuned["points"]) - cell["epochs"]
+    assert tuned["spent_macs"] == dense["spent_macs"] + more * steps // cell["epochs"] * tuned["macs"]
     assert dense["points"][0]["parameters"] == dense["points"][-1]["parameters"]
     assert all(0.5 < record["test"] <= 1.0 for record in found.values())
     assert all(record["seconds"] <= record["run_seconds"] for record in found.values())
@@ -104,6 +111,50 @@ def test_cells_are_plain_json(cells, tmp_path):
     path = cell_path(tmp_path, "digits", 7)
     write_cell(path, cells[0])
     assert json.loads(path.read_text()) == cells[0]
+
+
+def row_of(differences, **changes):
+    from benchmarks.paper.summary import Row
+
+    values = dict(
+        ground="mnist", contestant="apoptosis", seeds=len(differences), unit=100, metric=0.9, interval=None, speedup=4,
+        difference=sum(differences) / len(differences), differences=tuple(differences), cpu_speedup=4.0, parameters=9.0,
+        macs=9.0, spent_macs=5.0, own_share=0.02, reached=0, reached_share=None, latency={}, memory=None,
+        dense_step=0.03, metric_name="accuracy",
+    )  # fmt: skip
+    return Row(**(values | changes))
+
+
+def test_grounds_are_pooled_as_grounds_and_rivals_seed_by_seed():
+    from benchmarks.paper.summary import pooled, targets
+
+    middle, width = pooled([[0.0, 0.2], [-1.0, -1.0, -1.0]])
+    assert middle == pytest.approx((0.1 - 1.0) / 2)
+    assert width == pytest.approx(12.706 * 0.1 / 2, rel=1e-3)  # the variance is all of the first ground, one degree
+    own = row_of([-0.1, 0.1, 0.0])
+    rivals = {"torch-pruning": [-1.1, -0.9, -1.0], "group lasso": [-0.5, 0.4, -0.2], "same widths": [0.3, 0.3, 0.3]}
+    rows = [own, *(row_of(found, contestant=name) for name, found in rivals.items())]
+    met = {what: verdict for what, _, verdict in targets(rows, [])}
+    assert met["ahead of torch-pruning on every ground, points"] is True
+    assert met["ahead of group lasso on every ground, points"] == "not told apart"
+    assert met["ahead of same widths on every ground, points"] is False
+    assert met["mnist (dense step 30 ms): at least 85 % of what the multiply-adds of the run promise"] is False
+    assert met["own share at most 1 % of the run"] is False
+
+
+def test_a_small_network_is_chosen_on_validation_examples():
+    from benchmarks.paper.summary import targets
+
+    def point(tolerance, parameters, validation, test, method="interpolative"):
+        found = {"method": method, "tolerance": tolerance, "parameters": parameters}
+        return found | {"validation": validation, "test": test}
+
+    dense = point(None, 4000, 0.9, 0.9, "dense")
+    lucky = point(0.1, 50, 0.88, 0.9)  # 80x, but not by its validation metric
+    points = [dense, lucky, point(0.05, 100, 0.895, 0.893), point(0.01, 1000, 0.9, 0.9)]
+    (found,) = [t for t in targets([row_of([0.0])], [{"ground": "mnist", "points": points}]) if "30x" in t[0]]
+    assert found[1] == "mnist, tolerance 0.05: 40.0x, -0.70 points"
+    assert found[2] is True
 
 
 def test_intervals_are_students():

@@ -15,8 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from benchmarks.paper.cells import cell_path, fits, run_cell, write_cell
 from benchmarks.paper.event_time import EVENT_TIME, read_event_time, run_event_time
@@ -37,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="where the publishers' files lie")
     parser.add_argument("--only", help=f"grounds, comma-separated: {', '.join(GROUNDS)}", default=",".join(GROUNDS))
     parser.add_argument("--seeds", help="comma-separated; default: each ground's own number of them, from 0")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells' JSON")
+    parser.add_argument("--results", type=Path, help="folder of the cells' JSON (--quick: a new one)")
     parser.add_argument("--no-criteria", action="store_true", help="leave the other criteria out")
     parser.add_argument("--rows", type=int, help="training rows instead of all: a trial, give --results")
     parser.add_argument("--epochs", type=int, help="instead of the ground's: a trial, give --results")
@@ -46,11 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--event-time", action="store_true", help="profile the events of one run (mnist) instead")
     parser.add_argument("--frontier", action="store_true", help="many tolerances instead of the table's defaults")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--threads", type=int, default=1, help="of every process (default 1)")
     given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
     if unknown := [name for name in given.only.split(",") if name not in GROUNDS]:
         parser.error(f"unknown grounds {', '.join(unknown)}; there are {', '.join(GROUNDS)}")
-    if given.results == RESULTS and (given.rows or given.epochs or given.quick) and not given.table:
-        parser.error("--rows, --epochs and --quick make trials: give --results, another folder")
+    if given.results is None:
+        given.results = Path(tempfile.mkdtemp(prefix="paper-")) if given.quick else RESULTS
+    if given.results == RESULTS and (given.rows or given.epochs) and not given.table:
+        parser.error("--rows and --epochs make trials: give --results, another folder")
     given.results.mkdir(parents=True, exist_ok=True)
     if given.frontier:
         _run_frontiers(given)

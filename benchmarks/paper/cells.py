@@ -8,6 +8,7 @@ dense's (processor time is told beside).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+import apoptosis
+from apoptosis.criteria import get_criterion
 from apoptosis.recipes.machine import machine, versions
 from benchmarks.paper.contestants import (
     CRITERIA,
@@ -53,12 +56,15 @@ def run_cell(ground: Ground, task: Task, seed: int, say: Say, *, criteria: bool 
             others += [Shrinking(f"apoptosis, {c}", ground, task, seed, criterion=c) for c in CRITERIA]
     early = EarlyStopping(dense)
     train([dense, shrunk, *others], say, after=lambda: early.look())
-    pace = shrunk.points[-1].seconds - shrunk.points[-2].seconds if len(shrunk.points) > 1 else shrunk.seconds
-    late: list[Contestant] = [small("same widths", shrunk)]
+    same = small("same widths", shrunk)
+    late: list[Contestant] = [same]
     if ground.core:
-        late.append(small("same widths, longer", shrunk, seconds=shrunk.seconds, pace=pace))
         late.append(FineTuning("train-prune-fine-tune", dense, shrunk.macs()))
     train(late, say)
+    if ground.core:  # for as long as apoptosis took, at the pace of these very widths
+        longer = small("same widths, longer", shrunk, epochs=ground.epochs * shrunk.seconds / same.seconds)
+        train([longer], say)
+        late.append(longer)
     everyone = [dense, shrunk, *others, *late]
     records = {c.name: c.record() for c in everyone}
     if ground.core:
@@ -93,9 +99,19 @@ def header(kind: str, ground: Ground, task: Task, seed: int) -> dict[str, Any]:
         "batch": ground.batch,
         "lr": ground.lr,
         "train_rows": len(task.train),
+        "tolerance": get_criterion("interpolative").tolerance,
+        "source": source(),
         "versions": versions() | {"torch-pruning": version("torch-pruning")},
         "machine": machine(torch.device("cpu")),
     }
+
+
+def source() -> str:
+    """Return a short digest of the library's code."""
+    found = hashlib.sha256()
+    for path in sorted(Path(apoptosis.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def train(contestants: Sequence[Contestant], say: Say, after: Callable[[], None] | None = None) -> None:
@@ -125,8 +141,9 @@ def cell_path(folder: Path, ground: str, seed: int) -> Path:
 
 def fits(cell: Mapping[str, Any], ground: Ground, train_rows: int | None = None) -> bool:
     """Whether a cell was run as the ground asks now; train_rows: None if whatever there was is fine."""
-    asked = (SCHEMA, ground.name, ground.epochs, ground.batch, ground.lr)
-    same = tuple(cell.get(key) for key in ("schema", "ground", "epochs", "batch", "lr")) == asked
+    asked = (SCHEMA, ground.name, ground.epochs, ground.batch, ground.lr, get_criterion("interpolative").tolerance)
+    same = tuple(cell.get(key) for key in ("schema", "ground", "epochs", "batch", "lr", "tolerance")) == asked
+    same = same and cell["machine"]["threads"] == torch.get_num_threads()
     return same and (train_rows is None or cell.get("train_rows") == train_rows)
 
 

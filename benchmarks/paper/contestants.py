@@ -11,6 +11,7 @@ References: Fang et al., "DepGraph", arXiv 2301.12900 (Torch-Pruning); Lym et al
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,11 @@ class Pruning(Contestant):
         self.target = target
 
     def after_epoch(self) -> None:
-        if self.macs() > self.target() and prune_to(self.model, self.example(), self.target()):
+        start = time.perf_counter()
+        target, macs = self.target(), self.macs()
+        self.idle = time.perf_counter() - start
+        if macs > target:
+            self.idle += prune_to(self.model, self.example(), target)
             self.optimizer = self.new_optimizer()
 
 
@@ -117,6 +122,7 @@ class FineTuning(Contestant):
         model = copy.deepcopy(dense.model)
         super().__init__(name, dense.ground, dense.task, dense.seed + 50, model=model, epochs=extra)
         prune_to(self.model, self.example(), target)
+        self.step_macs = self.batch * self.macs()
         self.optimizer = self.new_optimizer()
         self.seconds, self.cpu_seconds, self.run_seconds = dense.seconds, dense.cpu_seconds, dense.run_seconds
         self.points, self.spent_macs = list(dense.points), dense.spent_macs
@@ -156,21 +162,16 @@ class EarlyStopping:
         return told
 
 
-def small(name: str, shrunk: Shrinking, *, seconds: float | None = None, pace: float | None = None) -> Contestant:
-    """Return the widths that apoptosis found, trained from the start.
-
-    Args:
-        seconds, pace: train for as many epochs as fit into `seconds` at `pace` seconds an epoch; None: the ground's.
-    """
+def small(name: str, shrunk: Shrinking, *, epochs: float | None = None) -> Contestant:
+    """Return the widths that apoptosis found, trained from the start; epochs: None for the ground's."""
     model = copy.deepcopy(shrunk.model)
     torch.manual_seed(shrunk.seed)
     fresh_like(model)
-    epochs = None if seconds is None or not pace else max(shrunk.ground.epochs, round(seconds / pace))
     return Contestant(name, shrunk.ground, shrunk.task, shrunk.seed, model=model, epochs=epochs)
 
 
-def prune_to(model: nn.Module, example: torch.Tensor, target: int, steps: int = 100) -> bool:
-    """Cut by Torch-Pruning until `model` takes at most `target` multiply-adds; says whether anything went.
+def prune_to(model: nn.Module, example: torch.Tensor, target: int, steps: int = 100) -> float:
+    """Cut by Torch-Pruning until `model` takes at most `target` multiply-adds; return the seconds spent on counting.
 
     Attention is left alone (its widths feed reshapes of the model's own), and so is every width under a norm; the last
     layer keeps its outputs. A layer keeps at least a tenth of the channels it has.
@@ -193,11 +194,13 @@ def prune_to(model: nn.Module, example: torch.Tensor, target: int, steps: int = 
         ignored_layers=kept,
         round_to=ALIGN,
     )
-    cut = False
+    counting = 0.0
     for _ in range(steps):
-        if count_macs(model, example[:1]) <= target:
+        start = time.perf_counter()
+        macs = count_macs(model, example[:1])
+        counting += time.perf_counter() - start
+        if macs <= target:
             break
         pruner.step()
-        cut = True
     model.train(was)
-    return cut
+    return counting

@@ -17,41 +17,40 @@ GROUNDS = ("fashion-mnist", "mnist", "higgs")
 TOLD = ("test", "seconds", "run_seconds", "parameters", "macs", "spent_macs", "events", "ledger")
 TOLERANCES = {
     "interpolative": (0.005, 0.01, 0.025, 0.05, 0.1),
-    "reconstruction": (0.0125, 0.025, 0.05, 0.1),
-    "magnitude": (0.05, 0.1, 0.2, 0.4),
+    "reconstruction": (0.025, 0.05, 0.1),
+    "magnitude": (0.1, 0.3),
 }
 
 
 def run_frontier(ground: Ground, task: Task, seed: int, say: Say) -> dict[str, Any]:
     """Train a ground with one seed at every tolerance, Torch-Pruning and networks small from the start beside it.
 
-    Returns: plain values; `points`, one per run, each with its method and tolerance (None where there is none).
+    Returns: plain values; `points`, one per run, each with its method and tolerance: for the rivals that of the run
+    whose multiply-adds or widths they follow, for dense None.
     """
     dense = Contestant("dense", ground, task, seed)
     runs: list[tuple[str, float | None, Contestant]] = [("dense", None, dense)]
+    followed: list[tuple[float, Shrinking]] = []
     for criterion, tolerances in TOLERANCES.items():
         for tolerance in tolerances:
             name = f"{criterion} {tolerance:g}"
             own = Shrinking(name, ground, task, seed, criterion=criterion, tolerance=tolerance)
             runs.append((criterion, tolerance, own))
             if criterion == "interpolative":
-                runs.append(
-                    ("torch-pruning", None, Pruning(f"torch-pruning {tolerance:g}", ground, task, seed, own.macs))
-                )
+                followed.append((tolerance, own))
+                rival = Pruning(f"torch-pruning {tolerance:g}", ground, task, seed, own.macs)
+                runs.append(("torch-pruning", tolerance, rival))
     train([run for _, _, run in runs], say)
-    late = [("same widths", None, small(f"same widths {t:g}", own)) for c, t, own in runs
-            if c == "interpolative" and t is not None and isinstance(own, Shrinking)]  # fmt: skip
+    late = [("same widths", t, small(f"same widths {t:g}", own)) for t, own in followed]
     train([run for _, _, run in late], say)
-    points = [
-        {"method": method, "tolerance": tolerance}
-        | {
-            k: v
-            for k, v in run.record().items()
-            if k in ("test", "seconds", "run_seconds", "parameters", "macs", "spent_macs", "events", "ledger")
-        }
-        for method, tolerance, run in [*runs, *late]
-    ]
+    points = [_point(method, tolerance, run) for method, tolerance, run in [*runs, *late]]
     return header("paper-frontier", ground, task, seed) | {"points": points}
+
+
+def _point(method: str, tolerance: float | None, run: Contestant) -> dict[str, Any]:
+    """Tell one run, the validation metric after its last epoch included."""
+    told = {key: value for key, value in run.record().items() if key in TOLD}
+    return {"method": method, "tolerance": tolerance, "validation": run.points[-1].validation} | told
 
 
 def frontier_path(folder: Path, ground: str) -> Path:

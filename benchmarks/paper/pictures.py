@@ -71,7 +71,10 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
             axis.set_title(ground)
             draw(axis, here)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        if handles:
+        if name == "widths":  # groups have other names on every ground
+            for axis in axes.flat[: len(grounds)]:
+                axis.legend(frameon=False, fontsize=7)
+        elif handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
         path = folder / f"paper-{name}.svg"
         figure.savefig(path, metadata={"Date": None})
@@ -143,7 +146,6 @@ def _certificates(axis: Any, cells: Sequence[Cell]) -> None:
             axis.scatter(*zip(*pairs, strict=True), color=METHODS[name], s=9, label=name)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.axline((0.001, 0.001), (0.1, 0.1), color="#cccccc", linewidth=0.8)
     axis.set_xlabel("certificate: relative rms error of the worst site")
     axis.set_ylabel("measured: relative rms change of the outputs")
 

@@ -19,7 +19,8 @@ def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     rows = [r for r in _ordered(summarise(cells)) if r.contestant == "apoptosis"]
     dense = {r.ground: r for r in summarise(cells) if r.contestant == "dense"}
     head = ("data, network", "seeds", "whole run", "parameters", "multiply-adds", "test metric: without, with",
-            "difference (95 %)", "time in apoptosis")  # fmt: skip
+            "difference (95 %)", "dense, stopped early", "time in apoptosis")  # fmt: skip
+    early = {r.ground: r for r in summarise(cells) if r.contestant == "early stopping"}
     lines = [
         (
             f"{r.ground}, {NETWORKS[r.ground]}",
@@ -29,6 +30,7 @@ def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
             f"{r.macs:.1f}x fewer",
             f"{_metric(dense[r.ground])}, {_metric(r)}",
             r.difference_text,
+            early[r.ground].difference_text if r.ground in early else "",
             "" if r.own_share is None else f"{100 * r.own_share:.1f} %",
         )
         for r in rows
@@ -47,7 +49,8 @@ def contestants(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
 
 def aims(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     """What was aimed at, what was measured."""
-    lines = [(what, got, "yes" if met else "**no**") for what, got, met in targets(summarise(cells), frontiers)]
+    found = targets(summarise(cells), frontiers)
+    lines = [(what, got, met if isinstance(met, str) else "yes" if met else "**no**") for what, got, met in found]
     return table(("aim", "measured", "met"), lines) if lines else EMPTY
 
 

@@ -38,7 +38,7 @@ class Contestant:
 
     Args:
         name: of the contestant. ground, task: where it trains. seed: of the initial weights and of the order.
-        scale: of the hidden widths. epochs: None for the ground's.
+        scale: of the hidden widths. epochs: None for the ground's; the last one may be cut short.
 
     run_seconds: wall time of the whole run, evaluations of the validation part included. own_seconds: the method's
     share where it keeps a clock of its own.
@@ -53,19 +53,20 @@ class Contestant:
         *,
         scale: float = 1.0,
         model: nn.Module | None = None,
-        epochs: int | None = None,
+        epochs: float | None = None,
     ) -> None:
         self.name, self.ground, self.task, self.seed = name, ground, task, seed
-        self.epochs = ground.epochs if epochs is None else epochs
+        self.epochs = math.ceil(ground.epochs if epochs is None else epochs)
         torch.manual_seed(seed)
         self.model = ground.build(task, scale) if model is None else model
         self.optimizer = self.new_optimizer()
         self.batch = min(ground.batch, len(task.train))
         self.steps_per_epoch = len(task.train) // self.batch
-        self.total_steps = self.steps_per_epoch * self.epochs
+        self.total_steps = max(1, round(self.steps_per_epoch * (ground.epochs if epochs is None else epochs)))
         self.step = self.epoch = 0
         self.seconds = self.cpu_seconds = self.run_seconds = 0.0
         self.points: list[Point] = []
+        self.idle = 0.0  # seconds of this epoch that are not the method's own: counting for the table
         self.spent_macs = 0  # of all forward passes of the run so far
         self._macs: tuple[int, int] | None = None
         self.step_macs = self.batch * self.macs()
@@ -111,17 +112,17 @@ class Contestant:
 
         Raises: FloatingPointError: the loss is NaN or infinite.
         """
-        whole, cpu = time.perf_counter(), time.process_time()
+        whole, cpu, self.idle = time.perf_counter(), time.process_time(), 0.0
         loss = self._train()
         self.after_epoch()
+        self.seconds += time.perf_counter() - whole - self.idle
+        self.cpu_seconds += time.process_time() - cpu - self.idle
         self.step_macs = self.batch * self.macs()
-        self.seconds += time.perf_counter() - whole
-        self.cpu_seconds += time.process_time() - cpu
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.ground.name}, {self.name}, seed {self.seed}: the loss is {loss}.")
         self.epoch += 1
         value = self.evaluate(self.task.validation)
-        self.run_seconds += time.perf_counter() - whole
+        self.run_seconds += time.perf_counter() - whole - self.idle
         self.points.append(
             Point(
                 epoch=self.epoch,
@@ -141,7 +142,8 @@ class Contestant:
         torch.manual_seed(order_seed + 1)  # dropout draws alike for all contestants
         self.model.train()
         total = torch.zeros((), dtype=torch.float64)
-        for rows in order[: self.steps_per_epoch * self.batch].view(self.steps_per_epoch, self.batch):
+        steps = min(self.steps_per_epoch, self.total_steps - self.step)
+        for rows in order[: steps * self.batch].view(steps, self.batch):
             inputs, labels = train.take(rows)
             self.optimizer.param_groups[0]["lr"] = self.rate()
             loss = task.loss(self.model(inputs), labels)
@@ -152,7 +154,7 @@ class Contestant:
             self.spent_macs += self.step_macs
             self.after_step()
             total += loss.detach()
-        return float(total) / self.steps_per_epoch
+        return float(total) / steps
 
     @torch.no_grad()
     def evaluate(self, part: Part, batch: int = 512) -> float:

@@ -1,14 +1,16 @@
 """One attempt of a run to shrink: plan, transaction, verdict, and what is booked of it.
 
-Lives here: the order of these within one event. Does not live here: windows and the loop (engine), the surgery
+Lives here: the order of these within one event. Does not live here: the loop (engine), the surgery
 (operate).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from apoptosis.graph import replay
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Patient, operate
@@ -16,7 +18,7 @@ from apoptosis.planner import Observations, Plan, make_plan
 from apoptosis.policy import Telemetry, pays
 from apoptosis.probe import like_example, num_rows
 from apoptosis.ranks import checksums
-from apoptosis.records import Structure
+from apoptosis.records import Group, Structure
 from apoptosis.state import Memory, Settings, allowed, telemetry
 from apoptosis.told import make_event, size_of
 from apoptosis.verdict import Verdict
@@ -46,6 +48,31 @@ def plan_now(run: Run, observations: Observations) -> Plan:
     groups = tuple(group for group in run.structure.groups if group.pin is None)
     wanted = allowed(run.memory, run.settings, groups)
     return make_plan(run.patient.model, run.structure, observations, wanted, run.patient.ranks)
+
+
+def agree(run: Run, budget: float | None) -> None:
+    """Check that all ranks were asked for the same of the same network.
+
+    Raises: RankError: they were not; what differs is named.
+    """
+    asked = run.settings.as_dict() | {"seed": run.settings.seed, "budget": budget, "probe": run.verdict.held_out}
+    widths = {f"group {group.name}": (group.num_channels, group.pin is None) for group in run.structure.groups}
+    run.patient.ranks.same("arguments or groups of Apoptosis", asked | widths)
+
+
+def new_window(run: Run, groups: Sequence[Group]) -> Observer:
+    """Return a window over some groups, which sees other positions than the one before, and on every rank others."""
+    settings, ranks = run.settings, run.patient.ranks
+    return Observer(
+        run.patient.model,
+        groups,
+        seed=settings.seed * 1_000_003 + len(run.memory.history) + 500_009 * ranks.rank,
+        exact=settings.tolerance == 0,
+        keep_inputs=not run.verdict.held_out,
+        replay=replay,
+        gradients=settings.criterion.felt and settings.tolerance != 0,
+        ranks=ranks,
+    )
 
 
 def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Event | None, str]:

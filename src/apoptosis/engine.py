@@ -17,11 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
-from apoptosis.attempt import Run, attempt, plan_now, seen_by_policy
+from apoptosis.attempt import Run, agree, attempt, new_window, plan_now, seen_by_policy
 from apoptosis.calibration import overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import CheckpointError, NonFiniteError
-from apoptosis.graph import replay
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
@@ -134,9 +133,7 @@ class Apoptosis:
             site_limit=site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest),
         )
         self._observer: Observer | None = None
-        widths = {group.name: group.num_channels for group in self.groups()}
-        asked = self._settings.as_dict() | {"seed": seed, "budget": budget, "probe": held_out is not None}
-        ranks.same("arguments or groups of Apoptosis", asked | {f"group {name}": n for name, n in widths.items()})
+        agree(self._run(), budget)
         self._memory.decision = self._decide()
         self._memory.own_seconds += time.perf_counter() - start
 
@@ -244,7 +241,7 @@ class Apoptosis:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             observer = None
             if window is not None:
-                observer = self._new_observer(tuple(g for g in structure.groups if g.pin is None))
+                observer = new_window(self._run(), tuple(g for g in structure.groups if g.pin is None))
                 observer.load_state_dict(window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except CheckpointError:  # says itself what differs
@@ -292,21 +289,9 @@ class Apoptosis:
 
     def _open_window(self) -> None:
         self._structure = refreshed(self._patient, self._structure)
-        self._observer = self._new_observer(self.groups())
+        self._observer = new_window(self._run(), self.groups())
         self._observer.open()
         self._memory.window_start = self._memory.step
-
-    def _new_observer(self, groups: Sequence[Group]) -> Observer:
-        return Observer(
-            self._patient.model,
-            groups,
-            seed=self._settings.seed * 1_000_003 + len(self._memory.history) + 500_009 * self._patient.ranks.rank,
-            ranks=self._patient.ranks,
-            exact=self._settings.tolerance == 0,
-            keep_inputs=not self._verdict.held_out,
-            replay=replay,
-            gradients=self._settings.criterion.felt and self._settings.tolerance != 0,
-        )
 
     def _drop_window(self) -> None:
         if self._observer is not None:

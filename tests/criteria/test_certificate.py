@@ -20,6 +20,7 @@ from apoptosis.criteria import (
 from apoptosis.criteria.views import exactness
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
+from apoptosis.records import SiteReduction
 
 every_criterion = pytest.mark.parametrize("name", criteria())
 
@@ -32,6 +33,23 @@ def moments_of(z: torch.Tensor) -> Moments:
     moments = Moments(z.shape[1])
     moments.update(z, exact=True)
     return moments
+
+
+def test_a_reduction_that_changes_kept_channels_pays_for_them():
+    torch.manual_seed(0)
+    z = torch.randn(200, 4, dtype=torch.float64)
+    moments = Moments(4)
+    moments.update(z, exact=True)
+    weight = torch.randn(3, 4, 1, dtype=torch.float64)
+    keep, mix = torch.tensor([0, 2]), torch.randn(2, 4, dtype=torch.float64)
+    offset = torch.randn(4, dtype=torch.float64)
+    found = SiteReduction(mix=mix, offset=offset)
+    wrong = (z - z[:, keep] @ mix - offset) @ weight[:, :, 0].T
+    for site in (SiteView(key="s", weight=weight, moments=moments),
+                 SiteView(key="s", weight=weight, moments=moments, felt=weight[:, :, 0].float())):  # fmt: skip
+        scale = ((z - z.mean(0)) @ weight[:, :, 0].T).square().sum()
+        expected = float((wrong.square().sum() / scale).sqrt())
+        assert relative_error(site, keep, found) == pytest.approx(expected, rel=1e-5)
 
 
 @every_criterion

@@ -22,14 +22,14 @@ def _enter(work, rank, size, folder, arguments, timeout):
         found = work(rank, size, *arguments)
         torch.save(found, Path(folder) / f"{rank}.pt")
         dist.barrier()
-    except BaseException:  # told by the parent, which has no other way to know
+    except BaseException:  # noqa: BLE001 - told by the parent, which has no other way to know
         (Path(folder) / f"{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
     dist.destroy_process_group()
 
 
 def together(work, *arguments, size=2, timeout=60):
-    """Run work(rank, size, *arguments) in `size` processes; return (results, tracebacks) by rank, None where missing."""
+    """Run work(rank, size, *arguments) in `size` processes; return results and tracebacks by rank, None for none."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         started = [

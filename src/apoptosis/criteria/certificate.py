@@ -46,9 +46,9 @@ def dropped_variance(site: SiteView, keep: Tensor, reduction: SiteReduction) -> 
         reduction.mix.to(covariance.device),
         None if reduction.offset is None else reduction.offset.to(covariance.device),
     )
-    removed = complement(keep.to(covariance.device), covariance.shape[0])
+    erring = _erring(keep.to(covariance.device), reduction, covariance.shape[0])
     weight = flat_weight(site).to(covariance.device)
-    per_tap = site_diag(weight[:, removed], residual[removed][:, removed])
+    per_tap = site_diag(weight[:, erring], residual[erring][:, erring])
     return per_tap.reshape(site.weight.shape[0], -1).sum(1)
 
 
@@ -73,9 +73,17 @@ def _felt_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float
     covariance, mean = statistics(site)
     offset = None if reduction.offset is None else reduction.offset.to(covariance.device)
     residual = residual_gram(covariance, mean, keep, reduction.mix.to(covariance.device), offset)
-    removed = complement(keep.to(covariance.device), covariance.shape[0])
+    erring = _erring(keep.to(covariance.device), reduction, covariance.shape[0])
     rows = cost_weight(site).to(covariance.device)
-    return float(site_diag(rows[:, removed], residual[removed][:, removed]).sum())
+    return float(site_diag(rows[:, erring], residual[erring][:, erring]).sum())
+
+
+def _erring(keep: Tensor, reduction: SiteReduction, num_channels: int) -> Tensor:
+    """Return the channels that a reduction may change: those removed, where kept ones stand for themselves exactly."""
+    mix = reduction.mix.to(keep.device)
+    own = torch.equal(mix[:, keep], torch.eye(len(keep), dtype=mix.dtype, device=mix.device))
+    offset = reduction.offset is not None and bool(reduction.offset.to(keep.device)[keep].any())
+    return complement(keep, num_channels) if own and not offset else torch.arange(num_channels, device=keep.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -44,7 +44,7 @@ def _column_norms(site: SiteView) -> Tensor:
 def _curve(site: SiteView, factor: Factor) -> Tensor:
     """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
     costs = joint_error_curve(cost_weight(site), factor, dtype=working_dtype(site))
-    if site.centred and site.dropout == 0.0 and site.scale is None:
+    if site.centred and site.mixes and site.dropout == 0.0 and site.scale is None:
         site.memo.setdefault("energy", float(costs[0]))  # keeping none costs all: nothing to compute a second time
     return relative_rms(cost_taps(site) * costs, site)
 

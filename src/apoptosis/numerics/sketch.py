@@ -36,7 +36,7 @@ class Sketch:
     def __init__(self, num_channels: int, *, size: int = SKETCH_ROWS, device: torch.device | str | None = None) -> None:
         self.num_channels, self.size = num_channels, size
         self.num_rows = 0
-        self._kept = torch.zeros(size, num_channels, device=device)
+        self._kept = torch.zeros(1, 1, device=device).expand(size, num_channels)  # no memory before there are rows
         self._order = torch.arange(size)  # of the buckets, for the rows of this turn
 
     def add(self, rows_NC: Tensor, draws: torch.Generator) -> None:
@@ -49,6 +49,8 @@ class Sketch:
         signs = torch.randint(0, 2, (len(rows_NC), 1), generator=draws) * 2 - 1
         signed = rows_NC.detach().float() * signs.to(rows_NC.device)
         start = 0
+        if self.num_rows == 0 and len(signed):
+            self._kept = self._kept.contiguous()
         while start < len(signed):
             place = self.num_rows % self.size
             if place == 0:
@@ -61,27 +63,29 @@ class Sketch:
 
     def rows(self) -> Tensor:
         """Return S without rows that are zero, (at most size, channels) float32; a copy."""
-        return self._kept[self._kept.ne(0).any(1)]
+        return self._kept[self._kept.ne(0).any(1)] if self.num_rows else self._kept[:0].clone()
 
     def pool(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add what other processes sketched with signs of their own; total: sums a tensor over all of them."""
         counted = total(torch.tensor([float(self.num_rows)], dtype=torch.float64, device=self._kept.device))
-        self._kept = total(self._kept.double()).float()
-        self.num_rows, self._order = int(counted.item()), torch.arange(self.size)
+        self._kept, self.num_rows = total(self._kept.double()).float(), int(counted.item())
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""
-        return {"num_rows": self.num_rows, "kept": self._kept.clone(), "order": self._order.clone()}
+        kept = self._kept if self.num_rows else self._kept[:0]
+        return {"num_rows": self.num_rows, "kept": kept.clone(), "order": self._order.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote.
 
         Raises: ShapeError: it is of another size.
         """
-        if state["kept"].shape != self._kept.shape:
-            raise ShapeError(f"Sketch: state of {tuple(state['kept'].shape)}, expected {tuple(self._kept.shape)}.")
-        self.num_rows = int(state["num_rows"])
-        self._kept = state["kept"].to(self._kept.device, copy=True)
+        num_rows, kept = int(state["num_rows"]), state["kept"]
+        if kept.shape[1] != self.num_channels or len(kept) != (self.size if num_rows else 0):
+            raise ShapeError(f"Sketch: state of {tuple(kept.shape)}, expected {tuple(self._kept.shape)}.")
+        self.num_rows = num_rows
+        if num_rows:
+            self._kept = kept.to(self._kept.device, copy=True)
         self._order = state["order"].cpu().clone()
 
 

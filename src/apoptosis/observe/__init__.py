@@ -1,7 +1,8 @@
 """Observation windows: the user's own forward passes become moments at consumer sites."""
 
+from apoptosis.observe.hooks import CHANGED_BY_OTHERS, NOTHING_SEEN
 from apoptosis.observe.watch import MIN_EXAMPLES, ROWS_PER_CHANNEL, Observation, in_both, reads_several_positions
-from apoptosis.observe.window import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
+from apoptosis.observe.window import Observer
 
 __all__ = [
     "CHANGED_BY_OTHERS",

@@ -1,4 +1,4 @@
-"""What the loss makes of a change at the input of a site: second moments of its gradient there, taken in backward.
+"""What the loss makes of a change at the input of a site: its gradients there, taken in backward and kept sketched.
 
 Lives here: hooks on tensors of the user's passes, and the rows of gradients they take. Does not live here: which passes
 count and when a window is over (window.py), what the planner makes of the moments.
@@ -49,11 +49,9 @@ class GradientWatch(Watch):
             self.sketch.add(self.picked(rows, -(-self.rows_needed // _SHARE), picks), picks)
 
     def root(self) -> Tensor | None:
-        """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None from fewer rows than channels."""
+        """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None where that is not finite."""
         found = self.sketch.rows()
-        if self.rows < self.sketch.num_channels or not bool(torch.isfinite(found).all()):
-            return None
-        return found
+        return found if bool(torch.isfinite(found).all()) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""
@@ -119,10 +117,15 @@ class Gradients:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def root(self, key: tuple[str, str]) -> Tensor | None:
-        """V (rows, columns of the watch of a key) with VᵀV = Σ g gᵀ, sketched; None where no gradient came."""
+    def need(self, key: tuple[str, str], rows: int) -> None:
+        """Ask for as many rows at least."""
+        if key in self._watches:
+            self._watches[key].rows_needed = max(self._watches[key].rows_needed, rows)
+
+    def root(self, key: tuple[str, str], channels: int) -> Tensor | None:
+        """V (rows, columns of the watch of a key) with VᵀV = Σ g gᵀ, sketched; None from fewer rows than `channels`."""
         watch = self._watches.get(key)
-        return None if watch is None else watch.root()
+        return None if watch is None or watch.rows < channels else watch.root()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""

@@ -1,7 +1,7 @@
 """The one thing a window puts on the user's modules, and where it finds itself when called.
 
 Lives here: a hook that does not travel with copies; whether a call comes from a backward pass or a transform; what a
-checkpoint can hold. Does not live here: what hooks do (window.py).
+checkpoint can hold; what is told when a window saw nothing of use. Does not live here: what hooks do (window.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+NOTHING_SEEN = (
+    "no training pass went through the modules it watches. The model must be called in training mode with gradients."
+)
+CHANGED_BY_OTHERS = "the model was changed by shrink_ or by another Apoptosis while its channels were watched."
 
 
 class Hook:

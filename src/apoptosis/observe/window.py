@@ -38,10 +38,6 @@ from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up
-NOTHING_SEEN = (
-    "no training pass went through the modules it watches. The model must be called in training mode with gradients."
-)
-CHANGED_BY_OTHERS = "the model was changed by shrink_ or by another Apoptosis while its channels were watched."
 _SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
 
 
@@ -86,11 +82,9 @@ class Observer:
         self._dropped = Dropped()
         self._handles: list[RemovableHandle] = []
         self._keep_inputs, self._any_mode = keep_inputs, any_mode
-        self._passes, self._inside, self._root_rows = 0, False, 0
-        self._steps = self._largest = 0
+        self._passes, self._inside, self._root_rows, self._steps, self._largest = 0, False, 0, 0, 0
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._input_rows = 0
-        self._eager = Eager()
+        self._input_rows, self._eager = 0, Eager()
         self._muted = False  # while the model is run again
         self._only: frozenset[str] | None = None  # modules that take rows now, None for all
         self.hook_seconds = 0.0  # and what running it again takes
@@ -101,16 +95,13 @@ class Observer:
                     self._replayed.watch(group, site)
                 else:
                     self._watch(group, site, exact)
-        self._ranks = ranks or Ranks()
-        share_out([*self._all(), *self._gradients.watches()], self._ranks)
-
-    def _all(self) -> list[Watch]:
-        return [*self._watches.values(), *self._replayed.watches()]
+        self._ranks, self._every = ranks or Ranks(), [*self._watches.values(), *self._replayed.watches()]
+        share_out([*self._every, *self._gradients.watches()], self._ranks)
 
     def pool(self) -> None:
         """Take together what all ranks saw. Raises: NonFiniteError: rows of some rank hold NaN or infinity."""
         samples = [*self._samples.values(), *self._replayed.samples()]
-        pool(self._all(), [watch.sketch for watch in self._gradients.watches()], samples, self._ranks)
+        pool(self._every, [watch.sketch for watch in self._gradients.watches()], samples, self._ranks)
 
     def _watch(self, group: Group, site: Site, exact: bool) -> None:
         device = self._model.get_parameter(site.weight).device
@@ -126,6 +117,7 @@ class Observer:
             self._by_module.setdefault(site.module, []).append(watch)
             self._gradients.watch(key, site, columns, group.num_channels, device)
         self._watches[key].rows_needed = max(self._watches[key].rows_needed, Watch.needed(site, group.num_channels))
+        self._gradients.need(key, self._watches[key].rows_needed)
         if several:
             self._samples.setdefault(site.module, Sample(exact=exact))
 
@@ -223,7 +215,7 @@ class Observer:
         if self._muted or self._only is not None:
             return
         start = time.perf_counter()
-        leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()]
+        leaves = _leaves(args, kwargs)
         self._root_rows = int(leaves[0].shape[0]) if leaves else 0
         self._passes += 1
         self._inside = True
@@ -305,7 +297,7 @@ class Observer:
             if key not in moments:
                 continue
             whole, own = None, moments[key]
-            felt = self._gradients.root(key)
+            felt = self._gradients.root(key, len(site.input_columns))
             if not key[0]:
                 whole = own
                 picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
@@ -349,6 +341,8 @@ class Observer:
         if state["inputs"] is not None:
             args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["inputs"])
             self.inputs = (tuple(args), dict(kwargs))
-            self._input_rows = next(
-                len(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()
-            )
+            self._input_rows = len(_leaves(args, kwargs)[0])
+
+
+def _leaves(args: Any, kwargs: Any) -> list[Tensor]:
+    return [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()]

@@ -6,6 +6,7 @@ how many channels go (plan.py), what a criterion does (criteria).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,6 +70,7 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
         if reads_several_positions(site) and seen.sample is not None and seen.dropout == 0.0:
             sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
             samples[site.key] = sample
+        rows = blended(seen.felt, gather_weight(site, weight)) if felt else None
         shown = SiteView(
             key=site.key,
             weight=gather_weight(site, weight),
@@ -77,8 +79,8 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
             dropout=seen.dropout,
             measure=None if sample is None else sample.error,
             scale=None if sample is None else sample.scale,
-            felt=blended(seen.felt, gather_weight(site, weight)) if felt else None,
-            note=BY_THE_LOSS if felt and seen.felt is not None else "",
+            felt=rows,
+            note=BY_THE_LOSS if rows is not None else "",
         )
         sites.append(shown)
         ratios[site.key] = _ratio(site, shown, seen, weight)
@@ -108,10 +110,10 @@ def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
     flat = weight.detach().to(felt.device).permute(0, 2, 1).reshape(-1, weight.shape[1])
     plain = sketched(flat, OUTPUTS_ROWS, 0)
     size, share = (float(rows.double().square().mean() * len(rows)) for rows in (felt, plain))
-    if not (size > 0 and share > 0):
+    if not (0 < size < math.inf and 0 < share < math.inf):
         return None
-    both = torch.cat([felt * size**-0.5, plain * (OUTPUTS_SHARE / share) ** 0.5])
-    return both.mul_((1.0 + OUTPUTS_SHARE) ** -0.5)
+    both = torch.cat([felt.double() * size**-0.5, plain.double() * (OUTPUTS_SHARE / share) ** 0.5])
+    return both.mul_((1.0 + OUTPUTS_SHARE) ** -0.5).float()
 
 
 def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
