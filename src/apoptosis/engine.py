@@ -107,11 +107,10 @@ class Apoptosis:
         check_optimizers(optimizers, model)
         call = as_call(example_input)
         ranks = ranks_of(parallel)
-        patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel)
-        self._patient = replace(patient, norm_widths=norm_widths, ranks=ranks)
+        patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel, ranks=ranks)
+        self._patient, self._log = replace(patient, norm_widths=norm_widths), log
         held_out = None if probe is None else make_probe(probe, example_input)
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks.size)
-        self._log = log
         structure, seconds = timed_capture(self._patient)
         overhead = ranks.first(overhead_macs(seconds) if known is None else known)
         warn_if_fixed(structure, type(model).__name__)
