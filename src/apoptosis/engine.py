@@ -101,8 +101,7 @@ class Apoptosis:
             tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
         )
         seed, known = check_others(criterion, seed, calibration, log=log, logits=logits, norm_widths=norm_widths)
-        patterns = check_exclude(exclude)
-        chosen = get_criterion(criterion)
+        patterns, chosen = check_exclude(exclude), get_criterion(criterion)
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
         call = as_call(example_input)
