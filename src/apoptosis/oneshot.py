@@ -77,8 +77,7 @@ def shrink_(
         {'0': (8, 4)}
     """
     start = time.perf_counter()
-    model, parallel = check_model(model)
-    check_alone(parallel)
+    model, parallel = check_alone(check_model(model))
     optimizers = check_optimizers_given(optimizer)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
     seed, _ = check_others(criterion, seed, norm_widths=norm_widths)

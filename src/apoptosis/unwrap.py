@@ -73,11 +73,12 @@ def unwrap(model: nn.Module) -> Unwrapped:
     return Unwrapped(model=inner, parallel=parallel)
 
 
-def check_alone(parallel: tuple[Any, ...]) -> None:
-    """Refuse DistributedDataParallel of several processes where one process acts alone.
+def check_alone(unwrapped: Unwrapped) -> Unwrapped:
+    """Refuse DistributedDataParallel of several processes where one process acts alone; return what was given.
 
     Raises: ArgumentError: there are several.
     """
+    parallel: Any = unwrapped.parallel
     ranks = parallel[0].process_group.size() if parallel else 1
     if ranks > 1:
         raise ArgumentError(
@@ -85,6 +86,7 @@ def check_alone(parallel: tuple[Any, ...]) -> None:
             "remove the same channels. Shrink the trained network with shrink_(model.module, ...) in one process and "
             "wrap it again, or let Apoptosis shrink it while it trains."
         )
+    return unwrapped
 
 
 def bare(model: nn.Module) -> nn.Module:
