@@ -112,15 +112,21 @@ def parallel_in(model: nn.Module) -> tuple[nn.Module, ...]:
 def rebuild(parallel: Any) -> None:
     """Let DistributedDataParallel set up its gradient buffers for the shapes that its module has now.
 
-    They are set up again in the way of unpickling, the wrapper itself stays the same object.
+    They are set up again in the way of unpickling, the wrapper itself stays the same object, and communication hooks
+    are registered again with their state. With several processes all of them call this.
 
-    Raises: ArgumentError: a communication hook would be lost.
+    Raises: ArgumentError: something would be lost.
     """
     _check_hooks(parallel)
     state = parallel.__getstate__()
+    hooks, parallel._comm_hooks = parallel._comm_hooks, []
     parallel.reducer = None  # the old one lets go of its hooks before the new one sets its own
     parallel.logger = None
-    parallel.__setstate__(state)
+    parallel.__setstate__(state | {"_comm_hooks": parallel._comm_hooks})
+    # A new reducer sums a static graph's first gradients at the end of backward, and is told to by this.
+    parallel._static_graph_delay_allreduce_enqueued = False
+    for hook, own in hooks:
+        parallel.register_comm_hook(own, hook)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
@@ -150,10 +156,13 @@ def _check_parallel(module: Any) -> None:
 
 
 def _check_hooks(module: Any) -> None:
-    if getattr(module, "_comm_hooks", None) or getattr(module, "mixed_precision", None) is not None:
+    told = module._get_ddp_logging_data().get("comm_hook", "") if module.logger is not None else ""
+    known = {hook.__qualname__ for hook, _ in module._comm_hooks}
+    if (told and told not in known) or getattr(module, "mixed_precision", None) is not None:
         raise ArgumentError(
-            "the model is wrapped in DistributedDataParallel with a communication hook, which would be lost when its "
-            "buffers are set up for new shapes. Wrap it without."
+            "the model is wrapped in DistributedDataParallel with mixed_precision= or a built-in communication hook, "
+            "which would be lost when its buffers are set up for new shapes. Wrap it without, or register the hook of "
+            "torch.distributed.algorithms.ddp_comm_hooks that does the same."
         )
 
 

@@ -1,10 +1,19 @@
 """The same removal on every rank, inside DistributedDataParallel over real processes."""
 
+import contextlib
+import os
+import re
+import signal
+import time
+import warnings
+
+import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptosis import Apoptosis
+from apoptosis import Apoptosis, attempt, operate, shrink_
+from apoptosis.errors import ArgumentError
 from distributed.processes import together
 
 
@@ -22,19 +31,24 @@ def data(rank, size, rows=64):
         yield x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
 
 
-def train(rank, size, steps=80, **options):
+def train(rank, size, *, steps=80, rows=64, wrap=None, accumulate=1, after=None, **options):
     net = network()
-    model = DistributedDataParallel(net)
+    model = DistributedDataParallel(net, **(wrap or {}))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     arguments = {"tolerance": 0.05, "total_steps": steps, "align": 1, "calibration": 1.0} | options
     apo = Apoptosis(model, optimizer, torch.zeros(2, 12), **arguments)
     told, losses = [], []
-    for step, (x, y) in zip(range(steps), data(rank, size), strict=False):
-        loss = nn.functional.cross_entropy(model(x), y)
+    for step, (x, y) in zip(range(steps), data(rank, size, rows), strict=False):
         optimizer.zero_grad()
-        loss.backward()
+        for part in range(accumulate):
+            rest = part < accumulate - 1
+            with model.no_sync() if rest else contextlib.nullcontext():
+                loss = nn.functional.cross_entropy(model(x[part::accumulate]), y[part::accumulate])
+                (loss / accumulate).backward()
         optimizer.step()
         losses.append(loss.item())
+        if after is not None:
+            after(step, net)
         if event := apo.step():
             told.append((step, event.as_dict()))
     state = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -69,3 +83,117 @@ def test_the_probe_examples_of_all_ranks_count():
     assert accuracy
     assert accuracy[0]["rows"] == 64  # an eighth of each rank's 256
     assert one["ledger"]["accuracy_cost"] == two["ledger"]["accuracy_cost"]
+
+
+def same(one, two):
+    return all(torch.equal(one[kind][name], two[kind][name]) for kind in ("state", "moments") for name in one[kind])
+
+
+WAYS = {
+    "static graph": {"wrap": {"static_graph": True}},
+    "unused parameters": {"wrap": {"find_unused_parameters": True}},
+    "bucket views": {"wrap": {"gradient_as_bucket_view": True}},
+    "small buckets": {"wrap": {"bucket_cap_mb": 0.01}},
+    "accumulation": {"accumulate": 2},
+    "odd batches": {"rows": 50},
+    "outputs alike": {"criterion": "reconstruction"},
+    "exact": {"tolerance": 0.0},
+}
+
+
+def in_every_way(rank, size):
+    return {name: train(rank, size, **options) for name, options in WAYS.items()}
+
+
+def test_every_way_of_wrapping_and_stepping():
+    results, faults = together(in_every_way)
+    assert faults == [None, None]
+    for name in WAYS:
+        one, two = (found[name] for found in results)
+        assert same(one, two), name
+        assert len(one["events"]) == len(two["events"]), name
+        assert one["events"] or name == "exact", name
+
+
+def refused(rank, size):
+    model = DistributedDataParallel(network())
+    try:
+        shrink_(model, torch.zeros(2, 12), [torch.randn(64, 12)], tolerance=0.1)
+    except ArgumentError as error:
+        return str(error)
+    return ""
+
+
+def test_one_shot_use_is_refused_by_name():
+    results, faults = together(refused)
+    assert faults == [None, None]
+    assert "over 2 processes" in results[0]
+
+
+def of_other_minds(rank, size):
+    return train(rank, size, tolerance=0.05 if rank == 0 else 0.04)
+
+
+def of_other_weights(rank, size):
+    def drift(step, net):
+        if step == 5 and rank == 1:
+            with torch.no_grad():
+                net[2].weight[3, 4] += 1.0
+
+    return train(rank, size, after=drift)
+
+
+@pytest.mark.parametrize(
+    ("work", "told"), [(of_other_minds, "arguments .*'tolerance'"), (of_other_weights, r"parameters .*'2\.weight'")]
+)
+def test_ranks_that_disagree_are_named(work, told):
+    _, faults = together(work)
+    for fault in faults:
+        assert re.search(rf"RankError: rank [01] and rank [01] differ in {told}", fault)
+
+
+def dying(rank, size, where):
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1 and where == "planning":
+        attempt.make_plan = die
+    if rank == 1 and where == "surgery":
+        operate.compare = die
+    train(rank, size)
+
+
+@pytest.mark.parametrize("where", ["planning", "surgery"])
+def test_a_rank_that_dies_in_an_event_ends_the_others_with_one_error(where):
+    start = time.monotonic()
+    results, faults = together(dying, where, timeout=20)
+    assert results == [None, None]
+    assert faults[1] is None  # it had no time to tell
+    assert "RankError: rank 0 of 2 lost another rank while it waited" in faults[0]
+    assert time.monotonic() - start < 60
+
+
+def with_bad_numbers(rank, size):
+    net = network()
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    apo = Apoptosis(model, optimizer, torch.zeros(2, 12), tolerance=0.05, total_steps=80, align=1, calibration=1.0)
+    told = []
+    for step, (x, y) in zip(range(16), data(rank, size), strict=False):
+        bad = rank == 1 and apo.decision.at_step == step  # the first pass of the window
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x * float("nan") if bad else x), y).backward()
+        if all(bool(p.grad.isfinite().all()) for p in net.parameters()):  # of all ranks: they were averaged
+            optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert not apo.step()
+        told += [str(warning.message) for warning in caught]
+    return told
+
+
+def test_rows_that_are_not_finite_are_told_of_their_rank():
+    results, faults = together(with_bad_numbers)
+    assert faults == [None, None]
+    for told in results:
+        assert any("rank 1" in line and "NaN" in line for line in told)
