@@ -41,8 +41,10 @@ def pool(watches: Sequence[Watch], sketches: Sequence[Sketch], samples: Sequence
     for sketch in sketches:
         sketch.pool(ranks.total)
     for sample in samples:
-        sample.kept = [x.to(sample.kept[0].device) if sample.kept else x
-                       for kept in ranks.gathered([x.cpu() for x in sample.kept]) for x in kept]  # fmt: skip
+        own = sample.joined()
+        share = None if own is None else own[: -(-len(own) // ranks.size)].cpu()  # as many in all as one rank keeps
+        device = torch.device("cpu") if own is None else own.device
+        sample.kept = [x.to(device) for x in ranks.gathered(share) if x is not None]
 
 
 def _snapshots(watches: Sequence[Watch]) -> tuple[list[Moments], str]:
