@@ -17,7 +17,7 @@ from apoptosis.operate import Patient, operate
 from apoptosis.planner import Observations, Plan, make_plan
 from apoptosis.policy import Telemetry, pays
 from apoptosis.probe import like_example, num_rows
-from apoptosis.ranks import checksums
+from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Structure
 from apoptosis.state import Memory, Settings, allowed, telemetry
 from apoptosis.told import make_event, size_of
@@ -43,11 +43,11 @@ def seen_by_policy(run: Run) -> Telemetry:
     return telemetry(run.memory, run.settings, run.structure, rows=_rows(run))
 
 
-def plan_now(run: Run, observations: Observations) -> Plan:
-    """Plan an event under what is allowed now."""
+def plan_now(run: Run, observations: Observations, ranks: Ranks | None = None) -> Plan:
+    """Plan an event under what is allowed now. ranks: that share the work, all of which call this."""
     groups = tuple(group for group in run.structure.groups if group.pin is None)
     wanted = allowed(run.memory, run.settings, groups)
-    return make_plan(run.patient.model, run.structure, observations, wanted, run.patient.ranks)
+    return make_plan(run.patient.model, run.structure, observations, wanted, ranks)
 
 
 def agree(run: Run, budget: float | None) -> None:
@@ -56,7 +56,9 @@ def agree(run: Run, budget: float | None) -> None:
     Raises: RankError: they were not; what differs is named.
     """
     asked = run.settings.as_dict() | {"seed": run.settings.seed, "budget": budget, "probe": run.verdict.held_out}
-    widths = {f"group {group.name}": (group.num_channels, group.pin is None) for group in run.structure.groups}
+    asked |= {"example input, multiply-adds": run.structure.macs, "example input, rows": _rows(run)}
+    widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
+              for g in run.structure.groups}  # fmt: skip
     run.patient.ranks.same("arguments or groups of Apoptosis", asked | widths)
 
 
@@ -91,10 +93,9 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
     ranks = run.patient.ranks
     sent = ranks.bytes_sent
     observer.pool()
-    if ranks.size > 1:
-        ranks.same("parameters before an event", checksums(run.patient.model))
-    plan = plan_now(run, observer.observations())
-    if not plan.reductions or not pays(seen_by_policy(run), plan.macs_after / _rows(run)):
+    ranks.same_parameters("before an event", run.patient.model)
+    plan = plan_now(run, observer.observations(), ranks)
+    if not ranks.all(bool(plan.reductions) and pays(seen_by_policy(run), plan.macs_after / _rows(run))):
         return run.structure, None, ""
     patient, memory, verdict = run.patient, run.memory, run.verdict
     before = size_of(patient, run.structure)

@@ -50,7 +50,7 @@ class Apoptosis:
     """Removes redundant neurons while a network trains.
 
     Args:
-        model: the network, changed in place at events. Compiled models and DistributedDataParallel (one process) are
+        model: the network, changed in place at events. Compiled models and DistributedDataParallel are
             looked through: names are those of the module inside.
         optimizer: one optimizer or a sequence of them.
         example_input: what one forward pass takes: a tensor, a tuple (positional) or a dict (keyword arguments).
@@ -109,7 +109,7 @@ class Apoptosis:
         patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel, ranks=ranks)
         self._patient, self._log = replace(patient, norm_widths=norm_widths), log
         held_out = None if probe is None else make_probe(probe, example_input)
-        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks.size)
+        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         structure, seconds = timed_capture(self._patient)
         overhead = ranks.first(overhead_macs(seconds) if known is None else known)
         warn_if_fixed(structure, type(model).__name__)
@@ -212,7 +212,7 @@ class Apoptosis:
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
-        alone = self._patient.ranks.size == 1  # every rank saw other rows: a resumed run opens its window anew
+        alone = self._patient.ranks.size == 1  # else a resumed run opens its window anew
         window = self._observer.state_dict() if self._observer is not None and alone else None
         return write_state(self._memory, self._settings, self._structure, self._verdict, window)
 
@@ -238,7 +238,7 @@ class Apoptosis:
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             observer = None
-            if window is not None:
+            if window is not None and self._patient.ranks.size == 1:  # every rank saw other rows
                 observer = new_window(self._run(), tuple(g for g in structure.groups if g.pin is None))
                 observer.load_state_dict(window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
@@ -301,8 +301,8 @@ class Apoptosis:
         start = time.perf_counter()
         self._drop_window()
         ranks = self._patient.ranks
-        rows = torch.tensor([observer.examples / max(1, self._memory.step - self._memory.window_start)])
-        self._memory.batch_rows = float(ranks.total(rows.double())) / ranks.size
+        rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
+        self._memory.batch_rows = float(ranks.total(torch.tensor([rows], dtype=torch.float64))) / ranks.size
         event, macs = None, self._structure.macs
         refused = ""
         stale, self._structure = self._structure, refreshed(self._patient, self._structure)

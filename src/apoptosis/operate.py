@@ -11,19 +11,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.errors import ArgumentError, CaptureError, NonFiniteError, ShapeError, StructureChangedError
+from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure
 from apoptosis.passes import forget_compiled
 from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs, together
-from apoptosis.ranks import Ranks, checksums
+from apoptosis.ranks import Ranks
 from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.surgery import Transaction, build_edits, norm_edits
 from apoptosis.unwrap import rebuild
@@ -75,7 +76,7 @@ def timed_capture(patient: Patient) -> tuple[Structure, float]:
         begin = time.perf_counter()
         structure = patient.capture()
         found.append(time.perf_counter() - begin)
-        if found[-1] > _LONG_CAPTURE:
+        if patient.ranks.any(found[-1] > _LONG_CAPTURE):
             break
     return structure, min(found)
 
@@ -145,7 +146,8 @@ def operate(
     """
     pins: dict[str, Pin] = {}
     todo = list(reductions)
-    before = outputs(patient.model, probe) if probe is not None else None
+    ranks = patient.ranks
+    before = None if probe is None else ranks.each(partial(outputs, patient.model, probe))
     old_numbers = True  # the training loop may have set a temperature, say, since they were captured
     while todo:
         outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge, old_numbers)
@@ -153,7 +155,7 @@ def operate(
             return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
         if old_numbers:  # nothing is pinned, and no weight takes a factor, for what the user has changed
             old_numbers, now = False, patient.capture()
-            changed = now.scalars != structure.scalars
+            changed = ranks.any(now.scalars != structure.scalars)
             structure = replace(structure, scalars=now.scalars, multiples=now.multiples, scalable=now.scalable)
             if changed or not fault:
                 continue
@@ -192,8 +194,8 @@ def _attempt(
             if not again and probe is not None and before is not None:
                 after = _outputs_after(patient, probe)
         except _BROKEN as error:
-            fault = str(error)
-        fault = patient.ranks.fault(fault)
+            fault = str(error) or type(error).__name__
+        fault, again = patient.ranks.fault(fault), patient.ranks.any(again)
         if fault or again:
             transaction.rollback()
             return None, fault
@@ -204,8 +206,7 @@ def _attempt(
             if refused:
                 transaction.rollback()
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
-        if patient.ranks.size > 1:
-            patient.ranks.same("parameters after an event", checksums(patient.model))
+        patient.ranks.same_parameters("after an event", patient.model)
         transaction.commit()
     for wrapper in patient.parallel:
         rebuild(wrapper)
@@ -215,14 +216,7 @@ def _attempt(
 
 def _measured(patient: Patient, probe: Probe, before: list[Any], after: list[Any]) -> Change:
     """Compare outputs on the probes of all ranks. Raises: NonFiniteError: outputs before are not finite."""
-    fault, change = "", None
-    try:
-        change = compare(before, after, probe.labels, patient.read, probe=probe)
-    except NonFiniteError as error:
-        fault = str(error)
-    fault = patient.ranks.fault(fault)
-    if fault or change is None:
-        raise NonFiniteError(fault)
+    change = patient.ranks.each(partial(compare, before, after, probe.labels, patient.read, probe=probe))
     return together(patient.ranks.gathered(change))
 
 

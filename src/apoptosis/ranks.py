@@ -1,29 +1,32 @@
 """The processes that train one network together, and how they come to one decision.
 
-Lives here: sums, votes and exchanges over all ranks, with one clear error when a rank is gone or disagrees. Does not
-live here: what is summed or decided (observe, planner, operate).
+Lives here: sums, votes and exchanges over all ranks, with one clear error when a rank is gone, fails or disagrees. Does
+not live here: what is summed or decided (observe, planner, operate).
 
 Everything here is collective: all ranks call the same functions in the same order. Alone, each is the identity.
 """
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apoptosis.errors import RankError
+from apoptosis.errors import NonFiniteError, RankError
 
 T = TypeVar("T")
+_CHUNK = 2**20  # words of a parameter that are multiplied at once for its checksum
 
 
 class Ranks:
     """One process alone.
 
-    Attributes: rank, size: of this process and of all. bytes_sent: by this rank in sums and exchanges so far.
+    Attributes: rank, size: of this process and of all. bytes_sent: by this rank in sums so far.
     """
 
     rank = 0
@@ -34,9 +37,22 @@ class Ranks:
         """Sum a float64 tensor over all ranks, bit for bit the same on every one; the result is a new tensor."""
         return tensor.clone()
 
+    def range_of(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest of every number over all ranks."""
+        return tensor, tensor
+
     def gathered(self, value: T) -> list[T]:
-        """Return the values of all ranks, by rank."""
+        """Return the values of all ranks, by rank; tensors in them must lie on the CPU."""
         return [value]
+
+    def gathered_tensors(self, value: T, device: torch.device) -> list[T]:
+        """Return values that hold tensors, wherever these lie; what comes from others lies on `device`."""
+        if self.size == 1:
+            return [value]
+        written = io.BytesIO()
+        torch.save(value, written)
+        found = self.gathered(written.getvalue())
+        return [torch.load(io.BytesIO(one), map_location=device, weights_only=False) for one in found]
 
     def first(self, value: T) -> T:
         """Return rank 0's value."""
@@ -46,6 +62,10 @@ class Ranks:
         """Whether all ranks vote yes."""
         return vote
 
+    def any(self, vote: bool) -> bool:
+        """Whether one rank votes yes."""
+        return not self.all(not vote)
+
     def fault(self, what: str) -> str:
         """Return the first rank's fault with its number, "" where no rank has one."""
         faults = self.gathered(what)
@@ -53,6 +73,31 @@ class Ranks:
         if bad is None:
             return ""
         return faults[bad] if self.size == 1 else f"rank {bad}: {faults[bad]}"
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Do the same on every rank; where it fails on one it fails on all, so that nobody waits for who is gone.
+
+        Raises: NonFiniteError: on all ranks, where one raises it. Else the error itself on the rank that has it, and
+        RankError on the others.
+        """
+        if self.size == 1:
+            return work()
+        error: Exception | None = None
+        found: Any = None
+        try:
+            found = work()
+        except Exception as caught:  # noqa: BLE001 - raised again below, on all ranks
+            error = caught
+        told = self.gathered(None if error is None else (isinstance(error, NonFiniteError), repr(error), str(error)))
+        for rank, fault in enumerate(told):
+            if fault is not None and fault[0]:
+                raise NonFiniteError(f"rank {rank}: {fault[2]}") from error
+        if error is not None:
+            raise error
+        for rank, fault in enumerate(told):
+            if fault is not None:
+                raise RankError(f"rank {rank} of {self.size} failed, so rank {self.rank} cannot go on: {fault[1]}")
+        return found  # type: ignore[no-any-return]
 
     def same(self, what: str, value: dict[str, Any]) -> None:
         """Check that named values are equal on all ranks.
@@ -65,25 +110,48 @@ class Ranks:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise RankError(f"rank {rank} and rank {self.rank} differ in {what}: '{names[0]}'{more}.")
 
+    def same_parameters(self, when: str, model: nn.Module) -> None:
+        """Check that all parameters hold the same bits on all ranks.
+
+        Raises: RankError: some do not; rank and parameter are told.
+        """
+        if self.size == 1:
+            return
+        sums = checksums(model)
+        numbers = torch.tensor([*sums.values(), len(sums)], dtype=torch.int64)
+        least, most = self.range_of(numbers[-1:])
+        equal = bool((least == most).all())
+        if equal:
+            least, most = self.range_of(numbers)
+            equal = bool((least == most).all())
+        if not equal:
+            self.same(f"parameters {when}", sums)
+
 
 class TorchRanks(Ranks):
     """The ranks of a torch.distributed process group.
 
-    Args: group: the process group, of DistributedDataParallel for one.
+    Args: group: the process group, of DistributedDataParallel for one. device: where the model lies.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, device: torch.device) -> None:
         import torch.distributed as dist
 
         self._dist, self._group = dist, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl = "nccl" in str(dist.get_backend(group))
-        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        self._device = device if nccl else torch.device("cpu")
+
+    def _here(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _call(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         start = time.perf_counter()
         try:
-            function(*args, group=self._group, **kwargs)
+            with self._here():
+                function(*args, group=self._group, **kwargs)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)  # else the error of a lost rank comes up somewhere else
         except RuntimeError as error:
             seconds = time.perf_counter() - start
             raise RankError(
@@ -97,6 +165,13 @@ class TorchRanks(Ranks):
         self._call("a sum", self._dist.all_reduce, out)
         self.bytes_sent += out.numel() * out.element_size()
         return out.to(tensor.device)
+
+    def range_of(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare by two reductions."""
+        low, high = (tensor.detach().to(self._device, copy=True).contiguous() for _ in range(2))
+        self._call("a comparison", self._dist.all_reduce, low, op=self._dist.ReduceOp.MIN)
+        self._call("a comparison", self._dist.all_reduce, high, op=self._dist.ReduceOp.MAX)
+        return low.to(tensor.device), high.to(tensor.device)
 
     def gathered(self, value: T) -> list[T]:
         """Exchange by all_gather_object."""
@@ -118,13 +193,20 @@ def checksums(model: nn.Module) -> dict[str, int]:
 
 def checksum(tensor: Tensor) -> int:
     """Return a number that two tensors share if they hold the same bits (and hardly ever if they do not)."""
-    bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    words = bits[: len(bits) // 4 * 4].view(torch.int32).long()
-    places = torch.arange(1, len(words) + 1, device=words.device)
-    return int((words * (places * 2_654_435_761 % 4_294_967_291)).sum() + bits[len(words) * 4 :].long().sum())
+    flat = tensor.detach().contiguous().reshape(-1)
+    bits = (flat.clone() if flat.storage_offset() * flat.element_size() % 4 else flat).view(torch.uint8)
+    words = bits[: len(bits) // 4 * 4].view(torch.int32)
+    found = int(bits[len(words) * 4 :].long().sum())
+    for start in range(0, len(words), _CHUNK):
+        part = words[start : start + _CHUNK].long()
+        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+        found += int((part * (places * 2_654_435_761 % 4_294_967_291)).sum())
+    return (found + 2**63) % 2**64 - 2**63
 
 
 def ranks_of(parallel: Sequence[Any]) -> Ranks:
     """Return the ranks that DistributedDataParallel modules around a model speak of; alone without any."""
     group = parallel[0].process_group if parallel else None
-    return Ranks() if group is None or group.size() == 1 else TorchRanks(group)
+    if group is None or group.size() == 1:
+        return Ranks()
+    return TorchRanks(group, next(parallel[0].parameters()).device)

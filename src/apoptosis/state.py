@@ -215,7 +215,7 @@ def sum_up(
         accuracy_cost=cost if has_classes else None,
         confidence=1.0 - ALPHA if held_out else 1.0,
         population=held_out,
-        probe_rows=account.rows,
+        probe_rows=account.rows * account.ranks,
         budget=account.budget,
         classes=verdict.named,
         site_cost=dict(memory.site_cost),

@@ -21,12 +21,12 @@ _REFUSED: dict[str, tuple[str, str, str]] = {
     "FullyShardedDataParallel": (
         "torch.distributed",
         "each process holds a shard of every parameter, which no channel can be cut out of",
-        "Shrink the module before it is sharded, or train it with DistributedDataParallel in one process.",
+        "Shrink the module before it is sharded, or train it with DistributedDataParallel.",
     ),
     "FSDPModule": (
         "torch.distributed",
         "each process holds a shard of every parameter (fully_shard), which no channel can be cut out of",
-        "Shrink the module before it is sharded, or train it with DistributedDataParallel in one process.",
+        "Shrink the module before it is sharded, or train it with DistributedDataParallel.",
     ),
     "DataParallel": (
         "torch.nn",
@@ -156,6 +156,12 @@ def _check_parallel(module: Any) -> None:
 
 
 def _check_hooks(module: Any) -> None:
+    for _, state in module._comm_hooks:
+        if hasattr(state, "error_dict"):
+            raise ArgumentError(
+                "the model is wrapped in DistributedDataParallel with a communication hook whose state keeps tensors "
+                "of the old buckets (PowerSGD). Use a hook without memory, such as fp16_compress_hook."
+            )
     told = module._get_ddp_logging_data().get("comm_hook", "") if module.logger is not None else ""
     known = {hook.__qualname__ for hook, _ in module._comm_hooks}
     if (told and told not in known) or getattr(module, "mixed_precision", None) is not None:

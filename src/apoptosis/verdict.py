@@ -7,7 +7,7 @@ arithmetic of limits (budget, numerics.bounds).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from apoptosis.budget import ALPHA, Account
-from apoptosis.errors import BudgetError, CheckpointError
+from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
 from apoptosis.probe import Change, Probe, num_rows
+from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate
 
 SANITY_RMS = 0.25  # without a budget: relative rms change of the outputs beyond which an event is rolled back
@@ -41,19 +42,25 @@ class Verdict:
 
     Args:
         budget: share of accuracy for all removals together, or None for the sanity limit alone.
-        probe: held-out examples, or None to measure on training inputs. ranks: that judge on a probe each, together.
+        probe: held-out examples, or None to measure on training inputs.
+        ranks: that judge together, each on its own share of the held-out examples.
+
+    Raises: ArgumentError: two ranks have the same probe, or only some have one.
     """
 
     def __init__(
-        self, budget: float | None, probe: Probe | None, *, sanity: float = SANITY_RMS, ranks: int = 1
+        self, budget: float | None, probe: Probe | None, *, sanity: float = SANITY_RMS, ranks: Ranks | None = None
     ) -> None:
         self.probe = probe
         self.sanity = sanity
-        self.account = Account(budget, 0 if probe is None else probe.rows, ranks)
+        self._mark = None if probe is None else fingerprint(probe)
+        self._marks = (ranks or Ranks()).gathered(self._mark)
+        _check_shares(self._marks)
+        rows = [0 if mark is None else int(mark["rows"]) for mark in self._marks]
+        self.account = Account(budget, min(rows), len(rows))
         self.training_flips = 0.0
         self.named = probe is not None and probe.labels is not None
         self._judged = 0  # attempts whose outputs could be read
-        self._mark = None if probe is None else fingerprint(probe)
         self._rows = (0, 0)
         self._pending: Certificate | None = None
 
@@ -150,7 +157,7 @@ class Verdict:
             "account": self.account.state_dict(),
             "training_flips": self.training_flips,
             "judged": self._judged,
-            "probe": self._mark,
+            "probe": self._marks,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -158,12 +165,32 @@ class Verdict:
 
         Raises: CheckpointError: attempts were judged on another probe; what differs is named.
         """
-        account = Account(self.account.budget, self.account.rows)
+        account = Account(self.account.budget, self.account.rows, self.account.ranks)
         account.load_state_dict(state["account"])
         flips, judged = float(state["training_flips"]), int(state["judged"])
         if judged or account.judged or account.spent > 0:
-            _check_same(state["probe"], self._mark)
+            held_out = any(mark is not None for mark in (*state["probe"], *self._marks))
+            if held_out and len(state["probe"]) != len(self._marks):
+                raise CheckpointError(
+                    f"apoptosis state: its limits were measured by {len(state['probe'])} ranks, this run has "
+                    f"{len(self._marks)}. Resume with as many, or without probe= in both."
+                )
+            for stored, own in zip(state["probe"], self._marks, strict=False):
+                _check_same(stored, own)
         self.account, self.training_flips, self._judged = account, flips, judged
+
+
+def _check_shares(marks: Sequence[Mapping[str, Any] | None]) -> None:
+    for rank, mark in enumerate(marks):
+        if (mark is None) != (marks[0] is None):
+            raise ArgumentError(
+                f"probe=: rank 0 and rank {rank} differ in whether they have one; give all of them one."
+            )
+        if mark is not None and mark in marks[:rank]:
+            raise ArgumentError(
+                f"probe=: rank {list(marks).index(mark)} and rank {rank} have the same examples, which would count "
+                "twice; give every rank a share of its own."
+            )
 
 
 def fingerprint(probe: Probe) -> dict[str, Any]:

@@ -6,14 +6,19 @@ import re
 import signal
 import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptosis import Apoptosis, attempt, operate, shrink_
+from apoptosis import Apoptosis, attempt, load, operate, save, shrink_
 from apoptosis.errors import ArgumentError
+from apoptosis.graph import analyse
+from apoptosis.observe import Observer
+from apoptosis.ranks import TorchRanks
 from distributed.processes import together
 
 
@@ -31,7 +36,7 @@ def data(rank, size, rows=64):
         yield x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
 
 
-def train(rank, size, *, steps=80, rows=64, wrap=None, accumulate=1, after=None, **options):
+def train(rank, size, *, steps=80, rows=64, wrap=None, accumulate=1, after=None, saved=None, **options):
     net = network()
     model = DistributedDataParallel(net, **(wrap or {}))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -51,6 +56,8 @@ def train(rank, size, *, steps=80, rows=64, wrap=None, accumulate=1, after=None,
             after(step, net)
         if event := apo.step():
             told.append((step, event.as_dict()))
+        if saved is not None:
+            saved(step, net, optimizer=optimizer, apo=apo)
     state = {name: p.detach().clone() for name, p in net.named_parameters()}
     moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in net.named_parameters()}
     return {"events": told, "state": state, "moments": moments, "losses": losses, "ledger": apo.ledger().as_dict()}
@@ -73,6 +80,16 @@ def test_every_rank_removes_the_same_channels_at_the_same_step():
     assert one["state"]["0.weight"].shape[0] < 96
     assert sum(one["losses"][-5:]) < sum(one["losses"][:5])
     assert "bytes summed over 2 ranks" in one["events"][0][1]["notes"][0]
+
+
+def probed_alike(rank, size):
+    x, y = next(data(50, 1, rows=256))
+    return train(rank, size, probe=(x, y))
+
+
+def test_one_probe_on_two_ranks_is_refused():
+    _, faults = together(probed_alike)
+    assert all("ArgumentError: probe=: rank 0 and rank 1 have the same examples" in fault for fault in faults)
 
 
 def test_the_probe_examples_of_all_ranks_count():
@@ -128,6 +145,68 @@ def test_one_shot_use_is_refused_by_name():
     results, faults = together(refused)
     assert faults == [None, None]
     assert "over 2 processes" in results[0]
+
+
+def pooled_moments(rank, size):
+    structure = analyse(network(), (torch.zeros(2, 12),))
+    groups = [g for g in structure.groups if g.pin is None]
+    net = network()
+    observer = Observer(net, groups, seed=rank, gradients=True, ranks=TorchRanks(dist.group.WORLD, torch.device("cpu")))
+    observer.open()
+    rows = torch.randn(3, 200, 12, generator=torch.Generator().manual_seed(0))
+    for x in rows:
+        nn.functional.cross_entropy(net(x[rank::size]), torch.zeros(len(x[rank::size]), dtype=torch.long)).backward()
+        observer.end_step()
+    observer.close()
+    observer.pool()
+    seen = net[:2](rows.reshape(-1, 12)).detach().double()
+    own = next(o for (name, _), o in observer.observations().items() if name == "0")
+    return own.moments.mean, own.moments.covariance(), own.moments.num_rows, own.felt, seen
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pooled_moments_are_those_of_all_rows(size):
+    results, faults = together(pooled_moments, size=size)
+    assert faults == [None] * size
+    for mean, covariance, num_rows, felt, seen in results:
+        assert num_rows == len(seen)
+        torch.testing.assert_close(mean, seen.mean(0), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(covariance, torch.cov(seen.T, correction=0), rtol=1e-4, atol=1e-6)
+        assert torch.equal(covariance, results[0][1])
+        assert torch.equal(felt, results[0][3])
+
+
+def resumed(rank, size, folder):
+    whole = train(rank, size, saved=partial(keep, rank=rank, folder=folder))
+    net = network(1)
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    apo = Apoptosis(model, optimizer, torch.zeros(2, 12), tolerance=0.05, total_steps=80, align=1, calibration=1.0)
+    load(f"{folder}/net.safetensors", model, optimizer, apo)
+    batches = data(rank, size)
+    for _ in range(51):
+        next(batches)
+    for _, (x, y) in zip(range(51, 80), batches, strict=False):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        apo.step()
+    return whole, {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def keep(step, net, *, rank, folder, optimizer, apo):
+    if step == 50:
+        assert apo._observer is None
+        if rank == 0:
+            save(f"{folder}/net.safetensors", net, optimizer, apo)
+        dist.barrier()
+
+
+def test_a_resumed_run_comes_to_the_same_bits(tmp_path):
+    results, faults = together(resumed, str(tmp_path))
+    assert faults == [None, None]
+    for whole, state in results:
+        assert all(torch.equal(whole["state"][name], state[name]) for name in state)
 
 
 def of_other_minds(rank, size):

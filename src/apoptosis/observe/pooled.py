@@ -34,24 +34,24 @@ def pool(watches: Sequence[Watch], sketches: Sequence[Sketch], samples: Sequence
     """
     if ranks.size == 1:
         return
-    found, fault = _snapshots(watches)
-    if fault := ranks.fault(fault):
-        raise NonFiniteError(fault)
+    found = ranks.each(lambda: [named_snapshot(watch) for watch in watches])
+    rates = ranks.gathered([watch.dropout for watch in watches])
+    for number, watch in enumerate(watches):
+        known = {one[number] for one in rates if one[number] is not None}
+        if len(known) > 1:
+            raise NonFiniteError(f"ranks saw the input of '{watch.site.module}' behind different dropouts")
+        watch.dropout = next(iter(known), None)
     _pool_moments(watches, found, ranks)
     for sketch in sketches:
         sketch.pool(ranks.total)
     for sample in samples:
         own = sample.joined()
-        share = None if own is None else own[: -(-len(own) // ranks.size)].cpu()  # as many in all as one rank keeps
+        share = None
+        if own is not None:  # as many in all as one rank keeps
+            share = own[: len(own) // ranks.size + (ranks.rank < len(own) % ranks.size)].cpu()
         device = torch.device("cpu") if own is None else own.device
-        sample.kept = [x.to(device) for x in ranks.gathered(share) if x is not None]
-
-
-def _snapshots(watches: Sequence[Watch]) -> tuple[list[Moments], str]:
-    try:
-        return [named_snapshot(watch) for watch in watches], ""
-    except NonFiniteError as error:
-        return [], str(error)
+        kept = [x for x in ranks.gathered(share) if x is not None and len(x)]
+        sample.kept = [x.to(device) for x in kept if x.shape[1:] == kept[0].shape[1:]]
 
 
 def _pool_moments(watches: Sequence[Watch], found: Sequence[Moments], ranks: Ranks) -> None:

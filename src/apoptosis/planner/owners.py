@@ -27,8 +27,9 @@ def owners(choices: Sequence[Choice], size: int) -> list[int]:
 
     by_site: dict[str, int] = {}
     for i, sets in enumerate(choices):
-        for key in {site.key for groups in sets for group in groups for site in group.sites}:
-            parent[root(i)] = root(by_site.setdefault(key, i))
+        for key in sorted({site.key for groups in sets for group in groups for site in group.sites}):
+            one, other = root(i), root(by_site.setdefault(key, i))
+            parent[max(one, other)] = min(one, other)  # the same on every rank, whatever its hashes
     costs: dict[int, float] = {}
     for i, sets in enumerate(choices):
         cost = sum(float(group.num_channels) ** 3 * len(group.sites) for groups in sets for group in groups)

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, choose, compensated
-from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
 from apoptosis.planner.costs import macs_after
@@ -126,18 +126,17 @@ def make_plan(
     for sets in choices:
         desk.shares += most_readers(sets)
     owner = owners(choices, ranks.size)
-    fault = ""
-    own: list[str] = []
-    try:
+
+    def mine() -> tuple[Mapping[str, Proposal], Mapping[str, tuple[Certificate, ...]], Mapping[str, Tensor], list[str]]:
+        own: list[str] = []
         for sets, rank in zip(choices, owner, strict=True):
             desk.shares -= most_readers(sets)
             own += desk.take(sets) if rank == ranks.rank else []
-    except NonFiniteError as error:
-        fault = str(error)
-    if fault := ranks.fault(fault):
-        raise NonFiniteError(fault)
-    mine = [g for g in seen if g.name in desk.proposals]
-    told = ranks.gathered((desk.proposals, {g.name: desk.certificates(g) for g in mine}, desk.dropped(mine), own))
+        groups = [g for g in seen if g.name in desk.proposals]
+        return desk.proposals, {g.name: desk.certificates(g) for g in groups}, desk.dropped(groups), own
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    told = ranks.gathered_tensors(ranks.each(mine), device)
     proposals = {name: p for found, *_ in told for name, p in found.items()}
     certificates = {name: c for _, found, *_ in told for name, c in found.items()}
     notes += [note for *_, found in told for note in found]
