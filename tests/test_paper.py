@@ -119,6 +119,7 @@ def row_of(differences, **changes):
     values = dict(
         ground="mnist", contestant="apoptosis", seeds=len(differences), unit=100, metric=0.9, interval=None, speedup=4,
         difference=sum(differences) / len(differences), differences=tuple(differences), cpu_speedup=4.0, parameters=9.0,
+        seed_ids=tuple(range(len(differences))),
         macs=9.0, spent_macs=5.0, own_share=0.02, reached=0, reached_share=None, latency={}, memory=None,
         dense_step=0.03, metric_name="accuracy",
     )  # fmt: skip

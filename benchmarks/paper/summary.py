@@ -39,6 +39,7 @@ class Row:
     difference: float
     interval: float | None
     differences: tuple[float, ...]
+    seed_ids: tuple[int, ...]
     speedup: float
     cpu_speedup: float
     parameters: float
@@ -125,6 +126,7 @@ def _row(ground: str, name: str, cells: Sequence[Cell]) -> Row:
         difference=fmean(differences),
         interval=half_width(differences),
         differences=differences,
+        seed_ids=tuple(int(c["seed"]) for c in cells),
         speedup=_ratio(pairs, "run_seconds"),
         cpu_speedup=_ratio(pairs, "cpu_seconds"),
         parameters=_ratio(pairs, "parameters"),
@@ -268,7 +270,9 @@ def _rivals(own: Mapping[str, Row], rows: Sequence[Row]) -> list[Aim]:
         both = [(own[r.ground], r) for r in rows if r.contestant == rival and r.ground in own]
         ahead = []
         for mine, other in both:
-            pairs = [100 / mine.unit * (a - b) for a, b in zip(mine.differences, other.differences, strict=True)]
+            theirs = dict(zip(other.seed_ids, other.differences, strict=True))
+            mine_by_seed = zip(mine.seed_ids, mine.differences, strict=True)
+            pairs = [100 / mine.unit * (d - theirs[seed]) for seed, d in mine_by_seed if seed in theirs]
             width = half_width(pairs)
             ahead.append((mine.ground, fmean(pairs), math.inf if width is None else width))
         if ahead:
