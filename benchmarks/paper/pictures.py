@@ -64,7 +64,7 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
         present = {c["ground"] for c in shown}
         grounds = [g for g in (*CORE, *sorted(present.difference(CORE))) if g in present]
         rows, columns = -(-len(grounds) // ACROSS), min(ACROSS, len(grounds))
-        size = (3.4 * columns, 3.0 * rows)
+        size = ((3.4 if columns > 2 else 4.8) * columns, (3.0 if columns > 2 else 3.6) * rows)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for axis in axes.flat[len(grounds) :]:
             axis.set_visible(False)
@@ -153,8 +153,8 @@ def _certificates(axis: Any, cells: Sequence[Cell]) -> None:
             axis.scatter(*zip(*pairs, strict=True), color=METHODS[name], s=9, label=name)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("certificate: relative rms error of the worst site")
-    axis.set_ylabel("measured: relative rms change of the outputs")
+    axis.set_xlabel("certificate: relative error of the worst site")
+    axis.set_ylabel("measured: relative change of the outputs")
 
 
 def _where_time_goes(axis: Any, cells: Sequence[Cell]) -> None:
