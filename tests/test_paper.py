@@ -119,6 +119,7 @@ def row_of(differences, **changes):
     values = dict(
         ground="mnist", contestant="apoptosis", seeds=len(differences), unit=100, metric=0.9, interval=None, speedup=4,
         difference=sum(differences) / len(differences), differences=tuple(differences), cpu_speedup=4.0, parameters=9.0,
+        seed_ids=tuple(range(len(differences))),
         macs=9.0, spent_macs=5.0, own_share=0.02, reached=0, reached_share=None, latency={}, memory=None,
         dense_step=0.03, metric_name="accuracy",
     )  # fmt: skip
@@ -153,7 +154,7 @@ def test_a_small_network_is_chosen_on_validation_examples():
     lucky = point(0.1, 50, 0.88, 0.9)  # 80x, but not by its validation metric
     points = [dense, lucky, point(0.05, 100, 0.895, 0.893), point(0.01, 1000, 0.9, 0.9)]
     (found,) = [t for t in targets([row_of([0.0])], [{"ground": "mnist", "points": points}]) if "30x" in t[0]]
-    assert found[1] == "mnist, tolerance 0.05: 40.0x, -0.70 points"
+    assert found[1] == "tolerance 0.05: 40.0x, -0.70 points"
     assert found[2] is True
 
 

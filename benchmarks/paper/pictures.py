@@ -28,6 +28,7 @@ COLOURS = {
 
 
 ACROSS = 4  # pictures in a row
+MOST_NAMED = 6  # groups that fit into a legend
 METHODS = {
     "interpolative": "#c0392b",
     "reconstruction": "#e59866",
@@ -48,7 +49,8 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
     matplotlib.rcParams.update(looks)
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, tuple[Callable[[Any, Sequence[Cell]], None], Sequence[Cell]]] = {
-        "time": (_metric_against_time, cells),
+        "time": (_metric_against_time, [c for c in cells if c["ground"] in CORE]),
+        "time-others": (_metric_against_time, [c for c in cells if c["ground"] not in CORE]),
         "widths": (_widths, cells),
         "sizes": (_sizes, cells),
         "frontier": (_frontier, frontiers),
@@ -62,7 +64,7 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
         present = {c["ground"] for c in shown}
         grounds = [g for g in (*CORE, *sorted(present.difference(CORE))) if g in present]
         rows, columns = -(-len(grounds) // ACROSS), min(ACROSS, len(grounds))
-        size = (3.4 * columns, 3.0 * rows)
+        size = ((3.4 if columns > 2 else 4.8) * columns, (3.0 if columns > 2 else 3.6) * rows)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for axis in axes.flat[len(grounds) :]:
             axis.set_visible(False)
@@ -73,7 +75,8 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
         handles, labels = axes[0][0].get_legend_handles_labels()
         if name == "widths":  # groups have other names on every ground
             for axis in axes.flat[: len(grounds)]:
-                axis.legend(frameon=False, fontsize=7)
+                if len(axis.get_lines()) <= MOST_NAMED:
+                    axis.legend(frameon=False, fontsize=7)
         elif handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
         path = folder / f"paper-{name}.svg"
@@ -89,6 +92,8 @@ def _metric_against_time(axis: Any, cells: Sequence[Cell]) -> None:
         runs = [c["contestants"][name]["points"] for c in cells if name in c["contestants"]]
         if not runs or name == "early stopping":
             continue
+        if name == "train-prune-fine-tune":  # before that it is the dense run
+            runs = [points[cells[0]["epochs"] - 1 :] for points in runs]
         length = min(len(points) for points in runs)
         seconds = [fmean(points[i]["seconds"] for points in runs) for i in range(length)]
         value = [fmean(points[i]["validation"] for points in runs) for i in range(length)]
@@ -119,6 +124,7 @@ def _frontier(axis: Any, cells: Sequence[Cell]) -> None:
     dense = next(p for p in cells[0]["points"] if p["method"] == "dense")
     axis.axhline(dense["test"], color=COLOURS["dense"], linewidth=0.8, label="dense")
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("parameters")
     axis.set_ylabel(f"test {cells[0]['metric']}")
 
@@ -133,6 +139,7 @@ def _sizes(axis: Any, cells: Sequence[Cell]) -> None:
             axis.scatter(size, [unit * (o["test"] - d["test"]) for d, o in pairs], color=colour, label=name, s=18)
     axis.axhline(0, color="#cccccc", linewidth=0.8)
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("parameters")
     axis.set_ylabel("difference to dense" + (", points" if unit == 100 else ""))
 
@@ -146,8 +153,8 @@ def _certificates(axis: Any, cells: Sequence[Cell]) -> None:
             axis.scatter(*zip(*pairs, strict=True), color=METHODS[name], s=9, label=name)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("certificate: relative rms error of the worst site")
-    axis.set_ylabel("measured: relative rms change of the outputs")
+    axis.set_xlabel("certificate: relative error of the worst site")
+    axis.set_ylabel("measured: relative change of the outputs")
 
 
 def _where_time_goes(axis: Any, cells: Sequence[Cell]) -> None:

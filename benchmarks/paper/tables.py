@@ -104,4 +104,6 @@ def _ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def _metric(row: Row) -> str:
+    if row.metric_name == "-nats":
+        return f"{-row.metric:.4f} nats"
     return f"{100 * row.metric:.2f} %" if row.unit == 100 else f"{row.metric_name} {row.metric:.4f}"
