@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apoptosis.graph import analyse
-from apoptosis.told import num_parameters
 from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.machine import machine, versions
+from apoptosis.told import num_parameters
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 3

@@ -144,7 +144,7 @@ def _is(module: nn.Module, name: str, package: str) -> bool:
 
 
 def _check_parallel(module: Any) -> None:
-    """Refuse what the gradient buffers cannot be set up again for, and what makes a capture wait for other processes."""
+    """Refuse what the gradient buffers cannot be set up again for, and what makes captures wait for other processes."""
     if module.process_group.size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
         raise ArgumentError(
             "the model has nn.SyncBatchNorm in DistributedDataParallel of several processes: its passes wait for one "
