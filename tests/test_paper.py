@@ -184,6 +184,15 @@ def test_layers_start_anew_at_their_present_widths():
         fresh_like(odd)
 
 
+def test_missing_data_gets_one_line(capsys, tmp_path):
+    from benchmarks.paper.__main__ import main
+
+    assert main(["--only", "gpt", "--data-dir", str(tmp_path), "--results", str(tmp_path / "cells")]) == 1
+    told = capsys.readouterr().err
+    assert "input.txt" in told
+    assert len(told.splitlines()) == 1
+
+
 def test_unknown_grounds_and_missing_cells_are_told(capsys, tmp_path):
     from benchmarks.paper.__main__ import main
 

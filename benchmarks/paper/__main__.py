@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from apoptosis.errors import ApoptosisError
 from benchmarks.paper.cells import cell_path, fits, run_cell, write_cell
 from benchmarks.paper.event_time import EVENT_TIME, read_event_time, run_event_time
 from benchmarks.paper.frontier import GROUNDS as FRONTIERS
@@ -34,6 +35,15 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run what the arguments ask for; data that is missing or damaged, and losses that are not finite, get one line."""
+    try:
+        return _main(arguments)
+    except (ApoptosisError, OSError, FloatingPointError) as error:
+        print(f"benchmarks.paper: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -25,7 +25,7 @@ def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
         (
             f"{r.ground}, {NETWORKS[r.ground]}",
             str(r.seeds),
-            f"{r.speedup:.2f}x faster",
+            _speed(r.speedup),
             f"{r.parameters:.1f}x fewer",
             f"{r.macs:.1f}x fewer",
             f"{_metric(dense[r.ground])}, {_metric(r)}",
@@ -90,13 +90,17 @@ def frontier(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
                     "" if point["tolerance"] is None else f"{point['tolerance']:g}",
                     f"{dense['parameters'] / point['parameters']:.1f}x fewer",
                     f"{dense['macs'] / point['macs']:.1f}x fewer",
-                    f"{dense['run_seconds'] / point['run_seconds']:.2f}x faster",
+                    _speed(dense["run_seconds"] / point["run_seconds"]),
                     f"{100 * point['test']:.2f} %" if one["unit"] == 100 else f"{point['test']:.4f}",
                     f"{one['unit'] * (point['test'] - dense['test']):+.{2 if one['unit'] == 100 else 4}f}",
                 )
             )
     head = ("data", "method", "tolerance", "parameters", "multiply-adds", "whole run", "test metric", "difference")
     return table(head, lines) if lines else EMPTY.replace("--data-dir", "--frontier --data-dir")
+
+
+def _speed(ratio: float) -> str:
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
