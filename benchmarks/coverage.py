@@ -30,7 +30,7 @@ from apoptosis.recipes.machine import machine, versions
 from apoptosis.records import Group, Pin
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # where the families live
+sys.path.insert(0, str(ROOT / "tests"))  # where the families live, so that these two imports come after it
 
 from families.family import Family  # noqa: E402
 from families.oracle import build, difference, inputs, operate, run, structure_of  # noqa: E402

@@ -90,7 +90,9 @@ def _no_window_left():
 
 @pytest.mark.usefixtures("_no_window_left")
 def test_the_stance_goes_back_and_a_later_one_stays():
-    stance = lambda: torch._dynamo.eval_frame._stance.stance  # noqa: E731
+    def stance():
+        return torch._dynamo.eval_frame._stance.stance
+
     torch._dynamo.reset()
     eager = Eager()
     eager.begin()

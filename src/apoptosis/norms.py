@@ -134,7 +134,7 @@ class _Compensated(nn.Module):
             setattr(self, name, value.to(self.mean_weights.device) if isinstance(value, Tensor) else value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is without types
         device = fn(torch.empty(0, device=self.mean_weights.device)).device
         for name in _FIELDS[:3] if device.type != "mps" else ():  # which has no float64
             setattr(self, name, getattr(self, name).to(device))  # their digits they keep

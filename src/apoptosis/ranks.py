@@ -83,9 +83,9 @@ class Ranks:
         if self.size == 1:
             return work()
         error: Exception | None = None
-        found: Any = None
+        found: list[T] = []
         try:
-            found = work()
+            found.append(work())
         except Exception as caught:  # noqa: BLE001 - raised again below, on all ranks
             error = caught
         told = self.gathered(None if error is None else (isinstance(error, NonFiniteError), repr(error), str(error)))
@@ -97,7 +97,7 @@ class Ranks:
         for rank, fault in enumerate(told):
             if fault is not None:
                 raise RankError(f"rank {rank} of {self.size} failed, so rank {self.rank} cannot go on: {fault[1]}")
-        return found  # type: ignore[no-any-return]
+        return found[0]
 
     def same(self, what: str, value: dict[str, Any]) -> None:
         """Check that named values are equal on all ranks.

@@ -95,7 +95,7 @@ class Gradients:
         watches = [watch for watch in self._by_module.get(module, ()) if not watch.enough(0)]
         if watches and x.requires_grad:
             take = partial(self._take, watches, unbatched)
-            self._handles.append(x.register_hook(take))  # type: ignore[no-untyped-call]
+            self._handles.append(x.register_hook(take))  # type: ignore[no-untyped-call]  # torch's own
 
     def _take(self, watches: list[GradientWatch], unbatched: bool, gradient: Tensor | None) -> None:
         """Take rows of one gradient, inside the user's backward pass: nothing here may fail, whatever comes."""

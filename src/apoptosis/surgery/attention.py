@@ -268,5 +268,5 @@ def _input_widths(module: nn.MultiheadAttention, keep: Mapping[str, Mapping[int,
     found = []
     for name in names:
         kept = keep.get(name, {}).get(1)
-        found.append(module._parameters[name].shape[1] if kept is None else kept.numel())  # type: ignore[union-attr]
+        found.append(module.get_parameter(name).shape[1] if kept is None else kept.numel())
     return found[0], found[1], found[2]
