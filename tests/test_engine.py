@@ -342,3 +342,30 @@ def test_nothing_of_a_window_is_kept_alive(runs):
     gc.collect()
     assert apo.ledger().events
     assert not any(reference() is not None for reference in kept)
+
+
+def test_a_window_over_wide_layers_ends_before_it_is_stale_and_the_next_one_sees_all_rows_if_they_were_too_few(runs):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 160), nn.Tanh(), nn.Linear(160, 4))  # 480 rows wanted: 60 steps of 8
+    with torch.no_grad():
+        net[0].weight[140:] = net[0].weight[:20]
+        net[0].bias[140:] = net[0].bias[:20]
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    apo = runs.start(net, optimizer, runs.inputs(4, 0, (64,)), total_steps=100_000, align=8, tolerance=0.01)
+    opened, closed, events = [], [], []
+    for step in range(1, 2600):
+        x = runs.inputs(8, step, (64,))
+        watched = runs.num_hooks(net) > 0
+        if watched or step == apo.decision.at_step:
+            loss = nn.functional.cross_entropy(net(x), runs.labels(x))
+            optimizer.zero_grad()
+            loss.backward()
+        event = apo.step()
+        events += [(len(closed), event)] if event else []
+        if watched != (runs.num_hooks(net) > 0):
+            (closed if watched else opened).append(step)
+    lengths = [last - first for first, last in zip(opened, closed, strict=False)]
+    assert lengths[:2] == [48, 60]
+    (number, event), *_ = events
+    assert number == 1  # 384 rows cannot tell that 140 channels suffice, 480 can
+    assert next(iter(event.groups.values())) == (160, 144)

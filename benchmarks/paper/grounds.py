@@ -171,7 +171,7 @@ _ALL = (
     Ground(name="gpt", network="GPT, 4 blocks of width 128",
            metric="-nats", unit=1, epochs=2, batch=32, seeds=1, load=_characters, build=_gpt),
     Ground(name="alexnet", network="AlexNet for 64 px, 4096-4096",
-           metric="accuracy", unit=100, epochs=4, seeds=1, load=_first(10_000), build=_large),
+           metric="accuracy", unit=100, epochs=12, seeds=1, load=_first(10_000), build=_large),
     Ground(name="autoencoder", network="autoencoder 784-1024-512-32 and back",
            metric="explained variance", unit=100, epochs=10, seeds=1, load=_reconstruct,
            build=lambda task, scale: autoencoder(scale)),

@@ -14,7 +14,7 @@ from apoptosis.graph import replay
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Patient, operate
-from apoptosis.planner import Observations, Plan, make_plan
+from apoptosis.planner import SHORT_OF_ROWS, Observations, Plan, make_plan
 from apoptosis.policy import Telemetry, pays
 from apoptosis.probe import like_example, num_rows
 from apoptosis.ranks import Ranks
@@ -74,6 +74,7 @@ def new_window(run: Run, groups: Sequence[Group]) -> Observer:
         replay=replay,
         gradients=settings.criterion.felt and settings.tolerance != 0,
         ranks=ranks,
+        whole=run.memory.thorough or settings.tolerance == 0,
     )
 
 
@@ -95,6 +96,7 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
     observer.pool()
     ranks.same_parameters("before an event", run.patient.model)
     plan = plan_now(run, observer.observations(), ranks)
+    run.memory.thorough = run.memory.thorough or any(SHORT_OF_ROWS in note for note in plan.notes)
     if not ranks.all(bool(plan.reductions) and pays(seen_by_policy(run), plan.macs_after / _rows(run))):
         return run.structure, None, ""
     patient, memory, verdict = run.patient, run.memory, run.verdict

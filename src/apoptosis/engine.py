@@ -239,7 +239,8 @@ class Apoptosis:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             observer = None
             if window is not None and self._patient.ranks.size == 1:  # every rank saw other rows
-                observer = new_window(self._run(), tuple(g for g in structure.groups if g.pin is None))
+                run = self._run()._replace(memory=memory)
+                observer = new_window(run, tuple(g for g in structure.groups if not g.pin))
                 observer.load_state_dict(window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except CheckpointError:  # says itself what differs
@@ -303,7 +304,7 @@ class Apoptosis:
         ranks = self._patient.ranks
         rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
         self._memory.batch_rows = float(ranks.total(torch.tensor([rows], dtype=torch.float64))) / ranks.size
-        event, macs = None, self._structure.macs
+        event, macs, thorough = None, self._structure.macs, self._memory.thorough
         refused = ""
         stale, self._structure = self._structure, refreshed(self._patient, self._structure)
         try:
@@ -319,7 +320,8 @@ class Apoptosis:
         else:
             after, undone = self._structure.macs, bool(refused)
             past = PastEvent(step=self._memory.step, macs_before=macs, macs_after=after, rolled_back=undone)
-            self._memory.history += (past,)
+            if event or undone or thorough == self._memory.thorough:  # too few rows: no reason to back off either
+                self._memory.history += (past,)
         finally:
             self._memory.decision = self._decide()
         if self._log is not None and ranks.rank == 0 and (refused or event is not None):

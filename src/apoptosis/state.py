@@ -21,7 +21,7 @@ from apoptosis.policy import Decision, PastEvent, Telemetry, allot
 from apoptosis.records import Group, Pin, Structure
 from apoptosis.verdict import Verdict
 
-VERSION = 2
+VERSION = 3
 DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ApoptosisError)  # of a bad state
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
@@ -54,7 +54,8 @@ class Memory:
 
     full: parameters and MACs at construction; full_shapes: of every tensor then. overhead: calibrated fixed cost of an
     event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site. own_seconds,
-    hook_seconds: wall time spent so far, the open window's hooks excluded.
+    hook_seconds: wall time spent so far, the open window's hooks excluded. thorough: rows were too few for a width
+    once, so that windows see all they ask for.
     """
 
     full: tuple[int, float]
@@ -69,6 +70,7 @@ class Memory:
     own_seconds: float = 0.0
     hook_seconds: float = 0.0
     closed: bool = False
+    thorough: bool = False
     history: tuple[PastEvent, ...] = ()
     site_cost: dict[str, float] = field(default_factory=dict)
     decision: Decision = UNDECIDED

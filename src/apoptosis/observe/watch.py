@@ -20,6 +20,7 @@ from apoptosis.records import IntArray, Site
 
 ROWS_PER_CHANNEL = 3  # fewer rows understate the rank of the covariance and remove too much
 POSITIONAL_ROWS_PER_CHANNEL = 8  # positions of one image are correlated: ask for more of them
+LEAST_SHARE = 3  # a third of these rows serves, once a window has lasted STALE_STEPS
 MIN_ROWS = 256  # of few channels, too: a ReLU that is hardly ever on must have been on
 MIN_EXAMPLES = 256  # distinct examples every window sees, whatever the number of positions
 WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up to this many, 128 MB
@@ -132,6 +133,10 @@ class Watch:
     def enough(self, examples: int = MIN_EXAMPLES) -> bool:
         """Whether nothing more need be seen; examples: the least to see."""
         return bool(self.spoiled) or (self.rows >= self.rows_needed and self.examples >= examples)
+
+    def serves(self) -> bool:
+        """Whether what was seen tells something: widths up to a share of the rows."""
+        return bool(self.spoiled) or (self.rows * LEAST_SHARE >= self.rows_needed and self.examples >= MIN_EXAMPLES)
 
     def take(self, x: Tensor, picks: torch.Generator, *, examples: int, repeated: bool, dropout: float) -> None:
         """Take rows (positions, channels) from one module input; of many positions an even share of every batch.

@@ -38,6 +38,7 @@ from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up
+STALE_STEPS = 48  # the network of so many steps ago is another one, at the start of a run above all
 _SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
 
 
@@ -55,6 +56,7 @@ class Observer:
         replay: graph.replay, which runs the model again to show what functional sites read; without it they are not
             observed.
         gradients: also take the loss's gradients at the sites. ranks: that see the rows together.
+        whole: see all rows that every width asks for, however many steps it takes.
     """
 
     def __init__(
@@ -69,8 +71,9 @@ class Observer:
         replay: Replay | None = None,
         gradients: bool = False,
         ranks: Ranks | None = None,
+        whole: bool = True,
     ) -> None:
-        self._model = model
+        self._model, self._whole = model, whole
         self._modules = dict(model.named_modules())
         self._generator = torch.Generator().manual_seed(seed)
         self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns of a site that several groups share
@@ -84,8 +87,7 @@ class Observer:
         self._keep_inputs, self._any_mode = keep_inputs, any_mode
         self._passes, self._inside, self._root_rows, self._steps, self._largest = 0, False, 0, 0, 0
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._input_rows, self._eager = 0, Eager()
-        self._muted = False  # while the model is run again
+        self._input_rows, self._eager, self._muted = 0, Eager(), False  # muted: while the model is run again
         self._only: frozenset[str] | None = None  # modules that take rows now, None for all
         self.hook_seconds = 0.0  # and what running it again takes
         self._replayed = Replayed(model, replay, self._generator, exact=exact, spread=not any_mode)
@@ -180,21 +182,22 @@ class Observer:
     def end_step(self) -> bool:
         """Note that an optimizer step has passed, run its passes again where needed; return whether the window is over.
 
-        It is when every site has seen enough rows and examples; and when some still have not, though four times the
-        steps went by that a site needs which runs once a step (it does not take part in training).
+        It is when every site has seen enough rows and examples; from STALE_STEPS on, when all have seen what serves;
+        or when some have not, though four times the steps went by that a site needs which runs once a step (it idles).
         """
         self._calls.clear()
         self._dropped.clear()
         self.hook_seconds += self._gradients.end_step()
         self._steps += 1
         self._run_again()
-        enough = self._replayed.finished and all(watch.enough() for watch in self._watches.values())
+        stale = self._steps >= STALE_STEPS and not self._whole
+        watches = self._watches.values()
+        enough = self._replayed.finished and all(watch.serves() if stale else watch.enough() for watch in watches)
         if enough and all(sample.enough() for sample in self._samples.values()):
             return True
         if not self._largest:
             return self._steps >= BLIND_STEPS
-        needed = (watch.rows_needed for watch in self._watches.values())
-        rows = max(MIN_EXAMPLES, self._replayed.rows_needed, *needed)
+        rows = max(MIN_EXAMPLES, self._replayed.rows_needed, *(watch.rows_needed for watch in watches))
         return self._steps >= _SPARE + 4 * -(-rows // self._largest)
 
     def _run_again(self) -> None:
@@ -228,7 +231,7 @@ class Observer:
                 self.inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs)))
         self.hook_seconds += time.perf_counter() - start
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, *_: Any) -> None:
         self._inside = False
 
     def _counts(self, name: str) -> bool:
@@ -293,9 +296,7 @@ class Observer:
         moments = {key: named_snapshot(watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled}
         samples = {name: sample.joined() for name, sample in self._samples.items()}
         found = {}
-        for group, site, key in self._places:
-            if key not in moments:
-                continue
+        for group, site, key in (place for place in self._places if place[2] in moments):
             whole, own = None, moments[key]
             felt = self._gradients.root(key, len(site.input_columns))
             if not key[0]:

@@ -25,6 +25,8 @@ from apoptosis.planner.views import Observations, Shown, dropped, show, worst_ca
 from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate, Group, Reduction, Structure
 
+SHORT_OF_ROWS = "cannot tell the rank"  # in the note on a group that saw too few
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -300,7 +302,7 @@ def _propose(
         rank = -(-kept // (1 if view.blocks is None else int(view.blocks.max()) + 1))
         needed, rows = request.rows_per_channel * rank, 0 if view.moments is None else view.moments.num_rows
         if rows < needed:
-            return None, f"{rows} rows cannot tell the rank of {rank} kept channels: at least {needed} are needed"
+            return None, f"{rows} rows {SHORT_OF_ROWS} of {rank} kept channels: at least {needed} are needed"
     errors = {key: error / shown.ratios[key] for key, error in proposal.errors.items()}
     return replace(proposal, errors=errors), ""
 
