@@ -66,8 +66,8 @@ def calibrated(apo: Apoptosis, overhead: float = 1.0) -> Apoptosis:
 
 
 def start(model: nn.Module, optimizer: Any, example: Any = None, **arguments: Any) -> Apoptosis:
-    arguments = {"total_steps": STEPS, "tolerance": 0.1, "align": 1, **arguments}
-    return calibrated(Apoptosis(model, optimizer, inputs(4, 99) if example is None else example, **arguments))
+    arguments = {"total_steps": STEPS, "tolerance": 0.1, "align": 1, "calibration": 1.0, **arguments}
+    return Apoptosis(model, optimizer, inputs(4, 99) if example is None else example, **arguments)
 
 
 def train(

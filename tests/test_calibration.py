@@ -15,6 +15,7 @@ def test_a_power_of_four_that_grows_with_the_capture():
         assert exponent == pytest.approx(round(exponent))
     assert overhead_macs(0.0) == 1.0
     assert overhead_macs(10.0) > overhead_macs(0.001)
+    assert overhead_macs(0.0, compile_seconds=10.0) > overhead_macs(0.001)
 
 
 def test_the_rate_is_that_of_a_product_and_touches_no_generator():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import time
 
 import pytest
 import torch
@@ -102,6 +103,30 @@ def test_a_compiled_model_is_compiled_again_after_an_event(runs):
         assert (count == 0) == is_open  # eagerly in a window, compiled outside
     assert ran[-1] > 0
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_what_compiling_took_counts_as_a_cost_of_events_unless_their_cost_was_given(runs):
+    def backend(graph, inputs):
+        time.sleep(0.2)
+        return graph.forward
+
+    found = []
+    for given in (None, 1.0):
+        torch.compiler.reset()
+        inside = runs.mlp()
+        optimizer, log = runs.adam(inside), []
+        arguments = {"total_steps": 60, "tolerance": 0.1, "align": 1, "calibration": given, "log": log.append}
+        apo = Apoptosis(torch.compile(inside, backend=backend), optimizer, runs.inputs(4, 99), **arguments)
+        before = apo.calibration
+        events = runs.train(torch.compile(inside, backend=backend), optimizer, apo)
+        found.append((before, apo.calibration, events, inside[0].out_features))
+    (before, after, events, width), (_, kept, others, small) = found
+    assert after > before  # a fifth of a second is worth more than this small network can save
+    assert not events
+    assert width == 32
+    assert kept == 1.0
+    assert "compiled again" in " ".join(others[0].notes)
+    assert small < 32
 
 
 def test_a_module_compiled_in_place_and_one_inside_another(runs):

@@ -10,10 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.graph import replay
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Patient, operate
+from apoptosis.passes import compile_seconds
 from apoptosis.planner import SHORT_OF_ROWS, Observations, Plan, make_plan
 from apoptosis.policy import Telemetry, pays
 from apoptosis.probe import like_example, num_rows
@@ -92,7 +94,7 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
     Raises: NonFiniteError: statistics, weights or outputs hold NaN or infinity; nothing was tried.
     """
     ranks = run.patient.ranks
-    sent = ranks.bytes_sent
+    sent, compiling = ranks.bytes_sent, _count_compiling(run)
     observer.pool()
     ranks.same_parameters("before an event", run.patient.model)
     plan = plan_now(run, observer.observations(), ranks)
@@ -121,6 +123,21 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
         certificates=certificates,
         measured_on="held-out examples" if verdict.held_out else "training inputs",
         seconds=time.perf_counter() - start,
-        notes=(f"{ranks.bytes_sent - sent:,} bytes summed over {ranks.size} ranks",) if ranks.size > 1 else (),
+        notes=_notes(ranks, sent, compiling),
     )
     return outcome.structure, event, ""
+
+
+def _count_compiling(run: Run) -> float:
+    """Let events cost what compiling took, which they make necessary again; return its seconds."""
+    seconds: float = run.patient.ranks.first(compile_seconds())
+    if seconds > 0 and not run.settings.calibrated:
+        found = run.patient.ranks.first(overhead_macs(0, compile_seconds=seconds, device=device_of(run.patient.model)))
+        run.memory.overhead = max(run.memory.overhead, found)
+    return seconds
+
+
+def _notes(ranks: Ranks, sent: int, compiling: float) -> tuple[str, ...]:
+    summed = f"{ranks.bytes_sent - sent:,} bytes summed over {ranks.size} ranks" if ranks.size > 1 else ""
+    again = f"what torch.compile took {compiling:.1f} s for is compiled again" if compiling > 0 else ""
+    return tuple(note for note in (summed, again) if note)

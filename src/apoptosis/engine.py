@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.attempt import Run, agree, attempt, new_window, plan_now, seen_by_policy
-from apoptosis.calibration import overhead_macs
+from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.ledger import Event, Ledger
@@ -69,7 +69,8 @@ class Apoptosis:
             "compensated" lets multiples of others and constants go, and the norms make up for them.
         logits: reads (examples, classes) logits off the model's output, where the output is not just that tensor.
         seed: of the private random generator (positions of feature maps, criterion "random").
-        calibration: fixed cost of an event in MACs (`apo.calibration` of an earlier run), measured where None.
+        calibration: fixed cost of an event in MACs (`apo.calibration` of an earlier run). None: measured, and raised at
+            an event by what torch.compile took until then.
 
     Raises:
         ArgumentError, BudgetError, CaptureError, UnsupportedOptimizerError: before anything has changed.
@@ -111,16 +112,15 @@ class Apoptosis:
         held_out = None if probe is None else make_probe(probe, example_input)
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         structure, seconds = timed_capture(self._patient)
-        overhead = ranks.first(overhead_macs(seconds) if known is None else known)
+        overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
         warn_if_fixed(structure, type(model).__name__)
         self._structure = with_pins(structure, exclude_pins(structure, patterns))
         self._has_classes = has_classes(model, self._patient.call, logits)
         if self._verdict.probe is not None:
             check_runs(model, self._verdict.probe, logits)
         self._verdict.check(readable=self._has_classes, named=logits is not None)
-        self._memory = Memory(
-            full=(num_parameters(model), structure.macs), full_shapes=dict(structure.shapes), overhead=overhead
-        )
+        full = num_parameters(model), structure.macs
+        self._memory = Memory(full=full, full_shapes=dict(structure.shapes), overhead=overhead)
         widest = max((g.num_channels for g in structure.groups), default=1)
         self._settings = Settings(
             criterion=chosen,
@@ -129,6 +129,7 @@ class Apoptosis:
             align=align,
             seed=seed,
             site_limit=site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest),
+            calibrated=known is not None,
         )
         self._observer: Observer | None = None
         agree(self._run(), budget)

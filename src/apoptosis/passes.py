@@ -100,6 +100,15 @@ def _put_back() -> None:
         stance.__exit__(None, None, None)
 
 
+def compile_seconds() -> float:
+    """Return what torch has spent on compiling since `forget_compiled`, seconds of wall time; 0.0 for nothing.
+
+    Torch counts it itself, for all that is compiled in the process.
+    """
+    told = getattr(sys.modules.get(f"{_DYNAMO}.utils"), "calculate_time_spent", None)
+    return float(told().get("total_wall_time", 0.0)) if told is not None else 0.0
+
+
 def forget_compiled() -> None:
     """Drop what torch has compiled: code for old shapes counts against its limit, beyond which it compiles no more."""
     if _DYNAMO in sys.modules:

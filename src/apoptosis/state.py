@@ -29,7 +29,10 @@ UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the user asked for. site_limit: what the errors of one site may add up to over all events."""
+    """What the user asked for.
+
+    site_limit: what the errors of one site may add up to over all events. calibrated: he gave the fixed cost of events.
+    """
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: a run that is resumed under other settings decides anew."""
@@ -46,6 +49,7 @@ class Settings:
     align: int
     seed: int
     site_limit: float
+    calibrated: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
