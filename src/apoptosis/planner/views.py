@@ -70,10 +70,11 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
         if reads_several_positions(site) and seen.sample is not None and seen.dropout == 0.0:
             sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
             samples[site.key] = sample
-        rows = blended(seen.felt, gather_weight(site, weight)) if felt else None
+        gathered = gather_weight(site, weight)
+        rows = blended(seen.felt, gathered) if felt else None
         shown = SiteView(
             key=site.key,
-            weight=gather_weight(site, weight),
+            weight=gathered,
             moments=seen.moments,
             centred=_takes_offset(site, weight),
             dropout=seen.dropout,
