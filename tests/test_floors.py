@@ -28,6 +28,7 @@ FLOORS = {
     "unwrap": 2,
     "norms": 2,
     "arguments": 3,
+    "distributed": 3,
     "criteria": 3,
     "graph": 3,
     "surgery": 3,

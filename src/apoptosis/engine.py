@@ -20,7 +20,7 @@ from apoptosis.arguments import check_exclude, check_model, check_numbers, check
 from apoptosis.attempt import Run, agree, attempt, new_window, plan_now, seen_by_policy
 from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.criteria import get_criterion
-from apoptosis.errors import CheckpointError, NonFiniteError
+from apoptosis.errors import CheckpointError, NonFiniteError, RankError
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
@@ -180,6 +180,11 @@ class Apoptosis:
         """The part of `seconds` spent on observing: hooks in the user's forward passes, and passes run again."""
         return self._memory.hook_seconds + (self._observer.hook_seconds if self._observer is not None else 0.0)
 
+    @property
+    def watching(self) -> bool:
+        """Whether a window is open; a checkpoint that several ranks write then makes them open it anew."""
+        return self._observer is not None
+
     def plan(self) -> Plan:
         """Say what an event would do now, from what the open window has seen so far: a dry run, changes nothing."""
         observations = {} if self._observer is None else self._observer.observations()
@@ -220,7 +225,8 @@ class Apoptosis:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` stopped. The model must have the widths it had then (apoptosis.load sees to that).
 
-        Raises: CheckpointError: the state is of another network or other widths; nothing has changed then.
+        Raises: CheckpointError: the state is of another network or other widths. RankError: ranks load different ones.
+        Nothing has changed then.
         """
         window = self._observer
         if window is not None:  # the capture below is no pass of the user's
@@ -233,18 +239,20 @@ class Apoptosis:
             raise
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        structure = self._patient.capture()
+        ranks, structure = self._patient.ranks, self._patient.capture()
         check_fits(state, {g.name: g.num_channels for g in structure.groups})
         check_followers(self._patient.followers, self._patient.model)
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
+            ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
+            ranks.same_parameters("in the checkpoint that they load", self._patient.model)
             observer = None
-            if window is not None and self._patient.ranks.size == 1:  # every rank saw other rows
+            if window is not None and ranks.size == 1:  # every rank saw other rows
                 run = self._run()._replace(memory=memory)
                 observer = new_window(run, tuple(g for g in structure.groups if not g.pin))
                 observer.load_state_dict(window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
-        except CheckpointError:  # says itself what differs
+        except (CheckpointError, RankError):  # say themselves what differs
             raise
         except DAMAGES as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
@@ -264,6 +272,7 @@ class Apoptosis:
         """Call once after optimizer.step(). Returns an Event if shapes changed, else None."""
         if self._memory.closed:
             return None
+        self._patient.ranks.check_even()
         self._memory.step += 1
         observer, due = self._observer, self._memory.decision.at_step
         if observer is None and (due is None or self._memory.step < due):

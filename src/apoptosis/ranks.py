@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from apoptosis.errors import NonFiniteError, RankError
+from apoptosis.errors import ArgumentError, NonFiniteError, RankError
 
 T = TypeVar("T")
+SUM_NUMBERS = 2**22  # float64 that travel in one sum at most, 32 MiB: what a process holds twice meanwhile
 _CHUNK = 2**20  # words of a parameter that are multiplied at once for its checksum
 
 
@@ -32,6 +33,12 @@ class Ranks:
     rank = 0
     size = 1
     bytes_sent = 0
+
+    def check_even(self) -> None:
+        """Refuse a loop in which some ranks may have stopped stepping while others wait for their votes.
+
+        Raises: ArgumentError: the loop runs in such a context.
+        """
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum a float64 tensor over all ranks, bit for bit the same on every one; the result is a new tensor."""
@@ -131,16 +138,28 @@ class Ranks:
 class TorchRanks(Ranks):
     """The ranks of a torch.distributed process group.
 
-    Args: group: the process group, of DistributedDataParallel for one. device: where the model lies.
+    Args: group: the process group, of DistributedDataParallel for one. device: where the model lies. parallel: the
+    DistributedDataParallel modules of the run.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    def __init__(self, group: Any, device: torch.device, parallel: Sequence[Any] = ()) -> None:
         import torch.distributed as dist
 
-        self._dist, self._group = dist, group
+        self._dist, self._group, self._parallel = dist, group, tuple(parallel)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl = "nccl" in str(dist.get_backend(group))
         self._device = device if nccl else torch.device("cpu")
+
+    def check_even(self) -> None:
+        """Refuse torch's Join context unless it ends all ranks with the first that runs out of batches."""
+        for wrapper in self._parallel:
+            join = wrapper._join_config
+            if join.enable and not join.throw_on_early_termination:
+                raise ArgumentError(
+                    "step() is called inside torch.distributed.algorithms.join.Join: a rank that is out of batches "
+                    "answers gradient sums there, takes no part in an event, and its answers would be taken for votes. "
+                    "Give every rank the same number of steps, or Join(..., throw_on_early_termination=True)."
+                )
 
     def _here(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
@@ -160,9 +179,10 @@ class TorchRanks(Ranks):
             ) from error
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum by all_reduce."""
+        """Sum by all_reduce, SUM_NUMBERS at once."""
         out = tensor.detach().to(self._device, torch.float64, copy=True).contiguous()
-        self._call("a sum", self._dist.all_reduce, out)
+        for part in torch.split(out.view(-1), SUM_NUMBERS):
+            self._call("a sum", self._dist.all_reduce, part)
         self.bytes_sent += out.numel() * out.element_size()
         return out.to(tensor.device)
 
@@ -209,4 +229,4 @@ def ranks_of(parallel: Sequence[Any]) -> Ranks:
     group = parallel[0].process_group if parallel else None
     if group is None or group.size() == 1:
         return Ranks()
-    return TorchRanks(group, next(parallel[0].parameters()).device)
+    return TorchRanks(group, next(parallel[0].parameters()).device, parallel)

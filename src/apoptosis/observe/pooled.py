@@ -1,7 +1,7 @@
 """What the windows of all ranks saw, as if one rank had seen it all.
 
-Lives here: two sums over all ranks per window, of counts and means first, then of scatter around the common mean; whole
-inputs are exchanged. Does not live here: what is watched (window.py), how ranks talk (ranks).
+Lives here: two sums over all ranks per window, of counts and means first, then of scatter around the common mean, a
+few sites at a time; whole inputs are exchanged. Does not live here: what is watched (window.py), ranks (ranks.py).
 
 The scatter of all rows is Σ_r [S_r + n_r (m_r - m)(m_r - m)ᵀ], m the mean of all (Chan, Golub, LeVeque): nothing
 cancels, and every rank gets the same bits. Sketches add up: their signs are drawn apart on every rank.
@@ -18,7 +18,7 @@ from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.observe.watch import Sample, Watch, named_snapshot
-from apoptosis.ranks import Ranks
+from apoptosis.ranks import SUM_NUMBERS, Ranks
 
 
 def share_out(watches: Iterable[Watch], ranks: Ranks) -> None:
@@ -61,24 +61,34 @@ def _pool_moments(watches: Sequence[Watch], found: Sequence[Moments], ranks: Ran
     numbers = [float(n) for m, w in zip(found, watches, strict=True) for n in (m.num_rows, m.num_examples, w.examples)]
     counts = torch.tensor(numbers, dtype=torch.float64, device=device)
     sums = ranks.total(torch.cat([counts, *((m.mean * m.num_rows).to(device) for m in found)]))
-    totals = sums[: len(counts)].view(-1, 3).tolist()
-    start = len(counts)
-    means: list[Tensor] = []
-    packed: list[Tensor] = []
-    for moments, (rows, _, _) in zip(found, totals, strict=True):
-        size = moments.num_channels
-        means.append(sums[start : start + size].to(moments.device) / max(rows, 1.0))
-        packed.append(moments.scatter_around(means[-1])[_upper(size, moments.device)].to(device))
-        start += size
-    scatters = torch.split(ranks.total(torch.cat(packed)), [len(p) for p in packed])
     exact = ranks.all(all(m.exact for m in found))
-    for watch, own, mean, scatter, (rows, examples, seen) in zip(watches, found, means, scatters, totals, strict=True):
-        whole = torch.zeros(own.num_channels, own.num_channels, dtype=torch.float64, device=own.device)
-        whole[_upper(own.num_channels, own.device)] = scatter.to(own.device)
-        whole = whole + whole.triu(1).T
-        watch.take_over(Moments.of(mean, whole, int(rows), int(examples), exact=exact), int(seen))
+    totals = sums[: len(counts)].view(-1, 3).tolist()
+    parts = torch.split(sums[len(counts) :], [m.num_channels for m in found])
+    means = [part.to(m.device) / max(rows, 1.0) for part, m, (rows, _, _) in zip(parts, found, totals, strict=True)]
+    for own in _buckets([m.num_channels * (m.num_channels + 1) // 2 for m in found]):
+        packed = [found[i].scatter_around(means[i])[_upper(found[i])].to(device) for i in own]
+        scatters = torch.split(ranks.total(torch.cat(packed)), [len(p) for p in packed])
+        for i, scatter in zip(own, scatters, strict=True):
+            whole = torch.zeros(2 * (found[i].num_channels,), dtype=torch.float64, device=found[i].device)
+            whole[_upper(found[i])] = scatter.to(whole.device)
+            whole += whole.triu(1).T
+            rows, examples, seen = totals[i]
+            watches[i].take_over(Moments.of(means[i], whole, int(rows), int(examples), exact=exact), int(seen))
 
 
-def _upper(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(size, size, device=device)
+def _buckets(sizes: Sequence[int]) -> list[list[int]]:
+    """Return places of consecutive sizes that add up to SUM_NUMBERS at most; a larger one is alone."""
+    buckets: list[list[int]] = []
+    room = 0
+    for place, size in enumerate(sizes):
+        if not buckets or size > room:
+            buckets.append([])
+            room = SUM_NUMBERS
+        buckets[-1].append(place)
+        room -= size
+    return buckets
+
+
+def _upper(moments: Moments) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(moments.num_channels, moments.num_channels, device=moments.device)
     return rows, columns
