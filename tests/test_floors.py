@@ -26,6 +26,7 @@ FLOORS = {
     "passes": 2,
     "ranks": 2,
     "unwrap": 2,
+    "sharded": 2,
     "norms": 2,
     "arguments": 3,
     "distributed": 3,

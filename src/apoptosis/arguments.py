@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError
 from apoptosis.records import NormWidths
+from apoptosis.sharded import check_sharded
 from apoptosis.unwrap import Unwrapped, unwrap
 
 
@@ -28,6 +29,7 @@ def check_model(model: object) -> Unwrapped:
         remedy = " Give the module that was exported." if type(model).__name__ == "ExportedProgram" else ""
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module.{remedy}")
     unwrapped = unwrap(model)
+    check_sharded(unwrapped.model)
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
             if nn.parameter.is_lazy(tensor):

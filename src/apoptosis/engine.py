@@ -37,6 +37,7 @@ from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, sit
 from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
 from apoptosis.ranks import ranks_of
 from apoptosis.records import Group, NormWidths, Pin, Structure
+from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.told import num_parameters
@@ -106,7 +107,7 @@ class Apoptosis:
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
         call = as_call(example_input)
-        ranks = ranks_of(parallel)
+        ranks = ranks_of(parallel, group_of(model), next(model.parameters()).device)
         patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel, ranks=ranks)
         self._patient, self._log = replace(patient, norm_widths=norm_widths), log
         held_out = None if probe is None else make_probe(probe, example_input)

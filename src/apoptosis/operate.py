@@ -23,9 +23,10 @@ from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure
 from apoptosis.passes import forget_compiled
-from apoptosis.probe import Change, Probe, ReadLogits, compare, outputs, together
+from apoptosis.probe import CHUNK, Change, Probe, ReadLogits, compare, outputs, together
 from apoptosis.ranks import Ranks
 from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
+from apoptosis.sharded import at_rest, has_shards, renew
 from apoptosis.surgery import Transaction, build_edits, norm_edits
 from apoptosis.unwrap import rebuild
 
@@ -83,6 +84,7 @@ def timed_capture(patient: Patient) -> tuple[Structure, float]:
 
 def refreshed(patient: Patient, structure: Structure) -> Structure:
     """Return the structure, captured again if shrink_ or another Apoptosis has changed the model's shapes."""
+    at_rest(patient.model)
     now = dict(patient.model.named_parameters(remove_duplicate=False))
     if all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items()):
         return structure
@@ -147,7 +149,7 @@ def operate(
     pins: dict[str, Pin] = {}
     todo = list(reductions)
     ranks = patient.ranks
-    before = None if probe is None else ranks.each(partial(outputs, patient.model, probe))
+    before = None if probe is None else ranks.each(partial(_outputs, patient, probe))
     old_numbers = True  # the training loop may have set a temperature, say, since they were captured
     while todo:
         outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge, old_numbers)
@@ -210,6 +212,7 @@ def _attempt(
         transaction.commit()
     for wrapper in patient.parallel:
         rebuild(wrapper)
+    renew(patient.model)
     forget_compiled()
     return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
 
@@ -240,13 +243,20 @@ def _edit(
     return new, bool(scales)
 
 
+def _outputs(patient: Patient, probe: Probe) -> list[Any]:
+    """Run a model on a probe; where ranks gather its parameters together, all of them make as many passes."""
+    own = -(-probe.rows // CHUNK)
+    most = int(patient.ranks.range_of(torch.tensor([own]))[1]) if has_shards(patient.model) else own
+    return outputs(patient.model, probe, passes=most)
+
+
 def _outputs_after(patient: Patient, probe: Probe) -> list[Any]:
     """Return what the edited network says on examples that the network before took.
 
     Raises: CaptureError: it fails on them.
     """
     try:
-        return outputs(patient.model, probe)
+        return _outputs(patient, probe)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the user's forward may raise anything

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unfl
 from apoptosis.errors import ArgumentError, NonFiniteError
 from apoptosis.numerics.bounds import compare_logits
 from apoptosis.passes import own_pass
+from apoptosis.sharded import gathered
 
 ReadLogits = Callable[[Any], Tensor]
 CHUNK = 256  # examples per forward pass over a probe
@@ -206,14 +207,19 @@ def without_trace(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def outputs(model: nn.Module, probe: Probe, *, chunk: int = CHUNK) -> list[Any]:
-    """Return the model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model."""
+def outputs(model: nn.Module, probe: Probe, *, chunk: int = CHUNK, passes: int = 0) -> list[Any]:
+    """Return the model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model.
+
+    passes: how many are made at least, where other ranks, which gather parameters at the same time, make more.
+    """
     found = []
-    with without_trace(model):
+    with without_trace(model), gathered(model):
         for start in range(0, probe.rows, chunk):
             part = probe.take(start, min(start + chunk, probe.rows)) if probe.rows > chunk else probe
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (part.args, dict(part.kwargs)))  # it may write to them
             found.append(model(*args, **kwargs))
+        for _ in range(len(found), passes):
+            model(*args, **kwargs)
     return found
 
 

@@ -207,8 +207,14 @@ class TorchRanks(Ranks):
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """Return one number per parameter that says which bits it holds, and where."""
-    return {name: checksum(p) for name, p in model.named_parameters()}
+    """Return one number per parameter that says which bits it holds, and where.
+
+    Of one that is spread over processes (DTensor) it says the shape alone: every rank holds other bits of it.
+    """
+    return {
+        name: checksum(torch.tensor(p.shape) if type(p).__name__ == "DTensor" else p)
+        for name, p in model.named_parameters()
+    }
 
 
 def checksum(tensor: Tensor) -> int:
@@ -224,9 +230,15 @@ def checksum(tensor: Tensor) -> int:
     return (found + 2**63) % 2**64 - 2**63
 
 
-def ranks_of(parallel: Sequence[Any]) -> Ranks:
-    """Return the ranks that DistributedDataParallel modules around a model speak of; alone without any."""
-    group = parallel[0].process_group if parallel else None
+def ranks_of(parallel: Sequence[Any], group: Any = None, device: torch.device | None = None) -> Ranks:
+    """Return the ranks that train together; alone where nothing speaks of any.
+
+    Args:
+        parallel: the DistributedDataParallel modules around a model.
+        group: without any, the process group that the model is sharded over.
+        device: where the model lies.
+    """
+    group = parallel[0].process_group if parallel else group
     if group is None or group.size() == 1:
         return Ranks()
-    return TorchRanks(group, next(parallel[0].parameters()).device, parallel)
+    return TorchRanks(group, device or next(parallel[0].parameters()).device, parallel)

@@ -1,7 +1,7 @@
 """What a user's model is wrapped in: taken off where surgery reaches through it, refused by name where it does not.
 
-Lives here: compiled models, DistributedDataParallel, sharded, scripted and exported ones. Does not live here: the other
-checks of arguments.
+Lives here: compiled models, DistributedDataParallel, scripted and exported ones, the older FSDP. Does not live here:
+fully_shard (sharded), the other checks of arguments.
 
 Classes are known by name, so that nothing of torch is loaded that the user has not loaded.
 """
@@ -20,13 +20,8 @@ _BEHIND = "Give the module that it was made from."
 _REFUSED: dict[str, tuple[str, str, str]] = {
     "FullyShardedDataParallel": (
         "torch.distributed",
-        "each process holds a shard of every parameter, which no channel can be cut out of",
-        "Shrink the module before it is sharded, or train it with DistributedDataParallel.",
-    ),
-    "FSDPModule": (
-        "torch.distributed",
-        "each process holds a shard of every parameter (fully_shard), which no channel can be cut out of",
-        "Shrink the module before it is sharded, or train it with DistributedDataParallel.",
+        "each process holds a shard of every unit's parameters as one flat tensor, which no channel can be cut out of",
+        "Shard with torch.distributed.fsdp.fully_shard, or train it with DistributedDataParallel.",
     ),
     "DataParallel": (
         "torch.nn",
@@ -74,10 +69,16 @@ def unwrap(model: nn.Module) -> Unwrapped:
 
 
 def check_alone(unwrapped: Unwrapped) -> Unwrapped:
-    """Refuse DistributedDataParallel of several processes where one process acts alone; return what was given.
+    """Refuse models of several processes where one process acts alone; return what was given.
 
     Raises: ArgumentError: there are several.
     """
+    if any(type(parameter).__name__ == "DTensor" for parameter in unwrapped.model.parameters()):
+        raise ArgumentError(
+            "the model is spread over several processes (fully_shard), in which every one would have to remove the same "
+            "channels. Shrink the trained network in one process before it is sharded, or let Apoptosis shrink it while "
+            "it trains."
+        )
     parallel: Any = unwrapped.parallel
     ranks = parallel[0].process_group.size() if parallel else 1
     if ranks > 1:
@@ -181,9 +182,3 @@ def _check_refused(who: str, module: nn.Module) -> None:
     for name, (package, why, remedy) in _REFUSED.items():
         if _is(module, name, package):
             raise ArgumentError(f"{who} is a {name}: {why}. {remedy}")
-    for leaf, parameter in module.named_parameters(recurse=False):
-        if type(parameter).__name__ == "DTensor":
-            raise ArgumentError(
-                f"parameter '{leaf}' of {who} is a DTensor, spread over processes: no channel can be cut out of it. "
-                "Shrink the module before it is distributed."
-            )

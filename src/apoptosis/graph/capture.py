@@ -38,6 +38,7 @@ from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
 from apoptosis.passes import own_pass
 from apoptosis.records import Seen
+from apoptosis.sharded import gathered
 
 
 # torch leaves this class untyped in some releases and types it in others, hence the two ignores.
@@ -238,6 +239,7 @@ def capture(
         stack.enter_context(_kept_randomness(model))
         stack.enter_context(own_pass())
         stack.enter_context(_fake(model))
+        stack.enter_context(gathered(model))
         tensors, _, _ = named_tensors(model)
         stack.enter_context(_step_by_step(model))
         tracer = Tracer(

@@ -26,7 +26,9 @@ from apoptosis.observe.watch import (
     named_snapshot,
     reads_several_positions,
 )
+from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Seen, Site
+from apoptosis.sharded import has_shards
 from apoptosis.sites import sums_of
 
 MAX_PASSES = 16  # passes after which fewer than MIN_EXAMPLES examples will do: each costs a forward pass
@@ -81,11 +83,20 @@ class Replayed:
         picks: draws rows.
         exact: products in float64.
         spread: take of every pass only a share of the rows, as more will come; else all that are needed.
+        ranks: where they gather a sharded model's parameters together at every pass, all make as many.
     """
 
     def __init__(
-        self, model: nn.Module, replay: Replay | None, picks: torch.Generator, *, exact: bool, spread: bool
+        self,
+        model: nn.Module,
+        replay: Replay | None,
+        picks: torch.Generator,
+        *,
+        exact: bool,
+        spread: bool,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks, self._asked = ranks if has_shards(model) else None, True
         self._model, self._replay, self._picks, self._exact, self._spread = model, replay, picks, exact, spread
         self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns that several groups share
         self._places: list[tuple[str, Site, tuple[str, str]]] = []
@@ -131,7 +142,8 @@ class Replayed:
     @property
     def wants(self) -> bool:
         """Whether more passes are to be run again."""
-        return self._replay is not None and self._passes < LAST_PASS and not self._enough()
+        asked = bool(self._watches) and self._asked if self._ranks is not None else not self._enough()
+        return self._replay is not None and self._passes < LAST_PASS and asked
 
     @property
     def finished(self) -> bool:
@@ -177,6 +189,8 @@ class Replayed:
     def run(self) -> None:
         """Run the kept passes again. A model that cannot be run again is told of, once; its sites stay unobserved."""
         pending, self._pending, self._elements = self._pending, [], 0
+        if self._ranks is not None and self.wants:
+            pending = pending[: int(self._ranks.range_of(torch.tensor([len(pending)]))[0])]
         for args, kwargs, rows in pending:
             if not self.wants or self._replay is None:
                 return
@@ -201,6 +215,8 @@ class Replayed:
             self._passes += 1
             for key, share in shares.items():
                 self._book(self._watches[key], share, rows)
+            if self._ranks is not None:
+                self._asked = self._ranks.any(not self._enough())
 
     def _open_shares(self, rows: int) -> dict[tuple[str, str], _Share]:
         shares = {}

@@ -90,7 +90,7 @@ class Observer:
         self._input_rows, self._eager, self._muted = 0, Eager(), False  # muted: while the model is run again
         self._only: frozenset[str] | None = None  # modules that take rows now, None for all
         self.hook_seconds = 0.0  # and what running it again takes
-        self._replayed = Replayed(model, replay, self._generator, exact=exact, spread=not any_mode)
+        self._replayed = Replayed(model, replay, self._generator, exact=exact, spread=not any_mode, ranks=ranks)
         for group in groups:
             for site in group.sites:
                 if site.functional:

@@ -8,7 +8,7 @@ widths cost (costs.py), when an event happens (policy), the surgery.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from apoptosis.planner.owners import owners
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
 from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate, Group, Reduction, Structure
+from apoptosis.sharded import lent
 
 SHORT_OF_ROWS = "cannot tell the rank"  # in the note on a group that saw too few
 
@@ -131,11 +132,18 @@ def make_plan(
 
     def mine() -> tuple[Mapping[str, Proposal], Mapping[str, tuple[Certificate, ...]], Mapping[str, Tensor], list[str]]:
         own: list[str] = []
+        error: Exception | None = None
         for sets, rank in zip(choices, owner, strict=True):
             desk.shares -= most_readers(sets)
-            own += desk.take(sets) if rank == ranks.rank else []
-        groups = [g for g in seen if g.name in desk.proposals]
-        return desk.proposals, {g.name: desk.certificates(g) for g in groups}, desk.dropped(groups), own
+            mine = rank == ranks.rank and error is None
+            with lent(model, _weights(sets), keep=mine):  # in which all ranks take part, whatever fails on one
+                try:
+                    own += desk.take(sets) if mine else []
+                except Exception as caught:  # noqa: BLE001 - raised again below
+                    error = caught
+        if error is not None:
+            raise error
+        return desk.proposals, desk.certificates, desk.lost, own
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     told = ranks.gathered_tensors(ranks.each(mine), device)
@@ -161,7 +169,8 @@ def make_plan(
 class _Desk:
     """Proposals as they are made, one choice of groups after the other.
 
-    shares: by site key, the groups still to come that read it. spent: the errors of those that came.
+    shares: by site key, the groups still to come that read it. spent: the errors of those that came. certificates: by
+    group. lost: by key of a site that a BatchNorm reads, what the variance of its outputs loses.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, observations: Observations, request: Request) -> None:
@@ -170,6 +179,8 @@ class _Desk:
         self.shares: Counter[str] = Counter()
         self.spent: dict[str, float] = {}
         self.proposals: dict[str, Proposal] = {}
+        self.certificates: dict[str, tuple[Certificate, ...]] = {}
+        self.lost: dict[str, Tensor] = {}
 
     def take(self, sets: Sequence[Sequence[Group]]) -> list[str]:
         """Add the proposals of the set of groups that saves most; return notes on all of them."""
@@ -180,6 +191,7 @@ class _Desk:
         self.proposals |= proposals
         for proposal in proposals.values():
             _spend(self.spent, proposal)
+        self._settle([group for group in sets[best] if group.name in proposals])
         chosen = {group.name for group in sets[best]}
         for groups, (_, why) in zip(sets, found, strict=True):
             for name in (group.name for group in groups if group.name not in chosen):
@@ -237,21 +249,30 @@ class _Desk:
             )
         return self._shown[group.name]
 
-    def certificates(self, group: Group) -> tuple[Certificate, ...]:
-        """Return every bound on what a chosen group's reduction does."""
-        view, proposal = self._show(group).view, self.proposals[group.name]
-        return (*proposal.certificates(view), *worst_case(group, view, proposal))
+    def _settle(self, groups: Sequence[Group]) -> None:
+        """Book every bound on what chosen groups' reductions do, and let go of what was shown of all.
 
-    def dropped(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Return what the variance of the outputs loses at sites that a BatchNorm reads."""
-        lost: dict[str, Tensor] = {}
+        Of outputs that a BatchNorm reads it is also booked what their variance loses.
+        """
         for group in groups:
             shown = self._show(group)
-            for site, view in zip(group.sites, shown.view.sites, strict=True):
+            view, proposal = shown.view, self.proposals[group.name]
+            self.certificates[group.name] = (*proposal.certificates(view), *worst_case(group, view, proposal))
+            for site, seen in zip(group.sites, view.sites, strict=True):
                 if site.norm is not None:
-                    own = dropped(view, self.proposals[group.name], shown.samples.get(site.key))
-                    lost[site.key] = own if site.key not in lost else lost[site.key] + own
-        return lost
+                    own = dropped(seen, proposal, shown.samples.get(site.key))
+                    self.lost[site.key] = own if site.key not in self.lost else self.lost[site.key] + own
+        self._shown.clear()  # weights in float64: those of one choice at a time
+
+
+def _weights(sets: Sequence[Sequence[Group]]) -> Iterator[str]:
+    """Yield the names of all parameters that groups are planned by."""
+    for group in (group for groups in sets for group in groups):
+        yield from (site.weight for site in group.sites)
+        if (neuron := group.neuron) is not None:
+            yield neuron.weight
+            yield from (name for name in (neuron.bias, neuron.slopes) if name is not None)
+            yield from () if neuron.norm is None else (f"{neuron.norm}.weight", f"{neuron.norm}.bias")
 
 
 def _spend(spent: dict[str, float], proposal: Proposal) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apoptosis.sharded import exchange, is_sharded
+
 
 class Journal:
     """Write through it, then either `undo` everything in reverse order or `forget`.
@@ -73,7 +75,10 @@ def _exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
     with torch.no_grad():
         if tensor.is_leaf:
             tensor.grad = None
-        tensor.set_(value)  # type: ignore[call-overload]  # torch's stub knows storages alone
+        if is_sharded(tensor):
+            exchange(tensor, value)
+        else:
+            tensor.set_(value)  # type: ignore[call-overload]  # torch's stub knows storages alone
         if grad is not None:
             tensor.grad = grad
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.norms import NormEdit
 from apoptosis.records import Structure, TensorEdit
+from apoptosis.sharded import Whole, is_unit, part, whole
 from apoptosis.surgery.attention import attention_changes
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence
 from apoptosis.surgery.journal import Journal
@@ -211,7 +212,7 @@ def _plan_targets(
     plans = []
     for target in targets:
         tensors = named_tensors(target)
-        plan = _Plan()
+        plan, full = _Plan(), Whole(tensors)
         edited: dict[int, TensorEdit] = {}
         for name, edit in edits.items():
             if name not in tensors:
@@ -221,8 +222,8 @@ def _plan_targets(
                 raise ShapeError(f"tensor '{name}' is tied to another one, and both have an edit.")
             edited[id(tensor)] = edit
             grad = tensor.grad if tensor.is_leaf else None
-            new_grad = None if grad is None else merge_like(edit, grad)
-            plan.tensors.append((tensor, apply_edit(edit, tensor, tensors), new_grad))
+            new_grad = None if grad is None else part(merge_like(edit, whole(grad)), grad)
+            plan.tensors.append((tensor, part(apply_edit(edit, whole(tensor), full), tensor), new_grad))
         plan.attributes = _plan_attributes(target, edited, splits, norms)
         plans.append(plan)
     return plans
@@ -246,5 +247,7 @@ def _plan_attributes(
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) in edited:
                 merged.update(attribute_changes(module, leaf, edited[id(tensor)].keep, tuple(tensor.shape)))
+        if "__class__" in merged and is_unit(module):
+            raise ShapeError(f"module '{qualified}' gets another class, and fully_shard has wrapped it by itself.")
         changes.extend((module, name, value) for name, value in merged.items())
     return changes

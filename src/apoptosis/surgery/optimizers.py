@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.records import TensorEdit
+from apoptosis.sharded import Whole, part, whole
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like, unscaled
 
 Rule = Literal["slice", "first", "value", "row", "column"]
@@ -95,7 +96,7 @@ def state_changes(
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     changes: list[StateChange] = []
-    averages: dict[str, dict[str, Tensor]] = {}
+    averages: dict[str, Mapping[str, Tensor]] = {}
     for name, edit in edits.items():
         p = parameters.get(name)
         if p is None or id(p) not in held:
@@ -105,10 +106,10 @@ def state_changes(
         for key, value in state.items():
             rule = _rule(optimizer, name, p, key, value)
             if rule == "value":
-                averages.setdefault(key, _averages(optimizer, parameters, key))
-                changes.append(StateChange(state, key, apply_edit(edit, value, averages[key])))
+                averages.setdefault(key, Whole(_averages(optimizer, parameters, key)))
+                changes.append(StateChange(state, key, part(apply_edit(edit, whole(value), averages[key]), value)))
             elif rule is not None:
-                changes.append(StateChange(state, key, _changed(rule, edit, state, key, value)))
+                changes.append(StateChange(state, key, part(_changed(rule, edit, state, key, whole(value)), value)))
     return changes
 
 
@@ -175,6 +176,7 @@ def _factor(edit: TensorEdit, factor: Tensor, partner: Tensor | None, *, last: i
     """
     ndim = factor.ndim
     averaged = edit.keep.get(ndim + last)
+    partner = None if partner is None else whole(partner)
     own = {dim: keep for dim, keep in edit.keep.items() if dim != ndim + last}
     value = factor.detach()
     if averaged is not None and partner is not None:

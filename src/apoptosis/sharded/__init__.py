@@ -1,0 +1,21 @@
+"""Parameters that are spread over processes (fully_shard)."""
+
+from apoptosis.sharded.checks import check_sharded, group_of
+from apoptosis.sharded.tensors import Whole, exchange, has_shards, is_sharded, part, whole
+from apoptosis.sharded.units import at_rest, gathered, is_unit, lent, renew
+
+__all__ = [
+    "Whole",
+    "at_rest",
+    "check_sharded",
+    "exchange",
+    "gathered",
+    "group_of",
+    "is_sharded",
+    "is_unit",
+    "lent",
+    "part",
+    "renew",
+    "has_shards",
+    "whole",
+]
