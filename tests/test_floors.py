@@ -26,6 +26,7 @@ FLOORS = {
     "passes": 2,
     "ranks": 2,
     "unwrap": 2,
+    "launch": 3,
     "norms": 2,
     "arguments": 3,
     "criteria": 3,
@@ -54,6 +55,7 @@ EXTRA_ROOMS = {
     "recipes": EXTRAS,
     "cli": EXTRAS,
     "report": {"matplotlib"},
+    "launch": {"mpi4py"},
 }
 
 FILES = sorted(SRC.rglob("*.py"))

@@ -205,8 +205,14 @@ def checksum(tensor: Tensor) -> int:
 
 
 def ranks_of(parallel: Sequence[Any]) -> Ranks:
-    """Return the ranks that DistributedDataParallel modules around a model speak of; alone without any."""
+    """Return the ranks that DistributedDataParallel modules around a model speak of; alone without any.
+
+    A communication hook whose state are ranks (of MPI, say) has its gradients summed by them: events use them too.
+    """
     group = parallel[0].process_group if parallel else None
     if group is None or group.size() == 1:
         return Ranks()
+    for _, state in parallel[0]._comm_hooks:
+        if isinstance(state, Ranks):
+            return state
     return TorchRanks(group, next(parallel[0].parameters()).device)
