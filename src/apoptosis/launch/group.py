@@ -27,6 +27,7 @@ from apoptosis.launch.place import Place, recognise
 from apoptosis.ranks import Ranks, TorchRanks
 
 TIMEOUT = 1800.0  # seconds, as torch.distributed has it
+_DEFER = 0.5  # seconds
 _LINGER = 3.0  # seconds in which other ranks may ask who has spoken already
 _FAILURES = "apoptosis/failures"
 _stores: Any = dist  # its stubs leave out the stores
@@ -136,6 +137,8 @@ class Group:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is not None and self.size > 1 and self._open:
+            if isinstance(error, RankError):  # the rank that knows why may be about to say so
+                time.sleep(_DEFER)
             self.silent = not self._first_to_fail()
         self.close(failed=error is not None)
 
