@@ -19,7 +19,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,families,rivals]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,families,mpi,rivals]"
 	touch $@
 
 demo: $(STAMP)

@@ -27,6 +27,7 @@ FLOORS = {
     "ranks": 2,
     "unwrap": 2,
     "sharded": 2,
+    "launch": 3,
     "norms": 2,
     "arguments": 3,
     "distributed": 3,
@@ -56,6 +57,7 @@ EXTRA_ROOMS = {
     "recipes": EXTRAS,
     "cli": EXTRAS,
     "report": {"matplotlib"},
+    "launch": {"mpi4py"},
 }
 
 FILES = sorted(SRC.rglob("*.py"))

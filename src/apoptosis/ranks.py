@@ -233,6 +233,8 @@ def checksum(tensor: Tensor) -> int:
 def ranks_of(parallel: Sequence[Any], group: Any = None, device: torch.device | None = None) -> Ranks:
     """Return the ranks that train together; alone where nothing speaks of any.
 
+    A communication hook whose state are ranks (of MPI, say) has its gradients summed by them: events use them too.
+
     Args:
         parallel: the DistributedDataParallel modules around a model.
         group: without any, the process group that the model is sharded over.
@@ -241,4 +243,7 @@ def ranks_of(parallel: Sequence[Any], group: Any = None, device: torch.device | 
     group = parallel[0].process_group if parallel else group
     if group is None or group.size() == 1:
         return Ranks()
+    for _, state in parallel[0]._comm_hooks if parallel else ():
+        if isinstance(state, Ranks):
+            return state
     return TorchRanks(group, device or next(parallel[0].parameters()).device, parallel)

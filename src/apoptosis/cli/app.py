@@ -17,6 +17,7 @@ from apoptosis.cli.inspect import inspect
 from apoptosis.cli.plan import plan
 from apoptosis.cli.report import report
 from apoptosis.cli.train import train
+from apoptosis.cli.voice import Failure, speaks_alone
 from apoptosis.errors import ApoptosisError
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -31,6 +32,8 @@ app = typer.Typer(
 for _command in (train, compare, inspect, plan, report):
     app.command()(_command)
 
+_FORESEEN = (ApoptosisError, OSError, torch.OutOfMemoryError)
+_STOPPED = "interrupted; what was saved stays, and train goes on from it with --resume"
 # typer hands on the errors of its parser, whose base class it exports in some versions only.
 _ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -38,23 +41,42 @@ _ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 def run(argv: Sequence[str]) -> int:
     """Run one command.
 
-    Returns: its exit status: 0 done, 2 bad input, 130 interrupted. Failures print one line on stderr.
+    Returns: its exit status: 0 done, 2 bad input, 130 interrupted. Failures print one line on stderr; where several
+        processes of one run fail, one of them does.
     """
+    try:
+        status = _status(argv)
+    except Failure as failure:
+        status, message = _judge(failure.error)
+        return _fail(message, status) if failure.speaks else status
+    except (*_FORESEEN, _ParserError) as error:
+        status, message = _judge(error)
+        return _fail(message, status) if speaks_alone() else status
+    if status == INTERRUPTED:  # typer turns an interrupt into this status by itself, in some versions
+        return _fail(_STOPPED, INTERRUPTED)
+    return status
+
+
+def _status(argv: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             # Without arguments: the help, as if it had been asked for.
             status = typer.main.get_command(app)(args=list(argv) or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        status = INTERRUPTED
-    except (ApoptosisError, OSError, torch.OutOfMemoryError) as error:
-        return _fail(str(error) or type(error).__name__, BAD_INPUT)
-    except _ParserError as error:
-        wording = getattr(error, "format_message", error.__str__)
-        return _fail(wording(), BAD_INPUT)
-    if status == INTERRUPTED:  # typer turns an interrupt into this status by itself, in some versions
-        return _fail("interrupted; what was saved stays, and train goes on from it with --resume", INTERRUPTED)
+        return INTERRUPTED
     return status if isinstance(status, int) else 0
+
+
+def _judge(error: BaseException) -> tuple[int, str]:
+    """Return the exit status and the line for a foreseen failure; raise any other."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, _STOPPED
+    if isinstance(error, _ParserError):
+        return BAD_INPUT, getattr(error, "format_message", error.__str__)()
+    if isinstance(error, _FORESEEN):
+        return BAD_INPUT, str(error) or type(error).__name__
+    raise error
 
 
 def _fail(message: str, status: int) -> int:

@@ -66,6 +66,14 @@ Calibration = Annotated[
     typer.Option(help="Fixed cost of an event in MACs, from an earlier run's summary. Default: measured once."),
 ]
 TensorBoard = Annotated[bool, _option("Write TensorBoard scalars into the run folder.", "--tensorboard")]
+Launcher = Annotated[
+    str,
+    _option(
+        "Who starts the processes of one run: auto, none, torchrun, mpi or slurm; auto looks at the environment. "
+        "Under mpi gradients and moments are summed by MPI.",
+        "--launcher",
+    ),
+]
 Quiet = Annotated[bool, _option("Print nothing but the result.", "--quiet", "-q")]
 Out = Annotated[Path | None, _option("Run folder. Default: runs/DATA-NETWORK-TIME.")]
 JsonFile = Annotated[Path | None, _option("Also write the result to this file.", "--json")]

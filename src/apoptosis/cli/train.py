@@ -14,8 +14,11 @@ import typer
 
 from apoptosis.cli import options as o
 from apoptosis.cli.display import console, display, metric_words, widths_words
+from apoptosis.cli.voice import one_voice
+from apoptosis.errors import ArgumentError
+from apoptosis.launch import Group
 from apoptosis.recipes.config import RunConfig
-from apoptosis.recipes.folder import RunFolder
+from apoptosis.recipes.folder import CHECKPOINT, CONFIG, RunFolder
 from apoptosis.recipes.train import train as run_train
 
 D = o.DEFAULTS
@@ -52,17 +55,45 @@ def train(
     calibration: o.Calibration = None,
     tensorboard: o.TensorBoard = False,
     out: o.Out = None,
+    launcher: o.Launcher = "auto",
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder exactly.")] = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Train one network; with apoptosis unless told otherwise."""
     config = o.to_config(ctx) if resume is None else o.same_config(_stored(resume), o.given(ctx), resume)
-    path = resume or out or default_folder(config)
+    with one_voice(launcher, config.device) as group:
+        where = _where(group, config, out, resume)
+        _run(group, config, *where, quiet=quiet)
+
+
+def _run(group: Group, config: RunConfig, path: Path, resume: str, *, quiet: bool) -> None:
+    first = group.rank == 0
     shown = console()
-    with RunFolder(path, resume=resume is not None) as folder, display(shown, quiet) as watch:
-        summary = run_train(folder, config, resume=resume is not None, watch=watch)
-    shown.print(_words(summary), soft_wrap=True, markup=False)
-    shown.print(f"run folder: {path}", soft_wrap=True, markup=False)
+    opened = group.ranks.each(lambda: RunFolder(path, resume=resume != "", writes=first))
+    with opened as folder, display(shown, quiet or not first) as watch:
+        summary = run_train(folder, config, resume=resume == "checkpoint", watch=watch, group=group)
+    if first:
+        shown.print(_words(summary), soft_wrap=True, markup=False)
+        shown.print(f"run folder: {path}", soft_wrap=True, markup=False)
+
+
+def _where(group: Group, config: RunConfig, out: Path | None, resume: Path | None) -> tuple[Path, str]:
+    """Return the run's folder, the same on all ranks, and what of it to go on from: "checkpoint", "folder" or "".
+
+    Processes that torchrun started anew go on with the run that they were started for.
+
+    Raises: ArgumentError: they may be started anew, and would not find it. DataError: another run lies there.
+    """
+    if resume is not None:
+        return resume, "checkpoint"
+    if group.place.restartable and out is None:
+        raise ArgumentError("torchrun --max-restarts needs --out: processes started anew go on with the run in there.")
+    path = group.ranks.first(out or default_folder(config))
+    found = ""
+    if group.rank == 0 and group.place.restarts and (path / CONFIG).is_file():
+        if _stored(path) == config:
+            found = "checkpoint" if (path / CHECKPOINT).exists() else "folder"
+    return path, group.ranks.first(found)
 
 
 def default_folder(config: RunConfig) -> Path:

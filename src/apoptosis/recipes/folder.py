@@ -29,12 +29,16 @@ class RunFolder:
 
     Args:
         path: created when absent. resume: the folder must hold a run already; otherwise it must hold none.
+        writes: False for a process that only reads checkpoints there: rank 0 of its run writes all the rest.
 
     Raises: ArgumentError: a run lies there already. DataError: none does, to resume. OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, resume: bool = False, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
+        self._scalars: dict[str, Any] = {}
+        if not writes:
+            return
         if resume and not (path / CONFIG).is_file():
             raise DataError(f"'{path}' is not the folder of a run: it holds no {CONFIG}.")
         if not resume:
@@ -46,7 +50,6 @@ class RunFolder:
                 raise ArgumentError(f"'{path}' holds a run already: resume it with --resume, or name another folder.")
         self._begun = resume
         self._log = EventLog(path / LOG)
-        self._scalars: dict[str, Any] = {}
 
     @property
     def checkpoint(self) -> Path:
@@ -62,6 +65,8 @@ class RunFolder:
 
     def begin(self, config: RunConfig, device: torch.device, **more: Any) -> None:
         """Write configuration, versions and machine; from here on the folder is that of a run."""
+        if not self._writes:
+            return
         self._begun = True
         config.write(self.path / CONFIG)
         self._log.append(
@@ -73,7 +78,7 @@ class RunFolder:
 
         def log(record: Mapping[str, Any]) -> None:
             fields = {key: value for key, value in record.items() if key not in ("kind", "time")}
-            self._log.append(str(record.get("kind", "event")), contestant="apoptosis", seed=seed, **fields)
+            self.add(str(record.get("kind", "event")), contestant="apoptosis", seed=seed, **fields)
             if kept is not None:
                 kept.append(fields)
 
@@ -81,14 +86,17 @@ class RunFolder:
 
     def add_epoch(self, contestant: str, seed: int, epoch: Epoch, metric_name: str) -> None:
         """Log one epoch of one contestant."""
-        self._log.append("epoch", contestant=contestant, seed=seed, metric_name=metric_name, **asdict(epoch))
+        self.add("epoch", contestant=contestant, seed=seed, metric_name=metric_name, **asdict(epoch))
 
     def add(self, kind: str, **fields: Any) -> None:
         """Log a record of another kind."""
-        self._log.append(kind, **fields)
+        if self._writes:
+            self._log.append(kind, **fields)
 
     def add_scalars(self, contestant: str, seed: int, epoch: Epoch) -> None:
         """Write one epoch's scalars for TensorBoard, below tensorboard/."""
+        if not self._writes:
+            return
         name = f"{contestant}-seed{seed}"
         if name not in self._scalars:
             from torch.utils.tensorboard import SummaryWriter
@@ -109,11 +117,14 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log the summary and write it as JSON."""
-        self._log.append("summary", **{k: v for k, v in summary.items() if k not in ("kind", "time")})
-        write_json(self.path / SUMMARY, summary)
+        self.add("summary", **{k: v for k, v in summary.items() if k not in ("kind", "time")})
+        if self._writes:
+            write_json(self.path / SUMMARY, summary)
 
     def close(self) -> None:
         """Close what is open; closing twice does nothing. A folder whose run never began is removed if it is empty."""
+        if not self._writes:
+            return
         self._log.close()
         if not self._begun:
             self._begun = True

@@ -4,6 +4,9 @@ Lives here: `Trainer`, the same for a network with and without apoptosis, used b
 Does not live here: folders, logs, displays; which contestant goes when.
 Everything random in an epoch follows from (seed, epoch): the order of the examples, and the generator that dropout
 draws from. So twins see the same, and a run can be continued in the middle of an epoch.
+
+Several processes train one network: each takes its rows of every batch, and weights its loss by their number, so that
+the averaged gradient is that of the mean over the batch, whether the rows divide or not.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ from torch import Tensor, nn
 
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import CheckpointError, NonFiniteError
+from apoptosis.launch import Group, Place
 from apoptosis.ledger import Event
+from apoptosis.ranks import Ranks
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.datasets import Dataset
 from apoptosis.recipes.interrupt import Interrupt, Stopped
 from apoptosis.recipes.metrics import evaluate
 from apoptosis.recipes.networks import build_network, num_macs, num_parameters
 from apoptosis.recipes.optim import learning_rate, make_optimizer
+from apoptosis.recipes.several import StopVote, batch_share, own_random_state, probe_share, rank_seed
 
 # Reading the loss waits for the device, so it is read this often only: for the display and the check for NaN.
 CHECK_EVERY = 50
@@ -85,6 +91,8 @@ class Trainer:
         config: the run. data: parts on the device already (see `Part.resident`). device: where to train.
         log: gets apoptosis' own records.
         interrupt: asked after every step; None when nobody may interrupt.
+        group: the processes that train together, each with a Trainer of its own; None for one alone. Everything below
+            is collective then: all of them call it.
 
     `seconds` is wall time of training so far: setting apoptosis up and all it does included, evaluation excluded;
     `evaluation_seconds` is the rest of the run.
@@ -98,13 +106,18 @@ class Trainer:
         *,
         log: LogRecord | None = None,
         interrupt: Interrupt | None = None,
+        group: Group | None = None,
     ) -> None:
         self.config, self.data, self.device = config, data, device
         self.interrupt = interrupt or Interrupt()
+        self.group = group or Group(Place(), device, Ranks())
+        self.stop = StopVote(self.group, self.interrupt)
+        self.batch = min(config.batch, len(data.train))
+        self._share = batch_share(self.group, self.batch)
         torch.manual_seed(config.seed)
         self.model = make_network(config, data, device)
+        self.parallel = self.group.parallel(self.model)
         self.optimizer = make_optimizer(config, self.model)
-        self.batch = min(config.batch, len(data.train))
         self.steps_per_epoch = len(data.train) // self.batch
         self.total_steps = self.steps_per_epoch * config.epochs
         self.step = 0
@@ -122,10 +135,10 @@ class Trainer:
     def _start_apoptosis(self, log: LogRecord | None) -> Apoptosis:
         config, held_out = self.config, self.data.validation
         rows = len(held_out) if config.budget is not None else min(config.probe_rows, len(held_out))
-        probe = tuple(t.to(self.device) for t in held_out.between(0, rows)) if rows else None
+        probe = tuple(t.to(self.device) for t in held_out.between(*probe_share(self.group, rows))) if rows else None
         example, _ = self.data.train.between(0, 2)
         return Apoptosis(
-            self.model,
+            self.parallel,
             self.optimizer,
             example.to(self.device),
             tolerance=config.tolerance,
@@ -179,7 +192,7 @@ class Trainer:
         finally:
             self.last_epoch_seconds = time.perf_counter() - started
             self.seconds += self.last_epoch_seconds
-        loss = float(self._loss_sum) / self.steps_per_epoch
+        loss = self._loss() / self.steps_per_epoch
         metric = self.evaluate_on("validation") if len(self.data.validation) else None
         done = Epoch(
             epoch=epoch + 1,
@@ -199,19 +212,28 @@ class Trainer:
         """Metric on the "validation" or "test" part; its time is no training time."""
         started = time.perf_counter()
         part = self.data.validation if which == "validation" else self.data.test
-        value = evaluate(self.model, part, self.data.metric, self.device)
+        ranks = self.group.ranks
+
+        def value_of_rank_0() -> float:  # whose running averages of BatchNorm are those of the run
+            return evaluate(self.model, part, self.data.metric, self.device) if ranks.rank == 0 else 0.0
+
+        value = ranks.first(ranks.each(value_of_rank_0))
         self.evaluation_seconds += time.perf_counter() - started
         return value
 
     def state_dict(self) -> Record:
         """Return what a checkpoint needs besides model, optimizer and apoptosis."""
-        return {
+        state = {
             "step": self.step,
             "seconds": self.seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "loss_sum": self._loss_sum,
             "rng": self._random_state(),
         }
+        if self.group.size > 1:
+            state["loss_sum"] = torch.full_like(self._loss_sum, self._loss())
+            state["rng"] = torch.stack(self.group.ranks.gathered(self._random_state().cpu()))
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -222,7 +244,7 @@ class Trainer:
             step = int(state["step"])
             self.seconds, self.evaluation_seconds = float(state["seconds"]), float(state["evaluation_seconds"])
             self._loss_sum = state["loss_sum"].to(self.device)
-            self._rng = state["rng"]
+            self._rng = own_random_state(self.group, state["rng"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not hold the state of a training run ({error!r}).") from error
         if not 0 <= step <= self.total_steps:
@@ -231,19 +253,23 @@ class Trainer:
 
     def _train(self, watch: Watcher | None) -> None:
         """Run the steps that are left of the current epoch."""
-        config, data, model, optimizer, apo = self.config, self.data.train, self.model, self.optimizer, self.apo
+        config, data, model, optimizer, apo = self.config, self.data.train, self.parallel, self.optimizer, self.apo
+        own, alone = self._share, self.group.size == 1
+        weight = (own.stop - own.start) * self.group.size / self.batch
         epoch, first = divmod(self.step, self.steps_per_epoch)
         batches = self._begin_epoch(epoch, first)
         group = optimizer.param_groups[0]
         precision = self._precision()
         for position in range(first, self.steps_per_epoch):
-            inputs, labels = data.take(batches[position])
+            inputs, labels = data.take(batches[position][own])
             inputs, labels = inputs.to(self.device), labels.to(self.device)
             group["lr"] = learning_rate(config.schedule, config.lr, self.step, self.total_steps)
-            with precision:
-                loss = F.cross_entropy(model(inputs), labels)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
+            with self.group.step():
+                with precision:
+                    loss = F.cross_entropy(model(inputs), labels)
+                loss = loss if alone else weight * loss
+                optimizer.zero_grad(set_to_none=True)
+                torch.autograd.backward(loss)
             optimizer.step()
             if apo is not None:
                 event = apo.step()
@@ -253,7 +279,7 @@ class Trainer:
             self.step += 1
             if self.step % CHECK_EVERY == 0:
                 self._check(epoch, position + 1, watch)
-            if self.interrupt.requested and position + 1 < self.steps_per_epoch:
+            if position + 1 < self.steps_per_epoch and self.stop.after(self.step):
                 self._rng = self._random_state()
                 raise Stopped
         self._check(epoch, self.steps_per_epoch, watch)
@@ -264,15 +290,23 @@ class Trainer:
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
         if first and self._rng is not None:
             self._restore_random_state(self._rng)
+        elif first:  # the checkpoint is of another number of processes
+            torch.manual_seed(rank_seed(self.group, seed + 1) + 2 * first)
         else:
-            torch.manual_seed(seed + 1)
+            torch.manual_seed(rank_seed(self.group, seed + 1))
             self._loss_sum = torch.zeros_like(self._loss_sum)
         self.model.train()
         order = order[: self.steps_per_epoch * self.batch].to(self.data.train.labels.device)
         return order.view(self.steps_per_epoch, self.batch)
 
+    def _loss(self) -> float:
+        """Sum of the epoch's losses so far, of all rows of all ranks."""
+        if self.group.size == 1:
+            return float(self._loss_sum)
+        return float(self.group.ranks.total(self._loss_sum)) / self.group.size
+
     def _check(self, epoch: int, done: int, watch: Watcher | None) -> None:
-        mean = float(self._loss_sum) / done
+        mean = self._loss() / done
         if not math.isfinite(mean):
             raise NonFiniteError(
                 f"the training loss is {mean} by step {self.step} (epoch {epoch + 1}); "

@@ -5,6 +5,7 @@ Lives here: the order of things in `apoptosis train`. Does not live here: steps 
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from apoptosis.errors import CheckpointError, NonFiniteError
+from apoptosis.launch import Group
+from apoptosis.ranks import Ranks
 from apoptosis.recipes.config import RunConfig, resolve_device
 from apoptosis.recipes.datasets import Dataset, load_dataset
 from apoptosis.recipes.folder import RunFolder
@@ -19,17 +22,24 @@ from apoptosis.recipes.interrupt import Interrupt, Stopped
 from apoptosis.recipes.loop import Epoch, Trainer, Watcher
 from apoptosis.recipes.machine import machine, versions
 from apoptosis.recipes.results import SCHEMA, Result, finish
+from apoptosis.recipes.several import threads_of_one
 from apoptosis.surgery import load, save
 
 
-def prepare(config: RunConfig) -> tuple[Dataset, torch.device]:
+def prepare(config: RunConfig, group: Group | None = None) -> tuple[Dataset, torch.device]:
     """Set threads, find the device, read the data and put them where they train.
+
+    Several processes on one machine share its cores, unless --threads or OMP_NUM_THREADS says how many threads each
+    has.
 
     Raises: ArgumentError, DataError: the device is not there, or the data are not.
     """
-    device = resolve_device(config.device)
+    several = group is not None and group.size > 1
+    device = group.device if several and group is not None else resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    elif several and group is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_of_one(group.place.local_size))
     data = load_dataset(
         config.data,
         data_dir=None if config.data_dir is None else Path(config.data_dir),
@@ -44,21 +54,29 @@ def prepare(config: RunConfig) -> tuple[Dataset, torch.device]:
 def write_checkpoint(folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -> None:
     """Write all it takes to go on exactly here; the last checkpoint is replaced only by a whole and finite one.
 
+    Of several processes rank 0 writes, and all fail where it does.
+
     Raises: NonFiniteError: a weight is NaN or infinite. CheckpointError: it cannot be written.
     """
     for name, parameter in trainer.model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"the weights of '{name}' hold NaN or infinity at step {trainer.step}; lower --lr.")
     history = [_epoch_fields(epoch) for epoch in epochs]
-    save(
-        folder.checkpoint,
-        trainer.model,
-        trainer.optimizer,
-        trainer.apo,
-        trainer=trainer.state_dict(),
-        epochs=history,
-        config=trainer.config.model_dump(mode="json"),
-    )
+    state = trainer.state_dict()
+
+    def write() -> None:
+        if trainer.group.rank == 0:
+            save(
+                folder.checkpoint,
+                trainer.model,
+                trainer.optimizer,
+                trainer.apo,
+                trainer=state,
+                epochs=history,
+                config=trainer.config.model_dump(mode="json"),
+            )
+
+    trainer.group.ranks.each(write)
 
 
 def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
@@ -66,8 +84,7 @@ def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
 
     Raises: CheckpointError: none is there, or it is damaged or of another run.
     """
-    if not folder.checkpoint.exists():
-        raise CheckpointError(f"'{folder.path}' holds no checkpoint yet: start the run anew in another folder.")
+    trainer.group.ranks.each(lambda: _check_there(folder))  # loading talks to the other ranks
     extra = load(folder.checkpoint, trainer.model, trainer.optimizer, trainer.apo)
     try:
         if extra["config"] != trainer.config.model_dump(mode="json"):
@@ -78,23 +95,40 @@ def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
         raise CheckpointError(f"'{folder.checkpoint}' is not a checkpoint of apoptosis train ({error!r}).") from error
 
 
+def _check_there(folder: RunFolder) -> None:
+    if not folder.checkpoint.exists():
+        raise CheckpointError(f"'{folder.path}' holds no checkpoint yet: start the run anew in another folder.")
+
+
 def train(
-    folder: RunFolder, config: RunConfig, *, resume: bool = False, watch: Watcher | None = None
+    folder: RunFolder,
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    watch: Watcher | None = None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or on to the end; returns the summary that is also written into the folder.
 
-    A checkpoint is written after every epoch, and when the run is interrupted between two steps.
+    A checkpoint is written after every epoch, and when the run is interrupted between two steps. group: the processes
+    that train together, all of which call this, with the folder of `RunFolder(..., writes=rank == 0)`.
 
     Raises: NonFiniteError: the loss is NaN or infinite; the last checkpoint stays. KeyboardInterrupt: interrupted; a
-            second interrupt ends the run at once, with the last checkpoint that is there.
+            second interrupt ends the run at once, with the last checkpoint that is there. RankError: another
+            process is gone or failed.
         ArgumentError, DataError, CheckpointError: before anything is trained.
     """
-    data, device = prepare(config)
+    each = Ranks().each if group is None else group.ranks.each
+    data, device = each(lambda: prepare(config, group))
     contestant = "apoptosis" if config.apoptosis else "dense"
     with Interrupt() as interrupt:
-        trainer = Trainer(config, data, device, log=folder.event_logger(config.seed), interrupt=interrupt)
-        epochs = read_checkpoint(folder, trainer) if resume else []
-        folder.begin(config, device, **({"resumed_at_step": trainer.step} if resume else {}))
+        log = folder.event_logger(config.seed)
+        trainer = Trainer(config, data, device, log=log, interrupt=interrupt, group=group)
+        epochs = each(lambda: read_checkpoint(folder, trainer)) if resume else []
+        told: dict[str, Any] = {"resumed_at_step": trainer.step} if resume else {}
+        if trainer.group.size > 1:
+            told |= {"ranks": trainer.group.size, "launcher": trainer.group.launcher}
+        each(lambda: folder.begin(config, device, **told))
         try:
             while not trainer.finished:
                 epoch = trainer.run_epoch(watch)
@@ -103,7 +137,7 @@ def train(
                 if config.tensorboard:
                     folder.add_scalars(contestant, config.seed, epoch)
                 write_checkpoint(folder, trainer, epochs)
-                if interrupt.requested and not trainer.finished:
+                if trainer.stop.now() and not trainer.finished:
                     raise KeyboardInterrupt
         except Stopped:
             write_checkpoint(folder, trainer, epochs)

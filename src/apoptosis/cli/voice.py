@@ -1,0 +1,49 @@
+"""One line for one failure, however many processes fail.
+
+Lives here: which process of a run speaks. Does not live here: the line itself (app).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from apoptosis.errors import ApoptosisError
+from apoptosis.launch import Group, recognise, start_group
+
+
+class Failure(Exception):
+    """What ended one process of several. error: it. speaks: whether this process tells it, or another one does."""
+
+    def __init__(self, error: BaseException, *, speaks: bool) -> None:
+        super().__init__(str(error))
+        self.error, self.speaks = error, speaks
+
+
+@contextmanager
+def one_voice(launcher: str, device: str) -> Iterator[Group]:
+    """Begin the group of a run; what makes it fail leaves as it is from one process alone, as Failure from several.
+
+    Warnings are shown by rank 0 alone, for all have the same.
+    """
+    group = start_group(launcher, device=device)
+    if group.rank:
+        warnings.simplefilter("ignore")
+    try:
+        with group:
+            yield group
+    except BaseException as error:
+        if group.size == 1:
+            raise
+        if group.rank and isinstance(error, ApoptosisError) and not str(error).startswith("rank "):
+            error = type(error)(f"rank {group.rank} of {group.size}: {error}")
+        raise Failure(error, speaks=not group.silent) from error
+
+
+def speaks_alone() -> bool:
+    """Whether this process tells of an error that it met before it could ask the others: one per machine does."""
+    try:
+        return recognise().local_rank == 0
+    except ApoptosisError:  # variables that contradict one another: each process has its own
+        return True

@@ -1,0 +1,79 @@
+"""Programs started by the real torchrun and mpirun, for the tests beside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import apoptosis
+
+SRC = Path(apoptosis.__file__).parents[1]
+#: What launchers set; this very process may have been started by one.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI", "MPI_", "SLURM_", "PRTE_")
+
+
+def environment(**more):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    kept |= {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # Open MPI as the superuser of a container, and on fewer cores than processes
+    kept |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    kept |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    return kept | more
+
+
+def mpirun():
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def command(launcher, size, *program):
+    if launcher == "mpi":
+        return [mpirun(), "-n", str(size), sys.executable, *program]
+    if launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *program]
+    return [sys.executable, *program]
+
+
+class Launched:
+    """A launcher and all it started, in a session of their own; nothing is left behind."""
+
+    def __init__(self, launcher, size, *program, cwd, **variables):
+        # files, not pipes: a process that is left over would keep a pipe open
+        self.out, self.err = Path(cwd) / "stdout.txt", Path(cwd) / "stderr.txt"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                command(launcher, size, *program), cwd=cwd, env=environment(**variables), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            )  # fmt: skip
+
+    def wait(self, timeout=240):
+        try:
+            self.process.wait(timeout)
+        finally:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        return self.process.returncode
+
+    def told(self):
+        return self.err.read_text()
+
+    def lines(self):
+        """What the command told of its failure."""
+        return [line for line in self.told().splitlines() if line.startswith("apoptosis: error")]
+
+
+def descendants(pid):
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*found, *(deeper for child in found for deeper in descendants(child))]
+
+
+def with_variable(pid, name, value):
+    """The process below `pid` that a launcher started with this variable."""
+    wanted = f"{name}={value}".encode()
+    return next(p for p in descendants(pid) if wanted in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))

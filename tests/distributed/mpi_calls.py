@@ -1,0 +1,83 @@
+"""What MpiRanks promises, checked by every rank: mpirun -n 4 python mpi_calls.py."""
+
+import sys
+import time
+
+import torch
+
+from apoptosis.errors import NonFiniteError, RankError
+from apoptosis.launch import start_group
+
+
+def check(group):
+    ranks = group.ranks
+    own = torch.arange(5.0) + ranks.rank
+    all_of = range(ranks.size)
+    assert torch.equal(ranks.total(own), sum(torch.arange(5.0).double() + r for r in all_of))
+    assert ranks.bytes_sent == 40
+    assert torch.equal(own, torch.arange(5.0) + ranks.rank)
+    low, high = ranks.range_of(torch.tensor([ranks.rank, -ranks.rank]))
+    assert (low.tolist(), high.tolist()) == ([0, 1 - ranks.size], [ranks.size - 1, 0])
+    values = [("rank", r, torch.full((r,), float(r))) for r in all_of]  # of other lengths on every rank
+    for found, wanted in zip(ranks.gathered(values[ranks.rank]), values, strict=True):
+        assert found[:2] == wanted[:2]
+        assert torch.equal(found[2], wanted[2])
+    assert ranks.first(ranks.rank + 7) == 7
+    assert ranks.all(True)
+    assert not ranks.all(ranks.rank != 1)
+    assert ranks.any(ranks.rank == 1)
+    assert not ranks.any(False)
+    for dtype, size in ((torch.float32, 7), (torch.float64, 100_000), (torch.bfloat16, 33), (torch.float16, 3)):
+        buckets = [torch.full((size,), float(ranks.rank + k), dtype=dtype) for k in range(3)]
+        futures = [ranks.average(bucket) for bucket in buckets]  # under way at the same time
+        for k, (future, bucket) in enumerate(zip(futures, buckets, strict=True)):
+            found = future.wait()
+            assert found.data_ptr() == bucket.data_ptr()
+            assert torch.equal(found, torch.full((size,), sum(r + k for r in all_of) / ranks.size, dtype=dtype))
+
+    def work():
+        if ranks.rank == 2:
+            raise NonFiniteError("bad")
+
+    try:
+        ranks.each(work)
+    except NonFiniteError as error:
+        assert str(error) == "rank 2: bad"
+    else:
+        raise AssertionError("a failure of one rank is one of all")
+
+
+def check_timeout(group):
+    """One rank stays away: the others are told so, once and for all."""
+    ranks = group.ranks
+    if ranks.rank == 3:
+        time.sleep(4)
+        return
+    for _ in range(2):
+        try:
+            ranks.total(torch.zeros(1))
+        except RankError as error:
+            assert "no answer" in str(error)
+            assert f"rank {ranks.rank} of 4 lost another rank" in str(error)
+        else:
+            raise AssertionError("a rank that stays away is an error")
+    future = ranks.average(torch.zeros(3))
+    try:
+        future.wait()
+    except RuntimeError as error:
+        assert "RankError" in str(error)
+    else:
+        raise AssertionError("gradients that nobody summed are none")
+
+
+if __name__ == "__main__":
+    with start_group("mpi", device="cpu", timeout=2 if "late" in sys.argv else 60) as group:
+        check(group)
+        if "late" in sys.argv:
+            group.ranks.gathered(None)
+            check_timeout(group)
+            sys.stdout.write(f"{group.rank} done\n")
+            sys.stdout.flush()
+            time.sleep(4)
+            raise SystemExit(5)  # without a common end
+        sys.stdout.write(f"{group.rank} done\n")
