@@ -7,8 +7,8 @@ Lives here: the order of these within one event. Does not live here: the loop (e
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.graph import replay
@@ -78,6 +78,18 @@ def new_window(run: Run, groups: Sequence[Group]) -> Observer:
         ranks=ranks,
         whole=run.memory.thorough or settings.tolerance == 0,
     )
+
+
+def kept_window(run: Run, window: Mapping[str, Any] | None) -> Observer | None:
+    """Return the window that a checkpoint holds, as it was, or None: of several ranks every one saw other rows.
+
+    Raises: one of DAMAGES (state): it is of other groups or damaged.
+    """
+    if window is None or run.patient.ranks.size > 1:
+        return None
+    observer = new_window(run, tuple(group for group in run.structure.groups if group.pin is None))
+    observer.load_state_dict(window)
+    return observer
 
 
 def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Event | None, str]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
-from apoptosis.attempt import Run, agree, attempt, new_window, plan_now, seen_by_policy
+from apoptosis.attempt import Run, agree, attempt, kept_window, new_window, plan_now, seen_by_policy
 from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
@@ -247,11 +247,7 @@ class Apoptosis:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
             ranks.same_parameters("in the checkpoint that they load", self._patient.model)
-            observer = None
-            if window is not None and ranks.size == 1:  # every rank saw other rows
-                run = self._run()._replace(memory=memory)
-                observer = new_window(run, tuple(g for g in structure.groups if not g.pin))
-                observer.load_state_dict(window)
+            observer = kept_window(self._run()._replace(memory=memory, structure=structure), window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except (CheckpointError, RankError):  # say themselves what differs
             raise
