@@ -1,11 +1,13 @@
 """Wrong input is refused at the door, by name, and nothing has changed."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.cuda import graphs
 
 from apoptosis import Apoptosis, shrink_
 from apoptosis.errors import ArgumentError, CaptureError, UnsupportedOptimizerError
@@ -131,3 +133,12 @@ def test_an_example_without_examples_is_refused(runs):
     net = runs.mlp()
     with pytest.raises(ArgumentError, match="no example"):
         Apoptosis(net, runs.adam(net), torch.zeros(0, 6))
+
+
+def test_a_module_that_replays_a_cuda_graph_is_refused_by_name(runs):
+    net = runs.mlp()
+    codes = graphs.make_graphed_callables.__code__.co_consts  # torch's own closure: recording needs a device
+    code = next(c for c in codes if isinstance(c, types.CodeType) and c.co_name == "make_graphed_forward")
+    net[2].forward = types.FunctionType(code, vars(graphs))(net[2], True, net[2].forward, net[2].forward)
+    with pytest.raises(ArgumentError, match="module '2' replays a CUDA graph"):
+        Apoptosis(net, runs.adam(net), runs.inputs(4, 0))

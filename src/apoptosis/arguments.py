@@ -30,6 +30,14 @@ def check_model(model: object) -> Unwrapped:
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module.{remedy}")
     unwrapped = unwrap(model)
     check_sharded(unwrapped.model)
+    for name, module in unwrapped.model.named_modules():
+        forward = vars(module).get("forward")
+        if "make_graphed_callables" in str(getattr(forward, "__qualname__", "")):
+            raise ArgumentError(
+                f"module '{name}' replays a CUDA graph (torch.cuda.make_graphed_callables), which goes on computing "
+                "with the tensors it was recorded with, whatever becomes of them. Give the model before it is graphed; "
+                "torch.compile(mode='reduce-overhead') records its graphs again after an event."
+            )
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
             if nn.parameter.is_lazy(tensor):
