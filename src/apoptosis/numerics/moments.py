@@ -263,6 +263,18 @@ class Moments:
         out._mean, out._scatter, out._root = mean_C, scatter_CC, None
         return out
 
+    def rooted_in(self, rows_NC: Tensor | None) -> None:
+        """Take centred rows F with FᵀF = the scatter, known better than it is; None: there are none."""
+        self._root = None if rows_NC is None else rows_NC.new_zeros(0, self.num_channels)
+        self._add_root(rows_NC)
+
+    def root_around(self, centre_C: Tensor) -> Tensor | None:
+        """Return F with FᵀF = scatter_around(centre), (at most channels + 1, channels); None as for `root`."""
+        if self._root is None:
+            return None
+        link = (self._mean - centre_C.to(self._mean)) * float(self.num_rows) ** 0.5
+        return torch.cat([self._root, link[None]])
+
     def scatter_around(self, centre_C: Tensor) -> Tensor:
         """Return Σ (z - c)(z - c)ᵀ over the rows, (channels, channels) float64."""
         if self.num_rows == 0:

@@ -4,7 +4,8 @@ Lives here: two sums over all ranks per window, of counts and means first, then 
 few sites at a time; whole inputs are exchanged. Does not live here: what is watched (window.py), ranks (ranks.py).
 
 The scatter of all rows is Σ_r [S_r + n_r (m_r - m)(m_r - m)ᵀ], m the mean of all (Chan, Golub, LeVeque): nothing
-cancels, and every rank gets the same bits. Sketches add up: their signs are drawn apart on every rank.
+cancels, and every rank gets the same bits. Sketches add up: their signs are drawn apart on every rank. Triangles of
+float64 rows (tolerance 0) are exchanged and put below each other.
 """
 
 from __future__ import annotations
@@ -73,7 +74,17 @@ def _pool_moments(watches: Sequence[Watch], found: Sequence[Moments], ranks: Ran
             whole[_upper(found[i])] = scatter.to(whole.device)
             whole += whole.triu(1).T
             rows, examples, seen = totals[i]
-            watches[i].take_over(Moments.of(means[i], whole, int(rows), int(examples), exact=exact), int(seen))
+            pooled = Moments.of(means[i], whole, int(rows), int(examples), exact=exact)
+            if exact:
+                pooled.rooted_in(_root(found[i], means[i], ranks))
+            watches[i].take_over(pooled, int(seen))
+
+
+def _root(own: Moments, mean: Tensor, ranks: Ranks) -> Tensor | None:
+    """Put the triangles of all ranks below each other, in the order of the ranks: what tolerance 0 decides by."""
+    root = own.root_around(mean)
+    parts = [part for part in ranks.gathered(None if root is None else root.cpu()) if part is not None]
+    return torch.cat(parts).to(own.device) if len(parts) == ranks.size else None
 
 
 def _buckets(sizes: Sequence[int]) -> list[list[int]]:
