@@ -220,7 +220,7 @@ def event(world: World) -> Record:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         apo = Apoptosis(model, optimizer, world.x[:2], total_steps=60, calibration=1.0)
-        watched, done = True, None
+        watched, done = False, None
         while not (watched and not apo.watching):
             step()
             watched = apo.watching
