@@ -1,6 +1,6 @@
-"""Make the tables of README.md and docs/results.md from benchmarks/results/*.json.
+"""Make the tables of README.md, docs/results.md and docs/scaling.md from benchmarks/results/*.json.
 
-    python -m benchmarks.table --write      fill the text between the markers of both files
+    python -m benchmarks.table --write      fill the text between the markers of these files
     python -m benchmarks.table --check      exit status 1 if a file does not say what the JSON says
 
 Lives here: JSON to Markdown; no figure of a table is typed by hand. Does not live here: any measuring.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cluster import tables as scaling
 from benchmarks.paper import tables
 from benchmarks.paper.summary import read_cells, read_frontiers
 from benchmarks.paper.summary import table as markdown
@@ -23,7 +24,7 @@ from benchmarks.paper.summary import table as markdown
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER = RESULTS / "paper"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "scaling.md")
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."
 
@@ -109,6 +110,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "overhead": overhead_table,
     "capture": capture_table,
     "machines": machines_table,
+    **scaling.TABLES,
 }
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import tempfile
+import time
 import traceback
 from datetime import timedelta
+from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
 import torch
@@ -28,19 +31,58 @@ def _enter(work, rank, size, folder, arguments, timeout):
     dist.destroy_process_group()
 
 
-def together(work, *arguments, size=2, timeout=60):
-    """Run work(rank, size, *arguments) in `size` processes; return results and tracebacks by rank, None for none."""
+def mark(path):
+    """Tell the parent, or another process, that this point was reached."""
+    Path(path).touch()
+
+
+def wait_for(path, seconds=60):
+    """Wait until some process has come to a point. Raises: TimeoutError."""
+    end = time.monotonic() + seconds
+    while not Path(path).exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} did not come")
+        time.sleep(0.02)
+
+
+def _start(process, words, own):
+    """Start a process, inside what the words before its command line enter."""
+    if words is None:
+        return process.start()
+    resource_tracker.ensure_running()  # else it would be started in there
+    python = spawn.get_executable()
+    own.write_text(f'#!/bin/sh\nexec {shlex.join(words)} {shlex.quote(os.fsdecode(python))} "$@"\n')
+    own.chmod(0o755)
+    spawn.set_executable(str(own))
+    try:
+        return process.start()
+    finally:
+        spawn.set_executable(python)
+
+
+def together(work, *arguments, size=2, timeout=60, enter=None, meanwhile=None):
+    """Run work(rank, size, *arguments) in `size` processes; return results and tracebacks by rank, None for none.
+
+    enter: from a rank to the words that, before a command, run it somewhere else. meanwhile: called with the processes
+    once they are started.
+    """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         started = [
             context.Process(target=_enter, args=(work, rank, size, folder, arguments, timeout)) for rank in range(size)
         ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(3 * timeout)
-            if process.is_alive():
-                process.kill()
+        try:
+            for rank, process in enumerate(started):
+                _start(process, None if enter is None else enter(rank), Path(folder) / f"python{rank}")
+            if meanwhile is not None:
+                meanwhile(started)
+            for process in started:
+                process.join(60 + 2 * timeout)
+        finally:
+            for process in started:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
         results, faults = [], []
         for rank in range(size):
             done, told = Path(folder) / f"{rank}.pt", Path(folder) / f"{rank}.txt"

@@ -81,6 +81,8 @@ class Links:
         for holder in reversed(self._holders):
             holder.kill()
             holder.wait()
+            if holder.stderr is not None:
+                holder.stderr.close()
         self._holders = []
 
     def _hold(self, words: list[str]) -> int:

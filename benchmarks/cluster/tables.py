@@ -1,0 +1,152 @@
+"""The tables of docs/scaling.md, made from benchmarks/results/scaling.json.
+
+Lives here: JSON to Markdown. Does not live here: measuring, the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from benchmarks.paper.summary import table as markdown
+
+Record = Mapping[str, Any]
+EMPTY = "No results are committed yet; `python -m benchmarks.scaling` makes them."
+NONE = "–"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+
+
+def _mb(num_bytes: float | None) -> str:
+    return NONE if num_bytes is None else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _links(result: Record) -> Iterator[tuple[Record, Record]]:
+    for world in result["worlds"]:
+        for link in world["links"]:
+            yield world, link
+
+
+def crowded(world: Record) -> bool:
+    """Whether the processes of a world share cores, so that wall time says nothing of as many machines."""
+    return bool(world["size"] * world["threads"] > world["cores"])
+
+
+def pairs(link: Record) -> Iterator[tuple[Record, Record]]:
+    """Steps of the dense and of the shrunk network at the same batch."""
+    for dense in (s for s in link["steps"] if s["layout"] == "dense"):
+        yield dense, next(s for s in link["steps"] if s["layout"] == "shrunk" and s["rows"] == dense["rows"])
+
+
+def steps(result: Record) -> str:
+    """Step time, bytes and processor time before and after apoptosis."""
+    rows = []
+    for world, link in _links(result):
+        for dense, shrunk in pairs(link):
+            ratio = NONE if crowded(world) else f"{dense['seconds'] / shrunk['seconds']:.2f}x"
+            rows.append(
+                (
+                    str(world["size"]),
+                    NONE if world["size"] == 1 else link["link"],
+                    str(dense["rows"]),
+                    f"{_mb(dense['bytes_on_link'])} → {_mb(shrunk['bytes_on_link'])}" if world["size"] > 1 else NONE,
+                    f"{_ms(dense['seconds'])} → {_ms(shrunk['seconds'])}",
+                    f"{_ms(dense['cpu_seconds'])} → {_ms(shrunk['cpu_seconds'])}",
+                    ratio,
+                )
+            )
+    head = ("processes", "link", "batch of each", "bytes that each sends per step", "step", "processor time, all",
+            "faster")  # fmt: skip
+    return markdown(head, rows)
+
+
+def scaling(result: Record) -> str:
+    """Weak and strong scaling where every process has a core."""
+    one = {(s["layout"], s["rows"]): s["seconds"] for s in result["worlds"][0]["links"][0]["steps"]}
+    rows = []
+    for world, link in _links(result):
+        if world["size"] == 1 or crowded(world):
+            continue
+        for step in link["steps"]:
+            weak = step["rows"] == result["batch"]
+            alone = one[step["layout"], result["batch"]]
+            gain = alone / step["seconds"] * (world["size"] if weak else 1)
+            rows.append((str(world["size"]), link["link"], step["layout"], "weak" if weak else "strong",
+                         _ms(step["seconds"]), f"{gain:.2f}x", f"{100 * gain / world['size']:.0f} %"))  # fmt: skip
+    head = ("processes", "link", "network", "scaling", "step", "examples per second, of one process", "efficiency")
+    return markdown(head, rows) if rows else "No run had a core for every process."
+
+
+def events(result: Record) -> str:
+    """What the first event takes, in seconds, bytes and dense steps of the same layout."""
+    rows = []
+    for world, link in _links(result):
+        event = link["event"]
+        if event is None:
+            continue
+        run = link["run"]
+        rows.append((str(world["size"]), NONE if world["size"] == 1 else link["link"], _ms(event["seconds"]),
+                     _ms(event["hook_seconds"]), _mb(event["bytes_on_link"]),
+                     f"{event['dense_steps']:.1f}", f"{100 * run['event_share']:.1f} %"))  # fmt: skip
+    head = ("processes", "link", "first event", "watching before it", "bytes that each sends", "both in dense steps",
+            "share of a run's time in events")  # fmt: skip
+    return markdown(head, rows)
+
+
+def targets(result: Record) -> str:
+    """What was aimed at and what came out."""
+    return markdown(("target", "measured", "met"), [(t["target"], t["measured"], t["met"]) for t in result["targets"]])
+
+
+def model(result: Record) -> str:
+    """Fitted constants and the error on the measured steps."""
+    found, rows = result["model"], []
+    c = found["compute"]
+    for name, error in found["errors"].items():
+        link = found["links"].get(name)
+        told = (
+            f"{1e3 * c['c0']:.2f} ms + {1e-9 / c['c1']:.1f} GMAC/s + {1e9 * c['c2']:.2f} ns per parameter"
+            if link is None
+            else f"alpha {1e6 * link['alpha']:.0f} µs, {8e-6 / link['beta']:,.0f} Mbit/s"
+        )
+        rows.append(
+            (name, told, str(error["points"]), f"{100 * error['median']:.0f} %", f"{100 * error['worst']:+.0f} %")
+        )
+    return markdown(("steps of", "fitted", "measured points", "median error", "worst error"), rows)
+
+
+def projection(result: Record) -> str:
+    """Steps of larger networks on more nodes, as the model says."""
+    rows = []
+    for p in result["projection"]:
+        waits = "{:.0f} % → {:.0f} %".format(*(100 * p[k]["waiting"] / p[k]["seconds"] for k in ("before", "after")))
+        rows.append((p["network"], p["link"], f"{p['nodes']:,}", f"{_mb(p['bytes_before'])} → {_mb(p['bytes_after'])}",
+                     f"{_ms(p['before']['seconds'])} → {_ms(p['after']['seconds'])}", waits,
+                     f"{p['speed_up']:.2f}x"))  # fmt: skip
+    head = (
+        "network",
+        "link",
+        "nodes",
+        "bytes that each sends per step",
+        "step",
+        "of it waiting for the link",
+        "faster",
+    )
+    return markdown(head, rows)
+
+
+def of(make: Callable[[Record], str]) -> Callable[[Mapping[str, Record]], str]:
+    """Return a table of scaling.json as one of all results."""
+    return lambda results: make(results["scaling"]) if "scaling" in results else EMPTY
+
+
+TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    "scaling-targets": of(targets),
+    "scaling-steps": of(steps),
+    "scaling-efficiency": of(scaling),
+    "scaling-events": of(events),
+    "scaling-model": of(model),
+    "scaling-projection": of(projection),
+}
