@@ -27,7 +27,7 @@ from apoptosis.probe import CHUNK, Change, Probe, ReadLogits, compare, outputs, 
 from apoptosis.ranks import Ranks
 from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.sharded import at_rest, has_shards, renew
-from apoptosis.surgery import Transaction, build_edits, norm_edits
+from apoptosis.surgery import Transaction, build_edits, norm_edits, rebuild_buckets
 from apoptosis.unwrap import rebuild
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
@@ -213,6 +213,7 @@ def _attempt(
     for wrapper in patient.parallel:
         rebuild(wrapper)
     renew(patient.model)
+    rebuild_buckets(patient.optimizers)
     forget_compiled()
     return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
 

@@ -94,7 +94,9 @@ def _check_parameter(name: str, parameter: Any, record: Any) -> None:
             "are not after an event. Leave out shard_placement_fn=."
         )
     if record.offload_to_cpu:
-        raise ArgumentError(f"{who} kept on the CPU (CPUOffloadPolicy), from where it cannot be gathered. Leave it out.")
+        raise ArgumentError(
+            f"{who} kept on the CPU (CPUOffloadPolicy), from where it cannot be gathered. Leave it out."
+        )
     if type(parameter._local_tensor) is not torch.Tensor:
         kind = type(parameter._local_tensor).__name__
         raise ArgumentError(f"{who} of {kind}, which no channel can be cut out of. Shard plain tensors.")
