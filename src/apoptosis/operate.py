@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
+from apoptosis.errors import ArgumentError, CaptureError, RankError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure
@@ -258,7 +258,7 @@ def _outputs_after(patient: Patient, probe: Probe) -> list[Any]:
     """
     try:
         return _outputs(patient, probe)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RankError):
         raise
     except Exception as error:  # the user's forward may raise anything
         raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error

@@ -14,7 +14,7 @@ from apoptosis.errors import ApoptosisError, CheckpointError
 from distributed.processes import together
 from distributed.sharding import perceptron, shard, train, whole
 
-STEPS = 40
+STEPS, SAVED, FEW = 40, 24, 4
 OPTIONS = {"tolerance": 0.05, "total_steps": STEPS, "align": 1, "calibration": 1.0}
 
 
@@ -26,7 +26,7 @@ def write(rank, size, folder):
     """A run that is saved at two steps into one folder."""
 
     def keep(step, net, optimizer, apo):
-        if step in (5, 24):
+        if step in (5, SAVED):
             save_sharded(folder, net, optimizer, apo, step=step, note=torch.arange(3))
 
     return run(shard(perceptron()), rank, size, after=keep)
@@ -47,12 +47,17 @@ def read(rank, size, folder, sharded=True):
     return {"state": state, "moments": moments}, found
 
 
+def mean_losses(runs):
+    """Of all examples, as every rank has as many."""
+    return torch.tensor([run["losses"] for run in runs], dtype=torch.float64).mean(0)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "net"
     results, faults = together(write, str(folder))
     assert faults == [None, None]
-    return folder, results[0]
+    return folder, results
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -61,13 +66,12 @@ def test_a_run_goes_on_with_another_number_of_processes(written, size):
     results, faults = together(read, str(folder), size=size)
     assert faults == [None] * size
     loaded, found = results[0]
+    following = mean_losses([found for _, found in results])[:FEW]
+    torch.testing.assert_close(following, mean_losses(undisturbed)[SAVED + 1 :][:FEW], rtol=1e-4, atol=1e-6)
     assert loaded["state"]["0.weight"].shape[0] < 97
     assert loaded["moments"]["0.weight.exp_avg"].shape == loaded["state"]["0.weight"].shape
-    for name, value in undisturbed["state"].items():
-        assert found["state"][name].shape == value.shape
-        torch.testing.assert_close(found["state"][name], value, rtol=1e-3, atol=1e-5)
-        if size == 2:
-            assert torch.equal(found["state"][name], value)
+    if size == 2:  # else other rows are seen by each rank, and the next event is another one
+        assert all(torch.equal(found["state"][name], value) for name, value in undisturbed[0]["state"].items())
     for other, _ in results:
         for kind in ("state", "moments"):
             assert all(torch.equal(loaded[kind][name], other[kind][name]) for name in loaded[kind])
@@ -77,8 +81,8 @@ def test_it_is_read_without_processes(written):
     folder, undisturbed = written
     loaded, found = read(0, 1, str(folder), sharded=False)
     assert loaded["state"]["0.weight"].shape[0] < 97
-    for name, value in undisturbed["state"].items():
-        torch.testing.assert_close(found["state"][name], value, rtol=1e-3, atol=1e-5)
+    following = mean_losses([found])[:FEW]
+    torch.testing.assert_close(following, mean_losses(undisturbed)[SAVED + 1 :][:FEW], rtol=1e-4, atol=1e-6)
 
 
 def other_widths():

@@ -1,12 +1,14 @@
 """The same removal on every rank, in models that fully_shard has spread over real processes."""
 
+import os
 import re
+import signal
+import time
 import weakref
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -15,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, save, shrink_
-from apoptosis.errors import ApoptosisError, CaptureError
+from apoptosis.errors import ApoptosisError
 from apoptosis.surgery.journal import Journal
 from distributed.processes import together
 from distributed.sharding import data, perceptron, shard, train, whole
@@ -289,6 +291,11 @@ def refusals(rank, size):
     def tensor_parallel(net):
         return parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
+    def both_plans(net):
+        both = init_device_mesh("cpu", (1, size), mesh_dim_names=("data", "tensor"))
+        net = parallelize_module(net, both["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        return fully_shard(net, mesh=both["data"])
+
     def with_method(net):
         net = fully_shard(Explicit(), mesh=mesh)
         register_fsdp_forward_method(net, "other")
@@ -304,6 +311,7 @@ def refusals(rank, size):
 
     makers = {
         "tensor parallel": tensor_parallel,
+        "both plans": both_plans,
         "other dimension": lambda net: shard(even(), [], shard_placement_fn=lambda p: Shard(p.ndim - 1)),
         "offload": lambda net: shard(net, offload_policy=CPUOffloadPolicy(pin_memory=False)),
         "method": with_method,
@@ -334,6 +342,7 @@ def refusals(rank, size):
 
 REFUSED = {
     "tensor parallel": r"ArgumentError: parameter '0\.weight' is a DTensor not of fully_shard .*parallelize_module",
+    "both plans": r"ArgumentError: parameter '0\.weight' is a DTensor of fully_shard on top of another plan",
     "other dimension": r"ArgumentError: parameter '.*' is a DTensor sharded along dimension 1: .*shard_placement_fn",
     "offload": r"ArgumentError: parameter '0\.weight' is a DTensor kept on the CPU \(CPUOffloadPolicy\)",
     "method": r"ArgumentError: the model gathers its parameters in 'other' \(register_fsdp_forward_method\)",
@@ -352,3 +361,43 @@ def test_what_is_refused_is_named():
         assert set(found) == set(REFUSED)
         for name, told in REFUSED.items():
             assert re.match(told, found[name], re.DOTALL), found[name]
+
+
+def dying(rank, size):
+    """One of two ranks is gone while a parameter is gathered in the midst of an event."""
+    if rank == 1:
+        left, gather = [40], DTensor.full_tensor
+
+        def full_tensor(tensor):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather(tensor)
+
+        DTensor.full_tensor = full_tensor
+    train(shard(perceptron()), rank, size)
+
+
+def test_a_rank_that_dies_while_parameters_are_gathered_is_told_of():
+    start = time.monotonic()
+    results, faults = together(dying, timeout=20)
+    assert results == [None, None]
+    assert faults[1] is None  # it had no time to tell
+    assert re.search(r"RankError: (rank 0 of 2 )?lost another rank while", faults[0])
+    assert time.monotonic() - start < 60
+
+
+def by_two_dimensions(rank, size):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    net = perceptron()
+    for unit in (net[0], net[2], net[4]):
+        fully_shard(unit, mesh=mesh)
+    return train(fully_shard(net, mesh=mesh), rank, size)
+
+
+def test_shards_that_several_ranks_hold_alike():
+    results, faults = together(by_two_dimensions, size=4)
+    assert faults == [None] * 4
+    for found in results:
+        assert found["events"]
+        assert same(found, results[0])

@@ -4,7 +4,6 @@ import re
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save
@@ -40,6 +39,8 @@ def told(model, optimizer, apo, events):
 
 
 def zero(parameters, **options):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # in a process of its own: loading it warns
+
     return ZeroRedundancyOptimizer(parameters, torch.optim.Adam, lr=3e-3, **options)
 
 

@@ -11,11 +11,11 @@ __all__ = [
     "exchange",
     "gathered",
     "group_of",
+    "has_shards",
     "is_sharded",
     "is_unit",
     "lent",
     "part",
     "renew",
-    "has_shards",
     "whole",
 ]

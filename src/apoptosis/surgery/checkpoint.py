@@ -73,8 +73,8 @@ def save(
     """
     if has_shards(model):
         raise CheckpointError(
-            f"'{path}' cannot be written: the model's parameters are spread over processes, and one file would take all "
-            "of them on one. Use save_sharded on every rank."
+            f"'{path}' cannot be written: the model's parameters are spread over processes, and one file would "
+            "take all of them on one. Use save_sharded on every rank."
         )
     tensors, manifest = packed(bare(model), optimizer, apo, extra)
     write_file(path, tensors, manifest)

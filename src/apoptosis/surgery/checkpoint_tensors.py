@@ -1,7 +1,7 @@
 """A checkpoint's tensors beside those of the model that is to have them.
 
-Lives here: the model's tensors by name, whether stored ones can be theirs after removals, and their new values. Does not
-live here: files (container.py, sharded_checkpoint.py), the rest of a checkpoint (checkpoint.py).
+Lives here: the model's tensors by name, whether stored ones can be theirs after removals, and their new values. Does
+not live here: files (container.py, sharded_checkpoint.py), the rest of a checkpoint (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def non_persistent(model: nn.Module) -> set[str]:
+    """Return the names of buffers that a state_dict leaves out."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

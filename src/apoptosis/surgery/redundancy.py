@@ -1,7 +1,7 @@
 """ZeroRedundancyOptimizer: every rank holds the state of its own share of the parameters, in an optimizer inside.
 
-Lives here: where the state is, what is refused, setting up buckets for new shapes. Does not live here: how state follows
-an edit (optimizers.py), which is the same as for the optimizer inside.
+Lives here: where the state is, what is refused, setting up buckets for new shapes. Does not live here: how state
+follows an edit (optimizers.py), which is the same as for the optimizer inside.
 
 Which rank holds which parameter stays as it was for the full widths: no state travels at an event.
 """
@@ -35,8 +35,8 @@ def inside(optimizer: Optimizer) -> Optimizer:
     outer: Any = optimizer
     if outer._overlap_with_ddp:
         raise UnsupportedOptimizerError(
-            "ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside of DistributedDataParallel's buckets, by a "
-            "functional optimizer without state that could follow. Leave overlap_with_ddp= out."
+            "ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside of DistributedDataParallel's buckets, by "
+            "a functional optimizer without state that could follow. Leave overlap_with_ddp= out."
         )
     found: Optimizer = outer.optim
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,14 +153,16 @@ def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], folder
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        getattr(dcp, name)(tensors, checkpoint_id=folder, no_dist=ranks.size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is the intent
+            getattr(dcp, name)(tensors, checkpoint_id=folder, no_dist=ranks.size == 1)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"checkpoint '{target}' cannot be {what}: {lines[-1]}") from error
 
 
 def _metadata(target: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     if not (target / ".metadata").exists():
         raise CheckpointError(f"'{target}' is no checkpoint, or one that was not finished.")
