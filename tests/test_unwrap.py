@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis import Apoptosis, load, save, shrink_
-from apoptosis.errors import ArgumentError
-from apoptosis.unwrap import bare, unwrap
+from apoptosis.errors import ArgumentError, CheckpointError
+from apoptosis.unwrap import bare, check_alone, unwrap
 
 
 @pytest.fixture(autouse=True)
@@ -249,22 +249,22 @@ def test_what_a_wrapper_would_lose_is_refused(runs):
 
 
 @pytest.mark.usefixtures("alone")
-def test_sharded_models_are_refused_by_name():
+def test_sharded_models_are_refused_by_name_where_one_process_acts_alone():
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     sharded = fully_shard(copy.deepcopy(net), mesh=mesh)
-    optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
-    with pytest.raises(ArgumentError, match=r"the model is a FSDPModule: .*before it is sharded"):
-        Apoptosis(sharded, optimizer, torch.zeros(2, 6))
-    inner = nn.Sequential(fully_shard(copy.deepcopy(net), mesh=mesh))
-    with pytest.raises(ArgumentError, match="module '0' is a FSDPModule"):
-        unwrap(inner)
+    with pytest.raises(ArgumentError, match=r"spread over several processes \(fully_shard\).*before it is sharded"):
+        check_alone(unwrap(sharded))
+    with pytest.raises(CheckpointError, match=r"spread over processes.*save_sharded"):
+        save("nowhere.safetensors", sharded)
+    with pytest.raises(CheckpointError, match=r"spread over processes.*load_sharded"):
+        load("nowhere.safetensors", sharded)
     spread = copy.deepcopy(net)
     spread[0].weight = nn.Parameter(dist.tensor.distribute_tensor(spread[0].weight.data, mesh))
-    with pytest.raises(ArgumentError, match="'weight' of module '0' is a DTensor"):
-        unwrap(spread)
+    with pytest.raises(ArgumentError, match=r"parameter '0\.weight' is a DTensor not of fully_shard"):
+        Apoptosis(spread, torch.optim.SGD(spread.parameters(), 0.1), torch.zeros(2, 6))
     old = object.__new__(FullyShardedDataParallel)  # made in full it wants an accelerator
     nn.Module.__init__(old)
     with pytest.raises(ArgumentError, match="FullyShardedDataParallel"):

@@ -12,7 +12,7 @@ from apoptosis.ledger import Event, Ledger
 from apoptosis.oneshot import shrink_
 from apoptosis.passes import is_own_pass
 from apoptosis.planner import Plan
-from apoptosis.surgery import load, save
+from apoptosis.surgery import load, load_sharded, save, save_sharded
 from apoptosis.surgery.attributes import register_attributes
 
 __all__ = [
@@ -22,11 +22,13 @@ __all__ = [
     "Plan",
     "is_own_pass",
     "load",
+    "load_sharded",
     "register_activation",
     "register_attributes",
     "register_criterion",
     "register_rule",
     "save",
+    "save_sharded",
     "shrink_",
 ]
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.errors import ArgumentError, CaptureError, ShapeError, StructureChangedError
+from apoptosis.errors import ArgumentError, CaptureError, RankError, ShapeError, StructureChangedError
 from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure
@@ -27,7 +27,7 @@ from apoptosis.probe import CHUNK, Change, Probe, ReadLogits, compare, outputs, 
 from apoptosis.ranks import Ranks
 from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.sharded import at_rest, has_shards, renew
-from apoptosis.surgery import Transaction, build_edits, norm_edits
+from apoptosis.surgery import Transaction, build_edits, norm_edits, rebuild_buckets
 from apoptosis.unwrap import rebuild
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
@@ -213,6 +213,7 @@ def _attempt(
     for wrapper in patient.parallel:
         rebuild(wrapper)
     renew(patient.model)
+    rebuild_buckets(patient.optimizers)
     forget_compiled()
     return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
 
@@ -257,7 +258,7 @@ def _outputs_after(patient: Patient, probe: Probe) -> list[Any]:
     """
     try:
         return _outputs(patient, probe)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RankError):
         raise
     except Exception as error:  # the user's forward may raise anything
         raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error

@@ -75,9 +75,9 @@ def check_alone(unwrapped: Unwrapped) -> Unwrapped:
     """
     if any(type(parameter).__name__ == "DTensor" for parameter in unwrapped.model.parameters()):
         raise ArgumentError(
-            "the model is spread over several processes (fully_shard), in which every one would have to remove the same "
-            "channels. Shrink the trained network in one process before it is sharded, or let Apoptosis shrink it while "
-            "it trains."
+            "the model is spread over several processes (fully_shard), in which every one would have to remove the "
+            "same channels. Shrink the trained network in one process before it is sharded, or let Apoptosis shrink it "
+            "while it trains."
         )
     parallel: Any = unwrapped.parallel
     ranks = parallel[0].process_group.size() if parallel else 1

@@ -35,12 +35,17 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def train(net, rank, size, *, steps=60, make=torch.optim.Adam, after=None, **options):
-    optimizer = make(net.parameters(), lr=3e-3)
-    arguments = {"tolerance": 0.05, "total_steps": steps, "align": 1, "calibration": 1.0} | options
-    apo = Apoptosis(net, optimizer, torch.zeros(2, 12), **arguments)
+def train(net, rank, size, *, steps=40, make=torch.optim.Adam, after=None, given=None, start=0, **options):
+    """Train, and tell of it. given: an optimizer and an Apoptosis that go on at step `start`."""
+    if given is None:
+        optimizer = make(net.parameters(), lr=3e-3)
+        arguments = {"tolerance": 0.05, "total_steps": steps, "align": 1, "calibration": 1.0} | options
+        given = optimizer, Apoptosis(net, optimizer, torch.zeros(2, 12), **arguments)
+    optimizer, apo = given
     told, losses = [], []
     for step, (x, y) in zip(range(steps), data(rank, size), strict=False):
+        if step < start:
+            continue
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(net(x).float(), y)
         loss.backward()

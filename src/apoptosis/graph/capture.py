@@ -27,7 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apoptosis.errors import CaptureError
+from apoptosis.errors import CaptureError, RankError
 from apoptosis.graph.failures import failure
 from apoptosis.graph.findings import Findings
 from apoptosis.graph.norms import NormWatch
@@ -252,7 +252,7 @@ def capture(
         try:
             with _Functions(tracer), _Watch(tracer):
                 output = _forward(model, tuple(args), dict(kwargs))
-        except CaptureError:
+        except (CaptureError, RankError):
             raise
         except Exception as error:  # the user's forward may raise anything
             raise CaptureError(failure(error, model, mode, _operator.__code__)) from error

@@ -5,6 +5,7 @@ Lives here: the checks, and the processes that shard a model. Does not live here
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ _NEEDED = (
     *("sharded_param", "_sharded_param_data", "_orig_size", "_orig_param_uid", "mesh_info", "post_forward_mesh_info"),
     *("all_gather_outputs", "is_dtensor", "offload_to_cpu", "fsdp_placement", "device"),
 )  # what `units.renew` reads and writes of fully_shard's records
+_ASKED = ("param", "device", "shard_placement_fn", "mesh_info")
 _PLAIN = "Shard with fully_shard alone, on one mesh, or train with DistributedDataParallel."
 
 
@@ -71,10 +73,12 @@ def _group(mesh: Any) -> Any:
 def _records(model: nn.Module) -> Iterator[Any]:
     for record in records(model):
         lacking = [name for name in _NEEDED if not hasattr(record, name)]
+        if not lacking and tuple(inspect.signature(record._init_sharded_param).parameters) != _ASKED:
+            lacking = ["_init_sharded_param"]
         if lacking:
             raise ArgumentError(
                 f"fully_shard of torch {torch.__version__} keeps its records in another way than apoptosis knows "
-                f"('{lacking[0]}' is missing). Use another release of torch, or train with DistributedDataParallel."
+                f"('{lacking[0]}'). Use another release of torch, or train with DistributedDataParallel."
             )
         yield record
 
@@ -94,7 +98,9 @@ def _check_parameter(name: str, parameter: Any, record: Any) -> None:
             "are not after an event. Leave out shard_placement_fn=."
         )
     if record.offload_to_cpu:
-        raise ArgumentError(f"{who} kept on the CPU (CPUOffloadPolicy), from where it cannot be gathered. Leave it out.")
+        raise ArgumentError(
+            f"{who} kept on the CPU (CPUOffloadPolicy), from where it cannot be gathered. Leave it out."
+        )
     if type(parameter._local_tensor) is not torch.Tensor:
         kind = type(parameter._local_tensor).__name__
         raise ArgumentError(f"{who} of {kind}, which no channel can be cut out of. Shard plain tensors.")

@@ -40,9 +40,7 @@ def whole(tensor: Tensor) -> Tensor:
             found: Tensor = own.full_tensor()
             return found
     except RuntimeError as error:
-        raise RankError(
-            f"lost another rank while a parameter was gathered: {str(error).splitlines()[0]}"
-        ) from error
+        raise RankError(f"lost another rank while a parameter was gathered: {str(error).splitlines()[0]}") from error
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:

@@ -208,9 +208,7 @@ def renew(model: nn.Module) -> None:
         local = own._local_tensor
         if tuple(record._orig_size) == tuple(own.shape) and _same_memory(record._sharded_param_data, local):
             continue
-        stand_in = nn.Parameter(
-            torch.empty(own.shape, dtype=own.dtype, device="meta"), requires_grad=own.requires_grad
-        )
+        stand_in = nn.Parameter(torch.empty(own.shape, dtype=own.dtype, device="meta"), requires_grad=own.requires_grad)
         number = record._orig_param_uid
         record._init_sharded_param(stand_in, record.device, None, record.mesh_info)
         record._orig_param_uid = number

@@ -6,6 +6,8 @@ from apoptosis.surgery.edits import build_edits
 from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
 from apoptosis.surgery.norms import norm_edits
 from apoptosis.surgery.optimizers import check_optimizers
+from apoptosis.surgery.redundancy import check_together, inside, rebuild_buckets
+from apoptosis.surgery.sharded_checkpoint import load_sharded, save_sharded
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like
 
 __all__ = [
@@ -14,11 +16,16 @@ __all__ = [
     "build_edits",
     "check_followers",
     "check_optimizers",
+    "check_together",
+    "inside",
     "load",
+    "load_sharded",
     "merge_like",
     "named_tensors",
     "norm_edits",
+    "rebuild_buckets",
     "register_attributes",
     "save",
+    "save_sharded",
     "slice_like",
 ]

@@ -1,7 +1,8 @@
 """Checkpoints of shrunk networks: saved by name with their widths, loaded into a freshly built full-width model.
 
 Lives here: what a checkpoint holds, the checks before anything is loaded, and the loading. Does not live here: the
-file (container.py), nested values (tree.py), and the optimizers' part (optimizer_state.py).
+file (container.py), nested values (tree.py), the tensors' checks (checkpoint_tensors.py), and the optimizers' part
+(optimizer_state.py).
 """
 
 from __future__ import annotations
@@ -12,24 +13,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.norms import is_shrunk
+from apoptosis.sharded import at_rest, has_shards, renew
 from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.surgery.attributes import attributes_of
+from apoptosis.surgery.checkpoint_tensors import PREFIX, check_tensors, non_persistent, tensors_of
 from apoptosis.surgery.container import read_file, write_file
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.norms import shrunk_norm
 from apoptosis.surgery.optimizer_state import LoadedOptimizer, pack_optimizer, unpack_optimizer
+from apoptosis.surgery.redundancy import rebuild_buckets
 from apoptosis.surgery.splits import VOCABULARY
 from apoptosis.surgery.tree import pack, unpack
-from apoptosis.surgery.values import memory_format
 from apoptosis.unwrap import bare, parallel_in, rebuild
-
-_PREFIX = "model."
 
 
 class Resumable(Protocol):
@@ -72,17 +71,35 @@ def save(
         >>> wide[0].out_features
         3
     """
-    model = bare(model)
+    if has_shards(model):
+        raise CheckpointError(
+            f"'{path}' cannot be written: the model's parameters are spread over processes, and one file would "
+            "take all of them on one. Use save_sharded on every rank."
+        )
+    tensors, manifest = packed(bare(model), optimizer, apo, extra)
+    write_file(path, tensors, manifest)
+
+
+def packed(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    apo: Resumable | None,
+    extra: Mapping[str, object],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a checkpoint holds, as `save` writes it: tensors by name, and a JSON-able manifest.
+
+    Raises: CheckpointError: a value that a checkpoint cannot hold.
+    """
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
-    for name, tensor in _tensors_of(model).items():
+    for name, tensor in tensors_of(model).items():
         names.append(name)
-        pack(tensor, f"{_PREFIX}{name}", tensors)
+        pack(tensor, f"{PREFIX}{name}", tensors)
     attributes = {name: attributes_of(module) for name, module in model.named_modules()}
     manifest = {
         "model": {
             "names": names,
-            "optional": sorted(_non_persistent(model)),
+            "optional": sorted(non_persistent(model)),
             "attributes": pack({name: found for name, found in attributes.items() if found}, "attributes", tensors),
             "states": {
                 name: pack(module.get_extra_state(), f"extra_state.{name}", tensors)
@@ -96,7 +113,7 @@ def save(
         "apoptosis": None if apo is None else {"state": pack(apo.state_dict(), "apoptosis", tensors)},
         "extra": pack(extra, "extra", tensors),
     }
-    write_file(path, tensors, manifest)
+    return tensors, manifest
 
 
 def load(
@@ -122,11 +139,29 @@ def load(
         CheckpointError: the file is missing, damaged, foreign, newer, of another network, or lacks what was asked for.
             Model and optimizer are as before the call.
     """
+    if has_shards(model):
+        raise CheckpointError(
+            f"checkpoint '{path}' cannot be loaded: the model's parameters are spread over processes. Load it before "
+            "fully_shard is called, or use save_sharded and load_sharded."
+        )
     manifest, tensors = read_file(path)
+    return take_over(path, manifest, tensors, model, optimizer, apo)
+
+
+def take_over(
+    path: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    apo: Resumable | None,
+) -> dict[str, Any]:
+    """Check a checkpoint that was read and take it over, as `load` says."""
     wrappers, model = parallel_in(model), bare(model)
+    at_rest(model)
     try:
         stored = manifest["model"]
-        values = _check_tensors(model, stored, tensors)
+        values = check_tensors(model, stored, tensors)
         attributes = _check_attributes(model, unpack(stored["attributes"], tensors))
         states = _check_states(model, unpack(stored["states"], tensors))
         loaded = _check_optimizers(manifest["optimizers"], optimizer, model, tensors)
@@ -153,6 +188,8 @@ def load(
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
         for wrapper in wrappers if reshaped else ():
             rebuild(wrapper)
+        renew(model)
+        rebuild_buckets(() if optimizer is None else _several(optimizer))
     except BaseException:
         journal.undo()
         raise
@@ -161,23 +198,6 @@ def load(
 
 def _several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
     return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, non-persistent ones too (they may have lost channels); tied ones by their first name."""
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        if is_lazy(tensor):
-            raise CheckpointError(f"'{name}' has no shape yet: run the model once before.")
-    return tensors
-
-
-def _non_persistent(model: nn.Module) -> set[str]:
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
@@ -192,53 +212,6 @@ def _check_states(model: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.
     if set(mine) != set(stored):
         raise CheckpointError(f"it is of another network: extra state of {sorted(stored)} there, {sorted(mine)} here.")
     return [(mine[name], state) for name, state in stored.items()]
-
-
-def _check_tensors(
-    model: nn.Module, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of (the model's tensor, its new value), or an error that says how the networks differ."""
-    mine = _tensors_of(model)
-    optional = set(stored["optional"]) | _non_persistent(model)
-    missing = [name for name in stored["names"] if name not in mine and name not in optional]
-    unknown = [name for name in mine if name not in set(stored["names"]) and name not in optional]
-    if missing or unknown:
-        have = f"it has '{missing[0]}', this model has not" if missing else f"this model has '{unknown[0]}', it has not"
-        raise CheckpointError(f"it is of another network: {have} ({len(missing) + len(unknown)} names differ).")
-    pairs = []
-    for name in stored["names"]:
-        value = tensors[f"{_PREFIX}{name}"]
-        if name not in mine or (name in optional and not _fits(model, name, value, mine[name])):
-            continue
-        tensor = mine[name]
-        if not _fits(model, name, value, tensor):
-            raise CheckpointError(
-                f"it is of another network: '{name}' has shape {tuple(value.shape)} there and {tuple(tensor.shape)} in "
-                "this model, whose widths must be those before any removal."
-            )
-        full = stored["full"].get(name)
-        if full is not None and list(tensor.shape) not in (full, list(value.shape)):
-            raise CheckpointError(
-                f"it is of another network: '{name}' was built with shape {tuple(full)}, here {tuple(tensor.shape)}."
-            )
-        fresh = torch.empty(
-            value.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format(tensor)
-        ).copy_(value)
-        pairs.append((tensor, fresh))
-    return pairs
-
-
-def _fits(model: nn.Module, name: str, value: Tensor, tensor: Tensor) -> bool:
-    """Whether the stored value can be the model's tensor after removals: no dim is larger, and kernels are the same."""
-    if value.ndim != tensor.ndim or value.is_complex() != tensor.is_complex():
-        return False
-    owner, _, leaf = name.rpartition(".")
-    kernel = leaf == "weight" and isinstance(model.get_submodule(owner), _ConvNd)
-    shrinkable = range(2 if kernel else tensor.ndim)
-    return all(
-        new == old or (0 < new < old and dim in shrinkable)
-        for dim, (new, old) in enumerate(zip(value.shape, tensor.shape, strict=True))
-    )
 
 
 def _check_attributes(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> list[tuple[nn.Module, str, Any]]:

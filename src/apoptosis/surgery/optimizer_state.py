@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery.journal import Journal
+from apoptosis.surgery.redundancy import inside, whole_state
 from apoptosis.surgery.tree import pack, unpack
 
 
@@ -31,7 +32,9 @@ class LoadedOptimizer:
         """Write hyperparameters and state through a journal."""
         for group, stored in zip(self.optimizer.param_groups, self.groups, strict=True):
             journal.replace_items(group, {**group, **stored})
-        journal.replace_items(self.optimizer.state, self.state)
+        holder = inside(self.optimizer)
+        held = {id(p) for group in holder.param_groups for p in group["params"]}
+        journal.replace_items(holder.state, {p: state for p, state in self.state.items() if id(p) in held})
 
 
 def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -47,12 +50,12 @@ def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: d
         packed = pack(settings, f"{name}.groups.{i}", tensors)
         groups.append({"parameters": [known for known, _ in members], "settings": packed})
     state: dict[str, Any] = {}
-    for p, entries in optimizer.state.items():
+    for p, entries in whole_state(optimizer).items():
         if id(p) not in by_id:
             raise CheckpointError(f"cannot save {type(optimizer).__name__}: it holds state of no parameter of its own.")
         known = by_id[id(p)]
         state[known] = pack(dict(entries), f"{name}.state.{known}", tensors)
-    return {"class": type(optimizer).__qualname__, "groups": groups, "state": state}
+    return {"class": type(inside(optimizer)).__qualname__, "groups": groups, "state": state}
 
 
 def unpack_optimizer(
@@ -62,7 +65,7 @@ def unpack_optimizer(
 
     Raises: CheckpointError: another class, other groups or other parameters.
     """
-    kind = type(optimizer).__qualname__
+    kind = type(inside(optimizer)).__qualname__
     if stored["class"] != kind:
         raise CheckpointError(f"it holds the state of {stored['class']}, the optimizer given is {kind}.")
     names = _names(optimizer, model)

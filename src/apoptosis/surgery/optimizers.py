@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.records import TensorEdit
 from apoptosis.sharded import Whole, part, whole
+from apoptosis.surgery.redundancy import inside
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like, unscaled
 
 Rule = Literal["slice", "first", "value", "row", "column"]
@@ -73,9 +74,10 @@ def check_optimizers(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise ArgumentError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer.")
-        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-        if not held:
+        if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
             continue
+        optimizer = inside(optimizer)
+        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
         _check_class(optimizer)
         for p in held:
             for key, value in optimizer.state.get(p, {}).items():
@@ -94,6 +96,7 @@ def state_changes(
 
     Returns: the changes. Raises: UnsupportedOptimizerError: as in `check_optimizers`.
     """
+    optimizer = inside(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     changes: list[StateChange] = []
     averages: dict[str, Mapping[str, Tensor]] = {}
