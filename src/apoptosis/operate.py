@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.errors import ArgumentError, CaptureError, RankError, ShapeError, StructureChangedError
+from apoptosis.errors import (
+    ArgumentError,
+    CaptureError,
+    NonFiniteError,
+    RankError,
+    ShapeError,
+    StructureChangedError,
+)
 from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure
@@ -146,6 +153,37 @@ def operate(
     A group whose edit breaks the forward pass or changes which channel a column reads is rolled back and pinned, and
     the others are tried again without it. A change the judge refuses rolls everything back.
     """
+    try:
+        outcome = _operate(patient, structure, reductions, dropped_variance, probe, judge)
+    except BaseException as error:
+        if patient.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
+            _set_up_again(patient)
+        raise
+    if not outcome.committed:
+        _set_up_again(patient)
+    return outcome
+
+
+def _set_up_again(patient: Patient) -> None:
+    """Let wrappers and sharded optimizers take the tensors as they are now.
+
+    After a rollback, too: a tensor given back its storage has lost DistributedDataParallel's listener.
+    """
+    for wrapper in patient.parallel:
+        rebuild(wrapper)
+    renew(patient.model)
+    rebuild_buckets(patient.optimizers)
+
+
+def _operate(
+    patient: Patient,
+    structure: Structure,
+    reductions: Sequence[Reduction],
+    dropped_variance: Mapping[str, Tensor],
+    probe: Probe | None,
+    judge: Judge,
+) -> Outcome:
+    """See `operate`; the wrappers of a model that was rolled back are not set up again yet."""
     pins: dict[str, Pin] = {}
     todo = list(reductions)
     ranks = patient.ranks
@@ -210,10 +248,7 @@ def _attempt(
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
         patient.ranks.same_parameters("after an event", patient.model)
         transaction.commit()
-    for wrapper in patient.parallel:
-        rebuild(wrapper)
-    renew(patient.model)
-    rebuild_buckets(patient.optimizers)
+    _set_up_again(patient)
     forget_compiled()
     return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
 

@@ -50,6 +50,10 @@ class Launched:
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             )  # fmt: skip
 
+    def interrupt(self):
+        """As Ctrl-C on a terminal: SIGINT for the launcher and whatever is in its process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def wait(self, timeout=240):
         try:
             self.process.wait(timeout)

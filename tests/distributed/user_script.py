@@ -15,7 +15,9 @@ def main(folder, launcher="auto"):
     basis = torch.randn(3, 12)
     x = torch.randn(40 * 64, 3) @ basis
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    net = nn.Sequential(nn.Linear(12, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 3))
+    net = nn.Sequential(
+        nn.Linear(12, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 3)
+    )
     events = []
     with start_group(launcher, device="cpu", timeout=120) as group:
         model = group.parallel(net.to(group.device), bucket_cap_mb=0.01)  # several buckets, reduced while backward runs

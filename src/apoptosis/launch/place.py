@@ -219,9 +219,7 @@ def _pair(environ: Environment, ranks: str, sizes: str) -> tuple[int, int] | Non
         return None
     for name, other in ((ranks, sizes), (sizes, ranks)):
         if name not in environ:
-            raise ArgumentError(
-                f"{other}={environ[other]} is set and {name} is not. Unset it, or take launcher 'none'."
-            )
+            raise ArgumentError(f"{other}={environ[other]}, but {name} is not set. Unset it, or take launcher 'none'.")
     rank, size = _number(environ, ranks, 0), _number(environ, sizes, 1)
     if not 0 <= rank < size:
         raise ArgumentError(

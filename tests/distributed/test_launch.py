@@ -1,0 +1,212 @@
+"""Who started a process, read off the environment; and the command under the real torchrun."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+from apoptosis.errors import ArgumentError
+from apoptosis.launch import LAUNCHERS, Group, Place, group, recognise, start_group
+from apoptosis.launch.place import first_host
+from apoptosis.ranks import Ranks
+from apoptosis.recipes.several import batch_share, probe_share
+from distributed.launched import Launched, with_variable
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host",
+            "MASTER_PORT": "29500"}  # fmt: skip
+ELASTIC = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "6", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "3"}
+SRUN = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2,1"}  # fmt: skip
+
+
+def told(place):
+    return place.launcher, place.rank, place.size, place.local_rank, place.local_size
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({}, ("none", 0, 1, 0, 1)),
+        (TORCHRUN, ("torchrun", 5, 8, 1, 4)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ("torchrun", 0, 1, 0, 1)),
+        (OPENMPI, ("mpi", 3, 4, 1, 2)),
+        (HYDRA, ("mpi", 1, 6, 1, 3)),
+        (SRUN, ("slurm", 2, 3, 0, 1)),
+        (SRUN | TORCHRUN | ELASTIC, ("torchrun", 5, 8, 1, 4)),  # srun started torchrun
+        (SRUN | OPENMPI, ("mpi", 3, 4, 1, 2)),  # mpirun starts its daemons by srun
+        (SRUN | {"PMI_RANK": "2", "PMI_SIZE": "3"}, ("slurm", 2, 3, 0, 1)),  # srun --mpi=pmi2
+        (OPENMPI | TORCHRUN | {"RANK": "3", "WORLD_SIZE": "4"}, ("torchrun", 3, 4, 1, 4)),  # a script that translates
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, ("none", 0, 1, 0, 1)),  # a lone sbatch
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, ("none", 0, 1, 0, 1)),  # the shell of salloc
+    ],
+)
+def test_environments_are_recognised(environ, place):
+    assert told(recognise("auto", environ)) == place
+    assert recognise("none", environ) == Place()
+
+
+def test_restarts_of_torchrun():
+    assert recognise("auto", TORCHRUN | ELASTIC).restarts == 2
+    assert recognise("auto", TORCHRUN | ELASTIC).restartable
+    assert not recognise("auto", TORCHRUN).restartable
+
+
+def test_where_the_tasks_of_srun_meet():
+    place = recognise("slurm", SRUN)
+    assert place.address == "gpu07"
+    assert place.port == recognise("slurm", SRUN | {"SLURM_PROCID": "0"}).port
+    assert 1024 < place.port < 32768
+    assert place.port != recognise("slurm", SRUN | {"SLURM_STEP_ID": "2"}).port
+    own = recognise("slurm", SRUN | {"MASTER_ADDR": "here", "MASTER_PORT": "4000"})
+    assert (own.address, own.port) == ("here", 4000)
+    no_list = {k: v for k, v in SRUN.items() if "LIST" not in k}
+    assert recognise("slurm", no_list | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}).address == "10.0.0.7"
+    with pytest.raises(ArgumentError, match="Set MASTER_ADDR"):
+        recognise("slurm", no_list)
+    assert first_host("a-[3,5],b") == "a-3"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environ", "named"),
+    [
+        ("auto", {"RANK": "0"}, "RANK=0, but WORLD_SIZE is not set"),
+        ("auto", {"PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, "PMI_SIZE=2, but PMI_RANK is not set"),
+        ("auto", TORCHRUN | {"RANK": "8"}, "RANK=8, WORLD_SIZE=8: a rank is a number from 0 to 7"),
+        ("auto", TORCHRUN | {"RANK": "two"}, "RANK='two' is not a whole number"),
+        ("auto", {"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
+        ("auto", TORCHRUN | OPENMPI, "RANK=5, WORLD_SIZE=8 contradicts OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_SIZE=4"),
+        ("auto", TORCHRUN | SRUN, "contradicts SLURM_PROCID=2"),
+        ("auto", OPENMPI | HYDRA, "OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_SIZE=4 contradicts PMI_RANK=1, PMI_SIZE=6"),
+        ("auto", SRUN | {"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4 contradicts SLURM_STEP_NUM_TASKS=3"),
+        ("torchrun", OPENMPI, "'torchrun': this process was not started by torchrun.*It was started by mpirun"),
+        ("mpi", TORCHRUN, "'mpi': this process was not started by mpirun.*It was started by torchrun .RANK=5"),
+        ("slurm", {}, "SLURM_STEP_NUM_TASKS are not set"),
+        ("horovod", {}, "unknown; there are auto, none, torchrun, mpi, slurm"),
+    ],
+)
+def test_contradictions_are_named(launcher, environ, named):
+    with pytest.raises(ArgumentError, match=named):
+        recognise(launcher, environ)
+
+
+def test_one_launcher_alone_is_read_when_it_is_named():
+    assert told(recognise("mpi", TORCHRUN | OPENMPI)) == ("mpi", 3, 4, 1, 2)
+    assert recognise("mpi", SRUN).launcher == "slurm"  # srun --mpi=pmix; MPI itself is asked next
+    assert recognise("mpi", {}) == Place(launcher="mpi")
+    assert LAUNCHERS[0] == "auto"
+
+
+def test_shares():
+    for size in (1, 2, 3, 7):
+        groups = [Group(Place(rank=rank, size=size), torch.device("cpu"), Ranks()) for rank in range(size)]
+        shares = [batch_share(one, 23) for one in groups]
+        assert torch.equal(torch.cat([torch.arange(23)[share] for share in shares]), torch.arange(23))
+        lengths = {share.stop - share.start for share in shares}
+        assert max(lengths) - min(lengths) <= 1
+        assert {stop - start for start, stop in (probe_share(one, 23) for one in groups)} == {23 // size}
+    with pytest.raises(ArgumentError, match="--batch: 13 rows per step are too few for 7 processes"):
+        batch_share(groups[0], 13)
+    with pytest.raises(ArgumentError, match="--probe-rows: 6 rows cannot be shared out over 7"):
+        probe_share(groups[0], 6)
+
+
+def test_devices_of_several_processes(monkeypatch):
+    place = Place(launcher="torchrun", rank=1, size=2, local_rank=1, local_size=2)
+    assert group._device("cpu", place) == torch.device("cpu")
+    with pytest.raises(ArgumentError, match="cannot share one GPU"):
+        group._device("cuda:0", place)
+    with pytest.raises(ArgumentError, match="local rank 99 has no GPU"):
+        group._device("cuda", Place(launcher="torchrun", size=100, rank=99, local_rank=99))
+    with pytest.raises(ArgumentError, match="launcher 'mpi' sums gradients that lie in the memory of the CPU"):
+        group._device("cuda", Place(launcher="mpi", size=2))
+
+
+def test_alone_there_is_no_process_group():
+    with start_group("none", device="cpu") as alone:
+        net = torch.nn.Linear(2, 2)
+        assert alone.parallel(net) is net
+        assert not torch.distributed.is_initialized()
+    with pytest.raises(ArgumentError, match="timeout=0"):
+        start_group("none", timeout=0)
+
+
+# ---------------------------------------------------------------- the command
+
+SMALL = ["--data", "digits", "--train-rows", "1500", "--widths", "64,48", "--batch", "64", "--calibration", "1e6",
+         "--tolerance", "0.05", "--align", "1"]  # fmt: skip
+TRAIN = ("-m", "apoptosis.cli", "train", *SMALL)
+
+
+def records(folder, kind):
+    lines = (json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def when_an_epoch_is_done(launched, folder, timeout=200):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and launched.process.poll() is None:
+        if (folder / "last.safetensors").exists():
+            return
+        time.sleep(0.05)
+    launched.wait(1)
+    raise AssertionError(f"no epoch was done: {launched.told()}")
+
+
+def test_torchrun_interrupted_and_resumed_comes_to_the_same_bits(tmp_path):
+    """Rows, dropout of every rank and optimizer go on where they were; the whole log is rank 0's."""
+    more = ["--no-apoptosis", "--dropout", "0.2", "--epochs", "60"]
+    stopped = Launched("torchrun", 2, *TRAIN, *more, "--out", "stopped", cwd=tmp_path)
+    when_an_epoch_is_done(stopped, tmp_path / "stopped")
+    stopped.interrupt()
+    assert stopped.wait() != 0
+    assert len(stopped.lines()) == 1, stopped.told()
+    assert "interrupted; what was saved stays" in stopped.lines()[0]
+    assert len(records(tmp_path / "stopped", "epoch")) < 60
+    resumed = Launched("torchrun", 2, "-m", "apoptosis.cli", "train", "--resume", "stopped", cwd=tmp_path)
+    assert resumed.wait() == 0, resumed.told()
+    whole = Launched("torchrun", 2, *TRAIN, *more, "--out", "whole", cwd=tmp_path)
+    assert whole.wait() == 0, whole.told()
+    assert [e["loss"] for e in records(tmp_path / "stopped", "epoch")] == [
+        e["loss"] for e in records(tmp_path / "whole", "epoch")
+    ]
+    one, two = (result(tmp_path / name) for name in ("stopped", "whole"))
+    assert one["test_metric"] == two["test_metric"]
+    runs = records(tmp_path / "stopped", "run")
+    assert [run["ranks"] for run in runs] == [2, 2]
+    assert runs[1]["resumed_at_step"] % 23  # stopped in the middle of an epoch, after the same step on both
+    assert runs[0]["launcher"] == "torchrun"
+
+
+def result(folder):
+    return json.loads((folder / "summary.json").read_text())["result"]
+
+
+def test_a_killed_rank_is_one_line_and_a_restart_goes_on(tmp_path):
+    """Torchrun starts both anew with the very same command, which goes on from the checkpoint."""
+    program = ["--max-restarts", "1", *TRAIN, "--epochs", "60", "--out", "run"]
+    run = Launched("torchrun", 2, *program, cwd=tmp_path)
+    when_an_epoch_is_done(run, tmp_path / "run")
+    os.kill(with_variable(run.process.pid, "RANK", "1"), signal.SIGKILL)
+    assert run.wait() == 0, run.told()
+    assert all(re.search("rank 0 of 2 lost another rank", line) for line in run.lines())
+    assert len(run.lines()) <= 1  # none where torchrun was faster to stop the survivor
+    begun = records(tmp_path / "run", "run")
+    assert len(begun) == 2
+    assert begun[1]["resumed_at_step"] >= 23
+    assert result(tmp_path / "run")["steps"] == 60 * 23
+    assert result(tmp_path / "run")["parameters"] < 7770
+
+
+def test_what_is_refused_on_every_rank_is_one_line(tmp_path):
+    refused = Launched("torchrun", 2, "--max-restarts", "1", *TRAIN, cwd=tmp_path)
+    assert refused.wait() != 0
+    assert any("--max-restarts needs --out" in line for line in refused.lines())
+    assert len(refused.lines()) == 2  # one for each time that torchrun tried

@@ -1,0 +1,48 @@
+"""After an event that was rolled back, gradients are summed over all ranks as before."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from apoptosis import Apoptosis
+from distributed.processes import together
+
+
+class Literal(nn.Module):
+    """Its forward pass fails once the hidden layer is narrower."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(12, 96), nn.Linear(96, 3)
+
+    def forward(self, x):
+        return self.out(self.hidden(x).relu().reshape(len(x), 96))
+
+
+def train(rank, size):
+    torch.manual_seed(0)
+    net = Literal()
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    apo = Apoptosis(model, optimizer, torch.zeros(2, 12), tolerance=0.05, total_steps=80, align=1, calibration=1.0)
+    draws, basis = torch.Generator().manual_seed(rank), torch.randn(3, 12)
+    alike = []
+    for _ in range(80):
+        x = torch.randn(32, 3, generator=draws) @ basis
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+        found = [torch.zeros_like(net.hidden.weight) for _ in range(size)]
+        dist.all_gather(found, net.hidden.weight.grad)
+        alike.append(torch.equal(*found))
+        optimizer.step()
+        assert not apo.step()
+    return alike, apo.ledger().rolled_back
+
+
+def test_gradients_are_averaged_after_a_rollback():
+    results, faults = together(train)
+    assert faults == [None, None]
+    for alike, rolled_back in results:
+        assert rolled_back
+        assert all(alike)
