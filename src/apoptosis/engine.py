@@ -77,6 +77,8 @@ class Apoptosis:
         ArgumentError, BudgetError, CaptureError, UnsupportedOptimizerError: before anything has changed.
     """
 
+    _observer: Observer | None = None  # the open window
+
     def __init__(
         self,
         model: nn.Module,
@@ -133,7 +135,6 @@ class Apoptosis:
             site_limit=site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest),
             calibrated=known is not None,
         )
-        self._observer: Observer | None = None
         agree(self._run(), budget)
         self._memory.decision = self._decide()
         self._memory.own_seconds += time.perf_counter() - start
@@ -291,8 +292,7 @@ class Apoptosis:
             self._memory.own_seconds += time.perf_counter() - start
 
     def __del__(self) -> None:
-        if hasattr(self, "_observer"):  # not when construction failed
-            self._drop_window()
+        self._drop_window()
 
     def _open_window(self) -> None:
         self._structure = refreshed(self._patient, self._structure)
