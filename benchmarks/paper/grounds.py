@@ -164,7 +164,7 @@ _ALL = (
            metric="accuracy", unit=100, epochs=5, core=True, load=_classes("cifar10"),
            build=lambda task, scale: small_cnn(scale)),
     Ground(name="cifar10-long", network="small CNN 32-64-128, 2048-2048, 12 epochs",
-           metric="accuracy", unit=100, epochs=12, seeds=3, load=_classes("cifar10"),
+           metric="accuracy", unit=100, epochs=12, seeds=2, load=_classes("cifar10"),
            build=lambda task, scale: small_cnn(scale)),
     Ground(name="cifar10-conv", network="CNN 64-128-256, 256",
            metric="accuracy", unit=100, epochs=5, seeds=1, load=_first(10_000), build=_cnn),
