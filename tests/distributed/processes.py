@@ -77,7 +77,7 @@ def together(work, *arguments, size=2, timeout=60, enter=None, meanwhile=None):
             if meanwhile is not None:
                 meanwhile(started)
             for process in started:
-                process.join(60 + 2 * timeout)
+                process.join(3 * timeout)
         finally:
             for process in started:
                 if process.is_alive():
