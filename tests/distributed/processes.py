@@ -36,7 +36,7 @@ def mark(path):
     Path(path).touch()
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=170):
     """Wait until some process has come to a point. Raises: TimeoutError."""
     end = time.monotonic() + seconds
     while not Path(path).exists():
