@@ -108,12 +108,19 @@ def test_targets_are_met_or_not_by_the_figures(event_seconds, met):
     assert next(t for t in told if "least 5.0x faster, where" in t["target"])["met"] == "yes"
     projection = model.project(fitted["compute"], fitted["links"], scaling.ratios())
     result = {"batch": 128, "worlds": made, "model": fitted, "targets": told, "projection": projection}
-    for make in tables.TABLES.values():
-        assert make({"scaling": result}).count("\n") > 2
+    for name, make in tables.TABLES.items():
+        assert name == "scaling-setting" or make({"scaling": result}).count("\n") > 2
     efficiency = tables.scaling(result)
     assert "| 2 | " in efficiency
     assert "| 4 | " not in efficiency  # four processes share two cores: no speed-up is told
     assert all(line.endswith("– |") for line in tables.steps(result).splitlines() if line.startswith("| 4 "))
+
+
+@pytest.mark.parametrize(("load", "told"), [(0.1, "Nothing else ran"), (9.0, "shared with other programs")])
+def test_the_page_says_whether_other_programs_ran(load, told):
+    result = {"machine": {"cpu": "x", "cores": 2, "load_before": load}, "how": "hook", "versions": {"torch": "2"},
+              "backend": "gloo", "seed": 0}  # fmt: skip
+    assert told in tables.setting(result)
 
 
 def test_a_quick_run_from_end_to_end(tmp_path):
