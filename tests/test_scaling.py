@@ -77,6 +77,52 @@ def test_ratios_come_from_committed_runs():
     assert run["events"][-1]["share"] == pytest.approx(371218 / 2913290)
 
 
+def worlds(event_seconds=0.5):
+    """Made-up figures of 1 and 4 processes on 2 cores."""
+    found = []
+    for size in (1, 2, 4):
+        links = []
+        for name, link in {"1000 Mbit/s": LINK, "100 Mbit/s": {"alpha": 1e-4, "beta": 8e-8}}.items():
+            steps = []
+            for layout, parameters in (("dense", 3_000_000), ("shrunk", 300_000)):
+                for rows in (128, 128 // size) if size > 1 else (128, 64, 32, 16):
+                    s = step(rows, parameters, layout=layout, bytes_on_link=4.0 * parameters)
+                    own = model.compute_seconds(COMPUTE, parameters, rows, parameters)
+                    took = max(1, size // 2) * own + model.sum_seconds(link, size, 4 * parameters)
+                    steps.append({**s, "seconds": took, "cpu_seconds": size * own})
+            sums = [{"bytes": b, "seconds": model.sum_seconds(link, size, b)} for b in (1e4, 1e7)] if size > 1 else []
+            event = {"seconds": event_seconds, "hook_seconds": 0.1, "bytes_on_link": 1e7, "committed": True}
+            links.append({"link": name, "sums": sums, "steps": steps, "event": event})
+        found.append({"size": size, "threads": 1, "cores": 2, "links": links[: 2 if size > 1 else 1]})
+    return found
+
+
+@pytest.mark.parametrize(("event_seconds", "met"), [(0.5, "yes"), (50.0, "no")])
+def test_targets_are_met_or_not_by_the_figures(event_seconds, met):
+    made = worlds(event_seconds)
+    scaling.with_runs(made, scaling.committed_run())
+    fitted = scaling.fit(made)
+    assert all(abs(e["worst"]) < 1e-6 for e in fitted["errors"].values())
+    told = scaling.targets(made, fitted)
+    assert [t["met"] for t in told if "10 dense steps" in t["target"]] == [met, met]
+    assert next(t for t in told if "least 5.0x faster, where" in t["target"])["met"] == "yes"
+    projection = model.project(fitted["compute"], fitted["links"], scaling.ratios())
+    result = {"batch": 128, "worlds": made, "model": fitted, "targets": told, "projection": projection}
+    for name, make in tables.TABLES.items():
+        assert name == "scaling-setting" or make({"scaling": result}).count("\n") > 2
+    efficiency = tables.scaling(result)
+    assert "| 2 | " in efficiency
+    assert "| 4 | " not in efficiency  # four processes share two cores: no speed-up is told
+    assert all(line.endswith("– |") for line in tables.steps(result).splitlines() if line.startswith("| 4 "))
+
+
+@pytest.mark.parametrize(("load", "told"), [(0.1, "Nothing else ran"), (9.0, "shared with other programs")])
+def test_the_page_says_whether_other_programs_ran(load, told):
+    result = {"machine": {"cpu": "x", "cores": 2, "load_before": load}, "how": "hook", "versions": {"torch": "2"},
+              "backend": "gloo", "seed": 0}  # fmt: skip
+    assert told in tables.setting(result)
+
+
 def test_a_quick_run_from_end_to_end(tmp_path):
     path = tmp_path / "scaling.json"
     subprocess.run(

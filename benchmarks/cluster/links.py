@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_PROGRAMS = ("unshare", "nsenter", "ip", "sleep")
-_START = 10.0  # seconds that a namespace may take to come up
+_PROGRAMS = ("unshare", "nsenter", "ip", "cat")
+_START = 60.0  # seconds that a namespace may take to come up
 
 
 def why_not() -> str:
@@ -81,16 +81,17 @@ class Links:
         for holder in reversed(self._holders):
             holder.kill()
             holder.wait()
-            if holder.stderr is not None:
-                holder.stderr.close()
+            for pipe in (holder.stdin, holder.stderr):
+                if pipe is not None:
+                    pipe.close()
         self._holders = []
 
     def _hold(self, words: list[str]) -> int:
-        """Start a process that keeps a new namespace, and return its id once it sleeps there."""
-        holder = subprocess.Popen([*words, "sleep", "infinity"], stderr=subprocess.PIPE)
+        """Start a process that keeps a new namespace as long as this one lives; return its id once it is there."""
+        holder = subprocess.Popen([*words, "cat"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         self._holders.append(holder)
         end = time.monotonic() + _START
-        while "sleep" not in _program(holder.pid):
+        while _program(holder.pid) != "cat":
             if holder.poll() is not None:
                 told = holder.stderr.read() if holder.stderr is not None else b""
                 raise subprocess.CalledProcessError(holder.returncode, words, stderr=told.decode())
@@ -123,7 +124,7 @@ def _inside(process: int, *namespaces: str) -> list[str]:
 
 def _program(process: int) -> str:
     try:
-        return Path(f"/proc/{process}/comm").read_text()
+        return Path(f"/proc/{process}/comm").read_text().strip()
     except OSError:
         return ""
 

@@ -40,6 +40,23 @@ def pairs(link: Record) -> Iterator[tuple[Record, Record]]:
         yield dense, next(s for s in link["steps"] if s["layout"] == "shrunk" and s["rows"] == dense["rows"])
 
 
+def setting(result: Record) -> str:
+    """Say in one sentence what the figures were taken on, other programs at work included."""
+    where, how = result["machine"], result["how"]
+    links = "links bounded by tc in network namespaces" if how == "namespaces" else "a communication hook that sleeps"
+    load = where["load_before"]
+    shared = f"Nothing else ran on it (load {load:.1f} before the start)."
+    if load > 0.5 * where["cores"]:
+        shared = (
+            f"**The machine was shared with other programs** (load {load:.1f} before the start): wall times are upper "
+            "limits, bytes and processor time are not touched by that."
+        )
+    return (
+        f"Measured on {where['cpu']}, {where['cores']} of its cores, torch {result['versions']['torch']}, "
+        f"{result['backend']}, {links}, seed {result['seed']}. {shared}"
+    )
+
+
 def steps(result: Record) -> str:
     """Step time, bytes and processor time before and after apoptosis."""
     rows = []
@@ -143,6 +160,7 @@ def of(make: Callable[[Record], str]) -> Callable[[Mapping[str, Record]], str]:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    "scaling-setting": of(setting),
     "scaling-targets": of(targets),
     "scaling-steps": of(steps),
     "scaling-efficiency": of(scaling),

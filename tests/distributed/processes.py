@@ -36,7 +36,7 @@ def mark(path):
     Path(path).touch()
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=170):
     """Wait until some process has come to a point. Raises: TimeoutError."""
     end = time.monotonic() + seconds
     while not Path(path).exists():
@@ -77,7 +77,7 @@ def together(work, *arguments, size=2, timeout=60, enter=None, meanwhile=None):
             if meanwhile is not None:
                 meanwhile(started)
             for process in started:
-                process.join(60 + 2 * timeout)
+                process.join(3 * timeout)
         finally:
             for process in started:
                 if process.is_alive():
