@@ -90,7 +90,7 @@ def resumed(rank, size, path):
 
 
 def test_a_run_is_resumed_with_or_without_it(tmp_path):
-    results, faults = together(resumed, str(tmp_path / "net.safetensors", timeout=120))
+    results, faults = together(resumed, str(tmp_path / "net.safetensors"), timeout=120)
     assert faults == [None, None]
     assert "consolidate_state_dict() on all ranks" in results[0][3]
     for whole, again, plain, _ in results:
