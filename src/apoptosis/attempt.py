@@ -22,6 +22,7 @@ from apoptosis.probe import like_example, num_rows
 from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Structure
 from apoptosis.state import Memory, Settings, allowed, telemetry
+from apoptosis.surgery import check_together
 from apoptosis.told import make_event, size_of
 from apoptosis.verdict import Verdict
 
@@ -55,8 +56,9 @@ def plan_now(run: Run, observations: Observations, ranks: Ranks | None = None) -
 def agree(run: Run, budget: float | None) -> None:
     """Check that all ranks were asked for the same of the same network.
 
-    Raises: RankError: they were not; what differs is named.
+    Raises: RankError: they were not; what differs is named. UnsupportedOptimizerError: an optimizer steps over others.
     """
+    check_together(run.patient.optimizers, run.patient.ranks.size)
     asked = run.settings.as_dict() | {"seed": run.settings.seed, "budget": budget, "probe": run.verdict.held_out}
     asked |= {"example input, multiply-adds": run.structure.macs, "example input, rows": _rows(run)}
     widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))

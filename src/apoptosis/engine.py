@@ -39,7 +39,7 @@ from apoptosis.ranks import ranks_of
 from apoptosis.records import Group, NormWidths, Pin, Structure
 from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, read_state, sum_up, write_state
-from apoptosis.surgery import check_followers, check_optimizers, check_together
+from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.told import num_parameters
 from apoptosis.unwrap import bare, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
@@ -110,7 +110,6 @@ class Apoptosis:
         check_optimizers(optimizers, model)
         call = as_call(example_input)
         ranks = ranks_of(parallel, group_of(model), next(model.parameters()).device)
-        check_together(optimizers, ranks.size)
         patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel, ranks=ranks)
         self._patient, self._log = replace(patient, norm_widths=norm_widths), log
         held_out = None if probe is None else make_probe(probe, example_input)

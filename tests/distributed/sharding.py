@@ -35,7 +35,7 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def train(net, rank, size, *, steps=40, make=torch.optim.Adam, after=None, given=None, start=0, **options):
+def train(net, rank, size, *, steps=24, make=torch.optim.Adam, after=None, given=None, start=0, **options):
     """Train, and tell of it. given: an optimizer and an Apoptosis that go on at step `start`."""
     if given is None:
         optimizer = make(net.parameters(), lr=3e-3)

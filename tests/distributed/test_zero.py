@@ -57,7 +57,7 @@ def in_three_ways(rank, size):
 
 
 def test_a_share_of_the_state_follows():
-    results, faults = together(in_three_ways)
+    results, faults = together(in_three_ways, timeout=120)
     assert faults == [None, None]
     plain = results[0][0]
     assert plain["events"]
@@ -90,7 +90,7 @@ def resumed(rank, size, path):
 
 
 def test_a_run_is_resumed_with_or_without_it(tmp_path):
-    results, faults = together(resumed, str(tmp_path / "net.safetensors"))
+    results, faults = together(resumed, str(tmp_path / "net.safetensors"), timeout=120)
     assert faults == [None, None]
     assert "consolidate_state_dict() on all ranks" in results[0][3]
     for whole, again, plain, _ in results:
@@ -111,7 +111,7 @@ def refused(rank, size):
 
 
 def test_what_is_refused_is_named():
-    results, faults = together(refused)
+    results, faults = together(refused, timeout=120)
     assert faults == [None, None]
     for overlap, alone in results:
         assert re.match("ZeroRedundancyOptimizer with overlap_with_ddp=True", overlap)

@@ -135,10 +135,10 @@ def make_plan(
         error: Exception | None = None
         for sets, rank in zip(choices, owner, strict=True):
             desk.shares -= most_readers(sets)
-            mine = rank == ranks.rank and error is None
-            with lent(model, _weights(sets), keep=mine):  # in which all ranks take part, whatever fails on one
+            turn = rank == ranks.rank and error is None
+            with lent(model, _weights(sets), keep=turn):  # in which all ranks take part, whatever fails on one
                 try:
-                    own += desk.take(sets) if mine else []
+                    own += desk.take(sets) if turn else []
                 except Exception as caught:  # noqa: BLE001 - raised again below
                     error = caught
         if error is not None:
