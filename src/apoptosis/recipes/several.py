@@ -54,7 +54,8 @@ def own_random_state(group: Group, states: Tensor) -> Tensor | None:
     """Pick this rank's random state from a checkpoint; None where another number of processes wrote it."""
     if states.dim() == 1:
         return states if group.size == 1 else None
-    return states[group.rank] if len(states) == group.size > 1 else None
+    # A copy, for torch.set_rng_state reads from the beginning of the storage.
+    return states[group.rank].clone() if len(states) == group.size > 1 else None
 
 
 def threads_of_one(processes: int) -> int:
