@@ -37,6 +37,12 @@ def check(group):
             assert found.data_ptr() == bucket.data_ptr()
             assert torch.equal(found, torch.full((size,), sum(r + k for r in all_of) / ranks.size, dtype=dtype))
 
+    if ranks.rank:
+        time.sleep(0.5)
+    future = ranks.average(torch.ones(4))  # returns at once, and backward goes on
+    assert ranks.rank or not future.done()
+    assert torch.equal(future.wait(), torch.ones(4))
+
     def work():
         if ranks.rank == 2:
             raise NonFiniteError("bad")
