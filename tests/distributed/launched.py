@@ -58,6 +58,9 @@ class Launched:
         try:
             self.process.wait(timeout)
         finally:
+            if self.process.poll() is None:  # workers of torchrun have sessions of their own
+                for pid in descendants(self.process.pid):
+                    os.kill(pid, signal.SIGKILL)
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:

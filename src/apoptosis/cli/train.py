@@ -17,7 +17,7 @@ from apoptosis.cli.display import console, display, metric_words, widths_words
 from apoptosis.cli.voice import one_voice
 from apoptosis.errors import ArgumentError
 from apoptosis.launch import Group
-from apoptosis.recipes.config import RunConfig
+from apoptosis.recipes.config import RunConfig, resolve_device
 from apoptosis.recipes.folder import CHECKPOINT, CONFIG, RunFolder
 from apoptosis.recipes.train import train as run_train
 
@@ -61,6 +61,8 @@ def train(
 ) -> None:
     """Train one network; with apoptosis unless told otherwise."""
     config = o.to_config(ctx) if resume is None else o.same_config(_stored(resume), o.given(ctx), resume)
+    if config.device not in ("auto", "cuda"):  # which is whose, the launcher says
+        resolve_device(config.device)
     with one_voice(launcher, config.device) as group:
         where = _where(group, config, out, resume)
         _run(group, config, *where, quiet=quiet)

@@ -183,6 +183,11 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
     target = _device(device, place)
     if place.size == 1:
         return Group(place, target, Ranks(), mpi=mpi)
+    if dist.is_initialized():
+        raise ArgumentError(
+            "start_group() begins the process group of this run, and one has begun already: leave out "
+            "init_process_group(), or wrap the model in DistributedDataParallel yourself and go without start_group()."
+        )
     store, hosts = _mpi_store(comm, timeout) if comm is not None else _store(place, timeout)
     nccl = target.type == "cuda"
     if nccl:
@@ -204,12 +209,15 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
 def _device(name: str, place: Place) -> torch.device:
     """Return where this process trains.
 
-    Raises: ArgumentError: several processes on one GPU, or GPUs under MPI.
+    Raises: ArgumentError: no such device, several processes on one GPU, or GPUs under MPI.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if place.size == 1 or not name.startswith("cuda"):
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ArgumentError(f"device '{name}' is unknown: {str(error).splitlines()[0]}") from error
     if place.launcher == "mpi":
         raise ArgumentError(
             "launcher 'mpi' sums gradients that lie in the memory of the CPU, and this run has GPUs: name device "
@@ -217,10 +225,12 @@ def _device(name: str, place: Place) -> torch.device:
         )
     if name != "cuda":
         raise ArgumentError(f"device '{name}': {place.size} processes cannot share one GPU; 'cuda' gives each its own.")
-    if place.local_rank >= torch.cuda.device_count():
+    there, wanted = torch.cuda.device_count(), max(place.local_size, place.local_rank + 1)
+    if there == 1 and place.launcher == "slurm":  # --gpus-per-task=1 shows every task its own
+        return torch.device("cuda", 0)
+    if there < wanted:  # on every process of the machine, so that none waits for one that cannot come
         raise ArgumentError(
-            f"local rank {place.local_rank} has no GPU: this machine has {torch.cuda.device_count()}. Start fewer "
-            "processes on it, or name device 'cpu'."
+            f"{wanted} processes on this machine and GPUs for {there}: start fewer, or name device 'cpu'."
         )
     return torch.device("cuda", place.local_rank)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -21,10 +22,14 @@ class Interrupt:
     """A context in which the first SIGINT or SIGTERM only sets `requested`; a second one interrupts at once.
 
     Outside the main thread, where handlers cannot be set, it does nothing.
+
+    Args: grace: seconds in which a second signal is the first once more: launchers pass on what a terminal has sent to
+        all processes already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, grace: float = 0.0) -> None:
         self.requested = False
+        self._grace, self._since = grace, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -38,6 +43,8 @@ class Interrupt:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and time.monotonic() - self._since >= self._grace:
             raise KeyboardInterrupt
+        if not self.requested:
+            self._since = time.monotonic()
         self.requested = True

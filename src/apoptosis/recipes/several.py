@@ -17,7 +17,8 @@ from apoptosis.launch import Group
 from apoptosis.recipes.interrupt import Interrupt
 
 # All stop after the same step. They vote whether to about this often, for a vote waits for all of them.
-VOTE_SECONDS = 0.5
+VOTE_SECONDS = 0.2
+INTERRUPT_GRACE = 2.0  # seconds; torchrun and mpirun pass on a signal that the terminal has sent to all
 MOST_STEPS_BETWEEN_VOTES = 1000
 _SEED_STRIDE = 2_000_003  # between the seeds of two ranks; even seeds order rows, so that none of these does
 
@@ -54,7 +55,8 @@ def own_random_state(group: Group, states: Tensor) -> Tensor | None:
     """Pick this rank's random state from a checkpoint; None where another number of processes wrote it."""
     if states.dim() == 1:
         return states if group.size == 1 else None
-    return states[group.rank] if len(states) == group.size > 1 else None
+    # A copy, for torch.set_rng_state reads from the beginning of the storage.
+    return states[group.rank].clone() if len(states) == group.size > 1 else None
 
 
 def threads_of_one(processes: int) -> int:
@@ -77,7 +79,7 @@ class StopVote:
         return self._group.ranks.any(self._interrupt.requested)
 
     def after(self, step: int) -> bool:
-        """Ask after a step; of several processes every half second or so, and after the same steps on all."""
+        """Ask after a step; of several processes a few times a second, and after the same steps on all."""
         if self._group.size == 1:
             return self._interrupt.requested
         if step < self._next:

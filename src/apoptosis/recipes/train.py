@@ -22,7 +22,7 @@ from apoptosis.recipes.interrupt import Interrupt, Stopped
 from apoptosis.recipes.loop import Epoch, Trainer, Watcher
 from apoptosis.recipes.machine import machine, versions
 from apoptosis.recipes.results import SCHEMA, Result, finish
-from apoptosis.recipes.several import threads_of_one
+from apoptosis.recipes.several import INTERRUPT_GRACE, threads_of_one
 from apoptosis.surgery import load, save
 from apoptosis.unwrap import parallel_in, rebuild
 
@@ -124,7 +124,8 @@ def train(
     each = Ranks().each if group is None else group.ranks.each
     data, device = each(lambda: prepare(config, group))
     contestant = "apoptosis" if config.apoptosis else "dense"
-    with Interrupt() as interrupt:
+    several = group is not None and group.size > 1
+    with Interrupt(grace=INTERRUPT_GRACE if several else 0.0) as interrupt:
         log = folder.event_logger(config.seed)
         trainer = Trainer(config, data, device, log=log, interrupt=interrupt, group=group)
         epochs = each(lambda: read_checkpoint(folder, trainer)) if resume else []
