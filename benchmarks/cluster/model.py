@@ -23,6 +23,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 TRAIN = 3.0  # passes' worth of multiply-adds in a step: forward, and two products in backward
+LARGE = 2**20  # bytes of a sum that four buckets of tc do not hold
+ROUNDS = 30  # of alpha and beta in turn
 BUCKET = 25 * 2**20  # bytes of a bucket of DistributedDataParallel
 NODE_CORES = 16  # of a projected node, each as fast as the measured one
 NODE_BATCH = 32  # examples per node and step
@@ -51,9 +53,20 @@ def fit_compute(steps: Sequence[Record], threads: int) -> dict[str, float]:
 
 
 def fit_link(sums: Sequence[tuple[int, Record]]) -> dict[str, float]:
-    """Fit alpha and beta on sums: pairs of number of processes, record."""
-    rows = [(2.0 * (n - 1), 2.0 * (n - 1) / n * s["bytes"]) for n, s in sums]
-    return dict(zip(("alpha", "beta"), fitted(rows, [s["seconds"] for _, s in sums]), strict=True))
+    """Fit alpha on the quickest of the smallest sums, beta on those that no token bucket lets through at once.
+
+    Args: sums: pairs of number of processes, record.
+    """
+    small = min(s["bytes"] for _, s in sums)
+    large = [(2 * (n - 1), n, s) for n, s in sums if s["bytes"] > LARGE]
+    alpha = beta = 0.0
+    for _ in range(ROUNDS):
+        rest = [(s["seconds"] - turns * alpha) / s["seconds"] for turns, _, s in large]
+        rows = [turns / n * s["bytes"] / s["seconds"] for turns, n, s in large]
+        beta = max(0.0, float(np.dot(rows, rest) / np.dot(rows, rows)))
+        quickest = [s["seconds"] / (2 * (n - 1)) - s["bytes"] / n * beta for n, s in sums if s["bytes"] == small]
+        alpha = max(0.0, min(quickest))
+    return {"alpha": alpha, "beta": beta}
 
 
 def compute_seconds(fit: Mapping[str, float], macs: float, batch: float, parameters: float) -> float:
@@ -72,6 +85,11 @@ def sum_seconds(link: Mapping[str, float], size: int, num_bytes: float) -> float
     return 2 * (size - 1) * link["alpha"] + 2 * (size - 1) / size * num_bytes * link["beta"]
 
 
+def taken(world: Record, step: Record) -> float:
+    """Seconds of a step: of one process alone those of the processor, which other programs do not add to."""
+    return float(step["cpu_seconds"] / world["threads"] if world["size"] == 1 else step["seconds"])
+
+
 def step_seconds(compute: Mapping[str, float], link: Mapping[str, float] | None, world: Record, step: Record) -> float:
     """Seconds of a measured step, as the model says."""
     crowd = max(1.0, world["size"] * world["threads"] / world["cores"])
@@ -87,7 +105,7 @@ def errors(worlds: Sequence[Record], compute: Mapping[str, float], links: Mappin
             name = "one process" if world["size"] == 1 else link["link"]
             for step in link["steps"]:
                 told = step_seconds(compute, None if world["size"] == 1 else links[name], world, step)
-                found.setdefault(name, []).append(told / step["seconds"] - 1.0)
+                found.setdefault(name, []).append(told / taken(world, step) - 1.0)
     return {
         name: {"points": len(e), "median": statistics.median(map(abs, e)), "worst": max(e, key=abs)}
         for name, e in found.items()

@@ -29,6 +29,11 @@ def _links(result: Record) -> Iterator[tuple[Record, Record]]:
             yield world, link
 
 
+def busy(result: Record) -> bool:
+    """Whether other programs ran meanwhile."""
+    return bool(result["machine"]["load_before"] > 0.5 * result["machine"]["cores"])
+
+
 def crowded(world: Record) -> bool:
     """Whether the processes of a world share cores, so that wall time says nothing of as many machines."""
     return bool(world["size"] * world["threads"] > world["cores"])
@@ -46,7 +51,7 @@ def setting(result: Record) -> str:
     links = "links bounded by tc in network namespaces" if how == "namespaces" else "a communication hook that sleeps"
     load = where["load_before"]
     shared = f"Nothing else ran on it (load {load:.1f} before the start)."
-    if load > 0.5 * where["cores"]:
+    if busy(result):
         shared = (
             f"**The machine was shared with other programs** (load {load:.1f} before the start): wall times are upper "
             "limits, bytes and processor time are not touched by that."
@@ -62,7 +67,8 @@ def steps(result: Record) -> str:
     rows = []
     for world, link in _links(result):
         for dense, shrunk in pairs(link):
-            ratio = NONE if crowded(world) else f"{dense['seconds'] / shrunk['seconds']:.2f}x"
+            hidden = crowded(world) or busy(result)
+            ratio = NONE if hidden else f"{dense['seconds'] / shrunk['seconds']:.2f}x"
             rows.append(
                 (
                     str(world["size"]),
@@ -84,7 +90,7 @@ def scaling(result: Record) -> str:
     one = {(s["layout"], s["rows"]): s["seconds"] for s in result["worlds"][0]["links"][0]["steps"]}
     rows = []
     for world, link in _links(result):
-        if world["size"] == 1 or crowded(world):
+        if world["size"] == 1 or crowded(world) or busy(result):
             continue
         for step in link["steps"]:
             weak = step["rows"] == result["batch"]
@@ -93,7 +99,7 @@ def scaling(result: Record) -> str:
             rows.append((str(world["size"]), link["link"], step["layout"], "weak" if weak else "strong",
                          _ms(step["seconds"]), f"{gain:.2f}x", f"{100 * gain / world['size']:.0f} %"))  # fmt: skip
     head = ("processes", "link", "network", "scaling", "step", "examples per second, of one process", "efficiency")
-    return markdown(head, rows) if rows else "No run had a core for every process."
+    return markdown(head, rows) if rows else "No run had a core for every process and no other program."
 
 
 def events(result: Record) -> str:
@@ -106,8 +112,10 @@ def events(result: Record) -> str:
         run = link["run"]
         rows.append((str(world["size"]), NONE if world["size"] == 1 else link["link"], _ms(event["seconds"]),
                      _ms(event["hook_seconds"]), _mb(event["bytes_on_link"]),
-                     f"{event['dense_steps']:.1f}", f"{100 * run['event_share']:.1f} %"))  # fmt: skip
+                     f"{event['dense_steps']:.1f}", _ms(event["cpu_seconds"]),
+                     f"{100 * run['event_share']:.1f} %"))  # fmt: skip
     head = ("processes", "link", "first event", "watching before it", "bytes that each sends", "both in dense steps",
+            "processor time, all",
             "share of a run's time in events")  # fmt: skip
     return markdown(head, rows)
 
