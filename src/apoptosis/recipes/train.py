@@ -24,7 +24,6 @@ from apoptosis.recipes.machine import machine, versions
 from apoptosis.recipes.results import SCHEMA, Result, finish
 from apoptosis.recipes.several import INTERRUPT_GRACE, threads_of_one
 from apoptosis.surgery import load, save
-from apoptosis.unwrap import parallel_in, rebuild
 
 
 def prepare(config: RunConfig, group: Group | None = None) -> tuple[Dataset, torch.device]:
@@ -87,8 +86,6 @@ def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
     """
     trainer.group.ranks.each(lambda: _check_there(folder))  # loading talks to the other ranks
     extra = load(folder.checkpoint, trainer.parallel, trainer.optimizer, trainer.apo)
-    for wrapper in parallel_in(trainer.parallel):  # whose reducer does not see the tensors that were loaded
-        rebuild(wrapper)
     try:
         if extra["config"] != trainer.config.model_dump(mode="json"):
             raise CheckpointError(f"'{folder.checkpoint}' is of a run with another configuration than its folder says.")

@@ -173,7 +173,6 @@ def take_over(
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(f"checkpoint '{path}' is damaged: its manifest lacks or misstates {error}.") from error
     journal = Journal()
-    reshaped = any(tensor.shape != value.shape for tensor, value in values)
     try:
         for tensor, value in values:
             journal.set_tensor(tensor, value)  # gradients belong to the old values and go
@@ -186,14 +185,25 @@ def take_over(
         torch.clear_autocast_cache()
         if apo is not None:
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
-        for wrapper in wrappers if reshaped else ():
-            rebuild(wrapper)
-        renew(model)
-        rebuild_buckets(() if optimizer is None else _several(optimizer))
+        _set_up_again(wrappers, model, optimizer)
     except BaseException:
         journal.undo()
+        _set_up_again(wrappers, model, optimizer)
         raise
     return extra
+
+
+def _set_up_again(
+    wrappers: Sequence[nn.Module], model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None
+) -> None:
+    """Let wrappers and sharded optimizers take the tensors as they are.
+
+    A tensor that got another storage has lost DistributedDataParallel's listener, whatever its shape.
+    """
+    for wrapper in wrappers:
+        rebuild(wrapper)
+    renew(model)
+    rebuild_buckets(() if optimizer is None else _several(optimizer))
 
 
 def _several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
