@@ -60,6 +60,7 @@ def agree(run: Run, budget: float | None) -> None:
     """
     check_together(run.patient.optimizers, run.patient.ranks.size)
     asked = run.settings.as_dict() | {"seed": run.settings.seed, "budget": budget, "probe": run.verdict.held_out}
+    asked |= {"whether calibration= is given": run.settings.calibrated}
     asked |= {"example input, multiply-adds": run.structure.macs, "example input, rows": _rows(run)}
     widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
               for g in run.structure.groups}  # fmt: skip

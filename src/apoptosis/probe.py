@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from apoptosis.errors import ArgumentError, NonFiniteError
+from apoptosis.errors import ArgumentError, NonFiniteError, RankError
 from apoptosis.numerics.bounds import compare_logits
 from apoptosis.passes import own_pass
 from apoptosis.sharded import gathered
@@ -140,10 +140,12 @@ def check_runs(model: nn.Module, probe: Probe, read: ReadLogits | None = None) -
 
     Raises: ArgumentError: it fails on them, the outputs have other rows, or labels name no class of the outputs.
     """
-    for rows in {min(2, probe.rows), min(3, probe.rows)}:
+    for rows in (min(2, probe.rows), min(3, probe.rows)):  # two passes on every rank, which may gather for them
         part = probe.take(0, rows)
         try:
             (out,) = outputs(model, part)
+        except RankError:
+            raise
         except Exception as error:  # the user's forward may raise anything
             raise ArgumentError(f"probe: the model fails on it: {type(error).__name__}: {error}") from error
         logits = logits_of(out, read)

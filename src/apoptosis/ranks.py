@@ -12,7 +12,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,12 @@ SUM_NUMBERS = 2**22  # float64 that travel in one sum at most, 32 MiB: what a pr
 _CHUNK = 2**20  # words of a parameter that are multiplied at once for its checksum
 
 
+class _Ended(NamedTuple):
+    """How a rank's work inside `Ranks.each` ended: None, or (not finite, its repr, its text) of what it failed with."""
+
+    fault: tuple[bool, str, str] | None
+
+
 class Ranks:
     """One process alone.
 
@@ -33,12 +39,22 @@ class Ranks:
     rank = 0
     size = 1
     bytes_sent = 0
+    parallel: tuple[Any, ...] = ()  # the DistributedDataParallel modules of the run
 
     def check_even(self) -> None:
         """Refuse a loop in which some ranks may have stopped stepping while others wait for their votes.
 
-        Raises: ArgumentError: the loop runs in such a context.
+        Raises: ArgumentError: the loop runs in torch's Join, unless that ends all ranks with the first that is out of
+        batches.
         """
+        for wrapper in self.parallel:
+            join = wrapper._join_config
+            if join.enable and not join.throw_on_early_termination:
+                raise ArgumentError(
+                    "step() is called inside torch.distributed.algorithms.join.Join: a rank that is out of batches "
+                    "answers gradient sums there, takes no part in an event, and its answers would be taken for votes. "
+                    "Give every rank the same number of steps, or Join(..., throw_on_early_termination=True)."
+                )
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum a float64 tensor over all ranks, bit for bit the same on every one; the result is a new tensor."""
@@ -94,17 +110,36 @@ class Ranks:
         try:
             found.append(work())
         except Exception as caught:  # noqa: BLE001 - raised again below, on all ranks
+            if getattr(caught, "told", False):  # by who has failed in this same work, and has gone on
+                raise
             error = caught
-        told = self.gathered(None if error is None else (isinstance(error, NonFiniteError), repr(error), str(error)))
-        for rank, fault in enumerate(told):
+        fault = None if error is None else (isinstance(error, NonFiniteError), repr(error), str(error))
+        told = self.gathered(_Ended(fault))
+        ended = [(rank, one.fault) for rank, one in enumerate(told) if isinstance(one, _Ended)]
+        for rank, fault in ended:
             if fault is not None and fault[0]:
                 raise NonFiniteError(f"rank {rank}: {fault[2]}") from error
         if error is not None:
             raise error
-        for rank, fault in enumerate(told):
+        for rank, fault in ended:
             if fault is not None:
                 raise RankError(f"rank {rank} of {self.size} failed, so rank {self.rank} cannot go on: {fault[1]}")
+        if len(ended) < self.size:
+            raise RankError(f"some ranks are still at what rank {self.rank} of {self.size} has ended")
         return found[0]
+
+    def _heard(self, value: T, found: list[T]) -> list[T]:
+        """Return what was exchanged, unless some rank told of the end of work that this one is still at.
+
+        Raises: RankError: one did: it failed there.
+        """
+        for rank, other in enumerate(found if not isinstance(value, _Ended) else ()):
+            if isinstance(other, _Ended):
+                why = "" if other.fault is None else f": {other.fault[1]}"
+                error = RankError(f"rank {rank} of {self.size} failed, so rank {self.rank} cannot go on{why}")
+                error.told = True
+                raise error
+        return found
 
     def same(self, what: str, value: dict[str, Any]) -> None:
         """Check that named values are equal on all ranks.
@@ -145,21 +180,10 @@ class TorchRanks(Ranks):
     def __init__(self, group: Any, device: torch.device, parallel: Sequence[Any] = ()) -> None:
         import torch.distributed as dist
 
-        self._dist, self._group, self._parallel = dist, group, tuple(parallel)
+        self._dist, self._group, self.parallel = dist, group, tuple(parallel)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl = "nccl" in str(dist.get_backend(group))
         self._device = device if nccl else torch.device("cpu")
-
-    def check_even(self) -> None:
-        """Refuse torch's Join context unless it ends all ranks with the first that runs out of batches."""
-        for wrapper in self._parallel:
-            join = wrapper._join_config
-            if join.enable and not join.throw_on_early_termination:
-                raise ArgumentError(
-                    "step() is called inside torch.distributed.algorithms.join.Join: a rank that is out of batches "
-                    "answers gradient sums there, takes no part in an event, and its answers would be taken for votes. "
-                    "Give every rank the same number of steps, or Join(..., throw_on_early_termination=True)."
-                )
 
     def _here(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
@@ -197,7 +221,7 @@ class TorchRanks(Ranks):
         """Exchange by all_gather_object."""
         found: list[Any] = [None] * self.size
         self._call("an exchange", self._dist.all_gather_object, found, value)
-        return found
+        return self._heard(value, found)
 
     def all(self, vote: bool) -> bool:
         """Vote by one number."""
@@ -245,5 +269,6 @@ def ranks_of(parallel: Sequence[Any], group: Any = None, device: torch.device | 
         return Ranks()
     for _, state in parallel[0]._comm_hooks if parallel else ():
         if isinstance(state, Ranks):
+            state.parallel = tuple(parallel)
             return state
     return TorchRanks(group, device or next(parallel[0].parameters()).device, parallel)

@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
         return _fail(message, status) if failure.speaks else status
     except (*_FORESEEN, _ParserError) as error:
         status, message = _judge(error)
-        return _fail(message, status) if speaks_alone() else status
+        return _fail(message, status) if speaks_alone(argv) else status
     if status == INTERRUPTED:  # typer turns an interrupt into this status by itself, in some versions
         return _fail(_STOPPED, INTERRUPTED)
     return status

@@ -6,7 +6,7 @@ Lives here: which process of a run speaks. Does not live here: the line itself (
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from apoptosis.errors import ApoptosisError
@@ -41,8 +41,15 @@ def one_voice(launcher: str, device: str) -> Iterator[Group]:
         raise Failure(error, speaks=not group.silent) from error
 
 
-def speaks_alone() -> bool:
-    """Whether this process tells of an error that it met before it could ask the others: one per machine does."""
+def speaks_alone(argv: Sequence[str]) -> bool:
+    """Whether this process tells of an error that it met before it could ask the others: one per machine does.
+
+    Args: argv: of the command; `train` alone runs as one of several processes.
+    """
+    words = [word for given in argv for word in given.split("=")]
+    launcher = words[words.index("--launcher") + 1 :][:1] if "--launcher" in words else []
+    if words[:1] != ["train"] or launcher == ["none"]:
+        return True
     try:
         return recognise().local_rank == 0
     except ApoptosisError:  # variables that contradict one another: each process has its own

@@ -302,7 +302,14 @@ def _mpi_store(comm: Any, timeout: float) -> tuple[Any, bool]:
     if fault:
         raise RankError(f"rank 0 could not open a port for the others: {fault}")
     if store is None:
-        store = _stores.TCPStore(address, port, comm.Get_size(), is_master=False, timeout=limit, wait_for_workers=False)
+        try:
+            store = _stores.TCPStore(
+                address, port, comm.Get_size(), is_master=False, timeout=limit, wait_for_workers=False
+            )
+        except (RuntimeError, OSError) as error:
+            raise RankError(
+                f"rank {comm.Get_rank()} could not reach rank 0 at {address}:{port}: {str(error).splitlines()[0]}"
+            ) from error
     return store, comm.Get_rank() == 0
 
 

@@ -55,12 +55,14 @@ class MpiRanks(Ranks):
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._broken: Exception | None = None
+        self._closed = False
         self._abandoned: list[Any] = []
         self._thread = threading.Thread(target=self._serve, name="apoptosis-mpi", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Let the thread end when all it was asked for is done."""
+        self._closed = True
         self._jobs.put(None)
         self._thread.join(self._timeout)
 
@@ -89,7 +91,8 @@ class MpiRanks(Ranks):
         found = torch.empty(int(sizes.sum()), dtype=torch.uint8)
         parts = (found.numpy(), sizes.tolist())
         self._wait("an exchange", lambda: self._comm.Iallgatherv(own.numpy(), parts))
-        return [pickle.loads(part.numpy().tobytes()) for part in torch.split(found, sizes.tolist())]
+        told = [pickle.loads(part.numpy().tobytes()) for part in torch.split(found, sizes.tolist())]
+        return self._heard(value, told)
 
     def all(self, vote: bool) -> bool:
         """Vote by one number."""
@@ -134,7 +137,10 @@ class MpiRanks(Ranks):
         future.result()
 
     def _ask(self, what: str, post: Callable[[], Any], done: Callable[[Exception | None], None]) -> None:
-        self._jobs.put(_Job(what, post, done))
+        if self._closed:
+            done(RankError(f"rank {self.rank} of {self.size} asks for {what} after its group was closed"))
+        else:
+            self._jobs.put(_Job(what, post, done))
 
     def _serve(self) -> None:
         under_way: list[tuple[_Job, Any, float]] = []

@@ -133,6 +133,11 @@ def _torchrun(environ: Environment) -> Place | None:
                     f"RANK={rank}, WORLD_SIZE={size}, but {name} is not set. Start with torchrun, which sets all of "
                     "them, unset them, or take launcher 'none'."
                 )
+        if not environ["MASTER_ADDR"].strip() or environ["MASTER_PORT"].strip() in ("", "0"):
+            raise ArgumentError(
+                f"MASTER_ADDR={environ['MASTER_ADDR']!r}, MASTER_PORT={environ['MASTER_PORT']!r}: rank 0's address and "
+                "an open port of it are needed. Start with torchrun, which sets both."
+            )
     elastic = "TORCHELASTIC_RUN_ID" in environ
     return Place(
         launcher="torchrun",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from apoptosis.errors import ApoptosisError
+from apoptosis.errors import ApoptosisError, RankError
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
     SAMPLE_ELEMENTS,
@@ -201,13 +201,18 @@ class Replayed:
                 self._see(one, shares, first=one.site not in seen)
                 seen.add(one.site)
 
+            fault = ""
             try:
                 self._replay(self._model, args, kwargs, watch, training=self._model.training)
+            except RankError:
+                raise
             except ApoptosisError as error:
+                fault = str(error)
+            if fault := self._ranks.fault(fault) if self._ranks is not None else fault:
                 self._replay = None
                 warnings.warn(
                     "apoptosis cannot run the model again on its inputs, so groups that are read by no module's input "
-                    f"are left alone: {error}",
+                    f"are left alone: {fault}",
                     RuntimeWarning,
                     stacklevel=4,
                 )

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError
 from apoptosis.ranks import Ranks, ranks_of
-from apoptosis.sharded import at_rest, group_of, is_sharded
+from apoptosis.sharded import at_rest, group_of, has_shards, is_sharded
 from apoptosis.surgery.checkpoint import Resumable, packed, take_over
 from apoptosis.surgery.checkpoint_tensors import PREFIX, check_names
 from apoptosis.unwrap import bare, parallel_in
@@ -73,7 +73,8 @@ def save_sharded(
     def prepare() -> dict[str, Tensor]:
         if target.exists() and not (target / ".metadata").exists():
             raise CheckpointError(f"'{target}' exists and is no checkpoint; it is left alone. Name another folder.")
-        tensors, manifest = packed(whole, optimizer, apo, extra)
+        needed = not ranks.rank or has_shards(whole)  # of plain tensors rank 0's are kept, and it may alone hold them
+        tensors, manifest = packed(whole, optimizer if needed else None, apo, extra)
         if ranks.rank:
             return {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
         shutil.rmtree(writing, ignore_errors=True)
@@ -86,8 +87,8 @@ def save_sharded(
     def put_in_place() -> None:
         if ranks.rank:
             return
-        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         writing.rename(target)
         shutil.rmtree(old, ignore_errors=True)
