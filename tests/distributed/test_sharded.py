@@ -395,7 +395,7 @@ def by_two_dimensions(rank, size):
     net = perceptron()
     for unit in (net[0], net[2], net[4]):
         fully_shard(unit, mesh=mesh)
-    return train(fully_shard(net, mesh=mesh), rank, size)
+    return train(fully_shard(net, mesh=mesh), rank, size, steps=40)
 
 
 def test_shards_that_several_ranks_hold_alike():
