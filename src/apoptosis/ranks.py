@@ -109,7 +109,7 @@ class Ranks:
         found: list[T] = []
         try:
             found.append(work())
-        except Exception as caught:  # noqa: BLE001 - raised again below, on all ranks
+        except Exception as caught:
             if getattr(caught, "told", False):  # by who has failed in this same work, and has gone on
                 raise
             error = caught
