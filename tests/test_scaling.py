@@ -155,3 +155,10 @@ def test_a_quick_run_from_end_to_end(tmp_path):
     for name in ("scaling-steps", "scaling-events", "scaling-model"):
         assert tables.TABLES[name]({"scaling": result}).count("\n") > 2
     assert "gloo" in tables.TABLES["scaling-setting"]({"scaling": result})
+
+
+def test_a_share_that_noise_hides_is_called_unknown():
+    from benchmarks.cluster.tables import _rate
+
+    assert _rate(1e-9, 0.0) == "unknown"
+    assert _rate(1e-9, 1e-11) == "100"

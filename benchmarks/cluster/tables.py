@@ -125,6 +125,13 @@ def targets(result: Record) -> str:
     return markdown(("target", "measured", "met"), [(t["target"], t["measured"], t["met"]) for t in result["targets"]])
 
 
+def _rate(unit: float, seconds: float) -> str:
+    """Return a rate, or that noise hides it: a fit of few noisy points may come to nothing for a share."""
+    if seconds <= 0:
+        return "unknown"
+    return f"{unit / seconds:,.{1 if unit / seconds < 100 else 0}f}"
+
+
 def model(result: Record) -> str:
     """Fitted constants and the error on the measured steps."""
     found, rows = result["model"], []
@@ -132,9 +139,9 @@ def model(result: Record) -> str:
     for name, error in found["errors"].items():
         link = found["links"].get(name)
         told = (
-            f"{1e3 * c['c0']:.2f} ms + {1e-9 / c['c1']:.1f} GMAC/s + {1e9 * c['c2']:.2f} ns per parameter"
+            f"{1e3 * c['c0']:.2f} ms + {_rate(1e-9, c['c1'])} GMAC/s + {1e9 * c['c2']:.2f} ns per parameter"
             if link is None
-            else f"alpha {1e6 * link['alpha']:.0f} µs, {8e-6 / link['beta']:,.0f} Mbit/s"
+            else f"alpha {1e6 * link['alpha']:.0f} µs, {_rate(8e-6, link['beta'])} Mbit/s"
         )
         rows.append(
             (name, told, str(error["points"]), f"{100 * error['median']:.0f} %", f"{100 * error['worst']:+.0f} %")
