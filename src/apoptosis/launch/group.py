@@ -30,6 +30,8 @@ TIMEOUT = 1800.0  # seconds, as torch.distributed has it
 _DEFER = 0.5  # seconds
 _LINGER = 3.0  # seconds in which other ranks may ask who has spoken already
 _FAILURES = "apoptosis/failures"
+# gloo's threads let go of the last tensors a moment after a sum has ended, and abort a process that is at its end by then.
+_SETTLE = 0.2  # seconds
 _stores: Any = dist  # its stubs leave out the stores
 
 
@@ -127,6 +129,7 @@ class Group:
         if self.size > 1 and dist.is_initialized():
             if not failed:
                 dist.destroy_process_group()
+                time.sleep(_SETTLE)
             elif self._hosts:
                 self._linger()
         if self._mpi is not None and not failed:
