@@ -1,13 +1,15 @@
-"""Symmetric products, and the thread that scipy's BLAS may use.
+"""Symmetric products, how exactly they are taken, and the thread that scipy's BLAS may use.
 
-Lives here: `gram`, `one_thread`. Does not live here: factorisations (decompose.py), sums over
-batches (moments.py).
+Lives here: `gram`, `true_float32`, `one_thread`. Does not live here: factorisations (decompose.py), sums over batches
+(moments.py).
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from scipy.linalg import blas
@@ -32,6 +34,28 @@ def one_thread() -> AbstractContextManager[object]:
 @cache
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+@contextmanager
+def true_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products in full float32 or float64: no autocast, no TF32 or bfloat16 shortcuts, user's flags restored.
+
+    A product rounded to ten bits would put a floor of about 1e-3 under every relative residual.
+    """
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+    name = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
+    exact: object = "ieee" if name == "fp32_precision" else False
+    before = getattr(backend, name, exact)
+    shortcut = before not in ("ieee", "none", False)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            if shortcut:
+                setattr(backend, name, exact)
+            yield
+        finally:
+            if shortcut:
+                setattr(backend, name, before)
 
 
 def gram(rows_NC: Tensor) -> Tensor:

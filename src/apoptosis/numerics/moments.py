@@ -5,39 +5,15 @@ Lives here: the arithmetic on rows that somebody else collected. Does not live h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
-from apoptosis.numerics.blas import gram
+from apoptosis.numerics.blas import gram, true_float32
 
 _STATE_KEYS = ("num_rows", "num_examples", "exact", "mean", "scatter")
-
-
-@contextmanager
-def _true_float32(device: torch.device) -> Iterator[None]:
-    """Matrix products in full float32 or float64: no autocast, no TF32 or bfloat16 shortcuts, user's flags restored.
-
-    A product rounded to ten bits would put a floor of about 1e-3 under every relative residual.
-    """
-    backends: Any = torch.backends
-    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
-    name = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
-    exact: object = "ieee" if name == "fp32_precision" else False
-    before = getattr(backend, name, exact)
-    shortcut = before not in ("ieee", "none", False)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            if shortcut:
-                setattr(backend, name, exact)
-            yield
-        finally:
-            if shortcut:
-                setattr(backend, name, before)
 
 
 _ROWS = 256  # that are taken to float64 at once, for their mean
@@ -90,7 +66,9 @@ class Moments:
         """Mean of the rows, (channels,) float64; zeros before the first row."""
         return self._mean.clone()
 
-    def update(self, rows_NC: Tensor, *, exact: bool = False, examples: int | None = None) -> None:
+    def update(
+        self, rows_NC: Tensor, *, exact: bool = False, examples: int | None = None, checked: bool = True
+    ) -> None:
         """Add N rows.
 
         Args:
@@ -98,6 +76,7 @@ class Moments:
             exact: take the products in float64. Otherwise the centred rows are multiplied in float32 and only summed
                 in float64: a variance below about (6e-8 |mean|)² or 1e-7 of the largest one is not resolved.
             examples: how many examples the rows came from; None: one each.
+            checked: False adds whatever comes, without waiting for the device; `check` then tells later.
 
         Raises:
             ShapeError: rows_NC is not (rows, num_channels).
@@ -112,7 +91,7 @@ class Moments:
             return
         if self.num_rows == 0 and rows_NC.device != self.device:
             self._move(rows_NC.device)
-        with _true_float32(rows_NC.device):
+        with true_float32(rows_NC.device):
             rows = rows_NC.detach()
             rooted = exact and rows.dtype == torch.float64
             if exact:
@@ -130,17 +109,21 @@ class Moments:
             if not exact:
                 work = work.float()
             product = gram(work)
-            if not bool(torch.isfinite(mean.sum() + product.diagonal().sum(dtype=torch.float64))):
-                raise NonFiniteError(
-                    "the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
-                    "Leave out steps that the gradient scaler skips, or lower the learning rate."
-                )
+            if checked:
+                _check(mean, product)
             self._add_scatter(product)
             self._add_root(work if rooted else None)
             self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
         self.exact = self.exact and exact
         self.num_rows = total
         self.num_examples += num_rows if examples is None else examples
+
+    def check(self) -> None:
+        """Check what was added unchecked.
+
+        Raises: NonFiniteError: some row held NaN or infinity; what such a row was added to stays so.
+        """
+        _check(self._mean, self._scatter)
 
     def merge(self, other: Moments) -> None:
         """Add the rows that `other` has seen, on this object's device.
@@ -337,6 +320,14 @@ class Moments:
 
     def __repr__(self) -> str:
         return f"Moments({self.num_channels} channels, {self.num_rows} rows, {self.num_examples} examples)"
+
+
+def _check(mean_C: Tensor, product_CC: Tensor) -> None:
+    if not bool(torch.isfinite(mean_C.sum() + product_CC.diagonal().sum(dtype=torch.float64))):
+        raise NonFiniteError(
+            "the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
+            "Leave out steps that the gradient scaler skips, or lower the learning rate."
+        )
 
 
 def _mean(rows_NC: Tensor) -> Tensor:

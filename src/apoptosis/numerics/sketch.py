@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ShapeError
+from apoptosis.numerics.devices import sent
 
 SKETCH_ROWS = 512  # the standard deviation of a sketched energy is sqrt(2 / SKETCH_ROWS) = 6 % of it, of an rms 3 %
 
@@ -36,18 +37,22 @@ class Sketch:
     def __init__(self, num_channels: int, *, size: int = SKETCH_ROWS, device: torch.device | str | None = None) -> None:
         self.num_channels, self.size = num_channels, size
         self.num_rows = 0
+        self._empty: Tensor | None = None  # how many of them were zero, known to the device alone
         self._kept = torch.zeros(1, 1, device=device).expand(size, num_channels)  # no memory before there are rows
         self._order = torch.arange(size)  # of the buckets, for the rows of this turn
 
-    def add(self, rows_NC: Tensor, draws: torch.Generator) -> None:
-        """Add rows, in float32; draws: where buckets and signs come from.
+    def add(self, rows_NC: Tensor, draws: torch.Generator, *, some_empty: bool = False) -> None:
+        """Add rows, in float32; draws: where buckets and signs come from. some_empty: rows of zeros do not count.
 
         Raises: ShapeError: rows_NC is not (rows, num_channels).
         """
         if rows_NC.ndim != 2 or rows_NC.shape[1] != self.num_channels:
             raise ShapeError(f"Sketch.add: rows of shape {tuple(rows_NC.shape)}, expected (N, {self.num_channels}).")
         signs = torch.randint(0, 2, (len(rows_NC), 1), generator=draws) * 2 - 1
-        signed = rows_NC.detach().float() * signs.to(rows_NC.device)
+        signed = rows_NC.detach().float() * sent(signs, rows_NC.device)
+        if some_empty:
+            empty = signed.eq(0).all(1).sum()
+            self._empty = empty if self._empty is None else self._empty + empty
         start = 0
         if self.num_rows == 0 and len(signed):
             self._kept = self._kept.contiguous()
@@ -56,10 +61,14 @@ class Sketch:
             if place == 0:
                 self._order = torch.randperm(self.size, generator=draws)
             stop = min(len(signed), start + self.size - place)
-            buckets = self._order[place : place + stop - start].to(self._kept.device)
+            buckets = sent(self._order[place : place + stop - start], self._kept.device)
             self._kept.index_add_(0, buckets, signed[start:stop].to(self._kept.device))
             self.num_rows += stop - start
             start = stop
+
+    def counted(self) -> int:
+        """Return how many rows there were, without those of zeros that were said to be among them."""
+        return self.num_rows - (0 if self._empty is None else int(self._empty))
 
     def rows(self) -> Tensor:
         """Return S without rows that are zero, (at most size, channels) float32; a copy."""
@@ -67,13 +76,14 @@ class Sketch:
 
     def pool(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add what other processes sketched with signs of their own; total: sums a tensor over all of them."""
-        counted = total(torch.tensor([float(self.num_rows)], dtype=torch.float64, device=self._kept.device))
-        self._kept, self.num_rows = total(self._kept.double()).float(), int(counted.item())
+        counted = total(torch.tensor([float(self.counted())], dtype=torch.float64, device=self._kept.device))
+        self._kept, self.num_rows, self._empty = total(self._kept.double()).float(), int(counted.item()), None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""
         kept = self._kept if self.num_rows else self._kept[:0]
-        return {"num_rows": self.num_rows, "kept": kept.clone(), "order": self._order.clone()}
+        empty = self.num_rows - self.counted()
+        return {"num_rows": self.num_rows, "empty": empty, "kept": kept.clone(), "order": self._order.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote.
@@ -84,6 +94,8 @@ class Sketch:
         if kept.shape[1] != self.num_channels or len(kept) != (self.size if num_rows else 0):
             raise ShapeError(f"Sketch: state of {tuple(kept.shape)}, expected {tuple(self._kept.shape)}.")
         self.num_rows = num_rows
+        empty = int(state.get("empty", 0))
+        self._empty = torch.tensor(empty, device=self._kept.device) if empty else None
         if num_rows:
             self._kept = kept.to(self._kept.device, copy=True)
         self._order = state["order"].cpu().clone()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from apoptosis.numerics.devices import foremost, waits
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.observe.hooks import is_wrapped
 from apoptosis.observe.watch import WHOLE_COLUMNS, Watch
@@ -44,9 +45,16 @@ class GradientWatch(Watch):
     def feel(self, gradient: Tensor, picks: torch.Generator) -> None:
         """Take rows of one gradient, of many a share."""
         rows = self.flat(gradient)
-        if self.fits(rows):
-            rows = rows[rows.ne(0).any(1) & rows.isfinite().all(1)]
-            self.sketch.add(self.picked(rows, -(-self.rows_needed // _SHARE), picks), picks)
+        if not self.fits(rows):
+            return
+        good, share = rows.ne(0).any(1) & rows.isfinite().all(1), -(-self.rows_needed // _SHARE)
+        ahead = waits(rows.device)
+        rows = foremost(rows, good, share, picks) if ahead else rows[good]
+        self.sketch.add(self.picked(rows, share, picks), picks, some_empty=ahead)
+
+    def enough(self, examples: int = 0) -> bool:
+        """Whether nothing more need be seen; where rows of zeros may be among them, more never hurts."""
+        return not waits(self._device) and super().enough(examples)
 
     def root(self) -> Tensor | None:
         """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None where that is not finite."""
@@ -125,7 +133,7 @@ class Gradients:
     def root(self, key: tuple[str, str], channels: int) -> Tensor | None:
         """V (rows, columns of the watch of a key) with VᵀV = Σ g gᵀ, sketched; None from fewer rows than `channels`."""
         watch = self._watches.get(key)
-        return None if watch is None or watch.rows < channels else watch.root()
+        return None if watch is None or watch.sketch.counted() < channels else watch.root()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""

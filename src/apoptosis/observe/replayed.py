@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from apoptosis.errors import ApoptosisError, RankError
+from apoptosis.numerics.devices import sent
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
     SAMPLE_ELEMENTS,
@@ -63,7 +64,7 @@ class _Share:
 
     def _thinned(self, rows: Tensor, rate: float) -> Tensor:
         chosen = torch.rand(rows.shape[0], generator=self._picks) < rate
-        return rows[chosen.to(rows.device)]
+        return rows[sent(torch.from_numpy(np.flatnonzero(chosen.numpy())), rows.device)]
 
     def taken(self) -> Tensor | None:
         """Return at most as many rows as were wanted, (rows, positions)."""
@@ -72,7 +73,7 @@ class _Share:
         rows = torch.cat(self._kept)
         if len(rows) <= self._wanted:
             return rows
-        return rows[torch.randperm(len(rows), generator=self._picks)[: self._wanted].to(rows.device)]
+        return rows[sent(torch.randperm(len(rows), generator=self._picks)[: self._wanted], rows.device)]
 
 
 class Replayed:
@@ -239,7 +240,7 @@ class Replayed:
             if key not in shares or x is None or x.numel() == 0:
                 continue
             watch = self._watches[key]
-            if x.shape[-1] <= int(watch.columns.max()):
+            if x.shape[-1] <= watch.last_column:
                 watch.spoiled = f"what '{watch.site.key}' reads changed its width while it was watched"
                 continue
             shares[key].add(x.detach())

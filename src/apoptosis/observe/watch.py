@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import NonFiniteError
+from apoptosis.numerics.devices import sent, waits
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import IntArray, Site
 
@@ -116,7 +117,7 @@ class Watch:
         self._device = device
         blocks = site.input_columns.size // max(1, site.columns.size)  # of a grouped convolution
         self._width = site.num_columns * blocks
-        self.columns = torch.as_tensor(columns, device=device)
+        self.columns, self.last_column = torch.as_tensor(columns, device=device), int(columns.max())
         self._all = columns.shape == (self._width, 1) and bool((columns[:, 0] == np.arange(self._width)).all())
 
     @staticmethod
@@ -175,7 +176,7 @@ class Watch:
         taps = self.columns.shape[1]
         total = rows.shape[0] * taps
         if share is not None and total > share:
-            chosen = torch.randint(0, total, (share,), generator=picks).to(rows.device)
+            chosen = sent(torch.randint(0, total, (share,), generator=picks), rows.device)
             taken = rows.index_select(0, chosen // taps)
             return taken if self._all else taken.gather(1, self.columns.T[chosen % taps])
         if self._all:
@@ -212,7 +213,7 @@ class Watch:
     def _add_buffer(self, moments: Moments) -> None:
         if self.buffer:
             rows = self.buffer[0] if len(self.buffer) == 1 else torch.cat(self.buffer)
-            moments.update(rows, exact=self.exact)
+            moments.update(rows, exact=self.exact, checked=not waits(rows.device))
 
     def take_over(self, moments: Moments, examples: int) -> None:
         """Take moments of more rows, these among them, in the place of its own."""
@@ -227,15 +228,21 @@ class Watch:
             raise NonFiniteError(self.spoiled)
         found = self.moments.copy()
         self._add_buffer(found)
+        found.check()
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything exactly: buffered rows stay rows, so that a resumed run sums in the same order."""
+        moments, spoiled = self.moments, self.spoiled
+        try:
+            moments.check()
+        except NonFiniteError as error:
+            moments, spoiled = Moments(moments.num_channels), spoiled or str(error)
         return {
             "examples": self.examples,
             "dropout": self.dropout,
-            "spoiled": self.spoiled,
-            "moments": self.moments.state_dict(),
+            "spoiled": spoiled,
+            "moments": moments.state_dict(),
             "buffer": list(self.buffer),
         }
 

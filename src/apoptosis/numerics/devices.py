@@ -1,0 +1,40 @@
+"""How steps go on while an accelerator works: nothing is read from it, and what it is given comes from pinned memory.
+
+Lives here: `sent`, `waits`, `foremost`. Does not live here: which rows are taken (observe).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def waits(device: torch.device) -> bool:
+    """Whether reading a number from a device makes the program wait for all that it still has to do."""
+    return device.type not in ("cpu", "meta")
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device; an accelerator takes it from pinned memory, and nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def foremost(rows_NC: Tensor, good_N: Tensor, most: int, draws: torch.Generator) -> Tensor:
+    """Return `most` rows, good ones before others and drawn evenly among them; where good ones are too few, zeros.
+
+    Which rows are good need not be known here, so that nobody waits for it.
+
+    Args:
+        rows_NC: (rows, channels).
+        good_N: (rows,) bool, on the same device.
+        most: rows wanted; all where there are fewer.
+        draws: of the CPU.
+
+    Example:
+        >>> rows = torch.tensor([[1.0], [float("nan")], [3.0]])
+        >>> foremost(rows, rows.isfinite().all(1), 3, torch.Generator().manual_seed(0)).sort(0).values.T
+        tensor([[0., 1., 3.]])
+    """
+    keys = good_N.float() + sent(torch.rand(len(rows_NC), generator=draws) / 2, rows_NC.device)
+    chosen = keys.topk(min(most, len(rows_NC))).indices
+    return torch.where(good_N[chosen, None], rows_NC[chosen], 0.0)
