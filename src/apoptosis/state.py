@@ -234,5 +234,5 @@ def sum_up(
         site_limit=site_limit,
         seconds=memory.own_seconds + hook_seconds,
         hook_seconds=hook_seconds,
-        notes=("some probe rows served more than one attempt",) if account.reused else (),
+        notes=("some probe rows served more than one attempt, or count as if they had",) if account.reused else (),
     )
