@@ -118,8 +118,8 @@ def parallel_in(model: nn.Module) -> tuple[nn.Module, ...]:
 def rebuild(parallel: Any, layout: Mapping[str, Any] | None = None) -> None:
     """Let DistributedDataParallel set up its gradient buffers for the shapes that its module has now.
 
-    They are set up again in the way of unpickling, the wrapper itself stays the same object, and communication hooks
-    are registered again with their state. With several processes all of them call this.
+    They are set up again in the way of unpickling, the wrapper itself stays the same object and keeps its process
+    group, and communication hooks are registered again with their state. All processes of the group call this.
 
     Args: layout: what `layout_of` told on as many ranks; gradients are summed in these buckets from the first step on,
     and so in the same order. One of other parameters or another number of ranks is left alone.
@@ -127,12 +127,12 @@ def rebuild(parallel: Any, layout: Mapping[str, Any] | None = None) -> None:
     Raises: ArgumentError: something would be lost.
     """
     _check_hooks(parallel)
-    state = parallel.__getstate__()
     hooks, parallel._comm_hooks = parallel._comm_hooks, []
     parallel.reducer = None  # the old one lets go of its hooks before the new one sets its own
     parallel.logger = None
+    state = {name: value for name, value in vars(parallel).items() if name not in ("reducer", "logger")}
     with _begun_with(parallel, layout):
-        parallel.__setstate__(state | {"_comm_hooks": parallel._comm_hooks})
+        parallel.__setstate__(state)  # takes the default process group, then what the state holds: the wrapper's own
     # A new reducer sums a static graph's first gradients at the end of backward, and is told to by this.
     parallel._static_graph_delay_allreduce_enqueued = False
     for hook, own in hooks:
@@ -256,20 +256,13 @@ def _is(module: nn.Module, name: str, package: str) -> bool:
 
 
 def _check_parallel(module: Any) -> None:
-    """Refuse what the gradient buffers cannot be set up again for, and what makes captures wait for other processes."""
-    if module.process_group.size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+    """Refuse what the gradient buffers cannot be set up again for."""
+    if module.device_type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
         raise ArgumentError(
-            "the model has nn.SyncBatchNorm in DistributedDataParallel of several processes: its passes wait for one "
-            "another, and the captures of an event would, too. Use nn.BatchNorm2d (1d, 3d), or train in one process."
+            "the model has nn.SyncBatchNorm in DistributedDataParallel on the CPU, for which torch sets up no gradient "
+            "buffers: it synchronises on GPUs alone. Use nn.BatchNorm2d (1d, 3d)."
         )
     _check_hooks(module)
-    try:
-        module.__getstate__()  # what rebuild() begins with
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"the model is wrapped in DistributedDataParallel whose buffers cannot be set up for new shapes: {error}. "
-            "Wrap it with the default process group."
-        ) from error
 
 
 def _check_hooks(module: Any) -> None:
