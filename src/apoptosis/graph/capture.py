@@ -69,7 +69,7 @@ class _Functions(TorchFunctionMode):
     """Shows the tracer some functions of torch as one operator, whatever they come down to on this device."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # untyped in some releases of torch
         self._tracer = tracer
 
     def __torch_function__(
