@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from apoptosis import Apoptosis, load, save, shrink_
 from apoptosis.errors import ArgumentError, CheckpointError
-from apoptosis.unwrap import bare, check_alone, unwrap
+from apoptosis.unwrap import bare, check_alone, rebuild, unwrap
 
 
 @pytest.fixture(autouse=True)
@@ -236,14 +236,23 @@ def test_a_wrapper_keeps_its_communication_hooks(runs, tmp_path):
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_wrapper_keeps_its_own_process_group(runs):
+    group = dist.new_group([0])
+    parallel = DistributedDataParallel(runs.mlp(), process_group=group, find_unused_parameters=True)
+    assert unwrap(parallel).parallel == (parallel,)
+    old = parallel.reducer
+    rebuild(parallel)
+    assert parallel.process_group is group
+    assert parallel.reducer is not old
+    assert parallel.find_unused_parameters
+
+
+@pytest.mark.usefixtures("alone")
 def test_what_a_wrapper_would_lose_is_refused(runs):
     hooked = DistributedDataParallel(runs.mlp())
     hooked._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
     with pytest.raises(ArgumentError, match="built-in communication hook"):
         unwrap(hooked)
-    group = dist.new_group([0])
-    with pytest.raises(ArgumentError, match="default process group"):
-        unwrap(DistributedDataParallel(runs.mlp(), process_group=group))
     with pytest.raises(ArgumentError, match=r"module '0' is wrapped.*whole model"):
         unwrap(nn.Sequential(DistributedDataParallel(runs.mlp())))
 

@@ -85,6 +85,17 @@ def test_without_a_budget_every_attempt_has_its_own_block():
     assert account.next_rows() == (0, 800)
 
 
+def test_rows_divided_anew_count_as_judged_by_all():
+    account = Account(0.05, 3000, ranks=2)
+    for _ in range(2):
+        account.spent += account.attempt(*account.next_rows(), losses=0, rows=900)
+    spent = account.spent
+    account.divide_anew()
+    assert (account.spent, account.attempts, account.next_rows()) == (spent, 2, (0, 3000))
+    limit = account.attempt(0, 3000, losses=0, rows=6000)
+    assert limit == clopper_pearson_upper(0, 6000, alpha_for_attempt(3, ALPHA, earlier_verdicts=2))
+
+
 def test_refused_attempt_is_not_booked_but_spends_confidence():
     verdict = Verdict(0.005, probe(4000))
     verdict.begin(None)

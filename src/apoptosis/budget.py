@@ -44,7 +44,7 @@ class Account:
 
     @property
     def reused(self) -> bool:
-        """Whether some rows served more than one attempt."""
+        """Whether some rows served more than one attempt, or count as if they had."""
         return any(_overlaps(*rows, self.judged[:i]) for i, rows in enumerate(self.judged))
 
     def check(self) -> None:
@@ -71,6 +71,14 @@ class Account:
         if self.used + block <= self.rows:
             return self.used, self.used + block
         return 0, self.rows
+
+    def divide_anew(self) -> None:
+        """Count all rows as judged by every attempt so far: other ranks hold them now, and which were is not known.
+
+        The limits granted are of the population and stay true however the rows lie. The limits to come stay true where
+        more verdicts are counted against them than were heard on their rows (Theorem "Alpha spending").
+        """
+        self.judged = [(0, self.rows)] * len(self.judged)
 
     def attempt(self, start: int, stop: int, losses: int, *, rows: int | None = None) -> float:
         """Book an attempt on rows start..stop with `losses` changed examples; returns its upper limit (a share).

@@ -20,13 +20,13 @@ def rebuild_ddp(model: nn.Module) -> None:
     """Let DistributedDataParallel set up its gradient buffers for the shapes that its module has now, in place.
 
     The wrapper stays the same object, so that the user's variable, and a Join context or hooks that hold it, stay
-    valid; communication hooks are registered again with their state. Call it on every rank, between an optimizer step
-    and the next forward pass; nothing is exchanged.
+    valid; communication hooks are registered again with their state. Call it on every rank of its group, between an
+    optimizer step and the next forward pass; nothing is exchanged.
 
     Args: model: DistributedDataParallel, also under or over torch.compile.
 
     Raises: ArgumentError: the model has no such wrapper, or one with something that would be lost (built-in
-    communication hooks, PowerSGD's state, a process group other than the default one). Nothing has changed then.
+    communication hooks, PowerSGD's state). Nothing has changed then.
 
     Example:
         >>> import tempfile, torch, torch.distributed as dist

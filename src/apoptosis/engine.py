@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,14 +25,7 @@ from apoptosis.errors import CheckpointError, NonFiniteError, RankError
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
-from apoptosis.operate import (
-    Patient,
-    exclude_pins,
-    refreshed,
-    timed_capture,
-    warn_if_fixed,
-    with_pins,
-)
+from apoptosis.operate import Patient, exclude_pins, refreshed, timed_capture, warn_if_fixed, with_pins
 from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
 from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
@@ -41,7 +35,7 @@ from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.told import num_parameters
-from apoptosis.unwrap import bare, rebuild
+from apoptosis.unwrap import bare, layout_of, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
 
 Log = Callable[[dict[str, Any]], None]
@@ -222,7 +216,8 @@ class Apoptosis:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
         alone = self._patient.ranks.size == 1  # else a resumed run opens its window anew
         window = self._observer.state_dict() if self._observer is not None and alone else None
-        return write_state(self._memory, self._settings, self._structure, self._verdict, window)
+        buckets = [layout_of(wrapper) for wrapper in self._patient.parallel]
+        return write_state(self._memory, self._settings, self._structure, self._verdict, window, buckets)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` stopped. The model must have the widths it had then (apoptosis.load sees to that).
@@ -248,6 +243,7 @@ class Apoptosis:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
             ranks.same_parameters("in the checkpoint that they load", self._patient.model)
+            buckets = ranks.first(list(state.get("buckets", ())))  # there is none in older checkpoints
             observer = kept_window(self._run()._replace(memory=memory, structure=structure), window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except (CheckpointError, RankError):  # say themselves what differs
@@ -255,8 +251,8 @@ class Apoptosis:
         except DAMAGES as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
         self._drop_window()
-        for wrapper in self._patient.parallel:  # the model may have got the widths of a checkpoint
-            rebuild(wrapper)
+        for wrapper, layout in zip_longest(self._patient.parallel, buckets[: len(self._patient.parallel)]):
+            rebuild(wrapper, layout)  # the model may have got the widths of a checkpoint
         self._structure, self._memory = structure, memory
         if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule
             memory.decision = self._decide()

@@ -11,7 +11,7 @@ channel k, sums over all channels are weighted sums over the kept ones (theory, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,6 @@ from apoptosis.errors import ShapeError
 from apoptosis.records import NormWay
 
 _EPS_NAMES = ("variance_epsilon", "eps")
-_FIELDS = ("mean_weights", "square_weights", "cross_weights", "constant_sum", "constant_square", "full_width")
 _OWN_HOOKS = "apoptosis.observe."  # modules that these come from
 _PROBE_ROWS = 3
 _FLOAT32 = 1e-5  # relative error of a norm in float32
@@ -90,6 +89,9 @@ class Statistics:
     def attributes(self) -> dict[str, Any]:
         """Return them as the attributes of a module."""
         return {name: getattr(self, name) for name in _FIELDS}
+
+
+_FIELDS = tuple(field.name for field in fields(Statistics))  # the three tensors first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

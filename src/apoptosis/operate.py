@@ -153,15 +153,37 @@ def operate(
     A group whose edit breaks the forward pass or changes which channel a column reads is rolled back and pinned, and
     the others are tried again without it. A change the judge refuses rolls everything back.
     """
+    pins: dict[str, Pin] = {}
+    todo, ranks = list(reductions), patient.ranks
+    outcome: Outcome | None = None
     try:
-        outcome = _operate(patient, structure, reductions, dropped_variance, probe, judge)
+        before = None if probe is None else ranks.each(partial(_outputs, patient, probe))
+        old_numbers = True  # the training loop may have set a temperature, say, since they were captured
+        while todo:
+            outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge, old_numbers)
+            if outcome is not None:
+                break
+            if old_numbers:  # nothing is pinned, and no weight takes a factor, for what the user has changed
+                old_numbers, now = False, patient.capture()
+                changed = ranks.any(now.scalars != structure.scalars)
+                structure = replace(structure, scalars=now.scalars, multiples=now.multiples, scalable=now.scalable)
+                if changed or not fault:
+                    continue
+            guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
+            for name, reason in guilty.items():
+                pins[name] = _pin(structure, name, reason)
+            todo = [r for r in todo if r.group not in pins]
     except BaseException as error:
         if patient.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
             _set_up_again(patient)
         raise
+    if outcome is None:
+        broken = "no group can be edited: " + "; ".join(str(p) for p in pins.values())
+        refused = broken if pins else "nothing to remove"
+        outcome = Outcome(committed=False, structure=structure, change=None, refused=refused)
     if not outcome.committed:
         _set_up_again(patient)
-    return outcome
+    return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
 
 
 def _set_up_again(patient: Patient) -> None:
@@ -173,43 +195,6 @@ def _set_up_again(patient: Patient) -> None:
         rebuild(wrapper)
     renew(patient.model)
     rebuild_buckets(patient.optimizers)
-
-
-def _operate(
-    patient: Patient,
-    structure: Structure,
-    reductions: Sequence[Reduction],
-    dropped_variance: Mapping[str, Tensor],
-    probe: Probe | None,
-    judge: Judge,
-) -> Outcome:
-    """See `operate`; the wrappers of a model that was rolled back are not set up again yet."""
-    pins: dict[str, Pin] = {}
-    todo = list(reductions)
-    ranks = patient.ranks
-    before = None if probe is None else ranks.each(partial(_outputs, patient, probe))
-    old_numbers = True  # the training loop may have set a temperature, say, since they were captured
-    while todo:
-        outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge, old_numbers)
-        if outcome is not None:
-            return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
-        if old_numbers:  # nothing is pinned, and no weight takes a factor, for what the user has changed
-            old_numbers, now = False, patient.capture()
-            changed = ranks.any(now.scalars != structure.scalars)
-            structure = replace(structure, scalars=now.scalars, multiples=now.multiples, scalable=now.scalable)
-            if changed or not fault:
-                continue
-        guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
-        for name, reason in guilty.items():
-            pins[name] = _pin(structure, name, reason)
-        todo = [r for r in todo if r.group not in pins]
-    return Outcome(
-        committed=False,
-        structure=with_pins(structure, pins),
-        change=None,
-        refused="no group can be edited: " + "; ".join(str(p) for p in pins.values()) if pins else "nothing to remove",
-        pins=tuple(pins.values()),
-    )
 
 
 def _attempt(

@@ -1,7 +1,8 @@
 """Forward passes that the library runs by itself, and compiled models.
 
-Lives here: telling such a pass from the user's own, running compiled parts eagerly where they must be watched,
-forgetting what was compiled for other shapes. Does not live here: what a pass is run for (graph, probe, observe).
+Lives here: telling such a pass from the user's own, keeping it from waiting for other processes, running compiled parts
+eagerly where they must be watched, forgetting what was compiled for other shapes. Does not live here: what a pass is
+run for (graph, probe, observe).
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from apoptosis.errors import CaptureError
 
 _RUNNING = threading.local()
 _DYNAMO = "torch._dynamo"  # loaded before anything can have been compiled
@@ -57,6 +64,36 @@ def is_own_pass() -> bool:
         1
     """
     return getattr(_RUNNING, "depth", 0) > 0
+
+
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Let nn.SyncBatchNorm normalise by this rank's rows alone in the passes inside, as nn.BatchNorm does.
+
+    Its own pass exchanges statistics, and ranks need not make as many passes of the library's own as others; on the CPU
+    it has none at all.
+
+    Raises: CaptureError: a subclass with a forward pass of its own, of several processes.
+    """
+    own: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.SyncBatchNorm):
+            continue
+        if type(module).forward is nn.SyncBatchNorm.forward and "forward" not in vars(module):
+            own.append(module)
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise CaptureError(
+                f"module '{name}' ({type(module).__name__}) is an nn.SyncBatchNorm with a forward pass of its own, "
+                "which may wait for other processes where these do not run it. Use nn.SyncBatchNorm itself, or "
+                "nn.BatchNorm2d."
+            )
+    try:
+        for module in own:
+            vars(module)["forward"] = MethodType(_BatchNorm.forward, module)
+        yield
+    finally:
+        for module in own:
+            vars(module).pop("forward", None)
 
 
 class Eager:

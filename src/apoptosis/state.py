@@ -128,9 +128,14 @@ def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
 
 
 def write_state(
-    memory: Memory, settings: Settings, structure: Structure, verdict: Verdict, window: Mapping[str, Any] | None
+    memory: Memory,
+    settings: Settings,
+    structure: Structure,
+    verdict: Verdict,
+    window: Mapping[str, Any] | None,
+    buckets: Sequence[Mapping[str, Any] | None] = (),
 ) -> dict[str, Any]:
-    """Write a run down as plain values and tensors."""
+    """Write a run down as plain values and tensors. buckets: of every wrapper, as `unwrap.layout_of` told them."""
     return {
         "version": VERSION,
         "widths": {g.name: g.num_channels for g in structure.groups},
@@ -139,6 +144,7 @@ def write_state(
         "memory": memory.as_dict(),
         "verdict": verdict.state_dict(),
         "window": window,
+        "buckets": list(buckets),
     }
 
 
@@ -228,5 +234,5 @@ def sum_up(
         site_limit=site_limit,
         seconds=memory.own_seconds + hook_seconds,
         hook_seconds=hook_seconds,
-        notes=("some probe rows served more than one attempt",) if account.reused else (),
+        notes=("some probe rows served more than one attempt, or count as if they had",) if account.reused else (),
     )

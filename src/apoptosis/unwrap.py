@@ -1,14 +1,17 @@
 """What a user's model is wrapped in: taken off where surgery reaches through it, refused by name where it does not.
 
-Lives here: compiled models, DistributedDataParallel, scripted and exported ones, the older FSDP. Does not live here:
-fully_shard (sharded), the other checks of arguments.
+Lives here: compiled models, DistributedDataParallel and the buckets of its gradients, scripted and exported ones, the
+older FSDP. Does not live here: fully_shard (sharded), the other checks of arguments.
 
 Classes are known by name, so that nothing of torch is loaded that the user has not loaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -32,6 +35,8 @@ _REFUSED: dict[str, tuple[str, str, str]] = {
     "_StatefulGraphModule": ("torch.export", "its shapes are written into an exported graph", _BEHIND),
     "UnflattenedModule": ("torch.export", "its shapes are written into an exported graph", _BEHIND),
 }
+# Buckets that DistributedDataParallel was set up with: until its first step torch tells nobody.
+_BEGUN_WITH: WeakKeyDictionary[nn.Module, list[list[int]]] = WeakKeyDictionary()
 
 
 class Unwrapped(NamedTuple):
@@ -110,24 +115,130 @@ def parallel_in(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(found)
 
 
-def rebuild(parallel: Any) -> None:
+def rebuild(parallel: Any, layout: Mapping[str, Any] | None = None) -> None:
     """Let DistributedDataParallel set up its gradient buffers for the shapes that its module has now.
 
-    They are set up again in the way of unpickling, the wrapper itself stays the same object, and communication hooks
-    are registered again with their state. With several processes all of them call this.
+    They are set up again in the way of unpickling, the wrapper itself stays the same object and keeps its process
+    group, and communication hooks are registered again with their state. All processes of the group call this.
+
+    Args: layout: what `layout_of` told on as many ranks; gradients are summed in these buckets from the first step on,
+    and so in the same order. One of other parameters or another number of ranks is left alone.
 
     Raises: ArgumentError: something would be lost.
     """
     _check_hooks(parallel)
-    state = parallel.__getstate__()
     hooks, parallel._comm_hooks = parallel._comm_hooks, []
     parallel.reducer = None  # the old one lets go of its hooks before the new one sets its own
     parallel.logger = None
-    parallel.__setstate__(state | {"_comm_hooks": parallel._comm_hooks})
+    state = {name: value for name, value in vars(parallel).items() if name not in ("reducer", "logger")}
+    with _begun_with(parallel, layout):
+        parallel.__setstate__(state)  # takes the default process group, then what the state holds: the wrapper's own
     # A new reducer sums a static graph's first gradients at the end of backward, and is told to by this.
     parallel._static_graph_delay_allreduce_enqueued = False
     for hook, own in hooks:
         parallel.register_comm_hook(own, hook)
+
+
+def layout_of(parallel: Any) -> dict[str, Any] | None:
+    """Say in which buckets the next step sums gradients: {"ranks": int, "buckets": names of parameters per bucket}.
+
+    DistributedDataParallel begins with one layout, and after its first step takes another, by the order in which rank
+    0's gradients came. Sums of three and more ranks have other last digits in other buckets. Nothing is exchanged: ask
+    on rank 0.
+
+    Returns: None where the buckets follow from the shapes, or torch does not tell.
+    """
+    names, told = _names(parallel), _told(parallel)
+    if told.get("num_parameter_tensors") != len(names):  # some were frozen since it was set up
+        return None
+    found = _BEGUN_WITH.get(parallel)
+    if rebuilt := told.get("rebuilt_per_bucket_param_indices"):
+        found = [_numbers(bucket, " ") for bucket in rebuilt.split(",")]
+    elif told.get("iteration", 0) > 1 if parallel.static_graph else not parallel.find_unused_parameters:
+        # a static graph's first gradients are summed in the order of the parameters, and count for nothing
+        found = _to_come(parallel, _numbers(told.get("prev_iteration_grad_ready_order_indices", ""), ",")) or found
+    if found is None:
+        return None
+    return {"ranks": parallel.process_group.size(), "buckets": [[names[i] for i in bucket] for bucket in found]}
+
+
+def _told(parallel: Any) -> dict[str, Any]:
+    """Return what torch tells of the gradient buffers; of a step it does when the next one begins, or is asked for."""
+    if parallel.logger is None:
+        return {}
+    told: dict[str, Any] = parallel._get_ddp_logging_data()
+    if not told.get("has_rebuilt_buckets"):
+        parallel.logger.set_runtime_stats_and_log()
+        told = parallel._get_ddp_logging_data()
+    return told
+
+
+def _to_come(parallel: Any, order: list[int]) -> list[list[int]] | None:
+    """Return the buckets that will be made of the order in which one step's gradients came, None for no such step."""
+    parameters, sparse = parallel._build_params_for_reducer()
+    config = getattr(parallel, "_bucket_config", None)  # older releases of torch have none
+    if config is None or sorted(order) != list(range(len(parameters))):
+        return None
+    import torch.distributed
+
+    dist: Any = torch.distributed
+    asked = {"static_graph": parallel.static_graph, "find_unused_parameters": parallel.find_unused_parameters}
+    limits = config.compute_bucket_size_limits(**asked)[1]
+    limits = limits or [config.first_bucket_bytes_cap, config.bucket_bytes_cap]
+    found: list[list[int]] = dist._compute_bucket_assignment_by_size(
+        [parameters[i] for i in order], limits, sparse, order
+    )[0]
+    return found
+
+
+@contextmanager
+def _begun_with(parallel: Any, layout: Mapping[str, Any] | None) -> Iterator[None]:
+    """Let gradient buffers that are set up inside begin with a layout that fits them.
+
+    torch asks a function of its own for the first buckets, and no argument says others: meanwhile it is another
+    function, which answers for these very parameters.
+    """
+    _BEGUN_WITH.pop(parallel, None)
+    buckets = None if layout is None else _fitting(parallel, layout)
+    if buckets is None:
+        yield
+        return
+    import torch.distributed
+
+    dist: Any = torch.distributed
+    own = [id(parameter) for parameter in parallel._build_params_for_reducer()[0]]
+    plain = dist._compute_bucket_assignment_by_size
+
+    def stored(tensors: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[int]]:
+        found: tuple[list[list[int]], list[int]] = plain(tensors, *args, **kwargs)
+        if [id(tensor) for tensor in tensors] != own:
+            return found
+        return buckets[::-1], [max(found[1])] * len(buckets)  # the caller puts the last one first
+
+    dist._compute_bucket_assignment_by_size = stored
+    try:
+        yield
+    finally:
+        dist._compute_bucket_assignment_by_size = plain
+    _BEGUN_WITH[parallel] = buckets
+
+
+def _fitting(parallel: Any, layout: Mapping[str, Any]) -> list[list[int]] | None:
+    """Return the buckets by the places of their parameters, None if they are of others, or of other ranks."""
+    places = {name: place for place, name in enumerate(_names(parallel))}
+    found = [[places.get(name, -1) for name in bucket] for bucket in layout["buckets"]]
+    whole = sorted(place for bucket in found for place in bucket) == list(range(len(places))) and all(found)
+    return found if whole and layout["ranks"] == parallel.process_group.size() else None
+
+
+def _names(parallel: Any) -> list[str]:
+    """Return the names of the parameters whose gradients are summed, in the order of the reducer's numbers."""
+    known = {id(parameter): name for name, parameter in bare(parallel).named_parameters()}
+    return [known[id(parameter)] for parameter in parallel._build_params_for_reducer()[0]]
+
+
+def _numbers(text: str, separator: str) -> list[int]:
+    return [int(number) for number in text.split(separator) if number.strip()]
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
@@ -145,20 +256,13 @@ def _is(module: nn.Module, name: str, package: str) -> bool:
 
 
 def _check_parallel(module: Any) -> None:
-    """Refuse what the gradient buffers cannot be set up again for, and what makes captures wait for other processes."""
-    if module.process_group.size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+    """Refuse what the gradient buffers cannot be set up again for."""
+    if module.device_type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
         raise ArgumentError(
-            "the model has nn.SyncBatchNorm in DistributedDataParallel of several processes: its passes wait for one "
-            "another, and the captures of an event would, too. Use nn.BatchNorm2d (1d, 3d), or train in one process."
+            "the model has nn.SyncBatchNorm in DistributedDataParallel on the CPU, for which torch sets up no gradient "
+            "buffers: it synchronises on GPUs alone. Use nn.BatchNorm2d (1d, 3d)."
         )
     _check_hooks(module)
-    try:
-        module.__getstate__()  # what rebuild() begins with
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"the model is wrapped in DistributedDataParallel whose buffers cannot be set up for new shapes: {error}. "
-            "Wrap it with the default process group."
-        ) from error
 
 
 def _check_hooks(module: Any) -> None:

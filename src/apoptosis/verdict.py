@@ -163,20 +163,21 @@ class Verdict:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote, or raise and change nothing.
 
+        On another number of ranks the rows held out are divided anew, and no rank can tell its own from before: limits
+        go on with every row counted as judged by every attempt so far.
+
         Raises: CheckpointError: attempts were judged on another probe; what differs is named.
         """
         account = Account(self.account.budget, self.account.rows, self.account.ranks)
         account.load_state_dict(state["account"])
         flips, judged = float(state["training_flips"]), int(state["judged"])
         if judged or account.judged or account.spent > 0:
-            held_out = any(mark is not None for mark in (*state["probe"], *self._marks))
-            if held_out and len(state["probe"]) != len(self._marks):
-                raise CheckpointError(
-                    f"apoptosis state: its limits were measured by {len(state['probe'])} ranks, this run has "
-                    f"{len(self._marks)}. Resume with as many, or without probe= in both."
-                )
-            for stored, own in zip(state["probe"], self._marks, strict=False):
-                _check_same(stored, own)
+            stored = state["probe"]
+            divided_anew = len(stored) != len(self._marks)
+            for was, own in zip(stored[:1] if divided_anew else stored, self._marks, strict=False):
+                _check_same(was, own, as_shares=divided_anew)
+            if divided_anew:
+                account.divide_anew()
         self.account, self.training_flips, self._judged = account, flips, judged
 
 
@@ -213,13 +214,15 @@ def _weighted_sum(x: Tensor) -> float:
     return float((rows * torch.arange(1, len(x) + 1, device=x.device)).sum() / len(x))
 
 
-def _check_same(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> None:
-    """Raise CheckpointError unless two fingerprints are of one probe."""
+def _check_same(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None, *, as_shares: bool) -> None:
+    """Raise CheckpointError unless two fingerprints are of one probe, or may be of shares of one."""
     if stored is None or own is None:
         if stored is own:
             return
         told = ("no probe", "one") if stored is None else (f"a probe of {stored['rows']} rows", "none")
         raise CheckpointError(f"apoptosis state: its limits were measured with {told[0]}, this run has {told[1]}.")
+    if as_shares:
+        stored, own = _of_every_share(stored), _of_every_share(own)
     for name, value in own.items():
         was = stored[name]
         numbers = isinstance(was, float) and isinstance(value, float)  # sums, whose last digits depend on the machine
@@ -228,3 +231,7 @@ def _check_same(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None)
                 f"apoptosis state: its limits were measured on another probe ({name}: {was} there, {value} here). "
                 "Resume with the probe it was started with."
             )
+
+
+def _of_every_share(mark: Mapping[str, Any]) -> dict[str, Any]:
+    return {"held_out": mark["held_out"], "shape": mark["shape"][1:], "labels": mark["labels"] is not None}

@@ -14,8 +14,8 @@ def perceptron(seed=0):
     return nn.Sequential(nn.Linear(12, 97), nn.ReLU(), nn.Linear(97, 64), nn.ReLU(), nn.Linear(64, 3))
 
 
-def shard(net, units=None, **options):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def shard(net, units=None, mesh=None, **options):
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     for unit in units if units is not None else (m for m in net if isinstance(m, nn.Linear)):
         fully_shard(unit, mesh=mesh, **options)
     return fully_shard(net, mesh=mesh, **options)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from apoptosis import Apoptosis, load_sharded, save_sharded
 from apoptosis.errors import ApoptosisError, CheckpointError
@@ -83,6 +84,36 @@ def test_it_is_read_without_processes(written):
     assert loaded["state"]["0.weight"].shape[0] < 97
     following = mean_losses([found])[:FEW]
     torch.testing.assert_close(following, mean_losses(undisturbed)[SAVED + 1 :][:FEW], rtol=1e-4, atol=1e-6)
+
+
+def beside_another(rank, size, folder):
+    """Two of three processes train, save and load; the third one waits for the end."""
+    mesh = DeviceMesh("cpu", [1, 2])
+    if rank == 0:
+        return None
+    found = []
+
+    def keep(step, net, optimizer, apo):
+        if step == SAVED:
+            save_sharded(folder, net, optimizer, apo, step=step)
+            found.append({name: whole(p) for name, p in net.named_parameters()})
+
+    run(shard(perceptron(), mesh=mesh), rank - 1, 2, after=keep)
+    net = shard(perceptron(1), mesh=mesh)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    assert load_sharded(folder, net, optimizer, Apoptosis(net, optimizer, torch.zeros(2, 12), **OPTIONS))
+    return found[0], {name: whole(p) for name, p in net.named_parameters()}
+
+
+def test_a_mesh_that_leaves_processes_out_has_its_own_checkpoints(tmp_path):
+    results, faults = together(beside_another, str(tmp_path / "net"), size=3, timeout=180)  # the third waits for all
+    assert faults == [None] * 3
+    for saved, loaded in results[1:]:
+        assert saved["0.weight"].shape[0] < 97
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    net = perceptron()
+    load_sharded(tmp_path / "net", net)
+    assert all(torch.equal(p, results[1][0][name]) for name, p in net.named_parameters())
 
 
 def other_widths():

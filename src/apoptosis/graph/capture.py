@@ -36,7 +36,7 @@ from apoptosis.graph.picks import note_work
 from apoptosis.graph.rules import RULES, SCALARS, WORKS
 from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
-from apoptosis.passes import own_pass
+from apoptosis.passes import own_pass, unsynchronised
 from apoptosis.records import Seen
 from apoptosis.sharded import gathered
 
@@ -69,7 +69,7 @@ class _Functions(TorchFunctionMode):
     """Shows the tracer some functions of torch as one operator, whatever they come down to on this device."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # untyped in some releases of torch
         self._tracer = tracer
 
     def __torch_function__(
@@ -238,6 +238,7 @@ def capture(
         stack.enter_context(_cloned_buffers(model))
         stack.enter_context(_kept_randomness(model))
         stack.enter_context(own_pass())
+        stack.enter_context(unsynchronised(model))
         stack.enter_context(_fake(model))
         stack.enter_context(gathered(model))
         tensors, _, _ = named_tensors(model)

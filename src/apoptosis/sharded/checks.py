@@ -43,11 +43,6 @@ def check_sharded(model: nn.Module) -> None:
         raise ArgumentError(f"the model is sharded over {len(meshes)} device meshes, and an event needs one. {_PLAIN}")
     for name, module in units:
         _check_unit(name, module)
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise ArgumentError(
-            "the model has nn.SyncBatchNorm: its passes wait for one another, and the captures of an event would, too. "
-            "Use nn.BatchNorm2d (1d, 3d)."
-        )
     _group(next(iter(meshes.values())) if meshes else None)
 
 

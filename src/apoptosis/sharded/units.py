@@ -126,6 +126,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _unwatched() -> Iterator[None]:
     """Let what a capture watches pass over what is done inside."""
+    # untyped in some releases of torch, typed in others
     with _disable_current_modes(), torch.no_grad():  # type: ignore[no-untyped-call, unused-ignore]
         yield
 

@@ -183,9 +183,9 @@ def take_over(
         for owner, state in states:
             journal.call(owner.set_extra_state, owner.get_extra_state(), state)
         torch.clear_autocast_cache()
-        if apo is not None:
-            apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
         _set_up_again(wrappers, model, optimizer)
+        if apo is not None:  # the last: it sets its wrappers up with the buckets that the run had
+            apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
     except BaseException:
         journal.undo()
         _set_up_again(wrappers, model, optimizer)

@@ -67,7 +67,7 @@ def save_sharded(
     """
     target = Path(folder)
     whole, writing, old = bare(model), target.with_name(f"{target.name}.writing"), _old(target)
-    ranks = _ranks(model)
+    group, ranks = _together(model)
     at_rest(whole)
 
     def prepare() -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def save_sharded(
         return tensors | {_MANIFEST: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
     tensors = ranks.each(prepare)
-    _call("written", target, "save", tensors, writing, ranks)
+    _call("written", target, "save", tensors, writing, group)
 
     def put_in_place() -> None:
         if ranks.rank:
@@ -114,11 +114,11 @@ def load_sharded(
     target = Path(folder)
     if not target.exists() and _old(target).exists():
         target = _old(target)
-    bare_model, ranks = bare(model), _ranks(model)
+    bare_model, (group, ranks) = bare(model), _together(model)
     at_rest(bare_model)
     known = ranks.each(lambda: _metadata(target))
     text = torch.empty(known[_MANIFEST].size, dtype=torch.uint8)
-    _call("loaded", target, "load", {_MANIFEST: text}, target, ranks)
+    _call("loaded", target, "load", {_MANIFEST: text}, target, group)
 
     def targets() -> tuple[dict[str, Any], dict[str, Tensor]]:
         manifest = _manifest(target, text)
@@ -136,7 +136,7 @@ def load_sharded(
         return manifest, {name: _room(name, known[name], parameters) for name in names}
 
     manifest, tensors = ranks.each(targets)
-    _call("loaded", target, "load", tensors, target, ranks)
+    _call("loaded", target, "load", tensors, target, group)
     return ranks.each(lambda: take_over(target, manifest, tensors, model, optimizer, apo))
 
 
@@ -144,11 +144,15 @@ def _old(target: Path) -> Path:
     return target.with_name(f"{target.name}.old")
 
 
-def _ranks(model: nn.Module) -> Ranks:
-    return ranks_of(parallel_in(model), group_of(bare(model)), next(model.parameters()).device)
+def _together(model: nn.Module) -> tuple[Any, Ranks]:
+    """Return the process group that a model is spread over, None for none or one process, and its ranks."""
+    parallel: tuple[Any, ...] = parallel_in(model)
+    group = parallel[0].process_group if parallel else group_of(bare(model))
+    ranks = ranks_of(parallel, group, next(model.parameters()).device)
+    return None if ranks.size == 1 else group, ranks
 
 
-def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
+def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], folder: Path, group: Any) -> None:
     """Save or load by torch.distributed.checkpoint, whose errors derive from no Exception."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -156,7 +160,7 @@ def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], folder
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is the intent
-            getattr(dcp, name)(tensors, checkpoint_id=folder, no_dist=ranks.size == 1)
+            getattr(dcp, name)(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"checkpoint '{target}' cannot be {what}: {lines[-1]}") from error
