@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import apoptosis
@@ -53,6 +54,16 @@ class Launched:
     def interrupt(self):
         """As Ctrl-C on a terminal: SIGINT for the launcher and whatever is in its process group."""
         os.killpg(self.process.pid, signal.SIGINT)
+
+    def until(self, step, timeout=200):
+        """Wait until `stops.py` stands still in this step; return whether a window is open there."""
+        path, deadline = self.out.with_name(f"at-{step}"), time.monotonic() + timeout
+        while not path.exists():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.wait(1)
+                raise AssertionError(f"step {step} was not reached: {self.told()}")
+            time.sleep(0.05)
+        return path.read_text() == "watching True"
 
     def wait(self, timeout=240):
         try:

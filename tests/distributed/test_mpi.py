@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.launched import Launched, mpirun
-from distributed.test_launch import SMALL, TRAIN, records, result, when_an_epoch_is_done
+from distributed.test_launch import SMALL, STOPS, TRAIN, records, result
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -90,9 +90,9 @@ def test_the_command_under_mpirun_equals_torchrun(tmp_path):
 
 @with_mpi
 def test_four_ranks_whose_rows_do_not_divide_resume_after_an_interrupt(tmp_path):
-    program = [*TRAIN, "--epochs", "10", "--batch", "66", "--out", "run"]
-    run = Launched("mpi", 4, *program, cwd=tmp_path)
-    when_an_epoch_is_done(run, tmp_path / "run")
+    program = [*STOPS, "--epochs", "10", "--batch", "66", "--out", "run"]
+    run = Launched("mpi", 4, *program, cwd=tmp_path, STOPS="30")
+    run.until(30)
     run.interrupt()
     assert run.wait() != 0
     resumed = finished("mpi", 4, "-m", "apoptosis.cli", "train", "--resume", "run", "--launcher", "mpi", cwd=tmp_path)
