@@ -1,5 +1,7 @@
 """`apoptosis train`, which stands still at known steps: python stops.py train ... , STOPS="20,24" in the environment.
 
+"20;7,9": at step 20 at first, and at the seventh and ninth step after torchrun has started all anew, once.
+
 In the midst of each of these optimizer steps process STOP_RANK (0 where it is not set) writes a file `at-STEP`, which
 says whether a window is open, and waits there for a signal from outside. The other processes wait for it in their next
 sum, so that a test interrupts or kills the run at that step, however slow the machine is. STOP_PAUSE: seconds that
@@ -18,11 +20,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from apoptosis.cli import main
 from apoptosis.recipes import loop
 
-STEPS = [int(step) for step in os.environ["STOPS"].split(",")]
+STEPS = [[int(step) for step in steps.split(",")] for steps in os.environ["STOPS"].split(";")]
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 PAUSE = float(os.environ.get("STOP_PAUSE", "0"))
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 OWN_RANK = next(os.environ[name] for name in RANKS if name in os.environ)
-WAITS = OWN_RANK == os.environ.get("STOP_RANK", "0") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+WAITS = OWN_RANK == os.environ.get("STOP_RANK", "0") and ATTEMPT < len(STEPS)
 made = []  # the Apoptosis of this process
 done = 0
 
@@ -36,7 +39,7 @@ def after_step(optimizer, args, kwargs):
     global done
     done += 1
     time.sleep(PAUSE)
-    if WAITS and done in STEPS:
+    if WAITS and done in STEPS[ATTEMPT]:
         written = Path(f"at-{done}.part")
         written.write_text(f"watching {bool(made and made[0].watching)}")
         written.rename(f"at-{done}")
