@@ -3,9 +3,9 @@
 "20;7,9": at step 20 at first, and at the seventh and ninth step after torchrun has started all anew, once.
 
 In the midst of each of these optimizer steps process STOP_RANK (0 where it is not set) writes a file `at-STEP`, which
-says whether a window is open, and waits there for a signal from outside. The other processes wait for it in their next
-sum, so that a test interrupts or kills the run at that step, however slow the machine is. STOP_PAUSE: seconds that
-every step takes at least, so that votes on stopping, a few a second, come every few steps.
+says whether a window is open and which process it is, and waits there for a signal from outside. The other processes
+wait for it in their next sum, so that a test interrupts or kills the run at that step, however slow the machine is.
+STOP_PAUSE: seconds that every step takes at least, so that votes on stopping, a few a second, come every few steps.
 """
 
 import os
@@ -41,7 +41,7 @@ def after_step(optimizer, args, kwargs):
     time.sleep(PAUSE)
     if WAITS and done in STEPS[ATTEMPT]:
         written = Path(f"at-{done}.part")
-        written.write_text(f"watching {bool(made and made[0].watching)}")
+        written.write_text(f"{bool(made and made[0].watching)} {os.getpid()}")
         written.rename(f"at-{done}")
         assert select.select([told], [], [], 200)[0], "no signal came"
         os.read(told, 64)

@@ -16,7 +16,7 @@ from apoptosis.launch import LAUNCHERS, Group, Place, group, recognise, start_gr
 from apoptosis.launch.place import first_host
 from apoptosis.ranks import Ranks
 from apoptosis.recipes.several import batch_share, probe_share
-from distributed.launched import Launched, with_variable
+from distributed.launched import Launched, environment, mpirun, with_variable
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host",
             "MASTER_PORT": "29500"}  # fmt: skip
@@ -225,3 +225,38 @@ def test_processes_that_may_be_started_anew_need_a_folder_to_find(tmp_path, monk
     assert run(["train", *SMALL, "--epochs", "0"]) == 2
     assert capsys.readouterr().err == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, OPENMPI, HYDRA, SRUN], ids=["torchrun", "openmpi", "mpich", "srun"])
+@pytest.mark.parametrize("command", ["compare", "plan run", "inspect torch.nn:Linear", "report run"])
+def test_what_works_alone_is_refused_in_each_of_several(tmp_path, monkeypatch, capsys, command, environ):
+    """Each would do the whole work, into the same files."""
+    monkeypatch.chdir(tmp_path)
+    for name in environment().keys() ^ os.environ.keys():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    local = next(name for name in environ if name.endswith(("LOCAL_RANK", "LOCALRANKID", "LOCALID")))
+    monkeypatch.setenv(local, "0")
+    assert run(command.split()) == 2
+    told = capsys.readouterr()
+    name, place = command.split()[0], recognise("auto", environ)
+    assert told.err.startswith(
+        f"apoptosis: error: {name} works in one process, and this is one of {place.size} ({place})"
+    )
+    assert told.err.count("\n") == 1
+    monkeypatch.setenv(local, "1")  # another process of this machine says it
+    assert run(command.split()) == 2
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpi"])
+def test_compare_under_a_launcher_is_one_line(tmp_path, launcher):
+    if launcher == "mpi" and mpirun() is None:
+        pytest.skip("needs an mpirun")
+    refused = Launched(launcher, 2, "-m", "apoptosis.cli", "compare", *SMALL, "--out", "run", cwd=tmp_path)
+    assert refused.wait() != 0
+    assert len(refused.lines()) == 1, refused.told()
+    assert "compare works in one process, and this is one of 2" in refused.lines()[0]
+    assert not (tmp_path / "run").exists()
