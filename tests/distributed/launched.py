@@ -70,7 +70,7 @@ class Launched:
         self.stands = int(pid)
         return watching == "True"
 
-    def wait(self, timeout=240):
+    def wait(self, timeout=400):
         try:
             self.process.wait(timeout)
         finally:

@@ -23,17 +23,17 @@ ALONE = "from apoptosis.launch import recognise; print('alone', recognise().size
 
 
 def told_by(*command, cwd):
-    run = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     return sorted(run.stdout.splitlines())
 
 
-def test_srun_interrupted_and_resumed_comes_to_the_bits_of_torchrun(tmp_path):
+def test_a_cancelled_job_resumed_comes_to_the_bits_of_torchrun(tmp_path):
     more = ["--epochs", "4"]
-    stopped = Launched("slurm", 2, *STOPS, *more, "--out", "run", cwd=tmp_path, STOPS="21")
+    name = f"stops-{os.getpid()}"
+    stopped = Launched("slurm", 2, *STOPS, *more, "--out", "run", cwd=tmp_path, STOPS="21", SLURM_JOB_NAME=name)
     assert stopped.until(21)  # inside a window
-    stopped.interrupt()  # srun asks for a second one within a second
-    stopped.interrupt()
+    told_by("scancel", f"--name={name}", cwd=tmp_path)  # SIGTERM, as at a time limit; what is left 30 s later is killed
     assert stopped.wait() != 0
     assert len(stopped.lines()) == 1, stopped.told()
     assert "interrupted; what was saved stays" in stopped.lines()[0]
