@@ -142,6 +142,6 @@ def test_a_library_that_the_launcher_is_not_for_is_one_line(tmp_path):
     run = Launched("none", 1, *TRAIN, cwd=tmp_path, **told, PMIX_RANK="0", PMIX_NAMESPACE="none")
     assert run.wait() == 2, run.told()
     assert run.told() == (
-        "apoptosis: error: the mpirun that started this process is Open MPI's, and the MPI library that mpi4py loads is "
-        "MPICH: take the mpirun of this Python environment.\n"
+        "apoptosis: error: the mpirun that started this process is Open MPI's, and the MPI library that mpi4py loads "
+        "is MPICH: take the mpirun of this Python environment.\n"
     )
