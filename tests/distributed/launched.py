@@ -1,4 +1,4 @@
-"""Programs started by the real torchrun and mpirun, for the tests beside."""
+"""Programs started by the real torchrun, mpirun and srun, for the tests beside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import apoptosis
@@ -18,6 +19,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "OMPI_",
 
 def environment(**more):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    kept |= {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}  # where the controller is
     kept |= {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     # Open MPI as the superuser of a container, and on fewer cores than processes
     kept |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -35,6 +37,8 @@ def command(launcher, size, *program):
         return [mpirun(), "-n", str(size), sys.executable, *program]
     if launcher == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *program]
+    if launcher == "slurm":
+        return ["srun", "--overcommit", "--ntasks", str(size), sys.executable, *program]
     return [sys.executable, *program]
 
 
@@ -54,7 +58,19 @@ class Launched:
         """As Ctrl-C on a terminal: SIGINT for the launcher and whatever is in its process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def wait(self, timeout=240):
+    def until(self, step, timeout=200):
+        """Wait until `stops.py` stands still in this step, as process `stands`; return whether a window is open."""
+        path, deadline = self.out.with_name(f"at-{step}"), time.monotonic() + timeout
+        while not path.exists():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.wait(1)
+                raise AssertionError(f"step {step} was not reached: {self.told()}")
+            time.sleep(0.05)
+        watching, pid = path.read_text().split()
+        self.stands = int(pid)
+        return watching == "True"
+
+    def wait(self, timeout=400):
         try:
             self.process.wait(timeout)
         finally:
@@ -78,6 +94,14 @@ class Launched:
 def descendants(pid):
     found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*found, *(deeper for child in found for deeper in descendants(child))]
+
+
+def has_slurm():
+    """Whether srun is here, and a controller that answers it."""
+    if shutil.which("srun") is None:
+        return False
+    asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=60)
+    return asked.returncode == 0
 
 
 def with_variable(pid, name, value):

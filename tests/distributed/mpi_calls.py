@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,14 @@ import torch
 from apoptosis.errors import NonFiniteError, RankError
 from apoptosis.launch import start_group
 from apoptosis.launch.mpi import MpiRanks
+
+
+def until_there(*names):
+    """Wait for files that other ranks write: what they have done is known, however slow the machine is."""
+    deadline = time.monotonic() + 100
+    while not all(Path(name).exists() for name in names):
+        assert time.monotonic() < deadline, f"not all of {names} came"
+        time.sleep(0.01)
 
 
 def check(group):
@@ -38,9 +47,11 @@ def check(group):
             assert torch.equal(found, torch.full((size,), sum(r + k for r in all_of) / ranks.size, dtype=dtype))
 
     if ranks.rank:
-        time.sleep(0.5)
+        until_there("asked")
     future = ranks.average(torch.ones(4))  # returns at once, and backward goes on
-    assert ranks.rank or not future.done()
+    if ranks.rank == 0:
+        assert not future.done()
+        Path("asked").touch()
     assert torch.equal(future.wait(), torch.ones(4))
 
     def work():
@@ -54,7 +65,6 @@ def check(group):
 def check_timeout(ranks):
     """One rank stays away: the others are told so, once and for all."""
     if ranks.rank == 3:
-        time.sleep(3)
         return
     for _ in range(2):
         with pytest.raises(RankError, match=f"rank {ranks.rank} of 4 lost another rank.*no answer"):
@@ -65,7 +75,7 @@ def check_timeout(ranks):
 
 
 if __name__ == "__main__":
-    with start_group("mpi", device="cpu", timeout=60) as group:
+    with start_group("mpi", device="cpu", timeout=120) as group:
         check(group)
         from mpi4py import MPI
 
@@ -73,5 +83,8 @@ if __name__ == "__main__":
         check_timeout(late)
         sys.stdout.write(f"{group.rank} done\n")
         sys.stdout.flush()
-        time.sleep(10)  # mpirun ends all when the first goes without a common end, so that all must have told by then
+        Path(f"done-{group.rank}").touch()
+        # mpirun ends all when the first goes without a common end, so that all must have told by then
+        until_there(*(f"done-{rank}" for rank in range(4)))
+        time.sleep(1)  # what they told has to come through mpirun
         raise SystemExit(0)  # without a common end: the late one's sum is never complete

@@ -4,10 +4,11 @@ import json
 import os
 import re
 import signal
-import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from apoptosis.cli.app import run
 from apoptosis.errors import ArgumentError
@@ -15,7 +16,7 @@ from apoptosis.launch import LAUNCHERS, Group, Place, group, recognise, start_gr
 from apoptosis.launch.place import first_host
 from apoptosis.ranks import Ranks
 from apoptosis.recipes.several import batch_share, probe_share
-from distributed.launched import Launched, with_variable
+from distributed.launched import Launched, environment, mpirun, with_variable
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host",
             "MASTER_PORT": "29500"}  # fmt: skip
@@ -148,6 +149,7 @@ def test_alone_there_is_no_process_group():
 SMALL = ["--data", "digits", "--train-rows", "1500", "--widths", "64,48", "--batch", "64", "--calibration", "1e6",
          "--tolerance", "0.05", "--align", "1"]  # fmt: skip
 TRAIN = ("-m", "apoptosis.cli", "train", *SMALL)
+STOPS = (str(Path(__file__).with_name("stops.py")), "train", *SMALL)  # TRAIN, standing still where it is told to
 
 
 def records(folder, kind):
@@ -155,39 +157,37 @@ def records(folder, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
-def when_an_epoch_is_done(launched, folder, timeout=200):
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and launched.process.poll() is None:
-        if (folder / "last.safetensors").exists():
-            return
-        time.sleep(0.05)
-    launched.wait(1)
-    raise AssertionError(f"no epoch was done: {launched.told()}")
-
-
 def test_torchrun_interrupted_and_resumed_comes_to_the_same_bits(tmp_path):
     """Rows, dropout of every rank and optimizer go on where they were; the whole log is rank 0's."""
-    more = ["--no-apoptosis", "--dropout", "0.2", "--train-rows", "8000", "--batch", "32", "--epochs", "3"]
-    stopped = Launched("torchrun", 2, *TRAIN, *more, "--out", "stopped", cwd=tmp_path)
-    when_an_epoch_is_done(stopped, tmp_path / "stopped")
+    # 93 steps an epoch: where steps take 0.01 s they vote on stopping after 20 at most, so inside the second epoch
+    more = ["--no-apoptosis", "--dropout", "0.2", "--batch", "16", "--epochs", "2"]
+    stopped = Launched("torchrun", 2, *STOPS, *more, "--out", "stopped", cwd=tmp_path, STOPS="96", STOP_PAUSE="0.01")
+    stopped.until(96)
     stopped.interrupt()
     assert stopped.wait() != 0
     assert len(stopped.lines()) == 1, stopped.told()
     assert "interrupted; what was saved stays" in stopped.lines()[0]
-    assert len(records(tmp_path / "stopped", "epoch")) < 3
+    assert len(records(tmp_path / "stopped", "epoch")) == 1
     resumed = Launched("torchrun", 2, "-m", "apoptosis.cli", "train", "--resume", "stopped", cwd=tmp_path)
     assert resumed.wait() == 0, resumed.told()
     whole = Launched("torchrun", 2, *TRAIN, *more, "--out", "whole", cwd=tmp_path)
     assert whole.wait() == 0, whole.told()
-    assert [e["loss"] for e in records(tmp_path / "stopped", "epoch")] == [
-        e["loss"] for e in records(tmp_path / "whole", "epoch")
-    ]
-    one, two = (result(tmp_path / name) for name in ("stopped", "whole"))
-    assert one["test_metric"] == two["test_metric"]
+    same_bits(tmp_path / "stopped", tmp_path / "whole")
     runs = records(tmp_path / "stopped", "run")
     assert [run["ranks"] for run in runs] == [2, 2]
-    assert runs[1]["resumed_at_step"] % 250  # stopped in the middle of an epoch, after the same step on both
+    assert 96 <= runs[1]["resumed_at_step"] < 2 * 93  # in the middle of an epoch, after the same step on both
     assert runs[0]["launcher"] == "torchrun"
+
+
+def same_bits(one, other):
+    """Both runs have come to the same: what they lost in every epoch, weights, optimizer, random states."""
+    told = [{e["epoch"]: (e["loss"], e["widths"]) for e in records(path, "epoch")} for path in (one, other)]
+    assert told[0] == told[1]
+    assert result(one)["test_metric"] == result(other)["test_metric"]
+    found, wanted = (load_file(path / "last.safetensors") for path in (one, other))
+    assert found.keys() == wanted.keys()
+    differ = [name for name in found if not torch.equal(found[name], wanted[name])]
+    assert not differ
 
 
 def result(folder):
@@ -196,9 +196,9 @@ def result(folder):
 
 def test_a_killed_rank_is_one_line_and_a_restart_goes_on(tmp_path):
     """Torchrun starts both anew with the very same command, which goes on from the checkpoint."""
-    program = ["--max-restarts", "1", *TRAIN, "--epochs", "12", "--out", "run"]
-    launched = Launched("torchrun", 2, *program, cwd=tmp_path)
-    when_an_epoch_is_done(launched, tmp_path / "run")
+    program = ["--max-restarts", "1", *STOPS, "--epochs", "12", "--out", "run"]
+    launched = Launched("torchrun", 2, *program, cwd=tmp_path, STOPS="70", STOP_RANK="1")
+    launched.until(70)
     os.kill(with_variable(launched.process.pid, "RANK", "1"), signal.SIGKILL)
     assert launched.wait() == 0, launched.told()
     assert all(re.search("rank 0 of 2 lost another rank", line) for line in launched.lines())
@@ -225,3 +225,38 @@ def test_processes_that_may_be_started_anew_need_a_folder_to_find(tmp_path, monk
     assert run(["train", *SMALL, "--epochs", "0"]) == 2
     assert capsys.readouterr().err == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, OPENMPI, HYDRA, SRUN], ids=["torchrun", "openmpi", "mpich", "srun"])
+@pytest.mark.parametrize("command", ["compare", "plan run", "inspect torch.nn:Linear", "report run"])
+def test_what_works_alone_is_refused_in_each_of_several(tmp_path, monkeypatch, capsys, command, environ):
+    """Each would do the whole work, into the same files."""
+    monkeypatch.chdir(tmp_path)
+    for name in environment().keys() ^ os.environ.keys():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    local = next(name for name in environ if name.endswith(("LOCAL_RANK", "LOCALRANKID", "LOCALID")))
+    monkeypatch.setenv(local, "0")
+    assert run(command.split()) == 2
+    told = capsys.readouterr()
+    name, place = command.split()[0], recognise("auto", environ)
+    assert told.err.startswith(
+        f"apoptosis: error: {name} works in one process, and this is one of {place.size} ({place})"
+    )
+    assert told.err.count("\n") == 1
+    monkeypatch.setenv(local, "1")  # another process of this machine says it
+    assert run(command.split()) == 2
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpi"])
+def test_compare_under_a_launcher_is_one_line(tmp_path, launcher):
+    if launcher == "mpi" and mpirun() is None:
+        pytest.skip("needs an mpirun")
+    refused = Launched(launcher, 2, "-m", "apoptosis.cli", "compare", *SMALL, "--out", "run", cwd=tmp_path)
+    assert refused.wait() != 0
+    assert len(refused.lines()) == 1, refused.told()
+    assert "compare works in one process, and this is one of 2" in refused.lines()[0]
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """Sums over MPI, under the real mpirun: what they promise, and that they equal gloo's."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.launched import Launched, mpirun
-from distributed.test_launch import SMALL, TRAIN, records, result, when_an_epoch_is_done
+from distributed.test_launch import SMALL, STOPS, TRAIN, records, result
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -67,10 +68,12 @@ def test_a_users_loop_is_the_same_under_mpirun_and_torchrun(tmp_path):
 
 
 @with_mpi
-def test_the_command_under_mpirun_equals_torchrun(tmp_path):
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_command_under_mpirun_equals_torchrun(tmp_path, size):
+    """Two ranks have one order to add in; four are summed in others by MPI than by gloo."""
     program = [*TRAIN, "--epochs", "3", "--quiet"]
     for launcher in ("mpi", "torchrun"):
-        finished(launcher, 2, *program, "--out", launcher, cwd=tmp_path)
+        finished(launcher, size, *program, "--out", launcher, cwd=tmp_path)
     mpi, gloo = (result(tmp_path / launcher) for launcher in ("mpi", "torchrun"))
     assert mpi["widths"] == gloo["widths"]
     assert mpi["parameters"] == gloo["parameters"] < 7770
@@ -81,8 +84,14 @@ def test_the_command_under_mpirun_equals_torchrun(tmp_path):
     assert weights
     for name in weights:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-    assert [run["launcher"] for run in records(tmp_path / "mpi", "run")] == ["mpi"]
-    refused = Launched("mpi", 2, *program, "--out", "mpi", cwd=tmp_path)
+    assert [(run["launcher"], run["ranks"]) for run in records(tmp_path / "mpi", "run")] == [("mpi", size)]
+
+
+@with_mpi
+def test_a_folder_with_a_run_is_one_line(tmp_path):
+    (tmp_path / "mpi").mkdir()
+    (tmp_path / "mpi" / "config.json").write_text("{}")
+    refused = Launched("mpi", 2, *TRAIN, "--out", "mpi", cwd=tmp_path)
     assert refused.wait() != 0
     assert len(refused.lines()) == 1
     assert "holds a run already" in refused.lines()[0]
@@ -90,9 +99,9 @@ def test_the_command_under_mpirun_equals_torchrun(tmp_path):
 
 @with_mpi
 def test_four_ranks_whose_rows_do_not_divide_resume_after_an_interrupt(tmp_path):
-    program = [*TRAIN, "--epochs", "10", "--batch", "66", "--out", "run"]
-    run = Launched("mpi", 4, *program, cwd=tmp_path)
-    when_an_epoch_is_done(run, tmp_path / "run")
+    program = [*STOPS, "--epochs", "10", "--batch", "66", "--out", "run"]
+    run = Launched("mpi", 4, *program, cwd=tmp_path, STOPS="30")
+    run.until(30)
     run.interrupt()
     assert run.wait() != 0
     resumed = finished("mpi", 4, "-m", "apoptosis.cli", "train", "--resume", "run", "--launcher", "mpi", cwd=tmp_path)
@@ -122,3 +131,17 @@ def test_missing_mpi_is_one_line_with_the_remedy(tmp_path):
         "apoptosis: error: launcher 'mpi' needs mpi4py and an MPI library (no MPI here); install them with: "
         "pip install 'torch-apoptosis[mpi]', or start with torchrun."
     ]
+
+
+@with_mpi
+def test_a_library_that_the_launcher_is_not_for_is_one_line(tmp_path):
+    """MPICH, started by Open MPI's mpirun, would end the program by itself, in lines that name no remedy."""
+    if "mpich" not in {found.metadata["Name"] for found in metadata.distributions()}:
+        pytest.skip("needs MPICH")
+    told = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    run = Launched("none", 1, *TRAIN, cwd=tmp_path, **told, PMIX_RANK="0", PMIX_NAMESPACE="none")
+    assert run.wait() == 2, run.told()
+    assert run.told() == (
+        "apoptosis: error: the mpirun that started this process is Open MPI's, and the MPI library that mpi4py loads "
+        "is MPICH: take the mpirun of this Python environment.\n"
+    )

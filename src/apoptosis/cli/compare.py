@@ -16,6 +16,7 @@ from rich.table import Table
 from apoptosis.cli import options as o
 from apoptosis.cli.display import console, display, metric_words
 from apoptosis.cli.train import default_folder
+from apoptosis.cli.voice import works_alone
 from apoptosis.errors import ArgumentError
 from apoptosis.recipes.compare import compare as run_compare
 from apoptosis.recipes.folder import RunFolder, write_json
@@ -57,6 +58,7 @@ def compare(
     quiet: o.Quiet = False,
 ) -> None:
     """Train twins, with and without apoptosis, epoch by epoch in turn; print and write what differs."""
+    works_alone("compare")
     config = o.to_config(ctx)
     numbers = o.integers("--seeds", seeds)
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):

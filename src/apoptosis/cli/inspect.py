@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from apoptosis.cli.display import console
 from apoptosis.cli.options import JsonFile, integers
+from apoptosis.cli.voice import works_alone
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
 from apoptosis.probe import as_call, num_rows
@@ -60,6 +61,7 @@ def inspect(
     json_file: JsonFile = None,
 ) -> None:
     """List the coupled channel groups of a network, their widths and consumer sites, and what is pinned and why."""
+    works_alone("inspect")
     inputs = [_trial(shape, batch, input_dtype) for shape in input_shape or ()]
     with placed(device) as place:
         network, example = build(model, kwargs)

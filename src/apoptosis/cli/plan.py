@@ -17,6 +17,7 @@ from torch import Tensor
 from apoptosis import shrink_
 from apoptosis.cli.display import console
 from apoptosis.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance
+from apoptosis.cli.voice import works_alone
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.recipes.config import RunConfig
@@ -36,6 +37,7 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Say what would be removed from the network of a checkpoint, and what that would change. Nothing is written."""
+    works_alone("plan")
     path, config = _find(checkpoint)
     asked = {"tolerance": tolerance, "criterion": criterion or None, "data_dir": data_dir, "device": device or None}
     config = RunConfig.checked(**{**config.model_dump(), **{k: v for k, v in asked.items() if v is not None}})

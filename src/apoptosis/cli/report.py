@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from apoptosis.cli.display import console
+from apoptosis.cli.voice import works_alone
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run of train or compare.")]) -> None:
     """Write one self-contained HTML page about a run, and its plots as PNGs."""
+    works_alone("report")
     from apoptosis.report import write_report
 
     console().print(f"report: {write_report(run)}", soft_wrap=True, markup=False)

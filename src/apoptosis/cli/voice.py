@@ -1,6 +1,6 @@
 """One line for one failure, however many processes fail.
 
-Lives here: which process of a run speaks. Does not live here: the line itself (app).
+Lives here: which process of a run speaks, and the refusal of several. Does not live here: the line itself (app).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from apoptosis.errors import ApoptosisError
+from apoptosis.errors import ApoptosisError, ArgumentError
 from apoptosis.launch import Group, recognise, start_group
+from apoptosis.launch.place import STARTERS
 
 
 class Failure(Exception):
@@ -41,14 +42,30 @@ def one_voice(launcher: str, device: str) -> Iterator[Group]:
         raise Failure(error, speaks=not group.silent) from error
 
 
+def works_alone(command: str) -> None:
+    """Refuse to be one of several processes: each would do the whole work, and write into the same folder.
+
+    Args: command: its name, "compare".
+
+    Raises: ArgumentError: a launcher started several.
+    """
+    place = recognise()
+    if place.size > 1:
+        raise ArgumentError(
+            f"{command} works in one process, and this is one of {place.size} ({place}): start it without "
+            f"{STARTERS[place.launcher]}, or unset these variables where they are left from something else. Only train "
+            "runs in several."
+        )
+
+
 def speaks_alone(argv: Sequence[str]) -> bool:
     """Whether this process tells of an error that it met before it could ask the others: one per machine does.
 
-    Args: argv: of the command; `train` alone runs as one of several processes.
+    Args: argv: of the command.
     """
     words = [word for given in argv for word in given.split("=")]
     launcher = words[words.index("--launcher") + 1 :][:1] if "--launcher" in words else []
-    if words[:1] != ["train"] or launcher == ["none"]:
+    if launcher == ["none"]:
         return True
     try:
         return recognise().local_rank == 0

@@ -9,10 +9,12 @@ and a rank that does not answer is an error after `timeout` seconds (MPI itself 
 """
 
 # No `from __future__ import annotations`: DistributedDataParallel compares the hook's annotations with classes.
+import os
 import pickle
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
@@ -211,15 +213,26 @@ def load_mpi() -> Any:
     Returns: the module, and MPI ends by `MPI.Finalize()` where this function began it (not at exit: a process that
         failed would wait there for the others).
 
-    Raises: ArgumentError: mpi4py or its MPI library is missing, or the library does not bear calls from threads.
+    Raises: ArgumentError: mpi4py or its MPI library is missing or is not that of the mpirun that started this process,
+        or the library does not bear calls from threads.
     """
     try:
         import mpi4py
 
-        mpi4py.rc.finalize = False
-        from mpi4py import MPI
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "suspicious MPI", RuntimeWarning)  # what is wrong is refused by name
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no libmpi beside mpi4py's wheel
         raise ArgumentError(MISSING.format(why=" ".join(str(error).split()) or type(error).__name__)) from error
+    if not MPI.Is_initialized():
+        library = MPI.Get_library_version()
+        if library.startswith("MPICH") and "OMPI_COMM_WORLD_SIZE" in os.environ:  # it would end the process by itself
+            raise ArgumentError(
+                "the mpirun that started this process is Open MPI's, and the MPI library that mpi4py loads is MPICH: "
+                "take the mpirun of this Python environment."
+            )
+        MPI.Init_thread()
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
         raise ArgumentError(
             "launcher 'mpi': this MPI library allows calls from the main thread alone, and gradients are summed by "

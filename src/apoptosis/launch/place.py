@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from apoptosis.errors import ArgumentError
 
 LAUNCHERS = ("auto", "none", "torchrun", "mpi", "slurm")
-_STARTERS = {"torchrun": "torchrun", "mpi": "mpirun", "slurm": "srun"}
+STARTERS = {"torchrun": "torchrun", "mpi": "mpirun", "slurm": "srun"}
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the ports that systems hand out by themselves
 
 Environment = Mapping[str, str]
@@ -83,9 +83,9 @@ def recognise(launcher: str = "auto", environ: Environment | None = None) -> Pla
         if launcher == "mpi" and not others:
             return Place(launcher="mpi")
         wanted = " or ".join(" and ".join(names) for names in _NAMES[launcher])
-        by = f" It was started by {_STARTERS[others[0].launcher]} ({others[0]})." if others else ""
+        by = f" It was started by {STARTERS[others[0].launcher]} ({others[0]})." if others else ""
         raise ArgumentError(
-            f"launcher '{launcher}': this process was not started by {_STARTERS[launcher]}, for {wanted} are not set."
+            f"launcher '{launcher}': this process was not started by {STARTERS[launcher]}, for {wanted} are not set."
             f"{by} Start it so, or leave the launcher at 'auto'."
         )
     return found

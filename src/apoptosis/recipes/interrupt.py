@@ -23,12 +23,15 @@ class Interrupt:
 
     Outside the main thread, where handlers cannot be set, it does nothing.
 
+    Attributes: requested: a signal came. patient: set while the answer to the first one has to wait: a second one sets
+        `insisted` then, and only the third interrupts at once.
+
     Args: grace: seconds in which a second signal is the first once more: launchers pass on what a terminal has sent to
         all processes already.
     """
 
     def __init__(self, *, grace: float = 0.0) -> None:
-        self.requested = False
+        self.requested = self.patient = self.insisted = False
         self._grace, self._since = grace, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -43,8 +46,9 @@ class Interrupt:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and time.monotonic() - self._since >= self._grace:
+        now = time.monotonic()
+        if self.requested and now - self._since < self._grace:
+            return
+        if self.requested and (self.insisted or not self.patient):
             raise KeyboardInterrupt
-        if not self.requested:
-            self._since = time.monotonic()
-        self.requested = True
+        self.insisted, self.requested, self._since = self.requested, True, now

@@ -33,7 +33,7 @@ from apoptosis.recipes.interrupt import Interrupt, Stopped
 from apoptosis.recipes.metrics import evaluate
 from apoptosis.recipes.networks import build_network, num_macs, num_parameters
 from apoptosis.recipes.optim import learning_rate, make_optimizer
-from apoptosis.recipes.several import StopVote, batch_share, own_random_state, probe_share, rank_seed
+from apoptosis.recipes.several import StopVote, batch_share, begin_dropout, own_random_state, probe_share, random_state
 
 # Reading the loss waits for the device, so it is read this often only: for the display and the check for NaN.
 CHECK_EVERY = 50
@@ -95,7 +95,8 @@ class Trainer:
             is collective then: all of them call it.
 
     `seconds` is wall time of training so far: setting apoptosis up and all it does included, evaluation excluded;
-    `evaluation_seconds` is the rest of the run.
+    `evaluation_seconds` is the rest of the run. `put_off`: done once, after the first step of an epoch that leaves
+    nobody `watching`; its time is no training time.
     """
 
     def __init__(
@@ -121,8 +122,9 @@ class Trainer:
         self.steps_per_epoch = len(data.train) // self.batch
         self.total_steps = self.steps_per_epoch * config.epochs
         self.step = 0
+        self.put_off: Callable[[], None] | None = None
         self.seconds = self.evaluation_seconds = 0.0
-        self.last_epoch_seconds = 0.0
+        self.last_epoch_seconds = self._clock = 0.0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._rng: Tensor | None = None
         self._macs: tuple[int, int] | None = None
@@ -163,6 +165,11 @@ class Trainer:
         """Number of epochs completed."""
         return self.step // self.steps_per_epoch
 
+    @property
+    def watching(self) -> bool:
+        """Whether a window is open that a checkpoint would lose: each of several processes has its own."""
+        return self.group.size > 1 and self.apo is not None and self.apo.watching
+
     def widths(self) -> dict[str, int]:
         """Return channels per group that may shrink, by name; empty without apoptosis."""
         return {} if self.apo is None else {g.name: g.num_channels for g in self.apo.groups() if g.pin is None}
@@ -185,13 +192,13 @@ class Trainer:
             step inside the epoch; `state_dict` then holds all it takes to go on. After the epoch's last step the epoch
             is brought to its end, and whoever runs epochs asks `interrupt`.
         """
-        started, epoch = time.perf_counter(), self.epoch
+        self._clock, epoch = time.perf_counter(), self.epoch
+        self.last_epoch_seconds = 0.0
         try:
             self._train(watch)
             self._synchronize()
         finally:
-            self.last_epoch_seconds = time.perf_counter() - started
-            self.seconds += self.last_epoch_seconds
+            self._stop_clock()
         loss = self._loss() / self.steps_per_epoch
         metric = self.evaluate_on("validation") if len(self.data.validation) else None
         done = Epoch(
@@ -228,11 +235,11 @@ class Trainer:
             "seconds": self.seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "loss_sum": self._loss_sum,
-            "rng": self._random_state(),
+            "rng": random_state(self.device),
         }
         if self.group.size > 1:
             state["loss_sum"] = torch.full_like(self._loss_sum, self._loss())
-            state["rng"] = torch.stack(self.group.ranks.gathered(self._random_state().cpu()))
+            state["rng"] = torch.stack(self.group.ranks.gathered(random_state(self.device).cpu()))
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -279,21 +286,33 @@ class Trainer:
             self.step += 1
             if self.step % CHECK_EVERY == 0:
                 self._check(epoch, position + 1, watch)
-            if position + 1 < self.steps_per_epoch and self.stop.after(self.step):
-                self._rng = self._random_state()
-                raise Stopped
+            if position + 1 < self.steps_per_epoch:
+                self._between_steps()
         self._check(epoch, self.steps_per_epoch, watch)
+
+    def _between_steps(self) -> None:
+        """Stop if that was asked for, or do what was put off until here."""
+        if self.stop.after(self.step, watching=self.watching):
+            self._rng = random_state(self.device)
+            raise Stopped
+        if self.put_off is not None and not self.watching:
+            work, self.put_off = self.put_off, None
+            self._synchronize()
+            self._stop_clock()
+            work()
+            self._clock = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        passed = time.perf_counter() - self._clock
+        self.last_epoch_seconds += passed
+        self.seconds += passed
 
     def _begin_epoch(self, epoch: int, first: int) -> Tensor:
         """Set the random state of this place in the run; return the epoch's rows, (steps, batch)."""
         seed = 2 * (self.config.seed * 100_003 + epoch)
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
-        if first and self._rng is not None:
-            self._restore_random_state(self._rng)
-        elif first:  # the checkpoint is of another number of processes
-            torch.manual_seed(rank_seed(self.group, seed + 1) + 2 * first)
-        else:
-            torch.manual_seed(rank_seed(self.group, seed + 1))
+        begin_dropout(self.group, self.device, seed + 1, first, self._rng)
+        if not first:
             self._loss_sum = torch.zeros_like(self._loss_sum)
         self.model.train()
         order = order[: self.steps_per_epoch * self.batch].to(self.data.train.labels.device)
@@ -323,13 +342,3 @@ class Trainer:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _random_state(self) -> Tensor:
-        state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
-        return state.clone()
-
-    def _restore_random_state(self, state: Tensor) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state.cpu(), self.device)
-        else:
-            torch.set_rng_state(state.cpu())

@@ -1,13 +1,14 @@
 """What the training loop does otherwise when several processes train one network.
 
-Lives here: each process's rows, the seeds of its dropout, and the vote on stopping. Does not live here: the steps
-(loop), the processes themselves (apoptosis.launch).
+Lives here: each process's rows, the random state of its dropout, and the vote on stopping. Does not live here: the
+steps (loop), the processes themselves (apoptosis.launch).
 """
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from apoptosis.recipes.interrupt import Interrupt
 VOTE_SECONDS = 0.2
 INTERRUPT_GRACE = 2.0  # seconds; torchrun and mpirun pass on a signal that the terminal has sent to all
 MOST_STEPS_BETWEEN_VOTES = 1000
+WINDOW_PATIENCE = 15.0  # seconds that an interrupt waits for a window's end; torchrun and Slurm kill after 30
 _SEED_STRIDE = 2_000_003  # between the seeds of two ranks; even seeds order rows, so that none of these does
 
 
@@ -59,6 +61,25 @@ def own_random_state(group: Group, states: Tensor) -> Tensor | None:
     return states[group.rank].clone() if len(states) == group.size > 1 else None
 
 
+def random_state(device: torch.device) -> Tensor:
+    """Return the state that dropout draws from; a copy."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state.clone()
+
+
+def begin_dropout(group: Group, device: torch.device, seed: int, first: int, state: Tensor | None) -> None:
+    """Set the random state that an epoch goes on from at its step `first`.
+
+    Args: state: of that step, None where the checkpoint is of another number of processes.
+    """
+    if not first or state is None:
+        torch.manual_seed(rank_seed(group, seed) + 2 * first)
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(state.cpu(), device)
+    else:
+        torch.set_rng_state(state.cpu())
+
+
 def threads_of_one(processes: int) -> int:
     """Return how many threads one of several processes of this machine may use: its share of the cores."""
     cores = os.cpu_count() or 1
@@ -68,20 +89,28 @@ def threads_of_one(processes: int) -> int:
 
 
 class StopVote:
-    """Whether to stop after this step, because one of the processes was interrupted."""
+    """Whether to stop after this step, because one of the processes was interrupted.
+
+    `watching`, the same on all processes, says that a checkpoint would lose the open window: stopping waits for its end
+    then, WINDOW_PATIENCE at most, or until one of them is interrupted again.
+    """
 
     def __init__(self, group: Group, interrupt: Interrupt) -> None:
         self._group, self._interrupt = group, interrupt
         self._next, self._last = 0, (0, 0.0)
+        self._asked, self._waits_since = False, 0.0
 
-    def now(self) -> bool:
+    def now(self, *, watching: bool) -> bool:
         """Ask all processes, which all call this."""
-        return self._group.ranks.any(self._interrupt.requested)
+        self._asked = self._asked or self._group.ranks.any(self._interrupt.requested)
+        return self._asked and self._whole(watching)
 
-    def after(self, step: int) -> bool:
+    def after(self, step: int, *, watching: bool) -> bool:
         """Ask after a step; of several processes a few times a second, and after the same steps on all."""
         if self._group.size == 1:
             return self._interrupt.requested
+        if self._asked:
+            return self._whole(watching)
         if step < self._next:
             return False
         before, began = self._last
@@ -90,4 +119,20 @@ class StopVote:
         asked, seconds = self._group.ranks.total(told).tolist()
         pause = min(MOST_STEPS_BETWEEN_VOTES, int(VOTE_SECONDS / max(seconds, 1e-9)))
         self._next, self._last = step + max(1, pause), (step, time.perf_counter())
-        return bool(asked)
+        self._asked = bool(asked)
+        return self._asked and self._whole(watching)
+
+    def _whole(self, watching: bool) -> bool:
+        """Whether a checkpoint holds all there is, or waiting for that has an end."""
+        if not watching:
+            return True
+        if not self._interrupt.patient:
+            self._interrupt.patient, self._waits_since = True, time.monotonic()
+            warnings.warn(
+                "interrupted while a window is open, which a checkpoint of several processes does not hold: the run "
+                f"ends with the window, or in {WINDOW_PATIENCE:.0f} s; interrupt again to end it now.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        over = time.monotonic() - self._waits_since > WINDOW_PATIENCE
+        return self._group.ranks.any(self._interrupt.insisted or over)

@@ -6,6 +6,7 @@ Lives here: the order of things in `apoptosis train`. Does not live here: steps 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from apoptosis.recipes.machine import machine, versions
 from apoptosis.recipes.results import SCHEMA, Result, finish
 from apoptosis.recipes.several import INTERRUPT_GRACE, threads_of_one
 from apoptosis.surgery import load, save
+
+LONGEST_PUT_OFF = 600.0  # seconds; then a checkpoint of several processes is written inside a window too
 
 
 def prepare(config: RunConfig, group: Group | None = None) -> tuple[Dataset, torch.device]:
@@ -110,8 +113,10 @@ def train(
 ) -> dict[str, Any]:
     """Train to the end, or on to the end; returns the summary that is also written into the folder.
 
-    A checkpoint is written after every epoch, and when the run is interrupted between two steps. group: the processes
-    that train together, all of which call this, with the folder of `RunFolder(..., writes=rank == 0)`.
+    A checkpoint is written after every epoch, and when the run is interrupted between two steps; of several processes,
+    whose checkpoints do not hold the windows of events, after the first such step that leaves none open, so that going
+    on comes to the same bits. group: the processes that train together, all of which call this, with the folder of
+    `RunFolder(..., writes=rank == 0)`.
 
     Raises: NonFiniteError: the loss is NaN or infinite; the last checkpoint stays. KeyboardInterrupt: interrupted; a
             second interrupt ends the run at once, with the last checkpoint that is there. RankError: another
@@ -130,6 +135,7 @@ def train(
         if trainer.group.size > 1:
             told |= {"ranks": trainer.group.size, "launcher": trainer.group.launcher}
         each(lambda: folder.begin(config, device, **told))
+        checkpoints = _Checkpoints(folder, trainer, epochs)
         try:
             while not trainer.finished:
                 epoch = trainer.run_epoch(watch)
@@ -137,13 +143,37 @@ def train(
                 folder.add_epoch(contestant, config.seed, epoch, data.metric)
                 if config.tensorboard:
                     folder.add_scalars(contestant, config.seed, epoch)
-                write_checkpoint(folder, trainer, epochs)
-                if trainer.stop.now() and not trainer.finished:
+                if checkpoints.after_epoch() and not trainer.finished:
                     raise KeyboardInterrupt
         except Stopped:
-            write_checkpoint(folder, trainer, epochs)
+            checkpoints.write()
             raise
     return _summary(folder, trainer, finish(trainer, epochs))
+
+
+class _Checkpoints:
+    """When a run writes its checkpoints: of several processes not while a window is open, as long as that can wait."""
+
+    def __init__(self, folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -> None:
+        self._folder, self._trainer, self._epochs = folder, trainer, epochs
+        self._due: float | None = None  # since when one is put off
+
+    def after_epoch(self) -> bool:
+        """Write one, or put it off; return whether the run is to stop here. All processes call this."""
+        trainer, now = self._trainer, time.monotonic()
+        stop = trainer.stop.now(watching=trainer.watching)
+        late = self._due is not None and trainer.group.ranks.any(now - self._due > LONGEST_PUT_OFF)
+        if trainer.watching and not stop and not late:
+            self._due = now if self._due is None else self._due
+            trainer.put_off = self.write
+        else:
+            self.write()
+        return stop
+
+    def write(self) -> None:
+        """Write one now."""
+        self._due = self._trainer.put_off = None
+        write_checkpoint(self._folder, self._trainer, self._epochs)
 
 
 def _summary(folder: RunFolder, trainer: Trainer, result: Result) -> dict[str, Any]:
