@@ -29,6 +29,7 @@ BUCKET = 25 * 2**20  # bytes of a bucket of DistributedDataParallel
 NODE_CORES = 16  # of a projected node, each as fast as the measured one
 NODE_BATCH = 32  # examples per node and step
 NODES = (64, 256, 1024)
+BACKENDS = {"gloo": "gloo", "mpi": "MPI"}  # and how the page calls them
 Record = Mapping[str, Any]
 
 #: name -> parameters, multiply-adds per example at 224 px (torchvision's networks), where the ratios come from
@@ -37,6 +38,11 @@ NETWORKS: dict[str, tuple[float, float, str]] = {
     "VGG-16": (138_357_544, 15_470_264_320, "alexnet"),
     "ResNet-50": (25_557_032, 4_089_184_256, "cifar10-conv"),
 }
+
+
+def name_of(world: Record, link: Record) -> str:
+    """Name what carries the sums of a world over one of its links."""
+    return f"{BACKENDS[world['backend']]}, {link['link']}"
 
 
 def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -102,7 +108,7 @@ def errors(worlds: Sequence[Record], compute: Mapping[str, float], links: Mappin
     found: dict[str, list[float]] = {}
     for world in worlds:
         for link in world["links"]:
-            name = "one process" if world["size"] == 1 else link["link"]
+            name = "one process" if world["size"] == 1 else name_of(world, link)
             for step in link["steps"]:
                 told = step_seconds(compute, None if world["size"] == 1 else links[name], world, step)
                 found.setdefault(name, []).append(told / taken(world, step) - 1.0)
