@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +35,8 @@ from benchmarks.cluster import model, whole
 from benchmarks.cluster.links import Links, why_not
 from benchmarks.cluster.rank import BATCH, Spec, name_of
 from benchmarks.cluster.start import run_ranks, why_no_links_for_mpi, why_no_mpi
+from benchmarks.cluster.twins import TWINS
+from benchmarks.paper.grounds import GROUNDS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,13 +108,22 @@ def committed_run() -> Record:
     }
 
 
-def ratios() -> dict[str, tuple[float, float]]:
-    """Ground -> shares of parameters and of multiply-adds that apoptosis left in the committed runs."""
+def grounds() -> dict[str, Record]:
+    """Ground -> what apoptosis left there: shares of parameters and multiply-adds, accuracy with it and without."""
     found = {}
-    for ground in dict.fromkeys(ground for _, _, ground in model.NETWORKS.values()):
-        cell = json.loads((RESULTS / "paper" / f"{ground}-0.json").read_text(encoding="utf-8"))["contestants"]
-        found[ground] = tuple(cell["apoptosis"][key] / cell["dense"][key] for key in ("parameters", "macs"))
+    for ground in dict.fromkeys(ground for _, _, several in model.NETWORKS.values() for ground in several):
+        path = RESULTS / (f"scaling-{ground}.json" if ground in TWINS else f"paper/{ground}-0.json")
+        if path.exists():
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            dense, apoptosis = (cell["contestants"][name] for name in ("dense", "apoptosis"))
+            shares = {key: apoptosis[key] / dense[key] for key in ("parameters", "macs")}
+            told = {"network": (GROUNDS | TWINS)[ground].network, "epochs": cell["epochs"]}
+            found[ground] = told | shares | {"dense": dense["test"], "apoptosis": apoptosis["test"]}
     return found
+
+
+def ratios(measured: Mapping[str, Record]) -> dict[str, tuple[float, float]]:
+    return {ground: (one["parameters"], one["macs"]) for ground, one in measured.items()}
 
 
 def step_of(link: Record, layout: str, rows: int = BATCH) -> Record:
@@ -206,10 +217,12 @@ def followed(result: Record) -> Record:
         place.setdefault("how", result["how"])
     with_runs(worlds, committed_run())
     fitted = fit(worlds)
-    link = fitted["links"].get(f"{model.BACKENDS[backends_of(worlds)[0]]}, 1000 Mbit/s")
+    first = [model.BACKENDS[backend] for backend in backends_of(worlds)][:1]
+    link = next((fitted["links"].get(f"{name}, 1000 Mbit/s") for name in first), None)
     slow = {} if link is None else {"1000 Mbit/s": link, "10 Gbit/s, assumed": link | {"beta": link["beta"] / 10}}
-    projection = model.project(fitted["compute"], slow, ratios())
-    more = {"backends": backends_of(worlds), "why_no_mpi": result.get("why_no_mpi", "not asked for")}
+    left = grounds()
+    projection = model.project(fitted["compute"], slow, ratios(left))
+    more = {"grounds": left, "backends": backends_of(worlds), "why_no_mpi": result.get("why_no_mpi", "not asked for")}
     return result | more | {"model": fitted, "targets": targets(worlds, fitted), "projection": projection}
 
 

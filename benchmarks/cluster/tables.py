@@ -194,6 +194,19 @@ def projection(result: Record) -> str:
         "of it waiting for the link",
         "faster",
     )
+    return f"{left_of(result)}\n\n{markdown(head, rows)}"
+
+
+def left_of(result: Record) -> str:
+    """Whose ratios the projection takes, and what accuracy they were had at."""
+    rows = []
+    for network, ground in {p["network"]: p["ratios_of"] for p in result["projection"]}.items():
+        one = result["grounds"][ground]
+        shares = (f"{100 * one[key]:.1f} %" for key in ("parameters", "macs"))
+        tests = (f"{100 * one[key]:.1f} %" for key in ("dense", "apoptosis"))
+        rows.append((network, f"{one['network']}, {one['epochs']} epochs", *shares, *tests))
+    head = ("network", "what is left is that of", "parameters left", "multiply-adds left", "its test accuracy, dense",
+            "with apoptosis")  # fmt: skip
     return markdown(head, rows)
 
 
