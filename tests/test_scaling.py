@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not o
 model = importlib.import_module("benchmarks.cluster.model")
 tables = importlib.import_module("benchmarks.cluster.tables")
 scaling = importlib.import_module("benchmarks.scaling")
+start = importlib.import_module("benchmarks.cluster.start")
+why_no_mpi = start.why_no_mpi
 
 COMPUTE = {"c0": 1e-3, "c1": 2e-11, "c2": 3e-9}
 LINK = {"alpha": 1e-4, "beta": 8e-9}
@@ -41,8 +43,9 @@ def test_a_ring_sends_what_rings_send():
 def test_errors_are_those_of_the_measured_steps():
     s = step(64, 1_000_000)
     told = 2 * model.compute_seconds(COMPUTE, s["macs"], 64, 1_000_000) + model.sum_seconds(LINK, 4, 4e6)
-    world = {"size": 4, "threads": 1, "cores": 2, "links": [{"link": "slow", "steps": [{**s, "seconds": told / 1.1}]}]}
-    assert model.errors([world], COMPUTE, {"slow": LINK})["slow"]["worst"] == pytest.approx(0.1)
+    links = [{"link": "slow", "steps": [{**s, "seconds": told / 1.1}]}]
+    world = {"size": 4, "backend": "mpi", "threads": 1, "cores": 2, "links": links}
+    assert model.errors([world], COMPUTE, {"MPI, slow": LINK})["MPI, slow"]["worst"] == pytest.approx(0.1)
 
 
 def test_a_whole_run_is_the_sum_of_its_steps_and_events():
@@ -68,7 +71,7 @@ def test_a_projection_gains_where_the_network_shrinks_and_nothing_where_it_does_
 
 
 def test_ratios_come_from_committed_runs():
-    for parameters, macs in scaling.ratios().values():
+    for parameters, macs in scaling.ratios(scaling.grounds()).values():
         assert 0 < parameters < 1
         assert 0 < macs < 1
     run = scaling.committed_run()
@@ -78,9 +81,9 @@ def test_ratios_come_from_committed_runs():
 
 
 def worlds(event_seconds=0.5):
-    """Made-up figures of 1 and 4 processes on 2 cores."""
+    """Made-up figures of 1, 2 and 4 processes on 2 cores, gloo and MPI alike."""
     found = []
-    for size in (1, 2, 4):
+    for size, backend in ((1, "gloo"), (2, "gloo"), (4, "gloo"), (2, "mpi"), (4, "mpi")):
         links = []
         for name, link in {"1000 Mbit/s": LINK, "100 Mbit/s": {"alpha": 1e-4, "beta": 8e-8}}.items():
             steps = []
@@ -93,7 +96,8 @@ def worlds(event_seconds=0.5):
             sums = [{"bytes": b, "seconds": model.sum_seconds(link, size, b)} for b in (1e4, 1e7)] if size > 1 else []
             event = {"seconds": event_seconds, "hook_seconds": 0.1, "bytes_on_link": 1e7, "cpu_seconds": 1.0}
             links.append({"link": name, "sums": sums, "steps": steps, "event": event})
-        found.append({"size": size, "threads": 1, "cores": 2, "links": links[: 2 if size > 1 else 1]})
+        world = {"size": size, "backend": backend, "how": "namespaces", "threads": 1, "cores": 2}
+        found.append(world | {"links": links[: 2 if size > 1 else 1]})
     return found
 
 
@@ -104,57 +108,150 @@ def test_targets_are_met_or_not_by_the_figures(event_seconds, met):
     fitted = scaling.fit(made)
     assert all(abs(e["worst"]) < 1e-6 for e in fitted["errors"].values())
     told = scaling.targets(made, fitted)
-    assert [t["met"] for t in told if "10 dense steps" in t["target"]] == [met, met]
-    assert next(t for t in told if "least 5.0x faster, where" in t["target"])["met"] == "yes"
-    projection = model.project(fitted["compute"], fitted["links"], scaling.ratios())
+    assert [t["met"] for t in told if "10 dense steps" in t["target"]] == [met] * 4
+    assert [t["met"] for t in told if "least 5.0x faster, where" in t["target"]] == ["yes", "yes"]
+    assert ["MPI" in t["target"] for t in told] == [False] * 6 + [True] * 6
     machine = {"cpu": "x", "cores": 2, "load_before": 0.1}
-    result = {
-        "batch": 128,
-        "machine": machine,
-        "how": "namespaces",
-        "versions": {"torch": "2"},
-        "backend": "gloo",
-        "seed": 0,
-        "worlds": made,
-        "model": fitted,
-        "targets": told,
-        "projection": projection,
-    }
+    result = scaling.followed(
+        {
+            "batch": 128,
+            "machine": machine,
+            "versions": {"torch": "2"},
+            "why_no_mpi": "",
+            "how": "namespaces",
+            "seed": 0,
+            "worlds": made,
+        }
+    )
+    assert {p["link"] for p in result["projection"]} == {"1000 Mbit/s", "10 Gbit/s, assumed"}
     for name, make in tables.TABLES.items():
-        assert name == "scaling-setting" or make({"scaling": result}).count("\n") > 2
+        assert name in ("scaling-setting", "scaling-whole") or make({"scaling": result}).count("\n") > 2
     efficiency = tables.scaling(result)
-    assert "| 2 | " in efficiency
+    assert "| 2 | gloo |" in efficiency
+    assert "| 2 | MPI |" in efficiency
     assert "| 4 | " not in efficiency  # four processes share two cores: no speed-up is told
     assert all(line.endswith("– |") for line in tables.steps(result).splitlines() if line.startswith("| 4 "))
 
 
+def setting_of(load, *worlds, why_no_mpi=""):
+    several = [{"size": 2, "backend": backend, "how": how, "transport": name} for backend, how, name in worlds]
+    return tables.setting(
+        {"machine": {"cpu": "x", "cores": 2, "load_before": load}, "versions": {"torch": "2"}, "seed": 0,
+         "why_no_mpi": why_no_mpi, "worlds": [{"size": 1}, *several]}
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("load", "told"), [(0.1, "Nothing else ran"), (9.0, "shared with other programs")])
 def test_the_page_says_whether_other_programs_ran(load, told):
-    result = {"machine": {"cpu": "x", "cores": 2, "load_before": load}, "how": "hook", "versions": {"torch": "2"},
-              "backend": "gloo", "seed": 0}  # fmt: skip
-    assert told in tables.setting(result)
+    assert told in setting_of(load, ("gloo", "hook", "gloo"))
 
 
-def test_a_quick_run_from_end_to_end(tmp_path):
-    path = tmp_path / "scaling.json"
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.scaling", "--quick", "--json", str(path)], cwd=ROOT, check=True, timeout=300
-    )
+def test_the_page_says_what_carried_the_sums():
+    both = ("gloo", "namespaces", "gloo"), ("mpi", "namespaces", "MPICH 5")
+    assert "gloo and MPICH 5, links bounded by tc" in setting_of(0.1, *both)
+    assert "acted" not in setting_of(0.1, *both)
+    assert "(those of MPI acted by" in setting_of(0.1, both[0], ("mpi", "hook", "Open MPI"))
+    assert "gloo (MPI: there is no mpirun)" in setting_of(0.1, both[0], why_no_mpi="there is no mpirun")
+
+
+def run(*words):
+    """The command, finished; where it takes too long it is asked to end, so that no rank is left behind."""
+    command = [sys.executable, "-m", "benchmarks.scaling", "--quick", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=500)
+        finally:
+            process.terminate()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def quick(path, *words):
+    done = run("--json", str(path), *words)
+    assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
-    alone, two = result["worlds"]
-    assert (alone["size"], two["size"]) == (1, 2)
-    assert [link["link"] for link in two["links"]] == ["unbounded", "100 Mbit/s"]
-    for link in two["links"]:
-        for dense, shrunk in tables.pairs(link):
-            assert shrunk["payload"] < dense["payload"] / 3
-            if result["how"] == "namespaces":  # a ring of two sends the payload once, and headers
-                assert dense["payload"] < dense["bytes_on_link"] < 1.2 * dense["payload"]
-                assert shrunk["bytes_on_link"] < dense["bytes_on_link"] / 3
-    slow = two["links"][1]["sums"][-1]  # 1.2 MB at 100 Mbit/s: 96 ms, less what the bucket lets through at once
-    assert slow["seconds"] > 0.05
+    assert result["backends"] == (["gloo"] if why_no_mpi() else ["gloo", "mpi"])
+    assert bool(result["why_no_mpi"]) == ("gloo alone" in done.stdout) == bool(why_no_mpi())
+    assert [w["size"] for w in result["worlds"]] == [1, *(2 for _ in result["backends"])]
+    for two in result["worlds"][1:]:
+        assert [link["link"] for link in two["links"]] == ["unbounded", "100 Mbit/s"]
+        assert two["transport"] == "gloo" if two["backend"] == "gloo" else "MPI" in two["transport"]
     for name in ("scaling-steps", "scaling-events", "scaling-model"):
         assert tables.TABLES[name]({"scaling": result}).count("\n") > 2
     assert "gloo" in tables.TABLES["scaling-setting"]({"scaling": result})
+    return result
+
+
+def test_a_quick_run_from_end_to_end(tmp_path):
+    """Links bounded by tc where the machine allows it: what MPI sends goes over them as what gloo sends."""
+    result = quick(tmp_path / "scaling.json")
+    for two in result["worlds"][1:]:
+        for link in two["links"]:
+            for dense, shrunk in tables.pairs(link):
+                assert shrunk["payload"] < dense["payload"] / 3
+                if two["how"] == "namespaces":  # a ring of two sends the payload once, and headers
+                    assert dense["payload"] < dense["bytes_on_link"] < 1.2 * dense["payload"]
+                    assert shrunk["bytes_on_link"] < dense["bytes_on_link"] / 3
+        slow = two["links"][1]["sums"][-1]  # 1.2 MB at 100 Mbit/s: 96 ms, less what the bucket lets through at once
+        assert slow["seconds"] > 0.05
+
+
+def test_a_hook_takes_the_place_of_links(tmp_path):
+    """For machines that allow no namespaces: steps and sums take as long as the link would, and no bytes are told."""
+    result = quick(tmp_path / "scaling.json", "--how", "hook")
+    assert result["how"] == "hook"
+    assert result["why_no_namespaces"] == "not asked for"
+    for two in result["worlds"][1:]:
+        free, slow = two["links"]
+        assert two["how"] == "hook"
+        assert free["event"]["committed"]
+        assert slow["event"] is None
+        for step in slow["steps"]:
+            assert step["bytes_on_link"] is None
+            assert step["seconds"] >= 8 * step["payload"] / 1e8
+        for one in slow["sums"]:
+            assert one["seconds"] >= 8 * one["bytes"] / 1e8
+    assert "acted by a communication hook" in tables.setting(result)
+
+
+def test_whole_runs_begin_alike_and_end_with_fewer_parameters(tmp_path):
+    path = tmp_path / "whole.json"
+    done = run("--whole", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(path.read_text())
+    runs = {(one["size"], one["contestant"]): one for one in result["runs"]}
+    assert set(runs) == {(2, "dense"), (2, "apoptosis"), (1, "dense"), (1, "apoptosis")}
+    for (size, contestant), one in runs.items():
+        assert one["steps"] == runs[1, "dense"]["steps"]
+        assert one["parameters_before"] == runs[1, "dense"]["parameters"]
+        assert one["test"] > 0.8
+        assert bool(one["events"]) == (one["parameters"] < one["parameters_before"]) == (contestant == "apoptosis")
+        assert (one["bytes_on_link"] is None) == (size == 1 or result["how"] == "hook")
+    dense, apoptosis = runs[2, "dense"], runs[2, "apoptosis"]
+    assert dense["test"] == pytest.approx(runs[1, "dense"]["test"], abs=0.02)  # the same batches, only shared out
+    if result["how"] == "namespaces":
+        payload = 4 * dense["parameters"] * dense["steps"]  # a ring of two sends it once, and headers
+        assert payload < dense["bytes_on_link"] < 1.3 * payload
+    page = tables.whole(result)
+    assert page.count("| 2 | 1000 Mbit/s") == 2
+    assert f"{apoptosis['parameters']:,}" in page
+    assert tables.TABLES["scaling-whole"]({}) == tables.EMPTY
+
+
+def test_backends_that_are_not_there_are_refused():
+    done = run("--backend", "gloo,smoke")
+    assert done.returncode == 2
+    assert "'smoke' is unknown; there are gloo, mpi" in done.stderr
+    if why_no_mpi():
+        done = run("--backend", "mpi")
+        assert done.returncode == 2
+        assert "pip install 'torch-apoptosis[mpi]'" in done.stderr
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    """The first one waits for ever for the second."""
+    program = ("-c", "import sys, time; sys.exit(3) if sys.argv[1] == '1' else time.sleep(1000)")
+    with pytest.raises(SystemExit, match="2 processes on gloo: one failed"):
+        start.run_ranks("gloo", 2, program, links=None, folder=tmp_path, threads=1)
 
 
 def test_a_share_that_noise_hides_is_called_unknown():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,8 @@ def why_not() -> str:
 class Links:
     """Namespaces 0..size-1, each with one interface, eth0, at one bridge; use it as a context.
 
+    Each has its address for a host name as well, so that who asks for his name is told what others can reach.
+
     Raises: subprocess.CalledProcessError, OSError: the machine does not allow it.
     """
 
@@ -47,13 +50,15 @@ class Links:
             self._at_hub("ip", "link", "add", "bridge", "type", "bridge")
             self._at_hub("ip", "link", "set", "bridge", "up")
             for rank in range(self.size):
-                own = self._hold([*_inside(hub, "--user"), "unshare", "--net"])
+                own = self._hold([*_inside(hub, "--user"), "unshare", "--net", "--uts"])
                 peer = ("peer", "name", "eth0", "netns", str(own))
                 self._at_hub("ip", "link", "add", f"port{rank}", "type", "veth", *peer)
                 self._at_hub("ip", "link", "set", f"port{rank}", "master", "bridge", "up")
-                for words in (("link", "set", "lo", "up"), ("address", "add", f"10.77.0.{rank + 1}/24", "dev", "eth0"),
+                for words in (("link", "set", "lo", "up"), ("address", "add", f"{host(rank)}/24", "dev", "eth0"),
                               ("link", "set", "eth0", "up")):  # fmt: skip
                     _run([*self.enter(rank), "ip", *words])
+                name = f"import socket; socket.sethostname({host(rank)!r})"
+                _run([*self.enter(rank), sys.executable, "-c", name])
         except BaseException:
             self.close()
             raise
@@ -64,9 +69,13 @@ class Links:
     ) -> None:
         self.close()
 
-    def enter(self, rank: int) -> list[str]:
-        """Return the words that, before a command, run it in a rank's namespace."""
-        return _inside(self._holders[rank + 1].pid, "--user", "--net")
+    def enter(self, rank: int, *, from_another: bool = False) -> list[str]:
+        """Return the words that, before a command, run it in a rank's namespace.
+
+        from_another: where the command stands in the namespace of another rank, which has its user already.
+        """
+        user = () if from_another else ("--user",)
+        return _inside(self._holders[rank + 1].pid, *user, "--net", "--uts")
 
     def cut(self, rank: int) -> None:
         """Take a rank's link down: what is sent is lost, and nobody is told."""
@@ -102,6 +111,11 @@ class Links:
 
     def _at_hub(self, *words: str) -> None:
         _run([*_inside(self._holders[0].pid, "--user", "--net"), *words])
+
+
+def host(rank: int) -> str:
+    """Address and host name of a rank's namespace."""
+    return f"10.77.0.{rank + 1}"
 
 
 def slow_down(bits_per_second: float | None) -> None:

@@ -29,14 +29,21 @@ BUCKET = 25 * 2**20  # bytes of a bucket of DistributedDataParallel
 NODE_CORES = 16  # of a projected node, each as fast as the measured one
 NODE_BATCH = 32  # examples per node and step
 NODES = (64, 256, 1024)
+BACKENDS = {"gloo": "gloo", "mpi": "MPI"}  # and how the page calls them
 Record = Mapping[str, Any]
 
-#: name -> parameters, multiply-adds per example at 224 px (torchvision's networks), where the ratios come from
-NETWORKS: dict[str, tuple[float, float, str]] = {
-    "AlexNet": (61_100_840, 714_188_480, "alexnet"),
-    "VGG-16": (138_357_544, 15_470_264_320, "alexnet"),
-    "ResNet-50": (25_557_032, 4_089_184_256, "cifar10-conv"),
+#: name -> parameters, multiply-adds per example at 224 px (torchvision's networks), whose ratios are taken: the first
+#: of these grounds that was measured
+NETWORKS: dict[str, tuple[float, float, tuple[str, ...]]] = {
+    "AlexNet": (61_100_840, 714_188_480, ("alexnet",)),
+    "VGG-16": (138_357_544, 15_470_264_320, ("vgg", "alexnet")),
+    "ResNet-50": (25_557_032, 4_089_184_256, ("residual", "cifar10-conv")),
 }
+
+
+def name_of(world: Record, link: Record) -> str:
+    """Name what carries the sums of a world over one of its links."""
+    return f"{BACKENDS[world['backend']]}, {link['link']}"
 
 
 def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -102,7 +109,7 @@ def errors(worlds: Sequence[Record], compute: Mapping[str, float], links: Mappin
     found: dict[str, list[float]] = {}
     for world in worlds:
         for link in world["links"]:
-            name = "one process" if world["size"] == 1 else link["link"]
+            name = "one process" if world["size"] == 1 else name_of(world, link)
             for step in link["steps"]:
                 told = step_seconds(compute, None if world["size"] == 1 else links[name], world, step)
                 found.setdefault(name, []).append(told / taken(world, step) - 1.0)
@@ -132,7 +139,8 @@ def project(
 ) -> list[dict[str, Any]]:
     """Steps before and after apoptosis. ratios: ground -> share of parameters, of multiply-adds that is left."""
     found = []
-    for network, (parameters, macs, ground) in NETWORKS.items():
+    for network, (parameters, macs, grounds) in NETWORKS.items():
+        ground = next(ground for ground in grounds if ground in ratios)
         left, right = ratios[ground]
         for name, link in links.items():
             for size in NODES:

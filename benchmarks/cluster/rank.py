@@ -1,7 +1,8 @@
-"""One process of a scaling run: python -m benchmarks.cluster.rank SPEC.json RANK
+"""One process of a scaling run: python -m benchmarks.cluster.rank SPEC.json [RANK]
 
 Lives here: what one rank measures: plain sums, steps of the dense and of the shrunk network, one event. Does not live
-here: starting ranks (benchmarks/scaling.py), what follows from the figures (model.py).
+here: starting ranks (start.py; gloo's are given their number, MPI tells its own), what follows from the figures
+(model.py).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis
+from apoptosis.launch import Group, start_group
+from apoptosis.launch.mpi import MpiRanks
+from apoptosis.ranks import Ranks, TorchRanks
 from apoptosis.recipes.datasets.images import load_idx
 from benchmarks.cluster import links
+from benchmarks.cluster.throttle import ring_seconds, throttled
 
 BATCH = 128
 ROWS = 8192  # examples that batches are drawn from
@@ -35,28 +42,38 @@ Step = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
-    """What all ranks of a world do. rates: of the links in bits per second, None for what the machine gives.
+class Job:
+    """What all ranks of a world are told.
 
+    folder: where their records go. threads: of each. data_dir: of the data sets.
+    backend: "gloo", or "mpi" (mpirun has started the ranks; gradients, moments and votes go by MPI).
     how: "namespaces" (tc bounds what each rank sends) or "hook" (a communication hook sleeps on top of the sum).
-    start: file of weights that events begin with, trained by the first world for `warm` steps.
     """
 
     size: int
     folder: str
-    start: str
-    warm: int
-    events: int
     backend: str
     how: str
     threads: int
+    data_dir: str | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec(Job):
+    """Steps, sums and events. rates: of the links in bits per second, None for what the machine gives.
+
+    start: file of weights that events begin with, trained by the first world for `warm` steps.
+    """
+
+    start: str
+    warm: int
+    events: int
     rates: tuple[float | None, ...]
     dense: tuple[int, ...]
     shrunk: tuple[int, ...]
     steps: dict[str, int]
     sums: tuple[int, ...]
-    data_dir: str | None
-    seed: int
 
 
 def mlp(widths: Sequence[int], seed: int) -> nn.Sequential:
@@ -84,25 +101,31 @@ def name_of(rate: float | None) -> str:
 
 
 class World:
-    """This process among the others."""
+    """This process among the others. ranks: sums and votes, over gloo or MPI. group: under MPI, of `start_group`."""
 
-    def __init__(self, spec: Spec, rank: int) -> None:
-        self.spec, self.rank = spec, rank
-        self.x, self.y = examples(spec)
+    def __init__(self, spec: Any, rank: int, ranks: Ranks, group: Group | None = None) -> None:
+        self.spec, self.rank, self.ranks, self.group = spec, rank, ranks, group
         self.rate: float | None = None
 
+    @cached_property
+    def examples(self) -> tuple[Tensor, Tensor]:
+        return examples(self.spec)
+
     def batches(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        draws = torch.Generator().manual_seed(1000 * self.spec.seed + self.rank)
+        draws, (x, y) = torch.Generator().manual_seed(1000 * self.spec.seed + self.rank), self.examples
         while True:
-            chosen = torch.randint(0, len(self.x), (rows,), generator=draws)
-            yield self.x[chosen], self.y[chosen]
+            chosen = torch.randint(0, len(x), (rows,), generator=draws)
+            yield x[chosen], y[chosen]
 
     def wrap(self, net: nn.Module) -> nn.Module:
         if self.spec.size == 1:
             return net
+        throttle = self.spec.how == "hook" and self.rate is not None
+        if self.group is not None and not throttle:
+            return self.group.parallel(net)
         model = DistributedDataParallel(net)
-        if self.spec.how == "hook" and self.rate is not None:
-            model.register_comm_hook((self.rate, self.spec.size), throttled)
+        if throttle:
+            model.register_comm_hook((self.rate, self.ranks), throttled)
         return model
 
     def over(self, rate: float | None) -> None:
@@ -113,34 +136,18 @@ class World:
         self.together()
 
     def summed(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor)
+        if isinstance(self.ranks, MpiRanks):
+            self.ranks.average(tensor).wait()  # the way that gradients take
+        else:
+            dist.all_reduce(tensor)
         if self.spec.how == "hook" and self.rate is not None:
-            time.sleep(ring_bytes(tensor.numel() * tensor.element_size(), self.spec.size) * 8 / self.rate)
+            time.sleep(ring_seconds(tensor, self.spec.size, self.rate))
 
     def sent(self) -> int | None:
         return links.bytes_sent() if self.spec.how == "namespaces" and self.spec.size > 1 else None
 
     def together(self) -> None:
-        if self.spec.size > 1:
-            dist.barrier()
-
-
-def throttled(state: tuple[float, int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average the gradients, and take as long as a ring over links of this rate would at least."""
-    rate, size = state
-    buffer = bucket.buffer().div_(size)
-    seconds = ring_bytes(buffer.numel() * buffer.element_size(), size) * 8 / rate
-
-    def late(done: torch.futures.Future[list[Tensor]]) -> Tensor:
-        time.sleep(seconds)
-        return done.value()[0]
-
-    return dist.all_reduce(buffer, async_op=True).get_future().then(late)
-
-
-def ring_bytes(payload: float, size: int) -> float:
-    """Bytes that every rank sends in a ring all-reduce."""
-    return 2 * (size - 1) / size * payload
+        self.ranks.all(True)
 
 
 def timed(world: World, count: int, work: Step, warm: int = 1) -> Record:
@@ -229,7 +236,7 @@ def event(world: World) -> Record:
     optimizer, step = step_with(world, net, model, BATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        apo = Apoptosis(model, optimizer, world.x[:2], total_steps=60, calibration=1.0)
+        apo = Apoptosis(model, optimizer, world.examples[0][:2], total_steps=60, calibration=1.0)
         watched, done = False, None
         while not (watched and not apo.watching):
             step()
@@ -253,10 +260,7 @@ def quickest_event(world: World) -> Record:
     found = []
     for _ in range(world.spec.events):
         one = event(world)
-        took = torch.tensor([one["seconds"]])
-        if world.spec.size > 1:
-            dist.all_reduce(took)
-        found.append((float(took), one))
+        found.append((sum(world.ranks.gathered(one["seconds"])), one))
     return min(found, key=lambda pair: pair[0])[1]
 
 
@@ -280,25 +284,47 @@ def measure(world: World) -> Record:
                 "event": quickest_event(world) if spec.how == "namespaces" or rate is None else None,
             }
         )
-    return {"rank": world.rank, "links": found}
+    return {"rank": world.rank, "transport": transport(world.ranks), "links": found}
 
 
-def _join(spec: Spec, rank: int) -> None:
-    if spec.size > 1:
-        store = dist.FileStore(str(Path(spec.folder) / "store"), spec.size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=spec.size, timeout=TIMEOUT)
+def transport(ranks: Ranks) -> str:
+    """What carries the sums, in words."""
+    if not isinstance(ranks, MpiRanks):
+        return "gloo" if ranks.size > 1 else ""
+    from mpi4py import MPI
+
+    return " ".join(MPI.Get_library_version().splitlines()[0].replace("Version:", "").split())
+
+
+@contextmanager
+def joined(spec: Job, rank: int | None) -> Iterator[World]:
+    """Meet the other ranks, and part from them when all are done. rank: None where MPI tells."""
+    torch.set_num_threads(spec.threads)
+    if spec.backend == "mpi":
+        with start_group("mpi", device="cpu", timeout=TIMEOUT.total_seconds()) as group:
+            yield World(spec, group.rank, group.ranks, group)
+        return
+    assert rank is not None
+    if spec.size == 1:
+        yield World(spec, rank, Ranks())
+        return
+    store = dist.FileStore(str(Path(spec.folder) / "store"), spec.size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=spec.size, timeout=TIMEOUT)
+    yield World(spec, rank, TorchRanks(dist.group.WORLD, torch.device("cpu")))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(kind: type[Job], work: Callable[[World], Record]) -> None:
+    """Do this rank's part of a world, as the command line says, and leave its record in the world's folder."""
+    spec = kind(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    with joined(spec, int(sys.argv[2]) if len(sys.argv) > 2 else None) as world:
+        found = work(world)
+        (Path(spec.folder) / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def main() -> None:
-    spec = Spec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    rank = int(sys.argv[2])
-    torch.set_num_threads(spec.threads)
-    _join(spec, rank)
-    found = measure(World(spec, rank))
-    (Path(spec.folder) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    if spec.size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    run(Spec, measure)
 
 
 if __name__ == "__main__":

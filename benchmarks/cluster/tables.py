@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from benchmarks.cluster.model import BACKENDS
 from benchmarks.paper.summary import table as markdown
 
 Record = Mapping[str, Any]
-EMPTY = "No results are committed yet; `python -m benchmarks.scaling` makes them."
+EMPTY = "No results are committed yet; `python -m benchmarks.scaling` (`--whole` for whole runs) makes them."
 NONE = "–"
 
 
@@ -39,6 +40,14 @@ def crowded(world: Record) -> bool:
     return bool(world["size"] * world["threads"] > world["cores"])
 
 
+def backend(world: Record) -> str:
+    """What sums over the processes of a world, and whether a link was only acted."""
+    if world["size"] == 1:
+        return NONE
+    name = BACKENDS[world["backend"]]
+    return name if world["how"] == "namespaces" else f"{name}, hook"
+
+
 def pairs(link: Record) -> Iterator[tuple[Record, Record]]:
     """Steps of the dense and of the shrunk network at the same batch."""
     for dense in (s for s in link["steps"] if s["layout"] == "dense"):
@@ -47,9 +56,18 @@ def pairs(link: Record) -> Iterator[tuple[Record, Record]]:
 
 def setting(result: Record) -> str:
     """Say in one sentence what the figures were taken on, other programs at work included."""
-    where, how = result["machine"], result["how"]
-    links = "links bounded by tc in network namespaces" if how == "namespaces" else "a communication hook that sleeps"
-    load = where["load_before"]
+    where, load = result["machine"], result["machine"]["load_before"]
+    several = [world for world in result["worlds"] if world["size"] > 1]
+    sums = " and ".join(dict.fromkeys(world.get("transport") or world["backend"] for world in several))
+    if result["why_no_mpi"]:
+        sums += f" (MPI: {result['why_no_mpi']})"
+    bounded = [world["backend"] for world in several if world["how"] == "namespaces"]
+    acted = [world["backend"] for world in several if world["how"] != "namespaces"]
+    links = (
+        "links bounded by tc in network namespaces" if bounded else "links acted by a communication hook that sleeps"
+    )
+    if bounded and acted:
+        links += f" (those of {BACKENDS[acted[0]]} acted by a communication hook that sleeps)"
     shared = f"Nothing else ran on it (load {load:.1f} before the start)."
     if busy(result):
         shared = (
@@ -58,7 +76,7 @@ def setting(result: Record) -> str:
         )
     return (
         f"Measured on {where['cpu']}, {where['cores']} of its cores, torch {result['versions']['torch']}, "
-        f"{result['backend']}, {links}, seed {result['seed']}. {shared}"
+        f"{sums}, {links}, seed {result['seed']}. {shared}"
     )
 
 
@@ -72,6 +90,7 @@ def steps(result: Record) -> str:
             rows.append(
                 (
                     str(world["size"]),
+                    backend(world),
                     NONE if world["size"] == 1 else link["link"],
                     str(dense["rows"]),
                     f"{_mb(dense['bytes_on_link'])} → {_mb(shrunk['bytes_on_link'])}" if world["size"] > 1 else NONE,
@@ -80,8 +99,8 @@ def steps(result: Record) -> str:
                     ratio,
                 )
             )
-    head = ("processes", "link", "batch of each", "bytes that each sends per step", "step", "processor time, all",
-            "faster")  # fmt: skip
+    head = ("processes", "sums by", "link", "batch of each", "bytes that each sends per step", "step",
+            "processor time, all", "faster")  # fmt: skip
     return markdown(head, rows)
 
 
@@ -96,9 +115,18 @@ def scaling(result: Record) -> str:
             weak = step["rows"] == result["batch"]
             alone = one[step["layout"], result["batch"]]
             gain = alone / step["seconds"] * (world["size"] if weak else 1)
-            rows.append((str(world["size"]), link["link"], step["layout"], "weak" if weak else "strong",
+            rows.append((str(world["size"]), backend(world), link["link"], step["layout"], "weak" if weak else "strong",
                          _ms(step["seconds"]), f"{gain:.2f}x", f"{100 * gain / world['size']:.0f} %"))  # fmt: skip
-    head = ("processes", "link", "network", "scaling", "step", "examples per second, of one process", "efficiency")
+    head = (
+        "processes",
+        "sums by",
+        "link",
+        "network",
+        "scaling",
+        "step",
+        "examples per second, of one process",
+        "efficiency",
+    )
     return markdown(head, rows) if rows else "No run had a core for every process and no other program."
 
 
@@ -110,12 +138,12 @@ def events(result: Record) -> str:
         if event is None:
             continue
         run = link["run"]
-        rows.append((str(world["size"]), NONE if world["size"] == 1 else link["link"], _ms(event["seconds"]),
-                     _ms(event["hook_seconds"]), _mb(event["bytes_on_link"]),
+        rows.append((str(world["size"]), backend(world), NONE if world["size"] == 1 else link["link"],
+                     _ms(event["seconds"]), _ms(event["hook_seconds"]), _mb(event["bytes_on_link"]),
                      f"{event['dense_steps']:.1f}", _ms(event["cpu_seconds"]),
                      f"{100 * run['event_share']:.1f} %"))  # fmt: skip
-    head = ("processes", "link", "first event", "watching before it", "bytes that each sends", "both in dense steps",
-            "processor time, all",
+    head = ("processes", "sums by", "link", "first event", "watching before it", "bytes that each sends",
+            "both in dense steps", "processor time, all",
             "share of a run's time in events")  # fmt: skip
     return markdown(head, rows)
 
@@ -166,12 +194,48 @@ def projection(result: Record) -> str:
         "of it waiting for the link",
         "faster",
     )
+    return f"{left_of(result)}\n\n{markdown(head, rows)}"
+
+
+def left_of(result: Record) -> str:
+    """Whose ratios the projection takes, and what accuracy they were had at."""
+    rows = []
+    for network, ground in {p["network"]: p["ratios_of"] for p in result["projection"]}.items():
+        one = result["grounds"][ground]
+        shares = (f"{100 * one[key]:.1f} %" for key in ("parameters", "macs"))
+        tests = (f"{100 * one[key]:.1f} %" for key in ("dense", "apoptosis"))
+        rows.append((network, f"{one['network']}, {one['epochs']} epochs", *shares, *tests))
+    head = ("network", "what is left is that of", "parameters left", "multiply-adds left", "its test accuracy, dense",
+            "with apoptosis")  # fmt: skip
     return markdown(head, rows)
 
 
-def of(make: Callable[[Record], str]) -> Callable[[Mapping[str, Record]], str]:
-    """Return a table of scaling.json as one of all results."""
-    return lambda results: make(results["scaling"]) if "scaling" in results else EMPTY
+def whole(result: Record) -> str:
+    """Whole runs, dense and with apoptosis."""
+    where, rows = result["machine"], []
+    for size in dict.fromkeys(r["size"] for r in result["runs"]):
+        dense = next(r for r in result["runs"] if r["size"] == size and r["contestant"] == "dense")
+        for one in (r for r in result["runs"] if r["size"] == size):
+            link = NONE if size == 1 else result["link"] + (", hook" if result["how"] == "hook" else "")
+            faster = NONE if one is dense else f"{dense['seconds'] / one['seconds']:.2f}x"
+            rows.append((str(size), link, one["contestant"], f"{one['seconds']:,.0f} s", faster,
+                         f"{one['cpu_seconds']:,.0f} s",
+                         NONE if one["bytes_on_link"] is None else f"{one['bytes_on_link'] / 1e9:.2f} GB",
+                         f"{100 * one['test']:.2f} %", f"{one['parameters']:,}", str(len(one["events"]))))  # fmt: skip
+    head = ("processes", "link", "network", "whole run", "faster", "processor time, all", "each sends", "test accuracy",
+            "parameters at the end", "events")  # fmt: skip
+    shared = "shared with other programs" if busy(result) else "with nothing else on it"
+    first = result["runs"][0]
+    return (
+        f"{result['network']} on {result['ground']}, {result['epochs']} epochs, {first['steps']:,} steps of "
+        f"{result['batch']} examples in all, seed {result['seed']}; {where['cpu']}, {where['cores']} of its cores, "
+        f"{shared} (load {where['load_before']:.1f} before the start).\n\n{markdown(head, rows)}"
+    )
+
+
+def of(make: Callable[[Record], str], name: str = "scaling") -> Callable[[Mapping[str, Record]], str]:
+    """Return a table of scaling.json, or of another by name, as one of all results."""
+    return lambda results: make(results[name]) if name in results else EMPTY
 
 
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
@@ -182,4 +246,5 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "scaling-events": of(events),
     "scaling-model": of(model),
     "scaling-projection": of(projection),
+    "scaling-whole": of(whole, "scaling-whole"),
 }

@@ -1,0 +1,117 @@
+"""Networks with the plans of VGG-16 and ResNet-50, small enough for one core: how much apoptosis leaves of them.
+
+    python -m benchmarks.cluster.twins --data-dir DIR     benchmarks/results/scaling-vgg.json, scaling-residual.json
+
+Lives here: two grounds on CIFAR-10 beside those of the comparison, trained dense and with apoptosis by its recipe. Does
+not live here: the recipe (benchmarks/paper), what follows for larger networks (model.py).
+References: Simonyan, Zisserman, arXiv 1409.1556; He, Zhang, Ren, Sun, arXiv 1512.03385.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from apoptosis.recipes.folder import write_json
+from benchmarks.paper.cells import header, train
+from benchmarks.paper.contestants import Shrinking
+from benchmarks.paper.grounds import GROUNDS, Ground
+from benchmarks.paper.training import Contestant
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+POOL = 0  # in a plan of widths: halve the image
+VGG = (32, POOL, 64, POOL, 128, 128, POOL, 256, 256, POOL, 256, 256, POOL)
+
+
+def _conv(num_in: int, num_out: int, size: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)
+    return [conv, nn.BatchNorm2d(num_out)]
+
+
+def vgg() -> nn.Sequential:
+    """VGG-11 with BatchNorm at half its widths, for 32 pixels; two hidden layers of 2048 as in VGG, no dropout."""
+    layers: list[nn.Module] = []
+    planes = 3
+    for width in VGG:
+        if width == POOL:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [*_conv(planes, width, 3), nn.ReLU()]
+        planes = width
+    head = (nn.Linear(planes, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
+    return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
+class Bottleneck(nn.Module):
+    """ResNet-50's block: 1x1, 3x3 and 1x1 convolutions beside a shortcut, four times as wide outside as inside."""
+
+    def __init__(self, num_in: int, inner: int, stride: int) -> None:
+        super().__init__()
+        outer = 4 * inner
+        self.body = nn.Sequential(
+            *_conv(num_in, inner, 1), nn.ReLU(), *_conv(inner, inner, 3, stride), nn.ReLU(), *_conv(inner, outer, 1)
+        )
+        same = num_in == outer and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(*_conv(num_in, outer, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def residual() -> nn.Sequential:
+    """ResNet-50's plan at half its widths and two blocks per stage, its stem for 32 pixels."""
+    layers: list[nn.Module] = [*_conv(3, 32, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    planes = 32
+    for stage in range(4):
+        for block in range(2):
+            inner = 32 << stage
+            layers.append(Bottleneck(planes, inner, 2 if stage and not block else 1))
+            planes = 4 * inner
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(planes, 10))
+
+
+def _ground(name: str, network: str, epochs: int, build: Callable[[], nn.Module]) -> Ground:
+    return Ground(name=name, network=network, metric="accuracy", unit=100, epochs=epochs, seeds=1,
+                  load=GROUNDS["cifar10"].load, build=lambda task, scale: build())  # fmt: skip
+
+
+TWINS = {
+    "vgg": _ground("vgg", "VGG-11 of half width, for 32 px", 4, vgg),
+    "residual": _ground("residual", "ResNet-26 of half width, for 32 px", 2, residual),
+}
+
+
+def run_twin(name: str, data_dir: Path | None, rows: int | None, seed: int) -> dict[str, object]:
+    """Train a twin dense and with apoptosis, epoch by epoch in turn, on one thread; return its record."""
+    torch.set_num_threads(1)
+    ground = TWINS[name]
+    task = ground.load(data_dir, rows)
+    both: list[Contestant] = [Contestant("dense", ground, task, seed), Shrinking("apoptosis", ground, task, seed)]
+    begin = time.monotonic()
+    train(both, lambda line: print(f"{time.monotonic() - begin:6.0f} s  {line}", flush=True))
+    return header("scaling-twin", ground, task, seed) | {"contestants": {one.name: one.record() for one in both}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies; it is fetched without")
+    parser.add_argument("--only", choices=TWINS, help="one of both")
+    parser.add_argument("--rows", type=int, help="of the training images; all without")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    for name in [given.only] if given.only else TWINS:
+        path = given.out / f"scaling-{name}.json"
+        write_json(path, run_twin(name, given.data_dir, given.rows, given.seed))
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Whole runs of several processes and of one; a rank of them is python -m benchmarks.cluster.whole SPEC.json RANK
+
+Lives here: training by the comparison's recipe with every batch shared out over the ranks, and the start of such ranks.
+Does not live here: single steps and events (rank.py), options (benchmarks/scaling.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apoptosis import Apoptosis
+from apoptosis.recipes.machine import machine, versions
+from apoptosis.recipes.optim import learning_rate
+from benchmarks.cluster.links import Links, why_not
+from benchmarks.cluster.rank import Job, Record, World, name_of, num_parameters, run
+from benchmarks.cluster.start import run_ranks
+from benchmarks.paper.grounds import GROUNDS, QUICK, Ground, Task
+
+PROBE_ROWS = 4096
+SIZE = 4
+QUICK_EPOCHS = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole(Job):
+    """One run. rate: of the links in bits per second. contestant: "dense" or "apoptosis".
+
+    quick: bundled digits, and events whatever they cost here, since a small network's are hardly ever worth it.
+    """
+
+    rate: float | None
+    contestant: str
+    epochs: int
+    quick: bool
+
+
+def ground_of(quick: bool) -> Ground:
+    return QUICK if quick else GROUNDS["mnist"]
+
+
+def part(rows: int, world: World) -> slice:
+    """This rank's rows of `rows`."""
+    size, rank = world.spec.size, world.rank
+    return slice(rank * rows // size, (rank + 1) * rows // size)
+
+
+def train(world: World) -> Record:
+    """Train from the first to the last step, and say what all of it took; data and the test are not on the clock."""
+    spec: Whole = world.spec
+    ground = ground_of(spec.quick)
+    task = ground.load(None if spec.data_dir is None else Path(spec.data_dir), None)
+    torch.manual_seed(spec.seed)
+    net = ground.build(task, 1.0)
+    before = num_parameters(net)
+    world.over(spec.rate if spec.size > 1 else None)
+    sent, cpu, start = world.sent(), time.process_time(), time.perf_counter()
+    events, widths, steps = _loop(world, ground, task, net)
+    world.together()
+    seconds, used, now = time.perf_counter() - start, time.process_time() - cpu, world.sent()
+    return {
+        "seconds": seconds,
+        "cpu_seconds": used,
+        "bytes_on_link": None if sent is None or now is None else now - sent,
+        "steps": steps,
+        "test": score(net, task),
+        "parameters_before": before,
+        "parameters": num_parameters(net),
+        "events": events,
+        "widths": widths,
+    }
+
+
+def _loop(world: World, ground: Ground, task: Task, net: nn.Module) -> tuple[list[Record], dict[str, int], int]:
+    """Take all steps in the comparison's order; return events, widths at the end and the number of steps."""
+    spec: Whole = world.spec
+    per_epoch = len(task.train) // ground.batch
+    total, step, events = per_epoch * spec.epochs, 0, []
+    model, apo = world.wrap(net), None
+    optimizer = torch.optim.Adam(net.parameters(), lr=ground.lr, fused=True)
+    if spec.contestant == "apoptosis":
+        probe = part(min(PROBE_ROWS, len(task.validation)), world)
+        apo = Apoptosis(model, optimizer, task.train.between(0, 2)[0], total_steps=total,
+                        probe=task.validation.between(probe.start, probe.stop), seed=spec.seed,
+                        calibration=1.0 if spec.quick else None)  # fmt: skip
+    own = part(ground.batch, world)
+    for epoch in range(spec.epochs):
+        draws = torch.Generator().manual_seed(2 * (spec.seed * 100_003 + epoch))
+        order = torch.randperm(len(task.train), generator=draws)[: per_epoch * ground.batch]
+        for rows in order.view(per_epoch, ground.batch):
+            x, y = task.train.take(rows[own])
+            optimizer.param_groups[0]["lr"] = learning_rate("one-cycle", ground.lr, step, total)
+            loss = task.loss(model(x), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if apo is not None and (event := apo.step()):
+                events.append({"step": event.step, "seconds": event.seconds, "parameters": num_parameters(net)})
+    return events, {} if apo is None else {g.name: g.num_channels for g in apo.groups()}, total
+
+
+@torch.no_grad()
+def score(net: nn.Module, task: Task) -> float:
+    """The metric on the test part."""
+    net.eval()
+    outputs: list[Tensor] = [net(x) for x in task.test.between(0, len(task.test))[0].split(512)]
+    return float(task.score(torch.cat(outputs), task.test.labels))
+
+
+# ---------------------------------------------------------------------------------------------- who starts the ranks
+
+
+def measured(args: argparse.Namespace) -> Record:
+    """Run dense and apoptosis, on four processes over a link and on one alone."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    reason = why_not() if args.how == "namespaces" else "not asked for"
+    ground = ground_of(args.quick)
+    size = args.sizes[-1]
+    runs = []
+    for processes in (size, 1):
+        for contestant in ("dense", "apoptosis"):
+            found = _one(processes, contestant, args, cores, "hook" if reason else "namespaces")
+            print(
+                f"{processes} x {contestant}: {found['seconds']:.1f} s, {ground.metric} {found['test']:.4f}", flush=True
+            )
+            runs.append(found)
+    return {
+        "kind": "scaling-whole",
+        "seed": args.seed,
+        "backend": "gloo",
+        "how": "hook" if reason else "namespaces",
+        "why_no_namespaces": reason,
+        "link": name_of(args.rate),
+        "rate": args.rate,
+        "ground": ground.name,
+        "network": ground.network,
+        "metric": ground.metric,
+        "batch": ground.batch,
+        "epochs": epochs_of(args),
+        "versions": versions(),
+        "machine": machine(torch.device("cpu")) | {"cores": cores, "load_before": load},
+        "runs": runs,
+    }
+
+
+def epochs_of(args: argparse.Namespace) -> int:
+    """As many as are asked for, else those of the committed run."""
+    return int(args.epochs or (QUICK_EPOCHS if args.quick else GROUNDS["mnist"].epochs))
+
+
+def _one(size: int, contestant: str, args: argparse.Namespace, cores: int, how: str) -> Record:
+    with tempfile.TemporaryDirectory() as folder, Links(size) if how == "namespaces" else nullcontext() as links:
+        spec = Whole(size=size, folder=folder, backend="gloo", how=how, threads=max(1, cores // size),
+                     data_dir=args.data_dir, seed=args.seed, rate=args.rate, contestant=contestant,
+                     epochs=epochs_of(args), quick=args.quick)  # fmt: skip
+        path = Path(folder) / "spec.json"
+        path.write_text(json.dumps(asdict(spec)), encoding="utf-8")
+        program = ["-m", "benchmarks.cluster.whole", str(path)]
+        run_ranks("gloo", size, program, links=links, folder=Path(folder), threads=spec.threads)
+        ranks: list[dict[str, Any]] = [
+            json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)
+        ]
+    if any((rank["parameters"], rank["widths"]) != (ranks[0]["parameters"], ranks[0]["widths"]) for rank in ranks):
+        raise SystemExit(f"ranks of {contestant} end with different widths")
+    sent = [rank["bytes_on_link"] for rank in ranks if rank["bytes_on_link"] is not None]
+    return ranks[0] | {
+        "size": size,
+        "contestant": contestant,
+        "threads": spec.threads,
+        "seconds": max(rank["seconds"] for rank in ranks),
+        "cpu_seconds": sum(rank["cpu_seconds"] for rank in ranks),
+        "bytes_on_link": max(sent, default=None),
+    }
+
+
+if __name__ == "__main__":
+    run(Whole, train)
