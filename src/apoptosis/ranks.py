@@ -182,8 +182,10 @@ class TorchRanks(Ranks):
 
         self._dist, self._group, self.parallel = dist, group, tuple(parallel)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        nccl = "nccl" in str(dist.get_backend(group))
-        self._device = device if nccl else torch.device("cpu")
+        nccl, host = "nccl" in str(dist.get_backend(group)), torch.device("cpu")
+        self._device = device if nccl else host
+        # A vote after a step should not wait for the step: where the group has gloo beside NCCL, it goes by gloo.
+        self._ballot = host if any(each.type == "cpu" for each in getattr(group, "_device_types", ())) else self._device
 
     def _here(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
@@ -193,7 +195,7 @@ class TorchRanks(Ranks):
         try:
             with self._here():
                 function(*args, group=self._group, **kwargs)
-                if self._device.type == "cuda":
+                if isinstance(args[0], Tensor) and args[0].is_cuda:
                     torch.cuda.synchronize(self._device)  # else the error of a lost rank comes up somewhere else
         except RuntimeError as error:
             seconds = time.perf_counter() - start
@@ -225,7 +227,7 @@ class TorchRanks(Ranks):
 
     def all(self, vote: bool) -> bool:
         """Vote by one number."""
-        votes = torch.tensor([float(vote)], device=self._device)
+        votes = torch.tensor([float(vote)], device=self._ballot)
         self._call("a vote", self._dist.all_reduce, votes, op=self._dist.ReduceOp.MIN)
         return bool(votes.item())
 

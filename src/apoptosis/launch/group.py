@@ -166,8 +166,8 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
         device: "auto" (the GPU of the local rank where there is one), "cpu" or "cuda".
         timeout: seconds after which a rank that does not answer is an error.
 
-    Returns: the group: gloo on the CPU, NCCL on GPUs; under "mpi" sums go through MPI, and a gloo group is begun
-        besides, which DistributedDataParallel cannot be without.
+    Returns: the group: gloo on the CPU, NCCL on GPUs and gloo beside it for votes; under "mpi" sums go through MPI, and
+        a gloo group is begun besides, which DistributedDataParallel cannot be without.
 
     Raises: ArgumentError: variables that contradict one another, a device that is not there, a missing MPI. RankError:
         the others did not come.
@@ -197,7 +197,7 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
         torch.cuda.set_device(target)
     try:
         dist.init_process_group(
-            "nccl" if nccl else "gloo",
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=_stores.PrefixStore("apoptosis", store),
             rank=place.rank,
             world_size=place.size,
