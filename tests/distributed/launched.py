@@ -100,8 +100,10 @@ def has_slurm():
     """Whether srun is here, and a controller that answers it."""
     if shutil.which("srun") is None:
         return False
-    asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=60)
-    return asked.returncode == 0
+    try:
+        return subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=60).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def with_variable(pid, name, value):

@@ -3,19 +3,22 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from distributed.launched import Launched, with_variable
-from distributed.test_launch import STOPS, TRAIN, records, same_bits
+from distributed.test_launch import SMALL, STOPS, TRAIN, records, same_bits
 
 # Windows are open after the steps 19 to 26, 29 to 36, 44 to 51 and 64 to 71; epochs end after 23, 46, 69 and 92.
 FOUR = ("--epochs", "4")
+SAVES = str(Path(__file__).with_name("saves.py"))
 
 
 def finished(*program, cwd):
     run = Launched("torchrun", 2, *program, cwd=cwd)
     assert run.wait() == 0, run.told()
+    return run
 
 
 @pytest.mark.parametrize("validation", ["0.1", "0"])
@@ -56,3 +59,23 @@ def test_a_second_interrupt_does_not_wait_for_the_window(tmp_path):
     assert len(stopped.lines()) == 1, stopped.told()
     finished("-m", "apoptosis.cli", "train", "--resume", "run", cwd=tmp_path)
     assert [run.get("resumed_at_step") for run in records(tmp_path / "run", "run")] == [None, 24]
+
+
+def saved(folder, longest):
+    """(step, epochs done, whether a window is open) of every checkpoint, where epochs have 5 steps and windows 8."""
+    folder.mkdir()
+    program = [SAVES, longest, "train", *SMALL, "--train-rows", "320", "--epochs", "20", "--quiet", "--out", "run"]
+    told = finished(*program, cwd=folder).out.read_text().splitlines()
+    return [(int(w[1]), int(w[2]), w[3] == "True") for line in told if (w := line.split())[0] == "saved"]
+
+
+def test_a_checkpoint_is_put_off_over_several_epochs_but_not_for_ever(tmp_path):
+    waits, hurries = saved(tmp_path / "waits", "600"), saved(tmp_path / "hurries", "0")
+    assert not any(watching for _, _, watching in waits)
+    assert waits[-1][:2] == hurries[-1][:2] == (100, 20)
+    assert any(step % 5 for step, _, _ in waits)  # as soon as the window is over
+    assert all(done == step // 5 for step, done, _ in (*waits, *hurries))
+    assert len({step // 5 for step, _, _ in waits}) < 20
+    late = [step for step, _, watching in hurries if watching]
+    assert late
+    assert not any(step % 5 for step in late)

@@ -8,11 +8,15 @@ import torch
 
 from apoptosis.errors import ArgumentError, CheckpointError, DataError, NonFiniteError
 from apoptosis.events import read_events
+from apoptosis.launch import Group, Place
+from apoptosis.ranks import Ranks
 from apoptosis.recipes import train as train_module
 from apoptosis.recipes.compare import compare
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.folder import RunFolder
+from apoptosis.recipes.interrupt import Interrupt
 from apoptosis.recipes.loop import Trainer
+from apoptosis.recipes.several import StopVote
 from apoptosis.recipes.train import prepare, train
 
 SMALL = {"train_rows": 4000, "widths": (128, 128), "batch": 32, "epochs": 3, "lr": 3e-3, "probe_rows": 144}
@@ -126,6 +130,29 @@ def test_interrupted_and_resumed_is_bitwise_the_run_without_interruption(tmp_pat
     assert [e.loss for e in again["result"].epochs] == [e.loss for e in summary["result"].epochs]
     assert again["result"].widths == summary["result"].widths
     assert again["ledger"]["accuracy_cost"] == summary["ledger"]["accuracy_cost"]
+
+
+def test_an_interrupt_waits_for_a_window_until_it_is_too_long_or_comes_again(monkeypatch):
+    group = Group(Place(), torch.device("cpu"), Ranks())
+    with Interrupt() as interrupt:
+        vote = StopVote(group, interrupt)
+        assert not vote.now(watching=True)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.warns(RuntimeWarning, match="ends with the window, or in 15 s; interrupt again"):
+            assert not vote.now(watching=True)
+        assert not vote.now(watching=True)  # and says so once
+        assert vote.now(watching=False)
+        signal.raise_signal(signal.SIGINT)
+        assert vote.now(watching=True)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):  # where nothing has to wait
+            signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr("apoptosis.recipes.several.WINDOW_PATIENCE", -1.0)
+        with pytest.warns(RuntimeWarning, match="interrupted while a window is open"):
+            assert StopVote(group, interrupt).now(watching=True)
 
 
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):

@@ -163,7 +163,7 @@ class _Checkpoints:
         trainer, now = self._trainer, time.monotonic()
         stop = trainer.stop.now(watching=trainer.watching)
         late = self._due is not None and trainer.group.ranks.any(now - self._due > LONGEST_PUT_OFF)
-        if trainer.watching and not stop and not late:
+        if trainer.watching and not (stop or late or trainer.finished):
             self._due = now if self._due is None else self._due
             trainer.put_off = self.write
         else:
