@@ -35,7 +35,7 @@ from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.told import num_parameters
-from apoptosis.unwrap import bare, layout_of, rebuild
+from apoptosis.unwrap import bare, layout_of, read_layouts, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
 
 Log = Callable[[dict[str, Any]], None]
@@ -241,9 +241,10 @@ class Apoptosis:
         check_followers(self._patient.followers, self._patient.model)
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
+            layouts = read_layouts(state.get("buckets", ()))  # older checkpoints, and one process, have none
             ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
             ranks.same_parameters("in the checkpoint that they load", self._patient.model)
-            buckets = ranks.first(list(state.get("buckets", ())))  # there is none in older checkpoints
+            layouts = ranks.first(layouts)[: len(self._patient.parallel)]
             observer = kept_window(self._run()._replace(memory=memory, structure=structure), window)
             self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except (CheckpointError, RankError):  # say themselves what differs
@@ -251,7 +252,7 @@ class Apoptosis:
         except DAMAGES as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
         self._drop_window()
-        for wrapper, layout in zip_longest(self._patient.parallel, buckets[: len(self._patient.parallel)]):
+        for wrapper, layout in zip_longest(self._patient.parallel, layouts):
             rebuild(wrapper, layout)  # the model may have got the widths of a checkpoint
         self._structure, self._memory = structure, memory
         if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule

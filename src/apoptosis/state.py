@@ -135,7 +135,7 @@ def write_state(
     window: Mapping[str, Any] | None,
     buckets: Sequence[Mapping[str, Any] | None] = (),
 ) -> dict[str, Any]:
-    """Write a run down as plain values and tensors. buckets: of every wrapper, as `unwrap.layout_of` told them."""
+    """Write a run down as plain values and tensors. buckets: of every wrapper, as `unwrap.layout_of` told of them."""
     return {
         "version": VERSION,
         "widths": {g.name: g.num_channels for g in structure.groups},
@@ -144,7 +144,7 @@ def write_state(
         "memory": memory.as_dict(),
         "verdict": verdict.state_dict(),
         "window": window,
-        "buckets": list(buckets),
+        **({"buckets": list(buckets)} if buckets else {}),
     }
 
 

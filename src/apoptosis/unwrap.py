@@ -162,6 +162,19 @@ def layout_of(parallel: Any) -> dict[str, Any] | None:
     return {"ranks": parallel.process_group.size(), "buckets": [[names[i] for i in bucket] for bucket in found]}
 
 
+def read_layouts(layouts: Any) -> list[dict[str, Any] | None]:
+    """Read what `layout_of` told of several wrappers, as a checkpoint holds it.
+
+    Raises: KeyError, TypeError, ValueError: it is damaged; the caller words it.
+    """
+    return [
+        None
+        if one is None
+        else {"ranks": int(one["ranks"]), "buckets": [list(map(str, part)) for part in one["buckets"]]}
+        for one in layouts
+    ]
+
+
 def _told(parallel: Any) -> dict[str, Any]:
     """Return what torch tells of the gradient buffers; of a step it does when the next one begins, or is asked for."""
     if parallel.logger is None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save
+from apoptosis.errors import CheckpointError
 from apoptosis.unwrap import layout_of, rebuild
 from distributed.processes import together
 
@@ -151,6 +152,10 @@ def test_a_checkpoint_without_a_layout_is_loaded():
     assert len(list(run.steps(0, 3))) == 3
     state = run.apo.state_dict()
     assert state["buckets"][0]["buckets"] == BUCKETS
+    for damage in (5, [5], [{"ranks": 1}], [{"ranks": 1, "buckets": 5}]):
+        with pytest.raises(CheckpointError, match="damaged"):
+            run.apo.load_state_dict(state | {"buckets": damage})
+        assert run.apo.state_dict()["buckets"] == state["buckets"]
     del state["buckets"]
     run.apo.load_state_dict(state)
     assert len(sizes(run.model)) == 1
