@@ -118,6 +118,7 @@ def grounds() -> dict[str, Record]:
             dense, apoptosis = (cell["contestants"][name] for name in ("dense", "apoptosis"))
             shares = {key: apoptosis[key] / dense[key] for key in ("parameters", "macs")}
             told = {"network": (GROUNDS | TWINS)[ground].network, "epochs": cell["epochs"]}
+            told["rows"] = cell["train_rows"]
             found[ground] = told | shares | {"dense": dense["test"], "apoptosis": apoptosis["test"]}
     return found
 

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from apoptosis import Apoptosis
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
@@ -259,3 +262,15 @@ def test_a_share_that_noise_hides_is_called_unknown():
 
     assert _rate(1e-9, 0.0) == "unknown"
     assert _rate(1e-9, 1e-11) == "100"
+
+
+def test_twins_of_larger_networks_compute_and_may_shrink():
+    """Both plans: ten logits, and groups that are free to shrink, the residual width among them."""
+    twins = importlib.import_module("benchmarks.cluster.twins")
+    for name, least in (("vgg", 9), ("residual", 16)):
+        net = twins.TWINS[name].build(None, 1.0)
+        x = torch.randn(2, 3, 32, 32)
+        assert net(x).shape == (2, 10)
+        apo = Apoptosis(net, torch.optim.Adam(net.parameters()), x, total_steps=100, calibration=1.0)
+        assert len(apo.groups()) >= least
+        apo.close()

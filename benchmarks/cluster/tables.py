@@ -204,7 +204,7 @@ def left_of(result: Record) -> str:
         one = result["grounds"][ground]
         shares = (f"{100 * one[key]:.1f} %" for key in ("parameters", "macs"))
         tests = (f"{100 * one[key]:.1f} %" for key in ("dense", "apoptosis"))
-        rows.append((network, f"{one['network']}, {one['epochs']} epochs", *shares, *tests))
+        rows.append((network, f"{one['network']}; {one['epochs']} epochs of {one['rows']:,} images", *shares, *tests))
     head = ("network", "what is left is that of", "parameters left", "multiply-adds left", "its test accuracy, dense",
             "with apoptosis")  # fmt: skip
     return markdown(head, rows)
