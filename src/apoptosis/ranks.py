@@ -184,7 +184,8 @@ class TorchRanks(Ranks):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl, host = "nccl" in str(dist.get_backend(group)), torch.device("cpu")
         self._device = device if nccl else host
-        # A vote after a step should not wait for the step: where the group has gloo beside NCCL, it goes by gloo.
+        # A vote after a step should not wait for the step: where the group has gloo beside NCCL, numbers of the CPU go
+        # by gloo.
         self._ballot = host if any(each.type == "cpu" for each in getattr(group, "_device_types", ())) else self._device
 
     def _here(self) -> AbstractContextManager[Any]:
@@ -204,9 +205,12 @@ class TorchRanks(Ranks):
                 f"{str(error).splitlines()[0]}"
             ) from error
 
+    def _place(self, tensor: Tensor) -> torch.device:
+        return self._ballot if tensor.device.type == "cpu" else self._device
+
     def total(self, tensor: Tensor) -> Tensor:
         """Sum by all_reduce, SUM_NUMBERS at once."""
-        out = tensor.detach().to(self._device, torch.float64, copy=True).contiguous()
+        out = tensor.detach().to(self._place(tensor), torch.float64, copy=True).contiguous()
         for part in torch.split(out.view(-1), SUM_NUMBERS):
             self._call("a sum", self._dist.all_reduce, part)
         self.bytes_sent += out.numel() * out.element_size()
@@ -214,7 +218,7 @@ class TorchRanks(Ranks):
 
     def range_of(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Compare by two reductions."""
-        low, high = (tensor.detach().to(self._device, copy=True).contiguous() for _ in range(2))
+        low, high = (tensor.detach().to(self._place(tensor), copy=True).contiguous() for _ in range(2))
         self._call("a comparison", self._dist.all_reduce, low, op=self._dist.ReduceOp.MIN)
         self._call("a comparison", self._dist.all_reduce, high, op=self._dist.ReduceOp.MAX)
         return low.to(tensor.device), high.to(tensor.device)
@@ -271,6 +275,11 @@ def ranks_of(parallel: Sequence[Any], group: Any = None, device: torch.device | 
         return Ranks()
     for _, state in parallel[0]._comm_hooks if parallel else ():
         if isinstance(state, Ranks):
+            if state.size != group.size():
+                raise ArgumentError(
+                    f"DistributedDataParallel is over {group.size()} processes, and its communication hook sums over "
+                    f"{state.size}: gradients of other networks would be mixed in. Give both the same processes."
+                )
             state.parallel = tuple(parallel)
             return state
     return TorchRanks(group, device or next(parallel[0].parameters()).device, parallel)

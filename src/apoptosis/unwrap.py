@@ -240,8 +240,13 @@ def _fitting(parallel: Any, layout: Mapping[str, Any]) -> list[list[int]] | None
     """Return the buckets by the places of their parameters, None if they are of others, or of other ranks."""
     places = {name: place for place, name in enumerate(_names(parallel))}
     found = [[places.get(name, -1) for name in bucket] for bucket in layout["buckets"]]
-    whole = sorted(place for bucket in found for place in bucket) == list(range(len(places))) and all(found)
-    return found if whole and layout["ranks"] == parallel.process_group.size() else None
+    if layout["ranks"] != parallel.process_group.size() or not all(found):
+        return None
+    if sorted(place for bucket in found for place in bucket) != list(range(len(places))):
+        return None
+    own = parallel._build_params_for_reducer()[0]
+    kinds = ({(own[place].dtype, own[place].device) for place in bucket} for bucket in found)
+    return found if all(len(each) == 1 for each in kinds) else None
 
 
 def _names(parallel: Any) -> list[str]:

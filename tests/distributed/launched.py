@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import apoptosis
 
@@ -43,7 +45,9 @@ def command(launcher, size, *program):
 
 
 class Launched:
-    """A launcher and all it started, in a session of their own; nothing is left behind."""
+    """A launcher and all it started, in a session of their own; nothing is left behind (conftest.py)."""
+
+    running: ClassVar[list[Launched]] = []
 
     def __init__(self, launcher, size, *program, cwd, **variables):
         # files, not pipes: a process that is left over would keep a pipe open
@@ -53,6 +57,7 @@ class Launched:
                 command(launcher, size, *program), cwd=cwd, env=environment(**variables), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             )  # fmt: skip
+        self.running.append(self)
 
     def interrupt(self):
         """As Ctrl-C on a terminal: SIGINT for the launcher and whatever is in its process group."""
@@ -74,14 +79,18 @@ class Launched:
         try:
             self.process.wait(timeout)
         finally:
-            if self.process.poll() is None:  # workers of torchrun have sessions of their own
-                for pid in descendants(self.process.pid):
-                    os.kill(pid, signal.SIGKILL)
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            self.kill()
         return self.process.returncode
+
+    def kill(self):
+        """End whatever is left; workers of torchrun have sessions of their own."""
+        if self in self.running:
+            self.running.remove(self)
+        for pid in descendants(self.process.pid) if self.process.poll() is None else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def told(self):
         return self.err.read_text()

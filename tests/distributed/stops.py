@@ -20,11 +20,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from apoptosis.cli import main
 from apoptosis.recipes import loop
 
-STEPS = [[int(step) for step in steps.split(",")] for steps in os.environ["STOPS"].split(";")]
+STEPS = [[int(step) for step in steps.split(",")] for steps in os.environ.get("STOPS", "0").split(";")]
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 PAUSE = float(os.environ.get("STOP_PAUSE", "0"))
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-OWN_RANK = next(os.environ[name] for name in RANKS if name in os.environ)
+OWN_RANK = next((os.environ[name] for name in RANKS if name in os.environ), "0")
 WAITS = OWN_RANK == os.environ.get("STOP_RANK", "0") and ATTEMPT < len(STEPS)
 made = []  # the Apoptosis of this process
 done = 0

@@ -157,24 +157,28 @@ def records(folder, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_torchrun_interrupted_and_resumed_comes_to_the_same_bits(tmp_path):
-    """Rows, dropout of every rank and optimizer go on where they were; the whole log is rank 0's."""
+@pytest.mark.parametrize(("size", "widths"), [(2, ()), (3, ("--widths", "512,512"))])
+def test_torchrun_interrupted_and_resumed_comes_to_the_same_bits(tmp_path, size, widths):
+    """Rows, dropout of every rank and optimizer go on where they were; the whole log is rank 0's.
+
+    Of three the order of the sums matters, and so in which of several buckets a gradient is.
+    """
     # 93 steps an epoch: where steps take 0.01 s they vote on stopping after 20 at most, so inside the second epoch
-    more = ["--no-apoptosis", "--dropout", "0.2", "--batch", "16", "--epochs", "2"]
-    stopped = Launched("torchrun", 2, *STOPS, *more, "--out", "stopped", cwd=tmp_path, STOPS="96", STOP_PAUSE="0.01")
+    more = ["--no-apoptosis", "--dropout", "0.2", "--batch", "16", "--epochs", "2", *widths]
+    stopped = Launched("torchrun", size, *STOPS, *more, "--out", "stopped", cwd=tmp_path, STOPS="96", STOP_PAUSE="0.01")
     stopped.until(96)
     stopped.interrupt()
     assert stopped.wait() != 0
     assert len(stopped.lines()) == 1, stopped.told()
     assert "interrupted; what was saved stays" in stopped.lines()[0]
     assert len(records(tmp_path / "stopped", "epoch")) == 1
-    resumed = Launched("torchrun", 2, "-m", "apoptosis.cli", "train", "--resume", "stopped", cwd=tmp_path)
+    resumed = Launched("torchrun", size, "-m", "apoptosis.cli", "train", "--resume", "stopped", cwd=tmp_path)
     assert resumed.wait() == 0, resumed.told()
-    whole = Launched("torchrun", 2, *TRAIN, *more, "--out", "whole", cwd=tmp_path)
+    whole = Launched("torchrun", size, *TRAIN, *more, "--out", "whole", cwd=tmp_path)
     assert whole.wait() == 0, whole.told()
     same_bits(tmp_path / "stopped", tmp_path / "whole")
     runs = records(tmp_path / "stopped", "run")
-    assert [run["ranks"] for run in runs] == [2, 2]
+    assert [run["ranks"] for run in runs] == [size, size]
     assert 96 <= runs[1]["resumed_at_step"] < 2 * 93  # in the middle of an epoch, after the same step on both
     assert runs[0]["launcher"] == "torchrun"
 

@@ -47,25 +47,29 @@ def works_alone(command: str) -> None:
 
     Args: command: its name, "compare".
 
-    Raises: ArgumentError: a launcher started several.
+    Raises: Failure: a launcher started several; one on each machine says so.
     """
-    place = recognise()
+    try:
+        place = recognise()
+    except ArgumentError:  # a cluster's own variables, by which nobody could run as one of several
+        return
     if place.size > 1:
-        raise ArgumentError(
+        error = ArgumentError(
             f"{command} works in one process, and this is one of {place.size} ({place}): start it without "
             f"{STARTERS[place.launcher]}, or unset these variables where they are left from something else. Only train "
             "runs in several."
         )
+        raise Failure(error, speaks=place.local_rank == 0)
 
 
 def speaks_alone(argv: Sequence[str]) -> bool:
     """Whether this process tells of an error that it met before it could ask the others: one per machine does.
 
-    Args: argv: of the command.
+    Args: argv: of the command; `train` alone runs as one of several processes.
     """
     words = [word for given in argv for word in given.split("=")]
     launcher = words[words.index("--launcher") + 1 :][:1] if "--launcher" in words else []
-    if launcher == ["none"]:
+    if words[:1] != ["train"] or launcher == ["none"]:
         return True
     try:
         return recognise().local_rank == 0

@@ -85,9 +85,17 @@ class Group:
         Args:
             model: the network.
             options: of DistributedDataParallel.
+
+        Raises: ArgumentError: a process group of some processes, whose gradients MPI would average over all.
         """
         if self.size == 1:
             return model
+        own = options.get("process_group")
+        if isinstance(self.ranks, MpiRanks) and own is not None and own.size() < self.size:
+            raise ArgumentError(
+                f"process_group= has {own.size()} of {self.size} processes, and under MPI gradients are averaged over "
+                "all. Leave it out, or start with torchrun or srun."
+            )
         wrapped = DistributedDataParallel(model, **options)
         if isinstance(self.ranks, MpiRanks):
             wrapped.register_comm_hook(self.ranks, average_gradients)

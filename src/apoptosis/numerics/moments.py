@@ -325,8 +325,8 @@ class Moments:
 def _check(mean_C: Tensor, product_CC: Tensor) -> None:
     if not bool(torch.isfinite(mean_C.sum() + product_CC.diagonal().sum(dtype=torch.float64))):
         raise NonFiniteError(
-            "the rows hold NaN or infinity (or overflow when squared); the batch is not added. "
-            "Leave out steps that the gradient scaler skips, or lower the learning rate."
+            "the rows hold NaN or infinity (or overflow when squared). Leave out steps that the gradient scaler skips, "
+            "or lower the learning rate."
         )
 
 

@@ -24,6 +24,7 @@ from apoptosis.observe.hooks import is_wrapped
 from apoptosis.observe.watch import WHOLE_COLUMNS, Watch
 from apoptosis.records import IntArray, Site
 
+_SURELY = 8  # times the rows that are needed, where nobody knows how many of them are zero
 _SHARE = 2  # batches, at least, that the rows of a window come from
 
 
@@ -53,8 +54,8 @@ class GradientWatch(Watch):
         self.sketch.add(self.picked(rows, share, picks), picks, some_empty=ahead)
 
     def enough(self, examples: int = 0) -> bool:
-        """Whether nothing more need be seen; where rows of zeros may be among them, more never hurts."""
-        return not waits(self._device) and super().enough(examples)
+        """Whether nothing more need be seen; where rows of zeros may be among them, so many that they hardly matter."""
+        return super().enough(examples) and (not waits(self._device) or self.rows >= _SURELY * self.rows_needed)
 
     def root(self) -> Tensor | None:
         """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None where that is not finite."""

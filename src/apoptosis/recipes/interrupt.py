@@ -19,19 +19,19 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """A context in which the first SIGINT or SIGTERM only sets `requested`; a second one interrupts at once.
+    """A context in which the first SIGINT or SIGTERM only sets `requested`; a later one interrupts at once.
 
     Outside the main thread, where handlers cannot be set, it does nothing.
 
-    Attributes: requested: a signal came. patient: set while the answer to the first one has to wait: a second one sets
-        `insisted` then, and only the third interrupts at once.
+    Attributes: requested: a signal came. insisted: a second one came, of several processes, which agree on where to
+        stop: there only the third interrupts at once.
 
-    Args: grace: seconds in which a second signal is the first once more: launchers pass on what a terminal has sent to
-        all processes already.
+    Args: grace: of several processes seconds in which a second signal is the first once more: launchers pass on what a
+        terminal has sent to all processes already. 0 for one process alone.
     """
 
     def __init__(self, *, grace: float = 0.0) -> None:
-        self.requested = self.patient = self.insisted = False
+        self.requested = self.insisted = False
         self._grace, self._since = grace, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -49,6 +49,6 @@ class Interrupt:
         now = time.monotonic()
         if self.requested and now - self._since < self._grace:
             return
-        if self.requested and (self.insisted or not self.patient):
+        if self.insisted or (self.requested and not self._grace):
             raise KeyboardInterrupt
         self.insisted, self.requested, self._since = self.requested, True, now

@@ -27,6 +27,7 @@ from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.launch import Group, Place
 from apoptosis.ledger import Event
 from apoptosis.ranks import Ranks
+from apoptosis.recipes import several
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.datasets import Dataset
 from apoptosis.recipes.interrupt import Interrupt, Stopped
@@ -240,6 +241,8 @@ class Trainer:
         if self.group.size > 1:
             state["loss_sum"] = torch.full_like(self._loss_sum, self._loss())
             state["rng"] = torch.stack(self.group.ranks.gathered(random_state(self.device).cpu()))
+            # the state of apoptosis has its own
+            state["buckets"] = [] if self.apo is not None else several.bucket_layouts(self.parallel)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -257,6 +260,7 @@ class Trainer:
         if not 0 <= step <= self.total_steps:
             raise CheckpointError(f"the checkpoint stands at step {step}; this run has {self.total_steps}.")
         self.step = step
+        several.take_layouts(self.parallel, state.get("buckets", ()))
 
     def _train(self, watch: Watcher | None) -> None:
         """Run the steps that are left of the current epoch."""

@@ -1,7 +1,7 @@
 """What the training loop does otherwise when several processes train one network.
 
-Lives here: each process's rows, the random state of its dropout, and the vote on stopping. Does not live here: the
-steps (loop), the processes themselves (apoptosis.launch).
+Lives here: each process's rows, the random state of its dropout, the buckets of its gradients, and the vote on
+stopping. Does not live here: the steps (loop), the processes themselves (apoptosis.launch).
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
 from apoptosis.launch import Group
 from apoptosis.recipes.interrupt import Interrupt
+from apoptosis.unwrap import layout_of, parallel_in, rebuild
 
 # All stop after the same step. They vote whether to about this often, for a vote waits for all of them.
 VOTE_SECONDS = 0.2
 INTERRUPT_GRACE = 2.0  # seconds; torchrun and mpirun pass on a signal that the terminal has sent to all
 MOST_STEPS_BETWEEN_VOTES = 1000
 WINDOW_PATIENCE = 15.0  # seconds that an interrupt waits for a window's end; torchrun and Slurm kill after 30
+# mpirun and srun kill their processes at the second interrupt
+_LOST = "a second interrupt would lose what came after the last checkpoint"
 _SEED_STRIDE = 2_000_003  # between the seeds of two ranks; even seeds order rows, so that none of these does
 
 
@@ -88,6 +93,17 @@ def threads_of_one(processes: int) -> int:
     return max(1, usable if bound else usable // processes)
 
 
+def bucket_layouts(parallel: nn.Module) -> list[dict[str, Any] | None]:
+    """Say in which buckets the gradients of a run without apoptosis are summed, for `take_layouts`."""
+    return [layout_of(wrapper) for wrapper in parallel_in(parallel)]
+
+
+def take_layouts(parallel: nn.Module, layouts: Sequence[dict[str, Any] | None]) -> None:
+    """Sum gradients in the buckets that a checkpoint tells of, the same on all processes."""
+    for wrapper, layout in zip(parallel_in(parallel), layouts, strict=False):
+        rebuild(wrapper, layout)
+
+
 class StopVote:
     """Whether to stop after this step, because one of the processes was interrupted.
 
@@ -98,7 +114,8 @@ class StopVote:
     def __init__(self, group: Group, interrupt: Interrupt) -> None:
         self._group, self._interrupt = group, interrupt
         self._next, self._last = 0, (0, 0.0)
-        self._asked, self._waits_since = False, 0.0
+        self._asked = False
+        self._waits_since: float | None = None
 
     def now(self, *, watching: bool) -> bool:
         """Ask all processes, which all call this."""
@@ -126,11 +143,12 @@ class StopVote:
         """Whether a checkpoint holds all there is, or waiting for that has an end."""
         if not watching:
             return True
-        if not self._interrupt.patient:
-            self._interrupt.patient, self._waits_since = True, time.monotonic()
+        if self._waits_since is None:
+            self._waits_since = time.monotonic()
+            again = "interrupt again to end it now" if self._group.launcher == "torchrun" else _LOST
             warnings.warn(
                 "interrupted while a window is open, which a checkpoint of several processes does not hold: the run "
-                f"ends with the window, or in {WINDOW_PATIENCE:.0f} s; interrupt again to end it now.",
+                f"ends with the window, or in {WINDOW_PATIENCE:.0f} s; {again}.",
                 RuntimeWarning,
                 stacklevel=2,
             )
