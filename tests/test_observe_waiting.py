@@ -1,4 +1,7 @@
-"""Between events nothing reads a number from the device: an accelerator is never waited for."""
+"""Between events nothing reads a number from the device: an accelerator is never waited for.
+
+On the CPU reads are seen, and copies between devices are not; the test on CUDA sees both.
+"""
 
 from __future__ import annotations
 

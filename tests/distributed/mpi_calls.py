@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from apoptosis.errors import NonFiniteError, RankError
+from apoptosis.errors import ArgumentError, NonFiniteError, RankError
 from apoptosis.launch import start_group
-from apoptosis.launch.mpi import MpiRanks
+from apoptosis.launch.mpi import MpiRanks, average_gradients
+from apoptosis.ranks import ranks_of
 
 
 def until_there(*names):
@@ -45,6 +48,14 @@ def check(group):
             found = future.wait()
             assert found.data_ptr() == bucket.data_ptr()
             assert torch.equal(found, torch.full((size,), sum(r + k for r in all_of) / ranks.size, dtype=dtype))
+
+    pair = [dist.new_group(own) for own in ([0, 1], list(range(2, ranks.size)))][ranks.rank > 1]
+    with pytest.raises(ArgumentError, match=f"process_group= has 2 of {ranks.size} processes"):
+        group.parallel(nn.Linear(2, 2), process_group=pair)
+    mixed = nn.parallel.DistributedDataParallel(nn.Linear(2, 2), process_group=pair)
+    mixed.register_comm_hook(ranks, average_gradients)
+    with pytest.raises(ArgumentError, match=f"is over 2 processes, and its communication hook sums over {ranks.size}"):
+        ranks_of([mixed])
 
     if ranks.rank:
         until_there("asked")

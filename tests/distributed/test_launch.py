@@ -255,6 +255,20 @@ def test_what_works_alone_is_refused_in_each_of_several(tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+def test_what_works_alone_speaks_where_nobody_else_would(tmp_path, monkeypatch, capsys):
+    """Variables of some cluster's, by which no launcher is recognised, and mistakes in one of several processes."""
+    monkeypatch.chdir(tmp_path)
+    for name in environment().keys() ^ os.environ.keys():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(["report", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run(["report"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "mpi"])
 def test_compare_under_a_launcher_is_one_line(tmp_path, launcher):
     if launcher == "mpi" and mpirun() is None:

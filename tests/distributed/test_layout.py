@@ -147,6 +147,16 @@ def test_a_layout_of_other_ranks_or_parameters_is_left_alone(ranks, buckets):
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_layout_that_would_mix_types_is_left_alone():
+    net = network()
+    net[4].double()
+    parallel = DistributedDataParallel(net, bucket_cap_mb=0.01)
+    before = sizes(parallel)
+    rebuild(parallel, {"ranks": 1, "buckets": BUCKETS})
+    assert sizes(parallel) == before
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_checkpoint_without_a_layout_is_loaded():
     run = Run(0)
     assert len(list(run.steps(0, 3))) == 3

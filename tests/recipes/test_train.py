@@ -133,8 +133,8 @@ def test_interrupted_and_resumed_is_bitwise_the_run_without_interruption(tmp_pat
 
 
 def test_an_interrupt_waits_for_a_window_until_it_is_too_long_or_comes_again(monkeypatch):
-    group = Group(Place(), torch.device("cpu"), Ranks())
-    with Interrupt() as interrupt:
+    group = Group(Place(launcher="torchrun"), torch.device("cpu"), Ranks())
+    with Interrupt(grace=1e-9) as interrupt:
         vote = StopVote(group, interrupt)
         assert not vote.now(watching=True)
         signal.raise_signal(signal.SIGINT)
@@ -148,10 +148,11 @@ def test_an_interrupt_waits_for_a_window_until_it_is_too_long_or_comes_again(mon
             signal.raise_signal(signal.SIGINT)
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):  # where nothing has to wait
+        with pytest.raises(KeyboardInterrupt):  # one process alone waits for nobody
             signal.raise_signal(signal.SIGTERM)
+        group = Group(Place(launcher="mpi"), torch.device("cpu"), Ranks())
         monkeypatch.setattr("apoptosis.recipes.several.WINDOW_PATIENCE", -1.0)
-        with pytest.warns(RuntimeWarning, match="interrupted while a window is open"):
+        with pytest.warns(RuntimeWarning, match="a second interrupt would lose what came after"):
             assert StopVote(group, interrupt).now(watching=True)
 
 

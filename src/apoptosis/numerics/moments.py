@@ -110,7 +110,7 @@ class Moments:
                 work = work.float()
             product = gram(work)
             if checked:
-                _check(mean, product)
+                _check(mean, product, "; the batch is not added")
             self._add_scatter(product)
             self._add_root(work if rooted else None)
             self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
@@ -322,11 +322,11 @@ class Moments:
         return f"Moments({self.num_channels} channels, {self.num_rows} rows, {self.num_examples} examples)"
 
 
-def _check(mean_C: Tensor, product_CC: Tensor) -> None:
+def _check(mean_C: Tensor, product_CC: Tensor, told: str = "") -> None:
     if not bool(torch.isfinite(mean_C.sum() + product_CC.diagonal().sum(dtype=torch.float64))):
         raise NonFiniteError(
-            "the rows hold NaN or infinity (or overflow when squared). Leave out steps that the gradient scaler skips, "
-            "or lower the learning rate."
+            f"the rows hold NaN or infinity (or overflow when squared){told}. Leave out steps that the gradient scaler "
+            "skips, or lower the learning rate."
         )
 
 
