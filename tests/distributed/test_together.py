@@ -56,7 +56,9 @@ class Others(Ranks):
 
 def joined(rank, size):
     model = DistributedDataParallel(network())
-    model.register_comm_hook(Others(), average)
+    others = Others()
+    others.rank, others.size = rank, size
+    model.register_comm_hook(others, average)
     ranks, told = ranks_of([model]), ""
     with Join([model]):
         try:
