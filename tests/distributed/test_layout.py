@@ -10,19 +10,9 @@ from apoptosis import Apoptosis, load, save
 from apoptosis.errors import CheckpointError
 from apoptosis.unwrap import layout_of, rebuild
 from distributed.processes import together
+from distributed.test_faults import batch, network
 
 STEPS, FEW = 60, 3
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 3))
-
-
-def batch(step, rank, rows=32):
-    basis = torch.randn(3, 12, generator=torch.Generator().manual_seed(5))
-    x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(1000 * step + rank)) @ basis
-    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
 
 
 class Run:

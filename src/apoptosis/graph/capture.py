@@ -41,7 +41,7 @@ from apoptosis.records import Seen
 from apoptosis.sharded import gathered
 
 
-# torch leaves this class untyped in some releases and types it in others, hence the two ignores.
+# torch leaves this class untyped in some releases and types it in others, hence both ignores here.
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Hands every operator, once executed, to the tracer."""
 

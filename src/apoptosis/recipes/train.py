@@ -119,7 +119,8 @@ def train(
     `RunFolder(..., writes=rank == 0)`.
 
     Raises: NonFiniteError: the loss is NaN or infinite; the last checkpoint stays. KeyboardInterrupt: interrupted; a
-            second interrupt ends the run at once, with the last checkpoint that is there. RankError: another
+            second interrupt ends the run at once, with the last checkpoint that is there (of several processes the
+            third; the second ends the wait for a window). RankError: another
             process is gone or failed.
         ArgumentError, DataError, CheckpointError: before anything is trained.
     """
