@@ -10,7 +10,7 @@ import pytest
 import apoptosis.records
 
 SRC = Path(apoptosis.records.__file__).parent
-MAX_FILE, MAX_FUNCTION = 350, 60
+MAX_FILE, MAX_FUNCTION = 500, 60
 
 #: Room (first part of the module's name under apoptosis) -> floor. A room imports from lower floors and from itself.
 #: "" is the package's own face, apoptosis/__init__.py.
