@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -108,32 +108,58 @@ class NormEdit:
     plain: bool
 
 
+def _fields_of(state: Tensor, kept: int) -> dict[str, Any]:
+    rows = state[: 3 * kept].double().reshape(3, kept)
+    tensors = {name: row.clone() for name, row in zip(_FIELDS, rows, strict=False)}
+    constant_sum, constant_square, full_width = state[3 * kept :].tolist()
+    numbers = {"constant_sum": constant_sum, "constant_square": constant_square, "full_width": int(full_width)}
+    return {**tensors, **numbers}
+
+
 class _Compensated(nn.Module):
     """What both norms share: statistics that follow the module's device and travel with its state_dict."""
 
-    mean_weights: Tensor
-    square_weights: Tensor
-    cross_weights: Tensor
-    constant_sum: float
-    constant_square: float
-    full_width: int
+    __jit_unused_properties__ = ("statistics",)  # a scripted norm needs its forward pass alone
+    if TYPE_CHECKING:  # torch.jit.script would evaluate what they say, and takes no strings
+        mean_weights: Tensor
+        square_weights: Tensor
+        cross_weights: Tensor
+        constant_sum: float
+        constant_square: float
+        full_width: int
 
     @property
     def statistics(self) -> Statistics:
         """The statistics, to be changed by an event only."""
         return Statistics(**{name: getattr(self, name) for name in _FIELDS})
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the statistics: with weight and bias alone the norm would compute something else."""
-        return {name: getattr(self, name) for name in _FIELDS}
+    def get_extra_state(self) -> Tensor:
+        """Return the statistics: with weight and bias alone the norm would compute something else.
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `get_extra_state` returned."""
-        if set(state) != set(_FIELDS):
-            raise ShapeError(f"this is no state of a {type(self).__name__}: {sorted(state)}.")
+        Returns: (3 * kept + 3,) float64, the fields of `Statistics` in order: one tensor, because what reads a
+        state_dict (safetensors, save_pretrained, loops over its values) expects tensors.
+        """
+        numbers = [self.constant_sum, self.constant_square, float(self.full_width)]
+        tensors = [getattr(self, name).double() for name in _FIELDS[:3]]
+        return torch.cat([*tensors, torch.tensor(numbers, dtype=torch.float64, device=tensors[0].device)])
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        """Take over what `get_extra_state` returned, or the dictionary of the fields that it was once.
+
+        Raises: ShapeError: it is neither; nothing has changed.
+        """
+        if isinstance(state, Tensor):
+            kept, rest = divmod(state.numel(), 3)
+            damaged = state.dim() != 1 or rest or kept < 2 or not state.is_floating_point()
+            found = {} if damaged else _fields_of(state.detach(), kept - 1)
+        else:
+            found = dict(state) if isinstance(state, Mapping) else {}
+        if set(found) != set(_FIELDS):
+            told = tuple(state.shape) if isinstance(state, Tensor) else sorted(map(str, found)) or type(state).__name__
+            raise ShapeError(f"this is no state of a {type(self).__name__}: {told}.")
+        device = self.mean_weights.device
         for name in _FIELDS:
-            value = state[name]
-            setattr(self, name, value.to(self.mean_weights.device) if isinstance(value, Tensor) else value)
+            setattr(self, name, found[name].to(device) if isinstance(found[name], Tensor) else found[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is without types
@@ -147,8 +173,8 @@ class _Compensated(nn.Module):
         return f"{super().extra_repr()}, full_width={self.full_width}"
 
     def _sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, square, cross = (getattr(self, name).to(x.device, x.dtype) for name in _FIELDS[:3])
-        return mean, square, cross
+        mean, square, cross = self.mean_weights, self.square_weights, self.cross_weights
+        return mean.to(x.device, x.dtype), square.to(x.device, x.dtype), cross.to(x.device, x.dtype)
 
 
 class ShrunkLayerNorm(_Compensated, nn.LayerNorm):
@@ -191,7 +217,9 @@ class ShrunkRMSNorm(_Compensated, nn.RMSNorm):
         wide = _wide(x)
         _, by_square, by_cross = self._sums(wide)
         total = (wide * (wide * by_square + 2.0 * by_cross)).sum(-1, keepdim=True) + self.constant_square
-        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps  # torch's: of the type that computes
+        eps = self.eps
+        if eps is None:  # torch's: of the type that computes
+            eps = 2.0**-52 if wide.dtype == torch.float64 else 2.0**-23  # torch.finfo, which no script knows
         y = wide * (total / self.full_width).clamp_min(0.0).add(eps).rsqrt()
         return (y if self.weight is None else y * self.weight).to(x.dtype)
 
@@ -201,7 +229,7 @@ SHRUNK: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: ShrunkLayerNorm,
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 def is_shrunk(module: nn.Module) -> bool:
