@@ -10,10 +10,15 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 JOBS ?= 2
 
-.PHONY: help setup demo test networks check format clean
+# What needs no extra of pyproject.toml: neither the command nor benchmarks.
+NEEDS_EXTRAS := $(foreach name,cli report paper scaling docs floors zoo,tests/test_$(name).py)
+CORE := $(foreach name,numerics criteria graph surgery families,tests/$(name)) \
+	$(filter-out $(NEEDS_EXTRAS),$(wildcard tests/test_*.py))
+
+.PHONY: help setup demo test test-floor networks check format clean
 
 help:
-	@echo "make demo | test | networks | check | format | clean"
+	@echo "make demo | test | test-floor | networks | check | format | clean"
 
 setup: $(STAMP)
 
@@ -31,6 +36,20 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
+# The tests of the core on the oldest packages that pyproject.toml admits and on the newest, each in an environment of
+# its own: some gigabytes to download, for old and new wheels of torch bring CUDA along.
+test-floor: $(VENV)-oldest/.installed $(VENV)-newest/.installed
+	for age in oldest newest; do \
+		OMP_NUM_THREADS=1 PYTHONPATH=src $(VENV)-$$age/bin/python -m pytest -n $(JOBS) $(CORE) || exit 1; \
+	done
+
+$(VENV)-oldest/.installed $(VENV)-newest/.installed: $(VENV)-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pytest pytest-xdist hypothesis $$($(@D)/bin/python -c "\
+	import tomllib; needed = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	print(*(n.replace('>=', '==') if '$*' == 'oldest' else n.split('>=')[0] for n in needed))")
+	touch $@
+
 # Thousands of random networks under the oracles of tests/families; each failure is cut down and printed as source.
 NETWORKS ?= 2000
 networks: $(STAMP)
@@ -46,5 +65,5 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

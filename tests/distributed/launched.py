@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import apoptosis
+from distributed.warm import Warm
 
 SRC = Path(apoptosis.__file__).parents[1]
 #: What launchers set; this very process may have been started by one.
@@ -49,14 +50,21 @@ class Launched:
 
     running: ClassVar[list[Launched]] = []
 
-    def __init__(self, launcher, size, *program, cwd, **variables):
+    def __init__(self, launcher, size, *program, cwd, fresh=False, **variables):
+        """fresh: start torchrun and its workers as Pythons of their own, too (warm.py)."""
         # files, not pipes: a process that is left over would keep a pipe open
         self.out, self.err = Path(cwd) / "stdout.txt", Path(cwd) / "stderr.txt"
+        words, env = command(launcher, size, *program), environment(**variables)
+        if launcher == "torchrun" and not fresh:
+            self.out.touch()
+            self.err.touch()
+            self.process = Warm(words[1:], cwd=cwd, env=env, out=self.out, err=self.err)
+            self.running.append(self)
+            return
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                command(launcher, size, *program), cwd=cwd, env=environment(**variables), start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-            )  # fmt: skip
+                words, cwd=cwd, env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+            )
         self.running.append(self)
 
     def interrupt(self):

@@ -1,4 +1,8 @@
-"""Several real processes of one gloo group, for the tests beside."""
+"""Several real processes of one gloo group, for the tests beside.
+
+They are forked from a server process that has torch and apoptosis imported: starting Python anew for each takes longer
+than most tests. Only processes that must begin under another command (`enter`) are started by spawn.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from distributed import warm
 
 
 def _enter(work, rank, size, folder, arguments, timeout):
@@ -66,7 +72,7 @@ def together(work, *arguments, size=2, timeout=60, enter=None, meanwhile=None):
     enter: from a rank to the words that, before a command, run it somewhere else. meanwhile: called with the processes
     once they are started.
     """
-    context = multiprocessing.get_context("spawn")
+    context = warm.context() if enter is None else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         started = [
             context.Process(target=_enter, args=(work, rank, size, folder, arguments, timeout)) for rank in range(size)

@@ -201,7 +201,7 @@ def result(folder):
 def test_a_killed_rank_is_one_line_and_a_restart_goes_on(tmp_path):
     """Torchrun starts both anew with the very same command, which goes on from the checkpoint."""
     program = ["--max-restarts", "1", *STOPS, "--epochs", "12", "--out", "run"]
-    launched = Launched("torchrun", 2, *program, cwd=tmp_path, STOPS="70", STOP_RANK="1")
+    launched = Launched("torchrun", 2, *program, cwd=tmp_path, fresh=True, STOPS="70", STOP_RANK="1")
     launched.until(70)
     os.kill(with_variable(launched.process.pid, "RANK", "1"), signal.SIGKILL)
     assert launched.wait() == 0, launched.told()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed.launched import Launched, with_variable
+from distributed.launched import Launched
 from distributed.test_launch import SMALL, STOPS, TRAIN, records, same_bits
 
 # Windows are open after the steps 19 to 26, 29 to 36, 44 to 51 and 64 to 71; epochs end after 23, 46, 69 and 92.
@@ -35,9 +35,9 @@ def test_interrupted_and_killed_in_windows_it_comes_to_the_same_bits(tmp_path, v
     again = Launched("torchrun", 2, "--max-restarts", "2", STOPS[0], "train", "--resume", "run", cwd=tmp_path,
                      STOPS="22;27", STOP_RANK="1")  # fmt: skip
     assert again.until(49 - 27)
-    os.kill(with_variable(again.process.pid, "RANK", "1"), signal.SIGKILL)
+    os.kill(again.stands, signal.SIGKILL)
     assert not again.until(54 - 27)
-    os.kill(with_variable(again.process.pid, "RANK", "1"), signal.SIGKILL)
+    os.kill(again.stands, signal.SIGKILL)
     assert again.wait() == 0, again.told()
     assert [run.get("resumed_at_step") for run in records(tmp_path / "run", "run")] == [None, 27, 27, 52]
     finished(*TRAIN, *more, "--out", "whole", cwd=tmp_path)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
+from apoptosis.numerics.blas import true_float32
 from apoptosis.numerics.moments import Moments
 
 seeds = st.integers(0, 2**32 - 1)
@@ -99,16 +100,28 @@ def test_any_floating_dtype(dtype: torch.dtype, exact: bool) -> None:
 def test_autocast_and_low_precision_flags_do_not_touch_the_products() -> None:
     z = rows_of(1, 300, 8, 0.0, torch.float32)
     want = filled([z], exact=False).covariance()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # bfloat16 products on the CPU
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = filled([z], exact=False).covariance()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has no such switch")
+def test_the_switch_of_the_cpu_alone_is_put_back() -> None:
     backend = torch.backends.mkldnn.matmul
     before = backend.fp32_precision
     try:
         backend.fp32_precision = "bf16"
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = filled([z], exact=False).covariance()
+        with true_float32(torch.device("cpu")):
+            assert backend.fp32_precision == "ieee"
         assert backend.fp32_precision == "bf16"
     finally:
         backend.fp32_precision = before
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_no_graph_is_recorded_and_rows_stay_untouched() -> None:

@@ -50,7 +50,13 @@ CASES: dict[str, list[Case]] = {
     ],
     "SparseAdam": [Case({"lr": 0.01})],
 }
-ALL = [pytest.param(name, case, id=f"{name}-{i}") for name, cases in CASES.items() for i, case in enumerate(cases)]
+NEWER = {name for name in ("Muon",) if not hasattr(torch.optim, name)}  # than the oldest torch that is supported
+ALL = [
+    pytest.param(name, case, id=f"{name}-{i}")
+    for name, cases in CASES.items()
+    for i, case in enumerate(cases)
+    if name not in NEWER
+]
 
 
 def test_every_optimizer_of_torch_has_its_case():
@@ -59,7 +65,7 @@ def test_every_optimizer_of_torch_has_its_case():
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
-    assert found == set(CASES) | {"LBFGS"}
+    assert found == set(CASES) - NEWER | {"LBFGS"}
 
 
 class Embedded(nn.Module):
@@ -233,7 +239,7 @@ def test_removing_dead_neurons_leaves_the_others_on_their_way(name, case, nets):
         torch.testing.assert_close(p.detach(), survivors, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["Adam", "SGD", "NAdam", "RMSprop", "Rprop", "Muon"])
+@pytest.mark.parametrize("name", sorted({"Adam", "SGD", "NAdam", "RMSprop", "Rprop", "Muon"} - NEWER))
 def test_first_moments_follow_the_chain_rule_of_a_merge(name, nets):
     key = {"SGD": "momentum_buffer", "RMSprop": "momentum_buffer", "Rprop": "prev", "Muon": "momentum_buffer"}
     key = key.get(name, "exp_avg")

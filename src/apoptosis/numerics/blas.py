@@ -6,9 +6,9 @@ Lives here: `gram`, `true_float32`, `one_thread`. Does not live here: factorisat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,20 +42,30 @@ def true_float32(device: torch.device) -> Iterator[None]:
 
     A product rounded to ten bits would put a floor of about 1e-3 under every relative residual.
     """
-    backends: Any = torch.backends
-    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
-    name = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
-    exact: object = "ieee" if name == "fp32_precision" else False
-    before = getattr(backend, name, exact)
-    shortcut = before not in ("ieee", "none", False)
+    read, write, exact = _float32_switch(device)
+    before = read()
+    shortcut = before not in ("ieee", "none", "highest", False)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             if shortcut:
-                setattr(backend, name, exact)
+                write(exact)
             yield
         finally:
             if shortcut:
-                setattr(backend, name, before)
+                write(before)
+
+
+def _float32_switch(device: torch.device) -> tuple[Callable[[], object], Callable[[Any], None], object]:
+    """Return how to read and to set the precision of float32 products on a device, and its exact setting.
+
+    Torch before 2.9 has no switch of its own for the CPU: there the one for the whole process decides.
+    """
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if device.type == "cuda" else getattr(backends.mkldnn, "matmul", None)
+    if backend is None:
+        return torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
+    name, exact = ("fp32_precision", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", False)
+    return partial(getattr, backend, name, exact), partial(setattr, backend, name), exact
 
 
 def gram(rows_NC: Tensor) -> Tensor:

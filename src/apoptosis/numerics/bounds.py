@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy.special import betaincinv
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
@@ -36,7 +36,7 @@ def clopper_pearson_upper(flips: int, rows: int, alpha: float) -> float:
     _check_alpha(alpha)
     if flips == rows:
         return 1.0
-    return float(stats.beta.ppf(1.0 - alpha, flips + 1, rows - flips))
+    return float(betaincinv(flips + 1, rows - flips, 1.0 - alpha))
 
 
 def required_probe_rows(budget: float, alpha: float) -> int:
