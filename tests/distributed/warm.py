@@ -96,7 +96,7 @@ def _run(words, env):
         os.environ.update(env)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
         words = [word for word in words if word != "-u"]
         sys.argv = words[1:] if words[0] == "-m" else list(words)
         if words[0] == "-m":
