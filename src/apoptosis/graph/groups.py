@@ -78,8 +78,8 @@ def _neuron(members: Sequence[Member], consumers: Sequence[Consumer]) -> Neuron 
     """Say how the group's channels are computed: one producer, one activation, the same at every site."""
     producers = [m for m in members if m.role == "producer"]
     biases = [m.tensor for m in members if m.role == "bias"]
-    if len(producers) != 1 or producers[0].positions.shape[1] != 1 or len(biases) > 1:
-        return None
+    if len(producers) != 1 or len(biases) > 1 or any(m.positions.shape[1] != 1 for m in members):
+        return None  # a channel of several rows (one of every block of a transposed convolution) is no single neuron
     key = (producers[0].tensor, producers[0].dim)
     found = [paths.get(key) for consumer in consumers for paths in consumer.inputs]
     first = found[0] if found else None
