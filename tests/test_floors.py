@@ -17,6 +17,7 @@ MAX_FILE, MAX_FUNCTION = 500, 60
 FLOORS = {
     "records": 1,
     "errors": 1,
+    "history": 1,
     "numerics": 2,
     "policy": 2,
     "events": 2,

@@ -127,9 +127,10 @@ def test_allowance_caps_and_ends(runs):
     assert plan.errors["0"][sites["0"]] <= 0.02 < plan.errors["2"][sites["2"]]
     spent = make_plan(net, structure, observations, request(tolerance=0.1, allowance={sites["0"]: 0.0}))
     assert "0" not in spent.widths
-    assert any("limit" in note for note in spent.notes)
+    assert spent.left["0"].cause == "limit"
+    assert "what all events together may still change at '2' (0) is below round-off" in spent.left["0"].text
     spent = make_plan(net, structure, observations, request(tolerance=0.0, allowance={sites["0"]: 0.0}))
-    assert any("limit" in note for note in spent.notes)
+    assert {why.cause for why in spent.left.values()} == {"limit", "tolerance"}
 
 
 @pytest.mark.parametrize("align", [1, 8, 16])
@@ -150,7 +151,8 @@ def test_an_event_that_crosses_no_multiple_is_no_event(runs):
     plan = make_plan(net, structure, observations, request(align=48))
     assert plan.reductions == ()
     assert plan.macs_after == plan.macs_before == structure.macs
-    assert "align" in str(plan)
+    assert "its 48 channels go in steps of 48, so no narrower width is left: an align= below 48" in str(plan)
+    assert {why.cause for why in plan.left.values()} == {"align"}
 
 
 def test_too_few_rows_are_not_believed(runs):
@@ -158,7 +160,8 @@ def test_too_few_rows_are_not_believed(runs):
     structure, observations = observe(net, runs.inputs(60, 3))
     plan = make_plan(net, structure, observations, request(tolerance=0.02))
     assert plan.reductions == ()
-    assert any("rows cannot tell" in note for note in plan.notes)
+    assert {why.cause for why in plan.left.values()} == {"rows"}
+    assert any("has seen 60 rows, and" in note for note in plan.notes)
 
 
 def test_unobserved_groups_are_said(runs):
@@ -168,7 +171,8 @@ def test_unobserved_groups_are_said(runs):
     plan = make_plan(net, structure, observations, request())
     assert "0" not in plan.widths
     assert "2" in plan.widths
-    assert plan.notes[0] == "0: not observed yet"
+    assert plan.left["0"].cause == "unseen"
+    assert plan.notes[0] == "0: not observed yet: no pass of the window ran '2', which reads it"
     assert "2: 48 ->" in str(plan)
 
 

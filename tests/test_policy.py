@@ -89,7 +89,7 @@ def test_poor_events_back_off_and_end():
     assert decide(poor).at_step > decide(good).at_step
     hopeless = replace(good, history=tuple(event(150 + i, 0.0) for i in range(NUM_TURNS)))
     assert decide(hopeless).at_step is None
-    assert "too little" in decide(hopeless).reason
+    assert "saved less than 2 %" in decide(hopeless).reason
 
 
 def test_an_event_that_cannot_pay_is_not_looked_for():

@@ -119,6 +119,7 @@ def whole_run(folder, seeds=(0,), *, dense=True):
                 if number == 3:
                     event(log, 250, 48, 24, seed=seed, rolled_back=True, reason="beyond the budget")
                 epoch(log, "apoptosis", number, width, seed=seed)
+            log.append("attempt", seed=seed, step=300, outcome="nothing", cause="rows", reason="too few rows", groups={})
             log.append(
                 "ledger", seed=seed, events=1, attempts=2, rolled_back=1, accuracy_cost=0.00731, site_cost={"fc2": 0.03}
             )
@@ -200,6 +201,7 @@ def test_tables_tell_the_logs_figures(run, page):
             assert "fc1 {}→{}".format(*record["groups"]["fc1"]) in page.text("events")
             assert " → ".join(exact_number(v) for v in record["parameters"]) in page.text("events")
     assert "rolled back: beyond the budget" in page.text("events")
+    assert "nothing removed: too few rows" in page.text("events")
     assert "0.00731" in page.text("ledger")
     assert "<script>alert(1)</script>" in page.text("config")
     assert "speed_up" in page.text("summary")

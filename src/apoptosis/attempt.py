@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.graph import replay
+from apoptosis.history import Attempt, Outcome
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Patient, operate
 from apoptosis.passes import compile_seconds
-from apoptosis.planner import SHORT_OF_ROWS, Observations, Plan, make_plan
-from apoptosis.policy import Telemetry, pays
+from apoptosis.planner import Observations, Plan, make_plan, summary
+from apoptosis.policy import Telemetry, loss_of
 from apoptosis.probe import like_example, num_rows
 from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Structure
@@ -95,7 +96,20 @@ def kept_window(run: Run, window: Mapping[str, Any] | None) -> Observer | None:
     return observer
 
 
-def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Event | None, str]:
+class Tried(NamedTuple):
+    """What came of an attempt.
+
+    structure: as it is now. attempt: its record. event: if shapes changed. left: what the plan leaves as it is, a line
+    by group.
+    """
+
+    structure: Structure
+    attempt: Attempt
+    event: Event | None = None
+    left: Mapping[str, str] = {}
+
+
+def attempt(run: Run, observer: Observer, start: float) -> Tried:
     """Plan and operate, or leave everything as it was.
 
     Args:
@@ -103,8 +117,7 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
         observer: the closed window.
         start: `time.perf_counter()` at the beginning of the event.
 
-    Returns: the structure now, an event if shapes changed, and why a surgery was rolled back ("" if none was); after a
-        rollback the tolerance is halved for the rest of the run.
+    Returns: what came of it, with its reason; after a rollback the tolerance is halved for the rest of the run.
 
     Raises: NonFiniteError: statistics, weights or outputs hold NaN or infinity; nothing was tried.
     """
@@ -113,17 +126,21 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
     observer.pool()
     ranks.same_parameters("before an event", run.patient.model)
     plan = plan_now(run, observer.observations(), ranks)
-    run.memory.thorough = run.memory.thorough or any(SHORT_OF_ROWS in note for note in plan.notes)
-    if not ranks.all(bool(plan.reductions) and pays(seen_by_policy(run), plan.macs_after / _rows(run))):
-        return run.structure, None, ""
     patient, memory, verdict = run.patient, run.memory, run.verdict
+    memory.thorough = memory.thorough or any(why.cause == "rows" for why in plan.left.values())
+    left = {name: why.text for name, why in plan.left.items()}
+    cause, reason = "gain", loss_of(seen_by_policy(run), plan.macs_after / _rows(run))
+    if not plan.reductions:
+        cause, reason = summary(plan.left)
+    if not ranks.all(bool(plan.reductions) and not reason):
+        return Tried(run.structure, record(run, "nothing", cause, reason), left=left)
     before = size_of(patient, run.structure)
     probe = verdict.begin(like_example(observer.inputs or patient.call, patient.call))
     outcome = operate(patient, run.structure, plan.reductions, plan.dropped_variance, probe, verdict.judge)
     if not outcome.committed:
         memory.rolled_back += 1
         memory.halvings += outcome.change is not None
-        return outcome.structure, None, outcome.refused
+        return Tried(outcome.structure, record(run, "rolled back", "measured", outcome.refused), left=left)
     certificates = verdict.settle()
     memory.num_events += 1
     for reduction in outcome.done:
@@ -140,7 +157,16 @@ def attempt(run: Run, observer: Observer, start: float) -> tuple[Structure, Even
         seconds=time.perf_counter() - start,
         notes=_notes(ranks, sent, compiling),
     )
-    return outcome.structure, event, ""
+    return Tried(outcome.structure, record(run, "event"), event, left)
+
+
+def record(run: Run, outcome: Outcome, cause: str = "", reason: str = "") -> Attempt:
+    """Return the record of an attempt that ends at this step."""
+    open_groups = sum(group.pin is None for group in run.structure.groups)
+    opened = run.memory.window_start
+    return Attempt(
+        step=run.memory.step, opened=opened, outcome=outcome, considered=open_groups, cause=cause, reason=reason
+    )
 
 
 def _count_compiling(run: Run) -> float:

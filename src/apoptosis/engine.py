@@ -18,10 +18,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
-from apoptosis.attempt import Run, agree, attempt, kept_window, new_window, plan_now, seen_by_policy
+from apoptosis.attempt import Run, Tried, agree, attempt, kept_window, new_window, plan_now, record, seen_by_policy
 from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
+from apoptosis.history import warn_at_end, warn_if_few
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
@@ -32,7 +33,7 @@ from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_p
 from apoptosis.ranks import ranks_of
 from apoptosis.records import Group, NormWidths, Pin, Structure
 from apoptosis.sharded import group_of
-from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, read_state, sum_up, write_state
+from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, idle, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.told import num_parameters
 from apoptosis.unwrap import bare, layout_of, read_layouts, rebuild
@@ -58,8 +59,8 @@ class Apoptosis:
         probe: held-out inputs of the form of example_input, or (inputs, labels).
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
-        log: called (on rank 0) with one JSON-able dict per event, rolled back ones included; what it raises reaches
-            the caller of step(), after the event.
+        log: called (on rank 0) with one JSON-able dict per attempt: kind "event" (committed or rolled back), or kind
+            "attempt" with the reason why nothing was removed; what it raises reaches the caller of step(), after that.
         norm_widths: "pinned" leaves channels under LayerNorm and RMSNorm (a transformer's residual width) alone;
             "compensated" lets multiples of others and constants go, and the norms make up for them.
         logits: reads (examples, classes) logits off the model's output, where the output is not just that tensor.
@@ -128,6 +129,7 @@ class Apoptosis:
             site_limit=site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest),
             calibrated=known is not None,
         )
+        warn_if_few(total_steps)
         agree(self._run(), budget)
         self._memory.decision = self._decide()
         self._memory.own_seconds += time.perf_counter() - start
@@ -196,6 +198,7 @@ class Apoptosis:
             has_classes=self._has_classes,
             site_limit=self._settings.site_limit,
             hook_seconds=self.hook_seconds,
+            idle=idle(self._memory, self._settings, watching=self.watching, num_open=len(self.groups())),
         )
 
     def follow(self, averaged: nn.Module) -> None:
@@ -269,6 +272,8 @@ class Apoptosis:
             return None
         self._patient.ranks.check_even()
         self._memory.step += 1
+        if self._memory.step - 1 == self._settings.total_steps:
+            warn_at_end(self._memory.step)
         observer, due = self._observer, self._memory.decision.at_step
         if observer is None and (due is None or self._memory.step < due):
             return None
@@ -276,7 +281,10 @@ class Apoptosis:
             if self._memory.step == self._settings.total_steps:  # the run is over
                 if observer.blind:
                     warnings.warn(f"apoptosis saw nothing of this run: {NOTHING_SEEN}", RuntimeWarning, stacklevel=2)
+                reason = NOTHING_SEEN if observer.blind else f"the run was over before {observer.lacks()}"
                 self._drop_window()
+                self._memory.decision = self._decide()
+                self._book(Tried(self._structure, record(self._run(), "skipped", "unseen", reason)))
             return None
         start = time.perf_counter()
         try:
@@ -308,30 +316,41 @@ class Apoptosis:
         ranks = self._patient.ranks
         rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
         self._memory.batch_rows = float(ranks.total(torch.tensor([rows], dtype=torch.float64))) / ranks.size
-        event, macs, thorough = None, self._structure.macs, self._memory.thorough
-        refused = ""
+        macs, thorough = self._structure.macs, self._memory.thorough
         stale, self._structure = self._structure, refreshed(self._patient, self._structure)
         try:
             fault = NOTHING_SEEN if observer.blind else CHANGED_BY_OTHERS if stale is not self._structure else ""
             if fault := ranks.fault(fault):
                 raise NonFiniteError(fault)
-            self._structure, event, refused = attempt(self._run(), observer, start)
+            tried = attempt(self._run(), observer, start)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
-            refused = str(error)
+            tried = Tried(self._structure, record(self._run(), "skipped", "fault", str(error)))
             warnings.warn(
                 f"apoptosis skipped an event at step {self._memory.step}: {error}", RuntimeWarning, stacklevel=3
             )
         else:
-            after, undone = self._structure.macs, bool(refused)
-            past = PastEvent(step=self._memory.step, macs_before=macs, macs_after=after, rolled_back=undone)
-            if event or undone or thorough == self._memory.thorough:  # too few rows: no reason to back off either
+            self._structure, undone = tried.structure, tried.attempt.outcome == "rolled back"
+            past = PastEvent(
+                step=self._memory.step, macs_before=macs, macs_after=self._structure.macs, rolled_back=undone
+            )
+            if tried.event or undone or thorough == self._memory.thorough:  # too few rows: no reason to back off either
                 self._memory.history += (past,)
         finally:
             self._memory.decision = self._decide()
-        if self._log is not None and ranks.rank == 0 and (refused or event is not None):
-            told = {"step": self._memory.step} if event is None else event.as_dict()
-            self._log({"kind": "event", "rolled_back": bool(refused), "reason": refused, **told})
-        return event
+        self._book(tried)
+        return tried.event
+
+    def _book(self, tried: Tried) -> None:
+        """Keep the record of an attempt, and tell the user's log of it."""
+        self._memory.attempts += (tried.attempt,)
+        if self._log is None or self._patient.ranks.rank:
+            return
+        if tried.attempt.outcome in ("nothing", "skipped"):
+            self._log({"kind": "attempt", **tried.attempt.as_dict(), "groups": dict(tried.left)})
+            return
+        told = {"step": self._memory.step} if tried.event is None else tried.event.as_dict()
+        reason = tried.attempt.reason
+        self._log({"kind": "event", "rolled_back": tried.event is None, "reason": reason, **told})
 
     # ------------------------------------------------------------------ small things
 

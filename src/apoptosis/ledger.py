@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from apoptosis.history import Attempt, lines_of
 from apoptosis.records import Certificate
 
 
@@ -69,6 +70,8 @@ class Ledger:
     training inputs it was measured on.
     site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
     event; site_limit: what that sum may reach at most.
+    history: every attempt, those that removed nothing included. idle: why nothing was removed at all, and what to do;
+    "" after an event.
     """
 
     events: int
@@ -87,6 +90,8 @@ class Ledger:
     hook_seconds: float
     notes: tuple[str, ...] = field(default=())
     classes: bool = True
+    history: tuple[Attempt, ...] = ()
+    idle: str = ""
 
     def __str__(self) -> str:
         shrunk = self.parameters[0] / max(self.parameters[1], 1)
@@ -95,6 +100,9 @@ class Ledger:
             f"{self.parameters[0]:,} -> {self.parameters[1]:,} parameters ({shrunk:.1f}x fewer), "
             f"{self.macs[0] / max(self.macs[1], 1.0):.1f}x fewer multiply-adds"
         ]
+        lines.extend(lines_of(self.history))
+        if self.idle:
+            lines.append(f"nothing was removed: {self.idle}")
         if self.accuracy_cost is not None:
             points = f"{100 * self.accuracy_cost:.3g} points"
             if self.population and self.accuracy_cost >= 1.0:

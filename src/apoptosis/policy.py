@@ -158,7 +158,10 @@ def decide(telemetry: Telemetry) -> Decision:
     """Choose the next window: the next turn of the schedule at which an event is expected to pay, or none."""
     upcoming = turns(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
-        return Decision(at_step=None, tolerance=0.0, reason="the schedule has no turn left")
+        reason = "the schedule has no turn left"
+        if telemetry.total_steps is not None:
+            reason += f": none comes later than {100 * LAST_SHARE:.0f} % of total_steps={telemetry.total_steps:,}"
+        return Decision(at_step=None, tolerance=0.0, reason=reason)
     past = telemetry.history
     skip = 0
     for event in reversed(past):  # back off: one more turn is skipped for every poor event in a row
@@ -168,7 +171,8 @@ def decide(telemetry: Telemetry) -> Decision:
     if telemetry.total_steps is None:
         step = upcoming[0] << min(skip, 20)
     elif skip >= len(upcoming):
-        return Decision(at_step=None, tolerance=0.0, reason=f"the last {skip} attempts saved too little to go on")
+        reason = f"the last {skip} attempts saved less than {100 * POOR_YIELD:.0f} % of the multiply-adds each"
+        return Decision(at_step=None, tolerance=0.0, reason=reason)
     else:
         step = upcoming[skip]
     tolerance = tolerance_at(telemetry.tolerance, telemetry.halvings)
@@ -179,14 +183,27 @@ def decide(telemetry: Telemetry) -> Decision:
             return Decision(
                 at_step=None,
                 tolerance=0.0,
-                reason=f"an event would save {saved:.3g} MACs in the steps that remain and cost {cost:.3g}",
+                reason=f"an event is expected to save {saved:.3g} multiply-adds in the steps that remain, "
+                f"and to cost the time of {cost:.3g}",
             )
     return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule")
 
 
-def pays(telemetry: Telemetry, macs_after: float) -> bool:
-    """Whether a plan is worth its surgery in the steps that remain (the window is already paid for)."""
+def loss_of(telemetry: Telemetry, macs_after: float) -> str:
+    """Say why a plan is not worth its surgery in the steps that remain, "" if it is; the window is already paid for."""
     share = 1.0 - macs_after / telemetry.macs if telemetry.macs > 0 else 0.0
     if share <= 0.0:
-        return False
-    return telemetry.total_steps is None or saves(telemetry, share, telemetry.step) > telemetry.overhead_macs
+        return "what could go saves no multiply-adds"
+    saved = saves(telemetry, share, telemetry.step)
+    if telemetry.total_steps is None or saved > telemetry.overhead_macs:
+        return ""
+    remain = max(0, telemetry.total_steps - telemetry.step)
+    return (
+        f"{100 * share:.3g} % of the multiply-adds could go, which saves {saved:.3g} of them in the {remain:,} steps "
+        f"that remain and costs the time of {telemetry.overhead_macs:.3g}"
+    )
+
+
+def pays(telemetry: Telemetry, macs_after: float) -> bool:
+    """Whether a plan is worth its surgery in the steps that remain."""
+    return not loss_of(telemetry, macs_after)

@@ -13,6 +13,7 @@ from typing import Any
 from apoptosis.budget import ALPHA
 from apoptosis.criteria import Criterion
 from apoptosis.errors import ApoptosisError, CheckpointError
+from apoptosis.history import Attempt, read_attempts, why_idle
 from apoptosis.ledger import Ledger
 from apoptosis.observe import ROWS_PER_CHANNEL
 from apoptosis.operate import with_pins
@@ -59,7 +60,7 @@ class Memory:
     full: parameters and MACs at construction; full_shapes: of every tensor then. overhead: calibrated fixed cost of an
     event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site. own_seconds,
     hook_seconds: wall time spent so far, the open window's hooks excluded. thorough: rows were too few for a width
-    once, so that windows see all they ask for.
+    once, so that windows see all they ask for. history: what the policy counts; attempts: everything that was tried.
     """
 
     full: tuple[int, float]
@@ -76,6 +77,7 @@ class Memory:
     closed: bool = False
     thorough: bool = False
     history: tuple[PastEvent, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
     site_cost: dict[str, float] = field(default_factory=dict)
     decision: Decision = UNDECIDED
 
@@ -86,6 +88,7 @@ class Memory:
             "full": list(self.full),
             "full_shapes": {name: list(shape) for name, shape in self.full_shapes.items()},
             "history": [asdict(past) for past in self.history],
+            "attempts": [one.as_dict() for one in self.attempts],
             "site_cost": dict(self.site_cost),
             "decision": asdict(self.decision),
         }
@@ -97,15 +100,16 @@ def read_memory(state: Mapping[str, Any]) -> Memory:
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
-    plain = {f.name: state[f.name] for f in fields(Memory)}
+    plain = {f.name: state[f.name] for f in fields(Memory) if f.name != "attempts"}
     plain |= {
         "full": (int(state["full"][0]), float(state["full"][1])),
         "full_shapes": {str(name): tuple(int(n) for n in shape) for name, shape in state["full_shapes"].items()},
         "history": tuple(PastEvent(**past) for past in state["history"]),
+        "attempts": read_attempts(state),
         "site_cost": {str(key): float(value) for key, value in state["site_cost"].items()},
         "decision": Decision(**state["decision"]),
     }
-    for f in fields(Memory):
+    for f in fields(Memory):  # of plain numbers
         kind = {"int": int, "float": float, "bool": bool}.get(str(f.type))
         if kind is not None:
             plain[f.name] = kind(plain[f.name])
@@ -205,6 +209,25 @@ def allowed(memory: Memory, settings: Settings, groups: Sequence[Group]) -> Requ
     )
 
 
+def idle(memory: Memory, settings: Settings, *, watching: bool, num_open: int) -> str:
+    """Say why a run has had no event so far, "" if it had one.
+
+    watching: a window is open. num_open: unpinned groups.
+    """
+    if memory.num_events:
+        return ""
+    return why_idle(
+        memory.attempts,
+        step=memory.step,
+        total_steps=settings.total_steps,
+        due=memory.decision.at_step,
+        reason=memory.decision.reason,
+        window=memory.window_start if watching else None,
+        closed=memory.closed,
+        num_open=num_open,
+    )
+
+
 def sum_up(
     memory: Memory,
     verdict: Verdict,
@@ -214,13 +237,17 @@ def sum_up(
     has_classes: bool,
     site_limit: float,
     hook_seconds: float,
+    idle: str,
 ) -> Ledger:
-    """Make the ledger of a run. parameters, macs: as they are now; hook_seconds: the open window's included."""
+    """Make the ledger of a run.
+
+    parameters, macs: as they are now. hook_seconds: the open window's included. idle: why no event happened, or "".
+    """
     account, held_out = verdict.account, verdict.held_out
     cost = account.spent if held_out else verdict.training_flips
     return Ledger(
         events=memory.num_events,
-        attempts=len(memory.history),
+        attempts=sum(one.outcome != "skipped" for one in memory.attempts),
         rolled_back=memory.rolled_back,
         parameters=(memory.full[0], parameters),
         macs=(memory.full[1], macs),
@@ -234,5 +261,7 @@ def sum_up(
         site_limit=site_limit,
         seconds=memory.own_seconds + hook_seconds,
         hook_seconds=hook_seconds,
+        history=memory.attempts,
+        idle=idle,
         notes=("some probe rows served more than one attempt, or count as if they had",) if account.reused else (),
     )

@@ -170,6 +170,14 @@ class Observer:
         """Modules whose input no pass has shown yet."""
         return frozenset(n for n, found in self._by_module.items() if not any(w.rows or w.spoiled for w in found))
 
+    def lacks(self) -> str:
+        """Say which site is furthest from the rows that it needs."""
+        watch = min(self._every, key=lambda watch: watch.rows / watch.rows_needed, default=None)
+        if watch is None:
+            return "anything was seen"
+        seen = f"'{watch.site.module}' had seen {watch.rows:,} of the {watch.rows_needed:,} rows that it needs"
+        return f"{seen}, and {watch.examples:,} of {MIN_EXAMPLES} examples" if watch.examples < MIN_EXAMPLES else seen
+
     @contextmanager
     def only(self, modules: frozenset[str]) -> Iterator[None]:
         """Take rows at these modules alone."""

@@ -21,12 +21,11 @@ from apoptosis.planner.alike import alike, missing, own_share, share_of_row, ste
 from apoptosis.planner.costs import macs_after
 from apoptosis.planner.entangled import choices_of, entangled, most_readers
 from apoptosis.planner.owners import owners
+from apoptosis.planner.reasons import Why, missed_tolerance, too_few_rows, unseen, used_up
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
 from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate, Group, Reduction, Structure
 from apoptosis.sharded import lent
-
-SHORT_OF_ROWS = "cannot tell the rank"  # in the note on a group that saw too few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +36,7 @@ class Request:
     allowance: what is left of a site's sum over all events, by site key.
     align: widths are rounded up to a multiple. max_drop: largest share of a group's channels one event removes.
     rows_per_channel: a width is only trusted when the window saw this many rows for every channel kept.
+    waiting: groups that are left for a later event though they were observed, and why.
     """
 
     criterion: Criterion
@@ -47,6 +47,7 @@ class Request:
     allotted: Mapping[str, float] = field(default_factory=dict)
     allowance: Mapping[str, float] = field(default_factory=dict)
     rows_per_channel: int = 3
+    waiting: Mapping[str, Why] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,6 +56,7 @@ class Plan:
 
     widths: group -> (before, after). macs: per forward pass of the example input. errors: group -> site key -> relative
     rms change of the site's output that the group is to blame for; certificates: group -> its certificates.
+    left: open groups that the plan leaves as they are -> why.
     """
 
     tolerance: float
@@ -66,7 +68,12 @@ class Plan:
     macs_after: float
     errors: Mapping[str, Mapping[str, float]]
     dropped_variance: Mapping[str, Tensor]
-    notes: tuple[str, ...] = ()
+    left: Mapping[str, Why] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line for every group that the plan leaves as it is."""
+        return tuple(f"{name}: {why.text}" for name, why in self.left.items())
 
     @property
     def site_errors(self) -> dict[str, float]:
@@ -121,8 +128,8 @@ def make_plan(
     """
     ranks = ranks or Ranks()
     open_groups = [group for group in structure.groups if group.pin is None]
-    seen = [g for g in open_groups if all((g.name, site.key) in observations for site in g.sites)]
-    notes = [f"{g.name}: not observed yet" for g in open_groups if g not in seen]
+    left: dict[str, Why] = {group.name: why for group in open_groups if (why := _waits(group, observations, request))}
+    seen = [g for g in open_groups if g.name not in left]
     desk = _Desk(model, structure, observations, request)
     choices = [choices_of(groups) for groups in entangled(seen)]
     desk.shares = Counter()
@@ -130,15 +137,15 @@ def make_plan(
         desk.shares += most_readers(sets)
     owner = owners(choices, ranks.size)
 
-    def mine() -> tuple[Mapping[str, Proposal], Mapping[str, tuple[Certificate, ...]], Mapping[str, Tensor], list[str]]:
-        own: list[str] = []
+    def mine() -> _Mine:
+        own: dict[str, Why] = {}
         error: Exception | None = None
         for sets, rank in zip(choices, owner, strict=True):
             desk.shares -= most_readers(sets)
             turn = rank == ranks.rank and error is None
             with lent(model, _weights(sets), keep=turn):  # in which all ranks take part, whatever fails on one
                 try:
-                    own += desk.take(sets) if turn else []
+                    own |= desk.take(sets) if turn else {}
                 except Exception as caught:  # noqa: BLE001 - raised again below
                     error = caught
         if error is not None:
@@ -149,7 +156,8 @@ def make_plan(
     told = ranks.gathered_tensors(ranks.each(mine), device)
     proposals = {name: p for found, *_ in told for name, p in found.items()}
     certificates = {name: c for _, found, *_ in told for name, c in found.items()}
-    notes += [note for *_, found in told for note in found]
+    for *_, found in told:
+        left |= found
     keeps = {name: len(p.reduction.keep) for name, p in proposals.items()}
     ordered = [g for g in seen if g.name in keeps]
     return Plan(
@@ -162,8 +170,19 @@ def make_plan(
         macs_after=macs_after(structure, keeps),
         errors={g.name: proposals[g.name].errors for g in ordered},
         dropped_variance={key: lost for _, _, found, _ in told for key, lost in found.items()},
-        notes=tuple(notes),
+        left=left,
     )
+
+
+_Mine = tuple[
+    Mapping[str, Proposal], Mapping[str, tuple[Certificate, ...]], Mapping[str, Tensor], Mapping[str, Why]
+]  # what one rank makes of its groups: proposals, certificates, lost variance, and groups left as they are
+
+
+def _waits(group: Group, observations: Observations, request: Request) -> Why | None:
+    """Return why a group is not planned at all, None if it is."""
+    site = next((site for site in group.sites if (group.name, site.key) not in observations), None)
+    return request.waiting.get(group.name) or (None if site is None else unseen(site))
 
 
 class _Desk:
@@ -182,12 +201,12 @@ class _Desk:
         self.certificates: dict[str, tuple[Certificate, ...]] = {}
         self.lost: dict[str, Tensor] = {}
 
-    def take(self, sets: Sequence[Sequence[Group]]) -> list[str]:
-        """Add the proposals of the set of groups that saves most; return notes on all of them."""
+    def take(self, sets: Sequence[Sequence[Group]]) -> dict[str, Why]:
+        """Add the proposals of the set of groups that saves most; return why the other groups stay as they are."""
         found = [self._propose_all(groups) for groups in sets]
         saved = [-macs_after(self._structure, {n: len(p.reduction.keep) for n, p in own.items()}) for own, _ in found]
         best = max(range(len(sets)), key=lambda index: saved[index])
-        proposals, notes = found[best]
+        proposals, left = found[best]
         self.proposals |= proposals
         for proposal in proposals.values():
             _spend(self.spent, proposal)
@@ -195,32 +214,32 @@ class _Desk:
         chosen = {group.name for group in sets[best]}
         for groups, (_, why) in zip(sets, found, strict=True):
             for name in (group.name for group in groups if group.name not in chosen):
-                told = why.get(name) or f"left for another event: changing {', '.join(proposals)} saves more"
-                notes.setdefault(name, told)
-        return [f"{name}: {why}" for name, why in notes.items()]
+                other = f"left for another event: changing {', '.join(proposals)} saves more"
+                left.setdefault(name, why.get(name) or Why("another", other))
+        return left
 
-    def _propose_all(self, groups: Sequence[Group]) -> tuple[dict[str, Proposal], dict[str, str]]:
+    def _propose_all(self, groups: Sequence[Group]) -> tuple[dict[str, Proposal], dict[str, Why]]:
         shares = self.shares + Counter(site.key for group in groups for site in group.sites)
         spent: dict[str, float] = dict(self.spent)
         proposals: dict[str, Proposal] = {}
-        notes: dict[str, str] = {}
+        left: dict[str, Why] = {}
         for part in alike(groups):
             found, why = self._propose_alike(part, spent, shares)
             shares.subtract(site.key for group in part for site in group.sites)
             proposals |= found
-            notes |= why
+            left |= why
             for proposal in found.values():
                 _spend(spent, proposal)
-        return proposals, notes
+        return proposals, left
 
     def _propose_alike(
         self, groups: Sequence[Group], spent: Mapping[str, float], shares: Mapping[str, int]
-    ) -> tuple[dict[str, Proposal], dict[str, str]]:
+    ) -> tuple[dict[str, Proposal], dict[str, Why]]:
         """Propose the same share for all of some groups: what the one needs that needs most; or none, and why."""
         absent = missing(groups)
         if absent:
-            why = f"as wide as {', '.join(absent)}, which cannot change now"
-            return {}, {group.name: why for group in groups}
+            tied = Why("tied", f"as wide as {', '.join(absent)}, which cannot change now")
+            return {}, {group.name: tied for group in groups}
         shown = [self._show(group) for group in groups]
         aligned = steps(groups, [one.view for one in shown], self._request.align)
         least = 0.0
@@ -228,15 +247,13 @@ class _Desk:
             own_spent, own_shares = dict(spent), Counter(shares)
             found: dict[str, Proposal] = {}
             for group, one, step in zip(groups, shown, aligned, strict=True):
-                proposal, why = _propose(
-                    group, one, self._request, own_spent, own_shares, step, own_share(group, least)
-                )
+                made = _propose(group, one, self._request, own_spent, own_shares, step, own_share(group, least))
                 own_shares.subtract(site.key for site in group.sites)
-                if proposal is None:
-                    others = {g.name: f"as wide as {group.name}, for which: {why}" for g in groups if g is not group}
-                    return {}, {group.name: why, **others}
-                found[group.name] = proposal
-                _spend(own_spent, proposal)
+                if isinstance(made, Why):
+                    tied = Why(made.cause, f"as wide as {group.name}, for which: {made.text}")
+                    return {}, {g.name: made if g is group else tied for g in groups}
+                found[group.name] = made
+                _spend(own_spent, made)
             kept = [share_of_row(group, len(found[group.name].reduction.keep)) for group in groups]
             if max(kept) - min(kept) < 1e-9:
                 return found, {}
@@ -288,8 +305,8 @@ def _propose(
     shares: Mapping[str, int],
     step: int,
     least_share: float,
-) -> tuple[Proposal | None, str]:
-    """Make a proposal, or None and why not.
+) -> Proposal | Why:
+    """Make a proposal, or say why there is none.
 
     Args:
         group: as shown.
@@ -307,25 +324,25 @@ def _propose(
     for site in group.sites:
         left = request.allowance.get(site.key, float("inf")) - spent.get(site.key, 0.0)
         if left < roundoff_floor(group.num_channels):
-            return None, "the sum of its errors over all events has reached the limit"
+            return used_up(site, left)
         free = request.tolerance - spent.get(site.key, 0.0)
         limits[site.key] = shown.ratios[site.key] * min(cap, max(0.0, min(free, left)) / shares[site.key])
     criterion = request.criterion
     if any(site.norm_way for site in group.sites):
         if not criterion.needs_data:
-            return None, f"criterion '{criterion.name}' does not see what a norm reads; the others do"
+            return Why("criterion", f"criterion '{criterion.name}' does not see what a norm reads; others do")
         criterion = compensated(criterion)
     proposal = choose(criterion, shown.view, limits, align=step, min_keep=least)
     if proposal is None:
-        return None, "no width that is a multiple of align= meets the tolerance"
+        return missed_tolerance(group, shown.view, limits, step, request.align, cap)
     kept = len(proposal.reduction.keep)
     for view in shown.view.sites if request.criterion.needs_data else ():
         rank = -(-kept // (1 if view.blocks is None else int(view.blocks.max()) + 1))
         needed, rows = request.rows_per_channel * rank, 0 if view.moments is None else view.moments.num_rows
         if rows < needed:
-            return None, f"{rows} rows {SHORT_OF_ROWS} of {rank} kept channels: at least {needed} are needed"
+            return too_few_rows(group, view.key, rows=rows, needed=needed, kept=rank)
     errors = {key: error / shown.ratios[key] for key, error in proposal.errors.items()}
-    return replace(proposal, errors=errors), ""
+    return replace(proposal, errors=errors)
 
 
 def merged(certificates: Iterable[Certificate]) -> tuple[Certificate, ...]:

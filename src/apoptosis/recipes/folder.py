@@ -74,12 +74,12 @@ class RunFolder:
         )
 
     def event_logger(self, seed: int, kept: list[Mapping[str, Any]] | None = None) -> LogRecord:
-        """Return what apoptosis' records are to be given to; `kept` collects them as well."""
+        """Return what apoptosis' records are to be given to; `kept` collects the events among them as well."""
 
         def log(record: Mapping[str, Any]) -> None:
             fields = {key: value for key, value in record.items() if key not in ("kind", "time")}
             self.add(str(record.get("kind", "event")), contestant="apoptosis", seed=seed, **fields)
-            if kept is not None:
+            if kept is not None and record.get("kind", "event") == "event":
                 kept.append(fields)
 
         return log

@@ -68,7 +68,7 @@ def _lead(run: RunData) -> str:
     num_back = sum(len(e) for e in run.events.values()) - num_events
     seeds = f", over {len(run.seeds)} seeds" if len(run.seeds) > 1 else ""
     back = f" {num_back} {'attempts were' if num_back > 1 else 'attempt was'} rolled back." if num_back else ""
-    if run.curve(APOPTOSIS) is None and run.curves and not run.events:
+    if run.curve(APOPTOSIS) is None and run.curves and not run.events and not run.attempts:
         said += ["This run trained without apoptosis."]
     else:
         said += [
@@ -137,7 +137,7 @@ def _ledger(run: RunData) -> str:
 
 
 def _events(run: RunData) -> str:
-    if not any(run.events.values()):
+    if not any(run.events.values()) and not any(run.attempts.values()):
         return _section("events", "Events", _missing("There has been no event."))
     return _section("events", "Events", events_table(run))
 

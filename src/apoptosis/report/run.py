@@ -6,7 +6,7 @@ Lives here: pure reading and sorting of records. Does not live here: any drawing
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from apoptosis.errors import DataError
 from apoptosis.events import read_events
 
 LOG = "events.jsonl"
+STEPPED = ("epoch", "event", "attempt")  # kinds of which a resumed run writes some again
 DENSE = "dense"
 APOPTOSIS = "apoptosis"
 
@@ -43,7 +44,10 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """One run, sorted. run: the last "run" record; events: seed -> events; ledgers, summary: as written, if written."""
+    """One run, sorted. run: the last "run" record; ledgers, summary: as written, if written.
+
+    events: seed -> events, rolled back ones included; attempts: seed -> attempts that removed nothing.
+    """
 
     name: str
     run: Record
@@ -52,11 +56,12 @@ class RunData:
     ledgers: tuple[Record, ...]
     summary: Record | None
     num_records: int
+    attempts: Mapping[int, tuple[Record, ...]] = field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """All seeds with an epoch or an event."""
-        return tuple(sorted({c.seed for c in self.curves} | set(self.events)))
+        return tuple(sorted({c.seed for c in self.curves} | set(self.events) | set(self.attempts)))
 
     @property
     def metric_name(self) -> str:
@@ -154,11 +159,14 @@ def read_run(run_dir: Path) -> RunData:
     kept = _superseded_left_out(records)
     curves: dict[tuple[int, str], list[Record]] = {}
     events: dict[int, list[Record]] = {}
+    attempts: dict[int, list[Record]] = {}
     for record in kept:
         if record["kind"] == "epoch":
             curves.setdefault((seed_of(record), str(record.get("contestant", APOPTOSIS))), []).append(record)
         elif record["kind"] == "event":
             events.setdefault(seed_of(record), []).append(record)
+        elif record["kind"] == "attempt":
+            attempts.setdefault(seed_of(record), []).append(record)
     of_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("run", "ledger", "summary")}
     ledgers = {seed_of(r): r for r in of_kind["ledger"]}
     return RunData(
@@ -169,6 +177,7 @@ def read_run(run_dir: Path) -> RunData:
         ledgers=tuple(ledgers.values()),
         summary=of_kind["summary"][-1] if of_kind["summary"] else None,
         num_records=len(records),
+        attempts={seed: tuple(a) for seed, a in attempts.items()},
     )
 
 
@@ -250,12 +259,12 @@ def _superseded_left_out(records: Iterable[Record]) -> list[Record]:
         again = number(record.get("resumed_at_step")) if record["kind"] == "run" else None
         if again is not None:
             kept = [(p, r) for p, r in kept if step_of(r) <= again]
-        if record["kind"] in ("epoch", "event") and key not in resumed:
+        if record["kind"] in STEPPED and key not in resumed:
             resumed.add(key)
             start, seed = step_of(record), key[1]
             kept = [(p, r) for p, r in kept if p == part or seed_of(r) != seed or step_of(r) < start]
         kept.append((part, record))
-    return [record for _, record in kept if record["kind"] in ("epoch", "event")]
+    return [record for _, record in kept if record["kind"] in STEPPED]
 
 
 def summary_value(run: RunData, *path: str) -> float | None:

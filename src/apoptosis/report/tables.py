@@ -9,7 +9,16 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apoptosis.report.run import APOPTOSIS, Record, RunData, before_after, certificates, event_groups, number
+from apoptosis.report.run import (
+    APOPTOSIS,
+    Record,
+    RunData,
+    before_after,
+    certificates,
+    event_groups,
+    number,
+    step_of,
+)
 from apoptosis.report.words import exact_number
 
 LEDGER_WORDS = {
@@ -27,6 +36,7 @@ LEDGER_WORDS = {
     "site_limit": "limit of that sum",
     "seconds": "seconds spent on apoptosis",
     "hook_seconds": "of these, in hooks",
+    "idle": "why nothing was removed",
     "refused": "refused",
 }
 CERTIFICATE_ORDER = {"accuracy": 0, "empirical": 1, "worst_case": 2}
@@ -62,6 +72,7 @@ def ledger_table(ledger: Record, caption: str) -> str:
         if isinstance(inner, dict)
         else {k: v for k, v in ledger.items() if k not in ("kind", "time", "seed", "text")}
     )
+    entries = {k: v for k, v in entries.items() if k != "history" and (k, v) != ("idle", "")}  # the events table has it
     order = [k for k in LEDGER_WORDS if k in entries] + [k for k in entries if k not in LEDGER_WORDS]
     rows = [(html.escape(LEDGER_WORDS.get(k, k.replace("_", " "))), cell(entries[k])) for k in order]
     return table(caption or "All events of the run", ("entry", "value"), rows, frozenset())
@@ -83,10 +94,13 @@ def events_table(run: RunData) -> str:
     ]
     rows = []
     for seed in run.seeds:
-        for event in run.events.get(seed, ()):
+        tried = sorted((*run.events.get(seed, ()), *run.attempts.get(seed, ())), key=step_of)
+        for event in tried:
             widths = [f"{html.escape(g)}&nbsp;{a}→{b}" for g, (a, b) in event_groups(event).items() if a != b]
             reason = f": {html.escape(str(event['reason']))}" if event.get("reason") else ""
             outcome = f"rolled back{reason}" if event.get("rolled_back") else f"committed{reason}"
+            if event["kind"] == "attempt":
+                outcome = f"nothing removed{reason}"
             row = [cell(event.get("step")), "<br>".join(widths) or "none", _sizes(event, "parameters")]
             row += [_sizes(event, "macs"), _certified(event), _measured(event), cell(event.get("seconds")), outcome]
             rows.append([*([str(seed)] if many else []), *row])
