@@ -119,7 +119,7 @@ def whole_run(folder, seeds=(0,), *, dense=True):
                 if number == 3:
                     event(log, 250, 48, 24, seed=seed, rolled_back=True, reason="beyond the budget")
                 epoch(log, "apoptosis", number, width, seed=seed)
-            log.append("attempt", seed=seed, step=300, outcome="nothing", cause="rows", reason="too few rows", groups={})
+            log.append("attempt", seed=seed, step=300, outcome="nothing", cause="rows", reason="too few rows")
             log.append(
                 "ledger", seed=seed, events=1, attempts=2, rolled_back=1, accuracy_cost=0.00731, site_cost={"fc2": 0.03}
             )
