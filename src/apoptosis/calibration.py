@@ -18,7 +18,7 @@ _REPEATS = 5
 
 def macs_per_second(device: torch.device | str = "cpu") -> float:
     """Time the multiply-adds per second of a float32 product on a device: the best of a few."""
-    a = torch.ones(_SIZE, _SIZE, device=device)
+    a = torch.ones(_SIZE, _SIZE, device=device, dtype=torch.float32)
     cuda = a.device.type == "cuda"
     best = math.inf
     for _ in range(_REPEATS):

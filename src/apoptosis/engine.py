@@ -315,7 +315,8 @@ class Apoptosis:
         self._drop_window()
         ranks = self._patient.ranks
         rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
-        self._memory.batch_rows = float(ranks.total(torch.tensor([rows], dtype=torch.float64))) / ranks.size
+        own = torch.tensor([rows], dtype=torch.float64, device="cpu")
+        self._memory.batch_rows = float(ranks.total(own)) / ranks.size
         macs, thorough = self._structure.macs, self._memory.thorough
         stale, self._structure = self._structure, refreshed(self._patient, self._structure)
         try:

@@ -44,11 +44,11 @@ class Statistics:
     @classmethod
     def plain(cls, width: int) -> Self:
         """Return those of a norm that has lost nothing."""
-        ones = torch.ones(width, dtype=torch.float64)
+        ones = torch.ones(width, dtype=torch.float64, device="cpu")
         return cls(
             mean_weights=ones,
             square_weights=ones.clone(),
-            cross_weights=torch.zeros(width, dtype=torch.float64),
+            cross_weights=torch.zeros(width, dtype=torch.float64, device="cpu"),
             constant_sum=0.0,
             constant_square=0.0,
             full_width=width,
@@ -163,7 +163,7 @@ class _Compensated(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is without types
-        device = fn(torch.empty(0, device=self.mean_weights.device)).device
+        device = fn(torch.empty(0, device=self.mean_weights.device, dtype=torch.float32)).device
         for name in _FIELDS[:3] if device.type != "mps" else ():  # which has no float64
             setattr(self, name, getattr(self, name).to(device))  # their digits they keep
         return self
@@ -297,7 +297,9 @@ def way_of(module: nn.Module) -> NormWay:
 
 def _is_rms_norm(module: nn.Module, weight: Tensor, eps: float) -> bool:
     """Whether the module computes x / sqrt(mean(x²) + ε) * weight, on numbers large and small beside ε."""
-    rows = torch.randn(_PROBE_ROWS, weight.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.randn(
+        _PROBE_ROWS, weight.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    )
     if not weight.is_floating_point() or not 0.0 <= eps < 1.0:
         return False
     allowed = max(torch.finfo(weight.dtype).eps ** 0.5, _FLOAT32)  # some compute in float32 whatever comes in

@@ -267,7 +267,9 @@ def _edit(
 def _outputs(patient: Patient, probe: Probe) -> list[Any]:
     """Run a model on a probe; where ranks gather its parameters together, all of them make as many passes."""
     own = -(-probe.rows // CHUNK)
-    most = int(patient.ranks.range_of(torch.tensor([own]))[1]) if has_shards(patient.model) else own
+    if not has_shards(patient.model):
+        return outputs(patient.model, probe, passes=own)
+    most = int(patient.ranks.range_of(torch.tensor([own], dtype=torch.int64, device="cpu"))[1])
     return outputs(patient.model, probe, passes=most)
 
 

@@ -160,7 +160,7 @@ class Ranks:
         if self.size == 1:
             return
         sums = checksums(model)
-        numbers = torch.tensor([*sums.values(), len(sums)], dtype=torch.int64)
+        numbers = torch.tensor([*sums.values(), len(sums)], dtype=torch.int64, device="cpu")
         least, most = self.range_of(numbers[-1:])
         equal = bool((least == most).all())
         if equal:
@@ -231,7 +231,7 @@ class TorchRanks(Ranks):
 
     def all(self, vote: bool) -> bool:
         """Vote by one number."""
-        votes = torch.tensor([float(vote)], device=self._ballot)
+        votes = torch.tensor([float(vote)], device=self._ballot, dtype=torch.float32)
         self._call("a vote", self._dist.all_reduce, votes, op=self._dist.ReduceOp.MIN)
         return bool(votes.item())
 
@@ -242,7 +242,7 @@ def checksums(model: nn.Module) -> dict[str, int]:
     Of one that is spread over processes (DTensor) it says the shape alone: every rank holds other bits of it.
     """
     return {
-        name: checksum(torch.tensor(p.shape) if type(p).__name__ == "DTensor" else p)
+        name: checksum(torch.tensor(p.shape, dtype=torch.int64, device="cpu") if type(p).__name__ == "DTensor" else p)
         for name, p in model.named_parameters()
     }
 

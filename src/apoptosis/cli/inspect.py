@@ -103,7 +103,7 @@ def placed(device: str) -> Iterator[Place]:
         return
     try:
         there = torch.device(device)
-        torch.empty(0, device=there)
+        torch.empty(0, device=there, dtype=torch.float32)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(f"--device: '{device}' cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -194,8 +194,10 @@ def _trial(shape: str, batch: int, dtype: str) -> Tensor:
     if dtype not in DTYPES:
         raise ArgumentError(f"--input-dtype: unknown '{dtype}'; there are {', '.join(DTYPES)}.")
     if dtype == "int64":
-        return torch.zeros((batch, *sizes), dtype=torch.int64)
-    return torch.randn((batch, *sizes), generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+        return torch.zeros((batch, *sizes), dtype=torch.int64, device="cpu")
+    return torch.randn(
+        (batch, *sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    ).to(DTYPES[dtype])
 
 
 def _operator(reason: str) -> str:

@@ -63,7 +63,7 @@ def _descending(score_C: Tensor) -> Tensor:
 
 
 def _rank_constant(view: GroupView) -> Ranking:
-    cost = torch.zeros(view.num_channels, dtype=torch.float64)
+    cost = torch.zeros(view.num_channels, dtype=torch.float64, device="cpu")
     for site in view.sites:
         scale = energy(site)
         if scale > 0:
@@ -89,7 +89,7 @@ def incoming_norms(view: GroupView) -> Tensor:
     if view.neuron is not None:
         norms: Tensor = torch.linalg.vector_norm(view.neuron.incoming.detach().double(), dim=1)
         return norms.cpu()
-    squares = torch.zeros(view.num_channels, dtype=torch.float64)
+    squares = torch.zeros(view.num_channels, dtype=torch.float64, device="cpu")
     for site in view.sites:
         squares += site.weight.detach().double().square().sum((0, 2)).cpu()
     return squares.sqrt()
@@ -102,7 +102,7 @@ def _rank_magnitude(view: GroupView) -> Ranking:
 
 def _rank_random(view: GroupView) -> Ranking:
     generator = torch.Generator().manual_seed((view.seed * 1_000_003 + zlib.crc32(view.name.encode())) % 2**63)
-    order = torch.randperm(view.num_channels, generator=generator)
+    order = torch.randperm(view.num_channels, generator=generator, device="cpu")
     return Ranking(order=order, curves=_curves(view, order, offsets=False))
 
 

@@ -65,7 +65,7 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
         error = site.measure(keep, reduction)
     else:
         error = site.num_taps * float(dropped_variance(site, keep, reduction).sum())
-    return float(relative_rms(torch.tensor(error, dtype=torch.float64), site))
+    return float(relative_rms(torch.tensor(error, dtype=torch.float64, device="cpu"), site))
 
 
 def _felt_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float:
@@ -187,10 +187,10 @@ class _Search:
         A measured site's curve is only a bound (over its measured energy), so it says where bisection ends.
         """
         num = self._view.num_channels
-        good = torch.ones(num + 1, dtype=torch.bool)
+        good = torch.ones(num + 1, dtype=torch.bool, device="cpu")
         for key, cap in self._caps.items():
             curve = self._ranking.curves.get(key)
-            good &= curve <= cap if curve is not None else torch.arange(num + 1) >= num
+            good &= curve <= cap if curve is not None else torch.arange(num + 1, device="cpu") >= num
         good[num] = True
         return int((~good).nonzero().max()) + 1 if not bool(good.all()) else 0
 

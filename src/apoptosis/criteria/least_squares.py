@@ -61,8 +61,8 @@ def _rank_interpolative(view: GroupView) -> Ranking:
         factor = pivoted_cholesky(gram(site), weights_C=norms) if root is None else pivoted_qr(root, norms)
         return Ranking(order=factor.order, curves={site.key: _curve(site, factor)})
     # One weight per channel for all sites: scaled site by site, exact duplicates would not be redundant in the sum.
-    total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64)
-    weights = torch.zeros(view.num_channels, dtype=torch.float64)
+    total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64, device="cpu")
+    weights = torch.zeros(view.num_channels, dtype=torch.float64, device="cpu")
     roots: list[Tensor] = []
     for site in view.sites:
         squares = _relative_weight(site) * _column_norms(site).square()
@@ -79,7 +79,7 @@ def _rank_interpolative(view: GroupView) -> Ranking:
 
 
 def _rank_greedy(view: GroupView) -> Ranking:
-    total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64)
+    total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64, device="cpu")
     rows = []
     for site in view.sites:
         weight = cost_weight(site).cpu()

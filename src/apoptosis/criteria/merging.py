@@ -196,7 +196,7 @@ def _targets(pairs: Pairs, keep: Tensor, removed: Tensor) -> tuple[npt.NDArray[n
 
 def _rank_pairwise(view: GroupView) -> Ranking:
     if view.neuron is None:
-        return Ranking(order=torch.arange(view.num_channels), min_keep=view.num_channels)
+        return Ranking(order=torch.arange(view.num_channels, device="cpu"), min_keep=view.num_channels)
     pairs = weight_pairs(view.neuron, offsets=_offsets_fold(view))
     shares = _shares(view, view.neuron)
     seen = np.sum(shares, axis=0)
@@ -244,7 +244,7 @@ def _prices(pairs: Pairs, order: npt.NDArray[np.int64], min_keep: int) -> FloatA
 
 def _reduce_pairwise(view: GroupView, keep: Tensor) -> Reduction:
     mix = selection(keep, view.num_channels, torch.device("cpu"))
-    shift = torch.zeros(view.num_channels, dtype=torch.float64)
+    shift = torch.zeros(view.num_channels, dtype=torch.float64, device="cpu")
     removed = complement(keep, view.num_channels)
     if view.neuron is not None and removed.numel():
         pairs = weight_pairs(view.neuron, offsets=_offsets_fold(view))

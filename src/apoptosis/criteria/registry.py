@@ -38,7 +38,7 @@ def register_criterion(criterion: Criterion) -> None:
     def rank(view: GroupView) -> Ranking:
         ranking = criterion.rank(view)
         order = ranking.order.sort().values.cpu()
-        if not torch.equal(order, torch.arange(view.num_channels)):
+        if not torch.equal(order, torch.arange(view.num_channels, device="cpu")):
             raise _wrong(criterion, "rank", view, f"an order of all {view.num_channels} channels, each once")
         return ranking
 

@@ -84,7 +84,7 @@ def _has_data(tensor: Tensor) -> bool:
 
 def _readable(index: Tensor) -> Tensor:
     """Return positions to execute on ids; where they have no numbers, the first position stands for all."""
-    return index.cpu() if _has_data(index) else torch.zeros(index.shape, dtype=torch.int64)
+    return index.cpu() if _has_data(index) else torch.zeros(index.shape, dtype=torch.int64, device="cpu")
 
 
 def _is_literal(call: Call, index: Tensor) -> bool:
@@ -251,7 +251,7 @@ def _index_put(call: Call) -> Result:
             shape[place] = target.shape[place]
     places = tuple(slice(None) if i is None else _readable(i) for i in indices)
     expand(np.zeros((1,) * target.dim(), dtype=np.int64), shape)  # raises where it would be too large
-    new, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    new, mask = torch.zeros(shape, dtype=torch.int64, device="cpu"), torch.zeros(shape, dtype=torch.bool, device="cpu")
     mask[places] = True
     new[places] = torch.from_numpy(np.array(brought.ids))
     return _overlaid(call, target, new.numpy(), mask.numpy(), brought)
@@ -316,7 +316,7 @@ def _some(index: Tensor) -> Tensor:
     """Return an index of no places with the first one instead, so that the channels of an empty result are known."""
     if index.dtype not in (torch.bool, torch.uint8):
         return index if index.numel() else index.new_zeros([max(1, size) for size in index.shape])
-    return index if bool(index.any()) else torch.arange(index.numel()).view(index.shape) == 0
+    return index if bool(index.any()) else torch.arange(index.numel(), device="cpu").view(index.shape) == 0
 
 
 def _bucketize(call: Call) -> Result:

@@ -87,10 +87,10 @@ class MpiRanks(Ranks):
     def gathered(self, value: T) -> list[T]:
         """Exchange pickled values by MPI_Iallgatherv."""
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = torch.zeros(self.size, dtype=torch.int64)
-        size = torch.tensor([len(own)])
+        sizes = torch.zeros(self.size, dtype=torch.int64, device="cpu")
+        size = torch.tensor([len(own)], dtype=torch.int64, device="cpu")
         self._wait("an exchange", lambda: self._comm.Iallgather(size.numpy(), sizes.numpy()))
-        found = torch.empty(int(sizes.sum()), dtype=torch.uint8)
+        found = torch.empty(int(sizes.sum()), dtype=torch.uint8, device="cpu")
         parts = (found.numpy(), sizes.tolist())
         self._wait("an exchange", lambda: self._comm.Iallgatherv(own.numpy(), parts))
         told = [pickle.loads(part.numpy().tobytes()) for part in torch.split(found, sizes.tolist())]
@@ -98,7 +98,7 @@ class MpiRanks(Ranks):
 
     def all(self, vote: bool) -> bool:
         """Vote by one number."""
-        votes = torch.tensor([float(vote)])
+        votes = torch.tensor([float(vote)], dtype=torch.float32, device="cpu")
         self._reduce("a vote", votes, self._mpi.MIN)
         return bool(votes.item())
 

@@ -271,13 +271,13 @@ def broken_claim(kind: NeuronType) -> str:
         >>> broken_claim(neuron_type("tanh"))
         ''
     """
-    x = torch.linspace(-30, 30, 24_001, dtype=torch.float64)
+    x = torch.linspace(-30, 30, 24_001, dtype=torch.float64, device="cpu")
     y, args = _values(kind, x), kind.defaults
     if y is None:
         return "phi does not take a float64 tensor to one of the same shape."
     if not bool(torch.isfinite(y).all()):
         return f"phi({float(x[~torch.isfinite(y)][0]):g}) is not finite."
-    apart = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    apart = torch.randperm(len(x), generator=torch.Generator().manual_seed(0), device="cpu")
     shuffled = _values(kind, x[apart])
     if shuffled is None or not _close(shuffled, y[apart]).all():
         return "phi is not elementwise, or not the same twice."
@@ -292,7 +292,7 @@ def broken_claim(kind: NeuronType) -> str:
     symmetry = kind.symmetry(*args)
     for scale in (0.3, 2.5) if symmetry.homogeneous else ():
         scaled = _values(kind, scale * x)
-        same = _close(scaled, scale * y) if scaled is not None else torch.zeros(1, dtype=torch.bool)
+        same = _close(scaled, scale * y) if scaled is not None else torch.zeros(1, dtype=torch.bool, device="cpu")
         if not same.all():
             return f"not homogeneous: phi({scale:g} x) is not {scale:g} phi(x) at x = {float(x[~same][0]):g}."
     if symmetry.reflection is not None:

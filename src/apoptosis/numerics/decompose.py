@@ -87,8 +87,13 @@ def pivoted_cholesky(
     scaled *= weights
     largest = float(scaled.diagonal().max())
     if largest <= 0.0:
-        empty = torch.zeros(num, 0, dtype=torch.float64)
-        return Factor(order=torch.arange(num), factor=empty, rank=0, remainder_trace=torch.zeros(1).double())
+        empty = torch.zeros(num, 0, dtype=torch.float64, device="cpu")
+        return Factor(
+            order=torch.arange(num, device="cpu"),
+            factor=empty,
+            rank=0,
+            remainder_trace=torch.zeros(1, dtype=torch.float64, device="cpu"),
+        )
     tolerance = (num * EPS if relative_tolerance is None else relative_tolerance) * largest
     # A symmetric C-ordered array is its own Fortran-ordered transpose: LAPACK works in place, nothing is copied.
     with one_thread():
@@ -189,7 +194,7 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor, *, dtype: torch.dtype =
     squared = weight.shape[0] > num and dtype == torch.float64  # ‖W f‖² = fᵀ WᵀW f: cheaper for many outputs, cancels
     if squared:
         weight = weight.T @ weight
-    columns = torch.zeros(factor.rank, dtype=torch.float64)
+    columns = torch.zeros(factor.rank, dtype=torch.float64, device="cpu")
     for start in range(0, factor.rank, _BLOCK):
         block = lower_CK[start:, start : start + _BLOCK]
         if squared:
@@ -197,7 +202,7 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor, *, dtype: torch.dtype =
         else:
             found = (weight[:, start:] @ block).square_().sum(0, dtype=torch.float64)
         columns[start : start + _BLOCK] = found
-    curve = torch.zeros(num + 1, dtype=torch.float64)
+    curve = torch.zeros(num + 1, dtype=torch.float64, device="cpu")
     curve[: factor.rank + 1] = torch.from_numpy(_tails(columns.numpy()))
     return curve
 

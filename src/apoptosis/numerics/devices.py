@@ -35,8 +35,9 @@ def foremost(rows_NC: Tensor, good_N: Tensor, most: int, draws: torch.Generator)
         >>> foremost(rows, rows.isfinite().all(1), 3, torch.Generator().manual_seed(0)).sort(0).values.T
         tensor([[0., 1., 3.]])
     """
-    seed = int(torch.randint(2**62, (1,), generator=draws).numpy()[0])  # millions of draws are made where the rows are
+    # millions of draws are made where the rows are
+    seed = int(torch.randint(2**62, (1,), generator=draws, device="cpu").numpy()[0])
     own = torch.Generator(rows_NC.device).manual_seed(seed)
-    keys = good_N.float() + torch.rand(len(rows_NC), generator=own, device=rows_NC.device) / 2
+    keys = good_N.float() + torch.rand(len(rows_NC), generator=own, device=rows_NC.device, dtype=torch.float32) / 2
     chosen = keys.topk(min(most, len(rows_NC))).indices
     return torch.where(good_N[chosen, None], rows_NC[chosen], 0.0)

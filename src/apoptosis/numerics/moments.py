@@ -268,9 +268,9 @@ class Moments:
     def state_dict(self) -> dict[str, Tensor]:
         """Return counts, mean (channels,) and scatter (channels, channels): copies, ready for safetensors."""
         return {
-            "num_rows": torch.tensor(self.num_rows),
-            "num_examples": torch.tensor(self.num_examples),
-            "exact": torch.tensor(self.exact),
+            "num_rows": torch.tensor(self.num_rows, dtype=torch.int64, device="cpu"),
+            "num_examples": torch.tensor(self.num_examples, dtype=torch.int64, device="cpu"),
+            "exact": torch.tensor(self.exact, dtype=torch.bool, device="cpu"),
             "mean": self._mean.clone(),
             "scatter": self._scatter.clone(),
         }
@@ -334,7 +334,7 @@ def _mean(rows_NC: Tensor) -> Tensor:
     """Return the mean row in float64; on the CPU a few rows at a time, as torch would make a float64 copy of them."""
     if rows_NC.device.type != "cpu" or rows_NC.dtype == torch.float64 or len(rows_NC) <= _ROWS:
         return rows_NC.mean(0, dtype=torch.float64)
-    total = torch.zeros(rows_NC.shape[1], dtype=torch.float64)
+    total = torch.zeros(rows_NC.shape[1], dtype=torch.float64, device="cpu")
     for start in range(0, len(rows_NC), _ROWS):
         total += rows_NC[start : start + _ROWS].double().sum(0)
     return total / len(rows_NC)

@@ -34,12 +34,13 @@ class Sketch:
         25.0
     """
 
-    def __init__(self, num_channels: int, *, size: int = SKETCH_ROWS, device: torch.device | str | None = None) -> None:
+    def __init__(self, num_channels: int, *, size: int = SKETCH_ROWS, device: torch.device | str = "cpu") -> None:
         self.num_channels, self.size = num_channels, size
         self.num_rows = 0
         self._empty: Tensor | None = None  # how many of them were zero, known to the device alone
-        self._kept = torch.zeros(1, 1, device=device).expand(size, num_channels)  # no memory before there are rows
-        self._order = torch.arange(size)  # of the buckets, for the rows of this turn
+        # no memory before there are rows
+        self._kept = torch.zeros(1, 1, dtype=torch.float32, device=device).expand(size, num_channels)
+        self._order = torch.arange(size, device="cpu")  # of the buckets, for the rows of this turn
 
     def add(self, rows_NC: Tensor, draws: torch.Generator, *, some_empty: bool = False) -> None:
         """Add rows, in float32; draws: where buckets and signs come from. some_empty: rows of zeros do not count.
@@ -48,7 +49,7 @@ class Sketch:
         """
         if rows_NC.ndim != 2 or rows_NC.shape[1] != self.num_channels:
             raise ShapeError(f"Sketch.add: rows of shape {tuple(rows_NC.shape)}, expected (N, {self.num_channels}).")
-        signs = torch.randint(0, 2, (len(rows_NC), 1), generator=draws) * 2 - 1
+        signs = torch.randint(0, 2, (len(rows_NC), 1), generator=draws, device="cpu") * 2 - 1
         signed = rows_NC.detach().float() * sent(signs, rows_NC.device)
         if some_empty:
             empty = signed.eq(0).all(1).sum()
@@ -59,7 +60,7 @@ class Sketch:
         while start < len(signed):
             place = self.num_rows % self.size
             if place == 0:
-                self._order = torch.randperm(self.size, generator=draws)
+                self._order = torch.randperm(self.size, generator=draws, device="cpu")
             stop = min(len(signed), start + self.size - place)
             buckets = sent(self._order[place : place + stop - start], self._kept.device)
             self._kept.index_add_(0, buckets, signed[start:stop].to(self._kept.device))
@@ -95,7 +96,7 @@ class Sketch:
             raise ShapeError(f"Sketch: state of {tuple(kept.shape)}, expected {tuple(self._kept.shape)}.")
         self.num_rows = num_rows
         empty = int(state.get("empty", 0))
-        self._empty = torch.tensor(empty, device=self._kept.device) if empty else None
+        self._empty = torch.tensor(empty, device=self._kept.device, dtype=torch.int64) if empty else None
         if num_rows:
             self._kept = kept.to(self._kept.device, copy=True)
         self._order = state["order"].cpu().clone()

@@ -63,7 +63,7 @@ class _Share:
             self._count = len(self._kept[0])
 
     def _thinned(self, rows: Tensor, rate: float) -> Tensor:
-        chosen = torch.rand(rows.shape[0], generator=self._picks) < rate
+        chosen = torch.rand(rows.shape[0], generator=self._picks, dtype=torch.float32, device="cpu") < rate
         return rows[sent(torch.from_numpy(np.flatnonzero(chosen.numpy())), rows.device)]
 
     def taken(self) -> Tensor | None:
@@ -73,7 +73,7 @@ class _Share:
         rows = torch.cat(self._kept)
         if len(rows) <= self._wanted:
             return rows
-        return rows[sent(torch.randperm(len(rows), generator=self._picks)[: self._wanted], rows.device)]
+        return rows[sent(torch.randperm(len(rows), generator=self._picks, device="cpu")[: self._wanted], rows.device)]
 
 
 class Replayed:
@@ -191,7 +191,8 @@ class Replayed:
         """Run the kept passes again. A model that cannot be run again is told of, once; its sites stay unobserved."""
         pending, self._pending, self._elements = self._pending, [], 0
         if self._ranks is not None and self.wants:
-            pending = pending[: int(self._ranks.range_of(torch.tensor([len(pending)]))[0])]
+            own = torch.tensor([len(pending)], dtype=torch.int64, device="cpu")
+            pending = pending[: int(self._ranks.range_of(own)[0])]
         for args, kwargs, rows in pending:
             if not self.wants or self._replay is None:
                 return

@@ -176,7 +176,7 @@ class Watch:
         taps = self.columns.shape[1]
         total = rows.shape[0] * taps
         if share is not None and total > share:
-            chosen = sent(torch.randint(0, total, (share,), generator=picks), rows.device)
+            chosen = sent(torch.randint(0, total, (share,), generator=picks, device="cpu"), rows.device)
             taken = rows.index_select(0, chosen // taps)
             return taken if self._all else taken.gather(1, self.columns.T[chosen % taps])
         if self._all:

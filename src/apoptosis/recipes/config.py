@@ -120,7 +120,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise ArgumentError(f"--device: '{name}' is not there ({why}).") from error

@@ -314,7 +314,7 @@ class Trainer:
     def _begin_epoch(self, epoch: int, first: int) -> Tensor:
         """Set the random state of this place in the run; return the epoch's rows, (steps, batch)."""
         seed = 2 * (self.config.seed * 100_003 + epoch)
-        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed), device="cpu")
         begin_dropout(self.group, self.device, seed + 1, first, self._rng)
         if not first:
             self._loss_sum = torch.zeros_like(self._loss_sum)

@@ -136,7 +136,8 @@ class ShrunkMultiheadAttention(nn.MultiheadAttention):
             raise RuntimeError("Nested tensors are supported in self-attention without masks alone.")
         lengths = [part.shape[0] for part in query.unbind()]
         x = query.to_padded_tensor(0.0)
-        padding = torch.arange(x.shape[1], device=x.device)[None] >= torch.tensor(lengths, device=x.device)[:, None]
+        ends = torch.tensor(lengths, device=x.device, dtype=torch.int64)
+        padding = torch.arange(x.shape[1], device=x.device)[None] >= ends[:, None]
         x = x if self.batch_first else x.transpose(0, 1)
         out, weights = self.forward(x, x, x, padding, need_weights, None, average_attn_weights)
         out = out if self.batch_first else out.transpose(0, 1)
@@ -246,7 +247,7 @@ def _kept_rows(
         left = _parts(keep.get("in_proj_weight", {}).get(0), sizes)
     else:
         left = [
-            torch.arange(size) if 0 not in keep.get(name, {}) else keep[name][0].cpu()
+            torch.arange(size, device="cpu") if 0 not in keep.get(name, {}) else keep[name][0].cpu()
             for name, size in zip(_PROJECTIONS, sizes, strict=True)
         ]
     if module._parameters["in_proj_bias"] is not None:
@@ -257,7 +258,7 @@ def _kept_rows(
 
 
 def _parts(keep: Tensor | None, sizes: tuple[int, int, int]) -> list[Tensor]:
-    rows = torch.arange(sum(sizes)) if keep is None else keep.cpu()
+    rows = torch.arange(sum(sizes), device="cpu") if keep is None else keep.cpu()
     starts = (0, sizes[0], sizes[0] + sizes[1])
     return [rows[(rows >= start) & (rows < start + size)] - start for start, size in zip(starts, sizes, strict=True)]
 

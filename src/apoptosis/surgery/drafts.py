@@ -134,7 +134,7 @@ def _merge_matrix(
     size: int, keep: Tensor, parts: Sequence[tuple[IntArray, Tensor, Tensor]], taken_over: Sequence[IntArray]
 ) -> Tensor:
     """Chain rule of the kept positions. Rows that are folded as a consumer's columns are keep their own gradient."""
-    matrix = torch.eye(size, dtype=torch.float64)
+    matrix = torch.eye(size, dtype=torch.float64, device="cpu")
     taken = np.concatenate([positions.reshape(-1) for positions in taken_over]) if taken_over else None
     for positions, kept, merge in parts:
         for position in positions.T:

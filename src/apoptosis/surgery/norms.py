@@ -33,7 +33,7 @@ from apoptosis.surgery.drafts import Draft, check_positions, first_name
 
 def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:
     """Whether only channels that are always zero go, of a norm that can then stay what it is."""
-    gone = torch.ones(reduction.mix.shape[1], dtype=torch.bool)
+    gone = torch.ones(reduction.mix.shape[1], dtype=torch.bool, device="cpu")
     gone[keep.cpu()] = False
     moved = bool(reduction.mix.cpu()[:, gone].any()) or (reduction.offset is not None and bool(reduction.offset.any()))
     if site.norm_way == "plain" and moved:

@@ -117,7 +117,7 @@ def load_sharded(
     bare_model, (group, ranks) = bare(model), _together(model)
     at_rest(bare_model)
     known = ranks.each(lambda: _metadata(target))
-    text = torch.empty(known[_MANIFEST].size, dtype=torch.uint8)
+    text = torch.empty(known[_MANIFEST].size, dtype=torch.uint8, device="cpu")
     _call("loaded", target, "load", {_MANIFEST: text}, target, group)
 
     def targets() -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -202,7 +202,7 @@ def _room(name: str, entry: Any, parameters: Mapping[str, Tensor]) -> Tensor:
     like: Any = parameters.get(own)
     dtype, size = entry.properties.dtype, tuple(entry.size)
     if like is None or not is_sharded(like) or len(size) != like.ndim:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
     from torch.distributed.tensor import empty
 
     found: Tensor = empty(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)

@@ -34,7 +34,7 @@ def load_digits() -> tuple[Part, Part]:
     bunch = bundled()
     images = torch.from_numpy(bunch.images).to(torch.float32)[:, None]
     labels = torch.from_numpy(bunch.target).to(torch.int64)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED), device="cpu")
     part = Part(inputs=images[order], labels=labels[order])
     num_test = round(len(part) * TEST_SHARE)
     return part.rows(0, len(part) - num_test), part.rows(len(part) - num_test, len(part))
@@ -51,7 +51,7 @@ def enlarge(part: Part, num_rows: int, seed: int = SPLIT_SEED) -> Part:
     if num_rows <= len(part):
         return part.rows(0, num_rows)
     generator = torch.Generator().manual_seed(seed)
-    source = torch.arange(num_rows - len(part)) % len(part)
+    source = torch.arange(num_rows - len(part), device="cpu") % len(part)
     moved = move(part.inputs[source], generator)
     return Part(inputs=torch.cat([part.inputs, moved]), labels=torch.cat([part.labels, part.labels[source]]))
 
@@ -64,8 +64,8 @@ def move(images: Tensor, generator: torch.Generator) -> Tensor:
         generator: decides angles (uniform, +-15 degrees) and shifts (uniform, +-1 pixel).
     """
     rows, _, height, width = images.shape
-    angle = (torch.rand(rows, generator=generator) * 2 - 1) * MAX_ANGLE
-    shift = (torch.rand(rows, 2, generator=generator) * 2 - 1) * MAX_SHIFT
+    angle = (torch.rand(rows, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * MAX_ANGLE
+    shift = (torch.rand(rows, 2, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * MAX_SHIFT
     cos, sin = angle.cos(), angle.sin()
     # affine_grid's coordinates span 2 over the image, hence 2 / size per pixel.
     theta = torch.stack(

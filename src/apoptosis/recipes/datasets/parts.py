@@ -94,7 +94,7 @@ def standardised(train: Part, *others: Part, dims: tuple[int, ...]) -> tuple[Par
 
     Returns: the parts in the order given. A constant feature keeps scale 1.
     """
-    total = square = torch.zeros((), dtype=torch.float64)
+    total = square = torch.zeros((), dtype=torch.float64, device="cpu")
     count = 0
     for start in range(0, len(train), _CHUNK_ROWS):
         chunk = train.inputs[start : start + _CHUNK_ROWS].to(torch.float64)
