@@ -42,6 +42,7 @@ FLOORS = {
     "planner": 4,
     "verdict": 4,
     "operate": 5,
+    "rehearsal": 6,
     "told": 6,
     "state": 6,
     "attempt": 7,

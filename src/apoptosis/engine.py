@@ -26,12 +26,21 @@ from apoptosis.history import warn_at_end, warn_if_few
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
-from apoptosis.operate import Patient, exclude_pins, refreshed, timed_capture, warn_if_fixed, with_pins
+from apoptosis.operate import (
+    Patient,
+    exclude_pins,
+    refreshed,
+    timed_capture,
+    warn_if_fixed,
+    with_known,
+    without_pins,
+)
 from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
 from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
 from apoptosis.ranks import ranks_of
 from apoptosis.records import Group, NormWidths, Pin, Structure
+from apoptosis.rehearsal import rehearse
 from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, idle, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
@@ -111,8 +120,9 @@ class Apoptosis:
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         structure, seconds = timed_capture(self._patient)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
-        warn_if_fixed(structure, type(model).__name__)
-        self._structure = with_pins(structure, exclude_pins(structure, patterns))
+        left_out = exclude_pins(structure, patterns)
+        self._structure = rehearse(self._patient, structure, left_out, align)
+        warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
         self._has_classes = has_classes(model, self._patient.call, logits)
         if self._verdict.probe is not None:
             check_runs(model, self._verdict.probe, logits)
@@ -239,7 +249,8 @@ class Apoptosis:
             raise
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        ranks, structure = self._patient.ranks, self._patient.capture()
+        ranks = self._patient.ranks
+        structure = with_known(self._patient, self._structure, self._patient.capture())
         check_fits(state, {g.name: g.num_channels for g in structure.groups})
         check_followers(self._patient.followers, self._patient.model)
         try:

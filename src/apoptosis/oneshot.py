@@ -20,10 +20,11 @@ from apoptosis.errors import ArgumentError
 from apoptosis.graph import replay
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer, in_both
-from apoptosis.operate import Outcome, Patient, exclude_pins, operate, with_pins
+from apoptosis.operate import Outcome, Patient, exclude_pins, new_pins, operate, with_pins
 from apoptosis.planner import Observations, Plan, Request, make_plan
 from apoptosis.probe import Probe, as_call, check_runs, make_probe, num_rows, without_trace
 from apoptosis.records import Certificate, NormWidths, Pin, Structure
+from apoptosis.rehearsal import rehearse
 from apoptosis.surgery import check_optimizers
 from apoptosis.told import make_event, size_of
 from apoptosis.unwrap import check_alone
@@ -91,14 +92,14 @@ def shrink_(
     verdict = Verdict(
         None, None if probe is None else make_probe(probe, example_input), sanity=sanity_limit(model, tolerance)
     )
-    structure = patient.capture()
+    captured = patient.capture()
     if verdict.probe is not None:
         check_runs(model, verdict.probe)
-    structure = with_pins(structure, exclude_pins(structure, check_exclude(exclude)))
+    structure = rehearse(patient, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
     modes = 2 if tolerance == 0 and optimizers and _has_modes(model) else 1
     observer, observations = _observe(model, structure, example_input, batches, tolerance == 0, modes, seed)
     before = size_of(patient, structure)
-    notes, used = list[str](), given
+    notes, used = [str(pin) for pin in new_pins(with_pins(captured, left_out), structure)], given
     for _ in range(_TRIES if used > 0.0 else 1 + len(structure.groups)):
         request = Request(criterion=chosen, tolerance=used, align=align, max_drop=1.0, seed=seed)
         plan = make_plan(model, structure, observations, request)
@@ -108,7 +109,7 @@ def shrink_(
         notes.append(f"rolled back at tolerance {used:g}: {outcome.refused}")
         stay = _at_fault(patient, structure, plan, verdict, observer) if used == 0.0 else {}  # nothing is half of 0
         structure, used = with_pins(outcome.structure, stay), used / 2
-    pinned = [str(g.pin) for g in structure.groups if g.pin is not None]
+    pinned = [text for g in structure.groups if g.pin is not None and (text := str(g.pin)) not in notes]
     notes += plan.notes if outcome.committed else [outcome.refused, *plan.notes, *pinned]
     return make_event(
         step=0,

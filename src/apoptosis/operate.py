@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -27,14 +27,16 @@ from apoptosis.errors import (
     StructureChangedError,
 )
 from apoptosis.graph import analyse, verify_up_to_scale
+from apoptosis.graph.counts import with_follows
 from apoptosis.graph.factors import LEFT_OUT
-from apoptosis.graph.failures import after_failure
+from apoptosis.graph.failures import after_failure, without_hint
 from apoptosis.passes import forget_compiled
 from apoptosis.probe import CHUNK, Change, Probe, ReadLogits, compare, outputs, together
 from apoptosis.ranks import Ranks
 from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.sharded import at_rest, has_shards, renew
 from apoptosis.surgery import Transaction, build_edits, norm_edits, rebuild_buckets
+from apoptosis.surgery.numbers import value_of
 from apoptosis.unwrap import rebuild
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
@@ -95,7 +97,13 @@ def refreshed(patient: Patient, structure: Structure) -> Structure:
     now = dict(patient.model.named_parameters(remove_duplicate=False))
     if all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items()):
         return structure
-    return _keep_pins(structure, patient.capture())
+    return with_known(patient, structure, patient.capture())
+
+
+def with_known(patient: Patient, old: Structure, new: Structure) -> Structure:
+    """Return a new structure with what is known from before: pins set from outside, numbers that follow widths."""
+    kept = with_pins(new, {g.name: g.pin for g in old.groups if g.pin is not None})
+    return with_follows(kept, old.follows, {follow: value_of(patient.model, follow) for follow in old.follows})
 
 
 def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
@@ -106,6 +114,19 @@ def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
         replace(group, pin=pins[group.name]) if group.name in pins and group.pin is None else group
         for group in structure.groups
     )
+    return replace(structure, groups=groups)
+
+
+def new_pins(before: Structure, after: Structure) -> tuple[Pin, ...]:
+    """Return the pins of groups that were open before."""
+    open_groups = {group.name for group in before.groups if group.pin is None}
+    return tuple(group.pin for group in after.groups if group.pin is not None and group.name in open_groups)
+
+
+def without_pins(structure: Structure, before: Structure, names: Iterable[str]) -> Structure:
+    """Return the structure with the pins of these groups as they were before."""
+    old = {group.name: group.pin for group in before.groups if group.name in set(names)}
+    groups = tuple(replace(g, pin=old[g.name]) if g.name in old else g for g in structure.groups)
     return replace(structure, groups=groups)
 
 
@@ -171,22 +192,22 @@ def operate(
                     continue
             guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
             for name, reason in guilty.items():
-                pins[name] = _pin(structure, name, reason)
+                pins[name] = broken_pin(structure, name, reason)
             todo = [r for r in todo if r.group not in pins]
     except BaseException as error:
         if patient.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
-            _set_up_again(patient)
+            set_up_again(patient)
         raise
     if outcome is None:
         broken = "no group can be edited: " + "; ".join(str(p) for p in pins.values())
         refused = broken if pins else "nothing to remove"
         outcome = Outcome(committed=False, structure=structure, change=None, refused=refused)
     if not outcome.committed:
-        _set_up_again(patient)
+        set_up_again(patient)
     return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
 
 
-def _set_up_again(patient: Patient) -> None:
+def set_up_again(patient: Patient) -> None:
     """Let wrappers and sharded optimizers take the tensors as they are now.
 
     After a rollback, too: a tensor given back its storage has lost DistributedDataParallel's listener.
@@ -233,9 +254,11 @@ def _attempt(
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
         patient.ranks.same_parameters("after an event", patient.model)
         transaction.commit()
-    _set_up_again(patient)
+    set_up_again(patient)
     forget_compiled()
-    return Outcome(committed=True, structure=_keep_pins(structure, new), change=change, done=tuple(reductions)), ""
+    return Outcome(
+        committed=True, structure=with_known(patient, structure, new), change=change, done=tuple(reductions)
+    ), ""
 
 
 def _measured(patient: Patient, probe: Probe, before: list[Any], after: list[Any]) -> Change:
@@ -314,12 +337,8 @@ def _guilty(
     return {name: reason for own in patient.ranks.gathered(found) for name, reason in own.items()}
 
 
-def _pin(structure: Structure, name: str, reason: str) -> Pin:
+def broken_pin(structure: Structure, name: str, reason: str) -> Pin:
+    """Return the pin of a group without some of whose channels the model computes something else, or nothing."""
     num = next(g.num_channels for g in structure.groups if g.name == name)
-    text = f"removing channels broke the forward pass: {reason.rstrip('.')}"
+    text = f"removing channels broke the forward pass: {without_hint(reason).rstrip('.')}"
     return Pin(group=name, num_channels=num, reason=text, remedy=after_failure(reason))
-
-
-def _keep_pins(old: Structure, new: Structure) -> Structure:
-    """Pins that were set from outside (excluded, broken before) survive a new capture."""
-    return with_pins(new, {g.name: g.pin for g in old.groups if g.pin is not None})

@@ -207,6 +207,53 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Count:
+    """A number of places along an axis of channels that an operator was given: a size of a view, an end of a slice.
+
+    modules: those that were running, the innermost first. classes: (number, further): the channel classes at each of
+    the places that it counts. where: "file.py:line". After an event it has to be the number of places at which a
+    channel is left.
+    """
+
+    modules: tuple[str, ...]
+    number: int
+    classes: IntArray
+    where: str = ""
+
+    def is_of(self, follow: Follow, value: int) -> bool:
+        """Whether the operator was given this number of a module, which is `value` now."""
+        return self.where in follow.places and self.number == value and follow.module in self.modules
+
+    def without(self, removed: IntArray) -> int:
+        """Return at how many of the places a channel is left when these classes go."""
+        return places_left(self.classes, removed)
+
+
+def places_left(classes: IntArray, removed: IntArray) -> int:
+    """Return at how many places, the rows of `classes`, a channel is left.
+
+    Example:
+        >>> places_left(np.array([[3], [4], [5]]), np.array([4]))
+        2
+    """
+    return int((~np.isin(classes, removed)).any(axis=1).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Follow:
+    """A plain number of a module that has to follow a width: an int attribute, or the entry `index` of a sequence.
+
+    places: lines at which operators are given the number (Count.where); groups: whose width it is elsewhere.
+    """
+
+    module: str
+    attribute: str
+    index: int | None = None
+    places: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Structure:
     """What one capture of the model found.
 
@@ -216,6 +263,7 @@ class Structure:
     compares. pinned_classes: the numbers that are pinned. scalars: per mode, the plain numbers that the arithmetic of
     the forward pass used, call by call. multiples: per mode, what is read times such numbers: (what, (call, place,
     power) each). scalable: per product of activations, the (tensor, dim, positions) that scale its sums alone.
+    counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
     """
 
     groups: tuple[Group, ...]
@@ -230,6 +278,8 @@ class Structure:
     worked: Mapping[str, tuple[Worked, ...]] = field(default_factory=dict)
     multiples: Mapping[str, tuple[tuple[str, tuple[tuple[int, int, float], ...]], ...]] = field(default_factory=dict)
     scalable: Mapping[str, tuple[tuple[str, int, IntArray], ...]] = field(default_factory=dict)
+    counts: tuple[Count, ...] = ()
+    follows: tuple[Follow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

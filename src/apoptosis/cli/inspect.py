@@ -28,10 +28,12 @@ from apoptosis.cli.options import JsonFile, integers
 from apoptosis.cli.voice import works_alone
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
+from apoptosis.operate import Patient
 from apoptosis.probe import as_call, num_rows
 from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.networks import num_parameters
 from apoptosis.records import Structure
+from apoptosis.rehearsal import rehearse
 from apoptosis.unwrap import unwrap
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,7 +74,9 @@ def inspect(
                 f"'{model}' gives no example input: give --input-shape, or return (model, example_input)."
             )
         network, args, named = place(unwrap(network).model, as_call(example))
-        structure = analyse(network, args, named)
+        structure = rehearse(
+            Patient(model=network, optimizers=(), call=(args, named)), analyse(network, args, named), {}
+        )
     record = describe(structure, network, max(1, num_rows((args, named))))
     if json_file is not None:
         write_json(json_file, {"model": model, "input_shape": list(input_shape or ()), "device": device, **record})

@@ -24,7 +24,7 @@ from apoptosis.criteria.views import (
     selection,
     statistics,
 )
-from apoptosis.records import Reduction, SiteReduction
+from apoptosis.records import Group, Reduction, SiteReduction
 
 
 def balanced(order: Tensor, rows: int) -> Tensor:
@@ -91,7 +91,7 @@ def allowed(view: GroupView, reduction: Reduction) -> Reduction:
     return replace(reduction, sites=sites, merge=reduction.merge if whole else None)
 
 
-def step_between(view: GroupView, align: int) -> int:
+def step_between(view: GroupView | Group, align: int) -> int:
     """Return the step between numbers kept: a multiple of align and of the rows.
 
     Where rows leave no such number below that of all channels, align gives way to its largest divisor that has one:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
 from apoptosis.graph.classes import close
+from apoptosis.graph.counts import counts
 from apoptosis.graph.extents import same_extent
 from apoptosis.graph.factors import scalable
 from apoptosis.graph.findings import Findings
@@ -96,6 +97,7 @@ def analyse(
         worked=partial_work(findings, groups, classes.labels, labels),
         multiples={mode: tuple(found) for mode, found in findings.multiples.items()},
         scalable=scalable(findings, classes),
+        counts=counts(findings, classes),
     )
 
 

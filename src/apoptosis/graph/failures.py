@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -40,6 +41,7 @@ _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
       "normalized_shape", "invalid for input of size", "index out of range", "sizes of tensors must match"),
      "example_input must have the shape the model trains on"),
 )  # fmt: skip
+_INTRODUCTION = re.compile(r"^\w+ fails on example_input in \w+ mode, ?")
 
 
 def failure(error: BaseException, model: nn.Module, mode: str, operator_code: CodeType) -> str:
@@ -69,6 +71,19 @@ def failure(error: BaseException, model: nn.Module, mode: str, operator_code: Co
     return f"{type(model).__name__} fails on example_input in {mode} mode{place}: {_message(error, model)}"
 
 
+def without_hint(reason: str) -> str:
+    """Return what `failure` says without what it says of the example input, which is not to blame after an edit.
+
+    Example:
+        >>> without_hint("Net fails on example_input in training mode, at operator aten.view: RuntimeError: no")
+        'at operator aten.view: RuntimeError: no'
+    """
+    for _, hint in _HINTS:
+        reason = reason.replace(f"; {hint}", "")
+    left = _INTRODUCTION.sub("", reason)
+    return f"in forward {left[1:]}" if left.startswith(" (") else left
+
+
 def after_failure(reason: str) -> str:
     """Say what to do about an edit after which the forward pass failed.
 
@@ -81,8 +96,8 @@ def after_failure(reason: str) -> str:
         return "The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=."
     if "aten.split" in text:
         return (
-            "If stored integers of the module say where it splits, name them with register_attributes(); or leave the "
-            "group out with exclude=."
+            "Split by a size of a tensor, chunk(), or an int attribute of the module; name one that is a multiple of a "
+            "width with register_attributes(); or leave the group out with exclude=."
         )
     return "Look for a literal width or index in the model's forward, or leave the group out with exclude=."
 

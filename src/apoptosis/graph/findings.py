@@ -104,6 +104,7 @@ class Findings:
     distinct: by address, an array of ids and the different ones of it. ran: the modules that were called; fed:
     those that had any rows. compensated: channels under norms may go, and norms are sites. lumps: (a slot of what goes
     as a whole, why).
+    counts: by (modules, line, number, slots), the numbers of places that operators were given, with their slots.
     extents: by token of what is of one size, without channels and all alike along that axis, the slots that it meets.
     """
 
@@ -121,6 +122,7 @@ class Findings:
     products: dict[str, Product] = field(default_factory=dict)
     grids: list[Grid] = field(default_factory=list)
     grid_keys: set[tuple[str, bytes]] = field(default_factory=set)
+    counts: dict[tuple[tuple[str, ...], str, int, bytes], IntArray] = field(default_factory=dict)
     heads: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
     uses: list[tuple[IntArray, str]] = field(default_factory=list)
     bias_of: dict[Axis, set[str]] = field(default_factory=lambda: defaultdict(set))

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from apoptosis.graph.counts import note_count
 from apoptosis.graph.slots import View
 from apoptosis.graph.tracer import Call
 from apoptosis.graph.values import Value, align, nothing, varying
@@ -73,6 +74,7 @@ def _note_extents(call: Call, tensor: Tensor, value: Value, ids: IntArray) -> No
     for axis, token in _even(call, tensor, ids.ndim, value).items():
         if token is not None and ids.ndim + axis in (axes if fresh else axes[-1:]):
             call.tracer.findings.extents[token].append(np.unique(ids[ids != 0]))
+            note_count(call, ids, ids.ndim + axis, ids.shape[axis])
 
 
 def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple[Tensor, Value]] = ()) -> Value:

@@ -40,6 +40,7 @@ _TIED = "Give each use a parameter of its own."
 # Part of a reason -> what would unpin; the first that fits counts.
 _USUAL = (
     ("reads part of the rows", _WHOLE),
+    ("they share the width that", "Give each of these widths a number of its own, or read it off a tensor's shape."),
     ("network's output", "A layer behind it would free it; what the model need not return (caches) it should not."),
     ("the model returns it", "Return what is computed from it instead."),
     ("no consumer site reads", "Let a layer read these channels, or delete the layer that makes them."),

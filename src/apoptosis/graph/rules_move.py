@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apoptosis.graph.counts import note_axes, note_count
 from apoptosis.graph.granularity import note_parts, note_split
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_norm import held
@@ -69,6 +70,7 @@ def _reshape(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     new = reshape(ids, tensor.shape, call.outs[0].shape)
     if call.name not in ("squeeze", "unsqueeze"):
         note_split(call, ids, tensor.shape, new, call.outs[0].shape)
+        note_axes(call, new, call.arg(1, "size", ()))
     return new
 
 
@@ -107,6 +109,9 @@ def _slice(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     if ids.shape[dim] == 1:
         return ids
     start, end, step = call.arg(2, "start"), call.arg(3, "end"), int(call.arg(4, "step", 1))
+    for place in (start, end):
+        if isinstance(place, int) and place:
+            note_count(call, ids, dim, place if place > 0 else ids.shape[dim] + place)
     return collapse(ids[(slice(None),) * dim + (slice(start, end, step),)])
 
 
@@ -121,7 +126,10 @@ def _split(call: Call) -> Result:
     if len(set(sizes)) == 1:
         note_parts(call, value.ids, dim, len(sizes))
     ends = np.cumsum(sizes)[:-1]
-    return [value.moved(collapse(part)) for part in np.split(value.ids, ends.tolist(), axis=dim)]
+    parts = np.split(value.ids, ends.tolist(), axis=dim)
+    for part in parts:
+        note_count(call, part, dim, part.shape[dim])
+    return [value.moved(collapse(part)) for part in parts]
 
 
 def _unbind(call: Call) -> Result:

@@ -169,6 +169,16 @@ class Tracer:
         return self._stack[-1][0] if self._stack else ""
 
     @property
+    def running(self) -> tuple[str, ...]:
+        """Qualified names of all running modules, the innermost first."""
+        return tuple(name for name, *_ in reversed(self._stack)) or ("",)
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody only looks at what sites read in this pass."""
+        return self._watch is not None
+
+    @property
     def module(self) -> nn.Module | None:
         """The innermost running module."""
         return self._stack[-1][1] if self._stack else None

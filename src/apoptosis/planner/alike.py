@@ -52,7 +52,7 @@ def positions_per_channel(group: Group) -> int:
     return gcd(*counts) if counts else 1
 
 
-def steps(groups: Sequence[Group], views: Sequence[GroupView], align: int) -> list[int]:
+def steps(groups: Sequence[Group], views: Sequence[GroupView | Group], align: int) -> list[int]:
     """Return for every group the step between numbers kept, so that the same share of all of them can be kept.
 
     Widths are multiples of `align` in positions of the tensors, of the rows, and of what the other groups need; where

@@ -1,6 +1,6 @@
 """Surgery: the only room that changes the user's objects."""
 
-from apoptosis.surgery.attributes import register_attributes
+from apoptosis.surgery.attributes import check_registered, register_attributes
 from apoptosis.surgery.checkpoint import load, save
 from apoptosis.surgery.edits import build_edits
 from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
@@ -16,6 +16,7 @@ __all__ = [
     "build_edits",
     "check_followers",
     "check_optimizers",
+    "check_registered",
     "check_together",
     "inside",
     "load",

@@ -18,6 +18,7 @@ from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.records import TensorEdit
 from apoptosis.surgery.attention import attention_attributes
 from apoptosis.surgery.norms import norm_attributes
+from apoptosis.surgery.numbers import followed_numbers
 from apoptosis.surgery.splits import unflattened_of, vocabulary_of
 
 # module type, tensor, dim, attribute, whether the attribute counts all convolution groups while the dim counts one.
@@ -84,8 +85,9 @@ def register_attributes(module_type: type[nn.Module], rows: Iterable[tuple[str, 
 
     Args:
         module_type: applies to the type and its subclasses, in place of the rows of its parents: name those too.
-        rows: (tensor, dim, attribute): name of a parameter or buffer of the module itself, its dim, and the attribute,
-            which holds an int, or a tuple of ints of which entry `dim` follows.
+        rows: (tensor, dim, attribute): name of a parameter or buffer of the module ("scale") or of one inside it
+            ("conv.weight"), its dim, and the attribute, which holds an int, or a tuple of ints of which entry `dim`
+            follows. `Apoptosis` and `shrink_` refuse a name that is no tensor of a module of this type.
 
     Raises: ArgumentError: no module type, a malformed row, no row, or a type that has rows already.
 
@@ -131,6 +133,40 @@ def rows_of(module: nn.Module) -> tuple[Row, ...]:
     return rows_of_type(type(module))
 
 
+def tensors_with_rows(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module, and those of the modules inside it that its rows name."""
+    own = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+    inside = {row.tensor: _find(module, row.tensor) for row in rows_of(module) if "." in row.tensor}
+    return own | {name: tensor for name, tensor in inside.items() if tensor is not None}
+
+
+def _find(module: nn.Module, path: str) -> Tensor | None:
+    """Return a tensor by its path. Raises: AttributeError: there is none, or it is no parameter or buffer."""
+    where, _, leaf = path.rpartition(".")
+    inner = module.get_submodule(where)
+    held = inner._parameters if leaf in inner._parameters else inner._buffers
+    if leaf not in held:
+        raise AttributeError(f"'{leaf}' is no parameter or buffer")
+    return held[leaf]
+
+
+def check_registered(model: nn.Module) -> None:
+    """Refuse rows of the user's that name a tensor or an attribute which a module of their type does not have.
+
+    Raises: ArgumentError: with the module and the row.
+    """
+    for name, module in model.named_modules():
+        kind = next((cls for cls in type(module).__mro__ if cls in _REGISTERED), None)
+        for row in _REGISTERED[kind] if kind is not None else ():
+            who = f"register_attributes({type(module).__qualname__})"
+            try:
+                _find(module, row.tensor)
+            except AttributeError as error:
+                raise ArgumentError(f"{who}: '{name}' has no parameter or buffer '{row.tensor}'.") from error
+            if not hasattr(module, row.attribute):
+                raise ArgumentError(f"{who}: '{name}' has no attribute '{row.attribute}'.")
+
+
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Read the attributes that follow tensor shapes: those of the table, groups, numbers of heads, sizes of a head.
 
@@ -141,7 +177,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     found = {row.attribute: getattr(module, row.attribute) for row in rows_of(module)}
     if (name := _groups_name(module)) is not None:
         found[name] = getattr(module, name)
-    found |= unflattened_of(module)
+    found |= unflattened_of(module) | followed_numbers(module)
     return {**found, **vocabulary_of(module), **attention_attributes(module), **norm_attributes(module)}
 
 

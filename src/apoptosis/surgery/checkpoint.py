@@ -24,6 +24,7 @@ from apoptosis.surgery.checkpoint_tensors import PREFIX, check_tensors, non_pers
 from apoptosis.surgery.container import read_file, write_file
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.norms import shrunk_norm
+from apoptosis.surgery.numbers import stored_numbers
 from apoptosis.surgery.optimizer_state import LoadedOptimizer, pack_optimizer, unpack_optimizer
 from apoptosis.surgery.redundancy import rebuild_buckets
 from apoptosis.surgery.splits import VOCABULARY
@@ -233,7 +234,11 @@ def _check_attributes(model: nn.Module, stored: Mapping[str, Mapping[str, Any]])
         if module is not None and "__class__" in attributes:
             changes += _exchanged_class(name, module, attributes)
             continue
+        numbers = {} if module is None else stored_numbers(module, attributes)
+        changes += [(module, key, value) for key, value in numbers.items() if module is not None]
         for attribute, value in attributes.items():
+            if attribute in numbers:
+                continue
             if module is not None and attribute in VOCABULARY and attribute not in own:
                 continue  # set by a forward pass, which has not run here
             if module is None or attribute not in own or type(own[attribute]) is not type(value):

@@ -6,7 +6,9 @@ Does not live here: the values themselves (values.py, optimizers.py), measuring 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,9 +22,10 @@ from apoptosis.norms import NormEdit
 from apoptosis.records import Structure, TensorEdit
 from apoptosis.sharded import Whole, is_unit, part, whole
 from apoptosis.surgery.attention import attention_changes
-from apoptosis.surgery.attributes import attribute_changes, check_recurrence
+from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.norms import norm_changes
+from apoptosis.surgery.numbers import number_changes
 from apoptosis.surgery.optimizers import StateChange, check_optimizers, state_changes
 from apoptosis.surgery.splits import SplitChange, followed, split_changes
 from apoptosis.surgery.values import apply_edit, merge_like
@@ -100,8 +103,21 @@ class Transaction:
         by_name = {edit.tensor: edit for edit in edits}
         if len(by_name) < len(edits):
             raise ArgumentError("two edits of one tensor in one transaction.")
-        splits = {} if structure is None else split_changes(structure, edits)
-        self._write(by_name, splits, {edit.module: edit for edit in norms})
+        self._write(by_name, _around(self._targets[0], structure, edits, norms))
+
+    def rehearse(self, edits: Sequence[TensorEdit], structure: Structure, norms: Sequence[NormEdit]) -> None:
+        """Give tensors and attributes the sizes that `apply` would give them, to try a forward pass; then roll back.
+
+        Tensors keep their memory, of which they show a part: no number in them means anything, none is written, and
+        optimizers are left alone. Folds and whatever else makes numbers are passed over.
+
+        Raises: as `apply`.
+        """
+        if not self._open or len(self._journal):
+            raise ArgumentError("a transaction takes one set of edits; open another one.")
+        by_name = {edit.tensor: edit for edit in edits}
+        around = _around(self._targets[0], structure, edits, norms)
+        self._write(by_name, around, values=False)
 
     def rescale(self, edits: Sequence[TensorEdit]) -> None:
         """Multiply parts of tensors that `apply` has written, as `verify_up_to_scale` wants it.
@@ -116,17 +132,13 @@ class Transaction:
         by_name = {edit.tensor: edit for edit in edits}
         if not self._open or len(by_name) < len(edits) or any(e.keep or e.folds or e.offsets or e.merge for e in edits):
             raise ArgumentError("a transaction that is open is rescaled by one edit per tensor, of scales alone.")
-        self._write(by_name, {}, {})
+        self._write(by_name, _Around())
 
-    def _write(
-        self,
-        by_name: Mapping[str, TensorEdit],
-        splits: Mapping[str, Sequence[SplitChange]],
-        norms: Mapping[str, NormEdit],
-    ) -> None:
-        plans = _plan_targets(self._targets, by_name, splits, norms)
+    def _write(self, by_name: Mapping[str, TensorEdit], around: _Around, *, values: bool = True) -> None:
+        plans = _plan_targets(self._targets, by_name, around, values)
         parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
-        states = [change for o in self._optimizers for change in state_changes(o, parameters, by_name)]
+        optimizers = self._optimizers if values else ()
+        states = [change for o in optimizers for change in state_changes(o, parameters, by_name)]
         try:
             self._swap(plans, states)
         except BaseException:
@@ -157,6 +169,27 @@ class Transaction:
                     module.flatten_parameters()
         for change in states:
             self._journal.set_item(change.state, change.key, change.value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What attributes follow beside the tensors' shapes, by module: splits, norms, and numbers found to be widths."""
+
+    splits: Mapping[str, Sequence[SplitChange]] = field(default_factory=dict)
+    norms: Mapping[str, NormEdit] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _around(
+    model: nn.Module, structure: Structure | None, edits: Sequence[TensorEdit], norms: Sequence[NormEdit]
+) -> _Around:
+    if structure is None:
+        return _Around(norms={edit.module: edit for edit in norms})
+    return _Around(
+        splits=split_changes(structure, edits),
+        norms={edit.module: edit for edit in norms},
+        numbers=number_changes(model, structure, edits),
+    )
 
 
 class _Plan:
@@ -205,8 +238,8 @@ def _copy_of(follower: nn.Module) -> nn.Module:
 def _plan_targets(
     targets: Sequence[nn.Module],
     edits: Mapping[str, TensorEdit],
-    splits: Mapping[str, Sequence[SplitChange]],
-    norms: Mapping[str, NormEdit],
+    around: _Around,
+    values: bool,
 ) -> list[_Plan]:
     # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
     plans = []
@@ -221,32 +254,40 @@ def _plan_targets(
             if id(tensor) in edited:
                 raise ShapeError(f"tensor '{name}' is tied to another one, and both have an edit.")
             edited[id(tensor)] = edit
+            if not values:
+                plan.tensors.append((tensor, _part_of_memory(tensor, edit), None))
+                continue
             grad = tensor.grad if tensor.is_leaf else None
             new_grad = None if grad is None else part(merge_like(edit, whole(grad)), grad)
             plan.tensors.append((tensor, part(apply_edit(edit, whole(tensor), full), tensor), new_grad))
-        plan.attributes = _plan_attributes(target, edited, splits, norms)
+        plan.attributes = _plan_attributes(target, edited, around)
         plans.append(plan)
     return plans
 
 
+def _part_of_memory(tensor: Tensor, edit: TensorEdit) -> Tensor:
+    """Return a tensor of the size after an edit that lies in the memory of the one before."""
+    shape = [edit.keep[dim].numel() if dim in edit.keep else size for dim, size in enumerate(tensor.shape)]
+    stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return tensor.detach().as_strided(shape, stride)
+
+
 def _plan_attributes(
-    target: nn.Module,
-    edited: Mapping[int, TensorEdit],
-    splits: Mapping[str, Sequence[SplitChange]],
-    norms: Mapping[str, NormEdit],
+    target: nn.Module, edited: Mapping[int, TensorEdit], around: _Around
 ) -> list[tuple[nn.Module, str, Any]]:
     changes: list[tuple[nn.Module, str, Any]] = []
     for qualified, module in target.named_modules():
         merged: dict[str, Any] = {}
-        if qualified in splits:
-            merged.update(followed(module, splits[qualified]))
+        if qualified in around.splits:
+            merged.update(followed(module, around.splits[qualified]))
         merged.update(attention_changes(module, edited))
-        if qualified in norms:
-            merged.update(norm_changes(module, norms[qualified]))
+        if qualified in around.norms:
+            merged.update(norm_changes(module, around.norms[qualified]))
         check_recurrence(module, edited)
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and id(tensor) in edited:
+        for leaf, tensor in tensors_with_rows(module).items():
+            if id(tensor) in edited:
                 merged.update(attribute_changes(module, leaf, edited[id(tensor)].keep, tuple(tensor.shape)))
+        merged.update(around.numbers.get(qualified, {}))
         if "__class__" in merged and is_unit(module):
             raise ShapeError(f"module '{qualified}' gets another class, and fully_shard has wrapped it by itself.")
         changes.extend((module, name, value) for name, value in merged.items())

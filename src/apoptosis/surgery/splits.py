@@ -141,18 +141,23 @@ def _refitted(sizes: tuple[int, ...], change: SplitChange) -> tuple[int, ...] | 
     return tuple(size if i != at or size < 0 else size * part // whole for i, size in enumerate(sizes))
 
 
-def split_changes(structure: Structure, edits: Iterable[TensorEdit]) -> dict[str, tuple[SplitChange, ...]]:
-    """Say what the event makes of every grid, by module; modules none of whose grids change are left out.
-
-    Raises: ShapeError: a grid would lose more of one row than of another.
-    """
+def removed_classes(structure: Structure, edits: Iterable[TensorEdit]) -> IntArray:
+    """Return the channel classes that an event takes away, ascending."""
     gone = [np.zeros(0, dtype=np.int64)]
     for edit in edits:
         classes = structure.classes.get(edit.tensor, ())
         for dim, keep in edit.keep.items():
             if dim < len(classes):
                 gone.append(np.delete(classes[dim], keep.cpu().numpy()))
-    removed = np.unique(np.concatenate(gone))
+    return np.unique(np.concatenate(gone))
+
+
+def split_changes(structure: Structure, edits: Iterable[TensorEdit]) -> dict[str, tuple[SplitChange, ...]]:
+    """Say what the event makes of every grid, by module; modules none of whose grids change are left out.
+
+    Raises: ShapeError: a grid would lose more of one row than of another.
+    """
+    removed = removed_classes(structure, edits)
     found: dict[str, list[SplitChange]] = {}
     for split, stays in _grids(structure.splits, removed):
         left = stays.sum(1)
@@ -230,7 +235,7 @@ def _settled(module: nn.Module, name: str, value: int, votes: Sequence[tuple[int
     votes = [vote for vote in votes if vote[1].old[0] > 1] or votes  # a single row may be a row of anything
     news = {new for new, _ in votes}
     if len(news) > 1:
-        named = {new for new, change in votes if _names(module, change.where, name)}
+        named = {new for new, change in votes if reads_attribute(module, change.where, name)}
         news = named or news - {value}
     if len(news) > 1:
         wanted = " and ".join(str(new) for new in sorted(news))
@@ -238,7 +243,7 @@ def _settled(module: nn.Module, name: str, value: int, votes: Sequence[tuple[int
     return next(iter(news))
 
 
-def _names(module: nn.Module, where: str, attribute: str) -> bool:
+def reads_attribute(module: nn.Module, where: str, attribute: str) -> bool:
     """Whether the line of source at `where` reads that attribute of something."""
     file, _, line = where.rpartition(":")
     try:
