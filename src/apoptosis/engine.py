@@ -120,8 +120,7 @@ class Apoptosis:
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         structure, seconds = timed_capture(self._patient)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
-        left_out = exclude_pins(structure, patterns)
-        self._structure = rehearse(self._patient, structure, left_out, align)
+        self._structure = rehearse(self._patient, structure, left_out := exclude_pins(structure, patterns), align)
         warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
         self._has_classes = has_classes(model, self._patient.call, logits)
         if self._verdict.probe is not None:
