@@ -59,6 +59,25 @@ class Member:
     macs: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convolution:
+    """How an operator convolves, where no stock layer says it: the arguments of torch.convolution.
+
+    axes: for every axis of the operator's weight, the axis of the parameter that runs along it; -1: none, size 1.
+    padded: what pads the module's input before the operator reads it: (sizes as torch.nn.functional.pad takes them,
+        mode), one after the other.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+    axes: tuple[int, ...]
+    padded: tuple[tuple[tuple[int, ...], str], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Site:
     """A consumer site: what reads the group's channels linearly, y = W z + b.
@@ -77,8 +96,10 @@ class Site:
     dropout: p of a dropout that feeds the site with nothing but data movement between; 0.0 for none.
     macs: multiply-adds per forward pass of the example input that one channel costs here.
     functional: no module has the channels as its input, and no module's own weight is read whole (F.linear on a
-        parameter, a recurrence, packed projections): rows are seen by running the model again (graph.replay). Always
-        of kind "linear" or "product": weight.movedim(dim, -1) has out * (...) rows, each a plain linear map.
+        parameter, a recurrence, packed projections): rows are seen by running the model again (graph.replay). Of kind
+        "linear" or "product", weight.movedim(dim, -1) has out * (...) rows, each a plain linear map.
+    conv: how the operator convolves, where it is not a stock layer's forward pass that calls it; else None.
+    factors: plain numbers that weight and bias are multiplied by before the operator reads them.
     select: (dim, index) pairs: only this slice of the weight is read (one expert of a stack); () for all of it.
 
     A site of kind "product" is a sum over paired channels, y = sum over channels of left * right (queries times keys),
@@ -113,6 +134,8 @@ class Site:
     rescale: tuple[tuple[str, int, IntArray], ...] = ()
     per_sum: int = 0
     norm_way: NormWay = ""
+    conv: Convolution | None = None
+    factors: tuple[float, float] = (1.0, 1.0)
 
     @property
     def key(self) -> str:

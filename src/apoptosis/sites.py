@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apoptosis.records import IntArray, Site, SiteReduction
+from apoptosis.records import Convolution, IntArray, Site, SiteReduction
 
 Respond = Callable[[Tensor, Tensor], Tensor]  # (input map restricted to columns, weight restricted alike) -> output
 
@@ -24,15 +24,50 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 def read_weight(site: Site, weight: Tensor) -> Tensor:
     """Return the part of the weight that the site reads as (out, columns, *taps), in its own dtype.
 
-    Of a functional site: the selected slice, its axes but the contracted one taken together as outputs.
+    Of a functional site: the selected slice, its axes but the contracted one taken together as outputs. Of a
+    convolution that no stock layer calls: laid out as the operator reads it.
     """
     weight, dim = weight.detach(), site.dim
+    if site.factors[0] != 1.0:
+        weight = weight * site.factors[0]
+    if site.conv is not None:
+        return _laid_out(site.conv, weight).movedim(site.conv.axes.index(dim), 1)
     if not site.functional:
         return weight.movedim(dim, 1)
     for axis, index in sorted(site.select, reverse=True):
         weight = weight.select(axis, index)
     dim -= sum(axis < dim for axis, _ in site.select)
     return weight.movedim(dim, -1).reshape(-1, weight.shape[dim])
+
+
+def _laid_out(conv: Convolution, weight: Tensor) -> Tensor:
+    """Return a parameter as the weight that its operator reads."""
+    named = [axis for axis in conv.axes if axis >= 0]
+    rest = [axis for axis in range(weight.dim()) if axis not in named]  # of size 1
+    shape = [weight.shape[axis] if axis >= 0 else 1 for axis in conv.axes]
+    return weight.permute(*named, *rest).reshape(shape)
+
+
+def _convolve(conv: Convolution) -> Respond:
+    """Return a convolution without its bias, with what pads its input before."""
+
+    def respond(x: Tensor, weight: Tensor) -> Tensor:
+        for sizes, mode in conv.padded:
+            x = F.pad(x, sizes, mode=mode)
+        out: Tensor = torch.convolution(
+            x,
+            weight,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.transposed,
+            conv.output_padding,
+            conv.groups,
+        )
+        return out
+
+    return respond
 
 
 def sums_of(site: Site, rows: int) -> IntArray:
@@ -100,7 +135,7 @@ class SampledSite:
     """
 
     def __init__(self, site: Site, sample: Tensor, weight: Tensor, respond: Respond, num_blocks: int) -> None:
-        self._axis = sample.dim() - 1 if site.kind == "linear" else 1
+        self._axis = sample.dim() - 1 if site.kind == "linear" else 1  # channels of the sample
         self._respond = respond
         self._site = site
         self._blocks = num_blocks
@@ -157,10 +192,14 @@ class SampledSite:
 
 
 def sampled_site(module: nn.Module, site: Site, sample: Tensor, weight: Tensor) -> SampledSite:
-    """Measure a site on a sample of whole inputs with the module's own linear map, or a functional site's."""
+    """Measure a site on a sample of whole inputs with the module's own linear map, or that of its operator."""
+    if site.conv is not None:
+        own = _laid_out(site.conv, weight.detach() * site.factors[0])
+        at = replace(site, dim=site.conv.axes.index(site.dim))
+        return SampledSite(at, sample, own, _convolve(site.conv), site.conv.groups)
     if site.functional:
         return SampledSite(replace(site, dim=1), sample, read_weight(site, weight), F.linear, 1)
-    return SampledSite(site, sample, weight, make_respond(module, site), num_blocks(module))
+    return SampledSite(site, sample, weight * site.factors[0], make_respond(module, site), num_blocks(module))
 
 
 def num_blocks(module: nn.Module) -> int:

@@ -48,7 +48,8 @@ def close(findings: Findings) -> None:
 
 def own_readers(consumer: Consumer) -> set[str | None]:
     """Who may read a consumer's weight and bias without anybody else being concerned."""
-    return {consumer.module, f"@{consumer.module}"} if consumer.functional else {consumer.module}
+    called = consumer.functional or consumer.conv is not None
+    return {consumer.module, f"@{consumer.module}"} if called else {consumer.module}
 
 
 def classify(findings: Findings, *, spreads: bool = True) -> Classes:

@@ -24,14 +24,14 @@ def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> I
     return (columns[:, None, :] + blocks[None, :, None]).reshape(columns.shape[0], -1)
 
 
-def _norm_of(findings: Findings, module: str) -> str | None:
-    """Return the BatchNorm that alone reads a module's output, and reads nothing else."""
-    readers = findings.readers.get(module, set())
+def _norm_of(findings: Findings, source: str) -> str | None:
+    """Return the BatchNorm that alone reads the output of one source (Value.source), and reads nothing else."""
+    readers = findings.readers.get(source, set())
     if len(readers) != 1:
         return None
     norm = next(iter(readers))
     statistics = f"{norm}.running_mean"
-    if findings.normalised.get(norm) != {module} or statistics not in findings.slots.owners:
+    if findings.normalised.get(norm) != {source} or statistics not in findings.slots.owners:
         return None
     return norm if findings.reads[statistics] <= {norm} else None
 
@@ -53,11 +53,13 @@ def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
         num_columns=num_columns,
         taps=consumer.taps,
         zero_padded=consumer.zero_padded,
-        norm=None if consumer.functional else _norm_of(findings, str(consumer.module)),
+        norm=None if consumer.source is None else _norm_of(findings, consumer.source),
         dropout=consumer.dropout,
         macs=per_forward(consumer.macs) * columns.shape[1] / num_columns,
         functional=consumer.functional,
         select=consumer.select,
+        conv=consumer.conv,
+        factors=consumer.factors,
     )
 
 

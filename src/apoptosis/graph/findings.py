@@ -13,7 +13,7 @@ import numpy as np
 
 from apoptosis.graph.slots import Slots
 from apoptosis.graph.values import Axis, Multiple, Paths
-from apoptosis.records import IntArray, NormWay, ScalarOperands, SiteKind
+from apoptosis.records import Convolution, IntArray, NormWay, ScalarOperands, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class Consumer:
     """One weight axis that is contracted with channels by one module; gathered over calls and captures.
 
     module: None when nothing can be folded there (a pin says why). functional: the module is not a plain layer with
-    this weight. select: the one slice of the weight that is read. blocks: of a grouped convolution.
+    this weight. select: the one slice of the weight that is read. blocks: of a grouped convolution. conv: of one that
+    is no stock layer's. source: what the values that it makes are known by. factors: as in records.Site.
     inputs: what is known of the input at each call. macs: per capture mode.
     """
 
@@ -45,6 +46,9 @@ class Consumer:
     dropout: float = 0.0
     functional: bool = False
     select: tuple[tuple[int, int], ...] = ()
+    conv: Convolution | None = None
+    source: str | None = None
+    factors: tuple[float, float] = (1.0, 1.0)
     inputs: list[Paths] = field(default_factory=list)
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 

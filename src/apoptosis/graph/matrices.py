@@ -61,6 +61,28 @@ def as_matrix(view: View, axis_in: int, axis_out: int) -> Matrix | None:
     return None if dim_in == dim_out else Matrix(owner, dim_in, dim_out, columns, rows, select)
 
 
+def as_kernel(view: View) -> tuple[int, ...] | None:
+    """Return the parameter's axis along each axis of a convolution's weight, -1 where none runs along it.
+
+    None unless the whole parameter is read, every axis of it along one axis of the weight.
+    """
+    if view.whole:
+        return tuple(range(view.ndim))
+    if view.dims is None or view.looked_up:
+        return None
+    found = [-1] * view.ndim
+    for dim, (start, steps) in enumerate(view.dims):
+        size = view.owner.shape[dim]
+        if size == 1:
+            continue
+        axis, step = next(iter(steps.items()), (0, 0))
+        if start or len(steps) != 1 or step != 1 or view.shape[axis] != size or found[axis] >= 0:
+            return None
+        found[axis] = dim
+    wide = any(dim < 0 and size > 1 for dim, size in zip(found[1:], view.shape[1:], strict=True))  # expanded
+    return None if wide else tuple(found)
+
+
 @dataclass(slots=True)
 class Stack:
     """A parameter as several matrices side by side. rows: the slot of each place of what is put out.

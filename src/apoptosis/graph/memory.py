@@ -30,12 +30,13 @@ class _Block:
     values: dict[Geometry, Value] = field(default_factory=dict)
 
 
-def _geometry(tensor: Tensor) -> Geometry:
+def geometry(tensor: Tensor) -> Geometry:
+    """Return where in its memory a tensor lies, and how."""
     return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
 
 
-def _strided(flat: IntArray, geometry: Geometry) -> IntArray:
-    offset, shape, stride = geometry
+def _strided(flat: IntArray, at: Geometry) -> IntArray:
+    offset, shape, stride = at
     return np.lib.stride_tricks.as_strided(flat[offset:], shape, [8 * s for s in stride])
 
 
@@ -155,7 +156,7 @@ class Memory:
     def recorded(self, tensor: Tensor) -> Value | None:
         """Return the value on record for exactly this view, or None."""
         block = self._blocks.get(self._storage(tensor)[0])
-        return block.values.get(_geometry(tensor)) if block is not None else None
+        return block.values.get(geometry(tensor)) if block is not None else None
 
     def value(self, tensor: Tensor) -> Value:
         """Return what is known of a tensor that is no parameter."""
@@ -163,7 +164,7 @@ class Memory:
         block = self._blocks.get(key)
         if block is None:
             return nothing(tensor.dim(), "the network input" if key in self._inputs else "a constant")
-        found = block.values.get(_geometry(tensor))
+        found = block.values.get(geometry(tensor))
         if found is None and key in self._inputs and not any(value.live for value in block.values.values()):
             return nothing(tensor.dim(), "the network input")
         if found is None:
@@ -180,7 +181,7 @@ class Memory:
         block = self._blocks.get(key)
         if block is None:
             block = self._blocks[key] = _Block(storage)
-        block.values[_geometry(tensor)] = value
+        block.values[geometry(tensor)] = value
 
     def write(self, tensor: Tensor, value: Value) -> None:
         """Record that `tensor` was overwritten in place; views that share its memory follow."""
@@ -188,20 +189,20 @@ class Memory:
         if key in self._owned:
             self._write_owned(key, tensor)
             return
-        block, geometry = self._blocks.get(key), _geometry(tensor)
+        block, at = self._blocks.get(key), geometry(tensor)
         if block is None:
             self.put(tensor, value)
             return
-        old = block.values.get(geometry)
-        others = [g for g in block.values if g != geometry]
+        old = block.values.get(at)
+        others = [g for g in block.values if g != at]
         if not others:
-            block.values[geometry] = value
+            block.values[at] = value
         elif old is not None and np.array_equal(old.ids, value.ids):
             for other in others:
                 found = block.values[other]
                 paths = spoiled([found.paths])
                 block.values[other] = Value(found.ids, origin=found.origin, paths=paths, multiple=value.multiple)
-            block.values[geometry] = value
+            block.values[at] = value
         else:
             self._rebuild(tensor, block, value)
 
@@ -218,11 +219,11 @@ class Memory:
             block.values = {g: nothing(len(g[1])) for g in block.values}
             return
         flat = np.zeros(size, dtype=np.int64)
-        for geometry, found in block.values.items():
-            _strided(flat, geometry)[...] = found.ids
-        _strided(flat, _geometry(tensor))[...] = value.ids
+        for at, found in block.values.items():
+            _strided(flat, at)[...] = found.ids
+        _strided(flat, geometry(tensor))[...] = value.ids
         paths = spoiled([found.paths for found in (*block.values.values(), value)])
-        for geometry, found in list(block.values.items()):
-            ids = collapse(np.array(_strided(flat, geometry)))
-            block.values[geometry] = Value(ids, free=found.free and value.free, origin=value.origin, paths=paths)
-        block.values[_geometry(tensor)] = replace(value, ids=collapse(np.array(_strided(flat, _geometry(tensor)))))
+        for at, found in list(block.values.items()):
+            ids = collapse(np.array(_strided(flat, at)))
+            block.values[at] = Value(ids, free=found.free and value.free, origin=value.origin, paths=paths)
+        block.values[geometry(tensor)] = replace(value, ids=collapse(np.array(_strided(flat, geometry(tensor)))))

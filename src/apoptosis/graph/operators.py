@@ -9,4 +9,4 @@ SIDE_WRITES = frozenset(("_native_batch_norm_legit", "_batch_norm_with_update", 
 IN_PLACE_SHAPES = frozenset(("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_"))
 
 # Operators whose reading of a parameter may be folded into; "@module" stands for them among the readers.
-READERS = frozenset(("mm", "bmm", "mv", "matmul", "addmm", "baddbmm", "addmv", "linear"))
+READERS = frozenset(("mm", "bmm", "mv", "matmul", "addmm", "baddbmm", "addmv", "linear", "convolution"))

@@ -2,7 +2,8 @@
 
 Lives here: what ties channels that meet element by element. Does not live here: data movement (rules_move.py,
 rules_layout.py), lookups (rules_lookup.py), reductions (rules_reduce.py), normalisations (rules_norm.py), contractions
-(rules_contract.py, rules_product.py, rules_experts.py). What is not in the registry pins whatever reaches it.
+(rules_contract.py, rules_convolve.py, rules_product.py, rules_experts.py). What is not in the registry pins whatever
+reaches it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from apoptosis.errors import ArgumentError
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_batchnorm import BATCH_NORMS
 from apoptosis.graph.rules_contract import CONTRACTIONS
+from apoptosis.graph.rules_convolve import CONVOLUTIONS
 from apoptosis.graph.rules_experts import EXPERTS
 from apoptosis.graph.rules_layout import LAYOUTS
 from apoptosis.graph.rules_lookup import LOOKUPS
@@ -235,6 +237,7 @@ RULES: dict[str, tuple[Rule, bool]] = {
     **{name: (_like, False) for name in _LIKE},
     **{name: (rule, False) for name, rule in MOVES.items()},
     **{name: (rule, reads) for name, (rule, reads) in CONTRACTIONS.items()},
+    **CONVOLUTIONS,
     **PRODUCTS,
     **BATCH_NORMS,
     **EXPERTS,
@@ -252,7 +255,7 @@ SCALARS = scalar_operators((*_ELEMENTWISE, *ACTIVATIONS, "scatter", "index_fill"
 """Operators whose plain numbers must be the same before and after an edit."""
 
 
-WORKS = frozenset(RULES) - frozenset((*MOVES, *CONTRACTIONS, *PRODUCTS))
+WORKS = frozenset(RULES) - frozenset((*MOVES, *CONTRACTIONS, *CONVOLUTIONS, *PRODUCTS))
 """Operators that do something to channels, so that it matters to which."""
 
 

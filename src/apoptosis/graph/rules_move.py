@@ -255,10 +255,20 @@ def _pad(call: Call) -> Result:
         mode: Any = {"reflection": "reflect", "replication": "edge"}.get(call.name.split("_")[0], "constant")
         grow = [(max(0, before), max(0, after)) if i == axis else (0, 0) for i in range(ids.ndim)]
         ids = np.pad(ids, grow, mode=mode)
+    _note_padded(call, tensor, pad)
+    if not any(pad):
+        return value
     if not value.live:
         return nothing(tensor.dim(), value.origin, free=value.free and call.name != "constant_pad_nd")
     paths = spoiled([value.paths]) if call.name == "constant_pad_nd" else value.paths
     return replace(value, ids=ids, paths=paths, source=None)
+
+
+def _note_padded(call: Call, tensor: Tensor, pad: Sequence[int]) -> None:
+    """Note what the surroundings of feature maps are filled with, where a function of torch fills them so again."""
+    mode = {"reflection": "reflect", "replication": "replicate"}.get(call.name.split("_")[0], "constant")
+    if len(pad) <= 2 * (tensor.dim() - 2) and not (mode == "constant" and call.arg(2, "value", 0)):
+        call.tracer.entries.padded(tensor, call.outs[0], tuple(int(n) for n in pad), mode)
 
 
 def _trailing(call: Call) -> Result:

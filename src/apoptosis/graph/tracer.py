@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apoptosis.graph.entries import Entries, Mark, Pad
 from apoptosis.graph.findings import Findings, Reason
 from apoptosis.graph.memory import Memory
 from apoptosis.graph.multiples import Numbers
@@ -124,10 +125,11 @@ class Tracer:
         self.muted = False
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._stack: list[tuple[str, nn.Module, Begun | None]] = []
+        self._stack: list[tuple[str, nn.Module, Begun | None, Mark | None]] = []
         self._label = ""
         here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
         self.memory = Memory(findings.slots, tensors, inputs, lambda slots, text: here._pin(slots, text))
+        self.entries = Entries(self.memory)
         self.numbers = Numbers(findings, mode, scalars, self.memory.recorded)
 
     # -- tensors ------------------------------------------------------------------------------------------------
@@ -187,15 +189,20 @@ class Tracer:
         """Note that a module's forward begins."""
         if not self.muted:
             name = self._names.get(id(module), type(module).__name__)
-            self._stack.append((name, module, begin(self, module, args)))
+            entry = self.entries.mark(args[0]) if isinstance(args, tuple) and args else None
+            self._stack.append((name, module, begin(self, module, args), entry))
 
     def left(self, module: nn.Module, output: Any) -> None:
         """Note that a module's forward ended."""
         if self.muted or not self._stack:
             return
-        _, _, begun = self._stack.pop()
+        _, _, begun, _ = self._stack.pop()
         if begun is not None and isinstance(output, Tensor) and self.view(output) is None:
             self.memory.put(output, begun.ended(self, output))
+
+    def pads_from_input(self, tensor: Tensor) -> tuple[Pad, ...] | None:
+        """Return what pads the innermost module's first argument into this tensor; None where it is another."""
+        return self.entries.pads_from(self._stack[-1][3] if self._stack else None, tensor)
 
     def owner_of(self, module: nn.Module, leaf: str) -> Owner | None:
         """Return the raw parameter or buffer that `module.leaf` is, or None (absent, or computed)."""

@@ -103,6 +103,7 @@ class Replayed:
         self._places: list[tuple[str, Site, tuple[str, str]]] = []
         self._by_site: dict[str, list[tuple[str, str]]] = {}
         self._samples: dict[str, Sample] = {}
+        self._convolves: dict[str, bool] = {}
         self._pending: list[tuple[tuple[Any, ...], dict[str, Any], int]] = []
         self._elements = 0
         self._passes = 0
@@ -121,6 +122,7 @@ class Replayed:
             key, columns = ("", site.key), np.arange(site.num_columns, dtype=np.int64)[:, None]
         if reads_several_positions(site) and site.kind != "product":
             self._samples.setdefault(site.key, Sample(exact=self._exact))
+            self._convolves[site.key] = site.conv is not None
         self._places.append((group.name, site, key))
         keys = [key, _right(key)] if site.kind == "product" else [key]
         for own in keys:
@@ -247,7 +249,8 @@ class Replayed:
             shares[key].add(x.detach())
         sample = self._samples.get(seen.site)
         if first and sample is not None and not sample.enough():
-            sample.take(seen.x.detach().reshape(-1, seen.x.shape[-1]) if seen.x.dim() < 2 else seen.x.detach())
+            x = seen.x.detach().movedim(-1, 1) if self._convolves[seen.site] else seen.x.detach()
+            sample.take(x.reshape(-1, x.shape[-1]) if x.dim() < 2 else x)
 
     def _book(self, watch: Watch, share: _Share, examples: int) -> None:
         rows = share.taken()

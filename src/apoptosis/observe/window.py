@@ -271,7 +271,8 @@ class Observer:
 
     def _lacks_batch(self, name: str, x: Tensor) -> bool:
         site = self._by_module[name][0].site
-        return site.kind != "linear" and x.dim() == self._model.get_parameter(site.weight).dim() - 1
+        ndim = self._model.get_parameter(site.weight).dim() if site.conv is None else len(site.conv.axes)
+        return site.kind != "linear" and x.dim() == ndim - 1
 
     def _take(self, name: str, x: Tensor) -> None:
         watches = self._by_module[name]

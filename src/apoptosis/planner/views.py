@@ -149,7 +149,7 @@ def _takes_offset(site: Site, weight: Tensor) -> bool:
 
     One slice of a stacked weight, or a weight of more axes, has no bias of one number per output.
     """
-    if site.functional and (site.select or weight.dim() != 2):
+    if site.functional and site.conv is None and (site.select or weight.dim() != 2):
         return False
     return not site.zero_padded and (site.bias is not None or site.norm is not None)
 

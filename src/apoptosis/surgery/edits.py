@@ -174,15 +174,15 @@ def _offset_target(structure: Structure, site: Site) -> tuple[str, float] | None
     who = f"site '{site.key}'"
     if site.zero_padded or (site.kind == "conv_transpose" and site.taps > 1):
         raise ShapeError(f"{who}: an offset cannot be folded where positions at the border read fewer taps.")
-    if site.functional:
+    if site.functional and site.conv is None:
         _check_functional_offset(structure, site)
     if site.bias is not None:
-        return first_name(structure, site.bias), 1.0
+        return first_name(structure, site.bias), site.factors[0] / site.factors[1]
     if site.norm is None:
         raise ShapeError(f"{who}: an offset has nowhere to go: the module has no bias and no BatchNorm reads it.")
     mean = f"{site.norm}.running_mean"
     mean = structure.aliases.get(mean, mean)
-    return (mean, -1.0) if mean in structure.shapes else None
+    return (mean, -site.factors[0]) if mean in structure.shapes else None
 
 
 def _check_functional_offset(structure: Structure, site: Site) -> None:
