@@ -14,7 +14,7 @@ from apoptosis.ledger import Event
 from apoptosis.operate import Outcome, Patient
 from apoptosis.planner import Plan, merged
 from apoptosis.records import Certificate, Structure
-from apoptosis.surgery import inside
+from apoptosis.surgery import layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def make_event(
 def state_bytes(patient: Patient) -> int:
     """Bytes of parameters, buffers and optimizer state now."""
     total = sum(t.numel() * t.element_size() for t in (*patient.model.parameters(), *patient.model.buffers()))
-    for optimizer in map(inside, patient.optimizers):
+    for optimizer in (layer for each in patient.optimizers for layer in layers(each)):
         for state in optimizer.state.values():
             if isinstance(state, dict):
                 total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))

@@ -19,6 +19,11 @@ from torch.optim.swa_utils import AveragedModel
 from apoptosis.errors import ArgumentError
 
 _BEHIND = "Give the module that it was made from."
+_PER_EXAMPLE = (
+    "gradients are taken example by example (Opacus, BackPACK), by hooks in backward that keep activations of the old "
+    "widths"
+)
+_LATER = "Train without apoptosis, take the hooks off, and shrink_() the trained network."
 # class name -> (where it is defined, what it does, what to do)
 _REFUSED: dict[str, tuple[str, str, str]] = {
     "FullyShardedDataParallel": (
@@ -30,6 +35,12 @@ _REFUSED: dict[str, tuple[str, str, str]] = {
         "torch.nn",
         "it copies the module to every device at each pass, and a window sees only copies",
         "Give its .module and train that on one device.",
+    ),
+    "AbstractGradSampleModule": ("opacus", _PER_EXAMPLE, f"{_LATER} (to_standard_module() gives it back.)"),
+    "DeepSpeedEngine": (
+        "deepspeed",
+        "it keeps parameters and gradients in flat buffers, which no channel can be cut out of",
+        "Shard with torch.distributed.fsdp.fully_shard, or train it with DistributedDataParallel.",
     ),
     "ScriptModule": ("torch.jit", "its shapes and its code are fixed (TorchScript)", _BEHIND),
     "_StatefulGraphModule": ("torch.export", "its shapes are written into an exported graph", _BEHIND),
@@ -65,6 +76,7 @@ def unwrap(model: nn.Module) -> Unwrapped:
         _check_parallel(wrapper)
     for name, module in inner.named_modules():
         _check_refused(f"module '{name}'" if name else "the model", module)
+        _check_per_example(f"module '{name}'" if name else "the model", module)
         if name and _is(module, "DistributedDataParallel", "torch.nn"):
             raise ArgumentError(
                 f"module '{name}' is wrapped in DistributedDataParallel by itself, and would keep gradient buffers of "
@@ -303,4 +315,14 @@ def _check_hooks(module: Any) -> None:
 def _check_refused(who: str, module: nn.Module) -> None:
     for name, (package, why, remedy) in _REFUSED.items():
         if _is(module, name, package):
-            raise ArgumentError(f"{who} is a {name}: {why}. {remedy}")
+            shown = type(module).__name__ if name.startswith("Abstract") else name
+            raise ArgumentError(f"{who} is a {shown}: {why}. {remedy}")
+
+
+def _check_per_example(who: str, module: nn.Module) -> None:
+    """Refuse hooks that compute gradients of single examples; they need no wrapper around the model."""
+    hooks = (*module._forward_hooks.values(), *module._backward_hooks.values())
+    hooked = any(str(getattr(hook, "__module__", "")).startswith(("opacus.", "backpack.")) for hook in hooks)
+    marked = any(p is not None and hasattr(p, "grad_sample") for p in module._parameters.values())
+    if hooked or marked or "autograd_grad_sample_hooks" in vars(module):
+        raise ArgumentError(f"{who}: {_PER_EXAMPLE}. {_LATER}")

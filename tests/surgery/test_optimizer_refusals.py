@@ -53,8 +53,8 @@ def test_foreign_state_of_the_parameters_shape_follows(value, nets):
     ("value", "message"),
     [
         (
-            lambda p: torch.ones(p.shape[0], 1),
-            r"Foreign holds state 'thing' of parameter '0.weight' \(8, 5\).*\(8, 1\)",
+            lambda p: torch.ones(p.shape[0], 2),
+            r"Foreign holds state 'thing' of parameter '0.weight' \(11, 7\).*dry run.*\(11, 2\)",
         ),
         (lambda p: [torch.ones_like(p)], "of type list"),
         (lambda p: np.ones(3), "of type ndarray"),

@@ -2,10 +2,11 @@
 
 from apoptosis.surgery.attributes import check_registered, register_attributes
 from apoptosis.surgery.checkpoint import load, save
+from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.edits import build_edits
+from apoptosis.surgery.layers import layers
 from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
 from apoptosis.surgery.norms import norm_edits
-from apoptosis.surgery.optimizers import check_optimizers
 from apoptosis.surgery.redundancy import check_together, inside, rebuild_buckets
 from apoptosis.surgery.sharded_checkpoint import load_sharded, save_sharded
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like
@@ -19,6 +20,7 @@ __all__ = [
     "check_registered",
     "check_together",
     "inside",
+    "layers",
     "load",
     "load_sharded",
     "merge_like",

@@ -23,10 +23,11 @@ from apoptosis.records import Structure, TensorEdit
 from apoptosis.sharded import Whole, is_unit, part, whole
 from apoptosis.surgery.attention import attention_changes
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
+from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.numbers import number_changes
-from apoptosis.surgery.optimizers import StateChange, check_optimizers, state_changes
+from apoptosis.surgery.optimizers import StateChange, state_changes
 from apoptosis.surgery.splits import SplitChange, followed, split_changes
 from apoptosis.surgery.values import apply_edit, merge_like
 

@@ -7,7 +7,7 @@ follows an edit (optimizers.py), and the checkpoint as a whole (checkpoint.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,17 +16,19 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery.journal import Journal
+from apoptosis.surgery.layers import layers
 from apoptosis.surgery.redundancy import inside, whole_state
 from apoptosis.surgery.tree import pack, unpack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedOptimizer:
-    """Checked state of one optimizer, not yet written. groups: per group; state: per parameter."""
+    """Checked state of one optimizer, not yet written, by group and by parameter. wrapped: of those that it wraps."""
 
     optimizer: Optimizer
     groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Any]]
+    wrapped: tuple[LoadedOptimizer, ...] = ()
 
     def write(self, journal: Journal) -> None:
         """Write hyperparameters and state through a journal."""
@@ -35,13 +37,28 @@ class LoadedOptimizer:
         holder = inside(self.optimizer)
         held = {id(p) for group in holder.param_groups for p in group["params"]}
         journal.replace_items(holder.state, {p: state for p, state in self.state.items() if id(p) in held})
+        for part in self.wrapped:
+            part.write(journal)
 
 
 def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Describe one optimizer as JSON plus tensors.
+    """Describe one optimizer, with those that it wraps, as JSON plus tensors.
 
     Raises: CheckpointError: a hyperparameter or state entry that a checkpoint cannot hold.
     """
+    found = _pack_one(optimizer, model, name, tensors)
+    wrapped = _wrapped(optimizer)
+    if wrapped:
+        found["wrapped"] = [_pack_one(o, model, f"{name}.wrapped.{i}", tensors) for i, o in enumerate(wrapped)]
+    return found
+
+
+def _wrapped(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers in another one that have a state of their own."""
+    return [layer for layer in layers(optimizer) if layer.state is not inside(optimizer).state]
+
+
+def _pack_one(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     names = _names(optimizer, model)
     by_id = {id(p): known for group in names for known, p in group}
     groups = []
@@ -61,10 +78,23 @@ def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: d
 def unpack_optimizer(
     stored: Mapping[str, Any], optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> LoadedOptimizer:
-    """Check one optimizer's entry against the given optimizer; writes nothing.
+    """Check one optimizer's entry against the given optimizer, and those that it wraps; writes nothing.
 
-    Raises: CheckpointError: another class, other groups or other parameters.
+    Raises: CheckpointError: another class, other groups or other parameters, or others that it wraps.
     """
+    wrapped, theirs = _wrapped(optimizer), stored.get("wrapped", [])
+    if len(wrapped) != len(theirs):
+        raise CheckpointError(
+            f"it holds {len(theirs)} optimizers wrapped in {stored['class']}, the {type(optimizer).__qualname__} given "
+            f"wraps {len(wrapped)}."
+        )
+    parts = [_unpack_one(entry, o, model, tensors) for entry, o in zip(theirs, wrapped, strict=True)]
+    return replace(_unpack_one(stored, optimizer, model, tensors), wrapped=tuple(parts))
+
+
+def _unpack_one(
+    stored: Mapping[str, Any], optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> LoadedOptimizer:
     kind = type(inside(optimizer)).__qualname__
     if stored["class"] != kind:
         raise CheckpointError(f"it holds the state of {stored['class']}, the optimizer given is {kind}.")

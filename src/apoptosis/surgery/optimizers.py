@@ -1,25 +1,35 @@
 """The same edits on optimizer state: which rule each state tensor follows.
 
-Lives here: one table of rules per optimizer class, the check before anything changes, and the new state values.
-Does not live here: writing them (modules.py), and saving them (checkpoint.py).
+Lives here: one table of rules per optimizer class, rules by shape for classes that are not in it, and the new state
+values. Does not live here: writing them (modules.py), saving them (checkpoint.py), the check before anything changes
+and what is learnt of a class by trying it (dry_run.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
+from itertools import combinations
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
+from apoptosis.errors import UnsupportedOptimizerError
 from apoptosis.records import TensorEdit
 from apoptosis.sharded import Whole, part, whole
-from apoptosis.surgery.redundancy import inside
+from apoptosis.surgery.layers import layers, parameters_of
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like, unscaled
 
 Rule = Literal["slice", "first", "value", "row", "column"]
+Layout = tuple[int | None, ...]
+"""For every dim of a state tensor the dim of its parameter that it runs along; None: of size 1 for another reason."""
+Learnt = dict[tuple[str, int], "Layout | Literal['value', 'fixed']"]
+"""(key of the state, dims of the parameter) -> how the tensor follows; "fixed": it does not depend on the shape."""
+
+LEARNT: WeakKeyDictionary[Optimizer, Learnt] = WeakKeyDictionary()
+"""What dry runs have shown, of optimizers that have no table."""
 
 # slice: second moments, step sizes. first: first moments and gradients, by the chain rule for pairwise merges, else
 # sliced. value: an average of the parameter itself, folded like it. row, column: Adafactor's factored second moments.
@@ -43,7 +53,17 @@ _RULES: dict[str, dict[str, Rule]] = {
 }
 # Squares of gradients, which fall by the square of a factor that the parameter is multiplied by.
 _SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"))
-_REFUSED = {"LBFGS": "its history is one flat vector over all parameters"}
+_REFUSED = {
+    "LBFGS": (
+        "torch.optim",
+        "its history is one flat vector over all parameters. Use another optimizer of torch.optim.",
+    ),
+    "DPOptimizer": (
+        "opacus",
+        "it steps on gradients of single examples, and noise per parameter pays for its privacy. Train with it without "
+        "apoptosis, then shrink_() the trained network.",
+    ),
+}
 _CONVENTION: dict[str, Rule] = {"exp_avg": "first", "momentum_buffer": "first"}
 
 
@@ -55,74 +75,49 @@ class StateChange(NamedTuple):
     value: Tensor
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Refuse optimizers whose state for the model's parameters has no rule. Parameters of other models are left alone.
-
-    Args:
-        optimizers: the optimizers that hold the model's parameters.
-        model: the model.
-
-    Raises:
-        ArgumentError: something that is no torch.optim.Optimizer.
-        UnsupportedOptimizerError: LBFGS, or a state entry with neither the parameter's shape nor a rule of its own.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> check_optimizers([torch.optim.Adam(net.parameters())], net)
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise ArgumentError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer.")
-        if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
-            continue
-        optimizer = inside(optimizer)
-        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-        _check_class(optimizer)
-        for p in held:
-            for key, value in optimizer.state.get(p, {}).items():
-                _rule(optimizer, names[id(p)], p, key, value)
-
-
 def state_changes(
     optimizer: Optimizer, parameters: Mapping[str, Tensor], edits: Mapping[str, TensorEdit]
 ) -> list[StateChange]:
     """Compute the new state values of the edited parameters that the optimizer holds; write nothing.
 
     Args:
-        optimizer: one optimizer.
+        optimizer: one optimizer, with what it wraps.
         parameters: name -> parameter before the event.
         edits: name -> edit.
 
     Returns: the changes. Raises: UnsupportedOptimizerError: as in `check_optimizers`.
     """
-    optimizer = inside(optimizer)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for p in parameters_of(optimizer)}
     changes: list[StateChange] = []
-    averages: dict[str, Mapping[str, Tensor]] = {}
-    for name, edit in edits.items():
-        p = parameters.get(name)
-        if p is None or id(p) not in held:
-            continue
-        _check_class(optimizer)
-        state = optimizer.state.get(p, {})
-        for key, value in state.items():
-            rule = _rule(optimizer, name, p, key, value)
-            if rule == "value":
-                averages.setdefault(key, Whole(_averages(optimizer, parameters, key)))
-                changes.append(StateChange(state, key, part(apply_edit(edit, whole(value), averages[key]), value)))
-            elif rule is not None:
-                changes.append(StateChange(state, key, part(_changed(rule, edit, state, key, whole(value)), value)))
+    for layer in layers(optimizer):
+        averages: dict[str, Mapping[str, Tensor]] = {}
+        for name, edit in edits.items():
+            p = parameters.get(name)
+            if p is None or id(p) not in held:
+                continue
+            check_class(layer)
+            state = layer.state.get(p, {})
+            for key, value in state.items():
+                rule = rule_of(layer, name, p, key, value)
+                if rule is None:
+                    continue
+                full, flat = whole(value), not isinstance(rule, tuple) and value.ndim == 1 < p.ndim
+                full = full.reshape(p.shape) if flat else full
+                if rule == "value":
+                    averages.setdefault(key, Whole(_averages(layer, parameters, key)))
+                    new = apply_edit(edit, full, averages[key])
+                else:
+                    new = _changed(rule, edit, state, key, full)
+                changes.append(StateChange(state, key, part(new.flatten() if flat else new, value)))
     return changes
 
 
-def _check_class(optimizer: Optimizer) -> None:
+def check_class(optimizer: Optimizer) -> None:
+    """Refuse classes whose state cannot follow. Raises: UnsupportedOptimizerError: by name, with the reason."""
     for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim") and cls.__name__ in _REFUSED:
-            raise UnsupportedOptimizerError(
-                f"{type(optimizer).__name__} cannot follow a shrinking network: {_REFUSED[cls.__name__]}. "
-                "Use another optimizer of torch.optim."
-            )
+        package, why = _REFUSED.get(cls.__name__, ("?", ""))
+        if cls.__module__.startswith(package):
+            raise UnsupportedOptimizerError(f"{type(optimizer).__name__} cannot follow a shrinking network: {why}")
 
 
 def rules_of(optimizer: Optimizer) -> dict[str, Rule]:
@@ -133,35 +128,73 @@ def rules_of(optimizer: Optimizer) -> dict[str, Rule]:
     return _CONVENTION
 
 
-def _rule(optimizer: Optimizer, name: str, p: Tensor, key: str, value: object) -> Rule | None:
-    """Find the rule of one state entry; None for what stays as it is."""
+def rule_of(
+    optimizer: Optimizer, name: str, p: Tensor, key: str, value: object, note: str = ""
+) -> Rule | Layout | None:
+    """Find the rule of one state entry; None for what stays as it is. note: on the parameter, for the message.
+
+    Raises: UnsupportedOptimizerError: there is none.
+    """
     if value is None or isinstance(value, bool | int | float | complex | str):
         return None
     if isinstance(value, Tensor):
         rule = rules_of(optimizer).get(key, "slice")
+        learnt = LEARNT.get(optimizer, {}).get((key, p.ndim))
         expected = tuple(p.shape)
         if rule == "row" and p.ndim > 1:
             expected = (*expected[:-1], 1)
         elif rule == "column" and p.ndim > 1:
             expected = (*expected[:-2], 1, expected[-1])
-        if tuple(value.shape) == expected:
-            return rule
-        if value.numel() == 1 and value.ndim <= 1:
+        if tuple(value.shape) in (expected, (p.numel(),)):  # the second: flattened
+            return "value" if learnt == "value" else rule
+        if learnt == "fixed" or value.numel() == 1:
             return None
+        found = [learnt] if isinstance(learnt, tuple) else layouts(tuple(value.shape), tuple(p.shape))
+        fitting = [layout for layout in found if fits(layout, tuple(value.shape), tuple(p.shape))]
+        if len(fitting) == 1:
+            return fitting[0]
         what = f"a tensor of shape {tuple(value.shape)}"
     else:
         what = f"of type {type(value).__name__}"
     raise UnsupportedOptimizerError(
-        f"{type(optimizer).__name__} holds state '{key}' of parameter '{name}' {tuple(p.shape)}, {what}: "
+        f"{type(optimizer).__name__} holds state '{key}' of parameter '{name}' {tuple(p.shape)}{note}, {what}: "
         "there is no rule for slicing it. Use an optimizer whose state has the shape of its parameters."
     )
 
 
+def layouts(state: tuple[int, ...], shape: tuple[int, ...]) -> list[Layout]:
+    """List the ways in which a statistic over some dims of a parameter can have this shape.
+
+    Example:
+        >>> layouts((8,), (8, 5)), layouts((1, 5), (8, 5)), layouts((8,), (8, 8))
+        ([(0,)], [(None, 1)], [(0,), (1,)])
+    """
+    if len(state) == len(shape):  # the dims that it is taken over are still there
+        kept = tuple(dim if size == full else None for dim, (size, full) in enumerate(zip(state, shape, strict=True)))
+        return [kept] if fits(kept, state, shape) else []
+    return [dims for dims in combinations(range(len(shape)), len(state)) if fits(dims, state, shape)]
+
+
+def fits(layout: Layout, state: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a state tensor of this shape is laid out so beside a parameter of that shape."""
+    sizes = tuple(1 if dim is None else shape[dim] for dim in layout if dim is None or dim < len(shape))
+    return sizes == state and any(dim is not None for dim in layout)
+
+
 def _averages(optimizer: Optimizer, parameters: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
-    return {name: optimizer.state.get(p, {}).get(key, p) for name, p in parameters.items()}
+    found = {}
+    for name, p in parameters.items():
+        value = optimizer.state.get(p, {}).get(key, p)
+        plain = value.ndim < p.ndim or value.numel() == 1  # flattened, or one number that stands for all
+        found[name] = (
+            value if not plain else value.reshape(p.shape) if value.numel() == p.numel() else value.expand(p.shape)
+        )
+    return found
 
 
-def _changed(rule: Rule, edit: TensorEdit, state: Mapping[str, Any], key: str, value: Tensor) -> Tensor:
+def _changed(rule: Rule | Layout, edit: TensorEdit, state: Mapping[str, Any], key: str, value: Tensor) -> Tensor:
+    if isinstance(rule, tuple):
+        return _statistic(rule, edit, state, key, value)
     if rule == "first":
         return merge_like(edit, value)
     if rule == "row":
@@ -169,6 +202,24 @@ def _changed(rule: Rule, edit: TensorEdit, state: Mapping[str, Any], key: str, v
     if rule == "column":
         return _factor(edit, value, state.get("row_var"), last=-2, other=-1)
     return slice_like(edit, unscaled(edit, value, 2) if key in _SQUARES else value)
+
+
+def _statistic(layout: Layout, edit: TensorEdit, state: Mapping[str, Any], key: str, value: Tensor) -> Tensor:
+    """Slice a statistic along the dims that it has; a factor of a pair as torch's Adafactor's are."""
+    other = key.replace("row", "col") if "row" in key else key.replace("col", "row")
+    partner = state.get(other) if other != key else None
+    kept = [dim for dim in layout if dim is not None]
+    if isinstance(partner, Tensor) and len(kept) == len(layout) and len(layout) > 0:
+        ndim = len(layout) + 1
+        gone = next(dim for dim in range(ndim) if dim not in kept)
+        theirs = {ndim - 1: ndim - 2, ndim - 2: ndim - 1}.get(gone)  # the dim that the partner is taken over
+        if theirs is not None and partner.ndim == value.ndim:
+            wide = _factor(
+                edit, value.unsqueeze(gone), partner.unsqueeze(theirs), last=gone - ndim, other=theirs - ndim
+            )
+            return wide.squeeze(gone)
+    keep = {at: edit.keep[dim] for at, dim in enumerate(layout) if dim is not None and dim in edit.keep}
+    return slice_like(TensorEdit(tensor=edit.tensor, keep=keep), value)
 
 
 def _factor(edit: TensorEdit, factor: Tensor, partner: Tensor | None, *, last: int, other: int) -> Tensor:
