@@ -108,6 +108,8 @@ class Findings:
     distinct: by address, an array of ids and the different ones of it. ran: the modules that were called; fed:
     those that had any rows. compensated: channels under norms may go, and norms are sites. lumps: (a slot of what goes
     as a whole, why).
+    made: by place in `pins` of an output, the axes of the producers that it is made of.
+    joins: where channels of different axes meet: the first slots of both, the operator in words, the line.
     counts: by (modules, line, number, slots), the numbers of places that operators were given, with their slots.
     extents: by token of what is of one size, without channels and all alike along that axis, the slots that it meets.
     """
@@ -126,6 +128,8 @@ class Findings:
     products: dict[str, Product] = field(default_factory=dict)
     grids: list[Grid] = field(default_factory=list)
     grid_keys: set[tuple[str, bytes]] = field(default_factory=set)
+    made: dict[int, frozenset[Axis]] = field(default_factory=dict)
+    joins: list[tuple[IntArray, IntArray, str, str]] = field(default_factory=list)
     counts: dict[tuple[tuple[str, ...], str, int, bytes], IntArray] = field(default_factory=dict)
     heads: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
     uses: list[tuple[IntArray, str]] = field(default_factory=list)

@@ -17,6 +17,7 @@ from apoptosis.graph.findings import Consumer, Findings, Reason
 from apoptosis.graph.heads import HeadDraft, head_drafts
 from apoptosis.graph.norms import norm_sites
 from apoptosis.graph.remedies import usual
+from apoptosis.graph.through import through
 from apoptosis.graph.values import Axis
 from apoptosis.records import Group, IntArray, Member, Neuron, Pin
 
@@ -173,7 +174,7 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
         readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
         sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
         number = int(classes.first_pin[draft.channels[0]])
-        reason = findings.pins[number][1] if number >= 0 else lumped
+        reason = through(findings, number, draft.positions) if number >= 0 else lumped
         if reason is None:
             products, why = product_sites(findings, classes, draft.channels, pairs)
             sites, reason = (*sites, *products), why or (None if sites or products else _NO_SITE)

@@ -151,11 +151,19 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
         return _crossed(call, left, a, right, b, ndim)
     if not _inside(call, left, a, right, b, ndim):
         call.tracer.findings.tie(a, b)
+        _note_join(call, a, b)
     wide_a, wide_b = np.broadcast_arrays(a, b)
     lone = (wide_a == 0) != (wide_b == 0)
     if bool(lone.any()):
         call.pin(np.where(lone, wide_a + wide_b, 0), "combines channels with values that are none")
     return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)
+
+
+def _note_join(call: Call, a: IntArray, b: IntArray) -> None:
+    tracer = call.tracer
+    if not tracer.watched:
+        text = f"operator {call.label}" + (f" in '{tracer.module_name}'" if tracer.module_name else "")
+        tracer.findings.joins.append((a[a != 0][:1], b[b != 0][:1], text, tracer.where()))
 
 
 def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> bool:

@@ -26,6 +26,10 @@ _TAKE_OFF = (
     "Without its forward pre-hooks, or the forward that was set on the module itself, norm_widths='compensated' lets "
     "go what the norm's statistics can do without."
 )
+_NOT_STOCK = (
+    "norm_widths='compensated' lets go what the statistics of nn.LayerNorm and nn.RMSNorm can do without; this norm is "
+    "none of these{}."
+)
 FRONT_REMEDY = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
 _RAW = "Contract the raw parameter (nn.Linear, nn.Conv, F.linear), or freeze what is computed into one."
 _OPERAND = "Let a layer make both operands, or broadcast one value over all channels."
@@ -104,7 +108,9 @@ def opt_in(module: nn.Module | None) -> str:
     stock = type(module) in SHRUNK and len(getattr(module, "normalized_shape", ())) == 1
     if module is not None and (stock or is_shrunk(module) or eps_name(module) is not None):
         return f"{NORM_REMEDY} {OPT_IN}" if is_bare(module) else f"{NORM_REMEDY} {_TAKE_OFF}"
-    return NORM_REMEDY
+    kind = type(module).__name__
+    own = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and type(module) not in SHRUNK
+    return f"{NORM_REMEDY} {_NOT_STOCK.format(f' ({kind} has a forward pass of its own)' if own else '')}"
 
 
 def layer_of(name: str) -> str:

@@ -338,6 +338,8 @@ class Tracer:
                 continue
             value = self.value(tensor)
             self.findings.pin(value.ids, Reason(f"they are the network's output{which}"))
+            if value.live:
+                self.findings.made[len(self.findings.pins) - 1] = frozenset(value.paths)
             if value.source is not None:
                 self.findings.readers[value.source].add("output")
 
