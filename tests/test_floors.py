@@ -30,6 +30,8 @@ FLOORS = {
     "sharded": 2,
     "launch": 3,
     "norms": 2,
+    "files": 2,
+    "plain_json": 2,
     "arguments": 3,
     "distributed": 3,
     "criteria": 3,

@@ -6,6 +6,7 @@ the network (probe) or the limits themselves (numerics.bounds).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,8 @@ class Account:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote, or raise and change nothing."""
         spent, judged = float(state["spent"]), [(int(start), int(stop)) for start, stop in state["judged"]]
+        if not 0 <= spent < math.inf or any(not 0 <= start <= stop for start, stop in judged):
+            raise ValueError(f"the account of the budget, {spent} spent, is damaged")
         self.spent, self.judged = spent, judged
 
 

@@ -6,9 +6,10 @@ ledger. Does not live here: files (surgery.checkpoint), windows (observe), the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from apoptosis.budget import ALPHA
 from apoptosis.criteria import Criterion
@@ -23,7 +24,8 @@ from apoptosis.records import Group, Pin, Structure
 from apoptosis.verdict import Verdict
 
 VERSION = 3
-DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ApoptosisError)  # of a bad state
+# What a bad state raises.
+DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, ApoptosisError)
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
@@ -101,19 +103,47 @@ def read_memory(state: Mapping[str, Any]) -> Memory:
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
     plain = {f.name: state[f.name] for f in fields(Memory) if f.name != "attempts"}
+    parameters, macs = state["full"]
     plain |= {
-        "full": (int(state["full"][0]), float(state["full"][1])),
-        "full_shapes": {str(name): tuple(int(n) for n in shape) for name, shape in state["full_shapes"].items()},
-        "history": tuple(PastEvent(**past) for past in state["history"]),
-        "attempts": read_attempts(state),
-        "site_cost": {str(key): float(value) for key, value in state["site_cost"].items()},
-        "decision": Decision(**state["decision"]),
+        "full": (_number(parameters, "int"), _number(macs, "float")),
+        "full_shapes": {str(k): tuple(_number(n, "int") for n in shape) for k, shape in state["full_shapes"].items()},
+        "history": tuple(_record(PastEvent, past) for past in state["history"]),
+        "attempts": tuple(_record(Attempt, one.as_dict()) for one in read_attempts(state)),
+        "site_cost": {str(key): _number(value, "float") for key, value in state["site_cost"].items()},
+        "decision": _record(Decision, state["decision"]),
     }
-    for f in fields(Memory):  # of plain numbers
-        kind = {"int": int, "float": float, "bool": bool}.get(str(f.type))
-        if kind is not None:
-            plain[f.name] = kind(plain[f.name])
-    return Memory(**plain)
+    return _record(Memory, plain)
+
+
+_R = TypeVar("_R", Memory, PastEvent, Decision, Attempt, Pin)
+
+
+def _record(cls: type[_R], values: Mapping[str, Any]) -> _R:
+    """Build a record whose plain fields are what their annotations say.
+
+    Raises: TypeError, ValueError: they are not, or a number is negative or not finite; none of them may be.
+    """
+    kinds = {f.name: str(f.type) for f in fields(cls)}
+    return cls(**{name: _plain(value, kinds.get(name, ""), name) for name, value in values.items()})
+
+
+def _plain(value: Any, kind: str, name: str) -> Any:
+    if value is None and kind.endswith(" | None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind in ("int", "float"):
+        return _number(value, kind)
+    if kind in ("bool", "str") and type(value).__name__ != kind:
+        raise ValueError(f"{name} = {str(value)[:60]!r} is no {kind}")
+    return value
+
+
+def _number(value: Any, kind: str) -> Any:
+    """Return a count ("int") or an amount ("float"), which are finite and at least 0."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not plain or (kind == "int" and (value != int(value) or value >= 2**62)):
+        raise ValueError(f"{str(value)[:60]!r} is no {'count' if kind == 'int' else 'amount'}")
+    return int(value) if kind == "int" else float(value)
 
 
 def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
@@ -126,9 +156,14 @@ def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
         raise CheckpointError(f"apoptosis state has version {found!r}, this library reads {VERSION}.")
     stored = state.get("widths")
     if not isinstance(stored, Mapping) or dict(widths) != dict(stored):
-        odd = sorted(set(widths.items()) ^ set(stored.items()))[:4] if isinstance(stored, Mapping) else []
+        odd = _differing(widths, stored)[:4] if isinstance(stored, Mapping) else []
         raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
     return state
+
+
+def _differing(widths: Mapping[str, int], stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    mine, theirs = ({(name, str(width)[:40]) for name, width in found.items()} for found in (widths, stored))
+    return sorted(mine ^ theirs)
 
 
 def write_state(
@@ -168,7 +203,7 @@ def read_state(
     Raises: one of DAMAGES.
     """
     names = {group.name for group in structure.groups}
-    pins = {entry["group"]: Pin(**entry) for entry in state["pins"]}
+    pins = {entry["group"]: _record(Pin, entry) for entry in state["pins"]}
     structure = with_pins(with_pins(structure, pins), {pin.group: pin for pin in own if pin.group in names})
     memory, window = read_memory(state["memory"]), state["window"]
     if state["settings"] != settings.as_dict():

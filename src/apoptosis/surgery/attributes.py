@@ -175,7 +175,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
         {'out_features': 5, 'in_features': 3}
     """
     found = {row.attribute: getattr(module, row.attribute) for row in rows_of(module)}
-    if (name := _groups_name(module)) is not None:
+    if (name := groups_name(module)) is not None:
         found[name] = getattr(module, name)
     found |= unflattened_of(module) | followed_numbers(module)
     return {**found, **vocabulary_of(module), **attention_attributes(module), **norm_attributes(module)}
@@ -203,10 +203,10 @@ def attribute_changes(
         return {}
     shape = [keep[dim].numel() if dim in keep else size for dim, size in enumerate(old_shape)]
     changes: dict[str, Any] = {}
-    groups_name = _groups_name(module)
-    groups = 1 if groups_name is None else _kept_groups(module, groups_name, keep, old_shape[0])
-    if groups_name is not None and groups != getattr(module, groups_name):
-        changes[groups_name] = groups
+    parts = groups_name(module)
+    groups = 1 if parts is None else _kept_groups(module, parts, keep, old_shape[0])
+    if parts is not None and groups != getattr(module, parts):
+        changes[parts] = groups
     for _, dim, attribute, times_groups in rows:
         if dim not in keep and not (times_groups and "groups" in changes):
             continue
@@ -247,7 +247,8 @@ def check_recurrence(module: nn.Module, edited: Mapping[int, TensorEdit]) -> Non
         raise ShapeError(f"the hidden width of an nn.{who} with projections would not exceed the projected one.")
 
 
-def _groups_name(module: nn.Module) -> str | None:
+def groups_name(module: nn.Module) -> str | None:
+    """Return the attribute that holds the number of a module's channel groups, None for modules without."""
     if isinstance(module, _ConvNd):
         return "groups"
     return "num_groups" if isinstance(module, nn.GroupNorm) else None

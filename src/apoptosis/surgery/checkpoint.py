@@ -15,19 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.errors import CheckpointError, ShapeError
+from apoptosis.errors import CheckpointError
 from apoptosis.norms import is_shrunk
 from apoptosis.sharded import at_rest, has_shards, renew
-from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.surgery.attributes import attributes_of
-from apoptosis.surgery.checkpoint_tensors import PREFIX, check_tensors, non_persistent, tensors_of
+from apoptosis.surgery.checkpoint_attributes import check_attributes
+from apoptosis.surgery.checkpoint_tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
 from apoptosis.surgery.container import read_file, write_file
 from apoptosis.surgery.journal import Journal
-from apoptosis.surgery.norms import shrunk_norm
-from apoptosis.surgery.numbers import stored_numbers
-from apoptosis.surgery.optimizer_state import LoadedOptimizer, pack_optimizer, unpack_optimizer
+from apoptosis.surgery.manifest import Shapes, check_manifest, check_saved
+from apoptosis.surgery.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
 from apoptosis.surgery.redundancy import rebuild_buckets
-from apoptosis.surgery.splits import VOCABULARY
 from apoptosis.surgery.tree import pack, unpack
 from apoptosis.unwrap import bare, parallel_in, rebuild
 
@@ -91,6 +89,20 @@ def packed(
 
     Raises: CheckpointError: a value that a checkpoint cannot hold.
     """
+    try:
+        tensors, manifest = _packed(model, optimizer, apo, extra)
+    except RecursionError as error:
+        raise CheckpointError("what is to be saved is nested too deeply, or holds itself.") from error
+    check_saved(manifest)
+    return tensors, manifest
+
+
+def _packed(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    apo: Resumable | None,
+    extra: Mapping[str, object],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
     for name, tensor in tensors_of(model).items():
@@ -145,8 +157,39 @@ def load(
             f"checkpoint '{path}' cannot be loaded: the model's parameters are spread over processes. Load it before "
             "fully_shard is called, or use save_sharded and load_sharded."
         )
-    manifest, tensors = read_file(path)
+    manifest, tensors = read_file(path, lambda manifest, shapes: check_shapes(path, manifest, shapes, model, optimizer))
     return take_over(path, manifest, tensors, model, optimizer, apo)
+
+
+_DAMAGES = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
+
+
+def check_shapes(
+    path: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    shapes: Shapes,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+) -> None:
+    """Check what can be checked of a checkpoint before its tensors are read: names, shapes, entries of the manifest.
+
+    Raises: CheckpointError: it is damaged, or of another network or other optimizers.
+    """
+    model = bare(model)
+    try:
+        check_manifest(manifest, frozenset(shapes))
+        check_names(model, manifest["model"], shapes)
+        if optimizer is not None:
+            for entry, given in zip(manifest["optimizers"] or (), _several(optimizer), strict=False):
+                check_state_shapes(entry, given, model, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
+    except _DAMAGES as error:
+        raise CheckpointError(_misstated(path, error)) from error
+
+
+def _misstated(path: str | os.PathLike[str], error: BaseException) -> str:
+    return f"checkpoint '{path}' is damaged: its manifest lacks or misstates {' '.join(str(error).split())[:200]}."
 
 
 def take_over(
@@ -163,7 +206,7 @@ def take_over(
     try:
         stored = manifest["model"]
         values = check_tensors(model, stored, tensors)
-        attributes = _check_attributes(model, unpack(stored["attributes"], tensors))
+        attributes = check_attributes(model, unpack(stored["attributes"], tensors), values)
         states = _check_states(model, unpack(stored["states"], tensors))
         loaded = _check_optimizers(manifest["optimizers"], optimizer, model, tensors)
         if apo is not None and manifest["apoptosis"] is None:
@@ -171,8 +214,8 @@ def take_over(
         extra: dict[str, Any] = unpack(manifest["extra"], tensors)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"checkpoint '{path}' is damaged: its manifest lacks or misstates {error}.") from error
+    except _DAMAGES as error:
+        raise CheckpointError(_misstated(path, error)) from error
     journal = Journal()
     try:
         for tensor, value in values:
@@ -223,53 +266,6 @@ def _check_states(model: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.
     if set(mine) != set(stored):
         raise CheckpointError(f"it is of another network: extra state of {sorted(stored)} there, {sorted(mine)} here.")
     return [(mine[name], state) for name, state in stored.items()]
-
-
-def _check_attributes(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> list[tuple[nn.Module, str, Any]]:
-    modules = dict(model.named_modules())
-    changes = []
-    for name, attributes in stored.items():
-        module = modules.get(name)
-        own = {} if module is None else attributes_of(module)
-        if module is not None and "__class__" in attributes:
-            changes += _exchanged_class(name, module, attributes)
-            continue
-        numbers = {} if module is None else stored_numbers(module, attributes)
-        changes += [(module, key, value) for key, value in numbers.items() if module is not None]
-        for attribute, value in attributes.items():
-            if attribute in numbers:
-                continue
-            if module is not None and attribute in VOCABULARY and attribute not in own:
-                continue  # set by a forward pass, which has not run here
-            if module is None or attribute not in own or type(own[attribute]) is not type(value):
-                raise CheckpointError(f"it is of another network: module '{name}' has no attribute '{attribute}' here.")
-            if value != own[attribute]:
-                changes.append((module, attribute, value))
-    return changes
-
-
-def _exchanged_class(name: str, module: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.Module, str, Any]]:
-    """Say what makes a stock nn.MultiheadAttention, nn.LayerNorm or nn.RMSNorm the narrowed one that was saved.
-
-    A checkpoint names a class, but never chooses one: only these are restored, each in the place of its own.
-    """
-    try:
-        norm = shrunk_norm(module, stored)
-    except ShapeError as error:
-        raise CheckpointError(f"module '{name}': {error}") from error
-    if norm is not None:
-        return [(module, key, value) for key, value in norm.items()]
-    if stored["__class__"] != ShrunkMultiheadAttention.__name__ or not isinstance(module, nn.MultiheadAttention):
-        there = str(stored["__class__"])[:80]
-        raise CheckpointError(f"it is of another network: '{name}' is {there} there and {type(module).__name__} here.")
-    try:
-        known = shrunk_attributes(module)
-    except ShapeError as error:
-        raise CheckpointError(f"it is of another network: module '{name}': {error}") from error
-    odd = [key for key, value in stored.items() if key != "__class__" and type(known.get(key)) is not type(value)]
-    if odd or len(stored) < len(known):
-        raise CheckpointError(f"the attributes of module '{name}' are damaged.")
-    return [(module, key, known[key] if key == "__class__" else value) for key, value in stored.items()]
 
 
 def _check_optimizers(

@@ -65,6 +65,8 @@ def check_names(
                 "this model, whose widths must be those before any removal."
             )
         full = stored["full"].get(name)
+        if full is not None and (len(full) != len(shape) or any(map(int.__lt__, full, shape))):
+            raise CheckpointError(f"its manifest is damaged: '{name}' has shape {shape}, and was built with {full}.")
         if full is not None and list(tensor.shape) not in (full, list(shape)):
             raise CheckpointError(
                 f"it is of another network: '{name}' was built with shape {tuple(full)}, here {tuple(tensor.shape)}."
@@ -80,7 +82,7 @@ def check_tensors(
     pairs = []
     for name, tensor in check_names(model, stored, {key: value.shape for key, value in tensors.items()}):
         value = tensors[f"{PREFIX}{name}"]
-        if value.is_complex() != tensor.is_complex():
+        if (value.is_complex(), value.is_floating_point()) != (tensor.is_complex(), tensor.is_floating_point()):
             raise CheckpointError(f"it is of another network: '{name}' is {value.dtype} there, {tensor.dtype} here.")
         if is_sharded(tensor):
             pairs.append((tensor, value.to(tensor.dtype)))

@@ -5,14 +5,11 @@ Lives here: the file. Does not live here: what is in it (checkpoint.py). There i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import zlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from apoptosis.errors import CheckpointError
+from apoptosis.files import check_regular, reason, replacing
+from apoptosis.plain_json import parse
+from apoptosis.surgery.manifest import Check, check_shape
 
 FORMAT = "torch-apoptosis"
 FORMAT_VERSION = 1
@@ -40,49 +40,67 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], mani
         **manifest,
     }
     text = json.dumps(full, allow_nan=False, separators=(",", ":"))
-    target = Path(os.path.realpath(path))
-    temp = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        temp.touch(exist_ok=False)
-        mode = temp.stat().st_mode  # as the user's umask has it; the writer below makes its files private
-        save_file(dense, temp, metadata={FORMAT: f"{zlib.crc32(text.encode()):08x} {text}"})
-        temp.chmod(mode)
-        _sync(temp)
-        os.replace(temp, target)
-        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-            _sync(target.parent)
+        with replacing(path) as partial:
+            save_file(dense, partial, metadata={FORMAT: f"{zlib.crc32(text.encode()):08x} {text}"})
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"cannot write checkpoint '{path}': {_one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temp.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write checkpoint '{path}': {reason(error)}") from error
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_file(path: str | os.PathLike[str], check: Check | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read and check a file.
+
+    Args:
+        path: the file.
+        check: called with the manifest and the shapes of its tensors before one of them is read into memory; a file
+            that claims tensors as large as it likes must not cost more than a look at its header.
 
     Returns: the manifest, and the tensors on the CPU.
 
-    Raises: CheckpointError: no such file, no safetensors file, cut off, damaged, foreign, or of a newer format.
+    Raises: CheckpointError: no such file, no safetensors file, cut off, damaged, foreign, or of a newer format. What
+        `check` raises.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
                 raise CheckpointError(f"'{path}' is a safetensors file, but not a checkpoint of {FORMAT}.")
             manifest = _manifest(path, metadata[FORMAT])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            listed = _listed(path, manifest)
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            if shapes != {name: shape for name, (_, shape, _) in listed.items()}:
+                raise CheckpointError(f"'{path}' is damaged: its tensors are not those that were saved.")
+            if check is not None:
+                check(manifest, shapes)
+            # The file's pages are mapped: a checksum takes no memory, and what is wrong is never copied.
+            tensors = {name: _checked(path, file.get_tensor(name), listed[name]) for name in shapes}
     except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint '{path}': {_one_line(error)}") from error
+        raise CheckpointError(f"cannot read checkpoint '{path}': {reason(error)}") from error
     except (SafetensorError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"'{path}' is not a safetensors file, or it is damaged or cut off: {_one_line(error)}"
+            f"'{path}' is not a safetensors file, or it is damaged or cut off: {reason(error)}"
         ) from error
-    listed = manifest.get("tensors")
-    found = {name: [str(t.dtype), list(t.shape), _checksum(t)] for name, t in tensors.items()}
-    if listed != found:
-        raise CheckpointError(f"'{path}' is damaged: its tensors are not those that were saved.")
     return manifest, tensors
+
+
+def _listed(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Return (dtype, shape, checksum) of every tensor, as the manifest lists them."""
+    listed = manifest.get("tensors")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"'{path}' is damaged: its manifest lists no tensors.")
+    found = {}
+    for name, entry in listed.items():
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and type(entry[2]) is int):
+            raise CheckpointError(f"'{path}' is damaged: its manifest misstates the tensor '{name[:120]}'.")
+        found[name] = (entry[0], check_shape(entry[1], f"tensors.{name}"), entry[2])
+    return found
+
+
+def _checked(path: str | os.PathLike[str], tensor: Tensor, listed: tuple[str, tuple[int, ...], int]) -> Tensor:
+    if (str(tensor.dtype), tuple(tensor.shape), _checksum(tensor)) != listed:
+        raise CheckpointError(f"'{path}' is damaged: its tensors are not those that were saved.")
+    return tensor.clone()
 
 
 def _manifest(path: str | os.PathLike[str], entry: str) -> dict[str, Any]:
@@ -90,10 +108,10 @@ def _manifest(path: str | os.PathLike[str], entry: str) -> dict[str, Any]:
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         raise CheckpointError(f"'{path}' is damaged: its manifest does not match its checksum.")
     try:
-        manifest = json.loads(text)
+        manifest = parse(text)
         found = int(manifest["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"'{path}' is damaged: its manifest cannot be read.") from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"'{path}' is damaged: its manifest cannot be read ({reason(error)}).") from error
     if found != FORMAT_VERSION:
         raise CheckpointError(
             f"'{path}' has format version {found} (written by {FORMAT} {manifest.get('library')}); this version reads "
@@ -119,20 +137,8 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _library_version() -> str:
     try:
         return version(FORMAT)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

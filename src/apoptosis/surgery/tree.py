@@ -1,6 +1,7 @@
 """Nested values as JSON plus tensors, and back: one way for optimizer state, apoptosis state and the user's extras.
 
-Lives here: `pack` and `unpack`. Does not live here: files (container.py) and what a checkpoint holds (checkpoint.py).
+Lives here: `pack`, `unpack`, and what a skeleton is made of. Does not live here: files
+(container.py) and what a checkpoint holds (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from apoptosis.errors import CheckpointError
 
 _MARK = "$"  # a JSON object with this key stands for something that JSON has no word for
+_CONTENT = {"float": "value", "tensor": "name", "tuple": "items", "dict": "items", "counter": "items"}
 
 
 def pack(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -85,8 +87,39 @@ def unpack(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
             items = {unpack(key, tensors): unpack(item, tensors) for key, item in skeleton["items"]}
             return Counter(items) if kind == "counter" else items
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint manifest is damaged: {error!r}.") from error
-    raise CheckpointError(f"checkpoint manifest is damaged: unknown entry {kind!r}.")
+        raise CheckpointError(f"checkpoint manifest is damaged: {str(error)[:200]!r}.") from error
+    raise CheckpointError(f"checkpoint manifest is damaged: unknown entry {str(kind)[:80]!r}.")
+
+
+def named_tensors(skeleton: Any, place: str) -> list[str]:
+    """Return the names of the tensors that a skeleton is put together with.
+
+    Args: place: where the skeleton stands, for errors.
+
+    Raises: CheckpointError: a skeleton that `pack` does not write.
+
+    Example:
+        >>> named_tensors({"w": {"$": "tensor", "name": "state.w"}, "lr": {"$": "float", "value": "inf"}}, "state")
+        ['state.w']
+    """
+    if isinstance(skeleton, list):
+        return [name for i, item in enumerate(skeleton) for name in named_tensors(item, f"{place}.{i}")]
+    if not isinstance(skeleton, dict):
+        return []
+    if _MARK not in skeleton:
+        return [name for key, item in skeleton.items() for name in named_tensors(item, f"{place}.{key}")]
+    kind = skeleton[_MARK]
+    content = skeleton.get(_CONTENT.get(kind, "") if isinstance(kind, str) else "")
+    if kind == "tensor" and isinstance(content, str):
+        return [content]
+    if kind == "float" and content in ("inf", "-inf", "nan"):
+        return []
+    if kind == "tuple" and isinstance(content, list):
+        return named_tensors(content, place)
+    pairs = kind in ("dict", "counter") and isinstance(content, list)
+    if pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in content or ()):
+        return named_tensors(content, place)
+    raise CheckpointError(f"its manifest is damaged: {place[:120]} is {str(skeleton)[:80]!r}.")
 
 
 def _add_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:

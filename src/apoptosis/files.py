@@ -1,0 +1,134 @@
+"""Files that are there whole or not at all.
+
+Lives here: putting a new file in the place of an old one, which kinds of file are taken, and what killed writers have
+left. Does not live here: what is in the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import platform
+import re
+import stat
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_FOREIGN_AGE = 24 * 3600.0  # seconds; older ones of other machines, whose processes cannot be asked for, are left over
+_PARTIAL = re.compile(r"\.apoptosis-([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-\d+\.tmp")
+_KINDS = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "named pipe (FIFO)"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+    (stat.S_ISSOCK, "socket"),
+)
+_counter = itertools.count()
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is there and no regular file: reading a pipe would wait for ever, replacing a device destroys it.
+
+    Raises: OSError: in one line; FileNotFoundError is left to whoever opens the file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError as error:  # a zero character
+        raise OSError(f"{os.fspath(path)!r} is no name of a file ({error})") from error
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "special file")
+        raise OSError(f"'{os.fspath(path)}' is a {kind}, not a regular file; name another one")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty file beside `path` to write to; it takes the place of `path` when the block has ended well.
+
+    An old file keeps its permissions, and is as it was after any failure; a symbolic link is written through. What
+    killed writers of the same file have left is removed. New files have the permissions that the umask leaves.
+
+    Yields: the file to write, which may be replaced meanwhile by another of its name.
+
+    Raises: OSError: no such folder, a disk that is full, a target that is no regular file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(f"{folder}/a.txt") as partial:
+        ...         _ = partial.write_text("whole")
+        ...     Path(folder, "a.txt").read_text(), len(list(Path(folder).iterdir()))
+        ('whole', 1)
+    """
+    check_regular(path)
+    target = Path(os.path.realpath(path))
+    own = f"{zlib.crc32(os.fsencode(target.name)):08x}"
+    remove_left_over(target.parent, own)
+    partial = target.with_name(f".apoptosis-{own}-{_machine()}-{os.getpid()}-{next(_counter)}.tmp")
+    try:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)  # as the user's umask has it
+        finally:
+            os.close(handle)
+        with contextlib.suppress(FileNotFoundError):
+            mode = stat.S_IMODE(target.stat().st_mode)
+        partial.chmod(0o600)  # nobody reads half of it, least of all what replaces a private file
+        yield partial
+        partial.chmod(mode)
+        _sync(partial)
+        os.replace(partial, target)
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+            _sync(target.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def remove_left_over(folder: Path, target: str) -> None:
+    """Remove what killed writers of one target have left in a folder; what is being written stays."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            match = _PARTIAL.fullmatch(entry.name)
+            if match is not None and match[1] == target and _is_left_over(entry, match[2], int(match[3])):
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _is_left_over(entry: os.DirEntry[str], machine: str, process: int) -> bool:
+    if machine != _machine():
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > _FOREIGN_AGE
+    if os.name != "posix":  # there is no asking without a signal that ends the process
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _machine() -> str:
+    """Tell this machine, or the container with process numbers of its own, from others that share the folder."""
+    numbers = ""
+    with contextlib.suppress(OSError):
+        numbers = os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(f'{platform.node()} {numbers}'.encode()):08x}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
