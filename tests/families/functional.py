@@ -124,6 +124,57 @@ class Blurred(nn.Module):
         return self.last(x).mean((2, 3))
 
 
+class EqualLinear(nn.Module):
+    """Weights of unit size, scaled in the forward pass (StyleGAN)."""
+
+    def __init__(self, inputs: int, outputs: int, rate: float = 0.5) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(outputs, inputs) / rate), nn.Parameter(torch.zeros(outputs))
+        self.scale, self.rate = rate / inputs**0.5, rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale, bias=self.bias * self.rate)
+
+
+class EqualConv(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, learned: bool = False, up: bool = False) -> None:
+        super().__init__()
+        shape = (inputs, outputs) if up else (outputs, inputs)
+        self.weight, self.bias = nn.Parameter(torch.randn(*shape, kernel, kernel)), nn.Parameter(torch.zeros(outputs))
+        self.scale = nn.Parameter(torch.tensor([1.3])) if learned else 1 / (inputs * kernel**2) ** 0.5
+        self.convolve = F.conv_transpose2d if up else F.conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.scale * self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+
+
+class Equalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mapping = nn.Sequential(EqualLinear(6, 14), nn.LeakyReLU(0.2), EqualLinear(14, 12), nn.LeakyReLU(0.2))
+        self.start, self.first = EqualLinear(12, 90), EqualConv(10, 9, 3)
+        self.second, self.last = EqualConv(9, 8, 3, up=True, learned=True), EqualConv(8, 3, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.start(self.mapping(z)).unflatten(1, (-1, 3, 3))
+        x = F.leaky_relu(self.first(x), 0.2)
+        return self.last(F.leaky_relu(self.second(F.interpolate(x, scale_factor=2)), 0.2))
+
+
+class Generator(nn.Module):
+    """A linear layer whose outputs are feature maps, normalised channel by channel."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.start, self.shape, self.norm = nn.Linear(6, 12 * 9), nn.Unflatten(1, (12, 3, 3)), norm(12)
+        self.up, self.last = nn.ConvTranspose2d(12, 8, 3, 2, 1, 1), nn.ConvTranspose2d(8, 3, 3, 2, 1, 1)
+        self.second = nn.BatchNorm2d(8)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.shape(self.start(z))))
+        return torch.tanh(self.last(F.relu(self.second(self.up(x)))))
+
+
 def _maps(dims: int) -> Callable[[int], Any]:
     return lambda rows: torch.randn(rows, 3, *[6 - dims] * dims)
 
@@ -151,6 +202,25 @@ FAMILIES: tuple[Family, ...] = (
         build=HybridLanguageModel,
         example=lambda rows: torch.randn(rows, 7, 6),
         groups={"front": 2, "mixer.gates": 3, "second.gates": 2},
+    ),
+    Family(
+        name="equalised weights",
+        build=Equalised,
+        example=lambda rows: torch.randn(rows, 6),
+        groups={"mapping.0": 4, "mapping.2": 3, "start": 3, "first": 2, "second": 2},
+    ),
+    *(
+        Family(
+            name=f"linear layer into feature maps, {kind}",
+            build=lambda norm=norm: Generator(norm),
+            example=lambda rows: torch.randn(rows, 6),
+            groups={"start": 1 if "blocks" in kind else 4, "up": 2},
+        )
+        for kind, norm in (
+            ("BatchNorm", nn.BatchNorm2d),
+            ("GroupNorm", lambda width: nn.GroupNorm(width, width)),
+            ("GroupNorm, blocks", lambda width: nn.GroupNorm(4, width)),
+        )
     ),
     Family(name="fixed blur", build=Blurred, example=images(3, 8), groups={"body.0": 4}),
 )

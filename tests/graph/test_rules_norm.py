@@ -263,8 +263,13 @@ def linear(width_in: int, width_out: int) -> nn.Linear:
 
 LINEARS = {
     "weight norm": lambda i, o: parametrizations.weight_norm(linear(i, o)),
-    "equalised": Equalised,
 }
+
+
+def test_a_weight_times_a_number_is_the_weight(oracle) -> None:
+    net = nn.Sequential(linear(8, 6), nn.ReLU(), Equalised(6, 4), nn.ReLU(), linear(4, 2))
+    structure = oracle(net, (X,), {"0": 6, "2": 4})
+    assert structure.groups[1].neuron is None  # its rows are not what is multiplied
 
 
 @pytest.mark.parametrize("name", LINEARS)

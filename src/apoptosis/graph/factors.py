@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from apoptosis.errors import StructureChangedError
-from apoptosis.graph.classes import Classes
+from apoptosis.graph.classes import Classes, own_readers
 from apoptosis.graph.findings import Findings, pairs_of
 from apoptosis.graph.scalars import changed_numbers, changed_scalar
-from apoptosis.graph.values import CHANNELS, LITERAL, Axis
+from apoptosis.graph.values import CHANNELS, LITERAL, Axis, weight_named
 from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, TensorEdit
 
 Kept = Mapping[str, Mapping[int, Tensor | IntArray]]
@@ -67,7 +67,21 @@ def scalable(findings: Findings, classes: Classes) -> dict[str, Parts]:
         first = next((part for part in parts if part), ())
         if first:
             out[key] = first
-    return out
+    return out | _weights(findings)
+
+
+def _weights(findings: Findings) -> dict[str, Parts]:
+    """Return the weights that are multiplied by numbers before every use of them, rows of whole parameters."""
+    factors: dict[str, set[tuple[float, float]]] = {}
+    for consumer in findings.consumers.values():
+        alone = not findings.reads[consumer.weight] - own_readers(consumer)
+        factors.setdefault(consumer.weight, set()).add(consumer.factors if alone else (math.nan, math.nan))
+    scaled = {multiple.of for multiples in findings.multiples.values() for multiple in multiples}
+    return {
+        of: ((name, 0, np.arange(findings.slots.owners[name].shape[0], dtype=np.int64)),)
+        for name, found in factors.items()
+        if (of := weight_named(name)) in scaled and len(found) == 1 and not math.isnan(next(iter(found))[0])
+    }
 
 
 def _readers(findings: Findings) -> tuple[IntArray, dict[str, int]]:

@@ -56,6 +56,7 @@ class Memory:
         self._owned: dict[int, list[tuple[int, Owner]]] = {}
         self._keep: list[Any] = []
         self._element_sizes: dict[int, int] = {}
+        self._made: dict[int, Any] = {}
         for name, tensor in tensors.items():
             self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
         self._originals = frozenset(self._owned)
@@ -107,6 +108,8 @@ class Memory:
         view = self.view(original)
         if view is None:
             return False
+        if (how := self.making(original)) is not None:
+            self.made(copy, how)
         owned = self._owned[self._storage(original)[0]]
         start, layout = next((s, o) for s, o in owned if o.name == view.owner.name)
         if copy.stride() == original.stride():
@@ -124,6 +127,14 @@ class Memory:
         stride = tuple(copy.stride(a[0]) if a else 1 for a in axes)
         self._own(copy, replace(layout, stride=stride, raw=layout), int(copy.storage_offset()))
         return True
+
+    def made(self, copy: Tensor, how: Any) -> None:
+        """Note how the copy of a parameter was computed from it."""
+        self._made[self._storage(copy)[0]] = how
+
+    def making(self, tensor: Tensor) -> Any:
+        """Return how what stands for a parameter was computed from it; None for the parameter itself."""
+        return self._made.get(self._storage(tensor)[0])
 
     def look_up(self, copy: Tensor, original: Tensor) -> bool:
         """Let some matrices of a stack (a whole parameter of three axes), picked by number, stand for all of it."""

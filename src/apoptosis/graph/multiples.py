@@ -85,6 +85,11 @@ class Numbers:
         )
         return len(self._noted) - 1
 
+    @property
+    def at(self) -> int:
+        """Place of the note of the call that runs, -1 where there is none."""
+        return self._at
+
     def read(self, multiple: Multiple) -> None:
         """Note that something else than a factor reads a multiple."""
         self._reads[multiple] = None

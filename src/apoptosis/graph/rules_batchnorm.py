@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from apoptosis.graph.meet import meet
+from apoptosis.graph.rules_norm import held, whole_channels
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Paths, Value, varying
 
@@ -21,7 +22,7 @@ _NORMS = (_BatchNorm.forward, SyncBatchNorm.forward)
 def _batch_norm(call: Call) -> Result:
     """Statistics per channel along axis 1, one entry of each operand per channel."""
     tracer, x = call.tracer, call.args[0]
-    value = tracer.value(x)
+    value = whole_channels(call, held(call, x, [1]))
     ndim = x.dim()
     module = tracer.module
     stock = isinstance(module, _BatchNorm) and type(module).forward in _NORMS
@@ -49,7 +50,7 @@ def _batch_norm(call: Call) -> Result:
         tracer.findings.readers[value.source].add(reader)
     if stock:
         tracer.findings.normalised[tracer.module_name].add(value.source or "")
-    met = meet(call, [x, *operands], ndim, given)
+    met = meet(call, operands, ndim, [(x, value), *given])
     result = replace(met, paths=_normalised(value.paths, tracer.module_name if stock else None))
     moments = Value(met.ids.reshape(-1)) if met.ids.size == met.ids.shape[1] else None
     return [result, *[moments if o.dim() == 1 and o.shape[0] == x.shape[1] else None for o in call.outs[1:]]]

@@ -7,6 +7,7 @@ Lives here: matrix products with a parameter (consumer sites and producers). Doe
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +18,9 @@ from apoptosis.graph.findings import Consumer, site_key
 from apoptosis.graph.matrices import Matrix, as_matrix, as_stack
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_product import lone_pair, multiply
-from apoptosis.graph.slots import View
+from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule
-from apoptosis.graph.values import Path, Value, nothing, spoiled
+from apoptosis.graph.values import Multiple, Path, Value, nothing, spoiled, weight_named
 from apoptosis.records import IntArray
 
 REMEDY = "Let an nn.Linear or nn.Conv module compute it."
@@ -91,6 +92,16 @@ def _in_several_ways(call: Call, weight: Matrix, known: Consumer, site: Consumer
         known.conv, known.functional = replace(known.conv, padded=()), True
 
 
+def factors_of(call: Call, weight: Tensor, owner: Owner) -> tuple[tuple[float, float], bool]:
+    """Return the factors of weight and bias as in records.Site, and whether they stay what they are."""
+    making = call.tracer.memory.making(weight)
+    if making is None:
+        return (1.0, 1.0), True
+    call.tracer.numbers.read(Multiple(weight_named(owner.name), making.numbers))
+    known = math.isfinite(making.factor) and making.factor != 0.0
+    return (making.factor if known else 1.0, 1.0), making.fixed and known
+
+
 def site_bias(call: Call, direct: bool, added: Tensor | None = None, num_rows: int = 0) -> str | None:
     """Return the bias that takes a constant: the module's own, or the parameter that the operator adds whole."""
     module = call.tracer.module
@@ -116,11 +127,11 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
         met = meet(call, [a, b], out.dim())
         value = replace(met, paths=spoiled([tracer.value(t).paths for t in (a, b) if tracer.view(t) is None]))
     elif view_b is not None and view_a is None and b.dim() >= 2:
-        value = _apply(call, view_b, (b.dim() - 2, b.dim() - 1), a, a.dim() - 1, out.dim() - 1, macs, bias)
+        value = _apply(call, b, view_b, (b.dim() - 2, b.dim() - 1), a, a.dim() - 1, out.dim() - 1, macs, bias)
     elif view_a is not None and view_b is None and a.dim() >= 2:
         axis = max(0, b.dim() - 2)
         last = max(0, out.dim() - min(2, b.dim()))
-        value = _apply(call, view_a, (a.dim() - 1, a.dim() - 2), b, axis, last, macs, bias)
+        value = _apply(call, a, view_a, (a.dim() - 1, a.dim() - 2), b, axis, last, macs, bias)
     elif view_a is None and view_b is None:
         value = multiply(call, a, b, out.dim(), macs)
     if value is None:
@@ -141,6 +152,7 @@ def _outer(a: Tensor, b: Tensor) -> bool:
 
 def _apply(
     call: Call,
+    matrix: Tensor,
     view: View,
     axes: tuple[int, int],
     x: Tensor,
@@ -169,24 +181,27 @@ def _apply(
         and stack is None
     )
     value = consume(call, weight, x, axis, weight.columns)
+    factors, fixed = factors_of(call, matrix, weight.owner)
     site = Consumer(
         tracer.module_name,
         "linear",
         weight.owner.name,
         weight.dim_in,
         None
-        if weight.select or stack is not None
+        if weight.select or stack is not None or not fixed
         else site_bias(call, direct, bias, weight.owner.shape[weight.dim_out]),
         functional=not direct,
         select=weight.select,
-        source=tracer.module_name if direct else None,
+        source=tracer.module_name if direct and fixed else None,
+        factors=factors,
     )
     register(call, weight, value, site, direct, macs)
     tracer.show(site_key(site), lambda: (x.movedim(axis, -1), None))
     rows = weight.rows if stack is None else stack.rows
     ids = rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
     made = (weight.owner.name, weight.dim_out)
-    return Value(ids, paths={made: Path() if stack is None else None}, source=site.source, linear=frozenset((made,)))
+    plain = stack is None and fixed and factors == (1.0, 1.0)
+    return Value(ids, paths={made: Path() if plain else None}, source=site.source, linear=frozenset((made,)))
 
 
 def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.findings import Consumer, site_key
 from apoptosis.graph.matrices import Matrix, as_kernel
-from apoptosis.graph.rules_contract import biased, consume, register, site_bias
+from apoptosis.graph.rules_contract import biased, consume, factors_of, register, site_bias
 from apoptosis.graph.slots import View
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Value, nothing, spoiled, varying
@@ -48,7 +48,7 @@ def _convolution(call: Call) -> Result:
     if view is not None and single and axes is not None and axes[0] >= 0:
         value = _depthwise(call, view, axes[0], x, groups, transposed, macs)
     elif view is not None and axes is not None and min(axes[:2]) >= 0 and not view.owner.is_buffer:
-        value = _with_parameter(call, view, axes, x, macs)
+        value = _with_parameter(call, w, view, axes, x, macs)
     elif single and w.shape[0] == groups and _alike(call, w, view):
         found = tracer.value(x)
         value = Value(found.ids, origin=found.origin, paths=spoiled([found.paths]))
@@ -57,7 +57,7 @@ def _convolution(call: Call) -> Result:
     return value if bias is None else biased(call, value, bias, out)
 
 
-def _with_parameter(call: Call, view: View, axes: tuple[int, ...], x: Tensor, macs: float) -> Value:
+def _with_parameter(call: Call, w: Tensor, view: View, axes: tuple[int, ...], x: Tensor, macs: float) -> Value:
     """Consumer of the channels of `x`, and producer."""
     tracer, out, owner = call.tracer, call.outs[0], view.owner
     transposed, groups = bool(call.arg(6, "transposed")), int(call.arg(8, "groups"))
@@ -74,25 +74,28 @@ def _with_parameter(call: Call, view: View, axes: tuple[int, ...], x: Tensor, ma
     columns, rows = _grouped(call, weight, groups, transposed)
     read = consume(call, weight, x, 1, columns)
     added = call.arg(2, "bias")
+    factors, fixed = factors_of(call, w, owner)
     plain = [axis for axis in axes if axis >= 0] == list(range(len(owner.shape)))  # else no offset is folded through it
     site = Consumer(
         tracer.module_name,
         kind,
         owner.name,
         dim_in,
-        site_bias(call, direct, added, out.shape[1]) if plain else None,
+        site_bias(call, direct, added, out.shape[1]) if plain and fixed else None,
         taps,
         padded,
         groups,
         functional=pads is None,
         conv=None if direct else _described(call, axes, pads or ()),
-        source=tracer.module_name if direct else f"{tracer.module_name}:{owner.name}" if plain else None,
+        source=tracer.module_name if direct else f"{tracer.module_name}:{owner.name}" if plain and fixed else None,
+        factors=factors,
     )
     register(call, weight, read, site, direct, macs)
     tracer.show(site_key(site), lambda: (x.movedim(1, -1), None))
     made = (owner.name, dim_out)
     ids = _channels_first(rows, out.dim())
-    return Value(ids, paths={made: Path()}, source=site.source, linear=frozenset((made,)))
+    path = Path() if fixed and factors == (1.0, 1.0) else None
+    return Value(ids, paths={made: path}, source=site.source, linear=frozenset((made,)))
 
 
 def _described(call: Call, axes: tuple[int, ...], pads: tuple[tuple[tuple[int, ...], str], ...]) -> Convolution:

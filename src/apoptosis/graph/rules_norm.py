@@ -145,9 +145,23 @@ def _result(call: Call, x: Tensor, value: Value, gains: Sequence[Tensor], shape:
     return replace(met, paths=spoiled([one.paths for _, one in given]))
 
 
+def whole_channels(call: Call, value: Value) -> Value:
+    """Tie what shares the statistics of one channel: rows of a linear layer laid out as positions of feature maps."""
+    inside = varying(value.ids) - {0, 1}
+    if not inside or varying(value.ids) - inside != {1}:
+        return value
+    ids = value.ids
+    for axis in inside:
+        ids = ids.take([0], axis=axis)
+    call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(ids, value.ids.shape)), value.ids)
+    broken = (value.ids == 0).any(axis=tuple(inside), keepdims=True)
+    call.pin(np.where(broken, value.ids, 0), "normalises channels together with values that are none")
+    return replace(value, ids=ids, paths=spoiled([value.paths]), source=None)
+
+
 def _group_norm(call: Call) -> Result:
     x, (num, channels, positions, groups) = call.args[0], (int(n) for n in call.args[3:7])
-    value = held(call, x, [1])
+    value = whole_channels(call, held(call, x, [1]))
     block = channels // max(1, groups)
     sets = reshape(value.ids, x.shape, (num, groups, block * positions))
     remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."

@@ -27,6 +27,11 @@ CHANNELS, LITERAL = "channels", "literal"
 """What a Multiple may be of, beside the sums of a product of activations (by `findings.pairs_of`)."""
 
 
+def weight_named(name: str) -> str:
+    """Return what a Multiple of a parameter is of."""
+    return f"weight:{name}"
+
+
 class TooLargeError(Exception):
     """An id array would grow beyond SIZE_LIMIT; never leaves this package."""
 
