@@ -68,8 +68,10 @@ def _number(call: Call, other: object) -> float | None:
     if not isinstance(other, Tensor):
         return float(other)
     view = call.tracer.view(other)
-    if other.numel() != 1 or other.is_complex() or (view is None and call.tracer.value(other).live):
+    if other.numel() != 1 or other.is_complex():
         return None
+    if view is None and (call.tracer.value(other).live or call.tracer.value(other).origin != "a constant"):
+        return None  # computed from the weight, it may be
     if view is not None:
         call.tracer.read(view.owner, "operator")
     return float("nan") if other.is_meta or isinstance(other, FakeTensor) else float(other.detach())
