@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from apoptosis.errors import ArgumentError, NonFiniteError
-from apoptosis.probe import Probe, as_call, check_runs, compare, has_classes, logits_of, make_probe, outputs
+from apoptosis.probe import Probe, as_call, compare, logits_of, make_probe, outputs
+from apoptosis.trials import check_runs, has_classes
 
 
 def test_forms_of_a_call():
@@ -122,28 +123,39 @@ class SequenceFirst(nn.Module):
         return self.head(x.mean(0))
 
 
-def test_examples_along_another_dimension_are_refused():
+def test_examples_along_another_dimension_are_found():
     net, x = SequenceFirst(), torch.randn(800, 6, 10, generator=torch.Generator().manual_seed(0))
-    probe = make_probe(x, x[:5])
-    with pytest.raises(ArgumentError, match="rows of the inputs give outputs of 6 rows"):
-        check_runs(net, probe)
-    narrow = make_probe(x[:, :2], x[:5, :2])  # two sequences look like two examples
-    with pytest.raises(ArgumentError, match="3 rows of the inputs give outputs of 2 rows"):
-        check_runs(net, narrow)
-    found = outputs(net, probe)
+    probe = check_runs(net, make_probe(x, x[:5]))
+    assert (probe.rows, probe.cut) == (6, (1,))
+    assert probe.take(1, 4).args[0].shape == (800, 3, 10)
+    narrow = check_runs(net, make_probe(x[:, :2], x[:5, :2]))  # two sequences look like two examples
+    assert (narrow.rows, narrow.cut) == (2, (1,))
+    unmeasured = make_probe(x, x[:5])
+    found = outputs(net, unmeasured)
     with pytest.raises(ArgumentError, match="256 rows of the inputs give outputs of 6 rows"):
-        compare(found, found, None, None, probe=probe)
-    assert not has_classes(net, ((x[:5],), {}), None)
+        compare(found, found, None, None, probe=unmeasured)
+    assert has_classes(net, ((x[:5],), {}), None)
     check_runs(nn.Linear(10, 4), make_probe(x[:, 0], x[:2, 0]))
 
 
-def test_training_inputs_of_another_form_claim_nothing():
+def test_training_inputs_are_run_as_they_are_and_count_by_the_rows_of_the_outputs():
     net, x = SequenceFirst(), torch.randn(800, 6, 10, generator=torch.Generator().manual_seed(0))
     probe = Probe(args=(x,), kwargs={}, labels=None, rows=800, held_out=False)
+    before = outputs(net, probe)
+    assert len(before) == 1
+    found = compare(before, [-y for y in before], None, None, probe=probe)
+    assert found.readable
+    assert found.rms > 0
+    assert found.rows == 6
+
+
+def test_training_inputs_of_another_form_claim_nothing():
+    net, x = nn.Sequential(nn.Flatten(0, 1), nn.Linear(10, 4)), torch.randn(8, 6, 10)
+    probe = Probe(args=(x,), kwargs={}, labels=None, rows=8, held_out=False)
     found = compare(outputs(net, probe), [-y for y in outputs(net, probe)], None, None, probe=probe)
     assert not found.readable
     assert found.rms > 0
-    assert (found.flips, found.rows) == (0, 800)
+    assert (found.flips, found.rows) == (0, 8)
 
 
 def test_rows_of_what_logits_reads_count():

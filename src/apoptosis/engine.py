@@ -35,9 +35,10 @@ from apoptosis.operate import (
     with_known,
     without_pins,
 )
+from apoptosis.outputs import ReadLogits
 from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
-from apoptosis.probe import ReadLogits, as_call, check_runs, has_classes, make_probe
+from apoptosis.probe import as_call, make_probe
 from apoptosis.ranks import ranks_of
 from apoptosis.records import Group, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
@@ -45,9 +46,11 @@ from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, idle, read_state, sum_up, write_state
 from apoptosis.surgery import check_followers, check_optimizers
 from apoptosis.told import num_parameters
+from apoptosis.trials import has_classes, looked_at
 from apoptosis.unwrap import bare, layout_of, read_layouts, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
 
+_UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -117,14 +120,13 @@ class Apoptosis:
         patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel, ranks=ranks)
         self._patient, self._log = replace(patient, norm_widths=norm_widths), log
         held_out = None if probe is None else make_probe(probe, example_input)
-        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         structure, seconds = timed_capture(self._patient)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
         self._structure = rehearse(self._patient, structure, left_out := exclude_pins(structure, patterns), align)
         warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
         self._has_classes = has_classes(model, self._patient.call, logits)
-        if self._verdict.probe is not None:
-            check_runs(model, self._verdict.probe, logits)
+        held_out = looked_at(model, held_out, call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
+        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         self._verdict.check(readable=self._has_classes, named=logits is not None)
         full = num_parameters(model), structure.macs
         self._memory = Memory(full=full, full_shapes=dict(structure.shapes), overhead=overhead)

@@ -19,7 +19,10 @@ class Event:
 
     groups: name -> (channels before, after). parameters, macs: (before, after); macs are multiply-adds of one forward
     pass on the example input. bytes_freed: parameters and optimizer state. measured: what the transaction measured on
-    the probe ("output_rms": relative rms change of the outputs, "flips": share of changed predictions ...).
+    the probe ("output_rms": relative rms change of the outputs, "flips": share of changed predictions,
+    "integers_changed": share of the integers and truth values that the network returns ...). outputs: what output_rms
+    is of, "evaluation mode", or "training mode" where evaluation returns nothing that can be compared; "not compared"
+    where that holds of both.
     seconds: wall time of the event, window hooks excluded.
     """
 
@@ -35,6 +38,7 @@ class Event:
     measured_on: str
     seconds: float
     notes: tuple[str, ...] = ()
+    outputs: str = "evaluation mode"
 
     def __bool__(self) -> bool:
         return any(before != after for before, after in self.groups.values())
@@ -45,7 +49,9 @@ class Event:
         widths = ", ".join(f"{name} {a}->{b}" for name, (a, b) in self.groups.items() if a != b)
         empirical = [c.value for c in self.certificates if c.kind == "empirical"]
         worst = f", site error <= {max(empirical):.3g} (relative rms)" if empirical else ""
-        measured = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in self.measured.items())
+        measured = ", outputs not compared" if self.outputs == "not compared" else ""
+        measured += "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in self.measured.items())
+        measured += " in training mode" if self.outputs == "training mode" else ""
         return (
             f"step {self.step}: {widths}; parameters {self.parameters[0]:,}->{self.parameters[1]:,}"
             f"{worst}{measured} {self.measured_on}; {self.bytes_freed:,} bytes freed in {self.seconds:.3f} s"

@@ -22,11 +22,12 @@ from apoptosis.ledger import Event
 from apoptosis.observe import Observer, in_both
 from apoptosis.operate import Outcome, Patient, exclude_pins, new_pins, operate, with_pins
 from apoptosis.planner import Observations, Plan, Request, make_plan
-from apoptosis.probe import Probe, as_call, check_runs, make_probe, num_rows, without_trace
+from apoptosis.probe import as_call, as_probe, make_probe, num_rows, without_trace
 from apoptosis.records import Certificate, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
 from apoptosis.surgery import check_optimizers
 from apoptosis.told import make_event, size_of
+from apoptosis.trials import looked_at
 from apoptosis.unwrap import check_alone
 from apoptosis.verdict import Verdict, sanity_limit
 
@@ -89,12 +90,10 @@ def shrink_(
     check_optimizers(optimizers, model)
     call = as_call(example_input)
     patient = Patient(model=model, optimizers=optimizers, call=call, parallel=parallel, norm_widths=norm_widths)
-    verdict = Verdict(
-        None, None if probe is None else make_probe(probe, example_input), sanity=sanity_limit(model, tolerance)
-    )
+    held_out = None if probe is None else make_probe(probe, example_input)
     captured = patient.capture()
-    if verdict.probe is not None:
-        check_runs(model, verdict.probe)
+    held_out = looked_at(model, held_out, call, None, remedy="Give a probe= on whose inputs it returns some.")
+    verdict = Verdict(None, held_out, sanity=sanity_limit(model, tolerance))
     structure = rehearse(patient, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
     modes = 2 if tolerance == 0 and optimizers and _has_modes(model) else 1
     observer, observations = _observe(model, structure, example_input, batches, tolerance == 0, modes, seed)
@@ -161,8 +160,7 @@ def _at_fault(
     """
     probe = verdict.probe
     if observer.inputs is not None:
-        args, kwargs = observer.inputs
-        probe = Probe(args=args, kwargs=kwargs, labels=None, rows=num_rows((args, kwargs)), held_out=False)
+        probe = as_probe(observer.inputs)
     found = {plan.reductions[0].group: 0.0}
     for reduction in plan.reductions:
         trial = operate(patient, structure, [reduction], plan.dropped_variance, probe, lambda _: "measured")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.counts import with_follows
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure, without_hint
+from apoptosis.outputs import Change, ReadLogits, together
 from apoptosis.passes import forget_compiled
-from apoptosis.probe import CHUNK, Change, Probe, ReadLogits, compare, outputs, together
+from apoptosis.probe import Probe, comparable, compare, outputs, training_outputs
 from apoptosis.ranks import Ranks
 from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.sharded import at_rest, has_shards, renew
@@ -40,6 +41,7 @@ from apoptosis.surgery.numbers import value_of
 from apoptosis.unwrap import rebuild
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
+_RESIZED = "outputs whose size varies"  # no fault: they are compared in training mode instead
 _SHOWN_PINS = 3  # of a network that cannot shrink at all
 _LONG_CAPTURE = 0.5  # seconds; a longer one is not repeated just to be timed
 Judge = Callable[[Change], str]  # why the change is refused, "" when it is granted
@@ -65,6 +67,17 @@ class Patient:
     def capture(self) -> Structure:
         """Capture the model as it is now."""
         return analyse(self.model, *self.call, norm_widths=self.norm_widths)
+
+
+class _Before(NamedTuple):
+    """What the network returned before: in evaluation mode, and in training mode where that is to be compared.
+
+    asked: whether training mode was asked for, whatever came of it.
+    """
+
+    evaluation: list[Any]
+    training: list[Any] | None
+    asked: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -178,12 +191,15 @@ def operate(
     todo, ranks = list(reductions), patient.ranks
     outcome: Outcome | None = None
     try:
-        before = None if probe is None else ranks.each(partial(_outputs, patient, probe))
+        before = None if probe is None else _outputs_before(patient, probe)
         old_numbers = True  # the training loop may have set a temperature, say, since they were captured
         while todo:
             outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge, old_numbers)
             if outcome is not None:
                 break
+            if probe is not None and fault == _RESIZED:
+                before = _outputs_before(patient, probe, training=True)
+                continue
             if old_numbers:  # nothing is pinned, and no weight takes a factor, for what the user has changed
                 old_numbers, now = False, patient.capture()
                 changed = ranks.any(now.scalars != structure.scalars)
@@ -224,13 +240,14 @@ def _attempt(
     reductions: list[Reduction],
     dropped_variance: Mapping[str, Tensor],
     probe: Probe | None,
-    before: list[Any] | None,
+    before: _Before | None,
     judge: Judge,
     old_numbers: bool,
 ) -> tuple[Outcome | None, str]:
     """One try with all of `reductions`: an outcome, or None and what went wrong with the structure.
 
-    Nothing went wrong ("") where numbers need a factor and those they are compared with may be old.
+    Nothing went wrong ("") where numbers need a factor and those they are compared with may be old, and where training
+    mode has to be compared, too (_RESIZED).
     """
     fault, again, after = "", False, None
     with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
@@ -238,7 +255,7 @@ def _attempt(
             new, scaled = _edit(transaction, patient, structure, reductions, dropped_variance)
             again = scaled and old_numbers
             if not again and probe is not None and before is not None:
-                after = _outputs_after(patient, probe)
+                after = _outputs_after(patient, probe, training=before.training is not None)
         except _BROKEN as error:
             fault = str(error) or type(error).__name__
         fault, again = patient.ranks.fault(fault), patient.ranks.any(again)
@@ -248,6 +265,9 @@ def _attempt(
         change = None
         if probe is not None and before is not None and after is not None:
             change = _measured(patient, probe, before, after)
+            if (change.resized or not change.mode) and not before.asked:
+                transaction.rollback()
+                return None, _RESIZED
             refused = judge(change)
             if refused:
                 transaction.rollback()
@@ -261,9 +281,12 @@ def _attempt(
     ), ""
 
 
-def _measured(patient: Patient, probe: Probe, before: list[Any], after: list[Any]) -> Change:
+def _measured(patient: Patient, probe: Probe, before: _Before, after: tuple[list[Any], list[Any] | None]) -> Change:
     """Compare outputs on the probes of all ranks. Raises: NonFiniteError: outputs before are not finite."""
-    change = patient.ranks.each(partial(compare, before, after, probe.labels, patient.read, probe=probe))
+    training = None if before.training is None or after[1] is None else (before.training, after[1])
+    change = patient.ranks.each(
+        partial(compare, before.evaluation, after[0], probe.labels, patient.read, probe=probe, training=training)
+    )
     return together(patient.ranks.gathered(change))
 
 
@@ -287,26 +310,40 @@ def _edit(
     return new, bool(scales)
 
 
-def _outputs(patient: Patient, probe: Probe) -> list[Any]:
-    """Run a model on a probe; where ranks gather its parameters together, all of them make as many passes."""
-    own = -(-probe.rows // CHUNK)
+def _passes(patient: Patient, probe: Probe) -> int:
+    """Return how many passes every rank makes over its probe, where ranks gather parameters together in each."""
+    own = len(probe.pieces())
     if not has_shards(patient.model):
-        return outputs(patient.model, probe, passes=own)
-    most = int(patient.ranks.range_of(torch.tensor([own], dtype=torch.int64, device="cpu"))[1])
-    return outputs(patient.model, probe, passes=most)
+        return own
+    return int(patient.ranks.range_of(torch.tensor([own], dtype=torch.int64, device="cpu"))[1])
 
 
-def _outputs_after(patient: Patient, probe: Probe) -> list[Any]:
-    """Return what the edited network says on examples that the network before took.
+def _outputs_before(patient: Patient, probe: Probe, *, training: bool = False) -> _Before:
+    """Run a model on a probe: in evaluation mode, and in training mode if asked for or if that gives no numbers."""
+    ranks, passes = patient.ranks, _passes(patient, probe)
+    found = ranks.each(lambda: outputs(patient.model, probe, passes=passes))
+    asked = training or ranks.any(not comparable(found, patient.read))
+    other = None
+    if asked:
+        other = ranks.each(lambda: training_outputs(patient.model, probe, patient.read, passes=passes))
+        other = other if ranks.all(other is not None) else None
+    return _Before(found, other, asked)
+
+
+def _outputs_after(patient: Patient, probe: Probe, *, training: bool) -> tuple[list[Any], list[Any] | None]:
+    """Return what the edited network says on examples that the network before took, in one mode or both.
 
     Raises: CaptureError: it fails on them.
     """
+    passes = _passes(patient, probe)
     try:
-        return _outputs(patient, probe)
+        found = outputs(patient.model, probe, passes=passes)
     except (torch.OutOfMemoryError, RankError):
         raise
     except Exception as error:  # the user's forward may raise anything
         raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error
+    other = training_outputs(patient.model, probe, patient.read, passes=passes, checked=False) if training else None
+    return found, other
 
 
 def _guilty(
@@ -330,7 +367,7 @@ def _guilty(
             try:
                 _edit(transaction, patient, structure, trial, dropped)
                 if probe is not None:
-                    _outputs_after(patient, probe)
+                    _outputs_after(patient, probe, training=False)
             except _BROKEN as error:
                 found.update((reduction.group, str(error)) for reduction in trial)
             transaction.rollback()

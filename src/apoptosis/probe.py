@@ -1,70 +1,75 @@
 """The network's outputs before and after surgery, compared on probe examples.
 
 Lives here: reading classes off outputs, slicing a probe, running the model without leaving a trace, comparing
-outputs. Does not live here: counting and what follows from it (numerics.bounds) or who rolls back (engine).
+outputs. Does not live here: what an output holds (outputs), counting and what follows from it (numerics.bounds), who
+rolls back (engine).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from apoptosis.errors import ArgumentError, NonFiniteError, RankError
 from apoptosis.numerics.bounds import compare_logits
+from apoptosis.outputs import Change, ReadLogits, difference, read_logits, root_of
+from apoptosis.outputs import read as read_output
 from apoptosis.passes import own_pass
 from apoptosis.sharded import gathered
 
-ReadLogits = Callable[[Any], Tensor]
-CHUNK = 256  # examples per forward pass over a probe
+CHUNK = 256  # examples of a held-out probe per forward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Probe:
-    """Inputs (positional and keyword) of `rows` examples along dimension 0, with labels where there are any."""
+    """Inputs (positional and keyword) of `rows` examples, with labels where there are any.
+
+    cut: for every leaf of the inputs the dimension that counts examples, None for what all examples share. None in its
+    place: the inputs cannot be cut (a whole graph, one batch of a training loop), and are run as they are.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     labels: Tensor | None
     rows: int
     held_out: bool
+    cut: tuple[int | None, ...] | None = None
 
     def take(self, start: int, stop: int) -> Probe:
-        """Examples start..stop as a probe of their own."""
-
-        def cut(x: Any) -> Any:
-            return x[start:stop] if isinstance(x, Tensor) and x.dim() and x.shape[0] == self.rows else x
-
+        """Examples start..stop as a probe of their own; all of them where inputs cannot be cut."""
+        if self.cut is None or (start, stop) == (0, self.rows):
+            return self
+        leaves, form = tree_flatten((self.args, dict(self.kwargs)))
+        parts = [
+            x if dim is None else x.narrow(dim, start, stop - start) for x, dim in zip(leaves, self.cut, strict=True)
+        ]
+        args, kwargs = tree_unflatten(parts, form)
         labels = None if self.labels is None else self.labels[start:stop]
-        args, kwargs = tree_map(cut, (self.args, dict(self.kwargs)))
-        return Probe(args=args, kwargs=kwargs, labels=labels, rows=stop - start, held_out=self.held_out)
+        return replace(self, args=args, kwargs=kwargs, labels=labels, rows=stop - start)
+
+    def pieces(self, chunk: int = CHUNK) -> list[Probe]:
+        """Return the probe in pieces of at most `chunk` examples, in order."""
+        if self.cut is None:
+            return [self]
+        return [self.take(start, min(start + chunk, self.rows)) for start in range(0, self.rows, chunk)]
+
+    def counts(self, number: int) -> bool:
+        """Whether so many rows of outputs can be one for each example, as far as the inputs' sizes tell."""
+        if number == self.rows or self.held_out:
+            return number == self.rows
+        return any(number in x.shape for x in _tensors((self.args, self.kwargs)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """How far the outputs moved. rms: relative to the centred output; flips, losses: numbers of examples.
-
-    flips: examples whose largest output changed. losses: right before and wrong after (equal to flips where labels are
-    missing). margin_share: share of examples whose two largest logits differ by at most twice the largest change of a
-    logit. readable: whether the outputs have columns to compare, one row per example. moved, spread: squared sums, the
-    root of whose ratio is rms.
-    """
-
-    rms: float
-    rows: int
-    flips: int
-    losses: int
-    margin_share: float
-    readable: bool
-    moved: float = 0.0
-    spread: float = 0.0
+def _tensors(call: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor) and leaf.dim()]
 
 
 def as_call(example: Any, what: str = "example input") -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -115,11 +120,37 @@ def make_probe(probe: Any, example: Any) -> Probe:
     rows = num_rows((args, kwargs))
     if rows == 0:
         raise ArgumentError("probe holds no examples along dimension 0.")
-    if labels is not None and (not isinstance(labels, Tensor) or labels.dim() != 1 or len(labels) != rows):
-        raise ArgumentError(f"probe labels must be a tensor of shape ({rows},): one class index per example.")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.dim() != 1 or len(labels) == 0):
+        raise ArgumentError("probe labels must be a tensor of one dimension: one class index per example.")
     if labels is not None:
         check_labels(labels, None)
-    return Probe(args=args, kwargs=kwargs, labels=labels, rows=rows, held_out=True)
+        sizes = {size for x in _tensors((args, kwargs)) for size in x.shape[:2]}
+        if len(labels) not in sizes and all(x.shape[0] == rows for x in _tensors((args, kwargs))):
+            raise ArgumentError(f"probe labels must be a tensor of shape ({rows},): one class index per example.")
+    found = Probe(args=args, kwargs=kwargs, labels=labels, rows=rows, held_out=True)
+    ways = ways_to_cut(found)
+    return ways[0] if ways else replace(found, rows=len(labels) if labels is not None else rows)
+
+
+def ways_to_cut(probe: Probe) -> list[Probe]:
+    """Return the probe with its first input's dimension 0 as the one that counts examples, and with dimension 1."""
+    leaves, _ = tree_flatten((probe.args, dict(probe.kwargs)))
+    first = next(x for x in leaves if isinstance(x, Tensor) and x.dim())
+    found = []
+    for axis in range(min(2, first.dim())):
+        rows = int(first.shape[axis])
+        if rows < 2 or (probe.labels is not None and len(probe.labels) != rows):
+            continue
+        cut = tuple(_dim_of(x, rows, axis if x is first else 0) for x in leaves)
+        found.append(replace(probe, rows=rows, cut=cut))
+    return found
+
+
+def _dim_of(x: Any, rows: int, first: int) -> int | None:
+    """Return the dimension of an input that counts examples: the one asked for, else the other of its first two."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        return None
+    return next((dim for dim in (first, 1 - first) if dim < x.dim() and x.shape[dim] == rows), None)
 
 
 def check_labels(labels: Tensor, classes: int | None) -> None:
@@ -135,32 +166,19 @@ def check_labels(labels: Tensor, classes: int | None) -> None:
         raise ArgumentError(f"probe labels range over {low} .. {high}: class indices must be {allowed}.")
 
 
-def check_runs(model: nn.Module, probe: Probe, read: ReadLogits | None = None) -> None:
-    """Run the model on a few probe examples, in two sizes: its outputs must have a row for each of them.
-
-    Raises: ArgumentError: it fails on them, the outputs have other rows, or labels name no class of the outputs.
-    """
-    for rows in (min(2, probe.rows), min(3, probe.rows)):  # two passes on every rank, which may gather for them
-        part = probe.take(0, rows)
-        try:
-            (out,) = outputs(model, part)
-        except RankError:
-            raise
-        except Exception as error:  # the user's forward may raise anything
-            raise ArgumentError(f"probe: the model fails on it: {type(error).__name__}: {error}") from error
-        logits = logits_of(out, read)
-        _check_rows(out, logits, rows)
-        if logits is not None and probe.labels is not None:
-            check_labels(probe.labels, logits.shape[1])
-
-
-def _check_rows(out: Any, logits: Tensor | None, rows: int) -> None:
+def check_rows(out: Any, logits: Tensor | None, rows: int) -> None:
     """Raise ArgumentError unless what is read off the output has one row per example."""
-    found = [len(x) for x in ([logits] if logits is not None else _leaves(out)) if x.dim()]
-    if rows not in found:
+    if logits is not None:
+        found = [len(logits)]
+    elif isinstance(out, list | tuple) and len(out) == rows:
+        return
+    else:
+        held = read_output(out)
+        found = [size for x in (*held.numbers.values(), *held.whole.values()) for size in x.shape[:2]]
+    if found and rows not in found:
         raise ArgumentError(
-            f"probe: {rows} rows of the inputs give outputs of {found[0] if found else 'no'} rows. Dimension 0 of the "
-            "inputs must count examples, and the outputs (or what logits= reads) must have one row for each."
+            f"probe: {rows} rows of the inputs give outputs of {found[0]} rows. Examples must lie along one dimension "
+            "of the inputs, and the outputs (or what logits= reads) must have one row for each."
         )
 
 
@@ -209,15 +227,32 @@ def without_trace(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def outputs(model: nn.Module, probe: Probe, *, chunk: int = CHUNK, passes: int = 0) -> list[Any]:
-    """Return the model's outputs in evaluation mode, in chunks of examples; leaves no trace on the model.
+def outputs(
+    model: nn.Module,
+    probe: Probe,
+    *,
+    chunk: int = CHUNK,
+    passes: int = 0,
+    training: bool = False,
+    seed: int | None = None,
+) -> list[Any]:
+    """Return the model's outputs, in chunks of examples of a probe that can be cut; leaves no trace on the model.
 
-    passes: how many are made at least, where other ranks, which gather parameters at the same time, make more.
+    Args:
+        model: what is run.
+        probe: on what.
+        chunk: most examples per pass.
+        passes: how many are made at least, where other ranks, which gather parameters at the same time, make more.
+        training: in training mode, dropout modules let everything through; else in evaluation mode.
+        seed: of the global generators during the passes, which go on afterwards where they were; None: as they are.
     """
     found = []
     with without_trace(model), gathered(model):
-        for start in range(0, probe.rows, chunk):
-            part = probe.take(start, min(start + chunk, probe.rows)) if probe.rows > chunk else probe
+        for module in model.modules() if training else ():
+            module.training = not isinstance(module, nn.modules.dropout._DropoutNd)
+        if seed is not None:
+            _seed(model, seed)
+        for part in probe.pieces(chunk):
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (part.args, dict(part.kwargs)))  # it may write to them
             found.append(model(*args, **kwargs))
         for _ in range(len(found), passes):
@@ -225,21 +260,62 @@ def outputs(model: nn.Module, probe: Probe, *, chunk: int = CHUNK, passes: int =
     return found
 
 
+def _seed(model: nn.Module, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, not those of the model alone
+    for device in {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}:
+        torch.cuda.default_generators[device].manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def comparable(outs: Sequence[Any], read: ReadLogits | None) -> bool:
+    """Whether outputs hold floating-point numbers."""
+    return any(x.numel() for out in outs for x in read_output(out, read).numbers.values())
+
+
+def training_outputs(
+    model: nn.Module, probe: Probe, read: ReadLogits | None, *, passes: int = 0, checked: bool = True
+) -> list[Any] | None:
+    """Return what training mode gives, where that can be compared with another pass of the same kind; else None.
+
+    It cannot where the model does not run so on these inputs, returns no numbers, or draws them at random.
+
+    Args: checked: run it twice, to see whether it draws them at random.
+    """
+    found: list[list[Any]] = []
+    for seed in (0, 1) if checked else (0,):
+        try:
+            found.append(outputs(model, probe, passes=passes, training=True, seed=seed))
+        except (torch.OutOfMemoryError, RankError):
+            raise
+        except Exception:  # noqa: BLE001 - the user's forward may raise anything: it needs targets, say
+            return None
+    if not comparable(found[0], read):
+        return None
+    first, other = ([read_output(out, read) for out in outs] for outs in (found[0], found[-1]))
+    try:
+        apart = difference(first, other)
+    except NonFiniteError:
+        return None
+    return found[0] if apart.moved <= 1e-8 * apart.spread and not apart.resized else None
+
+
 def _leaves(out: Any) -> list[Tensor]:
-    leaves = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+    leaves = [x for x in tree_flatten(out)[0] if _is_plain(x)]
     if leaves:
         return leaves
     values = vars(out).values() if hasattr(out, "__dict__") else ()  # a plain object of tensors
-    return [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in values if _is_plain(x)]
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided and not x.is_nested
 
 
 def logits_of(out: Any, read: ReadLogits | None) -> Tensor | None:
     """(examples, classes) logits, or None where the output has none: one tensor of two dimensions with >= 2 columns."""
     if read is not None:
-        logits = read(out)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-            raise ArgumentError("logits=: the function must return a tensor of shape (examples, classes >= 2).")
-        return logits
+        return read_logits(out, read)
     named = getattr(out, "logits", None)
     if isinstance(named, Tensor) and named.dim() == 2 and named.shape[1] >= 2:
         return named
@@ -256,6 +332,7 @@ def compare(
     read: ReadLogits | None,
     *,
     probe: Probe | None = None,
+    training: tuple[list[Any], list[Any]] | None = None,
 ) -> Change:
     """How far the outputs moved between two passes over the same examples.
 
@@ -265,84 +342,63 @@ def compare(
         labels: (examples,) class indices, or None.
         read: as logits=.
         probe: what the passes were made on. Outputs without a row for each example then bound nothing.
+        training: the same two of training mode, which count where evaluation returns no numbers, or as many as it
+            happens to find.
 
     Raises:
         NonFiniteError: the outputs before hold NaN or infinity (after: the change is infinite).
         ArgumentError: a held-out probe and outputs of other rows, or labels that name no class.
     """
-    moved, spread = _squares(before, after)
-    rows = flips = losses = close = 0
-    readable = True
-    for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        a, b = logits_of(old, read), logits_of(new, read)
-        size = num_rows(_leaves(old)) if a is None else len(a)
-        if probe is not None:
-            size = min(CHUNK, probe.rows - i * CHUNK)
-            for out, logits in ((old, a), (new, b)):
-                if probe.held_out:
-                    _check_rows(out, logits, size)
-                readable = readable and logits is not None and len(logits) == size
-        if readable and a is not None and b is not None:
-            truth = None if labels is None else labels[rows : rows + size]
-            if truth is not None:
-                check_labels(truth, a.shape[1])
-            found = compare_logits(a, b, truth)
-            flips, losses, close = flips + found.flips, losses + found.losses, close + found.at_risk
-        else:
-            readable = False
-        rows += size
+    found = difference([read_output(out, read) for out in before], [read_output(out, read) for out in after])
+    moved, spread, mode = found.moved, found.spread, "evaluation" if found.compared else ""
+    if training is not None and (not found.compared or found.resized):
+        other = difference(*([read_output(out, read) for out in outs] for outs in training))
+        if other.compared:
+            moved, spread, mode = other.moved, other.spread, "training"
+    rows, flips, losses, close, readable = _compare_classes(before, after, labels, read, probe)
     return Change(
-        rms=_root_of(moved, spread),
+        rms=root_of(moved, spread),
         moved=moved,
         spread=spread,
+        mode=mode,
         rows=rows,
         flips=flips,
         losses=losses,
         margin_share=close / rows if readable and rows else 1.0,
         readable=readable and rows > 0,
+        whole=found.whole,
+        changed=found.changed / found.whole if found.whole else None,
+        resized=found.resized,
     )
 
 
-def together(changes: Sequence[Change]) -> Change:
-    """Return what changed on several sets of examples as one."""
-    if len(changes) == 1:
-        return changes[0]
-    rows = sum(change.rows for change in changes)
-    moved, spread = sum(change.moved for change in changes), sum(change.spread for change in changes)
-    return Change(
-        rms=_root_of(moved, spread),
-        moved=moved,
-        spread=spread,
-        rows=rows,
-        flips=sum(change.flips for change in changes),
-        losses=sum(change.losses for change in changes),
-        margin_share=sum(change.margin_share * change.rows for change in changes) / max(rows, 1),
-        readable=all(change.readable for change in changes),
-    )
+def _compare_classes(
+    before: list[Any], after: list[Any], labels: Tensor | None, read: ReadLogits | None, probe: Probe | None
+) -> tuple[int, int, int, int, bool]:
+    """Return examples, flips, losses, examples at risk, and whether the outputs could be read as classes."""
+    rows = flips = losses = close = 0
+    readable = True
+    sizes = None if probe is None else [piece.rows for piece in probe.pieces()]
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        a, b = logits_of(old, read), logits_of(new, read)
+        size = num_rows(_leaves(old)) if a is None else len(a)
+        readable = readable and a is not None and b is not None and a.shape == b.shape
+        if probe is not None and sizes is not None:
+            if probe.held_out and probe.cut is not None:
+                for out, logits in ((old, a), (new, b)):
+                    check_rows(out, logits, sizes[i])
+            readable = readable and probe.counts(size) if probe.cut is None else readable and size == sizes[i]
+            size = size if readable else sizes[i]
+        if readable and a is not None and b is not None:
+            truth = None if labels is None else labels[rows : rows + size]
+            if truth is not None:
+                check_labels(truth, a.shape[1])
+            agreed = compare_logits(a, b, truth)
+            flips, losses, close = flips + agreed.flips, losses + agreed.losses, close + agreed.at_risk
+        rows += size
+    return rows, flips, losses, close, readable
 
 
-def _root_of(moved: float, spread: float) -> float:
-    if not moved < float("inf"):
-        return float("inf")
-    return (moved / spread) ** 0.5 if spread > 0 else (0.0 if moved == 0 else float("inf"))
-
-
-def _squares(before: list[Any], after: list[Any]) -> tuple[float, float]:
-    """Return the squared change and the squared spread of the outputs, all their tensors together."""
-    change = scale = 0.0
-    for old, new in zip(before, after, strict=True):
-        for x, y in zip(_leaves(old), _leaves(new), strict=True):
-            x, y = x.double(), y.double()
-            if not bool(torch.isfinite(x).all()):
-                raise NonFiniteError("the network's outputs on the probe hold NaN or infinity before any change.")
-            change += float((y - x).square().sum())
-            alone = len(before) == 1 and x.dim() and x.shape[0] == 1  # one example has no spread: take its size
-            scale += float((x if alone else x - x.mean(0, keepdim=True)).square().sum())
-    return change, scale
-
-
-def has_classes(model: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], read: ReadLogits | None) -> bool:
-    """Whether logits, one row per example, can be read off the model's output on the example input."""
-    example = Probe(args=call[0], kwargs=call[1], labels=None, rows=max(1, num_rows(call)), held_out=False)
-    logits = logits_of(outputs(model, example, chunk=example.rows)[0], read)
-    return logits is not None and len(logits) == example.rows
+def as_probe(call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Probe:
+    """Return inputs of the user's as a probe that is run as it is and bounds nothing about a population."""
+    return Probe(args=call[0], kwargs=call[1], labels=None, rows=max(1, num_rows(call)), held_out=False)

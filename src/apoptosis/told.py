@@ -12,9 +12,12 @@ from torch import nn
 
 from apoptosis.ledger import Event
 from apoptosis.operate import Outcome, Patient
+from apoptosis.outputs import Change
 from apoptosis.planner import Plan, merged
 from apoptosis.records import Certificate, Structure
 from apoptosis.surgery import layers
+
+_SHOWN = 3  # outputs that are named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,10 @@ def make_event(
     measured: dict[str, float] = {}
     change = outcome.change
     if change is not None:
-        measured["output_rms"] = change.rms
+        if change.mode:
+            measured["output_rms"] = change.rms
+        if change.changed is not None:
+            measured["integers_changed"] = change.changed
         if change.readable:
             measured |= {"flips": change.flips / change.rows, "margin_share": change.margin_share}
     return Event(
@@ -63,9 +69,19 @@ def make_event(
         certificates=(*promised, *certificates),
         measured=measured,
         measured_on=f"on {change.rows if change is not None else 0} {measured_on}",
+        outputs="not compared" if change is None or not change.mode else f"{change.mode} mode",
         seconds=seconds,
-        notes=(*notes, *(str(pin) for pin in outcome.pins)),
+        notes=(*notes, *_resized(change), *(str(pin) for pin in outcome.pins)),
     )
+
+
+def _resized(change: Change | None) -> tuple[str, ...]:
+    """Name outputs that could not be compared because their size changed with their values."""
+    if change is None or not change.resized:
+        return ()
+    shown = ", ".join(f"'{way}'" if way else "the output" for way in change.resized[:_SHOWN])
+    more = f" and {len(change.resized) - _SHOWN} more" if len(change.resized) > _SHOWN else ""
+    return (f"not compared, because its size is another one after the event: {shown}{more}",)
 
 
 def state_bytes(patient: Patient) -> int:

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_flatten
 
 from apoptosis.budget import ALPHA, Account
 from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
-from apoptosis.probe import Change, Probe, num_rows
+from apoptosis.outputs import Change
+from apoptosis.probe import Probe, as_probe
 from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate
 
@@ -102,13 +103,13 @@ class Verdict:
         """Examples for the next attempt: held-out ones, else the last training inputs, else nothing."""
         self._pending = None
         if self.probe is not None:
-            self._rows = self.account.next_rows()
+            self._rows = (0, self.probe.rows) if self.probe.cut is None else self.account.next_rows()
             return self.probe.take(*self._rows)
         if inputs is None:
             return None
-        rows = num_rows(inputs)
-        self._rows = (0, rows)
-        return Probe(args=inputs[0], kwargs=inputs[1], labels=None, rows=rows, held_out=False)
+        found = as_probe(inputs)
+        self._rows = (0, found.rows)
+        return found
 
     def judge(self, change: Change) -> str:
         """Why a change is refused, "" when it is granted. Every attempt on a probe spends confidence."""
@@ -136,8 +137,20 @@ class Verdict:
                 f"{what}on training inputs: nothing is claimed about the population",
             )
             self._pending = Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
-        if (budget is None or self.sanity < SANITY_RMS) and not change.rms <= self.sanity:
-            return f"the outputs changed by {change.rms:.3g} (relative rms), beyond the sanity limit {self.sanity}"
+        if budget is not None and not change.readable:
+            return "the outputs on the probe have no row of classes for every example, so that no limit can be granted"
+        return self._beyond_sanity(change) if budget is None or self.sanity < SANITY_RMS else ""
+
+    def _beyond_sanity(self, change: Change) -> str:
+        """Say how far beyond the sanity limit a change is, "" if it is not, or if nothing could be compared."""
+        if change.mode and not change.rms <= self.sanity:
+            where = " in training mode" if change.mode == "training" else ""
+            return (
+                f"the outputs changed by {change.rms:.3g} (relative rms){where}, beyond the sanity limit {self.sanity}"
+            )
+        if not change.mode and change.changed is not None and change.changed > self.sanity:
+            share = f"{100 * change.changed:.3g} % of the integers that the network returns changed"
+            return f"{share}, beyond the sanity limit of {100 * self.sanity:g} %"
         return ""
 
     def settle(self) -> tuple[Certificate, ...]:
@@ -196,8 +209,10 @@ def _check_shares(marks: Sequence[Mapping[str, Any] | None]) -> None:
 
 def fingerprint(probe: Probe) -> dict[str, Any]:
     """Return what tells one probe from another: rows, shape and a weighted sum of inputs and of labels."""
-    tensors = [x for x in tree_flatten((probe.args, dict(probe.kwargs)))[0] if isinstance(x, Tensor) and x.dim()]
-    first = next(x for x in tensors if x.shape[0] == probe.rows)
+    leaves = tree_flatten((probe.args, dict(probe.kwargs)))[0]
+    cut = probe.cut or (0,) * len(leaves)
+    tensors = ((x, dim) for x, dim in zip(leaves, cut, strict=True) if isinstance(x, Tensor) and x.dim())
+    first = next(x.movedim(dim, 0) for x, dim in tensors if dim is not None)
     return {
         "rows": probe.rows,
         "held_out": probe.held_out,
