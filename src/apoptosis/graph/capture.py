@@ -14,13 +14,12 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.nn.modules import module as hooks
 from torch.nn.modules.dropout import _DropoutNd
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apoptosis.errors import CaptureError, RankError
 from apoptosis.graph.failures import failure
+from apoptosis.graph.fakes import Constants, over_fakes
 from apoptosis.graph.findings import Findings
 from apoptosis.graph.norms import NormWatch
 from apoptosis.graph.outputs import named_in, tensors_in
@@ -45,9 +45,10 @@ from apoptosis.sharded import gathered
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Hands every operator, once executed, to the tracer."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, constants: Constants | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self._tracer = tracer
+        self._constants = constants
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,13 +57,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         if func.namespace == "prim":  # asks a fake tensor for its device
             return func(*args, **kwargs)
         seen = self._tracer.before(func, args)
-        out = _operator(func, args, kwargs)
+        out = _operator(func, args, kwargs, self._constants)
         self._tracer.executed(func, seen, kwargs, out)
         return out
 
 
-def _operator(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return func(*args, **kwargs)
+def _operator(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], constants: Constants | None) -> Any:
+    return func(*args, **kwargs) if constants is None else constants.run(func, args, kwargs)
 
 
 class _Functions(TorchFunctionMode):
@@ -155,15 +156,6 @@ def _kept_randomness(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _fake(model: nn.Module) -> Iterator[None]:
-    """Let a pass over fake parameters make fake tensors only, whether or not their mode is on."""
-    tensors = (*model.parameters(), *model.buffers())
-    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
-    with mode if mode is not None else nullcontext():
-        yield
-
-
-@contextmanager
 def _step_by_step(model: nn.Module) -> Iterator[None]:
     """Run recurrences and attention as plain operators instead of fused ones, which say nothing of their inside."""
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -239,7 +231,7 @@ def capture(
         stack.enter_context(_kept_randomness(model))
         stack.enter_context(own_pass())
         stack.enter_context(unsynchronised(model))
-        stack.enter_context(_fake(model))
+        constants = stack.enter_context(over_fakes(model))
         stack.enter_context(gathered(model))
         tensors, _, _ = named_tensors(model)
         stack.enter_context(_step_by_step(model))
@@ -251,7 +243,7 @@ def capture(
         stack.enter_context(_module_stack(tracer, model))
         stack.enter_context(torch.enable_grad() if watch is None else torch.no_grad())
         try:
-            with _Functions(tracer), _Watch(tracer):
+            with _Functions(tracer), _Watch(tracer, constants):
                 output = _forward(model, tuple(args), dict(kwargs))
         except (CaptureError, RankError):
             raise

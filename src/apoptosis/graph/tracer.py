@@ -10,12 +10,14 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from apoptosis.graph.entries import Entries, Mark, Pad
 from apoptosis.graph.findings import Findings, Reason
@@ -122,6 +124,7 @@ class Tracer:
         self._rules = rules
         self._works = works
         self._watch, self._note = watch, note
+        self._fake = any(isinstance(tensor, FakeTensor) for tensor in tensors.values())
         self.muted = False
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -279,6 +282,10 @@ class Tracer:
         self._execute(_Kind(name, f"aten.{name}", "default", rule, reads, ()), args, kwargs, out)
 
     def _execute(self, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        with unset_fake_temporarily() if self._fake else nullcontext():  # what is computed here holds numbers
+            self._follow(kind, args, kwargs, out)
+
+    def _follow(self, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         self._label = kind.label
         outs = _flatten((out,))
         call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes))
