@@ -4,6 +4,8 @@
     python benchmarks/coverage.py --page       make the page again from the JSON
     python benchmarks/coverage.py --check      exit status 1 if the page does not say what the JSON says
 
+The page ends with what benchmarks/zoo measures.
+
 The families are those of tests/families: small random networks, redundancy planted in the groups that are listed there,
 removed at tolerance 0 in float32 and float64. A second, fresh network is shrunk once at tolerance 0.05 on random data.
 Lives here: this measurement and its page. Does not live here: what must hold (tests/families/oracle.py).
@@ -30,8 +32,9 @@ from apoptosis.recipes.machine import machine, versions
 from apoptosis.records import Group, Pin
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # where the families live, so that these two imports come after it
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where the zoo and the families live, imported after it
 
+from benchmarks.zoo import page as zoo  # noqa: E402
 from families.family import Family  # noqa: E402
 from families.oracle import build, difference, inputs, operate, run, structure_of  # noqa: E402
 
@@ -40,6 +43,8 @@ SEED, TOLERANCE = 0, 0.05
 HEAD = ("family", "channels", "removable", "planted, found", "pinned channels: why", "error of an exact removal",
         f"multiply-adds at tolerance {TOLERANCE:g}")  # fmt: skip
 TEXT = f"""# Coverage
+
+The small networks of the tests first, then [networks of timm and transformers](#networks-of-timm-and-transformers).
 
 What is removable in small random networks of many families, made from
 [benchmarks/results/coverage.json](../benchmarks/results/coverage.json), which `python benchmarks/coverage.py` measures.
@@ -126,7 +131,8 @@ def page(result: Mapping[str, Any]) -> str:
     rows = [_row(name, record) for name, record in result["families"].items()]
     where = result["machine"]
     made = f"Seed {result['seed']}, torch {result['versions']['torch']}, {where['system']}, {where['threads']} thread."
-    return f"{TEXT}{_table(HEAD, rows)}\n\n{made}\n"
+    networks = f"\n{zoo.part(zoo.read())}" if zoo.RESULTS.exists() else ""
+    return f"{TEXT}{_table(HEAD, rows)}\n\n{made}\n{networks}"
 
 
 def _row(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -53,7 +53,9 @@ def one(family: str, name: str) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - one row, not the run
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]} ({where.name}:{where.lineno})"
-        inside = any(os.sep + "apoptosis" + os.sep in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+        inside = any(
+            os.sep + "apoptosis" + os.sep in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+        )
         return {"built": inside, "captured": False, "error": text[:300], "seconds": time.process_time() - start}
 
 
@@ -121,7 +123,9 @@ def told(row: Mapping[str, Any]) -> str:
         return f"NOT CAPTURED: {row['error']}"
     if row["share"] is None:
         return "no multiply-adds"
-    pins = "; ".join(f"{100 * p['share']:.0f} % {why}" for why, p in list(row["pins"].items())[:3] if p["share"] > 0.005)
+    pins = "; ".join(
+        f"{100 * p['share']:.0f} % {why}" for why, p in list(row["pins"].items())[:3] if p["share"] > 0.005
+    )
     return f"{row['share']:.3f} in {row['seconds']:.1f} s{'' if row['fake'] else ', real tensors'}; {pins}"
 
 
@@ -134,7 +138,7 @@ def main() -> int:
     parser.add_argument("--families", default=",".join(FAMILIES), help="timm, transformers or both, comma-separated")
     parser.add_argument("--only", default="", help="names of networks or model types, comma-separated")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=30.0, help="processor seconds for one network")
+    parser.add_argument("--limit", type=float, default=15.0, help="processor seconds for one network")
     parser.add_argument("--resume", action="store_true", help="keep the rows of a run that was interrupted")
     parser.add_argument("--page", action="store_true", help="no measuring")
     parser.add_argument("--json", type=Path, default=RESULTS, help="write the figures there; the page only by default")

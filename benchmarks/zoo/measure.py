@@ -13,7 +13,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,8 @@ def measure(candidates: Callable[[Building], Iterable[Built]]) -> dict[str, Any]
     """All figures of the first of these networks whose own forward pass runs.
 
     Small ones on real tensors, which then is the quicker way, larger ones on fake tensors, and either on the other kind
-    where its own pass fails (it reads numbers off its values, or the values are not what it expects). What fails in a plain pass as well is
-    passed over; what fails in a capture alone is an error of the library.
+    where its own pass fails (it reads numbers off its values, or the values are not what it expects). What fails in a
+    plain pass as well is passed over; what fails in a capture alone is an error of the library.
     """
     start = time.process_time()
     row: dict[str, Any] = {"built": False, "captured": False, "error": ""}
@@ -235,13 +235,9 @@ def _open_classes(structure: Structure) -> np.ndarray:
     return is_open
 
 
-def _open_share(
-    structure: Structure, is_open: np.ndarray, axis: Sequence[tuple[str, int, np.ndarray]]
-) -> float:
+def _open_share(structure: Structure, is_open: np.ndarray, axis: Sequence[tuple[str, int, np.ndarray]]) -> float:
     size = sum(positions.size for _, _, positions in axis)
-    free = sum(
-        int(is_open[structure.classes[name][dim][positions]].sum()) for name, dim, positions in axis if name
-    )
+    free = sum(int(is_open[structure.classes[name][dim][positions]].sum()) for name, dim, positions in axis if name)
     return free / size if size else 0.0
 
 
@@ -263,7 +259,7 @@ def _groups(structure: Structure) -> dict[str, Any]:
             found["groups"] += 1
             found["channels"] += group.num_channels
             found["share"] += group.macs_per_channel * group.num_channels / max(structure.macs, 1.0)
-            found["example"] = found["example"] or str(group.pin)
+            found["example"] = found["example"] or f"'{group.name}': {group.pin.reason}"
     return {
         "groups": len(groups),
         "groups_free": sum(g.pin is None for g in groups),

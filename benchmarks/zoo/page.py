@@ -15,17 +15,19 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "zoo.json", ROOT / "docs" / "coverage.md"
 BEGIN = "## Networks of timm and transformers\n"
 CONVOLUTIONAL = 0.9  # share of the multiply-adds that convolutions do in what is counted as a convolutional network
-HEAD = ("network", "captured", "multiply-adds that may shrink", "pins: share of the multiply-adds, why", "seconds")
+HEAD = ("network", "captured", "multiply-adds that may shrink", "groups: may shrink, all",
+        "pins: share of the multiply-adds, why", "seconds")  # fmt: skip
 TEXT = f"""{BEGIN}
 One network of each of timm's modules (and more of those that hold several kinds), and every model type of transformers
 that can be built small from its configuration alone, with few layers and small widths, made from
 [benchmarks/results/zoo.json](../benchmarks/results/zoo.json), which `python -m benchmarks.zoo` measures. It needs the
-extra `zoo` (`pip install 'torch-apoptosis[zoo]'`: timm, torchvision, transformers). Where torchvision cannot be imported
-beside the installed torch (PyPI's wheel beside the CPU build: "operator torchvision::nms does not exist"), the benchmark
-puts an empty module in the place of `torchvision._meta_registrations`, which no network of timm needs.
+extra `zoo` (`pip install 'torch-apoptosis[zoo]'`: timm, torchvision, transformers). Where torchvision cannot be
+imported beside the installed torch (PyPI's wheel beside the CPU build: "operator torchvision::nms does not exist"), the
+benchmark puts an empty module in the place of `torchvision._meta_registrations`, which no network of timm needs.
 
-- *Captured*: the structure was found; on fake tensors (shapes without numbers), or, where the network's own pass reads
-  numbers off its values, on *real* ones. A model type that does not run plainly as built here is not listed.
+- *Captured*: the structure was found, on fake tensors (shapes without numbers) or on *real* ones: networks of few
+  parameters, and those whose own pass reads numbers off its values. A model type of which nothing could be built and
+  run in this way is not listed.
 - *Multiply-adds that may shrink*: of one training pass on two examples. The multiply-adds of an operator count by the
   largest share of any one axis of its weight or operands whose channels are in groups that may shrink, and they are
   divided by all multiply-adds: a product with a weight of which all rows or all columns may go counts in full.
@@ -51,11 +53,10 @@ def part(result: Mapping[str, Any]) -> str:
     took = "" if result.get("seconds") is None else f"; {result['seconds']:.0f} s in all"
     made = f"Seed {result['seed']}, {of}, {where['system']}, {result['processes']} processes of one thread each{took}."
     lines = "\n".join(f"- {line}" for line in summary(result).splitlines())
-    tables = [
-        f"### {family}\n\n{_table([HEAD, *(_row(name, row) for name, row in found.items() if row['built'])])}\n"
-        for family, found in result["families"].items()
-        if found
-    ]
+    tables = []
+    for family, found in result["families"].items():
+        rows = [_row(name, row) for name, row in found.items() if row["built"]]
+        tables += [f"### {family}\n\n{_table([HEAD, *rows])}\n"] if rows else []
     return f"{TEXT}{lines}\n\n{made}\n\n" + "\n".join(tables)
 
 
@@ -92,10 +93,11 @@ def write_page() -> None:
 
 def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     if not row["captured"]:
-        return name, "no", "", row["error"], f"{row.get('seconds', 0.0):.1f}"
+        return name, "no", "", "", row["error"], f"{row.get('seconds', 0.0):.1f}"
     pins = [f"{100 * pin['share']:.0f} %: {why}" for why, pin in row["pins"].items() if pin["share"] >= 0.005]
     share = "none counted" if row["share"] is None else f"{row['share']:.3f}"
-    return name, "yes" if row["fake"] else "real", share, "; ".join(pins) or "none", f"{row['seconds']:.1f}"
+    groups = f"{row['groups_free']}, {row['groups']}"
+    return name, "fake" if row["fake"] else "real", share, groups, "; ".join(pins) or "none", f"{row['seconds']:.1f}"
 
 
 def _table(lines: list[tuple[str, ...]]) -> str:

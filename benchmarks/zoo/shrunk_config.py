@@ -24,7 +24,9 @@ _EXPERTS = re.compile(r"^(num|n|moe_num|moe)_?(local_|routed_)?experts$|^moe_num
 _CHOSEN = re.compile(r"experts_per_tok|^moe_topk$|^moe_k$|^top_?k$|num_selected_experts|expert_top_k")
 _HEADS = re.compile(r"(^|_)(num_|n_)?(attention_)?heads?$|attention_heads$|_n_heads$")
 _KEYS = re.compile(r"key_value_heads|kv_heads|num_query_groups")
-_HEAD_SIZE = re.compile(r"head_dim$|^d_kv$|^kv_channels$|^d_head$|attention_head_size|^qk_head_dim$|mamba_d_head|head_size$")
+_HEAD_SIZE = re.compile(
+    r"head_dim$|^d_kv$|^kv_channels$|^d_head$|attention_head_size|^qk_head_dim$|mamba_d_head|head_size$"
+)
 _WIDTH = re.compile(
     r"hidden_size$|intermediate_size$|ffn_dim$|ffn_hidden_size$|d_ff$|n_inner$|projection_dim$|embed_dim$|d_model$|"
     r"n_embd$|^dim$|hidden_dim$|embedding_size$|mlp_dim$|lora_rank$|dim_feedforward$|feedforward_dim$|inner_dim$|"

@@ -50,6 +50,9 @@ CHOSEN = {
     "xcit": "xcit_nano_12_p16_224",
 }  # fmt: skip
 
+# Images of another size than usual: recurrences are followed step by step.
+SIZES = {"sequencer2d_s": (64, 64)}
+
 # Further networks of modules that hold several kinds.
 MORE = (
     "tf_efficientnet_lite0", "tf_efficientnetv2_b0", "tf_mobilenetv3_small_100", "mobilenetv2_100", "mnasnet_small",
@@ -107,4 +110,5 @@ def candidates(name: str, building: Building) -> Iterator[Built]:
     torch.manual_seed(0)
     with building():
         model = load().create_model(name)
-    yield Built(model, (torch.randn(2, *model.default_cfg["input_size"]),))
+    channels, *sizes = model.default_cfg["input_size"]
+    yield Built(model, (torch.randn(2, channels, *SIZES.get(name, sizes)),))

@@ -20,7 +20,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from apoptosis.cli.display import console
@@ -28,6 +27,7 @@ from apoptosis.cli.options import JsonFile, integers
 from apoptosis.cli.voice import works_alone
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
+from apoptosis.graph.fakes import built_fake, make_fake
 from apoptosis.operate import Patient
 from apoptosis.probe import as_call, num_rows
 from apoptosis.recipes.folder import write_json
@@ -85,24 +85,19 @@ def inspect(
 
 @contextmanager
 def placed(device: str) -> Iterator[Place]:
-    """Build what is built inside on a device, or as fake tensors: shapes without numbers.
+    """Build what is built inside on a device, or as fake tensors: shapes without numbers (but for what is small).
 
     Yields: a function that puts a model and the arguments of a call there, as far as they are not.
 
     Raises: ArgumentError: no such device.
     """
     if device == "fake":
-        mode = FakeTensorMode()
+        with built_fake() as mode:
 
-        def fake(network: nn.Module, call: Call) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-            def shape_of(x: Tensor) -> Tensor:
-                return x if isinstance(x, FakeTensor) else mode.from_tensor(x)
+            def fake(network: nn.Module, call: Call) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+                make_fake(network, mode)
+                return network, *call
 
-            tensors = (*network.parameters(), *network.buffers())
-            args, kwargs = tree_map_only(Tensor, shape_of, call) if _any_fake(tensors) else call
-            return network, args, kwargs
-
-        with mode:
             yield fake
         return
     try:
@@ -117,10 +112,6 @@ def placed(device: str) -> Iterator[Place]:
 
     with there:
         yield move
-
-
-def _any_fake(tensors: Iterable[Tensor]) -> bool:
-    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def build(model: str, kwargs: str) -> tuple[nn.Module, Any]:

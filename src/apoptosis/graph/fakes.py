@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 LARGE = 1 << 22
 """Elements of a tensor that is not made for its numbers' sake."""
@@ -28,7 +29,10 @@ def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
 
 
 class Constants:
-    """Runs operators under a FakeTensorMode: with numbers where all operands have them, without where one has none."""
+    """Runs operators under a FakeTensorMode: with numbers where all operands have them, without where one has none.
+
+    A real tensor that was written to from fake ones has the numbers of before; what is computed from it has none.
+    """
 
     def __init__(self) -> None:
         self._stale: dict[int, Any] = {}
@@ -45,7 +49,10 @@ class Constants:
         if known or (real and _is_view(func)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        if any(not isinstance(t, FakeTensor) and not t.is_leaf for t in tensors):
+            out = _without_history(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         written = [args[i] for i in _written(func) if i < len(args) and isinstance(args[i], Tensor)]
         for tensor in written:
             if not isinstance(tensor, FakeTensor):
@@ -118,6 +125,19 @@ def _flat(items: tuple[Any, ...]) -> Iterator[Any]:
             yield from _flat(tuple(item))
         else:
             yield item
+
+
+def _without_history(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator on real tensors that are no leaves as if they were: else they do not turn fake."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor) or tensor.is_leaf:
+            return tensor
+        with unset_fake_temporarily():
+            return tensor.detach()
+
+    args, named = tree_map_only(Tensor, leaf, (args, dict(kwargs)))
+    return func(*args, **named)
 
 
 def _is_view(func: Any) -> bool:

@@ -1,0 +1,1 @@
+"""Measurements of this repository. A package, because others bring one of this name."""

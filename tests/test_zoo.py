@@ -1,0 +1,147 @@
+"""The zoo benchmark: shares are counted right, one network of each library is measured, a crash costs one row."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
+
+from benchmarks.zoo import __main__ as command  # noqa: E402
+from benchmarks.zoo import measure as zoo  # noqa: E402
+from benchmarks.zoo import page, shrunk_config, timm_networks, transformers_networks  # noqa: E402
+from benchmarks.zoo.workers import rows  # noqa: E402
+
+
+def missing(*names):
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+class Half(nn.Module):
+    """Two layers side by side; the second is normalised over its channels, and stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.stays, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.free(x), nn.functional.layer_norm(self.stays(x), (6,))], -1))
+
+
+def candidates(building, net=Half):
+    with building():
+        model = net()
+    yield zoo.Built(model, (torch.randn(2, 4),))
+
+
+def test_the_share_counts_the_axes_that_may_go():
+    row = zoo.measure(candidates)
+    assert row["captured"]
+    assert row["macs"] == 2 * (4 * 6 + 4 * 6 + 12 * 3)
+    assert row["share"] == (4 * 6 + 12 * 3 / 2) / (4 * 6 + 4 * 6 + 12 * 3)  # half of the last layer's columns may go
+    assert (row["groups"], row["groups_free"], row["channels_free"]) == (3, 1, 6)
+    assert {pin["groups"] for pin in row["pins"].values()} == {1}
+
+
+def test_a_network_of_free_layers_counts_in_full():
+    row = zoo.measure(partial(candidates, net=lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))))
+    assert (row["share"], row["groups"], row["groups_free"]) == (1.0, 2, 1)
+    assert row["pins"]["output"]["channels"] == 3
+
+
+def test_the_figures_are_the_same_on_fake_tensors(monkeypatch):
+    real = zoo.measure(candidates)
+    monkeypatch.setattr(zoo, "FEW", 0)
+    fake = zoo.measure(candidates)
+    assert (real.pop("fake"), fake.pop("fake")) == (False, True)
+    assert {k: v for k, v in real.items() if "seconds" not in k} == {
+        k: v for k, v in fake.items() if "seconds" not in k
+    }
+
+
+def test_what_does_not_run_is_no_error_of_a_capture():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("no such thing")
+
+    row = zoo.measure(partial(candidates, net=lambda: Broken(4, 2)))
+    assert (row["built"], row["captured"]) == (False, False)
+    assert "no such thing" in row["error"]
+
+
+def test_a_model_type_of_transformers():
+    if missing("transformers"):
+        pytest.skip("needs transformers")
+    row = zoo.measure(partial(transformers_networks.candidates, "bert"))
+    assert row["captured"]
+    assert row["share"] > 0.8
+    assert row["parameters"] < 1_000_000
+
+
+def test_a_network_of_timm():
+    if missing("timm", "torchvision"):
+        pytest.skip(f"needs {' and '.join(missing('timm', 'torchvision'))}")
+    timm_networks.load_torchvision()
+    row = zoo.measure(partial(timm_networks.candidates, "resnet18"))
+    assert row["captured"]
+    assert row["share"] > 0.97
+
+
+def test_without_timm_the_command_says_what_is_missing():
+    code = "import sys; sys.modules['torchvision'] = None; sys.argv = ['zoo', '--families', 'timm']\n"
+    call = [sys.executable, "-c", code + "from benchmarks.zoo.__main__ import main; main()"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("the networks of timm need timm and torchvision: pip install")
+    )
+
+
+def work(family, name):
+    if name == "crash":
+        os._exit(3)
+    if name == "hang":
+        while True:
+            time.sleep(0.0)
+    return {"built": True, "captured": True, "error": ""}
+
+
+def test_a_crash_and_a_hang_cost_one_row_each():
+    names = ("one", "crash", "hang", "two")
+    found = {name: row for _, name, row in rows(work, [("x", name) for name in names], 2, 1.0)}
+    assert set(found) == set(names)
+    assert (found["one"]["captured"], found["two"]["captured"]) == (True, True)
+    assert "ended with 3" in found["crash"]["error"]
+    assert "no result after 1 s" in found["hang"]["error"]
+
+
+def test_configurations_made_small_keep_a_layer_of_every_kind():
+    old = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 6, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 32000, "eos_token_id": 31999, "head_dim": 128,
+           "layer_types": ["linear", "linear", "linear", "full", "linear", "full"]}  # fmt: skip
+    new = shrunk_config.shrunk(old, shrunk_config.FULL)
+    assert new["layer_types"] == ["linear", "linear", "full"]
+    assert (new["num_hidden_layers"], new["hidden_size"], new["intermediate_size"]) == (3, 64, 176)
+    assert (new["num_attention_heads"], new["num_key_value_heads"], new["head_dim"]) == (4, 4, 32)
+    assert new["eos_token_id"] < new["vocab_size"] == 128
+
+
+def test_the_figures_are_of_what_is_asked_for():
+    if not page.RESULTS.exists():
+        pytest.skip("no figures yet")
+    families = page.read()["families"]
+    assert set(timm_networks.CHOSEN.values()) | set(timm_networks.MORE) <= set(families["timm"])
+    failed = {name: row["error"] for rows in families.values() for name, row in rows.items()
+              if row["built"] and not row["captured"]}  # fmt: skip
+    assert failed == {}
+    assert set(command.FAMILIES) == set(families)
