@@ -11,7 +11,7 @@ from torch import nn
 
 from apoptosis import load, save
 from apoptosis.errors import CheckpointError
-from apoptosis.files import check_regular, replacing
+from apoptosis.files import check_regular, placing_folder, replacing
 from apoptosis.plain_json import MAX_DEPTH, parse
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions, pipes and links of another kind")
@@ -103,8 +103,9 @@ def test_pipes_devices_and_folders_are_refused_for_reading_and_writing(tmp_path,
 def killed_while_writing(path):
     child = os.fork()
     if child == 0:
-        with replacing(path) as partial:
+        with replacing(path) as partial, placing_folder(path) as folder:
             partial.write_text("half")
+            (folder / "a").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
@@ -114,13 +115,13 @@ def test_what_a_killed_writer_left_is_removed_and_what_is_being_written_stays(tm
     path, other = tmp_path / "net", tmp_path / "other"
     for target in (path, other):
         killed_while_writing(target)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 4
     with replacing(path) as first:
         first.write_text("first")
         save(path, nn.Linear(2, 2))  # by another thread, say
         assert first.exists()
         names = {p.name for p in tmp_path.iterdir()}
-        assert len(names) == 3  # the checkpoint, what is being written, and the leftover of another file
+        assert len(names) == 4  # the checkpoint, what is being written, and the leftovers of another file
     assert path.read_text() == "first"
     write(other, "")
     assert {p.name for p in tmp_path.iterdir()} == {"net", "other"}
@@ -143,7 +144,7 @@ def test_what_other_machines_left_goes_after_a_day(tmp_path):
 
 def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path):
     path = tmp_path / "net"
-    threads = [threading.Thread(target=write, args=(path, str(i) * 10_000)) for i in range(12)]
+    threads = [threading.Thread(target=write, args=(path, letter * 10_000)) for letter in "abcdefghijkl"]
     for thread in threads:
         thread.start()
     for thread in threads:

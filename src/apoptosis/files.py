@@ -11,6 +11,7 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import stat
 import time
 import zlib
@@ -66,9 +67,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     check_regular(path)
     target = Path(os.path.realpath(path))
-    own = f"{zlib.crc32(os.fsencode(target.name)):08x}"
-    remove_left_over(target.parent, own)
-    partial = target.with_name(f".apoptosis-{own}-{_machine()}-{os.getpid()}-{next(_counter)}.tmp")
+    partial = _partial(target)
     try:
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -89,12 +88,51 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def remove_left_over(folder: Path, target: str) -> None:
-    """Remove what killed writers of one target have left in a folder; what is being written stays."""
+@contextlib.contextmanager
+def placing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty folder beside `path` to fill; it becomes `path` when the block has ended well.
+
+    One that another process has put there meanwhile is left, and this one removed.
+
+    Raises: OSError: it cannot be made, or something else lies at `path`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with placing_folder(f"{place}/data") as partial:
+        ...         _ = (partial / "a").write_text("whole")
+        ...     [path.name for path in Path(place, "data").iterdir()]
+        ['a']
+    """
+    target = Path(os.path.realpath(path))
+    partial = _partial(target)
+    try:
+        partial.mkdir()
+        yield partial
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: Path) -> Path:
+    """Return a name beside a target that no other writer has, and remove what killed writers of it have left."""
+    own = f"{zlib.crc32(os.fsencode(target.name)):08x}"
+    _remove_left_over(target.parent, own)
+    return target.with_name(f".apoptosis-{own}-{_machine()}-{os.getpid()}-{next(_counter)}.tmp")
+
+
+def _remove_left_over(folder: Path, target: str) -> None:
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             match = _PARTIAL.fullmatch(entry.name)
             if match is not None and match[1] == target and _is_left_over(entry, match[2], int(match[3])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    continue
                 with contextlib.suppress(OSError):
                     os.unlink(entry.path)
 

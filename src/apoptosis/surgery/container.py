@@ -35,7 +35,7 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], mani
     full = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "library": _library_version(),
+        "library": library_version(),
         "tensors": {name: [str(t.dtype), list(t.shape), _checksum(t)] for name, t in dense.items()},
         **manifest,
     }
@@ -137,7 +137,8 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
-def _library_version() -> str:
+def library_version() -> str:
+    """Return the version of this library, "unknown" where it is not installed."""
     try:
         return version(FORMAT)
     except PackageNotFoundError:

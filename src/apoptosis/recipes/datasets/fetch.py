@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apoptosis.errors import DataError
+from apoptosis.files import check_regular, reason, replacing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,30 +46,34 @@ def obtain(source: Source, folders: Sequence[Path]) -> Path:
 
     Raises: DataError: it is nowhere and the download failed or arrived with another checksum.
     """
-    return find(source.filename, folders) or download(source, folders[0])
+    path = find(source.filename, folders) or download(source, folders[0])
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DataError(reason(error)) from error
+    return path
 
 
 def download(source: Source, folder: Path) -> Path:
     """Download one file into `folder`, checked against the published checksum; nothing is left behind on failure.
 
+    Several processes may do so at once: each has a file of its own until it is whole.
+
     Raises: DataError: no connection, an error of the server, a full disk, or another checksum.
     """
     import pooch
 
-    pooch.get_logger().setLevel("WARNING")
+    kind, _, expected = source.checksum.partition(":")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = pooch.retrieve(
-            source.url,
-            known_hash=source.checksum,
-            fname=source.filename,
-            path=folder,
-            downloader=pooch.HTTPDownloader(timeout=30),
-        )
+        with replacing(folder / source.filename) as partial:
+            pooch.HTTPDownloader(timeout=30)(source.url, str(partial), None)
+            found = pooch.file_hash(str(partial), alg=kind)
+            if found != expected:
+                raise ValueError(f"what came has another hash, {kind}:{found}, than {source.checksum}")
     except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
         raise DataError(
-            f"'{source.filename}' is not in '{folder}' and could not be downloaded from {source.url}: {why[:200]}. "
-            "Place the publisher's file there, or name its folder with --data-dir."
+            f"'{source.filename}' is not in '{folder}' and could not be downloaded from {source.url}: "
+            f"{reason(error)[:200]}. Place the publisher's file there, or name its folder with --data-dir."
         ) from error
-    return Path(path)
+    return folder / source.filename

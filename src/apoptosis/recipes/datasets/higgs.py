@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from apoptosis.errors import DataError
+from apoptosis.files import check_regular, reason, replacing
 from apoptosis.recipes.datasets.fetch import Source, cache_dir, obtain
 from apoptosis.recipes.datasets.parts import Part
 
@@ -41,9 +42,8 @@ def convert(source: Path, target: Path) -> None:
     Raises: DataError: cut off, not gzip, a row with another number of columns, a value that is no finite number,
         a label other than 0 and 1, or no row at all; the message names the line.
     """
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as out:
+        with replacing(target) as partial, partial.open("wb") as out:
             num_rows = 0
             _write_header(out, num_rows)
             length = out.tell()
@@ -58,13 +58,8 @@ def convert(source: Path, target: Path) -> None:
             _write_header(out, num_rows)
             if out.tell() != length:
                 raise DataError(f"'{target}': numpy changed the length of its header; please report this.")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, target)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"'{source}' is cut off or not a gzip file ({error}). Fetch it again.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_higgs(data_dir: Path, test_rows: int | None = None) -> tuple[Part, Part]:
@@ -81,11 +76,7 @@ def load_higgs(data_dir: Path, test_rows: int | None = None) -> tuple[Part, Part
     target = _array_path(source)
     if not target.exists():
         convert(source, target)
-    try:
-        # Copy-on-write: torch wants a writable array, the file must stay as it is.
-        table = np.load(target, mmap_mode="c", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"'{target}' is damaged ({error}). Remove it to have it made again.") from error
+    table = _mapped(target)
     num_rows = len(table)
     if test_rows is None:
         test_rows = FULL_TEST_ROWS if num_rows >= SMALL_FILE_ROWS else SMALL_TEST_ROWS
@@ -96,6 +87,22 @@ def load_higgs(data_dir: Path, test_rows: int | None = None) -> tuple[Part, Part
     rows = torch.from_numpy(table)
     part = Part(inputs=rows[:, 1:], labels=rows[:, 0].to(torch.int64))
     return part.rows(0, num_rows - test_rows), part.rows(num_rows - test_rows, num_rows)
+
+
+def _mapped(path: Path) -> npt.NDArray[np.float32]:
+    """Map a converted array from disk.
+
+    Raises: DataError: it is none.
+    """
+    try:
+        check_regular(path)
+        # Copy-on-write: torch wants a writable array, the file must stay as it is.
+        table: npt.NDArray[np.float32] = np.load(path, mmap_mode="c", allow_pickle=False)
+        if table.ndim != 2 or table.shape[1] != NUM_COLUMNS or table.dtype != np.float32:
+            raise ValueError(f"an array of {table.dtype} {table.shape}")
+    except Exception as error:  # numpy reads the header as a Python literal, and what that raises may be anything
+        raise DataError(f"'{path}' is damaged ({reason(error)[:120]}). Remove it to have it made again.") from error
+    return table
 
 
 def _array_path(source: Path) -> Path:

@@ -8,6 +8,7 @@ arXiv 1708.07747 (Fashion-MNIST); Krizhevsky, "Learning multiple layers of featu
 from __future__ import annotations
 
 import gzip
+import math
 import shutil
 import tarfile
 import zlib
@@ -19,13 +20,15 @@ import numpy.typing as npt
 import torch
 
 from apoptosis.errors import DataError
+from apoptosis.files import check_regular, placing_folder, reason
 from apoptosis.recipes.datasets.fetch import Source, find, obtain
 from apoptosis.recipes.datasets.parts import Part
 
 ByteArray = npt.NDArray[np.uint8]
 
 _MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-_FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# The publisher's own repository: its former address answers on http alone.
+_FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 _IDX_FILES = (
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
@@ -73,6 +76,7 @@ _CIFAR_FOLDER = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binar
 _CIFAR_TRAIN = {"cifar10": tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "cifar100": ("train.bin",)}
 _CIFAR_TEST = {"cifar10": "test_batch.bin", "cifar100": "test.bin"}
 _PIXELS = 3 * 32 * 32
+_MOST_BYTES = 2**31
 
 
 def read_idx(path: Path, num_dims: int) -> ByteArray:
@@ -85,19 +89,27 @@ def read_idx(path: Path, num_dims: int) -> ByteArray:
     Returns: the array, of `num_dims` dimensions.
     Raises: DataError: cut off, not gzip, another magic number, or another number of bytes than its header says.
     """
-    try:
-        with gzip.open(path, "rb") as stream:
-            raw = stream.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"'{path}' is cut off or not a gzip file ({error}). Fetch it again.") from error
     magic = bytes((0, 0, 8, num_dims))
     header = 4 + 4 * num_dims
+    try:
+        with gzip.open(path, "rb") as stream:
+            raw = stream.read(header)
+            shape = tuple(int.from_bytes(raw[4 * k : 4 * k + 4], "big") for k in range(1, num_dims + 1))
+            expected = math.prod(shape)
+            if len(raw) == header and raw[:4] == magic and expected <= _MOST_BYTES:
+                raw += stream.read(expected + 1)  # a byte more than announced is enough to know
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"'{path}' is cut off or not a gzip file ({error}). Fetch it again.") from error
     if raw[:4] != magic or len(raw) < header:
         raise DataError(f"'{path}' is not an idx file: it begins with {raw[:4].hex() or 'nothing'}, not {magic.hex()}.")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", num_dims, 4))
-    expected = int(np.prod(shape, dtype=np.int64))
+    if expected > _MOST_BYTES:
+        raise DataError(f"'{path}' announces images of shape {shape}, more than any data set of this kind holds.")
     if len(raw) - header != expected or expected == 0:
-        raise DataError(f"'{path}' holds {len(raw) - header} bytes of data, its header {shape} announces {expected}.")
+        held = len(raw) - header
+        more = "more than " if held > expected else ""
+        raise DataError(
+            f"'{path}' holds {more}{min(held, expected)} bytes of data, its header {shape} announces {expected}."
+        )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
@@ -123,6 +135,10 @@ def read_cifar(path: Path, label_bytes: int, num_classes: int) -> Part:
 
     Raises: DataError: not a whole number of records, or a label out of range.
     """
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DataError(reason(error)) from error
     raw = np.fromfile(path, np.uint8)
     record = label_bytes + _PIXELS
     if raw.size == 0 or raw.size % record:
@@ -145,7 +161,7 @@ def load_cifar(name: str, data_dir: Path) -> tuple[Part, Part]:
         folder = _unpack(archive, data_dir / folder_name, files)
     label_bytes, num_classes = (1, 10) if name == "cifar10" else (2, 100)
     for file in files:
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             raise DataError(f"'{folder / file}' is missing. Remove '{folder}' to have it fetched again.")
     parts = [read_cifar(folder / file, label_bytes, num_classes) for file in files]
     train = Part(
@@ -155,12 +171,12 @@ def load_cifar(name: str, data_dir: Path) -> tuple[Part, Part]:
 
 
 def _unpack(archive: Path, folder: Path, files: Sequence[str]) -> Path:
-    """Take the named files, and nothing else, out of a publisher's archive; the folder appears whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Take the named files, and nothing else, out of a publisher's archive; the folder appears whole or not at all.
+
+    Several processes may do so at once: each fills a folder of its own, and the first that is done is kept.
+    """
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with placing_folder(folder) as partial, tarfile.open(archive, "r:gz") as tar:
             for file in files:
                 stream = tar.extractfile(f"{folder.name}/{file}")
                 if stream is None:
@@ -168,10 +184,9 @@ def _unpack(archive: Path, folder: Path, files: Sequence[str]) -> Path:
                 with stream, (partial / file).open("wb") as out:
                     shutil.copyfileobj(stream, out)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, KeyError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        why = " ".join(str(error).split())
-        raise DataError(f"'{archive}' is cut off or not the binary version ({why}). Fetch it again.") from error
-    partial.rename(folder)
+        raise DataError(
+            f"'{archive}' is cut off or not the binary version ({reason(error)}). Fetch it again."
+        ) from error
     return folder
 
 
