@@ -46,6 +46,7 @@ FLOORS = {
     "verdict": 4,
     "trials": 4,
     "operate": 5,
+    "sampling": 5,
     "rehearsal": 6,
     "told": 6,
     "state": 6,

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from apoptosis.calibration import device_of, overhead_macs
+from apoptosis.errors import ArgumentError
 from apoptosis.graph import replay
 from apoptosis.history import Attempt, Outcome
 from apoptosis.ledger import Event
-from apoptosis.observe import Observer
+from apoptosis.observe import Observer, in_both, needs_float64
 from apoptosis.operate import Patient, operate
 from apoptosis.passes import compile_seconds
 from apoptosis.planner import Observations, Plan, make_plan, summary
@@ -22,6 +23,8 @@ from apoptosis.policy import Telemetry, loss_of
 from apoptosis.probe import like_example, num_rows
 from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Structure
+from apoptosis.sampling import sample
+from apoptosis.sharded import has_shards
 from apoptosis.state import Memory, Settings, allowed, telemetry
 from apoptosis.surgery import check_together
 from apoptosis.told import make_event, size_of
@@ -75,7 +78,8 @@ def new_window(run: Run, groups: Sequence[Group]) -> Observer:
         run.patient.model,
         groups,
         seed=settings.seed * 1_000_003 + len(run.memory.history) + 500_009 * ranks.rank,
-        exact=settings.tolerance == 0,
+        exact=needs_float64(settings.tolerance),
+        keep_calls=settings.tolerance == 0,
         keep_inputs=not run.verdict.held_out,
         replay=replay,
         gradients=settings.criterion.felt and settings.tolerance != 0,
@@ -125,7 +129,7 @@ def attempt(run: Run, observer: Observer, start: float) -> Tried:
     sent, compiling = ranks.bytes_sent, _count_compiling(run)
     observer.pool()
     ranks.same_parameters("before an event", run.patient.model)
-    plan = plan_now(run, observer.observations(), ranks)
+    plan = plan_now(run, _seen_again(run, observer), ranks)
     patient, memory, verdict = run.patient, run.memory, run.verdict
     memory.thorough = memory.thorough or any(why.cause == "rows" for why in plan.left.values())
     left = {name: why.text for name, why in plan.left.items()}
@@ -167,6 +171,27 @@ def record(run: Run, outcome: Outcome, cause: str = "", reason: str = "") -> Att
     return Attempt(
         step=run.memory.step, opened=opened, outcome=outcome, considered=open_groups, cause=cause, reason=reason
     )
+
+
+def _seen_again(run: Run, observer: Observer) -> Observations:
+    """Return what a window saw; at tolerance 0 joined with what its inputs show under today's weights.
+
+    Rows of a few steps ago are of other weights: what is redundant in them to round-off need not be so now. They count
+    all the same, so that a channel that was alive a few steps ago is not taken for dead.
+    """
+    found = observer.observations()
+    if run.settings.tolerance != 0 or has_shards(run.patient.model):  # ranks would have to make equally many passes
+        return found
+    ranks, model = run.patient.ranks, run.patient.model
+    if not ranks.all(bool(observer.calls)):
+        return found
+    groups = [group for group in run.structure.groups if group.pin is None]
+    calls = [like_example(call, run.patient.call) for call in observer.calls]
+    try:
+        _, again = sample(model, groups, calls, tolerance=0.0, modes=2, seed=run.settings.seed, ranks=ranks)
+    except ArgumentError:  # the model does not run on them in evaluation mode
+        return found
+    return found | {key: in_both(found.get(key), seen) for key, seen in again.items()}
 
 
 def _count_compiling(run: Run) -> float:

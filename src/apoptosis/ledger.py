@@ -47,8 +47,11 @@ class Event:
         if not self:
             return f"step {self.step}: nothing removed" + "".join(f"; {note}" for note in self.notes)
         widths = ", ".join(f"{name} {a}->{b}" for name, (a, b) in self.groups.items() if a != b)
-        empirical = [c.value for c in self.certificates if c.kind == "empirical"]
-        worst = f", site error <= {max(empirical):.3g} (relative rms)" if empirical else ""
+        empirical = [c for c in self.certificates if c.kind == "empirical"]
+        worst = ""
+        if empirical:
+            error, rows = max(c.value for c in empirical), min(c.rows for c in empirical)
+            worst = f", site error <= {error:.3g} (relative rms, on {rows:,} rows)"
         measured = ", outputs not compared" if self.outputs == "not compared" else ""
         measured += "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in self.measured.items())
         measured += " in training mode" if self.outputs == "training mode" else ""

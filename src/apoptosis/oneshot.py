@@ -5,33 +5,36 @@ Lives here: observing on batches that the user hands over, then one transaction.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
-from apoptosis.criteria import get_criterion
+from apoptosis.criteria import Ranking, get_criterion
 from apoptosis.errors import ArgumentError
-from apoptosis.graph import replay
 from apoptosis.ledger import Event
-from apoptosis.observe import Observer, in_both
+from apoptosis.observe import Observer
 from apoptosis.operate import Outcome, Patient, exclude_pins, new_pins, operate, with_pins
 from apoptosis.planner import Observations, Plan, Request, make_plan
-from apoptosis.probe import as_call, as_probe, make_probe, num_rows, without_trace
+from apoptosis.probe import Change, Probe, as_call, as_probe, make_probe
 from apoptosis.records import Certificate, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
+from apoptosis.sampling import has_modes, sample
 from apoptosis.surgery import check_optimizers
 from apoptosis.told import make_event, size_of
 from apoptosis.trials import looked_at
 from apoptosis.unwrap import check_alone
 from apoptosis.verdict import Verdict, sanity_limit
 
-_TRIES = 6  # halvings of the tolerance before a surgery beyond the sanity limit is given up
+_OCTAVES = 6  # halvings of the tolerance before a surgery beyond the sanity limit is given up
+_STEPS = 32  # of the grid of tolerances between one power of two and the next
+
+Result = tuple[Plan, Outcome, tuple[Certificate, ...]]
 
 
 def shrink_(
@@ -95,19 +98,16 @@ def shrink_(
     held_out = looked_at(model, held_out, call, None, remedy="Give a probe= on whose inputs it returns some.")
     verdict = Verdict(None, held_out, sanity=sanity_limit(model, tolerance))
     structure = rehearse(patient, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
-    modes = 2 if tolerance == 0 and optimizers and _has_modes(model) else 1
-    observer, observations = _observe(model, structure, example_input, batches, tolerance == 0, modes, seed)
+    modes = 2 if tolerance == 0 and optimizers and has_modes(model) else 1
+    groups = [group for group in structure.groups if group.pin is None]
+    calls = (_call_of(batch, example_input) for batch in batches)
+    observer, observations = sample(model, groups, calls, tolerance=given, modes=modes, seed=seed)
+    request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed)
+    job = _Job(patient, structure, request, observer, observations, verdict)
     before = size_of(patient, structure)
-    notes, used = [str(pin) for pin in new_pins(with_pins(captured, left_out), structure)], given
-    for _ in range(_TRIES if used > 0.0 else 1 + len(structure.groups)):
-        request = Request(criterion=chosen, tolerance=used, align=align, max_drop=1.0, seed=seed)
-        plan = make_plan(model, structure, observations, request)
-        outcome, certificates = _surgery(patient, structure, plan, verdict, observer)
-        if outcome.committed or not plan.reductions or outcome.change is None:
-            break
-        notes.append(f"rolled back at tolerance {used:g}: {outcome.refused}")
-        stay = _at_fault(patient, structure, plan, verdict, observer) if used == 0.0 else {}  # nothing is half of 0
-        structure, used = with_pins(outcome.structure, stay), used / 2
+    plan, outcome, certificates = job.exactly() if given == 0 else job.within_limit()
+    notes = [*(str(pin) for pin in new_pins(with_pins(captured, left_out), structure)), *job.notes]
+    structure = job.structure
     pinned = [text for g in structure.groups if g.pin is not None and (text := str(g.pin)) not in notes]
     notes += plan.notes if outcome.committed else [outcome.refused, *plan.notes, *pinned]
     return make_event(
@@ -128,26 +128,90 @@ def _check_batches(batches: object) -> None:
         raise ArgumentError(f"batches is a {type(batches).__name__}: give a sequence or loader of batches, [batch].")
 
 
-def _surgery(
-    patient: Patient, structure: Structure, plan: Plan, verdict: Verdict, observer: Observer
-) -> tuple[Outcome, tuple[Certificate, ...]]:
-    probe = verdict.begin(observer.inputs)
-    outcome = operate(patient, structure, plan.reductions, plan.dropped_variance, probe, verdict.judge)
-    return outcome, verdict.settle() if outcome.committed else ()
+class _Job:
+    """One shrink_, tried at as many tolerances as it takes; notes: what was rolled back, and why."""
+
+    def __init__(
+        self,
+        patient: Patient,
+        structure: Structure,
+        request: Request,
+        observer: Observer,
+        observations: Observations,
+        verdict: Verdict,
+    ) -> None:
+        self._patient, self._request, self._verdict, self.structure = patient, request, verdict, structure
+        self._observer, self._observations = observer, observations
+        self._rankings: dict[str, Ranking] = {}  # the same at every tolerance
+        self.notes: list[str] = []
+
+    def exactly(self) -> Result:
+        """Remove what is redundant; groups whose removal changes the outputs all the same are left out one by one."""
+        for _ in range(1 + len(self.structure.groups)):
+            result, refused = self._try(0.0)
+            if not refused:
+                break
+            stay = _at_fault(self._patient, self.structure, result[0], self._verdict, self._observer)
+            self.structure = with_pins(self.structure, stay)
+        return result
+
+    def within_limit(self) -> Result:
+        """Remove as much as the tolerance, or else the largest one whose change of the outputs is within the limit.
+
+        Tolerances below the given one are powers of two and, from the first that is within, the steps of a grid up to
+        the one before: the same for every given tolerance, so that a larger one never removes less.
+        """
+        given = self._request.tolerance
+        result, refused = self._try(given)
+        top = math.ceil(math.log2(given)) - 1  # the next power of two
+        for octave in range(top, top - _OCTAVES, -1):
+            if not refused:
+                return result
+            low, high = octave * _STEPS, (octave + 1) * _STEPS
+            if self._measured(2.0**octave) > self._verdict.sanity:
+                continue
+            while high - low > 1:
+                middle = (low + high) // 2
+                tried = 2.0 ** (middle / _STEPS)
+                within = tried < given and self._measured(tried) <= self._verdict.sanity
+                low, high = (middle, high) if within else (low, middle)
+            result, refused = self._try(2.0 ** (low / _STEPS))
+        return result
+
+    def _plan(self, tolerance: float) -> Plan:
+        request = replace(self._request, tolerance=tolerance)
+        return make_plan(self._patient.model, self.structure, self._observations, request, rankings=self._rankings)
+
+    def _try(self, tolerance: float) -> tuple[Result, bool]:
+        """Carry out what one tolerance allows; and whether that was rolled back because the outputs changed."""
+        plan, verdict = self._plan(tolerance), self._verdict
+        probe = verdict.begin(self._observer.inputs)
+        outcome = operate(self._patient, self.structure, plan.reductions, plan.dropped_variance, probe, verdict.judge)
+        self.structure = outcome.structure
+        refused = bool(plan.reductions) and not outcome.committed and outcome.change is not None
+        if refused:
+            self.notes.append(f"rolled back at tolerance {tolerance:.3g}: {outcome.refused}")
+        return (plan, outcome, verdict.settle() if outcome.committed else ()), refused
+
+    def _measured(self, tolerance: float) -> float:
+        """Return the relative rms change of the outputs on the given inputs, which is undone again."""
+        plan = self._plan(tolerance)
+        probe = _given_inputs(self._observer, self._verdict)
+        if not plan.reductions or probe is None:
+            return 0.0
+        outcome = operate(
+            self._patient, self.structure, plan.reductions, plan.dropped_variance, probe, lambda _: "measured"
+        )
+        self.structure = outcome.structure
+        return 0.0 if outcome.change is None else outcome.change.rms
 
 
-def _has_modes(model: nn.Module) -> bool:
-    """Whether a norm computes something else in training: a channel may be silent in one mode alone."""
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
-    return any(norm.track_running_stats for norm in norms)
-
-
-def _observations(observers: Sequence[Observer]) -> Observations:
-    first, *others = (observer.observations() for observer in observers)
-    found = dict(first)
-    for other in others:
-        found |= {key: in_both(found.get(key), seen) for key, seen in other.items()}
-    return found
+def _given_inputs(observer: Observer, verdict: Verdict) -> Probe | None:
+    """Return the largest given batch to measure on, so that no confidence of held-out examples is spent."""
+    if observer.inputs is None:
+        return verdict.probe
+    args, kwargs = observer.inputs
+    return Probe(args=args, kwargs=kwargs, labels=None, rows=num_rows((args, kwargs)), held_out=False)
 
 
 def _at_fault(
@@ -158,9 +222,7 @@ def _at_fault(
     All that are beyond the limit alone; where none is, the one that changes most, and the first if none runs alone.
     Measured on the given inputs, so that no confidence of held-out ones is spent.
     """
-    probe = verdict.probe
-    if observer.inputs is not None:
-        probe = as_probe(observer.inputs)
+    probe = _given_inputs(observer, verdict)
     found = {plan.reductions[0].group: 0.0}
     for reduction in plan.reductions:
         trial = operate(patient, structure, [reduction], plan.dropped_variance, probe, lambda _: "measured")
@@ -178,89 +240,6 @@ def _at_fault(
         )
         for name in guilty
     }
-
-
-def _observe(
-    model: nn.Module,
-    structure: Structure,
-    example: Any,
-    batches: Iterable[Any],
-    exact: bool,
-    modes: int,
-    seed: int,
-) -> tuple[Observer, Observations]:
-    """Run batches through the model until every site has seen enough: in evaluation and, of two modes, in training."""
-    groups = [group for group in structure.groups if group.pin is None]
-    observer, *others = (
-        Observer(model, groups, seed=seed, exact=exact, keep_inputs=mode == 0, any_mode=True, replay=replay)
-        for mode in range(modes)
-    )
-    count, late = 0, frozenset[str]()
-    observer.open()
-    try:
-        with without_trace(model):
-            for batch in batches:
-                call = _call_of(batch, example)
-                args, kwargs = tree_map_only(Tensor, Tensor.clone, call)  # it may write to them
-                if num_rows((args, kwargs)) == 0:
-                    raise ArgumentError("batches holds a batch without examples along dimension 0.")
-                _run(model, args, kwargs, count)
-                late = late if count else observer.unseen
-                if late:
-                    late = _run_late(model, observer, late, tree_map_only(Tensor, Tensor.clone, call))
-                over = [observer.end_step()]
-                for other in others:
-                    with observer.only(frozenset()):
-                        over.append(_run_in_training(model, other, tree_map_only(Tensor, Tensor.clone, call)))
-                count += 1
-                if all(over):
-                    break
-    finally:
-        observer.close()
-    if count == 0:
-        raise ArgumentError("batches is empty: at least one batch of inputs is needed.")
-    return observer, _observations([observer, *others])
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode without a trace; dropout modules let everything through."""
-    with without_trace(model):
-        for module in model.modules():
-            module.training = not isinstance(module, nn.modules.dropout._DropoutNd)
-        yield
-
-
-def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
-    """Show a batch in training mode, and return whether that is enough; a model that cannot train on it shows none."""
-    observer.open()
-    try:
-        with _training(model):
-            with suppress(ArgumentError):
-                _run(model, *call, 0)
-            return observer.end_step()
-    finally:
-        observer.close()
-
-
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
-    try:
-        model(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArgumentError(f"batches: the model fails on batch {number}: {line}") from error
-
-
-def _run_late(
-    model: nn.Module, observer: Observer, late: frozenset[str], call: tuple[tuple[Any, ...], dict[str, Any]]
-) -> frozenset[str]:
-    """Run a batch in training mode for modules that take part there alone (an auxiliary head); return those it shows.
-
-    A batch on which the model cannot train (one example) shows nothing.
-    """
-    with _training(model), observer.only(late), suppress(ArgumentError):
-        _run(model, *call, 0)
-    return late - observer.unseen
 
 
 def _call_of(batch: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

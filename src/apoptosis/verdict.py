@@ -22,7 +22,8 @@ from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate
 
 SANITY_RMS = 0.25  # without a budget: relative rms change of the outputs beyond which an event is rolled back
-EXACT_RMS = 1e-3  # the same at tolerance 0, where more than round-off can only be a wrong structure
+EXACT_RMS = 1e-3  # the same at tolerance 0 in float32, where more than round-off can only be a wrong structure
+EXACT_RMS_DOUBLE = 1e-5  # and in float64, where sums of squares resolve some 1e-6 of a site's output
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -35,7 +36,8 @@ def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
     if tolerance != 0:
         return SANITY_RMS
     coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
-    return min(SANITY_RMS, max(EXACT_RMS, 8 * coarsest))
+    least = EXACT_RMS_DOUBLE if coarsest <= torch.finfo(torch.float64).eps else EXACT_RMS
+    return min(SANITY_RMS, max(least, 8 * coarsest))
 
 
 class Verdict:

@@ -6,6 +6,7 @@ with the same Reduction and is judged by the same certificate formula. Does not 
 
 from apoptosis.criteria.certificate import Proposal, choose, dropped_variance, relative_error
 from apoptosis.criteria.compensated import compensated
+from apoptosis.criteria.demands import arranged
 from apoptosis.criteria.registry import criteria, get_criterion, register_criterion
 from apoptosis.criteria.views import Criterion, GroupView, NeuronView, Ranking, SiteView
 
@@ -16,6 +17,7 @@ __all__ = [
     "Proposal",
     "Ranking",
     "SiteView",
+    "arranged",
     "choose",
     "compensated",
     "criteria",

@@ -117,6 +117,7 @@ def choose(
     *,
     align: int = 1,
     min_keep: int = 1,
+    ranking: Ranking | None = None,
 ) -> Proposal | None:
     """Remove as many channels as the limits allow.
 
@@ -131,6 +132,7 @@ def choose(
         limits: relative rms per site key, or one for all; a limit below round-off means that (views.exactness).
         align: the number kept is rounded up to a multiple (of the rows, too: see demands.step_between).
         min_keep: fewer are never kept.
+        ranking: what `arranged` says for this criterion and view, where it is known already.
 
     Returns: None when nothing can go.
 
@@ -140,7 +142,7 @@ def choose(
     """
     caps = {site.key: max(exactness(site), _cap(limits, site)) for site in view.sites}
     align = step_between(view, align)
-    ranking = arranged(criterion, view)
+    ranking = arranged(criterion, view) if ranking is None else ranking
     strict = [site for site in view.sites if _cap(limits, site) < exactness(site)]
     search = _Search(criterion, view, ranking, caps, strict)
     low = _aligned(max(min_keep, ranking.min_keep, 1), align)

@@ -1,7 +1,14 @@
 """Observation windows: the user's own forward passes become moments at consumer sites."""
 
 from apoptosis.observe.hooks import CHANGED_BY_OTHERS, NOTHING_SEEN
-from apoptosis.observe.watch import MIN_EXAMPLES, ROWS_PER_CHANNEL, Observation, in_both, reads_several_positions
+from apoptosis.observe.watch import (
+    MIN_EXAMPLES,
+    ROWS_PER_CHANNEL,
+    Observation,
+    in_both,
+    needs_float64,
+    reads_several_positions,
+)
 from apoptosis.observe.window import Observer
 
 __all__ = [
@@ -12,5 +19,6 @@ __all__ = [
     "Observation",
     "Observer",
     "in_both",
+    "needs_float64",
     "reads_several_positions",
 ]

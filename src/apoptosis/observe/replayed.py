@@ -82,7 +82,7 @@ class Replayed:
     Args:
         model, replay: what is run, and how.
         picks: draws rows.
-        exact: products in float64.
+        exact: products in float64. every: run every pass again, though fewer would do.
         spread: take of every pass only a share of the rows, as more will come; else all that are needed.
         ranks: where they gather a sharded model's parameters together at every pass, all make as many.
     """
@@ -95,6 +95,7 @@ class Replayed:
         *,
         exact: bool,
         spread: bool,
+        every: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks, self._asked = ranks if has_shards(model) else None, True
@@ -106,7 +107,7 @@ class Replayed:
         self._convolves: dict[str, bool] = {}
         self._pending: list[tuple[tuple[Any, ...], dict[str, Any], int]] = []
         self._elements = 0
-        self._passes = 0
+        self._passes, self._takes_every = 0, every
         self.examples = 0  # of all passes that could have been run again
         self._rates = {module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
 
@@ -146,7 +147,11 @@ class Replayed:
     def wants(self) -> bool:
         """Whether more passes are to be run again."""
         asked = bool(self._watches) and self._asked if self._ranks is not None else not self._enough()
-        return self._replay is not None and self._passes < LAST_PASS and asked
+        return self._replay is not None and (self._takes_more or (self._passes < LAST_PASS and asked))
+
+    @property
+    def _takes_more(self) -> bool:
+        return self._takes_every and bool(self._watches)
 
     @property
     def finished(self) -> bool:
@@ -175,10 +180,10 @@ class Replayed:
         rows: examples in it, 0 if unknown.
         """
         self.examples += max(1, rows)
-        if not self.wants or self._passes + len(self._pending) >= LAST_PASS:
+        if not self.wants or (self._passes + len(self._pending) >= LAST_PASS and not self._takes_more):
             return
         size = sum(x.numel() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor))
-        if self._pending and (self._elements + size > SAMPLE_ELEMENTS or self._will_do()):
+        if self._pending and not self._takes_more and (self._elements + size > SAMPLE_ELEMENTS or self._will_do()):
             return
         self._elements += size
         own_args, own_kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, dict(kwargs)))
@@ -230,7 +235,7 @@ class Replayed:
     def _open_shares(self, rows: int) -> dict[tuple[str, str], _Share]:
         shares = {}
         for key, watch in self._watches.items():
-            if watch.enough(MIN_EXAMPLES if self._passes < MAX_PASSES else 0):
+            if not self._takes_every and watch.enough(MIN_EXAMPLES if self._passes < MAX_PASSES else 0):
                 continue
             wanted = watch.share(-(-watch.rows_needed * rows // min(MIN_EXAMPLES, MAX_PASSES * rows)) + 1)
             columns = watch.columns

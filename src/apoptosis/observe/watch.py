@@ -28,7 +28,13 @@ WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up
 SAMPLE_EXAMPLES = 64  # whole inputs kept for sites that read several positions at once
 SAMPLE_ELEMENTS = 500_000  # and their bound in numbers, 2 MB in float32
 EXACT_MACS = 50_000_000_000  # what the Gram matrix of one input may cost where every position is to be seen
+FLOAT32_RESOLVES = 1e-3  # relative rms: products in float32 know variances to 4 eps, the rms to the root of that
 _FLUSH_ROWS = 4096  # buffered rows are turned into a Gram matrix in one product
+
+
+def needs_float64(tolerance: float) -> bool:
+    """Whether products in float32 cannot tell errors of this size (relative rms) from round-off."""
+    return tolerance < FLOAT32_RESOLVES
 
 
 def reads_several_positions(site: Site) -> bool:

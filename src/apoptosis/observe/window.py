@@ -39,6 +39,7 @@ from apoptosis.records import Group, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up
 STALE_STEPS = 48  # the network of so many steps ago is another one, at the start of a run above all
+KEPT_ELEMENTS = 1 << 24  # of the calls that are kept, 64 MB in float32
 _SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
 
 
@@ -49,8 +50,10 @@ class Observer:
         model: the user's model; hooks go onto its modules while the window is open.
         groups: the groups to watch (unpinned ones).
         seed: seed of the private generator that picks positions.
-        exact: products in float64 (tolerance 0).
+        exact: products in float64 (tolerances that float32 does not resolve). every: take rows of every pass, though
+            fewer would do (tolerance 0, where a channel that is silent in some batches is not silent).
         keep_inputs: also keep the largest training batch, for the probe of a run without held-out data.
+        keep_calls: also keep what training passes were called with, up to KEPT_ELEMENTS numbers, as `calls`.
         any_mode: take every forward pass (one-shot use on a trained network in evaluation mode) instead of training
             passes alone.
         replay: graph.replay, which runs the model again to show what functional sites read; without it they are not
@@ -66,14 +69,16 @@ class Observer:
         *,
         seed: int,
         exact: bool = False,
+        every: bool = False,
         keep_inputs: bool = False,
+        keep_calls: bool = False,
         any_mode: bool = False,
         replay: Replay | None = None,
         gradients: bool = False,
         ranks: Ranks | None = None,
         whole: bool = True,
     ) -> None:
-        self._model, self._whole = model, whole
+        self._model, self._whole, self._takes_every = model, whole, every
         self._modules = dict(model.named_modules())
         self._generator = torch.Generator().manual_seed(seed)
         self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns of a site that several groups share
@@ -84,13 +89,17 @@ class Observer:
         self._calls: dict[str, int] = {}
         self._dropped = Dropped()
         self._handles: list[RemovableHandle] = []
-        self._keep_inputs, self._any_mode = keep_inputs, any_mode
+        self._keep_inputs, self._keep_calls, self._any_mode = keep_inputs, keep_calls, any_mode
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._call_elements = 0
         self._passes, self._inside, self._root_rows, self._steps, self._largest = 0, False, 0, 0, 0
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._input_rows, self._eager, self._muted = 0, Eager(), False  # muted: while the model is run again
         self._only: frozenset[str] | None = None  # modules that take rows now, None for all
         self.hook_seconds = 0.0  # and what running it again takes
-        self._replayed = Replayed(model, replay, self._generator, exact=exact, spread=not any_mode, ranks=ranks)
+        self._replayed = Replayed(
+            model, replay, self._generator, exact=exact, spread=not any_mode, every=every, ranks=ranks
+        )
         for group in groups:
             for site in group.sites:
                 if site.functional:
@@ -234,10 +243,17 @@ class Observer:
             self._largest = max(self._largest, self._root_rows)
             if self._replayed.wants and not in_backward() and not any(map(is_wrapped, leaves)):
                 self._replayed.keep(args, kwargs, self._root_rows)
+            if self._keep_calls and not in_backward() and not any(map(is_wrapped, leaves)):
+                self._keep_call(args, kwargs, sum(x.numel() for x in leaves))
             if self._keep_inputs and self._root_rows >= self._input_rows and not in_backward():
                 self._input_rows = self._root_rows
                 self.inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs)))
         self.hook_seconds += time.perf_counter() - start
+
+    def _keep_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], elements: int) -> None:
+        self._call_elements += elements
+        if self._call_elements <= KEPT_ELEMENTS:
+            self.calls.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs))))
 
     def _leave(self, *_: Any) -> None:
         self._inside = False
@@ -277,7 +293,8 @@ class Observer:
     def _take(self, name: str, x: Tensor) -> None:
         watches = self._by_module[name]
         sample = self._samples.get(name)
-        if all(watch.enough() for watch in watches) and (sample is None or sample.enough()):
+        full = not self._takes_every and all(watch.enough() for watch in watches)
+        if full and (sample is None or sample.enough()):
             return
         site = watches[0].site
         before, rate = self._dropped.before(x) if site.dropout > 0 and not self._any_mode else (x, 0.0)
@@ -287,7 +304,7 @@ class Observer:
         limit = self._root_rows if known and self._root_rows else before.shape[0]
         self._largest = max(self._largest, min(limit, before.shape[0] if before.dim() > 1 else 1))
         for watch in watches:
-            if not watch.enough():
+            if self._takes_every or not watch.enough():
                 repeated = known and watch.last_pass == self._passes
                 watch.last_pass = self._passes
                 behind = rate * watch.site.dropout

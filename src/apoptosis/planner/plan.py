@@ -8,14 +8,14 @@ widths cost (costs.py), when an event happens (policy), the surgery.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apoptosis.criteria import Criterion, Proposal, choose, compensated
+from apoptosis.criteria import Criterion, Proposal, Ranking, arranged, choose, compensated
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
 from apoptosis.planner.costs import macs_after
@@ -110,7 +110,13 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, structure: Structure, observations: Observations, request: Request, ranks: Ranks | None = None
+    model: nn.Module,
+    structure: Structure,
+    observations: Observations,
+    request: Request,
+    ranks: Ranks | None = None,
+    *,
+    rankings: MutableMapping[str, Ranking] | None = None,
 ) -> Plan:
     """Ask the criterion for as much as every unpinned group's sites allow.
 
@@ -123,6 +129,8 @@ def make_plan(
         observations: by (group name, site key); groups that were not observed are left out, with a note.
         request: what the event may do.
         ranks: that share the work and get the same plan.
+        rankings: by group, filled and read: orders of the channels, which no tolerance changes, for further plans of
+            the same observations and criterion.
 
     Raises: NonFiniteError: statistics or weights hold NaN or infinity.
     """
@@ -130,7 +138,7 @@ def make_plan(
     open_groups = [group for group in structure.groups if group.pin is None]
     left: dict[str, Why] = {group.name: why for group in open_groups if (why := _waits(group, observations, request))}
     seen = [g for g in open_groups if g.name not in left]
-    desk = _Desk(model, structure, observations, request)
+    desk = _Desk(model, structure, observations, request, {} if rankings is None else rankings)
     choices = [choices_of(groups) for groups in entangled(seen)]
     desk.shares = Counter()
     for sets in choices:
@@ -192,7 +200,15 @@ class _Desk:
     group. lost: by key of a site that a BatchNorm reads, what the variance of its outputs loses.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, observations: Observations, request: Request) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        observations: Observations,
+        request: Request,
+        rankings: MutableMapping[str, Ranking],
+    ) -> None:
+        self._rankings = rankings
         self._model, self._structure, self._observations, self._request = model, structure, observations, request
         self._shown: dict[str, Shown] = {}
         self.shares: Counter[str] = Counter()
@@ -247,7 +263,9 @@ class _Desk:
             own_spent, own_shares = dict(spent), Counter(shares)
             found: dict[str, Proposal] = {}
             for group, one, step in zip(groups, shown, aligned, strict=True):
-                made = _propose(group, one, self._request, own_spent, own_shares, step, own_share(group, least))
+                made = _propose(
+                    group, one, self._request, own_spent, own_shares, step, own_share(group, least), self._rankings
+                )
                 own_shares.subtract(site.key for site in group.sites)
                 if isinstance(made, Why):
                     tied = Why(made.cause, f"as wide as {group.name}, for which: {made.text}")
@@ -305,6 +323,7 @@ def _propose(
     shares: Mapping[str, int],
     step: int,
     least_share: float,
+    rankings: MutableMapping[str, Ranking],
 ) -> Proposal | Why:
     """Make a proposal, or say why there is none.
 
@@ -316,6 +335,7 @@ def _propose(
         shares: groups still to come at each site.
         step: between numbers kept.
         least_share: of the channels, that stays.
+        rankings: by group, as in make_plan.
     """
     least_share = max(least_share, 1 - request.max_drop)
     least = max(1, min(step, group.num_channels), round(least_share * group.num_channels))
@@ -332,7 +352,10 @@ def _propose(
         if not criterion.needs_data:
             return Why("criterion", f"criterion '{criterion.name}' does not see what a norm reads; others do")
         criterion = compensated(criterion)
-    proposal = choose(criterion, shown.view, limits, align=step, min_keep=least)
+    if group.name not in rankings:
+        rankings[group.name] = arranged(criterion, shown.view)
+    ranking = rankings[group.name]
+    proposal = choose(criterion, shown.view, limits, align=step, min_keep=least, ranking=ranking)
     if proposal is None:
         return missed_tolerance(group, shown.view, limits, step, request.align, cap)
     kept = len(proposal.reduction.keep)
