@@ -227,7 +227,7 @@ def test_running_statistics_behind_the_consumer_describe_the_new_output(runs, ki
     x = runs.inputs(64 if kind != "linear" else 500, 3, shape).double()
     with torch.no_grad():
         net.train()(x)
-    event = shrink_(net, x[:4], [x], tolerance=0.45, criterion=criterion, probe=x)
+    event = shrink_(net, x[:4], [x], tolerance=0.45, criterion=criterion)
     assert event
     _, after = output_of(net, net[2], x)
     over = tuple(d for d in range(after.dim()) if d != 1)

@@ -31,7 +31,8 @@ from apoptosis.trials import looked_at
 from apoptosis.unwrap import check_alone
 from apoptosis.verdict import Verdict, sanity_limit
 
-_OCTAVES = 6  # halvings of the tolerance before a surgery beyond the sanity limit is given up
+_TRIES = 6  # surgeries beyond the sanity limit before it is given up
+_OCTAVES = 12  # halvings of the tolerance in search of one within the limit
 _STEPS = 32  # of the grid of tolerances between one power of two and the next
 
 Result = tuple[Plan, Outcome, tuple[Certificate, ...]]
@@ -143,6 +144,7 @@ class _Job:
         self._patient, self._request, self._verdict, self.structure = patient, request, verdict, structure
         self._observer, self._observations = observer, observations
         self._rankings: dict[str, Ranking] = {}  # the same at every tolerance
+        self._changes: dict[float, float] = {}  # of the outputs, by tolerance
         self.notes: list[str] = []
 
     def exactly(self) -> Result:
@@ -161,22 +163,33 @@ class _Job:
         Tolerances below the given one are powers of two and, from the first that is within, the steps of a grid up to
         the one before: the same for every given tolerance, so that a larger one never removes less.
         """
-        given = self._request.tolerance
+        given, limit = self._request.tolerance, self._verdict.sanity
         result, refused = self._try(given)
+        for _ in range(_TRIES):
+            change = result[1].change
+            if not refused or change is None:
+                break
+            tolerance = self._largest_below(given, limit)
+            measured = self._measured(tolerance)
+            result, refused = self._try(tolerance)
+            # held-out examples may change more than the given inputs do
+            limit = min(0.999 * measured, limit * self._verdict.sanity / max(change.rms, self._verdict.sanity))
+        return result
+
+    def _largest_below(self, given: float, limit: float) -> float:
+        """Return the largest tolerance of the grid that changes the outputs on the given inputs within a limit."""
         top = math.ceil(math.log2(given)) - 1  # the next power of two
         for octave in range(top, top - _OCTAVES, -1):
-            if not refused:
-                return result
-            low, high = octave * _STEPS, (octave + 1) * _STEPS
-            if self._measured(2.0**octave) > self._verdict.sanity:
+            if self._measured(2.0**octave) > limit:
                 continue
+            low, high = octave * _STEPS, (octave + 1) * _STEPS
             while high - low > 1:
                 middle = (low + high) // 2
                 tried = 2.0 ** (middle / _STEPS)
-                within = tried < given and self._measured(tried) <= self._verdict.sanity
+                within = tried < given and self._measured(tried) <= limit
                 low, high = (middle, high) if within else (low, middle)
-            result, refused = self._try(2.0 ** (low / _STEPS))
-        return result
+            return float(2.0 ** (low / _STEPS))
+        return float(2.0 ** (top - _OCTAVES))
 
     def _plan(self, tolerance: float) -> Plan:
         request = replace(self._request, tolerance=tolerance)
@@ -195,23 +208,23 @@ class _Job:
 
     def _measured(self, tolerance: float) -> float:
         """Return the relative rms change of the outputs on the given inputs, which is undone again."""
-        plan = self._plan(tolerance)
-        probe = _given_inputs(self._observer, self._verdict)
-        if not plan.reductions or probe is None:
-            return 0.0
-        outcome = operate(
-            self._patient, self.structure, plan.reductions, plan.dropped_variance, probe, lambda _: "measured"
-        )
-        self.structure = outcome.structure
-        return 0.0 if outcome.change is None else outcome.change.rms
+        if tolerance not in self._changes:
+            plan, probe = self._plan(tolerance), _given_inputs(self._observer, self._verdict)
+            change: Change | None = None
+            if plan.reductions and probe is not None:
+                outcome = operate(
+                    self._patient, self.structure, plan.reductions, plan.dropped_variance, probe, lambda _: "measured"
+                )
+                self.structure, change = outcome.structure, outcome.change
+            self._changes[tolerance] = 0.0 if change is None else change.rms
+        return self._changes[tolerance]
 
 
 def _given_inputs(observer: Observer, verdict: Verdict) -> Probe | None:
     """Return the largest given batch to measure on, so that no confidence of held-out examples is spent."""
     if observer.inputs is None:
         return verdict.probe
-    args, kwargs = observer.inputs
-    return Probe(args=args, kwargs=kwargs, labels=None, rows=num_rows((args, kwargs)), held_out=False)
+    return as_probe(observer.inputs)
 
 
 def _at_fault(
