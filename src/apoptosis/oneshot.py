@@ -20,8 +20,9 @@ from apoptosis.errors import ArgumentError
 from apoptosis.ledger import Event
 from apoptosis.observe import Observer
 from apoptosis.operate import Outcome, Patient, exclude_pins, new_pins, operate, with_pins
+from apoptosis.outputs import Change
 from apoptosis.planner import Observations, Plan, Request, make_plan
-from apoptosis.probe import Change, Probe, as_call, as_probe, make_probe
+from apoptosis.probe import Probe, as_call, as_probe, make_probe
 from apoptosis.records import Certificate, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
 from apoptosis.sampling import has_modes, sample
