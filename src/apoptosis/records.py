@@ -245,7 +245,8 @@ class Count:
 
     def is_of(self, follow: Follow, value: int) -> bool:
         """Whether the operator was given this number of a module, which is `value` now."""
-        return self.where in follow.places and self.number == value and follow.module in self.modules
+        at = self.where in follow.places and follow.module in self.modules
+        return at and self.number * follow.times == value
 
     def without(self, removed: IntArray) -> int:
         """Return at how many of the places a channel is left when these classes go."""
@@ -266,7 +267,8 @@ def places_left(classes: IntArray, removed: IntArray) -> int:
 class Follow:
     """A plain number of a module that has to follow a width: an int attribute, or the entry `index` of a sequence.
 
-    places: lines at which operators are given the number (Count.where); groups: whose width it is elsewhere.
+    places: lines at which operators are given the number (Count.where); groups: whose width it is elsewhere. times: the
+    number is that many times what the operators are given (`split(x, self.width // 2)`).
     """
 
     module: str
@@ -274,6 +276,7 @@ class Follow:
     index: int | None = None
     places: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -33,6 +33,7 @@ from apoptosis.surgery.numbers import number_of, value_of
 from apoptosis.surgery.splits import reads_attribute
 
 _ROUNDS = 40  # faults looked for one after the other; beyond it events find out
+_MULTIPLES = 4  # of what an operator is given may be what the module keeps: split(x, self.width // 2)
 _CANDIDATES = 12  # numbers tried for one group
 _PLACE = re.compile(r"\(([^()\s]+:\d+)\)")
 _GROUP = re.compile(r"group '([^']+)'")
@@ -88,9 +89,10 @@ class _Rehearsal:
 
     def _without(self, structure: Structure, names: Names, fault: str) -> Structure | None:
         """Return the structure with a fault less; None where it cannot be told which group brings it about."""
-        named = self._following(structure, self._named(structure, structure.counts))
-        if named is not None and not self._fault(named, names):
-            return named
+        for most in (1, _MULTIPLES):
+            named = self._following(structure, self._named(structure.counts, most))
+            if named is not None and not self._fault(named, names):
+                return named
         for name in self._suspects(structure, names, fault):
             alone = self._with_equal(structure, name)
             text = self._fault(structure, alone)
@@ -164,18 +166,30 @@ class _Rehearsal:
         for follow in follows:
             key = follow.module, follow.attribute, follow.index
             old = known.get(key, follow)
+            if old.times != follow.times:
+                continue
             places, groups = ({*getattr(old, n), *getattr(follow, n)} for n in ("places", "groups"))
             known[key] = replace(follow, places=tuple(sorted(places)), groups=tuple(sorted(groups)))
         if set(known.values()) == set(structure.follows):
             return None
         return with_follows(structure, known.values(), {f: value_of(self._patient.model, f) for f in known.values()})
 
-    def _named(self, structure: Structure, counts: Iterable[Count]) -> Iterator[Follow]:
-        """Yield the numbers that the lines of source read off a module that runs there."""
+    def _named(self, counts: Iterable[Count], most: int) -> Iterator[Follow]:
+        """Yield the numbers that the lines of source read off a module that runs there, or up to `most` times them."""
         for count in counts:
-            for module, attribute, index in self._holders(count.modules, count.number):
-                if reads_attribute(self._patient.model.get_submodule(count.modules[0]), count.where, attribute):
-                    yield Follow(module=module, attribute=attribute, index=index, places=(count.where,))
+            for times in range(1, most + 1):
+                for module, attribute, index in self._holders(count.modules, count.number * times):
+                    if self._reads(count, attribute):
+                        places = (count.where,)
+                        yield Follow(module=module, attribute=attribute, index=index, places=places, times=times)
+
+    def _reads(self, count: Count, attribute: str) -> bool:
+        """Whether the line of source at which an operator is given a number names this attribute."""
+        try:
+            running = self._patient.model.get_submodule(count.modules[0])
+        except AttributeError:  # made in the forward pass
+            return False
+        return reads_attribute(running, count.where, attribute)
 
     def _holders(self, modules: Iterable[str], value: int) -> Iterator[tuple[str, str, int | None]]:
         """Yield the plain numbers of this value: (module, attribute, place in it), the innermost module first."""
@@ -195,7 +209,7 @@ class _Rehearsal:
     def _candidates(self, structure: Structure, name: str, fault: str) -> Iterator[Structure]:
         """Yield structures in which further numbers follow the width of a group, likely ones first."""
         counts = [count for count in structure.counts if name in groups_of(structure, count)]
-        named = list(self._named(structure, counts))
+        named, multiples = list(self._named(counts, 1)), list(self._named(counts, _MULTIPLES))
         group = next(g for g in structure.groups if g.name == name)
         single: dict[tuple[str, str, int | None], Follow] = {}
         for count in counts:
@@ -207,7 +221,13 @@ class _Rehearsal:
             Follow(module=module, attribute=attribute, index=index, groups=(name,))
             for module, attribute, index in self._holders(_lineage(self._patient.model, fault), group.num_channels)
         ]
-        tried = [named, *([follow] for follow in single.values()), [*single.values()], *([f] for f in by_width)]
+        tried = [
+            named,
+            multiples,
+            *([follow] for follow in single.values()),
+            [*single.values()],
+            *([f] for f in by_width),
+        ]
         for follows in [follows for follows in tried if follows][:_CANDIDATES]:
             found = self._following(structure, follows)
             if found is not None:

@@ -59,4 +59,4 @@ def test_a_layer_stacked_with_an_output_keeps_its_width() -> None:
 
 
 def test_values_whose_width_is_left_to_torch_are_free(removal) -> None:
-    removal(Normed(number=False), (X,), {"v": 12})
+    removal(Normed(number=False), (X,), {"v": 12, ":heads": 2})

@@ -55,7 +55,8 @@ def own_readers(consumer: Consumer) -> set[str | None]:
 def classify(findings: Findings, *, spreads: bool = True) -> Classes:
     """Unite tied slots and give every pinned class its first reason.
 
-    spreads: whether what meets several channels by broadcasting is tied to all of them (it is, but for whole heads).
+    spreads: whether what meets several channels by broadcasting is tied to all of them, and pins inside heads count
+        (they do, but for whole heads).
     """
     size = findings.slots.num_slots
     ties = findings.ties + findings.spreads if spreads else findings.ties
@@ -68,6 +69,8 @@ def classify(findings: Findings, *, spreads: bool = True) -> Classes:
         labels = np.arange(size, dtype=np.int64)
     first = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
     for number in range(len(findings.pins) - 1, -1, -1):
+        if not spreads and number in findings.inner_pins:
+            continue
         first[labels[findings.pins[number][0]]] = number
     return Classes(labels, first)
 

@@ -33,7 +33,7 @@ def same_extent(findings: Findings, groups: Sequence[Group], classes: Classes, l
         return []
     fine, whole = _owners(groups, labels)
     inside: dict[int, int] = {}
-    for heads, inner, _ in findings.heads:
+    for heads, inner, _ in (*findings.parts, *findings.heads):
         inside.update(zip(heads.tolist(), classes.labels[inner].tolist(), strict=True))
     out = []
     for ids in shared:

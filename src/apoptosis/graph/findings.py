@@ -108,6 +108,8 @@ class Findings:
     distinct: by address, an array of ids and the different ones of it. ran: the modules that were called; fed:
     those that had any rows. compensated: channels under norms may go, and norms are sites. lumps: (a slot of what goes
     as a whole, why).
+    inner_pins: places in `pins` of those that hold for channels, not for whole heads.
+    parts: as heads, of what is computed row by row (a norm over each head).
     made: by place in `pins` of an output, the axes of the producers that it is made of.
     joins: where channels of different axes meet: the first slots of both, the operator in words, the line.
     counts: by (modules, line, number, slots), the numbers of places that operators were given, with their slots.
@@ -120,6 +122,8 @@ class Findings:
     norms: dict[str, Norm] = field(default_factory=dict)
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     pins: list[tuple[IntArray, Reason]] = field(default_factory=list)
+    inner_pins: set[int] = field(default_factory=set)
+    parts: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
     producers: dict[Axis, str] = field(default_factory=dict)
     owners: dict[Axis, str] = field(default_factory=dict)
     biases: set[Axis] = field(default_factory=set)
@@ -163,18 +167,25 @@ class Findings:
         if a.size:
             (self.spreads if spread else self.ties).append((a, b))
 
-    def contain(self, heads: IntArray, slots: IntArray, module: str) -> None:
-        """Record that each of these heads consists of the channels at the same place of `slots` (broadcast)."""
+    def contain(self, heads: IntArray, slots: IntArray, module: str, *, part: bool = False) -> None:
+        """Record that each of these heads consists of the channels at the same place of `slots` (broadcast).
+
+        part: the module works on every head by itself, and gives the heads no name where another does.
+        """
         outer, inner = (x.reshape(-1) for x in np.broadcast_arrays(heads, slots))
         both = (outer != 0) & (inner != 0)
         if bool(both.any()):
-            self.heads.append((outer[both], inner[both], module))
+            (self.parts if part else self.heads).append((outer[both], inner[both], module))
 
-    def pin(self, slots: IntArray, reason: Reason) -> None:
-        """Record that the channels of these slots are never removed; zeros are passed over."""
+    def pin(self, slots: IntArray, reason: Reason, *, inner: bool = False) -> None:
+        """Record that the channels of these slots are never removed; zeros are passed over.
+
+        inner: they are not removed one by one, but may go with the whole head that they are in.
+        """
         slots = slots.reshape(-1)
         slots = slots[slots != 0]
         if slots.size:
+            self.inner_pins.update((len(self.pins),) if inner else ())
             self.pins.append((slots, reason))
 
 

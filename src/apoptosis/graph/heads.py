@@ -32,11 +32,12 @@ def head_drafts(findings: Findings) -> list[HeadDraft]:
     Heads are one where they share a channel (the queries of one key in grouped-query attention). What is the same for
     all heads (a rotary table) stays, so ties by broadcasting do not count here.
     """
-    if not findings.heads:
+    held = [*findings.heads, *findings.parts]
+    if not held:
         return []
     classes = classify(findings, spreads=False)
-    outer = np.concatenate([classes.labels[a] for a, _, _ in findings.heads])
-    inner = np.concatenate([classes.labels[b] for _, b, _ in findings.heads])
+    outer = np.concatenate([classes.labels[a] for a, _, _ in held])
+    inner = np.concatenate([classes.labels[b] for _, b, _ in held])
     size = classes.first_pin.size
     joined = coo_matrix((np.ones(outer.size, dtype=np.int8), (outer, inner)), shape=(size, size))
     head_of = connected_components(joined, directed=False)[1].astype(np.int64)
@@ -44,7 +45,7 @@ def head_drafts(findings: Findings) -> list[HeadDraft]:
     pinned = set(head_of[involved[classes.first_pin[involved] >= 0]].tolist())
     places = _places(findings, classes.labels, head_of, set(head_of[involved].tolist()) - pinned)
     module_of: dict[int, str] = {}
-    for slots, _, module in findings.heads:
+    for slots, _, module in held:
         for head in head_of[classes.labels[slots]].tolist():
             module_of.setdefault(head, module)
     alike: dict[tuple[object, ...], list[int]] = {}

@@ -174,7 +174,7 @@ def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, n
         if not more or not varying(heads) <= varying(inner) or _spans(tensor, ndim, more):
             continue
         if findings.slots.is_fresh(heads) and not findings.slots.is_fresh(inner):
-            findings.contain(heads, inner, call.tracer.module_name)
+            findings.contain(heads, inner, call.tracer.module_name, part=True)
             return True
     return False
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apoptosis.graph.classes import Classes
 from apoptosis.graph.findings import Findings, Norm, Reason
 from apoptosis.graph.meet import meet
-from apoptosis.graph.remedies import NORM_REMEDY, opt_in
+from apoptosis.graph.remedies import NORM_REMEDY, ROWS_REMEDY, opt_in
 from apoptosis.graph.tracer import Call, Tracer
 from apoptosis.graph.values import Value, nothing, spoiled, varying
 from apoptosis.norms import is_shrunk, way_of
@@ -58,7 +58,9 @@ class _Begun:
         if not findings.compensated:
             call.pin(ids, _TEXT, opt_in(self.module))
         elif varying(ids) != {last} or bool((slots == 0).any()):
-            call.pin(ids, f"{_TEXT} that lie along several axes, or with values that are none", NORM_REMEDY)
+            rows = varying(ids) > {last} and not bool((slots == 0).any())  # each normalised by itself
+            text = f"{_TEXT} that lie along several axes, or with values that are none"
+            call.pin(ids, text, ROWS_REMEDY if rows else NORM_REMEDY, inner=rows)
         elif view is None or not view.whole:
             call.pin(ids, f"{_TEXT} with a weight that is not its own", NORM_REMEDY)
         elif known is not None and not np.array_equal(known.slots, slots):

@@ -30,6 +30,7 @@ _NOT_STOCK = (
     "norm_widths='compensated' lets go what the statistics of nn.LayerNorm and nn.RMSNorm can do without; this norm is "
     "none of these{}."
 )
+ROWS_REMEDY = "Each of its rows (a head) is normalised by itself: whole ones may go, as a group of their own, ':heads'."
 FRONT_REMEDY = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
 _RAW = "Contract the raw parameter (nn.Linear, nn.Conv, F.linear), or freeze what is computed into one."
 _OPERAND = "Let a layer make both operands, or broadcast one value over all channels."

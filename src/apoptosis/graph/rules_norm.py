@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.granularity import note_grid
 from apoptosis.graph.meet import meet
-from apoptosis.graph.remedies import layer_of, opt_in, parametrized
+from apoptosis.graph.remedies import ROWS_REMEDY, layer_of, opt_in, parametrized
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule, Tracer
 from apoptosis.graph.values import Axis, Value, nothing, reshape, spoiled, varying
@@ -182,8 +182,10 @@ def _group_norm(call: Call) -> Result:
 def _layer_norm(call: Call) -> Result:
     x, shape = call.args[0], call.arg(1, "normalized_shape")
     value = held(call, x, range(x.dim() - len(shape)))
-    if varying(value.ids) & set(range(x.dim() - len(shape), x.dim())):
-        call.pin(value.ids, "normalises over channels", opt_in(call.tracer.module))
+    rest = varying(value.ids) & set(range(x.dim() - len(shape)))
+    if varying(value.ids) - rest:  # of several rows each is normalised by itself, and may go as a whole
+        remedy = ROWS_REMEDY if rest else opt_in(call.tracer.module)
+        call.pin(value.ids, "normalises over channels", remedy, inner=bool(rest))
     return _result(call, x, value, [t for t in call.args[2:4] if isinstance(t, Tensor)])
 
 

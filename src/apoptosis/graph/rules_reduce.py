@@ -6,16 +6,18 @@ normalisations that torch knows as one operator (rules_norm.py), contractions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.graph.meet import meet
-from apoptosis.graph.remedies import FRONT_REMEDY, NORM_REMEDY, opt_in
+from apoptosis.graph.remedies import FRONT_REMEDY, NORM_REMEDY, ROWS_REMEDY, opt_in
 from apoptosis.graph.rules_norm import held
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Paths, Value, spoiled, varying
+from apoptosis.records import IntArray
 
 _SUM_REMEDY = "An nn.Linear with one output in its place is a weighted sum that can be folded into."
 _GATE_REMEDY = "Compute both halves from layers, or leave the module out with exclude=."
@@ -29,7 +31,9 @@ _REDUCTIONS = {
 }  # fmt: skip
 _LAST = frozenset(("kthvalue", "mode", "sort", "topk"))
 _AVERAGES = frozenset(("mean", "var", "std", "var_mean", "std_mean"))
+_SUMS = _AVERAGES | frozenset(("sum", "nansum", "norm", "linalg_vector_norm", "logsumexp", "special_logsumexp"))
 _EXTREMES = frozenset(("amax", "amin", "max", "min"))
+_SOFTMAX = frozenset(("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax"))
 _ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "log_softmax": 1, "cumsum": 1,
           "cumprod": 1, "logcumsumexp": 1, "cummax": 1, "cummin": 1, "_cummax_helper": 3, "_cummin_helper": 3,
           "sort": 1, "topk": 2, "_fft_c2c": 1, "_fft_r2c": 1, "_fft_c2r": 1}  # fmt: skip
@@ -61,15 +65,22 @@ def reduce(call: Call) -> Result:
     tensor = call.args[0]
     reduced = _axes(call, _REDUCTIONS[call.name], tensor.dim())
     value = held(call, tensor, set(range(tensor.dim())) - reduced)
-    if call.name in _EXTREMES and reduced & varying(value.ids) and varying(value.ids) - reduced:
+    meeting, rest = reduced & varying(value.ids), varying(value.ids) - reduced
+    inner = bool(meeting and rest) and min(meeting) > max(rest)
+    if meeting and rest and (call.name in _EXTREMES or (call.name in _SUMS and not inner)):
         value = _place_by_place(call, value, reduced)
     if reduced & varying(value.ids):
+        rows = None if not rest or call.name not in _SUMS else _rows(call, value, reduced)
         if call.name in _AVERAGES:
             text = "reduces over channels, as what normalises over channels does"
-            call.pin(value.ids, text, opt_in(call.tracer.module))
+            remedy = opt_in(call.tracer.module) if rows is None else ROWS_REMEDY
+            call.pin(value.ids, text, remedy, inner=rows is not None)
         else:
-            call.pin(value.ids, "reduces over channels", _SUM_REMEDY if call.name == "sum" else FRONT_REMEDY)
-        return None
+            remedy = _SUM_REMEDY if call.name == "sum" else FRONT_REMEDY
+            call.pin(value.ids, "reduces over channels", remedy, inner=rows is not None)
+        if rows is None:
+            return None
+        value = Value(rows, paths=spoiled([value.paths]))
     if not call.outs:
         return None
     keepdim = call.outs[0].dim() == tensor.dim()
@@ -87,14 +98,32 @@ def reduce(call: Call) -> Result:
     return [result] * len(call.outs)
 
 
+def _rows(call: Call, value: Value, reduced: frozenset[int]) -> IntArray | None:
+    """Give every row that is reduced by itself (a head, say) an id of its own, and let its channels be inside it.
+
+    None where some elements of a row carry no channel, or ids of rows already.
+    """
+    findings, ids = call.tracer.findings, value.ids
+    axes = sorted(reduced & varying(ids))
+    wide = np.moveaxis(ids, axes, range(-len(axes), 0))
+    flat = wide.reshape(-1, math.prod(ids.shape[axis] for axis in axes))
+    if bool((flat == 0).any()) or not findings.slots.is_owned(flat):
+        return None
+    rows, place = np.unique(flat, axis=0, return_inverse=True)
+    fresh = findings.slots.fresh(len(rows))
+    findings.contain(fresh[:, None], rows, call.tracer.module_name, part=True)
+    return fresh[place.reshape(-1)].reshape([1 if axis in axes else size for axis, size in enumerate(ids.shape)])
+
+
 def _place_by_place(call: Call, value: Value, reduced: frozenset[int]) -> Value:
-    """Tie the channels of which one is chosen at each place of the other axes, as an elementwise maximum does."""
+    """Tie the channels that meet at each place of the other axes, as an elementwise maximum, or a sum, does."""
     first, axes = value.ids, tuple(reduced & varying(value.ids))
     for axis in axes:
         first = first.take([0], axis=axis)
     call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(first, value.ids.shape)), value.ids)
     broken = (value.ids == 0).any(axis=axes, keepdims=True)
-    call.pin(np.where(broken, value.ids, 0), "chooses between channels and values that are none", FRONT_REMEDY)
+    verb = "chooses between" if call.name in _EXTREMES else "combines"
+    call.pin(np.where(broken, value.ids, 0), f"{verb} channels and values that are none", FRONT_REMEDY)
     return replace(value, ids=first, paths=spoiled([value.paths]), even={})
 
 
@@ -119,7 +148,14 @@ def _along(call: Call) -> Result:
     tensor = call.args[0]
     mixed = _axes(call, _ALONG[call.name], tensor.dim())
     value = held(call, tensor, set(range(tensor.dim())) - mixed)
-    if mixed & varying(value.ids):
+    meeting, rest = mixed & varying(value.ids), varying(value.ids) - mixed
+    if meeting and rest and call.name in _SOFTMAX:
+        if min(meeting) < max(rest):  # rows beside one another, as the branches of a split attention
+            _place_by_place(call, value, mixed)
+        else:
+            call.pin(value.ids, "normalises or accumulates over channels", ROWS_REMEDY, inner=True)
+            _rows(call, value, mixed)
+    elif meeting:
         call.pin(value.ids, _WORDS.get(call.name, "normalises or accumulates over channels"), FRONT_REMEDY)
         return None
     return [_ended(value)] * len(call.outs)

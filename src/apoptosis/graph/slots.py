@@ -192,6 +192,10 @@ class Slots:
         """Whether none of the slots (zeros aside) belongs to a tensor."""
         return not bool(((slots > 0) & (slots < self._num_owned)).any())
 
+    def is_owned(self, slots: IntArray) -> bool:
+        """Whether all of the slots belong to tensors."""
+        return bool(((slots > 0) & (slots < self._num_owned)).all())
+
     def axes_of(self, slots: IntArray) -> list[tuple[str, int, IntArray]]:
         """Return (tensor, dim, which of the slots lie on that axis); slots of no tensor are passed over."""
         if self._starts is None:

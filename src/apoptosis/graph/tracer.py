@@ -66,10 +66,10 @@ class Call:
         place = f" in '{module}'" if module else ""
         return Reason(f"operator {self.label}{place} {text}", self.tracer.where(), self.tracer.take_off() or remedy)
 
-    def pin(self, slots: IntArray, text: str, remedy: str = "") -> None:
-        """Pin the channels of these slots."""
+    def pin(self, slots: IntArray, text: str, remedy: str = "", *, inner: bool = False) -> None:
+        """Pin the channels of these slots. inner: but not the whole heads that they are in."""
         if bool((slots != 0).any()):
-            self.tracer.findings.pin(slots, self.reason(text, remedy))
+            self.tracer.findings.pin(slots, self.reason(text, remedy), inner=inner)
 
     def pin_owner(self, owner: Owner, text: str, remedy: str = "", dim: int = 0) -> None:
         """Pin every position of a parameter, and list it as a group of its own unless it has one."""

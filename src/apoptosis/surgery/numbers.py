@@ -68,7 +68,7 @@ def number_changes(model: nn.Module, structure: Structure, edits: Iterable[Tenso
 
 
 def _wanted(structure: Structure, follow: Follow, value: int, removed: IntArray) -> set[int]:
-    news = {count.without(removed) for count in structure.counts if count.is_of(follow, value)}
+    news = {follow.times * count.without(removed) for count in structure.counts if count.is_of(follow, value)}
     for group in structure.groups:
         if group.name in follow.groups and group.num_channels == value and group.members:
             member = group.members[0]
