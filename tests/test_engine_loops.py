@@ -245,12 +245,12 @@ def test_two_optimizers_with_groups_of_their_own(runs):
     assert first.param_groups[0]["lr"] == 1e-3
 
 
-def test_frozen_parameters_shrink_and_stay_frozen(runs):
+def test_frozen_parameters_shrink_where_they_may_and_stay_frozen(runs):
     net = runs.mlp()
     for parameter in net[0].parameters():
         parameter.requires_grad_(False)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=3e-3)
-    apo = runs.start(net, optimizer)
+    apo = runs.start(net, optimizer, frozen="cut")
     events = runs.train(net, optimizer, apo)
     finish(net, apo, events, optimizer)
     assert net[0].out_features < 32

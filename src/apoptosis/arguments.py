@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError
-from apoptosis.records import NormWidths
+from apoptosis.records import Frozen, NormWidths
 from apoptosis.sharded import check_sharded
 from apoptosis.unwrap import Unwrapped, unwrap
 
@@ -86,6 +86,7 @@ def check_others(
     log: object = None,
     logits: object = None,
     norm_widths: object = "pinned",
+    frozen: object = "keep",
 ) -> tuple[int, float | None]:
     """Check the types of the remaining arguments; returns the seed as an int and the calibration as a float.
 
@@ -97,6 +98,8 @@ def check_others(
         raise ArgumentError(f"seed={seed!r} must be a whole number >= 0.")
     if norm_widths not in get_args(NormWidths):
         raise ArgumentError(f"norm_widths={norm_widths!r} must be {' or '.join(map(repr, get_args(NormWidths)))}.")
+    if frozen not in get_args(Frozen):
+        raise ArgumentError(f"frozen={frozen!r} must be {' or '.join(map(repr, get_args(Frozen)))}.")
     for name, value in (("log", log), ("logits", logits)):
         if value is not None and not callable(value):
             raise ArgumentError(f"{name}={value!r} must be a function, or None.")

@@ -40,7 +40,7 @@ from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
 from apoptosis.probe import as_call, make_probe
 from apoptosis.ranks import ranks_of
-from apoptosis.records import Group, NormWidths, Pin, Structure
+from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
 from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, idle, read_state, sum_up, write_state
@@ -75,6 +75,8 @@ class Apoptosis:
             "attempt" with the reason why nothing was removed; what it raises reaches the caller of step(), after that.
         norm_widths: "pinned" leaves channels under LayerNorm and RMSNorm (a transformer's residual width) alone;
             "compensated" lets multiples of others and constants go, and the norms make up for them.
+        frozen: "keep" leaves weights that require no gradient while others do (a base model under adapters) as they
+            are, with the channels they make and read; "cut" lets them shrink.
         logits: reads (examples, classes) logits off the model's output, where the output is not just that tensor.
         seed: of the private random generator (positions of feature maps, criterion "random").
         calibration: fixed cost of an event in MACs (`apo.calibration` of an earlier run). None: measured, and raised at
@@ -101,6 +103,7 @@ class Apoptosis:
         exclude: Iterable[str] = (),
         log: Log | None = None,
         norm_widths: NormWidths = "pinned",
+        frozen: Frozen = "keep",
         logits: ReadLogits | None = None,
         seed: int = 0,
         calibration: float | None = None,
@@ -111,21 +114,21 @@ class Apoptosis:
         tolerance, align, total_steps, budget = check_numbers(
             tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
         )
-        seed, known = check_others(criterion, seed, calibration, log=log, logits=logits, norm_widths=norm_widths)
+        options: dict[str, Any] = {"norm_widths": norm_widths, "frozen": frozen}
+        seed, known = check_others(criterion, seed, calibration, log=log, logits=logits, **options)
         patterns, chosen = check_exclude(exclude), get_criterion(criterion)
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
-        call = as_call(example_input)
         ranks = ranks_of(parallel, group_of(model), next(model.parameters()).device)
-        patient = Patient(model=model, optimizers=optimizers, call=call, read=logits, parallel=parallel, ranks=ranks)
-        self._patient, self._log = replace(patient, norm_widths=norm_widths), log
+        patient = Patient(model=model, optimizers=optimizers, call=as_call(example_input), ranks=ranks)
+        self._patient, self._log = replace(patient, read=logits, parallel=parallel, **options), log
         held_out = None if probe is None else make_probe(probe, example_input)
         structure, seconds = timed_capture(self._patient)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
         self._structure = rehearse(self._patient, structure, left_out := exclude_pins(structure, patterns), align)
         warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
         self._has_classes = has_classes(model, self._patient.call, logits)
-        held_out = looked_at(model, held_out, call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
+        held_out = looked_at(model, held_out, patient.call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         self._verdict.check(readable=self._has_classes, named=logits is not None)
         full = num_parameters(model), structure.macs
@@ -312,6 +315,9 @@ class Apoptosis:
 
     def _open_window(self) -> None:
         self._structure = refreshed(self._patient, self._structure)
+        if not self.groups():
+            self._memory.decision = self._decide()
+            return
         self._observer = new_window(self._run(), self.groups())
         self._observer.open()
         self._memory.window_start = self._memory.step
@@ -372,5 +378,6 @@ class Apoptosis:
 
     def _decide(self) -> Decision:
         if not self.groups():
-            return Decision(at_step=None, tolerance=0.0, reason="every group is pinned")
+            again = 2 * self._memory.step + 1 if self._structure.frozen else None  # it may be unfrozen by then
+            return Decision(at_step=again, tolerance=0.0, reason="every group is pinned")
         return decide(seen_by_policy(self._run()))

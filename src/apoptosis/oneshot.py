@@ -23,7 +23,7 @@ from apoptosis.operate import Outcome, Patient, exclude_pins, new_pins, operate,
 from apoptosis.outputs import Change
 from apoptosis.planner import Observations, Plan, Request, make_plan
 from apoptosis.probe import Probe, as_call, as_probe, make_probe
-from apoptosis.records import Certificate, NormWidths, Pin, Structure
+from apoptosis.records import Certificate, Frozen, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
 from apoptosis.sampling import has_modes, sample
 from apoptosis.surgery import check_optimizers
@@ -51,6 +51,7 @@ def shrink_(
     align: int = 1,
     exclude: Iterable[str] = (),
     norm_widths: NormWidths = "pinned",
+    frozen: Frozen = "keep",
     seed: int = 0,
 ) -> Event:
     """Remove redundant channels from a trained network, once, in place.
@@ -69,6 +70,7 @@ def shrink_(
         align: widths are rounded up to a multiple of this.
         exclude: names or wildcards of groups to leave alone.
         norm_widths: as in Apoptosis.
+        frozen: as in Apoptosis.
         seed: of the private random generator.
 
     Returns: the Event; falsy when nothing could go, with the reasons in its notes.
@@ -87,14 +89,15 @@ def shrink_(
     model, parallel = check_alone(check_model(model))
     optimizers = check_optimizers_given(optimizer)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
-    seed, _ = check_others(criterion, seed, norm_widths=norm_widths)
+    options: dict[str, Any] = {"norm_widths": norm_widths, "frozen": frozen}
+    seed, _ = check_others(criterion, seed, **options)
     _check_batches(batches)
     if given is None:
         raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
     call = as_call(example_input)
-    patient = Patient(model=model, optimizers=optimizers, call=call, parallel=parallel, norm_widths=norm_widths)
+    patient = Patient(model=model, optimizers=optimizers, call=call, parallel=parallel, **options)
     held_out = None if probe is None else make_probe(probe, example_input)
     captured = patient.capture()
     held_out = looked_at(model, held_out, call, None, remedy="Give a probe= on whose inputs it returns some.")

@@ -30,11 +30,12 @@ from apoptosis.graph import analyse, verify_up_to_scale
 from apoptosis.graph.counts import with_follows
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure, without_hint
+from apoptosis.graph.frozen import FROZEN, frozen_names
 from apoptosis.outputs import Change, ReadLogits, together
 from apoptosis.passes import forget_compiled
 from apoptosis.probe import Probe, comparable, compare, outputs, training_outputs
 from apoptosis.ranks import Ranks
-from apoptosis.records import NormWidths, Pin, Reduction, Structure, TensorEdit
+from apoptosis.records import Frozen, NormWidths, Pin, Reduction, Structure, TensorEdit
 from apoptosis.sharded import at_rest, has_shards, renew
 from apoptosis.surgery import Transaction, build_edits, norm_edits, rebuild_buckets
 from apoptosis.surgery.numbers import value_of
@@ -63,10 +64,11 @@ class Patient:
     parallel: tuple[nn.Module, ...] = ()
     ranks: Ranks = field(default_factory=Ranks)
     norm_widths: NormWidths = "pinned"
+    frozen: Frozen = "keep"
 
     def capture(self) -> Structure:
         """Capture the model as it is now."""
-        return analyse(self.model, *self.call, norm_widths=self.norm_widths)
+        return analyse(self.model, *self.call, norm_widths=self.norm_widths, frozen=self.frozen)
 
 
 class _Before(NamedTuple):
@@ -105,17 +107,23 @@ def timed_capture(patient: Patient) -> tuple[Structure, float]:
 
 
 def refreshed(patient: Patient, structure: Structure) -> Structure:
-    """Return the structure, captured again if shrink_ or another Apoptosis has changed the model's shapes."""
+    """Return the structure, captured again if shrink_ or another Apoptosis has changed the model's shapes.
+
+    Or if the user froze or unfroze parameters: pins that spoke of frozen ones go where they do not hold any more.
+    """
     at_rest(patient.model)
+    frozen = frozen_names(patient.model) if patient.frozen == "keep" else frozenset()
     now = dict(patient.model.named_parameters(remove_duplicate=False))
-    if all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items()):
+    same = all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items())
+    if same and frozen == structure.frozen:
         return structure
     return with_known(patient, structure, patient.capture())
 
 
 def with_known(patient: Patient, old: Structure, new: Structure) -> Structure:
     """Return a new structure with what is known from before: pins set from outside, numbers that follow widths."""
-    kept = with_pins(new, {g.name: g.pin for g in old.groups if g.pin is not None})
+    pins = {g.name: g.pin for g in old.groups if g.pin is not None and FROZEN not in g.pin.reason}
+    kept = with_pins(new, pins)
     return with_follows(kept, old.follows, {follow: value_of(patient.model, follow) for follow in old.follows})
 
 

@@ -19,6 +19,7 @@ IntArray = npt.NDArray[np.int64]
 SiteKind = Literal["linear", "conv", "conv_transpose", "product"]
 NormWay = Literal["", "class", "plain", "either"]
 NormWidths = Literal["pinned", "compensated"]
+Frozen = Literal["keep", "cut"]
 CertificateKind = Literal["worst_case", "empirical", "accuracy"]
 
 
@@ -289,6 +290,7 @@ class Structure:
     compares. pinned_classes: the numbers that are pinned. scalars: per mode, the plain numbers that the arithmetic of
     the forward pass used, call by call. multiples: per mode, what is read times such numbers: (what, (call, place,
     power) each). scalable: per product of activations, the (tensor, dim, positions) that scale its sums alone.
+    frozen: parameters that require no gradient while others do, and therefore stay.
     counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
     """
 
@@ -304,6 +306,7 @@ class Structure:
     worked: Mapping[str, tuple[Worked, ...]] = field(default_factory=dict)
     multiples: Mapping[str, tuple[tuple[str, tuple[tuple[int, int, float], ...]], ...]] = field(default_factory=dict)
     scalable: Mapping[str, tuple[tuple[str, int, IntArray], ...]] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
     counts: tuple[Count, ...] = ()
     follows: tuple[Follow, ...] = ()
 

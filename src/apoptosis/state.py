@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from apoptosis.budget import ALPHA
 from apoptosis.criteria import Criterion
 from apoptosis.errors import ApoptosisError, CheckpointError
+from apoptosis.graph.frozen import FROZEN
 from apoptosis.history import Attempt, read_attempts, why_idle
 from apoptosis.ledger import Ledger
 from apoptosis.observe import ROWS_PER_CHANNEL
@@ -203,7 +204,8 @@ def read_state(
     Raises: one of DAMAGES.
     """
     names = {group.name for group in structure.groups}
-    pins = {entry["group"]: _record(Pin, entry) for entry in state["pins"]}
+    found = [_record(Pin, entry) for entry in state["pins"]]
+    pins = {pin.group: pin for pin in found if FROZEN not in pin.reason}
     structure = with_pins(with_pins(structure, pins), {pin.group: pin for pin in own if pin.group in names})
     memory, window = read_memory(state["memory"]), state["window"]
     if state["settings"] != settings.as_dict():

@@ -145,7 +145,7 @@ def test_a_parameter_that_scales_and_shifts() -> None:
 
 def test_unused_and_frozen_parameters() -> None:
     net = Net(lambda net, h: h.relu(), unused=nn.Linear(4, 4))
-    net.a.weight.requires_grad_(False)
+    net.a.bias.requires_grad_(False)
     net.b.bias.requires_grad_(False)
     unused = copy.deepcopy(net.unused.state_dict())
     notes = analyse(net, (X,), {}).notes

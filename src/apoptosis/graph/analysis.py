@@ -19,13 +19,14 @@ from apoptosis.graph.counts import counts
 from apoptosis.graph.extents import same_extent
 from apoptosis.graph.factors import scalable
 from apoptosis.graph.findings import Findings
+from apoptosis.graph.frozen import frozen_names, keep_frozen
 from apoptosis.graph.granularity import settle, splits
 from apoptosis.graph.groups import build_groups
 from apoptosis.graph.picks import partial_work
 from apoptosis.graph.shares import same_share
 from apoptosis.graph.slots import Slots, named_tensors
 from apoptosis.graph.unread import leave_alone
-from apoptosis.records import NormWidths, Seen, Structure
+from apoptosis.records import Frozen, NormWidths, Seen, Structure
 
 
 def analyse(
@@ -34,6 +35,7 @@ def analyse(
     kwargs: Mapping[str, Any] | None = None,
     *,
     norm_widths: NormWidths = "pinned",
+    frozen: Frozen = "keep",
 ) -> Structure:
     """Find the coupled channel groups of a model from one forward pass in training and one in evaluation mode.
 
@@ -46,6 +48,7 @@ def analyse(
         kwargs: its named arguments.
         norm_widths: what becomes of channels under LayerNorm and RMSNorm; "compensated": they may go, and norms are
             sites of their groups.
+        frozen: what becomes of weights that require no gradient while others do; "keep": they stay as they are.
 
     Returns: the structure; its groups are in forward order, pinned ones included.
 
@@ -77,6 +80,9 @@ def analyse(
         )
     unread = leave_alone(findings, model, aliases)
     close(findings)
+    kept = frozen_names(model) if frozen == "keep" else frozenset()
+    if frozen == "keep":
+        keep_frozen(findings, model, kept)
     classes, rows = settle(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
@@ -97,6 +103,7 @@ def analyse(
         worked=partial_work(findings, groups, classes.labels, labels),
         multiples={mode: tuple(found) for mode, found in findings.multiples.items()},
         scalable=scalable(findings, classes),
+        frozen=kept,
         counts=counts(findings, classes),
     )
 
