@@ -26,7 +26,7 @@ from apoptosis.errors import (
     ShapeError,
     StructureChangedError,
 )
-from apoptosis.graph import analyse, verify_up_to_scale
+from apoptosis.graph import analyse, gains, verify_up_to_scale
 from apoptosis.graph.counts import with_follows
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure, without_hint
@@ -311,11 +311,14 @@ def _edit(
     pinned one.
     """
     edits = build_edits(structure, reductions, dropped_variance)
+    normalised = any(site.normal is not None for group in structure.groups for site in group.sites)
+    today = patient.capture() if normalised else structure
     transaction.apply(edits, structure, norm_edits(structure, reductions))
     new = patient.capture()
     scales = verify_up_to_scale(structure, new, kept_positions(edits))
-    transaction.rescale(scales)
-    return new, bool(scales)
+    sizes = gains(today, new, kept_positions(edits)) if normalised else ()
+    transaction.rescale((*scales, *sizes))
+    return patient.capture() if sizes else new, bool(scales)
 
 
 def _passes(patient: Patient, probe: Probe) -> int:

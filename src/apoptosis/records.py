@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 SiteKind = Literal["linear", "conv", "conv_transpose", "product"]
 NormWay = Literal["", "class", "plain", "either"]
@@ -80,6 +81,21 @@ class Convolution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Normal:
+    """A weight whose rows are normalised before use: row o is read as scale[o] * (row o, less its mean if `centred`).
+
+    gain, gain_dim: the parameter with one factor per row that the normalised rows are multiplied by, and its axis.
+    scale, length: (out,) float64 at capture; length: the norm of what scale multiplies.
+    """
+
+    gain: str
+    gain_dim: int
+    centred: bool
+    scale: FloatArray
+    length: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Site:
     """A consumer site: what reads the group's channels linearly, y = W z + b.
 
@@ -101,6 +117,7 @@ class Site:
         "linear" or "product", weight.movedim(dim, -1) has out * (...) rows, each a plain linear map.
     conv: how the operator convolves, where it is not a stock layer's forward pass that calls it; else None.
     factors: plain numbers that weight and bias are multiplied by before the operator reads them.
+    normal: how the weight's rows are normalised before the operator reads them, else None.
     select: (dim, index) pairs: only this slice of the weight is read (one expert of a stack); () for all of it.
 
     A site of kind "product" is a sum over paired channels, y = sum over channels of left * right (queries times keys),
@@ -137,6 +154,7 @@ class Site:
     norm_way: NormWay = ""
     conv: Convolution | None = None
     factors: tuple[float, float] = (1.0, 1.0)
+    normal: Normal | None = None
 
     @property
     def key(self) -> str:
@@ -370,6 +388,7 @@ class ColumnFold:
 
     columns: (channels, P); keep: (kept,); mix: (kept, channels). Applied before the slice of TensorEdit.keep.
     select: (dim, index) pairs: only this slice of the tensor is folded; () for all of it.
+    centred: the rows of W (dim 0) lose their means before, which what normalises them takes off in any case.
     """
 
     dim: int
@@ -377,6 +396,7 @@ class ColumnFold:
     keep: Tensor
     mix: Tensor
     select: tuple[tuple[int, int], ...] = ()
+    centred: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -398,14 +418,14 @@ class OffsetFold:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowScale:
-    """Along `dim`, the entries at `positions` (any shape, without repeats) are multiplied by `factor`.
+    """Along `dim`, the entries at `positions` (any shape, without repeats) are multiplied by `factor`, one or one each.
 
     follow: gradients and what is made of them are divided by it.
     """
 
     dim: int
     positions: IntArray
-    factor: float
+    factor: float | FloatArray
     follow: bool = False
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apoptosis.records import Convolution, IntArray, Site, SiteReduction
+from apoptosis.records import Convolution, IntArray, Normal, Site, SiteReduction
 
 Respond = Callable[[Tensor, Tensor], Tensor]  # (input map restricted to columns, weight restricted alike) -> output
 
@@ -30,6 +30,8 @@ def read_weight(site: Site, weight: Tensor) -> Tensor:
     weight, dim = weight.detach(), site.dim
     if site.factors[0] != 1.0:
         weight = weight * site.factors[0]
+    if site.normal is not None:
+        weight = _normalised(site.normal, weight)
     if site.conv is not None:
         return _laid_out(site.conv, weight).movedim(site.conv.axes.index(dim), 1)
     if not site.functional:
@@ -38,6 +40,16 @@ def read_weight(site: Site, weight: Tensor) -> Tensor:
         weight = weight.select(axis, index)
     dim -= sum(axis < dim for axis, _ in site.select)
     return weight.movedim(dim, -1).reshape(-1, weight.shape[dim])
+
+
+def _normalised(normal: Normal, weight: Tensor) -> Tensor:
+    """Return a parameter as it is used once its rows are normalised, by what was seen of that at capture."""
+    rows = weight.double().flatten(1)
+    rows = rows - rows.mean(1, keepdim=True) if normal.centred else rows
+    scale, length = (torch.from_numpy(part).to(rows.device) for part in (normal.scale, normal.length))
+    now = rows.norm(dim=1)
+    found = rows * torch.where(now > 0, scale * length / now, 0.0)[:, None]
+    return found.view_as(weight).to(weight.dtype)
 
 
 def _laid_out(conv: Convolution, weight: Tensor) -> Tensor:
@@ -194,7 +206,8 @@ class SampledSite:
 def sampled_site(module: nn.Module, site: Site, sample: Tensor, weight: Tensor) -> SampledSite:
     """Measure a site on a sample of whole inputs with the module's own linear map, or that of its operator."""
     if site.conv is not None:
-        own = _laid_out(site.conv, weight.detach() * site.factors[0])
+        used = weight.detach() * site.factors[0]
+        own = _laid_out(site.conv, used if site.normal is None else _normalised(site.normal, used))
         at = replace(site, dim=site.conv.axes.index(site.dim))
         return SampledSite(at, sample, own, _convolve(site.conv), site.conv.groups)
     if site.functional:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from families.classic import images
 from families.family import Family
@@ -161,6 +162,33 @@ class Equalised(nn.Module):
         return self.last(F.leaky_relu(self.second(F.interpolate(x, scale_factor=2)), 0.2))
 
 
+class ScaledStandard(nn.Conv2d):
+    """Weights of mean zero and variance one in each row, times a gain that is learned (NF-ResNet, NFNet)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, **more: Any) -> None:
+        super().__init__(inputs, outputs, kernel, **more)
+        self.gain, self.scale = nn.Parameter(torch.ones(outputs, 1, 1, 1)), self.weight[0].numel() ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        w = F.batch_norm(rows, None, None, (self.gain * self.scale).view(-1), training=True, momentum=0.0, eps=1e-5)
+        return F.conv2d(x, w.reshape_as(self.weight), self.bias, self.stride, self.padding, groups=self.groups)
+
+
+class NormFree(nn.Module):
+    def __init__(self, layer: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.first = layer(3, 12, 3, padding=1), layer(12, 10, 3, padding=1)
+        self.second, self.grouped = layer(10, 12, 1), layer(12, 12, 3, groups=2, padding=1)
+        self.back, self.last = layer(12, 12, 1), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        branch = F.silu(self.second(F.silu(self.first(x))))
+        x = x + 0.5 * self.back(F.silu(self.grouped(branch)))
+        return self.last(F.silu(x).mean((2, 3)))
+
+
 class Generator(nn.Module):
     """A linear layer whose outputs are feature maps, normalised channel by channel."""
 
@@ -208,6 +236,18 @@ FAMILIES: tuple[Family, ...] = (
         build=Equalised,
         example=lambda rows: torch.randn(rows, 6),
         groups={"mapping.0": 4, "mapping.2": 3, "start": 3, "first": 2, "second": 2},
+    ),
+    Family(
+        name="scaled weight standardisation",
+        build=lambda: NormFree(ScaledStandard),
+        example=images(3, 6),
+        groups={"stem": 4, "first": 3, "second": 2, "grouped": 2},
+    ),
+    Family(
+        name="weight norm, columns",
+        build=lambda: NormFree(lambda *args, **more: weight_norm(nn.Conv2d(*args, **more))),
+        example=images(3, 6),
+        groups={"stem": 4, "first": 3, "second": 2, "grouped": 2},
     ),
     *(
         Family(

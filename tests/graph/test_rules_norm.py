@@ -276,13 +276,13 @@ def test_a_weight_times_a_number_is_the_weight(oracle) -> None:
 def test_rows_of_computed_weights_are_channels(oracle, name: str) -> None:
     make = LINEARS[name]
     net = nn.Sequential(linear(8, 6), nn.ReLU(), make(6, 4), nn.ReLU(), linear(4, 2))
-    structure = oracle(net, (X,), {"2": 4})
+    structure = oracle(net, (X,), {"0": 6, "2": 4})
     group = next(g for g in structure.groups if g.name == "2")
     assert group.members[0].role == "producer"
     assert group.neuron is None  # its rows are not what is multiplied
-    pin = pin_of(net, X, "0")
-    assert "in '2' contracts channels with values that are not a parameter" in pin.reason
-    assert pin.remedy
+    (site,) = next(g for g in structure.groups if g.name == "0").sites
+    assert site.normal is not None
+    assert not site.normal.centred
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -308,7 +308,7 @@ def test_the_old_weight_norm_alike() -> None:
     group = next(g for g in structure.groups if g.name == "2")
     assert group.pin is None
     assert {m.tensor for m in group.members} == {"2.weight_v", "2.weight_g", "2.bias"}
-    assert "contracts channels with values that are not a parameter" in pin_of(net, X, "0").reason
+    assert next(g for g in structure.groups if g.name == "0").pin is None
 
 
 KERNELS = {
@@ -324,15 +324,40 @@ def test_rows_of_computed_kernels_are_channels(oracle, make) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 6, 2), nn.ReLU(), make(6, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
     )
-    structure = oracle(net, (IMG,), {"2": 4})
+    structure = oracle(net, (IMG,), {"0": 6, "2": 4} if make is KERNELS["weight norm"] else {"2": 4})
     assert structure.groups[1].members[0].macs > 0
 
 
+def test_rows_of_one_size_without_a_gain_take_over_for_no_input() -> None:
+    class Flat(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+            return F.conv2d(x, rows.reshape_as(self.weight), self.bias)
+
+    net = nn.Sequential(nn.Conv2d(3, 6, 2), nn.ReLU(), Flat(6, 4, 2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    pin = pin_of(net, IMG, "0")
+    assert "normalises each row of '2.weight' over them" in pin.reason
+    assert "gain" in pin.remedy
+    assert next(g for g in analyse(net, (IMG,), {}).groups if g.name == "2").pin is None
+
+
+def test_a_gain_that_serves_twice_pins() -> None:
+    class Twice(nn.Conv2d):
+        def __init__(self, *args: int) -> None:
+            super().__init__(*args)
+            self.gain = nn.Parameter(torch.rand(self.out_channels))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, self.gain, training=True)
+            return F.conv2d(x, rows.reshape_as(self.weight)) + self.gain[:, None, None]
+
+    net = nn.Sequential(nn.Conv2d(3, 6, 2), nn.ReLU(), Twice(6, 4, 2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert "'2.gain' is the gain of rows that are normalised, and is read elsewhere too" in pin_of(net, IMG, "0").reason
+
+
 PARAMETRIZED = {
-    "weight norm": (parametrizations.weight_norm, "remove_parametrizations(2, 'weight')"),
     "spectral norm": (parametrizations.spectral_norm, "remove_parametrizations(2, 'weight')"),
     "orthogonal": (parametrizations.orthogonal, "remove_parametrizations(2, 'weight')"),
-    "old weight norm": (nn.utils.weight_norm, "remove_weight_norm(2)"),
     "old spectral norm": (nn.utils.spectral_norm, "remove_spectral_norm(2)"),
     "pruned": (lambda m: prune.l1_unstructured(m, "weight", 0.3), "prune.remove(2, 'weight')"),
 }
@@ -352,7 +377,7 @@ def test_what_a_computed_weight_reads_is_pinned(name: str) -> None:
     assert "in '2'" in first.pin.reason
     assert first.pin.remedy
     rows = [g for g in structure.groups if g.name.startswith("2")]
-    if name in ("weight norm", "old weight norm", "pruned"):
+    if name == "pruned":
         assert [(g.num_channels, g.pin) for g in rows] == [(4, None)]
     else:  # every row depends on all others
         assert rows

@@ -676,3 +676,28 @@ def test_sketched_rows(seed: int, channels: int, rows: int, size: int) -> None:
     bound = (2 / size) ** 0.5 * whole
     assert abs(float(energies.mean()) - whole) <= 6 * bound / 400**0.5 + 1e-4 * whole
     assert float((energies - whole).square().mean()) <= bound**2 * 2.5 + (1e-4 * whole) ** 2  # of 400 draws
+
+
+@given(seed=seeds, kept=st.integers(2, 6), gone=st.integers(1, 4), centred=st.booleans())
+@quick
+def test_rows_of_a_fixed_size(seed: int, kept: int, gone: int, centred: bool) -> None:
+    draws = torch.Generator().manual_seed(seed % 2**31)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draws, dtype=torch.float64)
+
+    def less_mean(rows: torch.Tensor) -> torch.Tensor:
+        return rows - rows.mean(1, keepdim=True) if centred else rows
+
+    def used(rows: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return gain[:, None] * less_mean(rows) / less_mean(rows).norm(dim=1, keepdim=True)
+
+    mix = torch.cat([torch.eye(kept, dtype=torch.float64), random(kept, gone)], 1)
+    if centred:
+        mix[0] += 1.0 - mix.sum(0)
+    z = random(7, kept)
+    w, g = random(3, kept + gone), random(3)
+    folded = less_mean(w) @ mix.T
+    gain = g * folded.norm(dim=1) / less_mean(w).norm(dim=1)
+    scale = 1e-9 * (1.0 + float(mix.abs().max())) ** 2
+    torch.testing.assert_close(used(folded, gain) @ z.T, used(w, g) @ (z @ mix).T, rtol=1e-9, atol=scale)

@@ -4,7 +4,8 @@ Lives here: model in, groups, sites and pins out. Does not live here: statistics
 """
 
 from apoptosis.graph.analysis import analyse, replay
+from apoptosis.graph.factors import gains
 from apoptosis.graph.rules import register_rule
 from apoptosis.graph.verification import verify, verify_up_to_scale
 
-__all__ = ["analyse", "register_rule", "replay", "verify", "verify_up_to_scale"]
+__all__ = ["analyse", "gains", "register_rule", "replay", "verify", "verify_up_to_scale"]

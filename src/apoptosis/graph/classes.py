@@ -17,6 +17,7 @@ from apoptosis.graph.values import Axis
 from apoptosis.records import IntArray
 
 _BOTH = "'{}' is producer and consumer along the same axis"
+_GAIN = "'{}' is the gain of rows that are normalised, and is read elsewhere too"
 _SHARED = "'{}' is the weight of '{}' and is read elsewhere too"
 
 
@@ -44,6 +45,10 @@ def close(findings: Findings) -> None:
         if consumer.module is not None and others:
             text = _SHARED.format(consumer.weight, consumer.module)
             findings.pin(owners[consumer.weight].axis(consumer.dim), Reason(text))
+        if consumer.normal is not None:
+            counts = [n for (name, _), n in findings.read_counts.items() if name == consumer.normal.gain]
+            if max(counts, default=1) > 1:
+                findings.pin(owners[consumer.weight].axis(consumer.dim), Reason(_GAIN.format(consumer.normal.gain)))
 
 
 def own_readers(consumer: Consumer) -> set[str | None]:

@@ -60,6 +60,7 @@ def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
         select=consumer.select,
         conv=consumer.conv,
         factors=consumer.factors,
+        normal=consumer.normal,
     )
 
 

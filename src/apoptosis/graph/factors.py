@@ -261,3 +261,31 @@ def _is_power(ratio: float, shares: Sequence[float]) -> bool:
     """Whether a ratio is a root or a power of one of the shares, or the inverse of that."""
     targets = (share**power for share in shares if 0.0 < share < 1.0 for power in _POWERS)
     return any(_same(ratio, target) or _same(1.0 / ratio, target) for target in targets)
+
+
+def gains(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdit, ...]:
+    """Return the edits of gains with which rows that are normalised before use keep the size that they had.
+
+    Args:
+        old: structure before the edit, of today's weights.
+        new: structure of the edited model.
+        kept: tensor name -> dim -> kept old positions.
+
+    Raises: StructureChangedError: a row that had a size has none any more. Names the weight.
+    """
+    after = {site.key: site for group in new.groups for site in group.sites if site.normal is not None}
+    found: dict[str, TensorEdit] = {}
+    for site in (site for group in old.groups for site in group.sites):
+        if site.normal is None or site.key not in after or site.dim not in kept.get(site.weight, {}):
+            continue
+        now = after[site.key].normal
+        rows = _left(kept, site.weight, 0)
+        before = site.normal.scale if rows is None else site.normal.scale[rows]
+        assert now is not None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(before == 0.0, 1.0, before / now.scale)
+        if not bool(np.isfinite(ratio).all()):
+            raise StructureChangedError(f"rows of '{site.weight}', which are normalised, would be nothing but zeros.")
+        scale = RowScale(dim=now.gain_dim, positions=np.arange(ratio.size), factor=ratio, follow=True)
+        found[now.gain] = TensorEdit(tensor=now.gain, keep={}, scales=(scale,))
+    return tuple(found.values())

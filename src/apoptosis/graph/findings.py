@@ -13,7 +13,7 @@ import numpy as np
 
 from apoptosis.graph.slots import Slots
 from apoptosis.graph.values import Axis, Multiple, Paths
-from apoptosis.records import Convolution, IntArray, NormWay, ScalarOperands, SiteKind
+from apoptosis.records import Convolution, IntArray, Normal, NormWay, ScalarOperands, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Consumer:
 
     module: None when nothing can be folded there (a pin says why). functional: the module is not a plain layer with
     this weight. select: the one slice of the weight that is read. blocks: of a grouped convolution. conv: of one that
-    is no stock layer's. source: what the values that it makes are known by. factors: as in records.Site.
+    is no stock layer's. source: what the values that it makes are known by. factors, normal: as in records.Site.
     inputs: what is known of the input at each call. macs: per capture mode.
     """
 
@@ -49,6 +49,7 @@ class Consumer:
     conv: Convolution | None = None
     source: str | None = None
     factors: tuple[float, float] = (1.0, 1.0)
+    normal: Normal | None = None
     inputs: list[Paths] = field(default_factory=list)
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -144,6 +145,7 @@ class Findings:
     fed: set[str] = field(default_factory=set)
     extents: dict[object, list[IntArray]] = field(default_factory=lambda: defaultdict(list))
     reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    read_counts: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     read_order: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     readers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     normalised: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))

@@ -57,6 +57,7 @@ class Memory:
         self._keep: list[Any] = []
         self._element_sizes: dict[int, int] = {}
         self._made: dict[int, Any] = {}
+        self._tensors = tensors
         for name, tensor in tensors.items():
             self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
         self._originals = frozenset(self._owned)
@@ -135,6 +136,11 @@ class Memory:
     def making(self, tensor: Tensor) -> Any:
         """Return how what stands for a parameter was computed from it; None for the parameter itself."""
         return self._made.get(self._storage(tensor)[0])
+
+    def raw_and_used(self, tensor: Tensor, owner: Owner) -> tuple[Tensor, Tensor]:
+        """Return a parameter, and what stands for it and `tensor` is a view of, both laid out as the parameter."""
+        start = next(s for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
+        return self._tensors[owner.name].detach(), tensor.detach().as_strided(owner.shape, owner.stride, start)
 
     def look_up(self, copy: Tensor, original: Tensor) -> bool:
         """Let some matrices of a stack (a whole parameter of three axes), picked by number, stand for all of it."""

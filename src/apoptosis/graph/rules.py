@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
-from apoptosis.graph.making import scaled_copy
+from apoptosis.graph.making import gains_of, scaled_copy
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_batchnorm import BATCH_NORMS
 from apoptosis.graph.rules_contract import CONTRACTIONS
@@ -138,6 +138,7 @@ def _elementwise(call: Call) -> Result:
         met,
         paths=paths if paths is not None else spoiled([v.paths for v in known]),
         linear=linear_after(call.name, values, scalar=scalar),
+        gains=gains_of(call),
         scaled=call.name in ("mul", "div") and len(tensors) == 1 and known != [] and _plain(known[0]),
     )
     return [result] + [result] * (len(call.outs) - 1)

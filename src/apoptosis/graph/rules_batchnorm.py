@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
+from apoptosis.graph.making import normalised_copy
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_norm import held, whole_channels
 from apoptosis.graph.tracer import Call, Result, Rule
@@ -22,6 +23,8 @@ _NORMS = (_BatchNorm.forward, SyncBatchNorm.forward)
 def _batch_norm(call: Call) -> Result:
     """Statistics per channel along axis 1, one entry of each operand per channel."""
     tracer, x = call.tracer, call.args[0]
+    if _of_rows(call, x):
+        return None
     value = whole_channels(call, held(call, x, [1]))
     ndim = x.dim()
     module = tracer.module
@@ -54,6 +57,16 @@ def _batch_norm(call: Call) -> Result:
     result = replace(met, paths=_normalised(value.paths, tracer.module_name if stock else None))
     moments = Value(met.ids.reshape(-1)) if met.ids.size == met.ids.shape[1] else None
     return [result, *[moments if o.dim() == 1 and o.shape[0] == x.shape[1] else None for o in call.outs[1:]]]
+
+
+def _of_rows(call: Call, x: Tensor) -> bool:
+    """Whether the rows of a weight are standardised, laid out as the channels of one example."""
+    view = call.tracer.view(x)
+    if view is None or x.dim() < 2 or x.shape[:2] != (1, view.owner.shape[0]) or x.stride(1) != view.owner.stride[0]:
+        return False
+    own = isinstance(call.arg(3, "running_mean"), Tensor) or isinstance(call.arg(2, "bias"), Tensor)
+    gain = call.arg(1, "weight")
+    return not own and normalised_copy(call, x, call.outs[0], gain, centred=True)
 
 
 def _normalised(paths: Paths, norm: str | None) -> Paths:

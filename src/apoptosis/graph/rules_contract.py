@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.findings import Consumer, site_key
+from apoptosis.graph.making import normal_of
 from apoptosis.graph.matrices import Matrix, as_matrix, as_stack
 from apoptosis.graph.meet import meet
+from apoptosis.graph.remedies import layer_of
 from apoptosis.graph.rules_product import lone_pair, multiply
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule
@@ -78,7 +80,7 @@ def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: b
     known.zero_padded = known.zero_padded or site.zero_padded
     known.macs[tracer.mode] += macs
     axis = (weight.owner.name, weight.dim_out)
-    findings.producers.setdefault(axis, name if direct else weight.owner.name.rpartition(".")[0])
+    findings.producers.setdefault(axis, name if direct else layer_of(weight.owner.name.rpartition(".")[0]))
     findings.axis_macs[axis][tracer.mode] += macs
 
 
@@ -194,6 +196,7 @@ def _apply(
         select=weight.select,
         source=tracer.module_name if direct and fixed else None,
         factors=factors,
+        normal=normal_of(call, matrix, weight.owner, weight.dim_out, weight.columns),
     )
     register(call, weight, value, site, direct, macs)
     tracer.show(site_key(site), lambda: (x.movedim(axis, -1), None))

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.findings import Consumer, site_key
+from apoptosis.graph.making import normal_of
 from apoptosis.graph.matrices import Matrix, as_kernel
 from apoptosis.graph.rules_contract import biased, consume, factors_of, register, site_bias
 from apoptosis.graph.slots import View
@@ -89,6 +90,7 @@ def _with_parameter(call: Call, w: Tensor, view: View, axes: tuple[int, ...], x:
         conv=None if direct else _described(call, axes, pads or ()),
         source=tracer.module_name if direct else f"{tracer.module_name}:{owner.name}" if plain and fixed else None,
         factors=factors,
+        normal=normal_of(call, w, owner, dim_out, weight.columns),
     )
     register(call, weight, read, site, direct, macs)
     tracer.show(site_key(site), lambda: (x.movedim(1, -1), None))

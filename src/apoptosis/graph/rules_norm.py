@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.granularity import note_grid
+from apoptosis.graph.making import normalised_copy
 from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import ROWS_REMEDY, layer_of, opt_in, parametrized
 from apoptosis.graph.slots import Owner, View
@@ -192,6 +193,11 @@ def _layer_norm(call: Call) -> Result:
 def _weight_norm(call: Call) -> Result:
     """W = g v / |v|, the norm over all axes but `dim`: rows go together with their gain, columns change the norm."""
     v, g, dim = call.args[0], call.args[1], int(call.arg(2, "dim", 0)) % call.args[0].dim()
+    if dim == 0 and call.tracer.view(v) is not None and normalised_copy(call, v, call.outs[0], g, centred=False):
+        return None
+    for tensor in (v, g):
+        if (view := call.tracer.view(tensor)) is not None:
+            call.tracer.read(view.owner, "operator")
     value = held(call, v, [dim])
     if varying(value.ids) - {dim}:
         call.pin(value.ids, "normalises each row of it", remedy_of(call.tracer))
@@ -205,6 +211,6 @@ NORMS: dict[str, tuple[Rule, bool]] = {
     "_fused_rms_norm": (_layer_norm, True),
     "rms_norm": (_layer_norm, True),
     "layer_norm": (_layer_norm, True),
-    "_weight_norm_interface": (_weight_norm, True),
+    "_weight_norm_interface": (_weight_norm, False),
 }
 """Operator name -> rule, and whether it reads its operands' values as such."""

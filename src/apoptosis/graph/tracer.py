@@ -215,6 +215,7 @@ class Tracer:
 
     def read(self, owner: Owner, reader: str) -> None:
         """Note who reads a parameter or buffer: its own module, or some operator."""
+        self.findings.read_counts[owner.name, self.mode] += 1
         module = self.module
         if module is not None and any(t is not None and self.memory.same(t, owner) for t in self._direct(module)):
             reader = self.module_name

@@ -71,6 +71,7 @@ class Value:
     scaled: nothing but movement and plain factors, the same for all channels, since the producer that `linear` names.
     even: without ids: the axes, counted from the last (-1), along which all elements are alike though laid out apart;
         what is of one size along them has one token (see Findings.extents).
+    gains: the parameter that this is, times plain numbers; () for anything else.
     multiple: the plain numbers that this was scaled with, where they are followed (multiples.py alone sets it).
     """
 
@@ -85,6 +86,7 @@ class Value:
     scaled: bool = False
     even: Mapping[int, object] = field(default_factory=dict)
     multiple: Multiple | None = None
+    gains: tuple[Axis, ...] = ()
 
     @property
     def live(self) -> bool:

@@ -19,6 +19,7 @@ from apoptosis.criteria.views import energy, statistics
 from apoptosis.norms import statistics_of
 from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
+from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import sketched
 from apoptosis.observe import Observation, reads_several_positions
 from apoptosis.planner.products import show_product
@@ -26,6 +27,7 @@ from apoptosis.records import Certificate, Group, Neuron, Site
 from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
 
 BY_THE_LOSS = "of what the loss sees of the output"
+CONSTANT_SHARE = 4.0  # of the channels' mean square, for a constant that is to be explained with them
 OUTPUTS_ROWS = 128
 OUTPUTS_SHARE = 0.01  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
 
@@ -75,7 +77,7 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
         shown = SiteView(
             key=site.key,
             weight=gathered,
-            moments=seen.moments,
+            moments=_with_constant(seen.moments) if site.normal is not None and site.normal.centred else seen.moments,
             centred=_takes_offset(site, weight),
             dropout=seen.dropout,
             measure=None if sample is None else sample.error,
@@ -95,6 +97,19 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
         rows=group.rows,
     )
     return Shown(view=view, samples=samples, ratios=ratios)
+
+
+def _with_constant(moments: Moments) -> Moments:
+    """Return moments of channels and a constant one: what stands in for a channel weighs one in all.
+
+    Rows of mean zero stay such rows only where the mix of every channel that goes adds up to one.
+    """
+    found, rows = moments.copy(), moments.num_rows
+    size = float(moments.second_moment().diagonal().mean())
+    if size > 0.0 and rows:
+        step = torch.full((1, found.num_channels), (CONSTANT_SHARE * size * (rows + 2) / 2) ** 0.5, dtype=torch.float64)
+        found.update(torch.cat([step, -step]).to(found.device), exact=moments.exact)
+    return found.counted(rows, moments.num_examples)
 
 
 def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:

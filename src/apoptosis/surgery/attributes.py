@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.records import TensorEdit
@@ -137,7 +138,21 @@ def tensors_with_rows(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a module, and those of the modules inside it that its rows name."""
     own = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     inside = {row.tensor: _find(module, row.tensor) for row in rows_of(module) if "." in row.tensor}
-    return own | {name: tensor for name, tensor in inside.items() if tensor is not None}
+    return own | _computed_from(module) | {name: tensor for name, tensor in inside.items() if tensor is not None}
+
+
+def _computed_from(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters from which a parametrization or a hook computes a tensor of the module, by its leaf."""
+    found: dict[str, Tensor] = {}
+    lists: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    for leaf, steps in lists.items():
+        own = [p for p in steps._parameters.values() if p is not None]
+        found |= {leaf: max(own, key=lambda p: p.numel())} if own else {}
+    for name, tensor in module._parameters.items():
+        leaf = next((name.removesuffix(end) for end in ("_v", "_orig") if name.endswith(end)), "")
+        if tensor is not None and leaf and leaf not in module._parameters and hasattr(module, leaf):
+            found[leaf] = tensor
+    return found
 
 
 def _find(module: nn.Module, path: str) -> Tensor | None:

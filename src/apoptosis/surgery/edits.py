@@ -150,7 +150,8 @@ def _add_site(
     check_positions(site.columns, num_channels, structure.shapes[name][site.dim], f"site '{site.key}'")
     columns = unique_columns(site.columns)
     draft = drafts.setdefault(name, Draft())
-    fold = ColumnFold(dim=site.dim, columns=columns, keep=keep, mix=reduction.mix, select=site.select)
+    centred = site.normal is not None and site.normal.centred
+    fold = ColumnFold(dim=site.dim, columns=columns, keep=keep, mix=reduction.mix, select=site.select, centred=centred)
     if is_new(draft, fold, site):
         draft.folds.append(fold)
         draft.removed.setdefault(site.dim, []).append(columns[removed(keep, num_channels)].reshape(-1))

@@ -52,12 +52,15 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
             busy |= {dim for fold in edit.folds for dim, _ in fold.select}
             # what goes along the other dims need not be folded first
             value = _sliced(value, {dim: todo.pop(dim) for dim in edit.keep if dim not in busy}, old)
+        if any(fold.centred for fold in edit.folds):
+            value -= value.double().mean(tuple(range(1, value.ndim)), keepdim=True).to(value.dtype)
         for fold in edit.folds:
             _fold_(value, fold)
         for scale in edit.scales:
             along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
             positions = positions.to(value.device)
-            along[..., positions] = (along[..., positions].double() * scale.factor).to(value.dtype)
+            factor = torch.as_tensor(scale.factor, dtype=torch.float64, device=value.device)
+            along[..., positions] = (along[..., positions].double() * factor).to(value.dtype)
         return _sliced(value.to(old.dtype), todo, old)
 
 
@@ -105,7 +108,8 @@ def unscaled(edit: TensorEdit, tensor: Tensor, power: int = 1) -> Tensor:
     for scale in scales:
         along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
         positions = positions.to(value.device)
-        along[..., positions] = (along[..., positions].double() / scale.factor**power).to(value.dtype)
+        factor = torch.as_tensor(scale.factor, dtype=torch.float64, device=value.device) ** power
+        along[..., positions] = (along[..., positions].double() / factor).to(value.dtype)
     return value
 
 
