@@ -118,6 +118,8 @@ class Site:
     conv: how the operator convolves, where it is not a stock layer's forward pass that calls it; else None.
     factors: plain numbers that weight and bias are multiplied by before the operator reads them.
     normal: how the weight's rows are normalised before the operator reads them, else None.
+    is_complex: the weight is, and what it reads. Mixes are real and fit real and imaginary parts alike; nothing takes
+        an offset, and errors are measured on whole inputs.
     select: (dim, index) pairs: only this slice of the weight is read (one expert of a stack); () for all of it.
 
     A site of kind "product" is a sum over paired channels, y = sum over channels of left * right (queries times keys),
@@ -155,6 +157,7 @@ class Site:
     conv: Convolution | None = None
     factors: tuple[float, float] = (1.0, 1.0)
     normal: Normal | None = None
+    is_complex: bool = False
 
     @property
     def key(self) -> str:

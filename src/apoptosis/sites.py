@@ -18,6 +18,7 @@ from apoptosis.records import Convolution, IntArray, Normal, Site, SiteReduction
 
 Respond = Callable[[Tensor, Tensor], Tensor]  # (input map restricted to columns, weight restricted alike) -> output
 
+_MEASURED = 2**22  # outputs that a reduction of a complex stack is measured on
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -98,10 +99,15 @@ def sums_of(site: Site, rows: int) -> IntArray:
 
 def gather_weight(site: Site, weight: Tensor) -> Tensor:
     """Return the consumer weight as (out, channels, P): a channel's columns and kernel taps side by side, float64."""
-    moved = read_weight(site, weight).double()
+    moved = real_rows(read_weight(site, weight), 0)
     columns = torch.as_tensor(site.columns, device=weight.device)
     picked = moved[:, columns.reshape(-1)].reshape(moved.shape[0], *columns.shape, -1)
     return picked.flatten(2)
+
+
+def real_rows(x: Tensor, dim: int) -> Tensor:
+    """Return a tensor in float64; of a complex one the real parts, and after them along `dim` the imaginary parts."""
+    return torch.cat([x.real, x.imag], dim).double() if x.is_complex() else x.double()
 
 
 def make_respond(module: nn.Module, site: Site) -> Respond:
@@ -166,7 +172,8 @@ class SampledSite:
         """Return the module's outputs without bias, (out, positions) float64."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             out = self._respond(x, weight)
-        return out.double().movedim(out.dim() - 1 if self._site.kind == "linear" else 1, 0).flatten(1)
+        axis = out.dim() - 1 if self._site.kind == "linear" else 1
+        return real_rows(out, axis).movedim(axis, 0).flatten(1)
 
     def _changed_by(self, residual: Tensor, channels: Tensor) -> Tensor:
         """Response to a residual (..., removed channels, P)."""
@@ -211,7 +218,10 @@ def sampled_site(module: nn.Module, site: Site, sample: Tensor, weight: Tensor) 
         at = replace(site, dim=site.conv.axes.index(site.dim))
         return SampledSite(at, sample, own, _convolve(site.conv), site.conv.groups)
     if site.functional:
-        return SampledSite(replace(site, dim=1), sample, read_weight(site, weight), F.linear, 1)
+        rows = read_weight(site, weight)
+        if site.is_complex:  # a stack has very many outputs
+            sample = sample[:: -(-len(sample) * len(rows) // _MEASURED)]
+        return SampledSite(replace(site, dim=1), sample, rows, F.linear, 1)
     return SampledSite(site, sample, weight * site.factors[0], make_respond(module, site), num_blocks(module))
 
 

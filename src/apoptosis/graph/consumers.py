@@ -42,12 +42,13 @@ def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
     bias = consumer.bias
     if bias is not None and findings.reads[bias] - own_readers(consumer):
         bias = None  # another reads it too: nothing may be folded into it
+    is_complex = findings.slots.owners[consumer.weight].is_complex
     return Site(
         module=str(consumer.module),
         kind=consumer.kind,
         weight=consumer.weight,
         dim=consumer.dim,
-        bias=bias,
+        bias=None if is_complex else bias,  # offsets are real
         columns=columns,
         input_columns=_input_columns(consumer, columns, num_columns),
         num_columns=num_columns,
@@ -61,6 +62,7 @@ def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
         conv=consumer.conv,
         factors=consumer.factors,
         normal=consumer.normal,
+        is_complex=is_complex,
     )
 
 

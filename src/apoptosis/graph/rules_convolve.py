@@ -26,6 +26,7 @@ from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Path, Value, nothing, spoiled, varying
 from apoptosis.records import Convolution, IntArray, SiteKind
 
+_COMPLEX_REMEDY = "Write it as convolutions of real and imaginary part, with a real weight for each."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _STOCK: dict[Any, Any] = {cls.forward: getattr(cls, "_conv_forward", None) for cls in _CONVS}
 
@@ -137,7 +138,10 @@ def _computed(call: Call, x: Tensor, w: Tensor, involved: bool) -> Value:
         text = f"convolves channels with the buffer '{view.owner.name}', into which nothing is folded"
     call.pin(tracer.value(x).ids, text)
     if view is not None:
-        call.pin_owner(view.owner, "does not use it whole")
+        text, remedy = "does not use it whole", ""
+        if view.owner.is_complex:  # torch runs it as several real ones
+            text, remedy = "is part of a complex convolution, which cannot be followed", _COMPLEX_REMEDY
+        call.pin_owner(view.owner, text, remedy)
         return nothing(ndim, f"the result of {call.label}")
     value = tracer.value(w)
     if involved or varying(value.ids) - {0} or value.ids.shape[0] != w.shape[0]:

@@ -32,7 +32,7 @@ def _pairs_as_complex(call: Call) -> Result:
     value = call.tracer.value(call.args[0])
     if value.ids.shape[-1] > 1:
         call.tracer.findings.tie(value.ids[..., 0], value.ids[..., 1])
-    return value.moved(collapse(value.ids[..., 0]))
+    return replace(value.moved(collapse(value.ids[..., 0])), paths=spoiled([value.paths]))
 
 
 def _as_real(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:

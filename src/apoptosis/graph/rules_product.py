@@ -21,6 +21,7 @@ from apoptosis.graph.values import Axis, Multiple, Path, Value, align, collapse,
 from apoptosis.records import IntArray
 
 _REMEDY = "Keep it out of the shrinking part with exclude=, or compute it from an nn.Linear's output."
+_COMPLEX_REMEDY = "Make the product of real tensors: view_as_real() in front of it."
 
 
 @dataclass(slots=True)
@@ -204,6 +205,10 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     """Matrix product of two activations: the last axis of `a` with the last but one of `b`."""
     wide = max(a.dim(), b.dim(), 2)
     left, right = _operand(call, a, wide), _operand(call, b, wide, flip=True)
+    if ((left.paired and right.paired) or lone_pair(call, a, b)) and a.is_complex():
+        for operand in (left, right):
+            call.pin(operand.value.ids, "multiplies complex channels with one another", _COMPLEX_REMEDY)
+        return nothing(ndim, f"the result of {call.label}")
     if (left.paired and right.paired) or lone_pair(call, a, b):
         heads, multiple = _pair(call, left, right, own_scale=False, macs=macs)
         scores = nothing(ndim, f"the result of {call.label}") if heads is None else Value(_fit(heads, a, b, ndim))

@@ -10,7 +10,9 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import FRONT_REMEDY, NORM_REMEDY, ROWS_REMEDY, opt_in
@@ -40,6 +42,7 @@ _ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "l
 _WORDS = {"sort": "orders channels among themselves", "topk": "orders channels among themselves",
           "_fft_c2c": "transforms channels into one another", "_fft_r2c": "transforms channels into one another",
           "_fft_c2r": "transforms channels into one another"}  # fmt: skip
+_LINEAR = frozenset(("_fft_c2c", "_fft_r2c", "_fft_c2r"))  # what is zero adds nothing
 
 _POOLED = (
     "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d "
@@ -148,6 +151,8 @@ def _along(call: Call) -> Result:
     tensor = call.args[0]
     mixed = _axes(call, _ALONG[call.name], tensor.dim())
     value = held(call, tensor, set(range(tensor.dim())) - mixed)
+    if mixed & varying(value.ids) and call.name in _LINEAR:
+        value = replace(value, ids=_beside_zeros(value.ids, tensor, mixed))
     meeting, rest = mixed & varying(value.ids), varying(value.ids) - mixed
     if meeting and rest and call.name in _SOFTMAX:
         if min(meeting) < max(rest):  # rows beside one another, as the branches of a split attention
@@ -159,6 +164,20 @@ def _along(call: Call) -> Result:
         call.pin(value.ids, _WORDS.get(call.name, "normalises or accumulates over channels"), FRONT_REMEDY)
         return None
     return [_ended(value)] * len(call.outs)
+
+
+def _beside_zeros(ids: IntArray, tensor: Tensor, mixed: frozenset[int]) -> IntArray:
+    """Return the ids without axes along which there is one channel and zeros: frequencies that were left out."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return ids
+    found = ids
+    for axis in sorted(mixed & varying(ids)):
+        top = found.max(axis, keepdims=True)
+        if not bool(((found == top) | (found == 0)).all()):
+            return ids
+        found = top
+    empty = torch.from_numpy(np.array(np.broadcast_to(ids == 0, tensor.shape))).to(tensor.device)
+    return ids if bool(tensor.detach().masked_select(empty).any()) else found
 
 
 def _pool(call: Call) -> Result:

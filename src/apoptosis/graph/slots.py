@@ -33,6 +33,7 @@ class Owner:
     is_buffer: bool
     raw: Owner | None = None
     looked_up: tuple[int, ...] = ()
+    is_complex: bool = False
 
     @property
     def span(self) -> int:
@@ -176,7 +177,7 @@ class Slots:
             # captures run on clones of the buffers, which are laid out densely
             layout = torch.empty_like(tensor, device="meta") if name in names else tensor
             shape, stride = tuple(tensor.shape), tuple(layout.stride())
-            self.owners[name] = Owner(name, shape, stride, tuple(bases), name in names)
+            self.owners[name] = Owner(name, shape, stride, tuple(bases), name in names, is_complex=tensor.is_complex())
         self._num_owned = self.num_slots
         self._starts: IntArray | None = None
         self._axis: list[tuple[str, int]] = []

@@ -7,7 +7,7 @@ from apoptosis.observe.watch import (
     Observation,
     in_both,
     needs_float64,
-    reads_several_positions,
+    needs_whole_inputs,
 )
 from apoptosis.observe.window import Observer
 
@@ -20,5 +20,5 @@ __all__ = [
     "Observer",
     "in_both",
     "needs_float64",
-    "reads_several_positions",
+    "needs_whole_inputs",
 ]

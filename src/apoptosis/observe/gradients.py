@@ -102,7 +102,7 @@ class Gradients:
     def attach(self, module: str, x: Tensor, *, unbatched: bool) -> None:
         """Look at the gradient of one input of a module when backward comes to it; unbatched: it lacks a batch axis."""
         watches = [watch for watch in self._by_module.get(module, ()) if not watch.enough(0)]
-        if watches and x.requires_grad:
+        if watches and x.requires_grad and not x.is_complex():
             take = partial(self._take, watches, unbatched)
             self._handles.append(x.register_hook(take))  # type: ignore[no-untyped-call]  # torch's own
 

@@ -20,12 +20,13 @@ from apoptosis.numerics.devices import sent
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
     SAMPLE_ELEMENTS,
+    SAMPLE_ROWS,
     WHOLE_COLUMNS,
     Observation,
     Sample,
     Watch,
     named_snapshot,
-    reads_several_positions,
+    needs_whole_inputs,
 )
 from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Seen, Site
@@ -119,10 +120,10 @@ class Replayed:
         key, columns, rows_for = (group.name, site.key), site.input_columns, group.num_channels
         if site.kind == "product":
             columns, rows_for = site.input_columns.reshape(-1, 1), _positions_per_sum(site, group.rows)
-        elif not reads_several_positions(site) and len(columns) < site.num_columns <= WHOLE_COLUMNS:
+        elif not needs_whole_inputs(site) and len(columns) < site.num_columns <= WHOLE_COLUMNS:
             key, columns = ("", site.key), np.arange(site.num_columns, dtype=np.int64)[:, None]
-        if reads_several_positions(site) and site.kind != "product":
-            self._samples.setdefault(site.key, Sample(exact=self._exact))
+        if needs_whole_inputs(site) and site.kind != "product":
+            self._samples.setdefault(site.key, Sample.of(site, exact=self._exact))
             self._convolves[site.key] = site.conv is not None
         self._places.append((group.name, site, key))
         keys = [key, _right(key)] if site.kind == "product" else [key]
@@ -255,6 +256,9 @@ class Replayed:
         sample = self._samples.get(seen.site)
         if first and sample is not None and not sample.enough():
             x = seen.x.detach().movedim(-1, 1) if self._convolves[seen.site] else seen.x.detach()
+            if x.is_complex() and not self._convolves[seen.site]:  # frequencies of all kinds, not the first ones alone
+                x = x.reshape(-1, x.shape[-1])
+                x = x[:: max(1, len(x) // SAMPLE_ROWS)]
             sample.take(x.reshape(-1, x.shape[-1]) if x.dim() < 2 else x)
 
     def _book(self, watch: Watch, share: _Share, examples: int) -> None:

@@ -26,6 +26,7 @@ MIN_ROWS = 256  # of few channels, too: a ReLU that is hardly ever on must have 
 MIN_EXAMPLES = 256  # distinct examples every window sees, whatever the number of positions
 WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up to this many, 128 MB
 SAMPLE_EXAMPLES = 64  # whole inputs kept for sites that read several positions at once
+SAMPLE_ROWS = 1024  # the same for sites that read one position, where they have to be measured
 SAMPLE_ELEMENTS = 500_000  # and their bound in numbers, 2 MB in float32
 EXACT_MACS = 50_000_000_000  # what the Gram matrix of one input may cost where every position is to be seen
 FLOAT32_RESOLVES = 1e-3  # relative rms: products in float32 know variances to 4 eps, the rms to the root of that
@@ -40,6 +41,11 @@ def needs_float64(tolerance: float) -> bool:
 def reads_several_positions(site: Site) -> bool:
     """Whether one output of the site sees more than one position of a channel, so channel moments do not suffice."""
     return site.taps > 1 or site.columns.shape[1] > 1 or site.input_columns.shape[1] > 1
+
+
+def needs_whole_inputs(site: Site) -> bool:
+    """Whether errors at the site have to be measured on whole inputs: moments of its channels do not tell them."""
+    return site.is_complex or reads_several_positions(site)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -202,6 +208,8 @@ class Watch:
     def add(self, rows: Tensor, examples: int) -> None:
         """Take rows (rows, channels) that are the watch's to keep; examples: how many new ones they come from."""
         self.examples += examples
+        if rows.is_complex():  # a real mix fits real and imaginary parts alike: they are rows of their own
+            rows = torch.view_as_real(rows.resolve_conj()).movedim(-1, 0).flatten(0, 1)
         for start in range(0, rows.shape[0], _FLUSH_ROWS):
             piece = rows[start : start + _FLUSH_ROWS]
             self.buffer.append(piece.to(self._device, piece.dtype if self.exact else torch.float32))
@@ -273,13 +281,19 @@ def named_snapshot(watch: Watch) -> Moments:
 class Sample:
     """The first whole inputs of one module, as many as are needed to measure what its outputs do."""
 
-    def __init__(self, *, exact: bool) -> None:
+    def __init__(self, *, exact: bool, most: int = SAMPLE_EXAMPLES) -> None:
         self.kept: list[Tensor] = []
         self._dtype = torch.float64 if exact else torch.float32
+        self._most = most
+
+    @classmethod
+    def of(cls, site: Site, *, exact: bool) -> Sample:
+        """Make one for a site: of single positions more examples are needed than of whole maps."""
+        return cls(exact=exact, most=SAMPLE_EXAMPLES if reads_several_positions(site) else SAMPLE_ROWS)
 
     def _missing(self) -> int:
         size = self.kept[0][0].numel() if self.kept else 1
-        wanted = max(1, min(SAMPLE_EXAMPLES, SAMPLE_ELEMENTS // max(size, 1)))
+        wanted = max(1, min(self._most, SAMPLE_ELEMENTS // max(size, 1)))
         return max(0, wanted - sum(len(x) for x in self.kept))
 
     def enough(self) -> bool:
@@ -291,9 +305,10 @@ class Sample:
         if self.kept and x.shape[1:] != self.kept[0].shape[1:]:
             return
         size = max(1, x[0].numel())
-        room = self._missing() if self.kept else max(1, min(SAMPLE_EXAMPLES, SAMPLE_ELEMENTS // size))
+        room = self._missing() if self.kept else max(1, min(self._most, SAMPLE_ELEMENTS // size))
         device = self.kept[0].device if self.kept else x.device
-        self.kept.append(x[:room].to(device, self._dtype, copy=True))
+        dtype = self._dtype.to_complex() if x.is_complex() else self._dtype
+        self.kept.append(x[:room].to(device, dtype, copy=True))
 
     def joined(self) -> Tensor | None:
         """All that was kept, (examples, ...); None before anything was."""

@@ -31,7 +31,7 @@ from apoptosis.observe.watch import (
     Sample,
     Watch,
     named_snapshot,
-    reads_several_positions,
+    needs_whole_inputs,
 )
 from apoptosis.passes import Eager
 from apoptosis.ranks import Ranks
@@ -117,7 +117,7 @@ class Observer:
     def _watch(self, group: Group, site: Site, exact: bool) -> None:
         device = self._model.get_parameter(site.weight).device
         alone = len(site.columns) * site.columns.shape[1] == site.num_columns
-        several = reads_several_positions(site)
+        several = needs_whole_inputs(site)
         whole = not alone and not several and site.num_columns <= WHOLE_COLUMNS
         key = ("" if whole else group.name, site.key)
         self._places.append((group.name, site, key))
@@ -130,7 +130,7 @@ class Observer:
         self._watches[key].rows_needed = max(self._watches[key].rows_needed, Watch.needed(site, group.num_channels))
         self._gradients.need(key, self._watches[key].rows_needed)
         if several:
-            self._samples.setdefault(site.module, Sample(exact=exact))
+            self._samples.setdefault(site.module, Sample.of(site, exact=exact))
 
     @property
     def is_open(self) -> bool:
@@ -329,7 +329,7 @@ class Observer:
                 whole = own
                 picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
                 own, felt = whole.select(picks), None if felt is None else felt[:, picks]
-            sample = samples.get(site.module) if reads_several_positions(site) else None
+            sample = samples.get(site.module) if needs_whole_inputs(site) else None
             dropout = self._watches[key].dropout or 0.0
             found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout, felt=felt)
         return found | self._replayed.observations()

@@ -21,7 +21,7 @@ from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import sketched
-from apoptosis.observe import Observation, reads_several_positions
+from apoptosis.observe import Observation, needs_whole_inputs
 from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, Neuron, Site
 from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
@@ -69,7 +69,7 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
             continue
         weight = tensors[site.weight]
         sample = None
-        if reads_several_positions(site) and seen.sample is not None and seen.dropout == 0.0:
+        if needs_whole_inputs(site) and seen.sample is not None and (seen.dropout == 0.0 or site.is_complex):
             sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
             samples[site.key] = sample
         gathered = gather_weight(site, weight)
@@ -166,11 +166,15 @@ def _takes_offset(site: Site, weight: Tensor) -> bool:
     """
     if site.functional and site.conv is None and (site.select or weight.dim() != 2):
         return False
+    if site.is_complex:
+        return False
     return not site.zero_padded and (site.bias is not None or site.norm is not None)
 
 
 def _neuron_view(model: nn.Module, tensors: Mapping[str, Tensor], neuron: Neuron) -> NeuronView | None:
     """Incoming weights (channels, F + 1) with the bias last and an evaluation-mode BatchNorm folded in."""
+    if tensors[neuron.weight].is_complex():
+        return None
     weight = tensors[neuron.weight].detach().double().movedim(neuron.dim, 0)
     incoming = weight.reshape(weight.shape[0], -1)
     bias = incoming.new_zeros(len(incoming)) if neuron.bias is None else tensors[neuron.bias].detach().double()

@@ -60,7 +60,7 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
             along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
             positions = positions.to(value.device)
             factor = torch.as_tensor(scale.factor, dtype=torch.float64, device=value.device)
-            along[..., positions] = (along[..., positions].double() * factor).to(value.dtype)
+            along[..., positions] = (_wide(along[..., positions]) * factor).to(value.dtype)
         return _sliced(value.to(old.dtype), todo, old)
 
 
@@ -91,7 +91,8 @@ def merge_like(edit: TensorEdit, tensor: Tensor) -> Tensor:
     with torch.no_grad():
         value = tensor.detach()
         for dim, matrix in edit.merge.items():
-            wide = value.movedim(dim, -1).double() @ matrix.to(value.device).double().T
+            wide = _wide(value.movedim(dim, -1))
+            wide = wide @ matrix.to(wide).T
             value = wide.movedim(-1, dim).to(tensor.dtype)
         return _sliced(value, {dim: keep for dim, keep in edit.keep.items() if dim not in edit.merge}, tensor)
 
@@ -109,7 +110,7 @@ def unscaled(edit: TensorEdit, tensor: Tensor, power: int = 1) -> Tensor:
         along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
         positions = positions.to(value.device)
         factor = torch.as_tensor(scale.factor, dtype=torch.float64, device=value.device) ** power
-        along[..., positions] = (along[..., positions].double() / factor).to(value.dtype)
+        along[..., positions] = (_wide(along[..., positions]) / factor).to(value.dtype)
     return value
 
 
@@ -135,6 +136,10 @@ def _shifted(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> Te
     return wide
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def _selected(tensor: Tensor, dim: int, select: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
     """Return the slice as a view, and what `dim` is called in it."""
     for axis, index in sorted(select, reverse=True):
@@ -156,10 +161,10 @@ def _fold_(value: Tensor, fold: ColumnFold) -> None:
         sources = torch.from_numpy(np.setdiff1d(np.arange(fold.columns.shape[0]), fold.keep.cpu().numpy())).to(device)
     else:
         sources = torch.arange(columns.shape[0], device=device)
-    read = along[..., columns[sources].T.reshape(-1)].double()
-    new = (read.reshape(*read.shape[:-1], taps, sources.numel()) @ mix[:, sources].T).flatten(-2)
+    read = _wide(along[..., columns[sources].T.reshape(-1)])
+    new = (read.reshape(*read.shape[:-1], taps, sources.numel()) @ mix[:, sources].to(read).T).flatten(-2)
     if plain:
-        new += along[..., targets].double()
+        new += _wide(along[..., targets])
     along[..., targets] = new.to(value.dtype)
 
 
