@@ -35,6 +35,8 @@ _WIDTH = re.compile(
 _PERIOD = re.compile(r"period$|interval$|every_n|pattern$|_freq$|sparse_step$")
 _FIRST = re.compile(r"offset$|first_k_dense|num_dense_layers")
 _GROUPS = re.compile(r"^(n_group|topk_group|num_groups_routing)$")
+_OF_NONE = {"vocab_size": VOCABULARY, "n_routed_experts": EXPERTS, "prediction_length": 8, "pad_token_id": 1,
+            "n_shared_experts": 1, "num_experts": EXPERTS}  # fmt: skip
 _DROPPED = frozenset(("id2label", "label2id", "transformers_version", "architectures", "_name_or_path", "dtype",
                       "torch_dtype", "attn_implementation", "_attn_implementation"))  # fmt: skip
 
@@ -46,6 +48,9 @@ def shrunk(config: Mapping[str, Any], steps: Sequence[str]) -> dict[str, Any]:
         config: as `to_dict()` gives it. steps: of FULL, what may be made smaller.
     """
     out = {key: value for key, value in config.items() if key not in _DROPPED}
+    out.update({key: value for key, value in _OF_NONE.items() if key in out and out[key] is None})
+    if out.get("use_pretrained_backbone"):
+        out["use_pretrained_backbone"] = False
     if "layers" in steps:
         _fewer_layers(out)
     main = next((out[key] for key in _MAIN if isinstance(out.get(key), int) and out[key] > WIDTH), None)
