@@ -129,6 +129,7 @@ class Site:
     something lies between that producer and the product (a rotation, a norm): only slicing is right there.
     norm_way: the module is a norm over these channels, whose statistics have to stay. "class": it becomes one that
     knows what is gone; "plain": it stays as it is, and only what is always zero goes; "either". weight: its gain.
+    number: of the products that would have one key: a module may multiply the channels of queries more than once.
     per_sum: positions that one sum runs over: position p of `input_columns` belongs to sum p // per_sum. 0: each of a
         channel's P positions is in a sum of its own, one sum for all channels of a row.
     scale: the operator divides by the square root of the number of channels per row by itself, so that an event which
@@ -154,6 +155,7 @@ class Site:
     rescale: tuple[tuple[str, int, IntArray], ...] = ()
     per_sum: int = 0
     norm_way: NormWay = ""
+    number: int = 0
     conv: Convolution | None = None
     factors: tuple[float, float] = (1.0, 1.0)
     normal: Normal | None = None
@@ -163,7 +165,7 @@ class Site:
     def key(self) -> str:
         """Name of the site within a structure: module, weight and contracted axis."""
         part = "".join(f"[{dim}={index}]" for dim, index in self.select)
-        kind = ":product" if self.kind == "product" else ":norm" if self.norm_way else ""
+        kind = f":product{self.number or ''}" if self.kind == "product" else ":norm" if self.norm_way else ""
         return f"{self.module}:{self.weight}:{self.dim}{part}{kind}"
 
 

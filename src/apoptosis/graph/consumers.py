@@ -159,6 +159,7 @@ def _product_site(findings: Findings, products: Products, product: Product, plac
         functional=True,
         rescale=tuple(rescale),
         per_sum=product.left.size // product.num_rows,
+        number=product.number,
     )
 
 

@@ -66,7 +66,8 @@ class Product:
     left, right: (positions,), the slots that meet. fold: the axis that the right slots lie on, where their producer's
     rows may take over; None where only slicing is right. own_scale: the operator divides by the root of the number of
     channels by itself. linear: producers that the left operand scales with. num_rows: sums that run side by side.
-    sides: producers that the left and the right operand scale with as a whole.
+    sides: producers that the left and the right operand scale with as a whole. number: of the products of the module
+    that would have one key.
     """
 
     module: str
@@ -77,6 +78,7 @@ class Product:
     linear: frozenset[Axis]
     num_rows: int
     sides: tuple[frozenset[Axis], frozenset[Axis]] = (frozenset(), frozenset())
+    number: int = 0
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
@@ -206,4 +208,4 @@ def pairs_of(product: Product) -> str:
 def product_key(product: Product) -> str:
     """Key of the site (records.Site) that a product becomes."""
     weight, dim = product.fold or ("", 0)
-    return f"{product.module}:{weight}:{dim}:product"
+    return f"{product.module}:{weight}:{dim}:product{product.number or ''}"

@@ -144,14 +144,15 @@ def _pair(
     slots_left, slots_right = slots_left.reshape(-1), slots_right.reshape(-1)
     product = Product(tracer.module_name, slots_left, slots_right, fold, own_scale, linear, num_rows)
     product.sides = (left.whole_linear, right.whole_linear)
-    known = findings.products.setdefault(product_key(product), product)
-    if not (np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right)):
-        call.pin(a, "multiplies other channels than this module did before", _REMEDY)
+    while (known := findings.products.setdefault(product_key(product), product)) is not product:
+        if np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right):
+            break
+        product.number += 1  # the module multiplies other channels, too: queries with keys and with positions
     findings.uses += [(slots, pairs_of(product)) for slots in read]
     known.own_scale = known.own_scale or own_scale
     known.sides = (known.sides[0] & left.whole_linear, known.sides[1] & right.whole_linear)
     known.macs[tracer.mode] += macs
-    tracer.show(product_key(product), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))
+    tracer.show(product_key(known), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))
     found = [number for operand in (left, right) for number in tracer.numbers.of_channels(operand.value)]
     multiple = Multiple(pairs_of(product), tuple(sorted(found)))
     if num_rows == 1:
