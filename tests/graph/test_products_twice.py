@@ -1,4 +1,4 @@
-"""Queries that are multiplied more than once in a module: with keys, and with embeddings of relative positions (SAM)."""
+"""Queries multiplied more than once in a module: with keys, and with embeddings of relative positions (SAM)."""
 
 from __future__ import annotations
 

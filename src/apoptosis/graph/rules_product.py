@@ -178,7 +178,7 @@ def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
         return Value(ids, paths=paths)
     if not findings.slots.is_fresh(weights) or not varying(weights) <= varying(ids):
         call.pin(weights, "sums channels that are not inside it")
-        if not findings.slots.is_fresh(weights):
+        if not findings.slots.is_fresh(weights) and not varying(weights) < varying(ids):  # else rows stay, as they must
             call.pin(ids, "weighs them by channels along another axis", _REMEDY)
         return Value(ids, paths=paths, linear=b.value.linear)
     findings.contain(weights, ids, tracer.module_name)
