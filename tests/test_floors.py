@@ -31,6 +31,7 @@ FLOORS = {
     "sharded": 2,
     "launch": 3,
     "norms": 2,
+    "responses": 1,
     "files": 2,
     "plain_json": 2,
     "arguments": 3,

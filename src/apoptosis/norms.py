@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apoptosis.errors import ShapeError
 from apoptosis.records import NormWay
+from apoptosis.responses import Response, computes_response, response
 
 _EPS_NAMES = ("variance_epsilon", "eps")
 _OWN_HOOKS = "apoptosis.observe."  # modules that these come from
@@ -224,6 +225,23 @@ class ShrunkRMSNorm(_Compensated, nn.RMSNorm):
         return (y if self.weight is None else y * self.weight).to(x.dtype)
 
 
+class ShrunkResponseNorm(_Compensated):
+    """What a module that computes a global response norm becomes when channels go: the mean stays that of all channels.
+
+    Modules get this class from an event or from `load`; there is no reason to construct one.
+    """
+
+    if TYPE_CHECKING:
+        layout: Response
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale every channel by its share of what all channels respond."""
+        gain, bias = self._parameters[self.layout.gain], self._parameters[self.layout.bias]
+        assert gain is not None
+        assert bias is not None
+        return response(x, self.layout, gain, bias, self.mean_weights, self.full_width)
+
+
 SHRUNK: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: ShrunkLayerNorm, nn.RMSNorm: ShrunkRMSNorm}
 """Class as built -> class once channels are gone."""
 
@@ -237,14 +255,27 @@ def is_shrunk(module: nn.Module) -> bool:
     return isinstance(module, _Compensated)
 
 
+def gain_of(module: nn.Module) -> Tensor | None:
+    """Return the parameter that a norm multiplies its channels with, None where it has none."""
+    layout = response_of(module)
+    return module._parameters.get("weight" if layout is None else layout.gain)
+
+
 def statistics_of(module: nn.Module) -> Statistics:
     """Return the statistics of a norm, lost channels or not. Raises: ShapeError: it has no weight."""
     if isinstance(module, _Compensated):
         return module.statistics
-    weight = module._parameters["weight"]
+    weight = gain_of(module)
     if weight is None:
         raise ShapeError(f"{type(module).__name__} has no weight, so that its width is not known.")
-    return Statistics.plain(weight.shape[0])
+    return Statistics.plain(weight.numel())
+
+
+def response_of(module: nn.Module) -> Response | None:
+    """Return the layout of a module that computes a global response norm, lost channels or not; None for others."""
+    if isinstance(module, ShrunkResponseNorm):
+        return module.layout
+    return computes_response(module) if is_bare(module) else None
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -278,12 +309,15 @@ def eps_name(module: nn.Module) -> str | None:
 def way_of(module: nn.Module) -> NormWay:
     """Say how channels of a module's input can go: "class", "plain", "either", or "" where they cannot.
 
-    "class": the module becomes a norm that knows what is gone, be it multiples of kept channels or constants. "plain":
-    channels that are always zero go, with ε and the weight following the width, and the module stays what it is.
+    "class": the module becomes a norm that knows what is gone, be it multiples of kept channels or constants; so does a
+    global response norm, "response", of multiples. "plain": channels that are always zero go, with ε and the weight
+    following the width, and the module stays what it is.
 
     Modules with a forward pass of their own are compared with the formula on a few numbers. None can where something
     runs before a module's forward pass or in its place (`is_bare`).
     """
+    if response_of(module) is not None:
+        return "response"
     weight = module._parameters.get("weight")
     if not is_bare(module) or weight is None or weight.dim() != 1 or weight.is_meta or hasattr(weight, "fake_mode"):
         return ""

@@ -18,7 +18,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 SiteKind = Literal["linear", "conv", "conv_transpose", "product"]
-NormWay = Literal["", "class", "plain", "either"]
+NormWay = Literal["", "class", "plain", "either", "response"]
 NormWidths = Literal["pinned", "compensated"]
 Frozen = Literal["keep", "cut"]
 CertificateKind = Literal["worst_case", "empirical", "accuracy"]
@@ -128,7 +128,8 @@ class Site:
     `dim` is its output axis, `columns` the rows of each pair, `num_columns` the size of that axis. weight is "" where
     something lies between that producer and the product (a rotation, a norm): only slicing is right there.
     norm_way: the module is a norm over these channels, whose statistics have to stay. "class": it becomes one that
-    knows what is gone; "plain": it stays as it is, and only what is always zero goes; "either". weight: its gain.
+    knows what is gone; "plain": it stays as it is, and only what is always zero goes; "either"; "response": as "class",
+        of a global response norm. weight: its gain.
     number: of the products that would have one key: a module may multiply the channels of queries more than once.
     per_sum: positions that one sum runs over: position p of `input_columns` belongs to sum p // per_sum. 0: each of a
         channel's P positions is in a sum of its own, one sum for all channels of a row.

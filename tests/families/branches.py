@@ -101,6 +101,40 @@ class QueryKeyNorm(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
 
 
+class ResponseNorm(nn.Module):
+    """As in ConvNeXt V2: every channel by its share of what all channels respond."""
+
+    def __init__(self, width: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        shape = (width,) if first else (1, 1, 1, width)
+        self.gamma, self.beta = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = torch.norm(x, p=2, dim=(2, 3) if self.first else (1, 2), keepdim=True)
+        share = size / (size.mean(dim=1 if self.first else -1, keepdim=True) + 1e-6)
+        gamma, beta = (p.view(-1, 1, 1) if self.first else p for p in (self.gamma, self.beta))
+        return gamma * (x * share) + beta + x
+
+
+class ResponseBlock(nn.Module):
+    """Depthwise, then two layers with a global response norm between them, channels first or last."""
+
+    def __init__(self, width: int, inner: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.dw, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width)
+        self.pw1 = nn.Conv2d(width, inner, 1) if first else nn.Linear(width, inner)
+        self.pw2 = nn.Conv2d(inner, width, 1) if first else nn.Linear(inner, width)
+        self.grn = ResponseNorm(inner, first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.dw(x))
+        y = y if self.first else y.permute(0, 2, 3, 1)
+        y = self.pw2(self.grn(F.gelu(self.pw1(y))))
+        return x + (y if self.first else y.permute(0, 3, 1, 2))
+
+
 def network(*blocks: nn.Module, width: int) -> nn.Sequential:
     return nn.Sequential(
         unit(3, 8, 3), *blocks, unit(width, 9), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 4)
@@ -131,6 +165,14 @@ FAMILIES = (
     Family(
         name="C2f", build=lambda: network(CrossStage(8, 10), width=10), example=images(3, 6),
         groups={"0.0": 2, "1.cv1.0": 2, "1.m.0.0": 2, "1.cv2.0": 3},
+    ),
+    Family(
+        name="global response norm", build=lambda: network(ResponseBlock(8, 12, False), width=8), example=images(3, 6),
+        groups={"1.pw1": 3, "2.0": 3},
+    ),
+    Family(
+        name="global response norm, channels first", build=lambda: network(ResponseBlock(8, 12, True), width=8),
+        example=images(3, 6), groups={"1.pw1": 3, "2.0": 3},
     ),
     Family(name="query-key norms, whole heads", build=QueryKeyNorm, example=tokens, groups={":heads": 1}),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from apoptosis.norms import NormEdit
+from apoptosis.norms import NormEdit, Statistics
 from apoptosis.numerics import bounds
 from apoptosis.numerics.activations import NEURON_TYPES, neuron_type
 from apoptosis.numerics.decompose import (
@@ -30,6 +30,7 @@ from apoptosis.numerics.pairs import joint, product_error
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.probe import compare, make_probe
 from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
+from apoptosis.responses import Response, response
 from apoptosis.surgery import apply_edit, merge_like
 from apoptosis.surgery.norms import norm_changes
 from apoptosis.verdict import Verdict
@@ -605,6 +606,24 @@ def test_root_mean_square_of_fewer_channels(seed: int, kept: int, gone: int, eps
     (before[:, :kept] * direction).sum().backward()
     (after * direction).sum().backward()
     torch.testing.assert_close(new.weight.grad, merge_like(edit, old.weight.grad), rtol=1e-9, atol=1e-12)
+
+
+@given(seed=seeds, kept=st.integers(1, 5), gone=st.integers(1, 4), eps=st.floats(1e-6, 0.5))
+@quick
+def test_global_response_norm(seed: int, kept: int, gone: int, eps: float) -> None:
+    num, x = kept + gone, draw(seed, 2, 3, 4, kept)
+    mix = torch.eye(kept, num, dtype=torch.float64)
+    mix[torch.arange(gone) % kept, torch.arange(kept, num)] = draw(seed + 1, gone)
+    layout = Response(axis=-1, eps=eps, gain="weight", bias="bias")
+    gain, bias = draw(seed + 2, num), draw(seed + 3, num)
+    factor, of = mix[:, kept:].sum(0), torch.arange(gone) % kept
+    gain[kept:] = gain[of] / factor.abs()
+    whole = response(x @ mix, layout, gain, bias, torch.ones(num), num)
+    weights = Statistics.plain(num).after(mix.abs(), None).mean_weights
+    found = response(x, layout, gain[:kept], bias[:kept], weights, num)
+    torch.testing.assert_close(found, whole[..., :kept], rtol=1e-8, atol=1e-9)
+    others = factor * (found[..., of] - bias[of]) + bias[kept:]
+    torch.testing.assert_close(others, whole[..., kept:], rtol=1e-8, atol=1e-9)
 
 
 @given(

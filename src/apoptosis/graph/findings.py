@@ -84,12 +84,17 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """One norm over channels that may go: its module, the slots it reads in order, its weight, and the way they go."""
+    """One norm over channels that may go: its module, the slots it reads in order, its weight, and the way they go.
+
+    dim: of the weight along which the channels lie. first: they are the first axis of its input after the examples.
+    """
 
     module: str
     slots: IntArray
     weight: str
     way: NormWay
+    dim: int = 0
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

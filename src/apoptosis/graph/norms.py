@@ -19,8 +19,9 @@ from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import NORM_REMEDY, ROWS_REMEDY, opt_in
 from apoptosis.graph.tracer import Call, Tracer
 from apoptosis.graph.values import Value, nothing, spoiled, varying
-from apoptosis.norms import is_shrunk, way_of
+from apoptosis.norms import is_shrunk, response_of, way_of
 from apoptosis.records import IntArray, NormWay, Site
+from apoptosis.responses import Response
 
 _TEXT = "normalises over channels"
 _SEVERAL = "a norm's statistics run over these channels together with others, or over some of them twice"
@@ -34,6 +35,12 @@ class _Begun:
     x: Tensor
     value: Value
     way: NormWay
+    layout: Response | None = None
+
+    @property
+    def axis(self) -> int:
+        """The axis of the input that is normalised over."""
+        return -1 if self.layout is None else self.layout.axis
 
     def ended(self, tracer: Tracer, output: Tensor) -> Value:
         """Return what is known of the norm's output: the channels of its input, scaled one by one."""
@@ -42,20 +49,23 @@ class _Begun:
             call.pin(self.value.ids, "normalises to another shape than that of its input", NORM_REMEDY)
             return nothing(output.dim(), f"the result of {type(self.module).__name__}")
         self._note(call, tracer.findings)
-        gains = [p for p in self.module._parameters.values() if p is not None]
+        gains: list[Tensor] = [p for p in self.module._parameters.values() if p is not None]
+        if self.axis == 1:
+            gains = [p.view(-1, 1, 1) if p.dim() == 1 else p for p in gains]
         met = meet(call, gains, output.dim(), [(self.x, self.value)])
         return Value(met.ids, paths=spoiled([self.value.paths]))
 
     def _note(self, call: Any, findings: Findings) -> None:
-        ids, last = self.value.ids, self.value.ids.ndim - 1
+        ids, last = self.value.ids, self.axis % self.value.ids.ndim
         if last not in varying(ids):
             call.pin(ids, _TEXT, NORM_REMEDY)  # one id all along, or none
             return
-        view = call.tracer.view(self.module.weight)
+        gain = self.module._parameters.get("weight" if self.layout is None else self.layout.gain)
+        view = None if gain is None else call.tracer.view(gain)
         slots = ids.reshape(-1)
         name = call.tracer.module_name
         known = findings.norms.get(name)
-        if not findings.compensated:
+        if not findings.compensated and self.way != "response":
             call.pin(ids, _TEXT, opt_in(self.module))
         elif varying(ids) != {last} or bool((slots == 0).any()):
             rows = varying(ids) > {last} and not bool((slots == 0).any())  # each normalised by itself
@@ -66,7 +76,8 @@ class _Begun:
         elif known is not None and not np.array_equal(known.slots, slots):
             call.pin(ids, f"{_TEXT} and is used several times, on other channels each", NORM_REMEDY)
         else:
-            findings.norms[name] = Norm(name, slots, view.owner.name, self.way)
+            dim = next((d for d, size in enumerate(view.owner.shape) if size > 1), 0)
+            findings.norms[name] = Norm(name, slots, view.owner.name, self.way, dim, self.axis == 1)
 
 
 class NormWatch:
@@ -81,13 +92,15 @@ class NormWatch:
         tracer = self._tracer
         if self._begun is not None or tracer.muted or not args or not isinstance(args[0], Tensor):
             return
-        if not (tracer.findings.compensated or is_shrunk(module)) or not (value := tracer.value(args[0])).live:
+        own = tracer.findings.compensated or is_shrunk(module)
+        if not (own or _may_respond(module)) or not (value := tracer.value(args[0])).live:
             return
         tracer.muted = True  # a norm that the model writes out is tried on numbers
-        way = way_of(module)
+        layout = response_of(module)
+        way: NormWay = "response" if layout is not None else way_of(module) if own else ""
         tracer.muted = bool(way)
         if way:
-            self._begun = _Begun(module, args[0], value, way)
+            self._begun = _Begun(module, args[0], value, way, layout)
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """Note that a module's forward ended."""
@@ -97,6 +110,11 @@ class NormWatch:
         self._begun, self._tracer.muted = None, False
         if isinstance(output, Tensor):
             self._tracer.memory.put(output, begun.ended(self._tracer, output))
+
+
+def _may_respond(module: nn.Module) -> bool:
+    """Whether a module could compute a global response norm: a gain and a bias of its own, and no more."""
+    return len(module._parameters) == 2 and not type(module).__module__.startswith("torch.") and not module._modules
 
 
 def norm_sites(findings: Findings, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
@@ -121,9 +139,9 @@ def norm_sites(findings: Findings, classes: Classes, channels: IntArray) -> tupl
 def _site(norm: Norm, columns: IntArray) -> Site:
     return Site(
         module=norm.module,
-        kind="linear",
+        kind="conv" if norm.first else "linear",
         weight=norm.weight,
-        dim=0,
+        dim=norm.dim,
         bias=None,
         columns=columns,
         input_columns=columns,

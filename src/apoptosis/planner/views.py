@@ -134,15 +134,16 @@ def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
 
 def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
     """Show a norm as what it has to know of its input: every channel, weighted by how many it stands for."""
-    counts = statistics_of(module).square_weights.to(seen.moments.device).sqrt()
-    plain = site.norm_way == "plain"
+    found, plain = statistics_of(module), site.norm_way in ("plain", "response")
+    counts = found.mean_weights if site.norm_way == "response" else found.square_weights.sqrt()
+    counts = counts.to(seen.moments.device)
     return SiteView(
         key=site.key,
         weight=counts[torch.as_tensor(site.columns[:, 0], device=counts.device)].diag()[:, :, None],
         moments=seen.moments,
         centred=not plain,
         dropout=seen.dropout,
-        mixes=not plain,
+        mixes=site.norm_way != "plain",
         pairwise=True,
         note="of the channels that a norm takes its statistics of",
     )

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apoptosis.errors import CheckpointError, ShapeError
+from apoptosis.norms import gain_of
 from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.surgery.attributes import Row, attributes_of, groups_name, rows_of, tensors_with_rows
 from apoptosis.surgery.norms import shrunk_norm
@@ -129,9 +130,9 @@ def _exchanged_class(
     except ShapeError as error:
         raise CheckpointError(f"module '{name}': {error}") from error
     if norm is not None:
-        weight = module._parameters.get("weight")
-        width = norm["normalized_shape"]
-        if weight is not None and shapes.get(id(weight), tuple(weight.shape)) != width:
+        weight, width = gain_of(module), tuple(norm["mean_weights"].shape)
+        shape = () if weight is None else shapes.get(id(weight), tuple(weight.shape))
+        if weight is not None and math.prod(shape) != math.prod(width):
             raise CheckpointError(f"module '{name}' cannot be a norm over {width}: its weight has another shape.")
         return [(module, key, value) for key, value in norm.items()]
     if stored["__class__"] != ShrunkMultiheadAttention.__name__ or not isinstance(module, nn.MultiheadAttention):

@@ -20,11 +20,14 @@ from apoptosis.norms import (
     SHRUNK,
     NormEdit,
     ShrunkLayerNorm,
+    ShrunkResponseNorm,
     ShrunkRMSNorm,
     Statistics,
     eps_name,
+    gain_of,
     is_bare,
     is_shrunk,
+    response_of,
     statistics_of,
 )
 from apoptosis.records import Reduction, RowScale, Site, SiteReduction, Structure
@@ -38,7 +41,7 @@ def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:
     moved = bool(reduction.mix.cpu()[:, gone].any()) or (reduction.offset is not None and bool(reduction.offset.any()))
     if site.norm_way == "plain" and moved:
         raise ShapeError(f"site '{site.key}': this norm can lose channels that are always zero, and no others.")
-    return site.norm_way != "class" and not moved
+    return site.norm_way in ("plain", "either") and not moved
 
 
 def add_norm(drafts: dict[str, Draft], structure: Structure, site: Site, reduction: Reduction) -> None:
@@ -49,7 +52,7 @@ def add_norm(drafts: dict[str, Draft], structure: Structure, site: Site, reducti
     """
     found, keep, num = reduction.sites[site.key], reduction.keep, len(site.columns)
     name = first_name(structure, site.weight)
-    check_positions(site.columns, num, structure.shapes[name][0], f"site '{site.key}'")
+    check_positions(site.columns, num, structure.shapes[name][site.dim], f"site '{site.key}'")
     if not _stays_plain(site, found, keep):
         return
     draft = drafts.setdefault(name, Draft())
@@ -110,6 +113,10 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
         if name is None:
             raise ShapeError(f"{type(module).__name__} is no norm that takes the root of a mean square.")
         return {name: float(getattr(module, name)) * width / kept}
+    layout = response_of(module)
+    if layout is not None:  # of multiples it is the sizes that are added up
+        found = statistics_of(module).after(edit.mix.abs(), None)
+        return {**_on_device(found, module), "layout": layout, "__class__": ShrunkResponseNorm}
     if type(module) not in SHRUNK and not is_shrunk(module):
         raise ShapeError(f"{type(module).__name__} is no norm whose class can be exchanged.")
     found = statistics_of(module).after(edit.mix, edit.offset)
@@ -126,7 +133,7 @@ def _check_bare(module: nn.Module) -> None:
 
 
 def _on_device(found: Statistics, module: nn.Module) -> dict[str, Any]:
-    weight = module._parameters["weight"]
+    weight = gain_of(module)
     moves = weight is not None and weight.device.type != "mps"  # which has no float64
     return {
         name: value.to(weight.device) if isinstance(value, Tensor) and moves and weight is not None else value
@@ -136,7 +143,7 @@ def _on_device(found: Statistics, module: nn.Module) -> dict[str, Any]:
 
 def norm_attributes(module: nn.Module) -> dict[str, Any]:
     """Read what events change of a norm beside its shapes: ε, or the class and its statistics; nothing elsewhere."""
-    if isinstance(module, ShrunkLayerNorm | ShrunkRMSNorm):
+    if isinstance(module, ShrunkLayerNorm | ShrunkRMSNorm | ShrunkResponseNorm):
         return {"__class__": type(module).__name__, **module.statistics.attributes()}
     name = eps_name(module)
     return {} if name is None else {name: getattr(module, name)}
@@ -151,6 +158,8 @@ def shrunk_norm(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any] 
 
     Raises: ShapeError: statistics that do not fit the width, or a module whose own forward pass does not run.
     """
+    if stored.get("__class__") == ShrunkResponseNorm.__name__:
+        return _shrunk_response(module, stored)
     cls = SHRUNK.get(type(module), type(module))
     if (not is_shrunk(module) and type(module) not in SHRUNK) or stored.get("__class__") != cls.__name__:
         return None
@@ -160,10 +169,24 @@ def shrunk_norm(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any] 
         )
     known = set(Statistics.plain(1).attributes()) | {"__class__", "normalized_shape"}
     (width,) = stored["normalized_shape"]
+    return {**_checked(module, stored, known, width, cls.__name__), "__class__": cls}
+
+
+def _shrunk_response(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any] | None:
+    layout, known = response_of(module), {*Statistics.plain(1).attributes(), "__class__"}
+    weights = stored.get("mean_weights")
+    if layout is None:
+        return None
+    width = weights.numel() if isinstance(weights, Tensor) else 0
+    found = _checked(module, stored, known, width, ShrunkResponseNorm.__name__)
+    return {**found, "layout": layout, "__class__": ShrunkResponseNorm}
+
+
+def _checked(module: nn.Module, stored: Mapping[str, Any], known: set[str], width: int, name: str) -> dict[str, Any]:
+    """Return the stored statistics on the module's device. Raises: ShapeError: they do not fit the width."""
     tensors = [value for value in stored.values() if isinstance(value, Tensor)]
     if known - set(stored) or len(tensors) != 3 or any(tuple(value.shape) != (width,) for value in tensors):
-        raise ShapeError(f"the statistics of a {cls.__name__} over {width} channels are damaged.")
-    own = module._parameters["weight"]
+        raise ShapeError(f"the statistics of a {name} over {width} channels are damaged.")
+    own = gain_of(module)
     device = torch.device("cpu") if own is None or own.device.type == "mps" else own.device
-    moved = {k: v.double().to(device) if isinstance(v, Tensor) else v for k, v in stored.items() if k in known}
-    return {**moved, "__class__": cls}
+    return {k: v.double().to(device) if isinstance(v, Tensor) else v for k, v in stored.items() if k in known}

@@ -1,0 +1,94 @@
+"""Global response normalisation, whose channels may go: which modules compute it, and what they become.
+
+Lives here: recognising a module that computes it, by its numbers, and the class that knows what is gone. Does not live
+here: norms that divide by a mean square or a variance (norms.py), finding it in a forward pass (graph).
+
+Every channel x_j of an image is scaled by its share of what all channels respond:
+y = gain x g / (mean of g + ε) + bias + x, g_j the root of the sum of squares of x_j over positions. Where each channel
+that went was s_j x_k for one kept channel k, the mean over all channels is a weighted sum over the kept ones, weights
+being sums of |s_j|.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_PAIRS = (("weight", "bias"), ("gamma", "beta"))
+_EPS = (1e-6, 1e-5, 1e-8)  # that implementations write out
+_CLOSE = 1e-5
+_POSITIONS = (2, 3)
+
+
+class Response(NamedTuple):
+    """How a module lays a global response norm out. axis: of the channels, 1 or -1; gain, bias: names of parameters."""
+
+    axis: int
+    eps: float
+    gain: str
+    bias: str
+
+
+def response(x: Tensor, layout: Response, gain: Tensor, bias: Tensor, weights: Tensor, width: int) -> Tensor:
+    """Compute the norm of x, (examples, channels, ...) or (examples, ..., channels).
+
+    weights: (channels,), how often each one's response counts in the sum over `width` channels.
+    """
+    last = x.movedim(layout.axis, -1)
+    size: Tensor = torch.linalg.vector_norm(last, dim=tuple(range(1, last.dim() - 1)), keepdim=True)
+    mean = (size * weights.to(x.device, x.dtype)).sum(-1, keepdim=True) / width
+    y: Tensor = gain.reshape(-1) * (last * (size / (mean + layout.eps))) + bias.reshape(-1) + last
+    return y.movedim(-1, layout.axis)
+
+
+def computes_response(module: nn.Module) -> Response | None:
+    """Return the layout of a module that computes a global response norm and nothing else, None for any other.
+
+    Recognised by its parameters and by its numbers, on a copy whose gain and bias are not zero.
+    """
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    names = next((pair for pair in _PAIRS if set(pair) == set(parameters)), None)
+    if names is None or module._buffers or module._modules or type(module).__module__.startswith("torch."):
+        return None
+    gain, bias = (parameters[name] for name in names)
+    width = gain.numel()
+    wide = [dim for dim, size in enumerate(gain.shape) if size > 1]
+    if gain.shape != bias.shape or len(wide) != 1 or gain.is_meta or hasattr(gain, "fake_mode"):
+        return None
+    if not gain.is_floating_point() or gain.dtype in (torch.float16, torch.bfloat16):
+        return None
+    own = vars(module).get("eps")
+    for eps in dict.fromkeys((own, *_EPS) if type(own) is float else _EPS):
+        for axis in (-1, 1):
+            found = Response(axis, eps, *names)
+            if _agrees(module, found, width):
+                return found
+    return None
+
+
+def _agrees(module: nn.Module, layout: Response, width: int) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    own = module._parameters[layout.gain]
+    assert own is not None
+    shape = (2, *_POSITIONS, width) if layout.axis == -1 else (2, width, *_POSITIONS)
+    for size in (1.0, 10.0 * layout.eps):
+        try:
+            with torch.no_grad():
+                twin: Any = copy.deepcopy(module)
+                for name, p in twin._parameters.items():  # beside a bias small inputs would lose their digits
+                    scale = size if name == layout.bias else 1.0
+                    p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) * scale)
+                x = (torch.randn(shape, generator=draw, dtype=torch.float64) * size).to(own.device, own.dtype)
+                got = twin.forward(x)
+                gain, bias = (twin._parameters[name].double() for name in (layout.gain, layout.bias))
+                want = response(x.double(), layout, gain, bias, gain.new_ones(width), width)
+        except Exception:  # noqa: BLE001  # the user's forward may raise anything: then it is no such norm
+            return False
+        if not isinstance(got, Tensor) or got.shape != x.shape:
+            return False
+        if bool(((got.double() - want).abs() > _CLOSE * (want.abs() + size)).any()):
+            return False
+    return True
