@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from apoptosis.calibration import device_of, overhead_macs
@@ -18,8 +19,8 @@ from apoptosis.ledger import Event
 from apoptosis.observe import Observer, in_both, needs_float64
 from apoptosis.operate import Patient, operate
 from apoptosis.passes import compile_seconds
-from apoptosis.planner import Observations, Plan, make_plan, summary
-from apoptosis.policy import Telemetry, loss_of
+from apoptosis.planner import Observations, Plan, Why, make_plan, summary, waits, with_equals
+from apoptosis.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, is_due, loss_of, worth_waiting
 from apoptosis.probe import like_example, num_rows
 from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Structure
@@ -50,10 +51,15 @@ def seen_by_policy(run: Run) -> Telemetry:
     return telemetry(run.memory, run.settings, run.structure, rows=_rows(run))
 
 
-def plan_now(run: Run, observations: Observations, ranks: Ranks | None = None) -> Plan:
-    """Plan an event under what is allowed now. ranks: that share the work, all of which call this."""
+def plan_now(
+    run: Run, observations: Observations, ranks: Ranks | None = None, waiting: Mapping[str, Why] | None = None
+) -> Plan:
+    """Plan an event under what is allowed now.
+
+    ranks: that share the work, all of which call this. waiting: groups that are left for a later event.
+    """
     groups = tuple(group for group in run.structure.groups if group.pin is None)
-    wanted = allowed(run.memory, run.settings, groups)
+    wanted = allowed(run.memory, run.settings, groups, waiting)
     return make_plan(run.patient.model, run.structure, observations, wanted, ranks)
 
 
@@ -86,6 +92,55 @@ def new_window(run: Run, groups: Sequence[Group]) -> Observer:
         ranks=ranks,
         whole=run.memory.thorough or settings.tolerance == 0,
     )
+
+
+def ends(run: Run, observer: Observer) -> bool:
+    """Note that a step of the open window has passed; return whether the window is over, on all ranks alike.
+
+    It is when every group has seen its rows, or is given up; or when those that have not do not hold enough of the
+    multiply-adds to be waited for (policy.worth_waiting). What the last event left out is waited for, unless turns
+    follow one another so closely that a later one will do (policy.is_due).
+    """
+    over = observer.end_step()
+    observer.cut_short = False
+    if not over and observer.steps >= max(PATIENCE_STEPS, observer.patience):
+        steps = _worth_waiting(run, observer, gradients=False) or _worth_waiting(run, observer, gradients=True)
+        observer.cut_short = over = steps == 0.0
+        observer.patience = observer.steps + min(int(steps / 2), PATIENCE_STEPS)
+    return run.patient.ranks.all(over)
+
+
+def _worth_waiting(run: Run, observer: Observer, *, gradients: bool) -> float:
+    """Return the steps until some group that is worth waiting for has seen its rows, 0 if none is."""
+    groups = [group for group in run.structure.groups if group.pin is None]
+    late = _late(groups, observer, gradients=gradients)
+    told = replace(seen_by_policy(run), batch_rows=observer.examples / observer.steps)
+    macs = {g.name: g.num_channels * g.macs_per_channel for g in groups if not g.alternative}  # no channel twice
+    ready = sum(macs[name] for name in macs if name not in late)
+    waiting = [(macs.get(name, 0.0), steps) for name, steps in late.items()]
+    due = any(is_due(told, steps) for name, steps in late.items() if name in run.memory.behind)
+    due = due or any(steps <= SOON_SHARE * observer.steps for steps in late.values())
+    if due or worth_waiting(ready, waiting, delay_of(told, observer.steps)):
+        return max(1.0, min(late.values()))
+    return 0.0
+
+
+def _late(groups: Sequence[Group], observer: Observer, *, gradients: bool) -> dict[str, float]:
+    """Return the groups that cannot change yet, with the steps they still need; those of one width wait together."""
+    lacking = observer.lacking(gradients=gradients)
+    longest, tied = max(lacking.values(), default=0.0), with_equals(lacking, groups)
+    return {group.name: lacking.get(group.name, longest) for group in groups if group.name in tied}
+
+
+def left_out(run: Run, observer: Observer) -> dict[str, Why]:
+    """Return the groups that an event leaves for the next one, the same on all ranks: what some rank lacks rows for."""
+    groups = [group for group in run.structure.groups if group.pin is None]
+    late = _late(groups, observer, gradients=True) if observer.cut_short else {}
+    own = {name: observer.seen_by(name) for name in late}
+    found: dict[str, Why] = {}
+    for told in run.patient.ranks.gathered(own):
+        found |= {name: waits(sites) for name, sites in told.items() if name not in found}
+    return found
 
 
 def kept_window(run: Run, window: Mapping[str, Any] | None) -> Observer | None:
@@ -127,10 +182,12 @@ def attempt(run: Run, observer: Observer, start: float) -> Tried:
     """
     ranks = run.patient.ranks
     sent, compiling = ranks.bytes_sent, _count_compiling(run)
+    waiting = left_out(run, observer)
     observer.pool()
     ranks.same_parameters("before an event", run.patient.model)
-    plan = plan_now(run, _seen_again(run, observer), ranks)
+    plan = plan_now(run, _seen_again(run, observer), ranks, waiting)
     patient, memory, verdict = run.patient, run.memory, run.verdict
+    memory.behind = tuple(sorted(waiting))
     memory.thorough = memory.thorough or any(why.cause == "rows" for why in plan.left.values())
     left = {name: why.text for name, why in plan.left.items()}
     cause, reason = "gain", loss_of(seen_by_policy(run), plan.macs_after / _rows(run))
@@ -159,7 +216,7 @@ def attempt(run: Run, observer: Observer, start: float) -> Tried:
         certificates=certificates,
         measured_on="held-out examples" if verdict.held_out else "training inputs",
         seconds=time.perf_counter() - start,
-        notes=_notes(ranks, sent, compiling),
+        notes=(*(f"{name}: {why.text}" for name, why in waiting.items()), *_notes(ranks, sent, compiling)),
     )
     return Tried(outcome.structure, record(run, "event"), event, left)
 

@@ -18,7 +18,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
-from apoptosis.attempt import Run, Tried, agree, attempt, kept_window, new_window, plan_now, record, seen_by_policy
+from apoptosis.attempt import (
+    Run,
+    Tried,
+    agree,
+    attempt,
+    ends,
+    kept_window,
+    new_window,
+    plan_now,
+    record,
+    seen_by_policy,
+)
 from apoptosis.calibration import device_of, overhead_macs
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
@@ -292,7 +303,7 @@ class Apoptosis:
         observer, due = self._observer, self._memory.decision.at_step
         if observer is None and (due is None or self._memory.step < due):
             return None
-        if observer is not None and not self._patient.ranks.all(observer.end_step()):
+        if observer is not None and not ends(self._run(), observer):
             if self._memory.step == self._settings.total_steps:  # the run is over
                 if observer.blind:
                     warnings.warn(f"apoptosis saw nothing of this run: {NOTHING_SEEN}", RuntimeWarning, stacklevel=2)

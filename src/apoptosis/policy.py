@@ -7,7 +7,7 @@ models, random numbers. Costs are multiply-adds (MACs); what an event costs besi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 TRAIN_MACS = 3.0  # a training step costs about three forward passes: forward, and two products in backward
@@ -19,6 +19,8 @@ SHORT_WARMUP = 0.25  # of a run at most
 TRIAL_STEPS, TRIAL_WARMUP = 400, 0.1  # a run of fewer steps is a trial, which has to show something
 NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
+PATIENCE_STEPS = 16  # a window lasts so long at least before groups that see few rows are left for the next one
+SOON_SHARE = 0.25  # of the steps that a window has lasted: so long it waits for anything
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
 
@@ -44,7 +46,8 @@ class Telemetry:
     step: optimizer steps so far. total_steps: of the whole run, None if unknown. macs: of one forward pass per
     example. batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
     factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event.
-    tolerance: cap per site and event, relative rms. halvings: rollbacks so far.
+    tolerance: cap per site and event, relative rms. halvings: rollbacks so far. untried: share of the MACs that belong
+    to groups which the last event left for the next one.
     """
 
     step: int
@@ -56,6 +59,7 @@ class Telemetry:
     tolerance: float
     halvings: int
     history: tuple[PastEvent, ...] = ()
+    untried: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +152,16 @@ def saves(telemetry: Telemetry, share: float, step: int) -> float:
     return share * TRAIN_MACS * telemetry.macs * telemetry.batch_rows * max(0, remaining)
 
 
-def expected_yield(history: tuple[PastEvent, ...]) -> float:
-    """Share of MACs the next event is taken to save: optimistic at first, then what the last attempt saved."""
-    done = [event for event in history if not event.rolled_back]
-    return max(done[-1].saved_share, 0.5 * POOR_YIELD) if done else OPTIMISTIC_YIELD
+def expected_yield(telemetry: Telemetry) -> float:
+    """Share of MACs the next event is taken to save: what the last attempt saved, optimistic of what was not tried."""
+    done = [event for event in telemetry.history if not event.rolled_back]
+    untried = OPTIMISTIC_YIELD * telemetry.untried
+    return max(done[-1].saved_share, 0.5 * POOR_YIELD, untried) if done else OPTIMISTIC_YIELD
+
+
+def cost_of(telemetry: Telemetry) -> float:
+    """MACs that an event costs, its window included."""
+    return telemetry.event_macs + telemetry.overhead_macs
 
 
 def decide(telemetry: Telemetry) -> Decision:
@@ -177,8 +187,7 @@ def decide(telemetry: Telemetry) -> Decision:
         step = upcoming[skip]
     tolerance = tolerance_at(telemetry.tolerance, telemetry.halvings)
     if past and telemetry.batch_rows > 0:
-        saved = saves(telemetry, expected_yield(past), step)
-        cost = telemetry.event_macs + telemetry.overhead_macs
+        saved, cost = saves(telemetry, expected_yield(telemetry), step), cost_of(telemetry)
         if saved <= cost:
             return Decision(
                 at_step=None,
@@ -187,6 +196,55 @@ def decide(telemetry: Telemetry) -> Decision:
                 f"and to cost the time of {cost:.3g}",
             )
     return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule")
+
+
+def delay_of(telemetry: Telemetry, elapsed: int) -> int:
+    """Return the steps by which a group comes later that an event leaves for the next window.
+
+    Those until the next turn, and those that this window has lasted (elapsed), because the next one begins anew; all
+    that remain of the run where no other event is expected to pay.
+    """
+    upcoming = _next_event(telemetry)
+    if upcoming is not None:
+        return upcoming - telemetry.step + elapsed
+    return telemetry.step if telemetry.total_steps is None else max(0, telemetry.total_steps - telemetry.step)
+
+
+def is_due(telemetry: Telemetry, steps: float) -> bool:
+    """Whether a group that was left out before is waited for now, `steps` long: no sooner turn will come for it."""
+    upcoming = _next_event(telemetry)
+    return upcoming is None or upcoming - telemetry.step >= steps
+
+
+def _next_event(telemetry: Telemetry) -> int | None:
+    """Return the next turn, None where there is none or no event is expected to pay then."""
+    upcoming = turns(telemetry.total_steps, after=telemetry.step)
+    if not upcoming or saves(telemetry, expected_yield(telemetry), upcoming[0]) <= cost_of(telemetry):
+        return None
+    return upcoming[0]
+
+
+def worth_waiting(ready: float, waiting: Iterable[tuple[float, float]], delay: int) -> bool:
+    """Whether a window should go on for groups that have not seen enough yet, while others have.
+
+    Every step of waiting costs what the ready groups would save in it; a group that is left for the next window saves
+    later than it would. Both in proportion to the multiply-adds that the groups hold.
+
+    Args:
+        ready: multiply-adds of the groups that have seen enough.
+        waiting: of every other group the multiply-adds, and the steps that it still needs (may be infinite).
+        delay: steps by which a group comes later that is left (`delay_of`).
+
+    Example:
+        >>> worth_waiting(99.0, [(1.0, 56.0)], 91), worth_waiting(50.0, [(50.0, 56.0)], 91)
+        (False, True)
+    """
+    gained = 0.0
+    for macs, steps in sorted(waiting, key=lambda group: group[1]):
+        gained += macs  # of all that are ready within so many steps
+        if ready <= 0.0 or gained * delay > ready * steps:
+            return True
+    return False
 
 
 def loss_of(telemetry: Telemetry, macs_after: float) -> str:

@@ -19,7 +19,7 @@ from apoptosis.history import Attempt, read_attempts, why_idle
 from apoptosis.ledger import Ledger
 from apoptosis.observe import ROWS_PER_CHANNEL
 from apoptosis.operate import with_pins
-from apoptosis.planner import Request
+from apoptosis.planner import Request, Why
 from apoptosis.policy import Decision, PastEvent, Telemetry, allot
 from apoptosis.records import Group, Pin, Structure
 from apoptosis.verdict import Verdict
@@ -64,6 +64,7 @@ class Memory:
     event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site. own_seconds,
     hook_seconds: wall time spent so far, the open window's hooks excluded. thorough: rows were too few for a width
     once, so that windows see all they ask for. history: what the policy counts; attempts: everything that was tried.
+    behind: groups that the last event left out because they had seen too few rows.
     """
 
     full: tuple[int, float]
@@ -81,6 +82,7 @@ class Memory:
     thorough: bool = False
     history: tuple[PastEvent, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    behind: tuple[str, ...] = ()
     site_cost: dict[str, float] = field(default_factory=dict)
     decision: Decision = UNDECIDED
 
@@ -92,6 +94,7 @@ class Memory:
             "full_shapes": {name: list(shape) for name, shape in self.full_shapes.items()},
             "history": [asdict(past) for past in self.history],
             "attempts": [one.as_dict() for one in self.attempts],
+            "behind": list(self.behind),
             "site_cost": dict(self.site_cost),
             "decision": asdict(self.decision),
         }
@@ -103,13 +106,14 @@ def read_memory(state: Mapping[str, Any]) -> Memory:
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
-    plain = {f.name: state[f.name] for f in fields(Memory) if f.name != "attempts"}
+    plain = {f.name: state[f.name] for f in fields(Memory) if f.name not in ("attempts", "behind")}
     parameters, macs = state["full"]
     plain |= {
         "full": (_number(parameters, "int"), _number(macs, "float")),
         "full_shapes": {str(k): tuple(_number(n, "int") for n in shape) for k, shape in state["full_shapes"].items()},
         "history": tuple(_record(PastEvent, past) for past in state["history"]),
         "attempts": tuple(_record(Attempt, one.as_dict()) for one in read_attempts(state)),
+        "behind": tuple(str(name) for name in state.get("behind", ())),
         "site_cost": {str(key): _number(value, "float") for key, value in state["site_cost"].items()},
         "decision": _record(Decision, state["decision"]),
     }
@@ -219,6 +223,7 @@ def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows:
     for group in structure.groups:
         if group.pin is None:
             event += len(group.sites) * (ROWS_PER_CHANNEL + 1.0) * group.num_channels**3
+    held = [g.num_channels * g.macs_per_channel for g in structure.groups if g.name in memory.behind]
     return Telemetry(
         step=memory.step,
         total_steps=settings.total_steps,
@@ -229,11 +234,17 @@ def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows:
         tolerance=settings.tolerance,
         halvings=memory.halvings,
         history=memory.history,
+        untried=min(1.0, sum(held) / structure.macs) if structure.macs > 0 else 0.0,
     )
 
 
-def allowed(memory: Memory, settings: Settings, groups: Sequence[Group]) -> Request:
-    """Say what an event may do now: the decided tolerance, spread over groups, within what is left of every site."""
+def allowed(
+    memory: Memory, settings: Settings, groups: Sequence[Group], waiting: Mapping[str, Why] | None = None
+) -> Request:
+    """Say what an event may do now: the decided tolerance, spread over groups, within what is left of every site.
+
+    waiting: groups that it leaves for a later one.
+    """
     tolerance = memory.decision.tolerance
     return Request(
         criterion=settings.criterion,
@@ -243,6 +254,7 @@ def allowed(memory: Memory, settings: Settings, groups: Sequence[Group]) -> Requ
         align=settings.align,
         max_drop=MAX_DROP,
         seed=settings.seed + memory.step,
+        waiting=waiting or {},
     )
 
 

@@ -131,6 +131,15 @@ class Gradients:
         if key in self._watches:
             self._watches[key].rows_needed = max(self._watches[key].rows_needed, rows)
 
+    def missing(self, key: tuple[str, str], channels: int, steps: int) -> float:
+        """Return the steps until `root` has what it needs, if as many rows come as in the steps so far; 0 without any.
+
+        Reads a number from the device.
+        """
+        watch = self._watches.get(key)
+        rows = 0 if watch is None else watch.sketch.counted()
+        return max(0, channels - rows) * steps / rows if rows else 0.0
+
     def root(self, key: tuple[str, str], channels: int) -> Tensor | None:
         """V (rows, columns of the watch of a key) with VᵀV = Σ g gᵀ, sketched; None from fewer rows than `channels`."""
         watch = self._watches.get(key)

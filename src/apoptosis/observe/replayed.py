@@ -138,6 +138,11 @@ class Replayed:
         """Return all watches, in the order of their groups."""
         return list(self._watches.values())
 
+    def watches_of(self, group: str) -> list[Watch]:
+        """Return the watches of one group."""
+        keys = [own for name, _, key in self._places if name == group for own in (key, _right(key))]
+        return [self._watches[key] for key in keys if key in self._watches]
+
     def samples(self) -> list[Sample]:
         """Return all samples."""
         return list(self._samples.values())
@@ -168,6 +173,23 @@ class Replayed:
     def blind(self) -> bool:
         """Whether nothing was seen at all."""
         return all(watch.rows == 0 and not watch.spoiled for watch in self._watches.values())
+
+    def lacking(self) -> dict[str, float]:
+        """Return the groups whose sites have not seen enough, with the passes that they still need at today's pace."""
+        found: dict[str, float] = {}
+        if not self.wants:
+            return found
+        most, least = LAST_PASS - self._passes, MIN_EXAMPLES if self._passes < MAX_PASSES else 0
+        for group, site, key in self._places:
+            sample = self._samples.get(site.key)
+            for watch in (self._watches[own] for own in (key, _right(key)) if own in self._watches):
+                if not watch.enough(least):
+                    examples = min(watch.missing_examples(self._passes), max(0, MAX_PASSES - self._passes))
+                    passes = max(watch.missing_rows(self._passes), examples)
+                    found[group] = max(found.get(group, 0.0), min(passes, most))
+            if sample is not None and not sample.enough() and self._passes < MAX_PASSES:
+                found[group] = max(found.get(group, 0.0), 1.0)
+        return found
 
     def _enough(self) -> bool:
         least = MIN_EXAMPLES if self._passes < MAX_PASSES else 0

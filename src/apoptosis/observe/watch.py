@@ -151,6 +151,21 @@ class Watch:
         """Whether what was seen tells something: widths up to a share of the rows."""
         return bool(self.spoiled) or (self.rows * LEAST_SHARE >= self.rows_needed and self.examples >= MIN_EXAMPLES)
 
+    def said(self) -> str:
+        """Say in words what has been seen of what is needed."""
+        seen = f"'{self.site.module}' had seen {self.rows:,} of the {self.rows_needed:,} rows that it needs"
+        return f"{seen}, and {self.examples:,} of {MIN_EXAMPLES} examples" if self.examples < MIN_EXAMPLES else seen
+
+    def missing_rows(self, steps: int, share: int = 1) -> float:
+        """Return the steps until rows / share are seen of those needed, if as many come as in the steps so far."""
+        missing = max(0, -(-self.rows_needed // share) - self.rows)
+        return missing * steps / self.rows if self.rows else (float("inf") if missing else 0.0)
+
+    def missing_examples(self, steps: int) -> float:
+        """Return the steps until MIN_EXAMPLES are seen, if as many come as in the steps so far."""
+        missing = max(0, MIN_EXAMPLES - self.examples)
+        return missing * steps / self.examples if self.examples else (float("inf") if missing else 0.0)
+
     def take(self, x: Tensor, picks: torch.Generator, *, examples: int, repeated: bool, dropout: float) -> None:
         """Take rows (positions, channels) from one module input; of many positions an even share of every batch.
 

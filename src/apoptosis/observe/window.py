@@ -25,6 +25,7 @@ from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped
 from apoptosis.observe.pooled import pool, share_out
 from apoptosis.observe.replayed import Replay, Replayed
 from apoptosis.observe.watch import (
+    LEAST_SHARE,
     MIN_EXAMPLES,
     WHOLE_COLUMNS,
     Observation,
@@ -92,7 +93,10 @@ class Observer:
         self._keep_inputs, self._keep_calls, self._any_mode = keep_inputs, keep_calls, any_mode
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._call_elements = 0
-        self._passes, self._inside, self._root_rows, self._steps, self._largest = 0, False, 0, 0, 0
+        self._passes, self._inside, self._root_rows, self._largest = 0, False, 0, 0
+        self.steps = 0  # that the window has lasted
+        self.patience = 0  # steps before which nobody asks whether it should go on for groups that lack rows
+        self.cut_short = False  # whether it ended without waiting for them
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._input_rows, self._eager, self._muted = 0, Eager(), False  # muted: while the model is run again
         self._only: frozenset[str] | None = None  # modules that take rows now, None for all
@@ -182,10 +186,13 @@ class Observer:
     def lacks(self) -> str:
         """Say which site is furthest from the rows that it needs."""
         watch = min(self._every, key=lambda watch: watch.rows / watch.rows_needed, default=None)
-        if watch is None:
-            return "anything was seen"
-        seen = f"'{watch.site.module}' had seen {watch.rows:,} of the {watch.rows_needed:,} rows that it needs"
-        return f"{seen}, and {watch.examples:,} of {MIN_EXAMPLES} examples" if watch.examples < MIN_EXAMPLES else seen
+        return "anything was seen" if watch is None else watch.said()
+
+    def seen_by(self, group: str) -> list[str]:
+        """Say of every site of a group that has not seen enough what it has seen."""
+        own = [self._watches[key] for name, _, key in self._places if name == group]
+        late = [watch.said() for watch in (*own, *self._replayed.watches_of(group)) if not watch.enough()]
+        return late or [f"too few gradients had come to '{watch.site.module}'" for watch in own]
 
     @contextmanager
     def only(self, modules: frozenset[str]) -> Iterator[None]:
@@ -205,17 +212,49 @@ class Observer:
         self._calls.clear()
         self._dropped.clear()
         self.hook_seconds += self._gradients.end_step()
-        self._steps += 1
+        self.steps += 1
         self._run_again()
-        stale = self._steps >= STALE_STEPS and not self._whole
-        watches = self._watches.values()
-        enough = self._replayed.finished and all(watch.serves() if stale else watch.enough() for watch in watches)
+        enough = self._replayed.finished and all(self._suffices(watch) for watch in self._watches.values())
         if enough and all(sample.enough() for sample in self._samples.values()):
             return True
+        return self.steps >= self._last_step()
+
+    def _suffices(self, watch: Watch) -> bool:
+        return watch.serves() if self.steps >= STALE_STEPS and not self._whole else watch.enough()
+
+    def _last_step(self) -> int:
+        """Step of the window at which sites that have not seen enough are given up."""
         if not self._largest:
-            return self._steps >= BLIND_STEPS
-        rows = max(MIN_EXAMPLES, self._replayed.rows_needed, *(watch.rows_needed for watch in watches))
-        return self._steps >= _SPARE + 4 * -(-rows // self._largest)
+            return BLIND_STEPS
+        rows = max(MIN_EXAMPLES, self._replayed.rows_needed, *(w.rows_needed for w in self._watches.values()))
+        return _SPARE + 4 * -(-rows // self._largest)
+
+    def lacking(self, *, gradients: bool = False) -> dict[str, float]:
+        """Return the groups whose sites have not seen enough, with the steps that they still need at today's pace.
+
+        None is left once the window has to end. gradients: those too that lack rows of gradients, so that the loss
+        would have no say; asking for them waits for an accelerator.
+        """
+        most = self._last_step() - self.steps
+        if most <= 0:
+            return {}
+        found = self._replayed.lacking()
+        for group, site, key in self._places:
+            watch = self._watches[key]
+            if not self._suffices(watch):
+                steps = max(watch.missing_rows(self.steps), watch.missing_examples(self.steps))
+                if not self._whole:
+                    serves = max(watch.missing_rows(self.steps, LEAST_SHARE), watch.missing_examples(self.steps))
+                    steps = min(steps, max(serves, STALE_STEPS - self.steps))
+                found[group] = max(found.get(group, 0.0), min(steps, most))
+            elif gradients and (steps := self._lacking_gradients(site, key)):
+                found[group] = max(found.get(group, 0.0), min(steps, most))
+            elif reads_several_positions(site) and not self._samples[site.module].enough():
+                found[group] = max(found.get(group, 0.0), 1.0)
+        return found
+
+    def _lacking_gradients(self, site: Site, key: tuple[str, str]) -> float:
+        return self._gradients.missing(key, -(-len(site.input_columns) // self._ranks.size), self.steps)
 
     def _run_again(self) -> None:
         start = time.perf_counter()
@@ -343,7 +382,8 @@ class Observer:
             "replayed": self._replayed.state_dict(),
             "gradients": self._gradients.state_dict(),
             "generator": self._generator.get_state(),
-            "steps": self._steps,
+            "steps": self.steps,
+            "patience": self.patience,
             "largest": self._largest,
             "inputs": self.inputs if self.inputs is not None and is_plain(self.inputs) else None,
         }
@@ -364,7 +404,8 @@ class Observer:
         self._replayed.load_state_dict(state["replayed"])
         self._gradients.load_state_dict(state["gradients"])
         self._generator.set_state(state["generator"].cpu())
-        self._steps, self._largest = int(state["steps"]), int(state["largest"])
+        self.steps, self._largest = int(state["steps"]), int(state["largest"])
+        self.patience = int(state.get("patience", 0))
         if state["inputs"] is not None:
             args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state["inputs"])
             self.inputs = (tuple(args), dict(kwargs))

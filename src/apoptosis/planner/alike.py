@@ -6,7 +6,7 @@ Lives here: which groups these are, and the numbers kept that suit all of them. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import gcd, lcm
 
 from apoptosis.criteria import GroupView
@@ -26,6 +26,16 @@ def alike(groups: Sequence[Group]) -> list[list[Group]]:
                     names |= {group.name, *group.equal}
         found.append([group for group in left if group.name in names])
         left = [group for group in left if group.name not in names]
+    return found
+
+
+def with_equals(names: Iterable[str], groups: Sequence[Group]) -> set[str]:
+    """Return names with those of all groups that an event cannot change without one of them."""
+    found, size = set(names), -1
+    while len(found) > size:
+        size = len(found)
+        found |= {group.name for group in groups if found & set(group.equal)}
+        found |= {name for group in groups if group.name in found for name in group.equal}
     return found
 
 

@@ -6,7 +6,7 @@ Lives here: causes and their wording. Does not live here: the decision (plan.py)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from apoptosis.criteria import GroupView
@@ -50,6 +50,12 @@ def module_of(key: str) -> str:
 def unseen(site: Site) -> Why:
     """Say that a site has seen nothing."""
     return Why("unseen", f"not observed yet: no pass of the window ran '{module_of(site.key)}', which reads it")
+
+
+def waits(sites: Sequence[str]) -> Why:
+    """Say that a group waits for a later event; sites: what its sites have seen, a phrase each."""
+    seen = f": {sites[0]}" if sites else ""
+    return Why("waiting", f"left for the next event, as waiting for its rows costs the other groups more{seen}")
 
 
 def used_up(site: Site, left: float) -> Why:
