@@ -249,7 +249,7 @@ class Observer:
                 found[group] = max(found.get(group, 0.0), min(steps, most))
             elif gradients and (steps := self._lacking_gradients(site, key)):
                 found[group] = max(found.get(group, 0.0), min(steps, most))
-            elif reads_several_positions(site) and not self._samples[site.module].enough():
+            elif needs_whole_inputs(site) and not self._samples[site.module].enough():
                 found[group] = max(found.get(group, 0.0), 1.0)
         return found
 
