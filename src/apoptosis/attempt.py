@@ -236,7 +236,7 @@ def _seen_again(run: Run, observer: Observer) -> Observations:
     Rows of a few steps ago are of other weights: what is redundant in them to round-off need not be so now. They count
     all the same, so that a channel that was alive a few steps ago is not taken for dead.
     """
-    found = observer.observations()
+    found = observer.observations(last=True)
     if run.settings.tolerance != 0 or has_shards(run.patient.model):  # ranks would have to make equally many passes
         return found
     ranks, model = run.patient.ranks, run.patient.model

@@ -75,7 +75,7 @@ def sample(
     found: dict[tuple[str, str], Any] = {}
     for observer in observers:
         observer.pool()
-        found |= {key: in_both(found.get(key), seen) for key, seen in observer.observations().items()}
+        found |= {key: in_both(found.get(key), seen) for key, seen in observer.observations(last=True).items()}
     return observers[0], found
 
 

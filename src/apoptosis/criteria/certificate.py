@@ -48,7 +48,7 @@ def dropped_variance(site: SiteView, keep: Tensor, reduction: SiteReduction) -> 
     )
     erring = _erring(keep.to(covariance.device), reduction, covariance.shape[0])
     weight = flat_weight(site).to(covariance.device)
-    per_tap = site_diag(weight[:, erring], residual[erring][:, erring])
+    per_tap = site_diag(weight[:, erring], residual[erring[:, None], erring])
     return per_tap.reshape(site.weight.shape[0], -1).sum(1)
 
 
@@ -75,7 +75,7 @@ def _felt_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float
     residual = residual_gram(covariance, mean, keep, reduction.mix.to(covariance.device), offset)
     erring = _erring(keep.to(covariance.device), reduction, covariance.shape[0])
     rows = cost_weight(site).to(covariance.device)
-    return float(site_diag(rows[:, erring], residual[erring][:, erring]).sum())
+    return float(site_diag(rows[:, erring], residual[erring[:, None], erring]).sum())
 
 
 def _erring(keep: Tensor, reduction: SiteReduction, num_channels: int) -> Tensor:

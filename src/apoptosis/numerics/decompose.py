@@ -99,8 +99,8 @@ def pivoted_cholesky(
     with one_thread():
         packed, pivots, rank, _ = lapack.dpstrf(scaled.T, tol=tolerance, lower=1, overwrite_a=1)
     order = pivots.astype(np.int64) - 1
-    lower = torch.from_numpy(packed)[:, :rank].tril().numpy()
-    remainder = _tails(np.square(lower).sum(0))
+    lower = torch.from_numpy(packed)[:, :rank].tril_().numpy()
+    remainder = _tails(np.einsum("ij,ij->j", lower, lower))
     kept = weights[order]
     lower *= np.divide(1.0, kept, out=np.zeros(num), where=kept > 0)[:, None]
     factor = np.empty_like(lower)

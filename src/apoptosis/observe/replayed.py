@@ -292,12 +292,15 @@ class Replayed:
 
     # ------------------------------------------------------------------ what was seen
 
-    def observations(self) -> dict[tuple[str, str], Observation]:
+    def observations(self, *, last: bool = False) -> dict[tuple[str, str], Observation]:
         """Return what was seen by (group name, site key); sites that saw nothing are left out.
+
+        last: moments are handed over, not copied.
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
-        moments = {key: named_snapshot(watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled}
+        watches = ((key, watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled)
+        moments = {key: named_snapshot(watch, last=last) for key, watch in watches}
         found = {}
         for group, site, key in self._places:
             if key not in moments or (site.kind == "product" and _right(key) not in moments):

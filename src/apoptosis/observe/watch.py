@@ -248,15 +248,20 @@ class Watch:
         """Take moments of more rows, these among them, in the place of its own."""
         self.moments, self.examples, self.buffer, self.buffered = moments, examples, [], 0
 
-    def snapshot(self) -> Moments:
-        """Moments of all rows so far; what is buffered stays buffered, so looking changes nothing.
+    def snapshot(self, *, last: bool = False) -> Moments:
+        """Moments of all rows so far.
+
+        last: the watch hands its own over, without a copy, and takes no more rows. Else what is buffered stays
+        buffered, so that looking changes nothing.
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
         if self.spoiled:
             raise NonFiniteError(self.spoiled)
-        found = self.moments.copy()
+        found = self.moments if last else self.moments.copy()
         self._add_buffer(found)
+        if last:
+            self.buffer, self.buffered = [], 0
         found.check()
         return found
 
@@ -285,10 +290,10 @@ class Watch:
         self.spoiled = str(state["spoiled"])
 
 
-def named_snapshot(watch: Watch) -> Moments:
+def named_snapshot(watch: Watch, *, last: bool = False) -> Moments:
     """Take a watch's moments; what is wrong with its rows is told of the module that read them."""
     try:
-        return watch.snapshot()
+        return watch.snapshot(last=last)
     except NonFiniteError as error:
         raise NonFiniteError(f"at the input of '{watch.site.module}': {error}") from error
 

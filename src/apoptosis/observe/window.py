@@ -353,12 +353,15 @@ class Observer:
 
     # ------------------------------------------------------------------ what was seen
 
-    def observations(self) -> dict[tuple[str, str], Observation]:
-        """Return what was seen by (group name, site key); sites that saw nothing are left out. Changes nothing.
+    def observations(self, *, last: bool = False) -> dict[tuple[str, str], Observation]:
+        """Return what was seen by (group name, site key); sites that saw nothing are left out.
+
+        Changes nothing, unless these are the `last`: then moments are handed over, not copied.
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
-        moments = {key: named_snapshot(watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled}
+        watches = ((key, watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled)
+        moments = {key: named_snapshot(watch, last=last) for key, watch in watches}
         samples = {name: sample.joined() for name, sample in self._samples.items()}
         found = {}
         for group, site, key in (place for place in self._places if place[2] in moments):
@@ -371,7 +374,7 @@ class Observer:
             sample = samples.get(site.module) if needs_whole_inputs(site) else None
             dropout = self._watches[key].dropout or 0.0
             found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout, felt=felt)
-        return found | self._replayed.observations()
+        return found | self._replayed.observations(last=last)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the half-filled window, exactly."""
