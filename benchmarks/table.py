@@ -81,6 +81,29 @@ def capture_table(results: Mapping[str, Record]) -> str:
     return markdown(head, rows) if rows else EMPTY.format(command="python benchmarks/capture_cost.py")
 
 
+def event_cost_table(results: Mapping[str, Record]) -> str:
+    """What an event costs in memory and processor time."""
+    rows = []
+    for _, result in _of_kind(results, "event-cost"):
+        for run in result["runs"]:
+            layer = 4 * run["width"] ** 2
+            rows.append(
+                (
+                    f"{run['width']:,}",
+                    f"{layer / 1e6:.0f} MB",
+                    f"{run['event_bytes'] / 1e6:.0f} MB",
+                    f"{run['event_bytes'] / layer:.0f}",
+                    f"{run['event_in_steps']:.1f}",
+                    f"{run['watched_step_in_steps']:.2f}",
+                    f"{run['shrink_bytes'] / 1e6:.0f} MB",
+                    f"{run['shrink_seconds']:.1f} s",
+                )
+            )
+    head = ("width", "largest layer", "first event: memory", "in largest layers", "in steps", "a watched step, in steps",
+            "shrink_: memory", "shrink_: processor time")  # fmt: skip
+    return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.event_cost")
+
+
 def machines_table(results: Mapping[str, Record]) -> str:
     """What each result ran on."""
     rows = []
@@ -109,6 +132,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "frontier": paper(tables.frontier),
     "overhead": overhead_table,
     "capture": capture_table,
+    "event-cost": event_cost_table,
     "machines": machines_table,
     **scaling.TABLES,
 }
