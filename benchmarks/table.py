@@ -99,8 +99,8 @@ def event_cost_table(results: Mapping[str, Record]) -> str:
                     f"{run['shrink_seconds']:.1f} s",
                 )
             )
-    head = ("width", "largest layer", "first event: memory", "in largest layers", "in steps", "a watched step, in steps",
-            "shrink_: memory", "shrink_: processor time")  # fmt: skip
+    head = ("width", "largest layer", "first event: memory", "in largest layers", "in steps",
+            "a watched step, in steps", "shrink_: memory", "shrink_: processor time")  # fmt: skip
     return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.event_cost")
 
 
