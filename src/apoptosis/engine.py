@@ -36,7 +36,7 @@ from apoptosis.errors import CheckpointError, NonFiniteError, RankError
 from apoptosis.history import warn_at_end, warn_if_few
 from apoptosis.ledger import Event, Ledger
 from apoptosis.numerics.decompose import roundoff_floor
-from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, Observer
+from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer
 from apoptosis.operate import (
     Patient,
     exclude_pins,
@@ -49,7 +49,7 @@ from apoptosis.operate import (
 from apoptosis.outputs import ReadLogits
 from apoptosis.planner import Plan
 from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
-from apoptosis.probe import as_call, make_probe
+from apoptosis.probe import as_call, make_probe, num_rows
 from apoptosis.ranks import ranks_of
 from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
@@ -142,7 +142,7 @@ class Apoptosis:
         held_out = looked_at(model, held_out, patient.call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         self._verdict.check(readable=self._has_classes, named=logits is not None)
-        full = num_parameters(model), structure.macs
+        full = num_parameters(model), structure.macs / max(1, num_rows(self._patient.call))
         self._memory = Memory(full=full, full_shapes=dict(structure.shapes), overhead=overhead)
         widest = max((g.num_channels for g in structure.groups), default=1)
         self._settings = Settings(
@@ -209,9 +209,13 @@ class Apoptosis:
         return self._observer is not None
 
     def plan(self) -> Plan:
-        """Say what an event would do now, from what the open window has seen so far: a dry run, changes nothing."""
+        """Say what an event would do now, from what the open window has seen so far: a dry run, changes nothing.
+
+        Its multiply-adds are per example.
+        """
         observations = {} if self._observer is None else self._observer.observations()
-        return plan_now(self._run(), observations)
+        plan, rows = plan_now(self._run(), observations), max(1, num_rows(self._patient.call))
+        return replace(plan, macs_before=plan.macs_before / rows, macs_after=plan.macs_after / rows)
 
     def ledger(self) -> Ledger:
         """Sum up what all removals so far cost at most, and with what confidence."""
@@ -219,7 +223,7 @@ class Apoptosis:
             self._memory,
             self._verdict,
             parameters=num_parameters(self._patient.model),
-            macs=self._structure.macs,
+            macs=self._structure.macs / max(1, num_rows(self._patient.call)),
             has_classes=self._has_classes,
             site_limit=self._settings.site_limit,
             hook_seconds=self.hook_seconds,
@@ -350,7 +354,7 @@ class Apoptosis:
         stale, self._structure = self._structure, refreshed(self._patient, self._structure)
         try:
             fault = NOTHING_SEEN if observer.blind else CHANGED_BY_OTHERS if stale is not self._structure else ""
-            if fault := ranks.fault(fault):
+            if fault := ranks.fault(UNFINISHED if observer.unfinished else fault):
                 raise NonFiniteError(fault)
             tried = attempt(self._run(), observer, start)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off

@@ -17,9 +17,10 @@ from apoptosis.records import Certificate
 class Event:
     """Shapes changed in place.
 
-    groups: name -> (channels before, after). parameters, macs: (before, after); macs are multiply-adds of one forward
-    pass on the example input. bytes_freed: parameters and optimizer state. measured: what the transaction measured on
-    the probe ("output_rms": relative rms change of the outputs, "flips": share of changed predictions,
+    groups: name -> (channels before, after). parameters, macs: (before, after); macs are multiply-adds per example
+    (a forward pass on the example input, over its rows along dimension 0). bytes_freed: parameters and optimizer state.
+    measured: what the transaction measured on the probe ("output_rms": relative rms change of the outputs, "flips":
+    share of changed predictions,
     "integers_changed": share of the integers and truth values that the network returns ...). outputs: what output_rms
     is of, "evaluation mode", or "training mode" where evaluation returns nothing that can be compared; "not compared"
     where that holds of both.
@@ -72,7 +73,8 @@ class Event:
 class Ledger:
     """The sum over all events of a run.
 
-    accuracy_cost: upper limit on what all removals together cost in accuracy (a share), before training went on;
+    accuracy_cost: upper limit on what all removals together cost in accuracy (a share, at most 1: the limits of all
+    events added up may say nothing), before training went on;
     None where nothing could be read off the outputs. classes: whether labels or logits= said that the outputs are
     classes; else accuracy_cost is the share of predictions (largest output) that changed, and no accuracy.
     confidence: of that limit; population: whether it speaks of the population the probe was drawn from, or only of the
@@ -112,7 +114,7 @@ class Ledger:
         lines.extend(lines_of(self.history))
         if self.idle:
             lines.append(f"nothing was removed: {self.idle}")
-        if self.accuracy_cost is not None:
+        if self.accuracy_cost is not None and self.events:
             points = f"{100 * self.accuracy_cost:.3g} points"
             if self.population and self.accuracy_cost >= 1.0:
                 lines.append(
@@ -128,8 +130,9 @@ class Ledger:
                 )
             else:
                 largest = "" if self.classes else " (largest output)"
+                what = "may have changed every one" if self.accuracy_cost >= 1.0 else f"changed at most {points}"
                 lines.append(
-                    f"all removals together changed {points} of the predictions{largest} on training inputs, before "
+                    f"all removals together {what} of the predictions{largest} on training inputs, before "
                     "training went on; without a held-out probe nothing is claimed about the population"
                 )
         if self.site_cost:

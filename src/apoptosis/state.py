@@ -60,10 +60,11 @@ class Settings:
 class Memory:
     """Everything of a run that is neither the model's structure, nor the window, nor the budget's account.
 
-    full: parameters and MACs at construction; full_shapes: of every tensor then. overhead: calibrated fixed cost of an
-    event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site. own_seconds,
-    hook_seconds: wall time spent so far, the open window's hooks excluded. thorough: rows were too few for a width
-    once, so that windows see all they ask for. history: what the policy counts; attempts: everything that was tried.
+    full: parameters and MACs per example at construction; full_shapes: of every tensor then. overhead: calibrated
+    fixed cost of an event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per
+    site. own_seconds, hook_seconds: wall time spent so far, the open window's hooks excluded. thorough: rows were
+    too few for a width once, so that windows see all they ask for. history: what the policy counts; attempts:
+    everything that was tried.
     behind: groups that the last event left out because they had seen too few rows.
     """
 
@@ -290,10 +291,11 @@ def sum_up(
 ) -> Ledger:
     """Make the ledger of a run.
 
-    parameters, macs: as they are now. hook_seconds: the open window's included. idle: why no event happened, or "".
+    parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. idle: why no
+    event happened, or "".
     """
     account, held_out = verdict.account, verdict.held_out
-    cost = account.spent if held_out else verdict.training_flips
+    cost = min(1.0, account.spent if held_out else verdict.training_flips)  # a share, though limits add up to more
     return Ledger(
         events=memory.num_events,
         attempts=sum(one.outcome != "skipped" for one in memory.attempts),

@@ -14,6 +14,7 @@ from apoptosis.ledger import Event
 from apoptosis.operate import Outcome, Patient
 from apoptosis.outputs import Change
 from apoptosis.planner import Plan, merged
+from apoptosis.probe import num_rows
 from apoptosis.records import Certificate, Structure
 from apoptosis.surgery import layers
 
@@ -22,7 +23,7 @@ _SHOWN = 3  # outputs that are named
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How large a patient is: number of parameters, bytes of parameters, buffers and optimizer state, MACs."""
+    """Number of parameters, bytes of parameters, buffers and optimizer state, and MACs per example."""
 
     parameters: int
     bytes: int
@@ -31,7 +32,8 @@ class Size:
 
 def size_of(patient: Patient, structure: Structure) -> Size:
     """Measure a patient."""
-    return Size(parameters=num_parameters(patient.model), bytes=state_bytes(patient), macs=structure.macs)
+    examples = max(1, num_rows(patient.call))
+    return Size(parameters=num_parameters(patient.model), bytes=state_bytes(patient), macs=structure.macs / examples)
 
 
 def make_event(

@@ -1,6 +1,7 @@
 """Observation windows: the user's own forward passes become moments at consumer sites."""
 
 from apoptosis.observe.hooks import CHANGED_BY_OTHERS, NOTHING_SEEN
+from apoptosis.observe.unfinished import UNFINISHED
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
     ROWS_PER_CHANNEL,
@@ -16,6 +17,7 @@ __all__ = [
     "MIN_EXAMPLES",
     "NOTHING_SEEN",
     "ROWS_PER_CHANNEL",
+    "UNFINISHED",
     "Observation",
     "Observer",
     "in_both",

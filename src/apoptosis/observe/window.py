@@ -24,6 +24,7 @@ from apoptosis.observe.gradients import Gradients
 from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped
 from apoptosis.observe.pooled import pool, share_out
 from apoptosis.observe.replayed import Replay, Replayed
+from apoptosis.observe.unfinished import Unfinished
 from apoptosis.observe.watch import (
     LEAST_SHARE,
     MIN_EXAMPLES,
@@ -88,7 +89,7 @@ class Observer:
         self._gradients = Gradients(seed, wanted=gradients and not any_mode)
         self._samples: dict[str, Sample] = {}
         self._calls: dict[str, int] = {}
-        self._dropped = Dropped()
+        self._dropped, self._unfinished = Dropped(), Unfinished()
         self._handles: list[RemovableHandle] = []
         self._keep_inputs, self._keep_calls, self._any_mode = keep_inputs, keep_calls, any_mode
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -165,8 +166,14 @@ class Observer:
             handle.remove()
         self._handles = []
         self._dropped.clear()
+        self._unfinished.release()
         self._gradients.end_step()
         self._eager.end()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last training pass still waits for its backward pass."""
+        return self._unfinished.waits
 
     @property
     def examples(self) -> int:
@@ -211,6 +218,7 @@ class Observer:
         """
         self._calls.clear()
         self._dropped.clear()
+        self._unfinished.release()
         self.hook_seconds += self._gradients.end_step()
         self.steps += 1
         self._run_again()
@@ -278,6 +286,8 @@ class Observer:
         self._root_rows = int(leaves[0].shape[0]) if leaves else 0
         self._passes += 1
         self._inside = True
+        if self._trains() and not self._any_mode and not in_backward():
+            self._unfinished.begin()
         if self._any_mode or self._trains():
             self._largest = max(self._largest, self._root_rows)
             if self._replayed.wants and not in_backward() and not any(map(is_wrapped, leaves)):
@@ -294,8 +304,10 @@ class Observer:
         if self._call_elements <= KEPT_ELEMENTS:
             self.calls.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, dict(kwargs))))
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside = False
+        if self._trains() and not (self._any_mode or self._muted or self._only is not None or in_backward()):
+            self._unfinished.end(x for x in tree_flatten(output)[0] if isinstance(x, Tensor))
 
     def _counts(self, name: str) -> bool:
         """Training passes with gradients count; a checkpointed segment's recomputation in backward does not again."""
@@ -319,6 +331,8 @@ class Observer:
             if isinstance(x, Tensor) and x.numel() and not is_wrapped(x) and self._counts(name):
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     self._take(name, x.detach())
+                if not self._any_mode:
+                    self._unfinished.ask(x)
                 self._gradients.attach(name, x, unbatched=self._lacks_batch(name, x))
             self.hook_seconds += time.perf_counter() - start
 

@@ -54,7 +54,8 @@ class Request:
 class Plan:
     """What one event would do.
 
-    widths: group -> (before, after). macs: per forward pass of the example input. errors: group -> site key -> relative
+    widths: group -> (before, after). macs: of a forward pass on the example input;
+    what `Apoptosis.plan` returns has them per example. errors: group -> site key -> relative
     rms change of the site's output that the group is to blame for; certificates: group -> its certificates.
     left: open groups that the plan leaves as they are -> why.
     """
@@ -88,7 +89,8 @@ class Plan:
         if not self.reductions:
             return "nothing to remove" + "".join(f"\n  {note}" for note in self.notes)
         lines = [
-            f"tolerance {self.tolerance:g}, {self.criterion}: {self.macs_before:,.0f} -> {self.macs_after:,.0f} MACs"
+            f"tolerance {self.tolerance:g}, {self.criterion}: "
+            f"{self.macs_before:,.0f} -> {self.macs_after:,.0f} multiply-adds"
         ]
         for name, (before, after) in self.widths.items():
             worst = max(self.errors[name].values(), default=0.0)
