@@ -94,3 +94,31 @@ def test_pins_under_norms_name_the_option_that_frees_them_or_why_it_does_not():
         assert remedy(norm).endswith("norm_widths='compensated' lets go what the norm's statistics can do without.")
     assert remedy(Own(6)).endswith("this norm is none of these (Own has a forward pass of its own).")
     assert "norm_widths='compensated'" in remedy(Functional())
+
+
+def test_a_convolution_over_channels_says_what_holds_them_and_frees_what_lies_inside():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+        def forward(self, x):
+            y = self.conv(x.mean((2, 3)).view(x.shape[0], 1, -1))
+            return x * torch.sigmoid(y).view(x.shape[0], -1, 1, 1)
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3),
+        Attention(),
+        nn.Conv2d(8, 5, 1),
+        nn.Flatten(),
+        nn.Linear(80, 2),
+    )
+    structure = analyse(net, (torch.randn(2, 3, 6, 6),))
+    groups = {g.name: g for g in structure.groups}
+    assert groups["2"].pin is not None
+    assert "aten.convolution in '3.conv' slides over channels" in groups["2"].pin.reason
+    assert groups["2"].num_channels == 8
+    assert groups["0"].pin is None
+    assert groups["4"].pin is None

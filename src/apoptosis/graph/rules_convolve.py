@@ -29,6 +29,9 @@ from apoptosis.records import Convolution, IntArray, SiteKind
 _COMPLEX_REMEDY = "Write it as convolutions of real and imaginary part, with a real weight for each."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _STOCK: dict[Any, Any] = {cls.forward: getattr(cls, "_conv_forward", None) for cls in _CONVS}
+_SLIDES = (
+    "A gate from two linear layers (squeeze and excitation) in its place frees them; widths inside a block shrink."
+)
 
 
 def _stock_conv(module: nn.Module | None) -> bool:
@@ -44,6 +47,8 @@ def _convolution(call: Call) -> Result:
     tracer, out = call.tracer, call.outs[0]
     macs = float(x.numel() if transposed else out.numel()) * w.shape[1] * math.prod(w.shape[2:])
     tracer.findings.macs[tracer.mode] += macs
+    if tracer.view(x) is None and varying(tracer.value(x).ids) - {0, 1} and math.prod(w.shape[2:]) > 1:
+        return _slides_over_channels(call, x, w)
     single = groups > 1 and (w.shape[0] // groups if transposed else w.shape[1]) == 1
     view = tracer.view(w)
     axes = None if view is None else as_kernel(view)
@@ -57,6 +62,16 @@ def _convolution(call: Call) -> Result:
     else:
         value = _computed(call, x, w, transposed or groups > 1)
     return value if bias is None else biased(call, value, bias, out)
+
+
+def _slides_over_channels(call: Call, x: Tensor, w: Tensor) -> Value:
+    """Pin channels that lie along positions (efficient channel attention): each one's neighbours are mixed with it."""
+    text = "slides over channels: without one of them its neighbours would meet others"
+    call.pin(call.tracer.value(x).ids, text, _SLIDES)
+    view = call.tracer.view(w)
+    if view is not None:
+        call.pin_owner(view.owner, "slides over channels")
+    return nothing(call.outs[0].dim(), f"the result of {call.label}")
 
 
 def _with_parameter(call: Call, w: Tensor, view: View, axes: tuple[int, ...], x: Tensor, macs: float) -> Value:
