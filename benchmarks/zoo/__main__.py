@@ -107,7 +107,7 @@ def run(wanted: Mapping[tuple[str, str], str], known: Mapping[str, Any], given: 
     return {
         "kind": "zoo",
         "seed": SEED,
-        "seconds": time.perf_counter() - start if not given.only and not given.resume else known.get("seconds"),
+        "seconds": None if given.only or given.resume else time.perf_counter() - start,
         "processes": given.processes,
         "versions": versions() | dict(known.get("versions", {})) | more if given.only else versions() | more,
         "machine": machine(torch.device("cpu")),

@@ -50,7 +50,9 @@ def part(result: Mapping[str, Any]) -> str:
     where, versions = result["machine"], result["versions"]
     names = ("torch", "timm", "torchvision", "transformers")
     of = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-    took = "" if result.get("seconds") is None else f"; {result['seconds']:.0f} s in all"
+    rows = [row for found in result["families"].values() for row in found.values()]
+    used = sum(row.get("seconds", 0.0) + row.get("seconds_build", 0.0) for row in rows)
+    took = f"; {used:.0f} processor seconds in all" + (f". {result['note']}" if result.get("note") else "")
     made = f"Seed {result['seed']}, {of}, {where['system']}, {result['processes']} processes of one thread each{took}."
     lines = "\n".join(f"- {line}" for line in summary(result).splitlines())
     tables = []
