@@ -36,7 +36,7 @@ def test_epochs_given_as_steps_are_told_at_construction_and_once_beyond_the_end(
     assert (
         "nothing was removed: the run has made 40 steps of total_steps=3. total_steps= counts optimizer steps" in said
     )
-    assert [(r["kind"], r["step"], r["outcome"]) for r in log] == [("attempt", 3, "skipped")]
+    assert [(r["kind"], r["step"], r["outcome"], r["cause"]) for r in log] == [("attempt", 3, "skipped", "rows")]
     assert "the run was over before '2' had seen 32 of the 256 rows" in log[0]["reason"]
 
 

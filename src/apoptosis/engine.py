@@ -314,7 +314,8 @@ class Apoptosis:
                 reason = NOTHING_SEEN if observer.blind else f"the run was over before {observer.lacks()}"
                 self._drop_window()
                 self._memory.decision = self._decide()
-                self._book(Tried(self._structure, record(self._run(), "skipped", "unseen", reason)))
+                cause = "unseen" if observer.blind else "rows"
+                self._book(Tried(self._structure, record(self._run(), "skipped", cause, reason)))
             return None
         start = time.perf_counter()
         try:
