@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -65,10 +65,17 @@ def check_optimizers_given(
 
     Raises: ArgumentError: something else, or none that holds a parameter of `trains`, where that is given.
     """
-    found = () if optimizer is None else tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    if optimizer is None:
+        found: tuple[Any, ...] = ()
+    else:
+        several: Any = optimizer
+        plain = not isinstance(several, Sequence) or isinstance(several, str | bytes)
+        found = (optimizer,) if plain else tuple(dict.fromkeys(several))
     for entry in found:
         if not isinstance(entry, Optimizer):
-            raise ArgumentError(f"optimizer is a {type(entry).__name__}, not a torch.optim.Optimizer.")
+            raise ArgumentError(f"optimizer is a {type(entry).__name__}, not a torch.optim.Optimizer.{_wrapped(entry)}")
+        if not isinstance(getattr(entry, "param_groups", None), list):
+            raise ArgumentError(f"optimizer: {type(entry).__name__} has no list param_groups.{_wrapped(entry)}")
     if trains is not None:
         own = {id(parameter) for parameter in trains.parameters()}
         held = {id(p) for entry in found for group in entry.param_groups for p in group["params"]}
@@ -76,6 +83,14 @@ def check_optimizers_given(
             why = "none holds a parameter of the model" if found else "none was given"
             raise ArgumentError(f"optimizer: {why}. Make it from model.parameters(); shrink_() works without one.")
     return found
+
+
+def _wrapped(entry: object) -> str:
+    """Say which optimizer an object wraps, if it does."""
+    for name, value in getattr(entry, "__dict__", {}).items():
+        if isinstance(value, Optimizer):
+            return f" Give its .{name} ({type(value).__name__}), if it keeps no tensors as large as parameters itself."
+    return ""
 
 
 def check_others(

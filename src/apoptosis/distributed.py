@@ -43,6 +43,8 @@ def rebuild_ddp(model: nn.Module) -> None:
         >>> net[2].weight.grad.shape
         torch.Size([1, 3])
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"rebuild_ddp: model is a {type(model).__name__}, not a torch.nn.Module.")
     wrappers = unwrap(model).parallel
     if not wrappers:
         raise ArgumentError(f"rebuild_ddp: {type(model).__name__} is not in DistributedDataParallel; give the wrapper.")

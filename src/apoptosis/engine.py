@@ -62,6 +62,7 @@ from apoptosis.unwrap import bare, layout_of, read_layouts, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
 
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
+_FOLLOW_LATER = "Load the run's checkpoint first, and then register averaged copies, or load their own files before."
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -179,6 +180,11 @@ class Apoptosis:
         return dict(self._memory.full_shapes)
 
     @property
+    def model(self) -> nn.Module:
+        """The network that shrinks, without its wrappers."""
+        return self._patient.model
+
+    @property
     def structure(self) -> Structure:
         """What the last capture found."""
         return self._structure
@@ -236,7 +242,9 @@ class Apoptosis:
         Raises: ArgumentError: the copy's tensors are not those of the model.
         """
         averaged = bare(averaged)
-        check_followers([averaged], self._patient.model)
+        late = "The model has lost channels since: make the copy of the model as it is now, or follow it before."
+        wrong = "It is a copy of another network."
+        check_followers([averaged], self._patient.model, late if self._memory.num_events else wrong)
         self._patient = replace(self._patient, followers=(*self._patient.followers, averaged))
 
     def close(self) -> None:
@@ -271,7 +279,7 @@ class Apoptosis:
         ranks = self._patient.ranks
         structure = with_known(self._patient, self._structure, self._patient.capture())
         check_fits(state, {g.name: g.num_channels for g in structure.groups})
-        check_followers(self._patient.followers, self._patient.model)
+        check_followers(self._patient.followers, self._patient.model, _FOLLOW_LATER)
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             layouts = read_layouts(state.get("buckets", ()))  # older checkpoints, and one process, have none

@@ -87,7 +87,7 @@ def shrink_(
     """
     start = time.perf_counter()
     model, parallel = check_alone(check_model(model))
-    optimizers = check_optimizers_given(optimizer)
+    optimizers = check_optimizers_given(optimizer, trains=model if optimizer is not None else None)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
     options: dict[str, Any] = {"norm_widths": norm_widths, "frozen": frozen}
     seed, _ = check_others(criterion, seed, **options)

@@ -26,7 +26,7 @@ from apoptosis.errors import (
     ShapeError,
     StructureChangedError,
 )
-from apoptosis.graph import analyse, gains, verify_up_to_scale
+from apoptosis.graph import analyse, gains, layout_of, verify_up_to_scale
 from apoptosis.graph.counts import with_follows
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure, without_hint
@@ -107,17 +107,22 @@ def timed_capture(patient: Patient) -> tuple[Structure, float]:
 
 
 def refreshed(patient: Patient, structure: Structure) -> Structure:
-    """Return the structure, captured again if shrink_ or another Apoptosis has changed the model's shapes.
+    """Return the structure, captured again if other hands have changed the model: shapes, types or layers.
 
     Or if the user froze or unfroze parameters: pins that spoke of frozen ones go where they do not hold any more.
     """
     at_rest(patient.model)
     frozen = frozen_names(patient.model) if patient.frozen == "keep" else frozenset()
-    now = dict(patient.model.named_parameters(remove_duplicate=False))
-    same = all(tuple(p.shape) == tuple(structure.shapes.get(name, p.shape)) for name, p in now.items())
-    if same and frozen == structure.frozen:
+    if frozen == structure.frozen and layout_of(patient.model) == structure.layout:
         return structure
-    return with_known(patient, structure, patient.capture())
+    try:
+        new = patient.capture()
+    except CaptureError as error:
+        raise CaptureError(
+            f"the model was changed in the course of the run (layers, shapes or types), and what it is now cannot be "
+            f"captured: {error} Make Apoptosis anew with what it takes now, and a new optimizer."
+        ) from error
+    return with_known(patient, structure, new)
 
 
 def with_known(patient: Patient, old: Structure, new: Structure) -> Structure:

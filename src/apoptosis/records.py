@@ -314,7 +314,8 @@ class Structure:
     compares. pinned_classes: the numbers that are pinned. scalars: per mode, the plain numbers that the arithmetic of
     the forward pass used, call by call. multiples: per mode, what is read times such numbers: (what, (call, place,
     power) each). scalable: per product of activations, the (tensor, dim, positions) that scale its sums alone.
-    frozen: parameters that require no gradient while others do, and therefore stay.
+    frozen: parameters that require no gradient while others do, and therefore stay. layout: stands for the modules and
+    the shapes and types of parameters at capture.
     counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
     """
 
@@ -331,6 +332,7 @@ class Structure:
     multiples: Mapping[str, tuple[tuple[str, tuple[tuple[int, int, float], ...]], ...]] = field(default_factory=dict)
     scalable: Mapping[str, tuple[tuple[str, int, IntArray], ...]] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
+    layout: int = 0
     counts: tuple[Count, ...] = ()
     follows: tuple[Follow, ...] = ()
 

@@ -163,6 +163,13 @@ def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
     stored = state.get("widths")
     if not isinstance(stored, Mapping) or dict(widths) != dict(stored):
         odd = _differing(widths, stored)[:4] if isinstance(stored, Mapping) else []
+        if isinstance(stored, Mapping) and stored.keys() == widths.keys():
+            name = next(name for name in widths if widths[name] != stored[name])
+            raise CheckpointError(
+                f"apoptosis state is of other widths: '{name}' had {str(stored[name])[:40]} channels and has "
+                f"{widths[name]} now. Load the checkpoint that it belongs to into a freshly built model with "
+                "apoptosis.load, which sees to the widths."
+            )
         raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
     return state
 

@@ -32,6 +32,9 @@ def register_criterion(criterion: Criterion) -> None:
 
     References: docs/extending.md, with an example.
     """
+    name = getattr(criterion, "name", None)
+    if not isinstance(name, str) or not callable(getattr(criterion, "rank", None)):
+        raise ArgumentError(f"{criterion!r} is no criterion: it has no name, or no rank() (docs/extending.md).")
     if not criterion.name or criterion.name in _REGISTRY:
         raise ArgumentError(f"a criterion named '{criterion.name}' is registered already; there are {_listed()}.")
 

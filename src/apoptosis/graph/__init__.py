@@ -3,9 +3,9 @@
 Lives here: model in, groups, sites and pins out. Does not live here: statistics, decisions, edits.
 """
 
-from apoptosis.graph.analysis import analyse, replay
+from apoptosis.graph.analysis import analyse, layout_of, replay
 from apoptosis.graph.factors import gains
 from apoptosis.graph.rules import register_rule
 from apoptosis.graph.verification import verify, verify_up_to_scale
 
-__all__ = ["analyse", "gains", "register_rule", "replay", "verify", "verify_up_to_scale"]
+__all__ = ["analyse", "gains", "layout_of", "register_rule", "replay", "verify", "verify_up_to_scale"]

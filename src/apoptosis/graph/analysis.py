@@ -27,6 +27,7 @@ from apoptosis.graph.shares import same_share
 from apoptosis.graph.slots import Slots, named_tensors
 from apoptosis.graph.unread import leave_alone
 from apoptosis.records import Frozen, NormWidths, Seen, Structure
+from apoptosis.sharded import is_unit
 
 
 def analyse(
@@ -62,6 +63,7 @@ def analyse(
         >>> [(g.name, g.num_channels, g.pin.reason if g.pin else None) for g in structure.groups]
         [('0', 6, None), ('2', 2, "they are the network's output")]
     """
+    layout = layout_of(model)
     tensors, aliases, buffers = named_tensors(model)
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
@@ -104,8 +106,21 @@ def analyse(
         multiples={mode: tuple(found) for mode, found in findings.multiples.items()},
         scalable=scalable(findings, classes),
         frozen=kept,
+        layout=layout,
         counts=counts(findings, classes),
     )
+
+
+def layout_of(model: nn.Module) -> int:
+    """Return a number that stands for a model's modules and for the shapes and types of its parameters.
+
+    Where a layer is added, replaced or converted it is another one. Sharded parameters have one type at rest and may
+    have another in use, so that theirs does not count.
+    """
+    modules = tuple((name, id(module)) for name, module in model.named_modules())
+    sharded = any(is_unit(module) for module in model.modules())
+    named = model.named_parameters(remove_duplicate=False)
+    return hash((modules, tuple((name, tuple(p.shape), None if sharded else p.dtype) for name, p in named)))
 
 
 def _one_mode(findings: Findings) -> tuple[str, ...]:

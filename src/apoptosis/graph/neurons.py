@@ -70,6 +70,10 @@ def register_activation(
     """
     if not isinstance(module_type, type) or not issubclass(module_type, nn.Module):
         raise ArgumentError(f"module_type is {module_type!r}; give a class derived from torch.nn.Module.")
+    if not isinstance(name, str) or not callable(phi):
+        raise ArgumentError(f"name={name!r} and phi={phi!r} must be a string and a function.")
+    if not callable(lipschitz) and not hasattr(lipschitz, "__float__"):
+        raise ArgumentError(f"lipschitz={lipschitz!r} must be a number, or a function of the arguments.")
     if module_type in _REGISTRY or module_type in _of_torch():
         raise ArgumentError(f"module type '{module_type.__name__}' is a neuron type already; there are {_listed()}.")
     usual = dict(arguments or {})

@@ -305,6 +305,8 @@ def register_rule(operator: str, rule: Rule) -> None:
         True
         >>> del RULES["special_airy_ai"]
     """
+    if not isinstance(operator, str):
+        raise ArgumentError(f"operator is a {type(operator).__name__}, not the name of an operator.")
     if operator in RULES:
         raise ArgumentError(f"operator '{operator}' has a rule already; there are {len(RULES)} in all.")
     if not callable(rule):

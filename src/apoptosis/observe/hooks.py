@@ -15,7 +15,10 @@ from torch import Tensor
 NOTHING_SEEN = (
     "no training pass went through the modules it watches. The model must be called in training mode with gradients."
 )
-CHANGED_BY_OTHERS = "the model was changed by shrink_ or by another Apoptosis while its channels were watched."
+CHANGED_BY_OTHERS = (
+    "the model was changed by shrink_ or by another Apoptosis, or its layers or types by other hands, while its "
+    "channels were watched."
+)
 
 
 class Hook:

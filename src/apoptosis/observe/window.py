@@ -86,6 +86,7 @@ class Observer:
         self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns of a site that several groups share
         self._places: list[tuple[str, Site, tuple[str, str]]] = []  # group, site, key of its watch
         self._by_module: dict[str, list[Watch]] = {}
+        self._dims: dict[str, int] = {}  # of the weight of a module's first site
         self._gradients = Gradients(seed, wanted=gradients and not any_mode)
         self._samples: dict[str, Sample] = {}
         self._calls: dict[str, int] = {}
@@ -120,7 +121,9 @@ class Observer:
         pool(self._every, [watch.sketch for watch in self._gradients.watches()], samples, self._ranks)
 
     def _watch(self, group: Group, site: Site, exact: bool) -> None:
-        device = self._model.get_parameter(site.weight).device
+        weight = self._model.get_parameter(site.weight)
+        device = weight.device
+        self._dims.setdefault(site.module, weight.dim())
         alone = len(site.columns) * site.columns.shape[1] == site.num_columns
         several = needs_whole_inputs(site)
         whole = not alone and not several and site.num_columns <= WHOLE_COLUMNS
@@ -340,7 +343,7 @@ class Observer:
 
     def _lacks_batch(self, name: str, x: Tensor) -> bool:
         site = self._by_module[name][0].site
-        ndim = self._model.get_parameter(site.weight).dim() if site.conv is None else len(site.conv.axes)
+        ndim = self._dims[name] if site.conv is None else len(site.conv.axes)
         return site.kind != "linear" and x.dim() == ndim - 1
 
     def _take(self, name: str, x: Tensor) -> None:

@@ -108,6 +108,8 @@ def register_attributes(module_type: type[nn.Module], rows: Iterable[tuple[str, 
         raise ArgumentError(
             f"{name} has rows already: {', '.join(row.attribute for row in rows_of_type(module_type))}."
         )
+    if not isinstance(rows, Iterable):
+        raise ArgumentError(f"register_attributes({name}): rows is a {type(rows).__name__}, not a sequence of rows.")
     found = []
     for row in rows:
         match row:

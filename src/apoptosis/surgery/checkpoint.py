@@ -22,6 +22,7 @@ from apoptosis.surgery.attributes import attributes_of
 from apoptosis.surgery.checkpoint_attributes import check_attributes
 from apoptosis.surgery.checkpoint_tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
 from apoptosis.surgery.container import read_file, write_file
+from apoptosis.surgery.given import check_given
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.manifest import Shapes, check_manifest, check_saved
 from apoptosis.surgery.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
@@ -70,6 +71,7 @@ def save(
         >>> wide[0].out_features
         3
     """
+    check_given("save", path, model, optimizer, apo)
     if has_shards(model):
         raise CheckpointError(
             f"'{path}' cannot be written: the model's parameters are spread over processes, and one file would "
@@ -152,6 +154,7 @@ def load(
         CheckpointError: the file is missing, damaged, foreign, newer, of another network, or lacks what was asked for.
             Model and optimizer are as before the call.
     """
+    check_given("load", path, model, optimizer, apo)
     if has_shards(model):
         raise CheckpointError(
             f"checkpoint '{path}' cannot be loaded: the model's parameters are spread over processes. Load it before "

@@ -60,6 +60,11 @@ def check_names(
             continue
         tensor = mine[name]
         if not _fits(model, name, shape, tensor):
+            if _narrower(tuple(tensor.shape), shape, stored["full"].get(name)):
+                raise CheckpointError(
+                    f"it was saved before channels went that this model has lost: '{name}' has shape {shape} there and "
+                    f"{tuple(tensor.shape)} here. Load it into a freshly built model of full width."
+                )
             raise CheckpointError(
                 f"it is of another network: '{name}' has shape {shape} there and {tuple(tensor.shape)} in "
                 "this model, whose widths must be those before any removal."
@@ -92,6 +97,13 @@ def check_tensors(
         ).copy_(value)
         pairs.append((tensor, fresh))
     return pairs
+
+
+def _narrower(now: Sequence[int], there: Sequence[int], full: Sequence[int] | None) -> bool:
+    """Whether a model is at most as wide as a checkpoint that knows which widths it was built with."""
+    if full is None or len(now) != len(there) or len(full) != len(there):
+        return False
+    return all(mine <= theirs <= built for mine, theirs, built in zip(now, there, full, strict=True))
 
 
 def _fits(model: nn.Module, name: str, shape: Sequence[int], tensor: Tensor) -> bool:

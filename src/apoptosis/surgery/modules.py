@@ -31,6 +31,8 @@ from apoptosis.surgery.optimizers import StateChange, state_changes
 from apoptosis.surgery.splits import SplitChange, followed, split_changes
 from apoptosis.surgery.values import apply_edit, merge_like
 
+_COPY = "Its shapes were changed by other hands, or the model's were; give apoptosis a copy of the model as it is."
+
 
 class Transaction:
     """One surgery on model, optimizers and followers; undone bitwise until it is committed.
@@ -208,8 +210,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def check_followers(followers: Iterable[nn.Module], model: nn.Module) -> None:
+def check_followers(followers: Iterable[nn.Module], model: nn.Module, remedy: str = _COPY) -> None:
     """Refuse averaged copies that are none: each needs the model's tensor names and shapes.
+
+    remedy: what to do where shapes differ.
 
     Raises: ArgumentError: with the first name that differs.
     """
@@ -217,10 +221,10 @@ def check_followers(followers: Iterable[nn.Module], model: nn.Module) -> None:
     for follower in followers:
         if not isinstance(follower, nn.Module):
             raise ArgumentError(f"a follower is an AveragedModel or a copy of the model, not a {type(follower)}.")
-        _check_copy(follower, mine)
+        _check_copy(follower, mine, remedy)
 
 
-def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor]) -> None:
+def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor], remedy: str) -> None:
     theirs = named_tensors(_copy_of(follower))
     for name, tensor in mine.items():
         if name not in theirs:
@@ -228,7 +232,7 @@ def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor]) -> None:
         if theirs[name].shape != tensor.shape:
             raise ArgumentError(
                 f"follower {type(follower).__name__} is no copy of the model: '{name}' has shape "
-                f"{tuple(theirs[name].shape)} instead of {tuple(tensor.shape)}. Register it before the first event."
+                f"{tuple(theirs[name].shape)} instead of {tuple(tensor.shape)}. {remedy}"
             )
 
 

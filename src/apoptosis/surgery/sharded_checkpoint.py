@@ -33,6 +33,7 @@ from apoptosis.sharded import at_rest, group_of, has_shards, is_sharded
 from apoptosis.surgery.checkpoint import Resumable, check_shapes, packed, take_over
 from apoptosis.surgery.checkpoint_tensors import PREFIX
 from apoptosis.surgery.container import library_version
+from apoptosis.surgery.given import check_given
 from apoptosis.surgery.tensor_list import Tensors
 from apoptosis.unwrap import bare, parallel_in
 
@@ -76,6 +77,7 @@ def save_sharded(
         >>> wide[0].out_features
         3
     """
+    check_given("save_sharded", folder, model, optimizer, apo)
     target = Path(os.path.realpath(folder))
     whole, writing = bare(model), target.with_name(f"{target.name}.writing")
     group, ranks = _together(model)
@@ -169,6 +171,7 @@ def load_sharded(
     Raises: CheckpointError: the folder is missing, damaged, of another network or other widths, or lacks what was asked
         for. Model and optimizer are as before the call.
     """
+    check_given("load_sharded", folder, model, optimizer, apo)
     target = Path(os.path.realpath(folder))
     if not target.exists() and _old(target).exists():
         target = _old(target)
