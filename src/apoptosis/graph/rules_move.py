@@ -307,6 +307,14 @@ def _copy_into(call: Call) -> Result:
     return replace(value, ids=align(value.ids, target.dim()), source=None)
 
 
+def _pack(call: Call) -> Result:
+    """Lay the steps of sequences of several lengths one after the other; channels stay along the last axis."""
+    value, last = held(call, call.args[0]), call.args[0].dim() - 1
+    if varying(value.ids) - {last}:
+        return no_rule(call, "packs sequences whose positions are channels")
+    return [value.moved(value.ids.reshape(1, -1)), None]
+
+
 def _unfold(call: Call) -> Result:
     tensor = call.args[0]
     value = call.tracer.value(tensor)
@@ -348,6 +356,7 @@ MOVES: dict[str, Rule] = {
     "native_channel_shuffle": moving(_channel_shuffle),
     "copy": _copy_into,
     "unfold": _unfold,
+    "_pack_padded_sequence": _pack,
     "_neg_view": _copy,
     "_pin_memory": _copy,
 }
