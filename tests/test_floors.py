@@ -32,8 +32,8 @@ FLOORS = {
     "launch": 3,
     "norms": 2,
     "responses": 1,
-    "files": 2,
-    "plain_json": 2,
+    "files": 1,
+    "plain_json": 1,
     "arguments": 3,
     "distributed": 3,
     "criteria": 3,
@@ -221,7 +221,7 @@ def test_the_page_tells_the_same_floors():
 
 def test_the_report_reads_the_log_alone():
     used = {room(name) for m, tree in TREES.items() if room(m) == "report" for _, name in own_imports(m, tree)}
-    assert used <= {"report", "events", "errors"}
+    assert used <= {"report", "events", "errors", "files"}  # the last writes pages whole; none of them trains
 
 
 # The checks themselves: each must be able to fail.

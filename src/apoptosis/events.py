@@ -23,6 +23,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from apoptosis.errors import ApoptosisError, ArgumentError, DataError
+from apoptosis.files import check_regular
+from apoptosis.plain_json import parse
 
 FORMAT = "apoptosis-events"
 VERSION = 1
@@ -94,7 +96,10 @@ class EventLog:
         if self._fd is None:
             raise ArgumentError(f"event log '{self.path}' is closed; open it again to append")
         before = os.fstat(self._fd).st_size
-        written = os.write(self._fd, line)
+        try:
+            written = os.write(self._fd, line)
+        except OSError as error:
+            raise OSError(f"event log '{self.path}': {error.strerror or error}; what was logged stays") from error
         if written != len(line):
             os.ftruncate(self._fd, before)
             raise OSError(f"event log '{self.path}': wrote {written} of {len(line)} bytes; is the disk full?")
@@ -146,6 +151,8 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         last = number == len(lines)  # without its newline: unfinished unless it parses (or nothing at all)
         if last and not _is_object(line):
+            if number == 1 and not _HEADER.startswith(line):
+                raise DataError(f"{path}:1: not an apoptosis event log; choose another file")
             break
         record = _parse(line, f"{path}:{number}")
         if number == 1:
@@ -182,6 +189,7 @@ def _unfinished(path: Path) -> _Tail:
 
 def _bytes(path: Path) -> bytes:
     try:
+        check_regular(path)
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"'{path}': no event log there; give the folder of a run") from None
@@ -191,8 +199,8 @@ def _bytes(path: Path) -> bytes:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        record = parse(line)
+    except ValueError as error:
         reason = "empty line" if not line.strip() else getattr(error, "msg", None) or str(error)
         raise DataError(f"{where}: not a JSON object ({reason}); the log is damaged") from None
     if not isinstance(record, dict):
@@ -223,7 +231,3 @@ def _key(key: object, name: str) -> str:
     if isinstance(key, str | int) and not isinstance(key, bool):
         return str(key)
     raise ArgumentError(f"event log: {name} has a key of type {type(key).__name__}; use strings")
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

@@ -83,6 +83,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, target)
         with contextlib.suppress(OSError):  # some file systems cannot sync a folder
             _sync(target.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a write says what happened, but not to what
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -10,9 +10,15 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run the command and exit: 0 done, 2 bad input, 130 interrupted, 141 output unread; failures are one line."""
     try:
         from apoptosis.cli.app import run
+    except KeyboardInterrupt:
+        sys.stderr.write("apoptosis: error: interrupted before anything was begun\n")
+        sys.exit(130)
+    except MemoryError:
+        sys.stderr.write("apoptosis: error: there is not enough memory to begin; raise the limit (ulimit -v)\n")
+        sys.exit(2)
     except ModuleNotFoundError as error:
         sys.stderr.write(f"apoptosis: error: {error}; install the command with: pip install 'torch-apoptosis[cli]'\n")
         sys.exit(2)

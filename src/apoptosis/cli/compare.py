@@ -63,8 +63,7 @@ def compare(
     numbers = o.integers("--seeds", seeds)
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise ArgumentError(f"--seeds: '{seeds}' must be different whole numbers, 0 or more.")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ArgumentError(f"--json: there is no folder '{json_file.parent}'.")
+    o.check_json_file(json_file)
     path = out or default_folder(config)
     shown = console()
     with RunFolder(path) as folder, display(shown, quiet) as watch:

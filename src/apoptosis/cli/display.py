@@ -18,10 +18,16 @@ from apoptosis.recipes.loop import Epoch, Trainer, Watcher
 PLAIN_WIDTH = 140
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command to say how it ends; rich would end it without a word."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Return a console on stdout; wide enough for tables where it is no terminal."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=PLAIN_WIDTH, no_color=True)
+    out = _Output(highlight=False)
+    return out if out.is_terminal else _Output(highlight=False, width=PLAIN_WIDTH, no_color=True)
 
 
 class Silent:

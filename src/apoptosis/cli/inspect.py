@@ -6,7 +6,6 @@ Lives here: importing the user's network, the tables. Does not live here: the an
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import sys
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from apoptosis.cli.display import console
-from apoptosis.cli.options import JsonFile, integers
+from apoptosis.cli.options import JsonFile, check_json_file, integers
 from apoptosis.cli.voice import works_alone
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
 from apoptosis.graph.fakes import built_fake, make_fake
 from apoptosis.operate import Patient
+from apoptosis.plain_json import parse
 from apoptosis.probe import as_call, num_rows
 from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.networks import num_parameters
@@ -64,6 +64,7 @@ def inspect(
 ) -> None:
     """List the coupled channel groups of a network, their widths and consumer sites, and what is pinned and why."""
     works_alone("inspect")
+    check_json_file(json_file)
     inputs = [_trial(shape, batch, input_dtype) for shape in input_shape or ()]
     with placed(device) as place:
         network, example = build(model, kwargs)
@@ -125,9 +126,9 @@ def build(model: str, kwargs: str) -> tuple[nn.Module, Any]:
     if not module_name or not name:
         raise ArgumentError(f"'{model}' is not of the form package.module:factory.")
     try:
-        arguments = json.loads(kwargs)
+        arguments = parse(kwargs)
     except ValueError as error:
-        raise ArgumentError(f"--kwargs: '{kwargs}' is not JSON ({error}).") from error
+        raise ArgumentError(f"--kwargs: '{kwargs[:80]}' is not JSON ({error}).") from error
     if not isinstance(arguments, dict):
         raise ArgumentError(f"--kwargs: '{kwargs}' is not a JSON object.")
     here = os.getcwd()

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from apoptosis.errors import ArgumentError
+from apoptosis.files import check_regular
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.datasets import DATASETS
 from apoptosis.recipes.networks import ACTIVATIONS, NETWORKS
@@ -75,8 +76,22 @@ Launcher = Annotated[
     ),
 ]
 Quiet = Annotated[bool, _option("Print nothing but the result.", "--quiet", "-q")]
-Out = Annotated[Path | None, _option("Run folder. Default: runs/DATA-NETWORK-TIME.")]
-JsonFile = Annotated[Path | None, _option("Also write the result to this file.", "--json")]
+
+
+def path_of(text: str) -> Path:
+    """Take a path that was typed; an empty one would be the folder one is in.
+
+    Raises: ArgumentError: it is empty, or holds a character that no name can.
+    """
+    if not text.strip() or "\0" in text:
+        raise ArgumentError(f"{text!r} names no file or folder: leave the option out, or name one.")
+    return Path(text)
+
+
+Out = Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-NETWORK-TIME.", parser=path_of)]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file.", parser=path_of, metavar="FILE")
+]
 
 
 def given(ctx: typer.Context) -> dict[str, Any]:
@@ -112,6 +127,21 @@ def same_config(stored: RunConfig, typed: Mapping[str, Any], run: Path) -> RunCo
                 "keeps its configuration."
             )
     return stored
+
+
+def check_json_file(path: Path | None) -> None:
+    """Refuse, before anything runs, a result file that could not be written in the end.
+
+    Raises: ArgumentError: no such folder, or something there that is no file.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ArgumentError(f"--json: there is no folder '{path.parent}'.")
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise ArgumentError(f"--json: {error}.") from error
 
 
 def integers(option: str, text: str) -> tuple[int, ...]:

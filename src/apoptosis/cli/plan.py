@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apoptosis import shrink_
 from apoptosis.cli.display import console
-from apoptosis.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance
+from apoptosis.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance, check_json_file, path_of
 from apoptosis.cli.voice import works_alone
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError, CheckpointError
@@ -29,7 +29,7 @@ from apoptosis.surgery import load
 
 
 def plan(
-    checkpoint: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint file in it.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint file in it.", parser=path_of)],
     tolerance: Tolerance = None,
     criterion: Criterion = "",
     data_dir: DataDir = None,
@@ -38,6 +38,7 @@ def plan(
 ) -> None:
     """Say what would be removed from the network of a checkpoint, and what that would change. Nothing is written."""
     works_alone("plan")
+    check_json_file(json_file)
     path, config = _find(checkpoint)
     asked = {"tolerance": tolerance, "criterion": criterion or None, "data_dir": data_dir, "device": device or None}
     config = RunConfig.checked(**{**config.model_dump(), **{k: v for k, v in asked.items() if v is not None}})

@@ -11,10 +11,11 @@ from typing import Annotated
 import typer
 
 from apoptosis.cli.display import console
+from apoptosis.cli.options import path_of
 from apoptosis.cli.voice import works_alone
 
 
-def report(run: Annotated[Path, typer.Argument(help="Folder of a run of train or compare.")]) -> None:
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run of train or compare.", parser=path_of)]) -> None:
     """Write one self-contained HTML page about a run, and its plots as PNGs."""
     works_alone("report")
     from apoptosis.report import write_report

@@ -18,7 +18,7 @@ from apoptosis.cli.voice import one_voice
 from apoptosis.errors import ArgumentError
 from apoptosis.launch import Group
 from apoptosis.recipes.config import RunConfig, resolve_device
-from apoptosis.recipes.folder import CHECKPOINT, CONFIG, RunFolder
+from apoptosis.recipes.folder import CHECKPOINT, CONFIG, RunFolder, has_results
 from apoptosis.recipes.train import train as run_train
 
 D = o.DEFAULTS
@@ -56,10 +56,14 @@ def train(
     tensorboard: o.TensorBoard = False,
     out: o.Out = None,
     launcher: o.Launcher = "auto",
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder exactly.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder exactly.", parser=o.path_of)
+    ] = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Train one network; with apoptosis unless told otherwise."""
+    if resume is not None and out is not None:
+        raise ArgumentError(f"--out: a run that is resumed goes on in its own folder, '{resume}'; leave --out out.")
     config = o.to_config(ctx) if resume is None else o.same_config(_stored(resume), o.given(ctx), resume)
     if config.device not in ("auto", "cuda"):  # which is whose, the launcher says
         resolve_device(config.device)
@@ -69,8 +73,9 @@ def train(
 
 
 def _run(group: Group, config: RunConfig, path: Path, resume: str, *, quiet: bool) -> None:
-    first = group.rank == 0
-    shown = console()
+    first, shown = group.rank == 0, console()
+    if first and resume == "folder":
+        shown.print(f"'{path}' holds no checkpoint yet: the run begins anew", soft_wrap=True, markup=False)
     opened = group.ranks.each(lambda: RunFolder(path, resume=resume != "", writes=first))
     with opened as folder, display(shown, quiet or not first) as watch:
         summary = run_train(folder, config, resume=resume == "checkpoint", watch=watch, group=group)
@@ -87,7 +92,7 @@ def _where(group: Group, config: RunConfig, out: Path | None, resume: Path | Non
     Raises: ArgumentError: they may be started anew, and would not find it. DataError: another run lies there.
     """
     if resume is not None:
-        return resume, "checkpoint"
+        return resume, group.ranks.first("checkpoint" if has_results(resume) else "folder")
     if group.place.restartable and out is None:
         raise ArgumentError("torchrun --max-restarts needs --out: processes started anew go on with the run in there.")
     path = group.ranks.first(out or default_folder(config))

@@ -5,7 +5,7 @@ Lives here: `RunConfig`. Does not live here: what is done with it.
 
 from __future__ import annotations
 
-import json
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,10 +13,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from apoptosis.errors import ArgumentError, DataError
+from apoptosis.files import check_regular, replacing
+from apoptosis.plain_json import parse
 from apoptosis.recipes.datasets import DATASETS
 from apoptosis.recipes.networks import ACTIVATIONS, NETWORKS
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class RunConfig(BaseModel):
@@ -38,7 +40,7 @@ class RunConfig(BaseModel):
     activation: str = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     epochs: Positive = 10
-    batch: Annotated[int, Field(ge=2)] = 128
+    batch: Annotated[int, Field(ge=2, lt=2**31)] = 128
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -46,12 +48,12 @@ class RunConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     apoptosis: bool = True
     tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
     criterion: str = "interpolative"
     budget: Annotated[float, Field(gt=0, lt=1)] | None = None
-    probe_rows: Annotated[int, Field(ge=0)] = 4096
+    probe_rows: Annotated[int, Field(ge=0, lt=2**31)] = 4096
     align: Positive = 8
     exclude: tuple[str, ...] = ()
     calibration: Annotated[float, Field(gt=0)] | None = None
@@ -74,7 +76,7 @@ class RunConfig(BaseModel):
             first = error.errors()[0]
             option = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
             message = first["msg"].removeprefix("Value error, ")
-            given = f" (given: {first['input']})" if first["loc"] else ""
+            given = f" (given: {str(first['input'])[:80]})" if first["loc"] else ""
             raise ArgumentError(f"{option}{message}{given}.") from error
 
     @classmethod
@@ -84,24 +86,32 @@ class RunConfig(BaseModel):
         Raises: DataError: the file is missing, no JSON, or holds what this version does not know.
         """
         try:
-            values = json.loads(path.read_text())
+            check_regular(path)
+            values = parse(path.read_bytes())
+            if not isinstance(values, dict):
+                raise TypeError(f"it holds a {type(values).__name__}, not options by name")
             return cls.checked(**values)
         except FileNotFoundError as error:
             raise DataError(f"'{path}' is missing: '{path.parent}' is not the folder of a run.") from error
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read: {error.strerror or error}.") from error
         except (ValueError, TypeError) as error:
             why = " ".join(str(error).split())
             raise DataError(f"'{path}' is not the configuration of a run: {why}") from error
 
     def write(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
+        """Write as JSON; the file appears whole or not at all."""
+        with replacing(path) as partial:
+            partial.write_text(self.model_dump_json(indent=2) + "\n")
 
     @field_validator("data", "network", "activation")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
         known = {"data": DATASETS, "network": NETWORKS, "activation": ACTIVATIONS}[info.field_name]
         if value not in known:
-            raise ValueError(f"unknown; there are {', '.join(known)}")
+            near = difflib.get_close_matches(value, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown; there are {', '.join(known)}{meant}")
         return value
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ import torch
 
 from apoptosis.errors import ArgumentError, DataError
 from apoptosis.events import EventLog, to_json
+from apoptosis.files import replacing
 from apoptosis.recipes.config import RunConfig
 from apoptosis.recipes.loop import Epoch, LogRecord
 from apoptosis.recipes.machine import machine, versions
@@ -28,10 +29,12 @@ class RunFolder:
     """An open run folder; use it as a context.
 
     Args:
-        path: created when absent. resume: the folder must hold a run already; otherwise it must hold none.
+        path: created when absent. resume: the folder must hold a run already; otherwise it must hold none, but for one
+            that ended before its first checkpoint.
         writes: False for a process that only reads checkpoints there: rank 0 of its run writes all the rest.
 
-    Raises: ArgumentError: a run lies there already. DataError: none does, to resume. OSError: it cannot be written.
+    Raises: ArgumentError: a run lies there already, or another process writes it now. DataError: none does, to resume.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, *, resume: bool = False, writes: bool = True) -> None:
@@ -46,10 +49,11 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataError(f"run folder '{path}' cannot be made: {error.strerror}.") from error
-            if (path / CONFIG).exists():
+            if (path / CONFIG).exists() and has_results(path):
                 raise ArgumentError(f"'{path}' holds a run already: resume it with --resume, or name another folder.")
-        self._begun = resume
+        self._begun = resume or (path / CONFIG).exists()
         self._log = EventLog(path / LOG)
+        self._lock = _locked(path / LOG)
 
     @property
     def checkpoint(self) -> Path:
@@ -126,6 +130,9 @@ class RunFolder:
         if not self._writes:
             return
         self._log.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         if not self._begun:
             self._begun = True
             (self.path / LOG).unlink(missing_ok=True)
@@ -144,9 +151,33 @@ class RunFolder:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write plain values as JSON; the file appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(to_json(dict(values)), indent=2, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def has_results(path: Path) -> bool:
+    """Whether a run folder holds more than a beginning: a checkpoint, networks or a summary."""
+    return (path / SUMMARY).exists() or any(path.glob("*.safetensors"))
+
+
+def _locked(log: Path) -> int | None:
+    """Keep other processes from writing the same run; the lock ends with the process, however that ends.
+
+    Returns: a descriptor to close; None where the file system has no locks.
+
+    Raises: ArgumentError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # of another kind of system
+        return None
+    descriptor = os.open(log, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ArgumentError(f"'{log.parent}' is being written by another process: name another folder.") from error
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -7,10 +7,10 @@ Lives here: the one verb, `write_report`. Does not live here: reading the log (`
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from apoptosis.errors import ApoptosisError, DataError
+from apoptosis.files import replacing
 from apoptosis.report.run import RunData, read_run
 
 __all__ = ["RunData", "read_run", "write_report"]
@@ -51,7 +51,7 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
                 _write(folder / f"{plot.key}.png", plot.png)
             else:  # a plot of an earlier state of this folder would contradict the page
                 (folder / f"{plot.key}.png").unlink(missing_ok=True)
-        _write(page, render(run, plots).encode())
+        _write(page, render(run, plots).encode(errors="replace"))
     except OSError as error:
         raise DataError(f"report '{page}': cannot be written ({error.strerror or error})") from None
     return page
@@ -59,12 +59,5 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
 
 def _write(path: Path, data: bytes) -> None:
     """Replace a file at once: a reader sees the old or the new one, never half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial:
+        partial.write_bytes(data)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +62,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of groups are names, whatever dollar signs they hold
     "lines.linewidth": 2.0,
     "svg.fonttype": "none",
     "svg.hashsalt": "apoptosis",
@@ -71,6 +74,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 DASHES = ("-", "--", "-.", ":")
 MAX_LABELLED = 8
+_LONGEST_LABEL = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,8 @@ class Plot:
 
 def draw_all(run: RunData) -> tuple[Plot, ...]:
     """Draw every plot that the log has the data for, in the order of the page."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the page has them
         return tuple(draw(run) for draw in (_widths, _size, _learning, _certificates, _time))
 
 
@@ -136,7 +141,8 @@ def _widths(run: RunData) -> Plot:
     order = sorted(lines, key=lambda g: -lines[g][0][1])
     labelled = set(order[:MAX_LABELLED]) if len(order) > MAX_LABELLED else set(order)
     for i, group in enumerate(lines):
-        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)], "label": group}
+        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)]}
+        look["label"] = shown_name(group)
         if group not in labelled:
             look = {"color": MUTED, "linestyle": "-", "linewidth": 0.8}
         ax.step([x for x, _ in lines[group]], [y for _, y in lines[group]], where="post", **look)
@@ -176,7 +182,7 @@ def _size(run: RunData) -> Plot:
 
 def _learning(run: RunData) -> Plot:
     key, title = "learning", "Loss and metric over time"
-    metric = METRIC_WORDS.get(run.metric_name, run.metric_name)
+    metric = METRIC_WORDS.get(run.metric_name, shown_name(run.metric_name))
     caption = f"Training loss of each epoch and {metric} on the validation part after it, over training seconds."
     panels = [p for p in (("loss", "training loss"), ("metric", f"validation {metric}")) if _has(run, p[0])]
     if not panels:
@@ -303,6 +309,19 @@ def _scale(ax: Axes, values: Iterable[float]) -> None:
         ax.set_yscale("symlog", linthresh=min(positive))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
     ax.set_ylim(0, None)
+
+
+def shown_name(name: str) -> str:
+    r"""Return a name as a plot can show it: in one line, not too long, without characters that are none.
+
+    Example:
+        >>> shown_name("fc"), shown_name("_stem"), shown_name("two\nlines"), len(shown_name("x" * 500))
+        ('fc', ' _stem', 'two lines', 40)
+    """
+    shown = "".join("\ufffd" if unicodedata.category(c) in ("Cs", "Cn", "Co") else c for c in name)
+    shown = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cf") else c for c in shown).split())
+    shown = shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 3]}..."
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves labels with an underscore out
 
 
 def _has(run: RunData, column: str) -> bool:

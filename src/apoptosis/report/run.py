@@ -20,6 +20,7 @@ DENSE = "dense"
 APOPTOSIS = "apoptosis"
 
 Record = Mapping[str, Any]
+_LARGEST = 1e100  # beyond, axes overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +183,10 @@ def read_run(run_dir: Path) -> RunData:
 
 
 def number(value: object) -> float | None:
-    """Return a finite number, or None for everything else (null, text, booleans)."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """Return a finite number that a plot can hold, or None for everything else (null, text, booleans, 10**400)."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if -_LARGEST < value < _LARGEST else None
 
 
 def seed_of(record: Record) -> int:
@@ -199,7 +202,8 @@ def step_of(record: Record) -> float:
 def event_groups(event: Record) -> dict[str, tuple[int, int]]:
     """Group -> (width before, width after)."""
     groups = _mapping(event.get("groups"))
-    return {k: (int(v[0]), int(v[1])) for k, v in groups.items() if isinstance(v, list) and len(v) == 2}
+    pairs = {k: [number(width) for width in v] for k, v in groups.items() if isinstance(v, list) and len(v) == 2}
+    return {k: (int(v[0]), int(v[1])) for k, v in pairs.items() if v[0] is not None and v[1] is not None}
 
 
 def before_after(event: Record, key: str) -> list[float]:
@@ -212,7 +216,8 @@ def before_after(event: Record, key: str) -> list[float]:
 def certificates(event: Record) -> list[Record]:
     """Return the event's certificates that hold a value."""
     found = event.get("certificates")
-    return [c for c in found if isinstance(c, dict) and number(c.get("value")) is not None] if found else []
+    entries = found if isinstance(found, list) else []
+    return [c for c in entries if isinstance(c, dict) and number(c.get("value")) is not None]
 
 
 def measured(event: Record, certificate: Record) -> float | None:

@@ -155,7 +155,7 @@ def _certified(event: Record) -> str:
     lines = []
     found = certificates(event)
     for kind in sorted({str(c.get("kind")) for c in found}, key=lambda k: CERTIFICATE_ORDER.get(k, 9)):
-        largest = max((c for c in found if c.get("kind") == kind), key=lambda c: float(c["value"]))
+        largest = max((c for c in found if str(c.get("kind")) == kind), key=lambda c: float(c["value"]))
         about = f" at {largest.get('subject')}" if kind != "accuracy" else ""
         confidence = number(largest.get("confidence"))
         sure = f", {100 * confidence:.4g} %" if confidence is not None and confidence < 1 else ""
