@@ -18,6 +18,8 @@ FLOORS = {
     "records": 1,
     "errors": 1,
     "history": 1,
+    "interrupts": 1,
+    "module_state": 1,
     "numerics": 2,
     "policy": 2,
     "events": 2,

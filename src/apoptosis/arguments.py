@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError
+from apoptosis.passes import check_not_inference
 from apoptosis.records import Frozen, NormWidths
 from apoptosis.sharded import check_sharded
 from apoptosis.unwrap import Unwrapped, unwrap
@@ -23,7 +24,8 @@ from apoptosis.unwrap import Unwrapped, unwrap
 def check_model(model: object) -> Unwrapped:
     """Check that it is a module with data in it, and take its wrappers off.
 
-    Raises: ArgumentError: no module, a wrapper that removal does not reach through, parameters without shape or data.
+    Raises: ArgumentError: no module, a wrapper that removal does not reach through, parameters without shape or data,
+    or torch.inference_mode().
     """
     if not isinstance(model, nn.Module):
         remedy = " Give the module that was exported." if type(model).__name__ == "ExportedProgram" else ""
@@ -49,6 +51,7 @@ def check_model(model: object) -> Unwrapped:
                     "Materialise the model (model.to_empty(device=...), then initialise or load it); "
                     "`apoptosis inspect` needs none."
                 )
+    check_not_inference(unwrapped.model, "removing channels")
     return unwrapped
 
 

@@ -265,12 +265,16 @@ class Apoptosis:
         Raises: CheckpointError: the state is of another network or other widths. RankError: ranks load different ones.
         Nothing has changed then.
         """
-        window = self._observer
-        if window is not None:  # the capture below is no pass of the user's
-            window.close()
+        window, before, verdict = self._observer, dict(vars(self)), self._verdict.state_dict()
         try:
+            if window is not None:  # the capture below is no pass of the user's
+                window.close()
             self._restore(state)
         except BaseException:
+            if self._observer is not None and self._observer is not window:
+                self._observer.close()
+            vars(self).update(before)
+            self._verdict.load_state_dict(verdict)
             if window is not None:
                 window.open()
             raise
@@ -327,9 +331,10 @@ class Apoptosis:
             return None
         start = time.perf_counter()
         try:
-            if observer is not None:
-                return self._event(observer)
-            self._open_window()
+            with torch.inference_mode(False):  # tensors made in it could not be trained
+                if observer is not None:
+                    return self._event(observer)
+                self._open_window()
             return None
         finally:
             self._memory.own_seconds += time.perf_counter() - start
@@ -342,9 +347,15 @@ class Apoptosis:
         if not self.groups():
             self._memory.decision = self._decide()
             return
-        self._observer = new_window(self._run(), self.groups())
-        self._observer.open()
         self._memory.window_start = self._memory.step
+        observer = new_window(self._run(), self.groups())
+        try:
+            observer.open()
+            self._observer = observer
+        except BaseException:
+            observer.close()
+            self._observer = None
+            raise
 
     def _drop_window(self) -> None:
         if self._observer is not None:

@@ -20,6 +20,10 @@ class CaptureError(ApoptosisError):
     """The model's forward pass could not be captured on the example input."""
 
 
+class OutOfMemoryError(ApoptosisError, MemoryError):
+    """Memory ran out in a forward pass of the library's own; says nothing about the model's structure."""
+
+
 class StructureChangedError(ApoptosisError):
     """After an edit, a consumer column meets another channel than the one it was folded for."""
 

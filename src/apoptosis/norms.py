@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import ShapeError
+from apoptosis.interrupts import is_out_of_memory
 from apoptosis.records import NormWay
 from apoptosis.responses import Response, computes_response, response
 
@@ -344,7 +345,9 @@ def _is_rms_norm(module: nn.Module, weight: Tensor, eps: float) -> bool:
         try:
             with torch.no_grad():
                 got = module.forward(x)
-        except Exception:  # noqa: BLE001  # the user's forward may raise anything: then it is no such norm
+        except Exception as error:  # the user's forward may raise anything: then it is no such norm
+            if is_out_of_memory(error):
+                raise
             return False
         if not isinstance(got, Tensor) or got.shape != x.shape:
             return False

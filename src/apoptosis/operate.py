@@ -22,6 +22,7 @@ from apoptosis.errors import (
     ArgumentError,
     CaptureError,
     NonFiniteError,
+    OutOfMemoryError,
     RankError,
     ShapeError,
     StructureChangedError,
@@ -31,6 +32,7 @@ from apoptosis.graph.counts import with_follows
 from apoptosis.graph.factors import LEFT_OUT
 from apoptosis.graph.failures import after_failure, without_hint
 from apoptosis.graph.frozen import FROZEN, frozen_names
+from apoptosis.interrupts import restoring
 from apoptosis.outputs import Change, ReadLogits, together
 from apoptosis.passes import forget_compiled
 from apoptosis.probe import Probe, comparable, compare, outputs, training_outputs
@@ -262,8 +264,28 @@ def _attempt(
     Nothing went wrong ("") where numbers need a factor and those they are compared with may be old, and where training
     mode has to be compared, too (_RESIZED).
     """
-    fault, again, after = "", False, None
-    with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
+    transaction = Transaction(patient.model, patient.optimizers, patient.followers)
+    with restoring(transaction.close):
+        tried = _tried(transaction, patient, structure, reductions, dropped_variance, probe, before, judge, old_numbers)
+    if tried[0] is not None and tried[0].committed:
+        set_up_again(patient)
+        forget_compiled()
+    return tried
+
+
+def _tried(
+    transaction: Transaction,
+    patient: Patient,
+    structure: Structure,
+    reductions: list[Reduction],
+    dropped_variance: Mapping[str, Tensor],
+    probe: Probe | None,
+    before: _Before | None,
+    judge: Judge,
+    old_numbers: bool,
+) -> tuple[Outcome | None, str]:
+    fault, again, after, short = "", False, None, None
+    with transaction:
         try:
             new, scaled = _edit(transaction, patient, structure, reductions, dropped_variance)
             again = scaled and old_numbers
@@ -271,6 +293,9 @@ def _attempt(
                 after = _outputs_after(patient, probe, training=before.training is not None)
         except _BROKEN as error:
             fault = str(error) or type(error).__name__
+        except OutOfMemoryError as error:  # says nothing about a group; on one rank, it ends the event on all
+            short = error
+        patient.ranks.each(partial(_raise, short))
         fault, again = patient.ranks.fault(fault), patient.ranks.any(again)
         if fault or again:
             transaction.rollback()
@@ -286,12 +311,14 @@ def _attempt(
                 transaction.rollback()
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
         patient.ranks.same_parameters("after an event", patient.model)
+        known = with_known(patient, structure, new)
         transaction.commit()
-    set_up_again(patient)
-    forget_compiled()
-    return Outcome(
-        committed=True, structure=with_known(patient, structure, new), change=change, done=tuple(reductions)
-    ), ""
+    return Outcome(committed=True, structure=known, change=change, done=tuple(reductions)), ""
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _measured(patient: Patient, probe: Probe, before: _Before, after: tuple[list[Any], list[Any] | None]) -> Change:
@@ -349,12 +376,12 @@ def _outputs_before(patient: Patient, probe: Probe, *, training: bool = False) -
 def _outputs_after(patient: Patient, probe: Probe, *, training: bool) -> tuple[list[Any], list[Any] | None]:
     """Return what the edited network says on examples that the network before took, in one mode or both.
 
-    Raises: CaptureError: it fails on them.
+    Raises: CaptureError: it fails on them. OutOfMemoryError: memory runs out.
     """
     passes = _passes(patient, probe)
     try:
         found = outputs(patient.model, probe, passes=passes)
-    except (torch.OutOfMemoryError, RankError):
+    except (OutOfMemoryError, RankError):
         raise
     except Exception as error:  # the user's forward may raise anything
         raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error
@@ -379,14 +406,14 @@ def _guilty(
         if first.group in found:
             continue
         trial = [first, *(r for r in reductions if r.group in equal[first.group])]
-        with Transaction(patient.model, patient.optimizers, patient.followers) as transaction:
+        transaction = Transaction(patient.model, patient.optimizers, patient.followers)
+        with restoring(transaction.close):
             try:
                 _edit(transaction, patient, structure, trial, dropped)
                 if probe is not None:
                     _outputs_after(patient, probe, training=False)
             except _BROKEN as error:
                 found.update((reduction.group, str(error)) for reduction in trial)
-            transaction.rollback()
     return {name: reason for own in patient.ranks.gathered(found) for name, reason in own.items()}
 
 

@@ -1,12 +1,14 @@
 """Forward passes that the library runs by itself, and compiled models.
 
-Lives here: telling such a pass from the user's own, keeping it from waiting for other processes, running compiled parts
-eagerly where they must be watched, forgetting what was compiled for other shapes. Does not live here: what a pass is
-run for (graph, probe, observe).
+Lives here: the one context in which they run and which leaves no trace on the model, telling such a pass from the
+user's own, keeping it from waiting for other processes, running compiled parts eagerly where they must be watched,
+forgetting what was compiled for other shapes. Does not live here: what a pass is run for (graph, probe, observe), what
+it may change (module_state).
 """
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import warnings
@@ -16,12 +18,16 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from apoptosis.errors import CaptureError
+from apoptosis.errors import ArgumentError, CaptureError
+from apoptosis.interrupts import restoring
+from apoptosis.module_state import ModuleState
 
 _RUNNING = threading.local()
 _DYNAMO = "torch._dynamo"  # loaded before anything can have been compiled
@@ -33,17 +39,73 @@ _STANCE: list[Any] = []  # what the first of them set
 def own_pass() -> Iterator[None]:
     """Mark the passes inside as the library's own, and run compiled parts of the model eagerly in them."""
     depth = getattr(_RUNNING, "depth", 0)
-    _RUNNING.depth = depth + 1
-    try:
+
+    def undo() -> None:
+        _RUNNING.depth = depth
+        _put_back()
+
+    with restoring(undo):
+        _RUNNING.depth = depth + 1
         if _DYNAMO not in sys.modules:
             yield
             return
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Using `torch.compile")  # about global hooks: those of a capture
             yield
-    finally:
-        _RUNNING.depth = depth
-        _put_back()
+
+
+@contextmanager
+def internal_passes(
+    model: nn.Module, *, training: bool = False, drop: bool = False, as_is: bool = False, seed: int | None = None
+) -> Iterator[ModuleState]:
+    """Run passes of the library's own: whatever one of them changes is afterwards as it was.
+
+    Put back are the modes of all modules, buffers, attributes of modules and what is reached through them (hidden
+    states, membrane potentials, caches, collected losses, counters), tensors written in place, gradients and random
+    generators (see module_state). Buffers are clones meanwhile. An interrupt may come anywhere.
+
+    Args:
+        model: parameters that are spread over processes have been gathered before (sharded.gathered).
+        training: the mode of all modules.
+        drop: whether dropout modules take part in training mode.
+        as_is: every module but dropout keeps its own mode, as in the user's passes: parts may be frozen.
+        seed: of all random generators inside; None: they go on from where they are.
+
+    Yields: what was there, and is put back.
+    """
+    before = ModuleState(model)
+
+    def undo() -> None:
+        before.restore()
+        torch.clear_autocast_cache()  # casts made here are of another graph, or of none
+
+    with restoring(undo), own_pass(), before.written:
+        for module in model.modules():  # train() may be overridden and do more
+            mode = module.training if as_is else training
+            module.training = mode and (drop or not isinstance(module, _DropoutNd))
+        _clone_buffers(model)
+        if seed is not None:
+            _seed(model, seed)
+        torch.clear_autocast_cache()  # it may hold casts of weights from before the last step
+        yield before
+
+
+def _clone_buffers(model: nn.Module) -> None:
+    clones: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # which keeps its own elsewhere; what is written is put back
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
+
+
+def _seed(model: nn.Module, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, now or once it is begun with
+    for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def is_own_pass() -> bool:
@@ -87,13 +149,10 @@ def unsynchronised(model: nn.Module) -> Iterator[None]:
                 "which may wait for other processes where these do not run it. Use nn.SyncBatchNorm itself, or "
                 "nn.BatchNorm2d."
             )
-    try:
+    with restoring(lambda: [vars(module).pop("forward", None) for module in own]):
         for module in own:
             vars(module)["forward"] = MethodType(_BatchNorm.forward, module)
         yield
-    finally:
-        for module in own:
-            vars(module).pop("forward", None)
 
 
 class Eager:
@@ -135,6 +194,26 @@ def _put_back() -> None:
     now = getattr(sys.modules.get(f"{_DYNAMO}.eval_frame"), "_stance", None)
     if now is stance.stance:
         stance.__exit__(None, None, None)
+
+
+def check_not_inference(model: nn.Module, who: str) -> None:
+    """Refuse to make tensors that could not be trained, or to change those that cannot be.
+
+    Args: model: whose parameters are looked at. who: for the message.
+
+    Raises: ArgumentError: torch.inference_mode() is on, or a parameter or buffer was made under it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            f"{who} under torch.inference_mode() would leave a network that cannot be trained. Call it outside, or use "
+            "torch.no_grad()."
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ArgumentError(
+                f"'{name}' was made under torch.inference_mode(), so that it can be neither changed nor trained. Build "
+                "and load the model outside, or under torch.no_grad()."
+            )
 
 
 def compile_seconds() -> float:

@@ -1,28 +1,26 @@
 """The network's outputs before and after surgery, compared on probe examples.
 
-Lives here: reading classes off outputs, slicing a probe, running the model without leaving a trace, comparing
-outputs. Does not live here: what an output holds (outputs), counting and what follows from it (numerics.bounds), who
-rolls back (engine).
+Lives here: reading classes off outputs, slicing a probe, running the model on it, comparing outputs. Does not live
+here: what an output holds (outputs), leaving no trace (passes), counting and what follows from it (numerics.bounds),
+who rolls back (engine).
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from apoptosis.errors import ArgumentError, NonFiniteError, RankError
+from apoptosis.errors import ArgumentError, NonFiniteError, OutOfMemoryError, RankError
+from apoptosis.interrupts import is_out_of_memory
 from apoptosis.numerics.bounds import compare_logits
 from apoptosis.outputs import Change, ReadLogits, difference, read_logits, root_of
 from apoptosis.outputs import read as read_output
-from apoptosis.passes import own_pass
+from apoptosis.passes import internal_passes
 from apoptosis.sharded import gathered
 
 CHUNK = 256  # examples of a held-out probe per forward pass
@@ -198,35 +196,6 @@ def like_example(
     return args, kwargs
 
 
-@contextmanager
-def without_trace(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode without gradients; random states, buffers and every module's mode stay as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module, _ in modes if module._buffers]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()
-    with own_pass(), torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-        try:
-            for module, _ in modes:
-                module.training = False
-            clones: dict[int, Tensor] = {}  # a module may count or average in evaluation mode too
-            for module, own in buffers:
-                for name, buffer in own.items():
-                    if buffer is not None:
-                        module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
-            torch.clear_autocast_cache()  # an enclosing autocast may hold casts of weights from before the last step
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for module, own in buffers:
-                module._buffers.clear()
-                module._buffers.update(own)
-            torch.clear_autocast_cache()  # casts made here carry no gradients
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
 def outputs(
     model: nn.Module,
     probe: Probe,
@@ -247,25 +216,22 @@ def outputs(
         seed: of the global generators during the passes, which go on afterwards where they were; None: as they are.
     """
     found = []
-    with without_trace(model), gathered(model):
-        for module in model.modules() if training else ():
-            module.training = not isinstance(module, nn.modules.dropout._DropoutNd)
-        if seed is not None:
-            _seed(model, seed)
+    with gathered(model), internal_passes(model, training=training, seed=seed), torch.no_grad():
         for part in probe.pieces(chunk):
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (part.args, dict(part.kwargs)))  # it may write to them
-            found.append(model(*args, **kwargs))
+            found.append(_called(model, args, kwargs))
         for _ in range(len(found), passes):
-            model(*args, **kwargs)
+            _called(model, args, kwargs)
     return found
 
 
-def _seed(model: nn.Module, seed: int) -> None:
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, not those of the model alone
-    for device in {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}:
-        torch.cuda.default_generators[device].manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+def _called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:  # the user's forward may raise anything
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"memory ran out in a forward pass on examples: {error}") from error
+        raise
 
 
 def comparable(outs: Sequence[Any], read: ReadLogits | None) -> bool:
@@ -286,7 +252,7 @@ def training_outputs(
     for seed in (0, 1) if checked else (0,):
         try:
             found.append(outputs(model, probe, passes=passes, training=True, seed=seed))
-        except (torch.OutOfMemoryError, RankError):
+        except (OutOfMemoryError, RankError):
             raise
         except Exception:  # noqa: BLE001 - the user's forward may raise anything: it needs targets, say
             return None

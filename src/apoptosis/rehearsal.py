@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from apoptosis.errors import CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import verify_up_to_scale
 from apoptosis.graph.counts import groups_of, with_follows
+from apoptosis.interrupts import restoring
 from apoptosis.operate import Patient, broken_pin, kept_positions, set_up_again, with_pins
 from apoptosis.planner.alike import alike, missing, steps
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
@@ -116,7 +117,8 @@ class _Rehearsal:
         if not reductions:
             return ""
         patient = self._patient
-        with Transaction(patient.model) as transaction:
+        transaction = Transaction(patient.model)
+        with restoring(transaction.close):
             try:
                 edits = build_edits(structure, reductions)
                 transaction.rehearse(edits, structure, norm_edits(structure, reductions))
@@ -127,8 +129,6 @@ class _Rehearsal:
                 verify_up_to_scale(structure, new, kept_positions(edits))
             except (CaptureError, StructureChangedError) as error:
                 return str(error) or type(error).__name__
-            finally:
-                transaction.rollback()
         return ""
 
     # ------------------------------------------------------------------ who is to blame

@@ -11,14 +11,17 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from apoptosis.errors import ArgumentError
+from apoptosis.errors import ArgumentError, OutOfMemoryError
 from apoptosis.graph import replay
+from apoptosis.interrupts import is_out_of_memory
 from apoptosis.observe import Observer, in_both, needs_float64
+from apoptosis.passes import internal_passes
 from apoptosis.planner import Observations
-from apoptosis.probe import num_rows, without_trace
+from apoptosis.probe import num_rows
 from apoptosis.ranks import Ranks
 from apoptosis.records import Group
 
@@ -85,7 +88,7 @@ def _show(model: nn.Module, observers: Sequence[Observer], calls: Iterable[Call]
     count, late = 0, frozenset[str]()
     observer.open()
     try:
-        with without_trace(model):
+        with internal_passes(model), torch.no_grad():
             for call in calls:
                 args, kwargs = _copied(call)
                 if num_rows((args, kwargs)) == 0:
@@ -116,9 +119,7 @@ def _copied(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """Training mode without a trace; dropout modules let everything through."""
-    with without_trace(model):
-        for module in model.modules():
-            module.training = not isinstance(module, nn.modules.dropout._DropoutNd)
+    with internal_passes(model, training=True), torch.no_grad():
         yield
 
 
@@ -137,7 +138,9 @@ def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
     try:
         model(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (MemoryError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"memory ran out on batch {number} of batches: {error}") from error
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArgumentError(f"batches: the model fails on batch {number}: {line}") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apoptosis.errors import ArgumentError, RankError
+from apoptosis.errors import ArgumentError, OutOfMemoryError, RankError
 from apoptosis.outputs import ReadLogits, kind_of
 from apoptosis.outputs import read as read_output
 from apoptosis.probe import (
@@ -72,7 +72,7 @@ def _fault_of_cut(model: nn.Module, probe: Probe, read: ReadLogits | None) -> st
             (out,) = outputs(model, part, seed=seed)
             logits = logits_of(out, read)
             check_rows(out, logits, rows)
-        except RankError:
+        except (OutOfMemoryError, RankError):
             raise
         except ArgumentError as error:
             return str(error)
@@ -102,7 +102,7 @@ def _run_whole(model: nn.Module, probe: Probe, read: ReadLogits | None, faults: 
     try:
         (out,) = outputs(model, probe)
         logits = logits_of(out, read)
-    except (RankError, ArgumentError):
+    except (OutOfMemoryError, RankError, ArgumentError):
         raise
     except Exception as error:  # the user's forward may raise anything
         raise ArgumentError(f"probe: the model fails on it: {type(error).__name__}: {error}") from error

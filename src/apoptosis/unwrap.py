@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.errors import ArgumentError
+from apoptosis.interrupts import restoring, uninterrupted
 
 _BEHIND = "Give the module that it was made from."
 _PER_EXAMPLE = (
@@ -139,7 +140,19 @@ def rebuild(parallel: Any, layout: Mapping[str, Any] | None = None) -> None:
     Raises: ArgumentError: something would be lost.
     """
     _check_hooks(parallel)
-    hooks, parallel._comm_hooks = parallel._comm_hooks, []
+    hooks = list(parallel._comm_hooks)
+    with uninterrupted():
+        try:
+            _set_up(parallel, hooks, layout)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt: half of a wrapper would serve nobody
+            _set_up(parallel, hooks, layout)
+            raise
+
+
+def _set_up(parallel: Any, hooks: list[tuple[Any, Any]], layout: Mapping[str, Any] | None) -> None:
+    parallel._comm_hooks = []
     parallel.reducer = None  # the old one lets go of its hooks before the new one sets its own
     parallel.logger = None
     state = {name: value for name, value in vars(parallel).items() if name not in ("reducer", "logger")}
@@ -240,11 +253,9 @@ def _begun_with(parallel: Any, layout: Mapping[str, Any] | None) -> Iterator[Non
             return found
         return buckets[::-1], [max(found[1])] * len(buckets)  # the caller puts the last one first
 
-    dist._compute_bucket_assignment_by_size = stored
-    try:
+    with restoring(lambda: setattr(dist, "_compute_bucket_assignment_by_size", plain)):
+        dist._compute_bucket_assignment_by_size = stored
         yield
-    finally:
-        dist._compute_bucket_assignment_by_size = plain
     _BEGUN_WITH[parallel] = buckets
 
 

@@ -11,22 +11,18 @@ autograd may hand out another tensor object for the same view; this also makes i
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules import module as hooks
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apoptosis.errors import CaptureError, RankError
+from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
 from apoptosis.graph.failures import failure
 from apoptosis.graph.fakes import Constants, over_fakes
 from apoptosis.graph.findings import Findings
@@ -36,7 +32,8 @@ from apoptosis.graph.picks import note_work
 from apoptosis.graph.rules import RULES, SCALARS, WORKS
 from apoptosis.graph.slots import named_tensors
 from apoptosis.graph.tracer import FRAME_MARKS, Tracer
-from apoptosis.passes import own_pass, unsynchronised
+from apoptosis.interrupts import hooks_on_all_modules, is_out_of_memory, restoring
+from apoptosis.passes import internal_passes, unsynchronised
 from apoptosis.records import Seen
 from apoptosis.sharded import gathered
 
@@ -97,80 +94,23 @@ FRAME_MARKS.add(_forward.__code__)
 
 
 @contextmanager
-def _flags(model: nn.Module, *, training: bool, drop: bool = True) -> Iterator[None]:
-    """Set every module's training flag itself (train() may be overridden and do more), and restore each.
-
-    drop: whether dropout modules take part in training mode; where they do not, parts of a model in that mode that are
-    in evaluation mode (frozen batch norms) stay so, as in the user's own passes.
-    """
-    before = [(module, module.training) for module in model.modules()]
-    as_is = not drop and model.training == training
-    try:
-        for module, flag in before:
-            mode = flag if as_is else training
-            module.training = mode and (drop or not isinstance(module, _DropoutNd))
-        yield
-    finally:
-        for module, flag in before:
-            module.training = flag
-
-
-@contextmanager
-def _cloned_buffers(model: nn.Module) -> Iterator[None]:
-    """Put clones in the place of all buffers, then the originals back."""
-    clones: dict[int, Tensor] = {}
-    before: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
-    try:
-        for module in model.modules():
-            if not module._buffers:
-                continue
-            before.append((module, dict(module._buffers)))
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    if id(buffer) not in clones:
-                        clones[id(buffer)] = buffer.detach().clone()
-                    module._buffers[name] = clones[id(buffer)]
-        yield
-    finally:
-        for module, buffers in before:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-
-
-@contextmanager
-def _kept_randomness(model: nn.Module) -> Iterator[None]:
-    """Run under one fixed seed (the same structure on every rank) and leave every generator as it was."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(0)  # torch.manual_seed seeds every device, now or once it is begun with
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
 def _step_by_step(model: nn.Module) -> Iterator[None]:
     """Run recurrences and attention as plain operators instead of fused ones, which say nothing of their inside."""
     fast = torch.backends.mha.get_fastpath_enabled()
     # the setters themselves: flags() would set the precision of products, too, and warn of it
     fused = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+
+    def undo() -> None:
+        torch._C._set_mkldnn_enabled(fused[0])
+        torch._C._set_cudnn_enabled(fused[1])
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+    with restoring(undo):
+        torch.backends.mha.set_fastpath_enabled(False)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             torch._C._set_mkldnn_enabled(False)
             torch._C._set_cudnn_enabled(False)
         yield
-    finally:
-        torch._C._set_mkldnn_enabled(fused[0])
-        torch._C._set_cudnn_enabled(fused[1])
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -194,15 +134,8 @@ def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
             norms.leave(module, output)
             tracer.left(module, output)
 
-    handles = [
-        hooks.register_module_forward_pre_hook(enter),
-        hooks.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    with hooks_on_all_modules(enter, leave):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def capture(
@@ -223,31 +156,31 @@ def capture(
 
     Raises:
         CaptureError: the model's own forward pass fails on this input, or returns what cannot be looked into.
+        OutOfMemoryError: memory ran out in it.
     """
     mode = "training" if training else "evaluation"
-    with ExitStack() as stack:
-        stack.enter_context(_flags(model, training=training, drop=watch is None))
-        stack.enter_context(_cloned_buffers(model))
-        stack.enter_context(_kept_randomness(model))
-        stack.enter_context(own_pass())
-        stack.enter_context(unsynchronised(model))
-        constants = stack.enter_context(over_fakes(model))
-        stack.enter_context(gathered(model))
+    drop = watch is None
+    as_is = not drop and model.training == training
+    with (
+        gathered(model),
+        internal_passes(model, training=training, drop=drop, as_is=as_is, seed=0),
+        unsynchronised(model),
+        over_fakes(model) as constants,
+        _step_by_step(model),
+        torch.enable_grad() if watch is None else torch.no_grad(),
+    ):
         tensors, _, _ = named_tensors(model)
-        stack.enter_context(_step_by_step(model))
         tracer = Tracer(
             findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS, watch, note_work, WORKS
         )
-        torch.clear_autocast_cache()
-        stack.callback(torch.clear_autocast_cache)
-        stack.enter_context(_module_stack(tracer, model))
-        stack.enter_context(torch.enable_grad() if watch is None else torch.no_grad())
         try:
-            with _Functions(tracer), _Watch(tracer, constants):
+            with _module_stack(tracer, model), _Functions(tracer), _Watch(tracer, constants):
                 output = _forward(model, tuple(args), dict(kwargs))
-        except (CaptureError, RankError):
+        except (CaptureError, OutOfMemoryError, RankError):
             raise
         except Exception as error:  # the user's forward may raise anything
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(failure(error, model, mode, _operator.__code__)) from error
             raise CaptureError(failure(error, model, mode, _operator.__code__)) from error
         outputs = list(named_in(output))
         tracer.finished(outputs)

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from apoptosis import module_state
+
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(__file__)
+_PASSED = module_state.__file__  # operators pass through it, too
 _NO_DATA = (
     "without data (meta, fake) a pass cannot read numbers or sizes off its values (.item(), if on a tensor, nonzero): "
     "give a model with data; one on the meta device may get through as a fake one"
@@ -61,7 +64,7 @@ def failure(error: BaseException, model: nn.Module, mode: str, operator_code: Co
         own = frame.f_locals.get("self")
         module = names.get(id(own), module) if isinstance(own, nn.Module) else module
         path = frame.f_code.co_filename
-        if not path.startswith((_TORCH, _HERE, "<")):
+        if not path.startswith((_TORCH, _HERE, _PASSED, "<")):
             where = f"{os.path.basename(path)}:{line}"
         if frame.f_code is operator_code:
             operator = frame.f_locals["func"]._schema.name.replace("::", ".")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NOTHING_SEEN = (
     "no training pass went through the modules it watches. The model must be called in training mode with gradients."
@@ -21,11 +21,23 @@ CHANGED_BY_OTHERS = (
 )
 
 
-class Hook:
-    """A hook that copies and pickles of the user's modules lose: they carry one that does nothing."""
+_TABLES = (
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_hooks",
+)
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
+
+class Hook:
+    """A hook that copies and pickles of the user's modules lose: they carry one that does nothing.
+
+    mark: of the window that it belongs to.
+    """
+
+    def __init__(self, function: Callable[..., None], mark: object = None) -> None:
+        self._function, self.mark = function, mark
 
     def __call__(self, *args: Any) -> None:
         """Do what the hook is for."""
@@ -41,6 +53,15 @@ def _inert(*args: object) -> None:
 
 def _make_inert() -> Callable[..., None]:
     return _inert
+
+
+def take_off(module: nn.Module, mark: object) -> None:
+    """Take all hooks with this mark off a module."""
+    forward = (module._forward_pre_hooks, module._forward_hooks)
+    keys = [key for table in forward for key, hook in table.items() if isinstance(hook, Hook) and hook.mark is mark]
+    for key in keys:
+        for name in _TABLES:
+            getattr(module, name, {}).pop(key, None)
 
 
 def in_backward() -> bool:

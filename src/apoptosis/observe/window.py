@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from apoptosis.interrupts import uninterrupted
 from apoptosis.observe.dropouts import DROPOUTS, Dropped
 from apoptosis.observe.gradients import Gradients
-from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped
+from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped, take_off
 from apoptosis.observe.pooled import pool, share_out
 from apoptosis.observe.replayed import Replay, Replayed
 from apoptosis.observe.unfinished import Unfinished
@@ -92,6 +93,7 @@ class Observer:
         self._calls: dict[str, int] = {}
         self._dropped, self._unfinished = Dropped(), Unfinished()
         self._handles: list[RemovableHandle] = []
+        self._mark = object()  # of this window's hooks
         self._keep_inputs, self._keep_calls, self._any_mode = keep_inputs, keep_calls, any_mode
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._call_elements = 0
@@ -149,29 +151,39 @@ class Observer:
         """Put the hooks on."""
         if self._handles:
             return
+        try:
+            self._put_on()
+        except BaseException:
+            self.close()
+            raise
+
+    def _put_on(self) -> None:
         self._eager.begin()  # compiled code does not see hooks that come later
         # First of all hooks: it keeps arguments as the user gave them, before other hooks of his change them.
-        enter = self._model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True, prepend=True)
+        enter = self._model.register_forward_pre_hook(Hook(self._enter, self._mark), with_kwargs=True, prepend=True)
         self._handles.append(enter)
-        self._handles.append(self._model.register_forward_hook(Hook(self._leave), always_call=True))
+        self._handles.append(self._model.register_forward_hook(Hook(self._leave, self._mark), always_call=True))
         for name in self._by_module:
-            hook = Hook(self._make_hook(name))
+            hook = Hook(self._make_hook(name), self._mark)
             self._handles.append(self._modules[name].register_forward_pre_hook(hook, with_kwargs=True))
         if any(watch.site.dropout > 0 for watch in self._watches.values()) and not self._any_mode:
             for name, module in self._modules.items():
                 if type(module) in DROPOUTS:
-                    hook = Hook(self._dropped.hook(name, self._trains))
+                    hook = Hook(self._dropped.hook(name, self._trains), self._mark)
                     self._handles.append(module.register_forward_hook(hook))
 
     def close(self) -> None:
-        """Take every hook off; what was seen stays."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._dropped.clear()
-        self._unfinished.release()
-        self._gradients.end_step()
-        self._eager.end()
+        """Take every hook off; what was seen stays. Called again after an interrupt, it ends what it began."""
+        with uninterrupted():
+            for handle in self._handles:
+                handle.remove()
+            for module in self._modules.values():
+                take_off(module, self._mark)  # one whose handle an interrupt kept from us
+            self._handles = []
+            self._dropped.clear()
+            self._unfinished.release()
+            self._gradients.end_step()
+            self._eager.end()
 
     @property
     def unfinished(self) -> bool:

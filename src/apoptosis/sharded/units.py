@@ -8,16 +8,16 @@ A unit is what one call of fully_shard wrapped. Everything here is collective: a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from apoptosis.errors import CaptureError
+from apoptosis.interrupts import hooks_on_all_modules, restoring
 from apoptosis.sharded.tensors import has_shards, is_sharded, whole
 
 _FSDP = "torch.distributed.fsdp"
@@ -107,20 +107,25 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for loan in by_unit.get(id(module), ()):
             loan.end()
 
-    put_back = _without_hooks(units)
-    handles: list[Any] = []
-    try:
-        for module, leaf, parameter in places:
-            module._parameters[leaf] = loans[id(parameter)].plain
-        handles.append(hooks.register_module_forward_pre_hook(enter))  # before all others, which may read weights
-        handles += [unit.register_forward_hook(leave, always_call=True) for unit in units]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    put_back = _hooks_of(units)
+
+    def undo() -> None:
+        for unit in units:
+            for key in [key for key, hook in unit._forward_hooks.items() if hook is leave]:
+                for table in (unit._forward_hooks_always_called, unit._forward_hooks):
+                    table.pop(key, None)
         for module, leaf, parameter in places:
             module._parameters[leaf] = parameter  # type: ignore[assignment]  # it is one
         put_back()
+
+    with restoring(undo):
+        _take_off_hooks(units)
+        for module, leaf, parameter in places:
+            module._parameters[leaf] = loans[id(parameter)].plain
+        with hooks_on_all_modules(enter):  # before all others, which may read weights
+            for unit in units:
+                unit.register_forward_hook(leave, always_call=True)
+            yield
 
 
 @contextmanager
@@ -131,29 +136,33 @@ def _unwatched() -> Iterator[None]:
         yield
 
 
-def _without_hooks(units: Iterable[nn.Module]) -> Any:
-    """Take fully_shard's hooks off units, and its explicit gathering; return what puts everything back."""
-    saved: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+def _hooks_of(units: Iterable[nn.Module]) -> Callable[[], None]:
+    """Take down the hooks of units; return what puts them back, and fully_shard's explicit gathering."""
     units = list(units)
+    saved = [(table, dict(table)) for unit in units for table in (unit._forward_pre_hooks, unit._forward_hooks)]
+
+    def put_back() -> None:
+        for table, before in saved:
+            after = before | {key: hook for key, hook in table.items() if key not in before}
+            if list(table) != list(after):
+                table.clear()
+                table.update(after)
+        for unit in units:
+            for name in _EXPLICIT:
+                if vars(unit).get(name) is _refuse:
+                    del vars(unit)[name]
+
+    return put_back
+
+
+def _take_off_hooks(units: Iterable[nn.Module]) -> None:
+    """Take fully_shard's hooks off units, and its explicit gathering."""
     for unit in units:
         for table in (unit._forward_pre_hooks, unit._forward_hooks):
-            saved.append((table, dict(table)))
             for key in [k for k, hook in table.items() if str(getattr(hook, "__module__", "")).startswith(_FSDP)]:
                 del table[key]
         for name in _EXPLICIT:
             vars(unit)[name] = _refuse
-
-    def put_back() -> None:
-        for table, before in saved:
-            added = {key: hook for key, hook in table.items() if key not in before}
-            table.clear()
-            table.update(before)
-            table.update(added)
-        for unit in units:
-            for name in _EXPLICIT:
-                vars(unit).pop(name, None)
-
-    return put_back
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
@@ -172,7 +181,12 @@ def lent(model: nn.Module, names: Iterable[str], *, keep: bool = True) -> Iterat
     tensors = dict(model.named_parameters(remove_duplicate=False))
     wanted = [name for name in dict.fromkeys(names) if name in tensors and is_sharded(tensors[name])]
     places: list[tuple[nn.Module, str, Any]] = []
-    try:
+
+    def undo() -> None:
+        for module, leaf, parameter in places:
+            module._parameters[leaf] = parameter
+
+    with restoring(undo):
         for name in wanted:
             path, _, leaf = name.rpartition(".")
             full = whole(tensors[name])
@@ -182,9 +196,6 @@ def lent(model: nn.Module, names: Iterable[str], *, keep: bool = True) -> Iterat
                 module._parameters[leaf] = nn.Parameter(full, requires_grad=False)
             del full
         yield
-    finally:
-        for module, leaf, parameter in places:
-            module._parameters[leaf] = parameter
 
 
 def records(model: nn.Module) -> Iterator[Any]:

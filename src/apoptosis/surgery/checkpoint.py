@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError
+from apoptosis.interrupts import restoring
 from apoptosis.norms import is_shrunk
+from apoptosis.passes import check_not_inference
 from apoptosis.sharded import at_rest, has_shards, renew
 from apoptosis.surgery.attributes import attributes_of
 from apoptosis.surgery.checkpoint_attributes import check_attributes
@@ -160,6 +162,7 @@ def load(
             f"checkpoint '{path}' cannot be loaded: the model's parameters are spread over processes. Load it before "
             "fully_shard is called, or use save_sharded and load_sharded."
         )
+    check_not_inference(model, "loading")
     manifest, tensors = read_file(path, lambda manifest, shapes: check_shapes(path, manifest, shapes, model, optimizer))
     return take_over(path, manifest, tensors, model, optimizer, apo)
 
@@ -219,8 +222,15 @@ def take_over(
         raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
     except _DAMAGES as error:
         raise CheckpointError(_misstated(path, error)) from error
-    journal = Journal()
-    try:
+    journal, todo = Journal(), [True]
+
+    def undo() -> None:
+        if todo:
+            journal.undo()
+            _set_up_again(wrappers, model, optimizer)
+            todo.clear()
+
+    with restoring(undo):
         for tensor, value in values:
             journal.set_tensor(tensor, value)  # gradients belong to the old values and go
         for module, name, attribute in attributes:
@@ -233,10 +243,8 @@ def take_over(
         _set_up_again(wrappers, model, optimizer)
         if apo is not None:  # the last: it sets its wrappers up with the buckets that the run had
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
-    except BaseException:
-        journal.undo()
-        _set_up_again(wrappers, model, optimizer)
-        raise
+        journal.forget()
+        todo.clear()
     return extra
 
 

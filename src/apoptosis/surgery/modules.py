@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.interrupts import restoring
 from apoptosis.norms import NormEdit
 from apoptosis.records import Structure, TensorEdit
 from apoptosis.sharded import Whole, is_unit, part, whole
@@ -78,12 +79,9 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._open:
-            return
-        if kind is None:
-            self.commit()
-        else:
-            self.rollback()
+        with restoring(self.close):
+            if kind is None and self._open:
+                self.commit()
 
     def apply(
         self, edits: Sequence[TensorEdit], structure: Structure | None = None, norms: Sequence[NormEdit] = ()
@@ -142,11 +140,10 @@ class Transaction:
         parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
         optimizers = self._optimizers if values else ()
         states = [change for o in optimizers for change in state_changes(o, parameters, by_name)]
-        try:
+        written: list[bool] = []
+        with restoring(lambda: None if written else self._journal.undo()):
             self._swap(plans, states)
-        except BaseException:
-            self._journal.undo()
-            raise
+            written.append(True)
         torch.clear_autocast_cache()  # an enclosing autocast would go on with the old weights' casts
 
     def rollback(self) -> None:
@@ -156,6 +153,11 @@ class Transaction:
         """
         self._journal.undo()
         self._open = False
+
+    def close(self) -> None:
+        """Roll back unless it is over. Called where a transaction may have been interrupted while it ended."""
+        if self._open:
+            self.rollback()
 
     def commit(self) -> None:
         """Let go of the old values and end the transaction."""

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from apoptosis.errors import CheckpointError
 from apoptosis.files import check_regular, reason, replacing
+from apoptosis.passes import check_not_inference
 from apoptosis.plain_json import parse
 from apoptosis.ranks import Ranks, ranks_of
 from apoptosis.sharded import at_rest, group_of, has_shards, is_sharded
@@ -176,6 +177,7 @@ def load_sharded(
     if not target.exists() and _old(target).exists():
         target = _old(target)
     bare_model, (group, ranks) = bare(model), _together(model)
+    check_not_inference(bare_model, "loading")
     at_rest(bare_model)
     manifest, known = ranks.each(lambda: _read_checked(target, ranks))
     if manifest is None:
