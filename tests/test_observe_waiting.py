@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(6, 3 * 32), nn.Linear(32, 4)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 4, -1).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.out(mixed.transpose(1, 2).flatten(2).mean(1))
 

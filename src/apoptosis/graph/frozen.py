@@ -42,8 +42,8 @@ def keep_frozen(findings: Findings, model: nn.Module, frozen: frozenset[str]) ->
     axes = {*findings.producers, *((c.weight, c.dim) for c in findings.consumers.values())}
     for name, dim in sorted(axes):
         if name in frozen:
-            text = f"'{name}' {FROZEN}, while other parameters are trained beside it"
-            findings.pin(owners[name].axis(dim), Reason(text, remedy=_REMEDY))
+            own = f"'{name}' {FROZEN}, while other parameters are trained beside it"
+            findings.pin(owners[name].axis(dim), Reason(own, remedy=_REMEDY))
     for name in _of_adapters(model):
         if name in owners:
             findings.pin(owners[name].slots(), Reason(f"'{name}' {_ADAPTER}", remedy=_REMEDY))
