@@ -63,13 +63,13 @@ def analyse(
         >>> [(g.name, g.num_channels, g.pin.reason if g.pin else None) for g in structure.groups]
         [('0', 6, None), ('2', 2, "they are the network's output")]
     """
-    layout = layout_of(model)
     tensors, aliases, buffers = named_tensors(model)
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise CaptureError(
             f"'{lazy[0]}' of {type(model).__name__} is not initialised (lazy): run the model once before."
         )
+    layout = layout_of(model)
     findings = Findings(Slots(tensors, buffers), compensated=norm_widths == "compensated")
     returned = 0
     for training in (True, False):  # on copies: a forward pass may write to its input
