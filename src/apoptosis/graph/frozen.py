@@ -1,7 +1,7 @@
 """Parameters that require no gradient while others do: what is trained beside them reads them in the shape they have.
 
-Lives here: which ones stay, by pins, and trained weights that a frozen copy averages. Does not live here: what else pins
-(rules, unread.py).
+Lives here: which ones stay, by pins, and trained weights that a frozen copy averages. Does not live here: what else
+pins (rules, unread.py).
 
 A network of which nothing requires a gradient is simply a trained one, and nothing of it is frozen.
 """
