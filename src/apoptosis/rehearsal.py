@@ -270,7 +270,7 @@ def _reduction(group: Group, kept: int) -> Reduction:
     draw, length = random.Random(group.name), group.num_channels // group.rows
     rows = [sorted(draw.sample(range(length), kept // group.rows)) for _ in range(group.rows)]
     keep = torch.from_numpy(np.array([row * length + c for row, own in enumerate(rows) for c in own], dtype=np.int64))
-    mix = torch.zeros(1, 1, dtype=torch.float64).expand(kept, group.num_channels)
+    mix = torch.zeros(1, 1, dtype=torch.float64, device="cpu").expand(kept, group.num_channels)
     return Reduction(
         group=group.name, keep=keep, sites={site.key: SiteReduction(mix=mix, offset=None) for site in group.sites}
     )

@@ -80,8 +80,10 @@ def _agrees(module: nn.Module, layout: Response, width: int) -> bool:
                 twin: Any = copy.deepcopy(module)
                 for name, p in twin._parameters.items():  # beside a bias small inputs would lose their digits
                     scale = size if name == layout.bias else 1.0
-                    p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) * scale)
-                x = (torch.randn(shape, generator=draw, dtype=torch.float64) * size).to(own.device, own.dtype)
+                    p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64, device="cpu") * scale)
+                x = (torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu") * size).to(
+                    own.device, own.dtype
+                )
                 got = twin.forward(x)
                 gain, bias = (twin._parameters[name].double() for name in (layout.gain, layout.bias))
                 want = response(x.double(), layout, gain, bias, gain.new_ones(width), width)

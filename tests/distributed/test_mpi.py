@@ -91,6 +91,7 @@ def test_the_command_under_mpirun_equals_torchrun(tmp_path, size):
 def test_a_folder_with_a_run_is_one_line(tmp_path):
     (tmp_path / "mpi").mkdir()
     (tmp_path / "mpi" / "config.json").write_text("{}")
+    (tmp_path / "mpi" / "last.safetensors").write_bytes(b"of a run that has saved")
     refused = Launched("mpi", 2, *TRAIN, "--out", "mpi", cwd=tmp_path)
     assert refused.wait() != 0
     assert len(refused.lines()) == 1

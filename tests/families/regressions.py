@@ -852,7 +852,7 @@ CASES = (
 """,
         seed=30036,
         open="round-off of channels that cancel in a site's output, to which errors relate",
-        message="channels is redundant to round-off (tolerance 0)",
+        message="channels is redundant to round-off",
         hides=False,
     ),
     Case(

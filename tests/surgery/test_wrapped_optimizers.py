@@ -343,7 +343,7 @@ def test_what_is_wrapped_is_saved_and_loaded(runs, kind, tmp_path):
     assert runs.same(runs.everything(net)["tensors"], runs.everything(other)["tensors"])
     plain = runs.mlp()
     with pytest.raises(CheckpointError, match="wrap"):
-        load(tmp_path / "a", plain, again.optimizer if kind == "lookahead" else runs.adam(plain))
+        load(tmp_path / "a", plain, runs.adam(plain))
 
 
 def test_factored_optimizers_of_transformers_go_on(runs):

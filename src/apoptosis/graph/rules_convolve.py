@@ -47,7 +47,8 @@ def _convolution(call: Call) -> Result:
     tracer, out = call.tracer, call.outs[0]
     macs = float(x.numel() if transposed else out.numel()) * w.shape[1] * math.prod(w.shape[2:])
     tracer.findings.macs[tracer.mode] += macs
-    if tracer.view(x) is None and varying(tracer.value(x).ids) - {0, 1} and math.prod(w.shape[2:]) > 1:
+    along = varying(tracer.value(x).ids)
+    if tracer.view(x) is None and along - {0, 1} and 1 not in along and math.prod(w.shape[2:]) > 1:
         return _slides_over_channels(call, x, w)
     single = groups > 1 and (w.shape[0] // groups if transposed else w.shape[1]) == 1
     view = tracer.view(w)

@@ -107,8 +107,9 @@ def _with_constant(moments: Moments) -> Moments:
     found, rows = moments.copy(), moments.num_rows
     size = float(moments.second_moment().diagonal().mean())
     if size > 0.0 and rows:
-        step = torch.full((1, found.num_channels), (CONSTANT_SHARE * size * (rows + 2) / 2) ** 0.5, dtype=torch.float64)
-        found.update(torch.cat([step, -step]).to(found.device), exact=moments.exact)
+        height = (CONSTANT_SHARE * size * (rows + 2) / 2) ** 0.5
+        step = torch.full((1, found.num_channels), height, dtype=torch.float64, device=found.device)
+        found.update(torch.cat([step, -step]), exact=moments.exact)
     return found.counted(rows, moments.num_examples)
 
 

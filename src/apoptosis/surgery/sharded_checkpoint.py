@@ -292,7 +292,7 @@ def _check_files(target: Path, files: Any, ranks: Ranks) -> dict[str, int]:
 
 
 def _manifest_of_version_1(target: Path, known: Tensors, group: Any, ranks: Ranks) -> dict[str, Any]:
-    text = torch.empty(known.shapes[_MANIFEST_OF_VERSION_1], dtype=torch.uint8)
+    text = torch.empty(known.shapes[_MANIFEST_OF_VERSION_1], dtype=torch.uint8, device="cpu")
     _call("loaded", target, "load", {_MANIFEST_OF_VERSION_1: text}, group, storage_reader=_reader(target, known))
 
     def read() -> dict[str, Any]:
