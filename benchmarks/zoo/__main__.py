@@ -104,11 +104,12 @@ def run(wanted: Mapping[tuple[str, str], str], known: Mapping[str, Any], given: 
     for family in FAMILIES:
         families[family] = dict(sorted(families[family].items()))
     more = {name: version(name) for name in ("timm", "torchvision", "transformers") if _installed(name)}
+    partly = given.only or given.resume  # then rows of other runs, with other numbers of processes, stand beside
     return {
         "kind": "zoo",
         "seed": SEED,
-        "seconds": None if given.only or given.resume else time.perf_counter() - start,
-        "processes": given.processes,
+        "seconds": None if partly else time.perf_counter() - start,
+        "processes": None if partly else given.processes,
         "versions": versions() | dict(known.get("versions", {})) | more if given.only else versions() | more,
         "machine": machine(torch.device("cpu")),
         "families": families,

@@ -52,8 +52,9 @@ def part(result: Mapping[str, Any]) -> str:
     of = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     rows = [row for found in result["families"].values() for row in found.values()]
     used = sum(row.get("seconds", 0.0) + row.get("seconds_build", 0.0) for row in rows)
-    took = f"; {used:.0f} processor seconds in all" + (f". {result['note']}" if result.get("note") else "")
-    made = f"Seed {result['seed']}, {of}, {where['system']}, {result['processes']} processes of one thread each{took}."
+    number = f"{result['processes']} processes" if result["processes"] else "several runs, processes"
+    made = f"Seed {result['seed']}, {of}, {where['system']}, {number} of one thread each; the rows took {used:.0f} "
+    made += "processor seconds." + (f" {result['note']}" if result.get("note") else "")
     lines = "\n".join(f"- {line}" for line in summary(result).splitlines())
     tables = []
     for family, found in result["families"].items():

@@ -77,7 +77,7 @@ def candidates(name: str, building: Building) -> Iterator[Built]:
                 torch.manual_seed(0)
                 with building():
                     model = cls(config)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 - a network may raise anything
                 errors.append(f"{cls.__name__}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
                 continue
             built = True

@@ -64,6 +64,7 @@ class Constants:
         return bool(self._stale) and tensor.untyped_storage()._cdata in self._stale
 
 
+# torch leaves this class untyped in some releases and types it in others, hence both ignores here.
 class _Building(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Lets what a factory computes from constants have numbers."""
 
@@ -93,7 +94,7 @@ def built_fake() -> Iterator[FakeTensorMode]:
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Put fake tensors in the places of a model's real parameters and buffers; tied ones stay tied."""
     known: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in model.modules():  # fake tensors stand where torch types a Parameter, hence the ignore
         for named in (module._parameters, module._buffers):
             for name, tensor in named.items():
                 if tensor is not None and not isinstance(tensor, FakeTensor):
