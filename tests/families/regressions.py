@@ -34,6 +34,23 @@ class Case:
 
 CASES = (
     Case(
+        "gate_of_shuffled_pixels",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 16, 3, padding=1)
+        self.m1 = nn.PixelShuffle(2)
+        self.m2 = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Hardsigmoid())
+        self.m3 = nn.Linear(4, 3)
+
+    def forward(self, h):
+        h = self.m1(torch.tanh(self.m0(h)))
+        h = self.m2(F.adaptive_avg_pool2d(h, 1)) * h
+        h = self.m3(h.mean((2, 3)))
+        return h
+""",
+        seed=256,
+    ),
+    Case(
         "halves_by_literal_slices",
         "vector",
         """

@@ -29,8 +29,8 @@ class HeadDraft:
 def head_drafts(findings: Findings) -> list[HeadDraft]:
     """Put together the heads that may be removed as a whole, in forward order.
 
-    Heads are one where they share a channel (the queries of one key in grouped-query attention). What is the same for
-    all heads (a rotary table) stays, so ties by broadcasting do not count here.
+    Heads are one where they share a channel (the queries of one key in grouped-query attention). Ties by broadcasting
+    count where they stay within one head (its gain); what is the same for several heads (a rotary table) stays.
     """
     held = [*findings.heads, *findings.parts]
     if not held:
@@ -41,7 +41,7 @@ def head_drafts(findings: Findings) -> list[HeadDraft]:
     size = classes.first_pin.size
     joined = coo_matrix((np.ones(outer.size, dtype=np.int8), (outer, inner)), shape=(size, size))
     head_of = connected_components(joined, directed=False)[1].astype(np.int64)
-    involved = np.unique(np.concatenate([outer, inner]))
+    head_of, involved = _with_spreads(findings, classes.labels, head_of, np.unique(np.concatenate([outer, inner])))
     pinned = set(head_of[involved[classes.first_pin[involved] >= 0]].tolist())
     places = _places(findings, classes.labels, head_of, set(head_of[involved].tolist()) - pinned)
     module_of: dict[int, str] = {}
@@ -60,6 +60,34 @@ def head_drafts(findings: Findings) -> list[HeadDraft]:
             positions = {axis: np.array([places[head][axis] for head in ordered], dtype=np.int64) for axis in axes}
             out.append(HeadDraft(str(key[0]), len(heads), positions))
     return out
+
+
+def _with_spreads(
+    findings: Findings, labels: IntArray, head_of: IntArray, involved: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Let what meets the channels of one head alone by broadcasting go with that head.
+
+    head_of: number of the head per class. involved: classes that belong to heads. Returns: both, with what was added.
+    """
+    if not findings.spreads:
+        return head_of, involved
+    pairs = np.concatenate([labels[np.stack(tie)] for tie in findings.spreads], axis=1)
+    pairs = np.unique(np.concatenate([pairs, pairs[::-1]], axis=1), axis=1)
+    while True:
+        inside = np.zeros(head_of.size, dtype=np.bool_)
+        inside[involved] = True
+        one, other = pairs[:, ~inside[pairs[0]]]
+        heads = np.where(inside[other], head_of[other], -1)
+        lowest, highest = np.full((2, head_of.size), -1, dtype=np.int64)
+        lowest[one] = heads.max(initial=-1) + 1
+        np.minimum.at(lowest, one, heads)
+        np.maximum.at(highest, one, heads)
+        added = np.flatnonzero((lowest == highest) & (lowest >= 0))
+        if not added.size:
+            return head_of, involved
+        head_of = head_of.copy()
+        head_of[added] = lowest[added]
+        involved = np.union1d(involved, added)
 
 
 def _places(
