@@ -20,6 +20,7 @@ FLOORS = {
     "history": 1,
     "interrupts": 1,
     "module_state": 1,
+    "kept": 2,
     "numerics": 2,
     "policy": 2,
     "events": 2,

@@ -45,6 +45,9 @@ _NEVER = ("torch.distributed", "torch._dynamo", "torch.fx", "torch.autograd", "t
 Path = tuple[str | int, ...]
 """The way to a tensor: the module's name, the attribute, then keys and places inside of it."""
 
+Exchange = tuple[Callable[[Any], object], Any, Any]
+"""A setter of one entry of a container, the value that it has and the one that it is to have."""
+
 
 class _Container:
     """Content of a list, dict, set, deque or of an object's attributes; `put` writes it back."""
@@ -56,6 +59,30 @@ class _Container:
         """Write the content back, where it is another one now."""
         if not _alike(self._copy(self._item), self.content):
             self._put(self._item, self.content)
+
+    def exchanges(self, new: Mapping[int, Any]) -> Iterator[Exchange]:
+        """Yield (setter, old value, new value) for every entry that holds one of some objects, by their ids.
+
+        Tuples are made anew. Entries of sets stay.
+        """
+        if isinstance(self.content, set):
+            return
+        for key, old in list(self.content.items() if isinstance(self.content, dict) else enumerate(self.content)):
+            value = _substituted(old, new)
+            if value is not old:
+                yield partial(_SETTERS[self._put], self._item, key), old, value
+
+
+def _substituted(item: Any, new: Mapping[int, Any]) -> Any:
+    if id(item) in new:
+        return new[id(item)]
+    if not isinstance(item, tuple):
+        return item
+    parts = [_substituted(part, new) for part in item]
+    if all(part is old for part, old in zip(parts, item, strict=True)):
+        return item
+    kind: Any = type(item)
+    return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
 
 
 def _alike(now: Any, before: Any) -> bool:
@@ -127,6 +154,16 @@ def _put_attributes(item: Any, content: dict[str, Any]) -> None:
         for name, value in content.items():
             own.pop(name, None)
             own[name] = value
+
+
+_SETTERS: dict[Any, Callable[[Any, Any, Any], object]] = {
+    _put_dict: dict.__setitem__,
+    _put_list: list.__setitem__,
+    _put_deque: deque.__setitem__,
+    _put_attributes: lambda item, name, value: vars(item).__setitem__(name, value),
+    _put_slots: object.__setattr__,
+}
+"""How one entry is set, past setters of the user's, by how the whole content is."""
 
 
 class _Number:
@@ -268,6 +305,17 @@ class ModuleState:
     def tensors(self) -> dict[Path, Tensor]:
         """Return tensors in plain attributes, as they were, by the way to them."""
         return self._walk.tensors
+
+
+def name_of(path: Path) -> str:
+    """Return the way to a tensor as a user would write it.
+
+    Example:
+        >>> name_of(("body.cell", "hidden", 0)), name_of(("", "memory", "left"))
+        ('body.cell.hidden[0]', 'memory.left')
+    """
+    words = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if part != ""]
+    return "".join(words).lstrip(".")
 
 
 def _is_plain(tensor: Tensor) -> bool:

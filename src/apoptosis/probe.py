@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from apoptosis.errors import ArgumentError, NonFiniteError, OutOfMemoryError, RankError
 from apoptosis.interrupts import is_out_of_memory
+from apoptosis.kept import fit
 from apoptosis.numerics.bounds import compare_logits
 from apoptosis.outputs import Change, ReadLogits, difference, read_logits, root_of
 from apoptosis.outputs import read as read_output
@@ -219,6 +220,7 @@ def outputs(
     with gathered(model), internal_passes(model, training=training, seed=seed), torch.no_grad():
         for part in probe.pieces(chunk):
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (part.args, dict(part.kwargs)))  # it may write to them
+            fit(model, args, kwargs)
             found.append(_called(model, args, kwargs))
         for _ in range(len(found), passes):
             _called(model, args, kwargs)

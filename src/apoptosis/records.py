@@ -317,6 +317,7 @@ class Structure:
     frozen: parameters that require no gradient while others do, and therefore stay. layout: stands for the modules and
     the shapes and types of parameters at capture.
     counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
+    kept: what the model keeps in attributes between passes and what of it are channels.
     """
 
     groups: tuple[Group, ...]
@@ -335,6 +336,19 @@ class Structure:
     layout: int = 0
     counts: tuple[Count, ...] = ()
     follows: tuple[Follow, ...] = ()
+    kept: tuple[Kept, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kept:
+    """A tensor that the model keeps in an attribute from one forward pass to the next (a hidden state, a cache).
+
+    path: the module's name, the attribute, then keys and places inside of it. labels: for every position the number of
+    its channel as in Structure.classes, -1 for none; an axis along which all are the same has size 1.
+    """
+
+    path: tuple[str | int, ...]
+    labels: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
+from apoptosis.graph.carried import Carried, recall
 from apoptosis.graph.classes import close
 from apoptosis.graph.counts import counts
 from apoptosis.graph.extents import same_extent
@@ -26,6 +27,7 @@ from apoptosis.graph.picks import partial_work
 from apoptosis.graph.shares import same_share
 from apoptosis.graph.slots import Slots, named_tensors
 from apoptosis.graph.unread import leave_alone
+from apoptosis.kept import known_of
 from apoptosis.records import Frozen, NormWidths, Seen, Structure
 from apoptosis.sharded import is_unit
 
@@ -63,23 +65,14 @@ def analyse(
         >>> [(g.name, g.num_channels, g.pin.reason if g.pin else None) for g in structure.groups]
         [('0', 6, None), ('2', 2, "they are the network's output")]
     """
-    tensors, aliases, buffers = named_tensors(model)
+    tensors, aliases, _ = named_tensors(model)
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise CaptureError(
             f"'{lazy[0]}' of {type(model).__name__} is not initialised (lazy): run the model once before."
         )
     layout = layout_of(model)
-    findings = Findings(Slots(tensors, buffers), compensated=norm_widths == "compensated")
-    returned = 0
-    for training in (True, False):  # on copies: a forward pass may write to its input
-        fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))
-        returned += capture(model, fresh_args, fresh_kwargs, findings, training=training)
-    if not returned:
-        raise CaptureError(
-            f"{type(model).__name__} returns no tensor on example_input, so that nothing is known to depend on it. Let "
-            "forward return what the loss is computed from."
-        )
+    findings, carried = _followed(model, args, kwargs or {}, norm_widths)
     unread = leave_alone(findings, model, aliases)
     close(findings)
     kept = frozen_names(model) if frozen == "keep" else frozenset()
@@ -108,7 +101,54 @@ def analyse(
         frozen=kept,
         layout=layout,
         counts=counts(findings, classes),
+        kept=carried.kept(classes.labels),
     )
+
+
+def _followed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], norm_widths: NormWidths
+) -> tuple[Findings, Carried]:
+    """Return what rounds of captures found: one where nothing that is kept between passes carries channels.
+
+    Raises: CaptureError: the forward pass fails on this input or returns no tensor.
+    """
+    tensors, _, buffers = named_tensors(model)
+    carried = Carried(model, args, kwargs)
+    while True:
+        findings = Findings(Slots(tensors, buffers, carried.buffers), compensated=norm_widths == "compensated")
+        try:
+            returned = _captures(model, args, kwargs, findings, carried)
+        except CaptureError as error:
+            if carried.tries_again(str(error)):
+                continue
+            if str(error) == carried.fault:
+                raise
+            raise CaptureError(carried.fault) from error
+        if not carried.goes_on():
+            break
+    if not returned:
+        raise CaptureError(
+            f"{type(model).__name__} returns no tensor on example_input, so that nothing is known to depend on it. Let "
+            "forward return what the loss is computed from."
+        )
+    carried.settle(findings, signature_of(tensors, carried.buffers))
+    return findings, carried
+
+
+def _captures(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], findings: Findings, carried: Carried
+) -> int:
+    """Follow one pass in training and one in evaluation mode; return how many tensors they returned."""
+    returned = 0
+    for training in (True, False):  # on copies: a forward pass may write to its input
+        fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+        returned += capture(model, fresh_args, fresh_kwargs, findings, training=training, carried=carried)
+    return returned
+
+
+def signature_of(tensors: Mapping[str, Tensor], left_out: frozenset[str]) -> object:
+    """Return what tells the widths of one capture from those of another."""
+    return tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items() if name not in left_out)
 
 
 def layout_of(model: nn.Module) -> int:
@@ -154,4 +194,8 @@ def replay(
     """
     tensors, _, buffers = named_tensors(model)
     fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
-    capture(model, fresh_args, fresh_kwargs, Findings(Slots(tensors, buffers)), training=training, watch=watch)
+    known = known_of(model)
+    left_out = frozenset() if known is None else known.buffers
+    carried = recall(model, fresh_args, fresh_kwargs, signature_of(tensors, left_out))
+    findings = Findings(Slots(tensors, buffers, left_out))
+    capture(model, fresh_args, fresh_kwargs, findings, training=training, carried=carried, watch=watch)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
+from apoptosis.graph.carried import Carried
 from apoptosis.graph.failures import failure
 from apoptosis.graph.fakes import Constants, over_fakes
 from apoptosis.graph.findings import Findings
@@ -145,9 +147,12 @@ def capture(
     findings: Findings,
     *,
     training: bool,
+    carried: Carried,
     watch: Callable[[Seen], None] | None = None,
 ) -> int:
     """Run `model(*args, **kwargs)` once and add what it shows to `findings`; `watch` is handed what each site reads.
+
+    carried: what the model keeps from earlier passes; in later rounds it has run as often before the pass is followed.
 
     Parameters, buffers, gradients, training flags, hooks and random generators are afterwards as they were. Hooks of
     the user's run as in any pass (`is_own_pass` tells them); what is compiled runs eagerly.
@@ -169,11 +174,15 @@ def capture(
         _step_by_step(model),
         torch.enable_grad() if watch is None else torch.no_grad(),
     ):
-        tensors, _, _ = named_tensors(model)
+        carried.prepare(args, kwargs)
+        tensors = {n: t for n, t in named_tensors(model)[0].items() if n in findings.slots.owners}
         tracer = Tracer(
             findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS, watch, note_work, WORKS
         )
         try:
+            for _ in range(carried.rounds):
+                _leave_behind(tracer, constants, model, args, kwargs)
+            carried.begin(tracer)
             with _module_stack(tracer, model), _Functions(tracer), _Watch(tracer, constants):
                 output = _forward(model, tuple(args), dict(kwargs))
         except (CaptureError, OutOfMemoryError, RankError):
@@ -184,4 +193,16 @@ def capture(
             raise CaptureError(failure(error, model, mode, _operator.__code__)) from error
         outputs = list(named_in(output))
         tracer.finished(outputs)
+        carried.end(tracer)
         return len(outputs)
+
+
+def _leave_behind(
+    tracer: Tracer, constants: Constants | None, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Run the model without following it, for what it leaves in its attributes."""
+    own_args, own_kwargs = tree_map_only(Tensor, Tensor.clone, (tuple(args), dict(kwargs)))
+    tracer.muted = True
+    with _Watch(tracer, constants):
+        _forward(model, own_args, own_kwargs)
+    tracer.muted = False

@@ -41,7 +41,11 @@ def _strided(flat: IntArray, at: Geometry) -> IntArray:
 
 
 class Memory:
-    """Values and parameters by storage. `pin(slots, text)` is called for what cannot be followed."""
+    """Values and parameters by storage. `pin(slots, text)` is called for what cannot be followed.
+
+    Attributes: kept: the way to what the model keeps from pass to pass, by its place; read_kept: those that the pass
+        asked for. written: names of buffers that channels were written to in place.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,9 @@ class Memory:
         self._originals = frozenset(self._owned)
         self._pin_overlaps()
         self._inputs = {self._storage(t)[0] for t in inputs}
+        self.kept: dict[tuple[int, Geometry], Any] = {}
+        self.read_kept: set[Any] = set()
+        self.written: set[str] = set()
 
     def _storage(self, tensor: Tensor) -> tuple[int, Any]:
         try:
@@ -170,6 +177,15 @@ class Memory:
         """Whether two tensors lie in one storage."""
         return self._storage(a)[0] == self._storage(b)[0]
 
+    def at(self, tensor: Tensor) -> tuple[int, Geometry]:
+        """Return the memory that a tensor lies in, and where in it."""
+        return self._storage(tensor)[0], geometry(tensor)
+
+    def is_other(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of no parameter, buffer or input."""
+        key = self._storage(tensor)[0]
+        return key not in self._owned and key not in self._inputs
+
     def recorded(self, tensor: Tensor) -> Value | None:
         """Return the value on record for exactly this view, or None."""
         block = self._blocks.get(self._storage(tensor)[0])
@@ -181,7 +197,10 @@ class Memory:
         block = self._blocks.get(key)
         if block is None:
             return nothing(tensor.dim(), "the network input" if key in self._inputs else "a constant")
-        found = block.values.get(geometry(tensor))
+        at = geometry(tensor)
+        if (key, at) in self.kept:
+            self.read_kept.add(self.kept[key, at])
+        found = block.values.get(at)
         if found is None and key in self._inputs and not any(value.live for value in block.values.values()):
             return nothing(tensor.dim(), "the network input")
         if found is None:
@@ -204,7 +223,7 @@ class Memory:
         """Record that `tensor` was overwritten in place; views that share its memory follow."""
         key, _ = self._storage(tensor)
         if key in self._owned:
-            self._write_owned(key, tensor)
+            self._write_owned(key, tensor, value)
             return
         block, at = self._blocks.get(key), geometry(tensor)
         if block is None:
@@ -223,8 +242,10 @@ class Memory:
         else:
             self._rebuild(tensor, block, value)
 
-    def _write_owned(self, key: int, tensor: Tensor) -> None:
+    def _write_owned(self, key: int, tensor: Tensor, value: Value) -> None:
         view = self.view(tensor)
+        if view is not None and value.live:
+            self.written.add(view.owner.name)
         if view is not None and not (view.owner.is_buffer and key in self._originals):
             self._pin(view.owner.slots(), f"overwrites '{view.owner.name}' during the forward pass")
 

@@ -163,13 +163,21 @@ def _of_copy(view: View, layout: Owner) -> View:
 
 
 class Slots:
-    """All slots of a model. Slot 0 is never given out."""
+    """All slots of a model. Slot 0 is never given out.
 
-    def __init__(self, tensors: Mapping[str, Tensor], buffers: Iterable[str]) -> None:
+    left_out: buffers that have none, as their numbers are those of one pass.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], buffers: Iterable[str], left_out: frozenset[str] = frozenset()
+    ) -> None:
         self.owners: dict[str, Owner] = {}
         self.num_slots = 1
         names = frozenset(buffers)
         for name, tensor in tensors.items():
+            if name in left_out:  # numbers stay free for it, so that others keep theirs
+                self.num_slots += sum(tensor.shape)
+                continue
             bases = []
             for size in tensor.shape:
                 bases.append(self.num_slots)

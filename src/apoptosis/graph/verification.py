@@ -14,6 +14,8 @@ from apoptosis.errors import StructureChangedError
 from apoptosis.graph.factors import make_up
 from apoptosis.graph.picks import changed_split, changed_work
 from apoptosis.graph.scalars import changed_scalar
+from apoptosis.kept import labels_after
+from apoptosis.module_state import name_of
 from apoptosis.records import IntArray, Structure, TensorEdit
 
 
@@ -153,6 +155,27 @@ def _verify_structure(old: Structure, new: Structure, kept: Mapping[str, Mapping
         odd = sorted(set(old.shapes) ^ set(new.shapes))
         raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
     old_of = _verify_classes(old, new, kept)
+    _verify_kept(old, new, old_of)
     for text in (changed_split(old, new, old_of), changed_work(old, new, old_of)):
         if text is not None:
             raise StructureChangedError(f"{text}: the model picks channels by literal positions or sizes.")
+
+
+def _verify_kept(old: Structure, new: Structure, old_of: Mapping[int, int]) -> None:
+    """Raise unless what is kept between passes carries the channels that are left of it, in the same order."""
+    if not old.kept or not new.kept:
+        return
+    stays = np.array(sorted(set(old_of.values())), dtype=np.int64)
+    every = np.unique(np.concatenate([labels for axes in old.classes.values() for labels in axes]))
+    before = {item.path: item for item in old.kept}
+    for item in new.kept:
+        known = before.get(item.path)
+        if known is None or known.labels.ndim != item.labels.ndim:
+            continue
+        wanted = labels_after(known, np.setdiff1d(every, stays))
+        if wanted.shape != item.labels.shape:
+            continue
+        pairs = zip(item.labels.reshape(-1).tolist(), wanted.reshape(-1).tolist(), strict=True)
+        if any(label in old_of and old_of[label] != before_it for label, before_it in pairs):
+            name = name_of(item.path)
+            raise StructureChangedError(f"'{name}', kept between passes, has its channels in another order.")

@@ -6,7 +6,7 @@ parts a reduction has (edits.py, products.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -143,3 +143,13 @@ def _merge_matrix(
             index = torch.from_numpy(position)
             matrix[index[kept.cpu()][:, None], index[None, :]] = merge.double().cpu()
     return matrix[keep]
+
+
+def removed_classes(structure: Structure, edits: Iterable[TensorEdit]) -> IntArray:
+    """Return the numbers of the channels (Structure.classes) of which the edits leave no position."""
+    found = [np.zeros(0, dtype=np.int64)]
+    for edit in edits:
+        for dim, keep in edit.keep.items() if edit.tensor in structure.classes else ():
+            labels = structure.classes[edit.tensor][dim]
+            found.append(np.delete(labels, keep.cpu().numpy()))
+    return np.unique(np.concatenate(found))

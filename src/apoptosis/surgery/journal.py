@@ -29,7 +29,7 @@ class Journal:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def __len__(self) -> int:
         return len(self._undo)
@@ -60,9 +60,9 @@ class Journal:
         self._undo.append(lambda: _restore(mapping, old))
         mapping[key] = value
 
-    def call(self, function: Callable[[Any], None], old: object, new: object) -> None:
+    def call(self, function: Callable[[Any], object], old: object, new: object) -> None:
         """Call a setter with a new value; undoing calls it with the old one."""
-        self._undo.append(lambda: function(old))
+        self._undo.append(partial(function, old))
         function(new)
 
     def replace_items(self, mapping: MutableMapping[Any, Any], items: MutableMapping[Any, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,11 +20,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.interrupts import restoring
+from apoptosis.kept import cut
+from apoptosis.module_state import Exchange
 from apoptosis.norms import NormEdit
-from apoptosis.records import Structure, TensorEdit
+from apoptosis.records import IntArray, Kept, Structure, TensorEdit
 from apoptosis.sharded import Whole, is_unit, part, whole
 from apoptosis.surgery.attention import attention_changes
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
+from apoptosis.surgery.drafts import removed_classes
 from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.norms import norm_changes
@@ -172,17 +176,24 @@ class Transaction:
                 self._journal.set_attribute(module, name, attribute)
                 if isinstance(module, nn.RNNBase):  # for cuDNN: one chunk of memory, which undoing leaves again
                     module.flatten_parameters()
+            for setter, old, new in plan.kept:
+                self._journal.call(setter, old, new)
         for change in states:
             self._journal.set_item(change.state, change.key, change.value)
 
 
 @dataclass(frozen=True, slots=True)
 class _Around:
-    """What attributes follow beside the tensors' shapes, by module: splits, norms, and numbers found to be widths."""
+    """What attributes follow beside the tensors' shapes, by module: splits, norms, and numbers found to be widths.
+
+    kept, removed: what is kept between passes, and the numbers of the channels that go.
+    """
 
     splits: Mapping[str, Sequence[SplitChange]] = field(default_factory=dict)
     norms: Mapping[str, NormEdit] = field(default_factory=dict)
     numbers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kept: Sequence[Kept] = ()
+    removed: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 def _around(
@@ -194,15 +205,18 @@ def _around(
         splits=split_changes(structure, edits),
         norms={edit.module: edit for edit in norms},
         numbers=number_changes(model, structure, edits),
+        kept=structure.kept,
+        removed=removed_classes(structure, edits),
     )
 
 
 class _Plan:
-    """New tensors (with gradients) and attributes of the model or one follower."""
+    """New tensors (with gradients), attributes and what is kept between passes, of the model or one follower."""
 
     def __init__(self) -> None:
         self.tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.attributes: list[tuple[nn.Module, str, Any]] = []
+        self.kept: list[Exchange] = []
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -268,6 +282,7 @@ def _plan_targets(
             new_grad = None if grad is None else part(merge_like(edit, whole(grad)), grad)
             plan.tensors.append((tensor, part(apply_edit(edit, whole(tensor), full), tensor), new_grad))
         plan.attributes = _plan_attributes(target, edited, around)
+        plan.kept = cut(target, around.kept, around.removed)
         plans.append(plan)
     return plans
 
