@@ -37,6 +37,7 @@ from apoptosis.errors import ArgumentError, CaptureError, UnsupportedOptimizerEr
         ("logits", 3),
         ("seed", -1),
         ("seed", 1.5),
+        ("seed", 2**62),
         ("calibration", -5.0),
         ("calibration", float("nan")),
         ("calibration", "x"),

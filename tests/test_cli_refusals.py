@@ -219,3 +219,36 @@ def test_threads_that_cannot_be_started_are_one_line(here, capsys, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     refusal(capsys, ["train", *TINY, "--tensorboard", "--out", "one"], "ulimit -v, -u")
+
+
+BEGUN = """
+import os, signal, sys
+class Meets:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Meets())
+from apoptosis.cli import main
+main(["--help"])
+"""
+SMALL = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]) * 2**20,) * 2); "
+SMALL += "from apoptosis.cli import main; main(['--help'])"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and signals of Linux")
+@pytest.mark.parametrize(
+    ("code", "arguments", "status", "text"),
+    [
+        (BEGUN, [], 130, "interrupted before anything was begun"),
+        (SMALL, ["150"], 2, "there is not enough memory to begin"),  # too little for numpy
+        (SMALL, ["400"], 2, "there is not enough memory to begin"),  # torch would end the process by itself
+        (SMALL, ["600"], 2, "there is not enough memory to begin"),  # too little for torch
+    ],
+)
+def test_what_keeps_torch_from_being_loaded_is_one_line(here, code, arguments, status, text):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    given = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == status, done.stderr
+    assert done.stderr == f"apoptosis: error: {text}{done.stderr.partition(text)[2]}"
+    assert done.stderr.count("\n") == 1

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from apoptosis.errors import CaptureError, NonFiniteError
+from apoptosis import Apoptosis, is_own_pass
+from apoptosis.errors import CaptureError, NonFiniteError, OutOfMemoryError
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import MIN_EXAMPLES, Observer
 from apoptosis.observe.replayed import LAST_PASS, MAX_PASSES
@@ -311,3 +312,35 @@ def test_a_half_filled_window_goes_on_exactly(runs):
     other.close()
     with pytest.raises(KeyError):
         other.load_state_dict(first.state_dict())
+
+
+def test_lack_of_memory_in_a_pass_that_is_run_again_is_raised():
+    """It says nothing about the model, and once there is memory again the run goes on."""
+
+    class Short(Own):
+        full = False
+
+        def forward(self, x):
+            if self.full and is_own_pass():
+                raise MemoryError
+            return super().forward(x)
+
+    net = Short()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    apo = Apoptosis(net, optimizer, torch.randn(4, 6), tolerance=0.5, align=1, total_steps=40, calibration=0.0)
+    raised = 0
+    for _ in range(40):
+        optimizer.zero_grad()
+        net(torch.randn(256, 6)).square().mean().backward()
+        optimizer.step()
+        net.full = apo.watching and not raised
+        before = [p.detach().clone() for p in net.parameters()]
+        try:
+            apo.step()
+        except OutOfMemoryError as error:
+            raised += 1
+            assert "Short fails" in str(error)  # noqa: PT017 - the run goes on
+            assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+        net.full = False
+    assert raised == 1
+    assert net.a.out_features < 8

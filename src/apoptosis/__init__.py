@@ -1,19 +1,26 @@
 """Redundant neurons are removed while a PyTorch network trains.
 
-Lives here: the public face. Source of the idea: Siegel, Daily, Vishnu, "Adaptive Neuron Apoptosis for Accelerating Deep
+Lives here: the public face, imported when it is asked for, so that the command can say in a line of its own why torch
+could not be loaded. Source of the idea: Siegel, Daily, Vishnu, "Adaptive Neuron Apoptosis for Accelerating Deep
 Learning on Large Scale Systems", IEEE Big Data 2016 (arXiv 1610.00790).
 """
 
-from apoptosis.criteria import register_criterion
-from apoptosis.engine import Apoptosis
-from apoptosis.graph.neurons import register_activation
-from apoptosis.graph.rules import register_rule
-from apoptosis.ledger import Event, Ledger
-from apoptosis.oneshot import shrink_
-from apoptosis.passes import is_own_pass
-from apoptosis.planner import Plan
-from apoptosis.surgery import load, load_sharded, save, save_sharded
-from apoptosis.surgery.attributes import register_attributes
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apoptosis.criteria import register_criterion
+    from apoptosis.engine import Apoptosis
+    from apoptosis.graph.neurons import register_activation
+    from apoptosis.graph.rules import register_rule
+    from apoptosis.ledger import Event, Ledger
+    from apoptosis.oneshot import shrink_
+    from apoptosis.passes import is_own_pass
+    from apoptosis.planner import Plan
+    from apoptosis.surgery import load, load_sharded, save, save_sharded
+    from apoptosis.surgery.attributes import register_attributes
 
 __all__ = [
     "Apoptosis",
@@ -32,3 +39,31 @@ __all__ = [
     "shrink_",
 ]
 __version__ = "0.1.0"
+_HOMES = {
+    "Apoptosis": "engine",
+    "Event": "ledger",
+    "Ledger": "ledger",
+    "Plan": "planner",
+    "is_own_pass": "passes",
+    "register_activation": "graph.neurons",
+    "register_attributes": "surgery.attributes",
+    "register_criterion": "criteria",
+    "register_rule": "graph.rules",
+    "shrink_": "oneshot",
+}
+_MODULES = frozenset(("errors", "events", "distributed", "launch", "graph", "surgery", "criteria", "records"))
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        found = getattr(import_module(f"apoptosis.{_HOMES.get(name, 'surgery')}"), name)
+    elif name in _MODULES:
+        found = import_module(f"apoptosis.{name}")
+    else:
+        raise AttributeError(f"module 'apoptosis' has no attribute '{name}'")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

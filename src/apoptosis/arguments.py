@@ -20,6 +20,8 @@ from apoptosis.records import Frozen, NormWidths
 from apoptosis.sharded import check_sharded
 from apoptosis.unwrap import Unwrapped, unwrap
 
+_SEEDS = 2**40  # as many windows and ranks draw from generators of their own, whose seeds have 64 bits
+
 
 def check_model(model: object) -> Unwrapped:
     """Check that it is a module with data in it, and take its wrappers off.
@@ -112,8 +114,8 @@ def check_others(
     """
     if not isinstance(criterion, str):
         raise ArgumentError(f"criterion={criterion!r} must be the name of a criterion.")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
-        raise ArgumentError(f"seed={seed!r} must be a whole number >= 0.")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < _SEEDS:
+        raise ArgumentError(f"seed={seed!r} must be a whole number in 0 <= seed < 2**40.")
     if norm_widths not in get_args(NormWidths):
         raise ArgumentError(f"norm_widths={norm_widths!r} must be {' or '.join(map(repr, get_args(NormWidths)))}.")
     if frozen not in get_args(Frozen):

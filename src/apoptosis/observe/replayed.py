@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from apoptosis.errors import ApoptosisError, RankError
+from apoptosis.errors import ApoptosisError, OutOfMemoryError, RankError
 from apoptosis.numerics.devices import sent
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
@@ -218,7 +218,10 @@ class Replayed:
         return all(watch.enough(MIN_EXAMPLES - coming) for watch in self._watches.values())
 
     def run(self) -> None:
-        """Run the kept passes again. A model that cannot be run again is told of, once; its sites stay unobserved."""
+        """Run the kept passes again. A model that cannot be run again is told of, once; its sites stay unobserved.
+
+        Raises: OutOfMemoryError: memory ran out in one of them. RankError.
+        """
         pending, self._pending, self._elements = self._pending, [], 0
         if self._ranks is not None and self.wants:
             own = torch.tensor([len(pending)], dtype=torch.int64, device="cpu")
@@ -233,13 +236,7 @@ class Replayed:
                 self._see(one, shares, first=one.site not in seen)
                 seen.add(one.site)
 
-            fault = ""
-            try:
-                self._replay(self._model, args, kwargs, watch, training=self._model.training)
-            except RankError:
-                raise
-            except ApoptosisError as error:
-                fault = str(error)
+            fault = self._fault_of(args, kwargs, watch)
             if fault := self._ranks.fault(fault) if self._ranks is not None else fault:
                 self._replay = None
                 warnings.warn(
@@ -254,6 +251,24 @@ class Replayed:
                 self._book(self._watches[key], share, rows)
             if self._ranks is not None:
                 self._asked = self._ranks.any(not self._enough())
+
+    def _fault_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Callable[[Seen], None]) -> str:
+        """Run one pass again; return why the model cannot be, "" if it can.
+
+        Raises: OutOfMemoryError: which says nothing about the model. RankError: it is raised on another rank.
+        """
+
+        def run() -> str:
+            try:
+                if self._replay is not None:
+                    self._replay(self._model, args, kwargs, watch, training=self._model.training)
+            except (OutOfMemoryError, RankError):
+                raise
+            except ApoptosisError as error:
+                return str(error)
+            return ""
+
+        return run() if self._ranks is None else self._ranks.each(run)
 
     def _open_shares(self, rows: int) -> dict[tuple[str, str], _Share]:
         shares = {}
