@@ -200,6 +200,8 @@ class Group:
         (whole heads beside the channels inside them); () for most.
     equal: names of groups of which an event keeps the same share as of this one, because one number of the model is the
         width of a row of all of them (the head size of queries and of values); () for most.
+    min_channels: so many stay: a grouped convolution with one channel per block would be a depthwise one, whose outputs
+        belong together in another way.
     beside: channels that stand beside the group's in every row of that width and stay (those that a partial rotation
         turns), as many as would fill their places: shares are of both together.
     """
@@ -213,6 +215,7 @@ class Group:
     rows: int = 1
     alternative: tuple[str, ...] = ()
     equal: tuple[str, ...] = ()
+    min_channels: int = 1
     beside: int = 0
 
     @property

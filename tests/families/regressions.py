@@ -34,6 +34,46 @@ class Case:
 
 CASES = (
     Case(
+        "one_channel_of_shuffled_pixels",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 8, 3, padding=1)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Conv2d(8, 16, 1)
+        self.m3 = nn.PixelShuffle(2)
+        self.m4 = nn.Conv2d(4, 8, 3, padding=1)
+        self.m5 = nn.Tanh()
+        self.m6 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m2(self.m1(self.m0(h)))
+        h = self.m5(self.m4(self.m3(h)))
+        return self.m6(h.mean((2, 3)))
+""",
+        seed=442,
+    ),
+    Case(
+        "one_channel_of_every_shuffled_row_under_a_norm",
+        "image",
+        """
+        self.m0 = nn.Conv2d(3, 8, 3, padding=1)
+        self.m1 = nn.Tanh()
+        self.m2 = nn.Conv2d(8, 8, 1)
+        self.num_groups = 4
+        self.m3 = nn.InstanceNorm2d(8)
+        self.m4 = nn.Conv2d(8, 8, 3, padding=1)
+        self.m5 = nn.Tanh()
+        self.m6 = nn.Linear(8, 3)
+
+    def forward(self, h):
+        h = self.m2(self.m1(self.m0(h)))
+        h = h.unflatten(1, (self.num_groups, -1)).transpose(1, 2).flatten(1, 2)
+        h = self.m5(self.m4(self.m3(h)))
+        return self.m6(h.mean((2, 3)))
+""",
+        seed=379,
+    ),
+    Case(
         "gate_of_shuffled_pixels",
         "image",
         """
@@ -828,9 +868,6 @@ CASES = (
         return self.m10(h.mean((2, 3)))
 """,
         seed=0,
-        open="a grouped convolution that comes down to one channel per block is told like a depthwise one",
-        message="meets channels that were apart",
-        hides=False,
     ),
     Case(
         "outputs_in_which_channels_cancel",

@@ -215,7 +215,7 @@ def cuts(network: Network, model: nn.Module, structure: Structure, seed: int) ->
     for group in groups:
         length, step = group.num_channels // group.rows, steps[group.name]
         share = drawn.setdefault(frozenset((group.name, *group.equal)), dice.randrange(length // step))
-        num = share * step
+        num = min(share * step, length - group.min_channels)
         places = [row * length + i for row in range(group.rows) for i in dice.sample(range(length), num)]
         if places:
             removed[group.name] = sorted(places)

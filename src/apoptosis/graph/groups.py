@@ -19,8 +19,9 @@ from apoptosis.graph.norms import norm_sites
 from apoptosis.graph.remedies import usual
 from apoptosis.graph.through import through
 from apoptosis.graph.values import Axis
-from apoptosis.records import Group, IntArray, Member, Neuron, Pin
+from apoptosis.records import Group, IntArray, Member, Neuron, Pin, Site
 
+_BLOCKS = "a grouped convolution reads them, in blocks of two channels: with one each it would be a depthwise one"
 _NO_SITE = Reason("no consumer site reads these channels")
 
 
@@ -181,6 +182,9 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
             norms, why = norm_sites(findings, classes, draft.channels)
             sites, reason = (*sites, *norms), reason or why
         members = _members(findings, draft.positions, consumed)
+        least = max([_min_channels(c, site) for (c, _), site in zip(readers, sites, strict=False)], default=1)
+        if reason is None and least >= draft.channels.size > 1:
+            reason = Reason(_BLOCKS)
         plain = reason is None and not any(site.kind == "product" or site.norm_way for site in sites)
         groups.append(
             Group(
@@ -191,6 +195,7 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
                 neuron=_neuron(members, [c for c, _ in readers]) if plain else None,
                 pin=None if reason is None else _pin(name, draft.channels.size, reason),
                 rows=len(rows.get(index, draft.channels[None])),
+                min_channels=least,
             )
         )
     heads = []
@@ -201,6 +206,13 @@ def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArr
             again = names[group.name]
             heads.append(group if again == 1 else replace(group, name=f"{group.name}#{again}"))
     return _with_alternatives(groups, heads)
+
+
+def _min_channels(consumer: Consumer, site: Site) -> int:
+    """Return how many channels a site needs: blocks of one channel each would make a convolution a depthwise one."""
+    blocks = consumer.blocks if site.kind == "conv_transpose" else 1  # of a convolution the blocks share their columns
+    alone = site.columns.size == site.num_columns and site.columns.shape[1] == blocks
+    return 2 if consumer.blocks > 1 and alone else 1
 
 
 def _head_group(findings: Findings, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:

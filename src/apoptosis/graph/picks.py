@@ -104,11 +104,15 @@ def changed_split(old: Structure, new: Structure, old_of: Mapping[int, int]) -> 
 
 
 def _forms(split: Split, old_of: Mapping[int, int]) -> set[tuple[tuple[int, ...], ...]]:
-    """Write the grid in classes before the edit, without what is gone; one column is told like one row."""
-    rows = [tuple(old_of[c] for c in row if c in old_of) for row in split.classes.tolist()]
+    """Write the grid in classes before the edit, without what is gone; one column is told like one row.
+
+    The order inside a row does not count: shuffled rows that are left with one column each lie in another one, and what
+    meets at every place is compared by itself.
+    """
+    rows = [tuple(sorted(old_of[c] for c in row if c in old_of)) for row in split.classes.tolist()]
     rows = [row for row in rows if row]
     if all(len(row) == 1 for row in rows):
-        rows = [tuple(row[0] for row in rows)]
+        rows = [tuple(sorted(row[0] for row in rows))]
     return {tuple(dict.fromkeys(rows))}
 
 

@@ -48,7 +48,8 @@ def _convolution(call: Call) -> Result:
     macs = float(x.numel() if transposed else out.numel()) * w.shape[1] * math.prod(w.shape[2:])
     tracer.findings.macs[tracer.mode] += macs
     along = varying(tracer.value(x).ids)
-    if tracer.view(x) is None and along - {0, 1} and 1 not in along and math.prod(w.shape[2:]) > 1:
+    sliding = tracer.view(x) is None and len(along - {0}) == 1 and 1 not in along  # several axes: shuffled pixels
+    if sliding and w.shape[:2] == (1, 1) and math.prod(w.shape[2:]) > 1:
         return _slides_over_channels(call, x, w)
     single = groups > 1 and (w.shape[0] // groups if transposed else w.shape[1]) == 1
     view = tracer.view(w)

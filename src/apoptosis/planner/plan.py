@@ -340,7 +340,7 @@ def _propose(
         rankings: by group, as in make_plan.
     """
     least_share = max(least_share, 1 - request.max_drop)
-    least = max(1, min(step, group.num_channels), round(least_share * group.num_channels))
+    least = max(group.min_channels, min(step, group.num_channels), round(least_share * group.num_channels))
     cap = request.allotted.get(group.name, request.tolerance)
     limits = {}
     for site in group.sites:
