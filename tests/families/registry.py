@@ -9,7 +9,7 @@ from families.family import Family
 #: Every module has a tuple FAMILIES. A module that needs an extra returns an empty one where it is not installed.
 MODULES = (
     "classic", "convolutional", "mobile", "generative", "mixed", "pruning", "other", "language", "vision_transformers",
-    "products", "residual", "functional", "branches",
+    "products", "residual", "functional", "branches", "scores",
 )  # fmt: skip
 
 #: Near twins of other families: an ordinary run of the tests asks them in float64 only, and not everything.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -78,6 +79,18 @@ def classify(findings: Findings, *, spreads: bool = True) -> Classes:
             continue
         first[labels[findings.pins[number][0]]] = number
     return Classes(labels, first)
+
+
+def hard_pins(findings: Findings, classes: Classes) -> npt.NDArray[np.bool_]:
+    """Return which classes are pinned for whole heads, too."""
+    found: npt.NDArray[np.bool_] = classes.first_pin >= 0
+    if not findings.inner_pins:
+        return found
+    found = np.zeros(found.size, dtype=np.bool_)
+    for number, (slots, _) in enumerate(findings.pins):
+        if number not in findings.inner_pins:
+            found[classes.labels[slots]] = True
+    return found
 
 
 def all_axes(findings: Findings) -> list[Axis]:

@@ -172,5 +172,6 @@ def _foldable(findings: Findings, products: Products, product: Product) -> bool:
         return False
     if np.intersect1d(product.left, product.right).size:
         return False
-    readers = products.reader[product.right]
+    slots = np.concatenate([product.left, product.right]) if product.stepwise else product.right
+    readers = products.reader[slots]
     return bool(((readers == -1) | (readers == products.numbers.get(pairs_of(product), -1))).all())

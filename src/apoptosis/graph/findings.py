@@ -67,7 +67,7 @@ class Product:
     rows may take over; None where only slicing is right. own_scale: the operator divides by the root of the number of
     channels by itself. linear: producers that the left operand scales with. num_rows: sums that run side by side.
     sides: producers that the left and the right operand scale with as a whole. number: of the products of the module
-    that would have one key.
+    that would have one key. stepwise: multiplied element by element and summed after, so that both may be read between.
     """
 
     module: str
@@ -79,6 +79,7 @@ class Product:
     num_rows: int
     sides: tuple[frozenset[Axis], frozenset[Axis]] = (frozenset(), frozenset())
     number: int = 0
+    stepwise: bool = False
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 

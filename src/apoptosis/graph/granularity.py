@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
-from apoptosis.graph.classes import Classes, classify, numbered
+from apoptosis.graph.classes import Classes, classify, hard_pins, numbered
 from apoptosis.graph.findings import Findings, Grid, Reason
 from apoptosis.graph.tracer import Call
 from apoptosis.graph.values import varying
@@ -101,15 +102,24 @@ def settle(findings: Findings) -> tuple[Classes, dict[int, IntArray]]:
         group, _ = numbered(findings, classes)
         sizes = np.bincount(group[group >= 0]) if bool((group >= 0).any()) else np.zeros(0, dtype=np.int64)
         rows: dict[int, IntArray] = {}
-        verdicts = [_rectangular(findings, grid, classes, group, sizes, rows) for grid in findings.grids]
+        hard = hard_pins(findings, classes)
+        verdicts = [_rectangular(findings, grid, classes, (group, sizes, hard), rows) for grid in findings.grids]
         if all(verdicts):
             return classes, rows
 
 
 def _rectangular(
-    findings: Findings, grid: Grid, classes: Classes, group: IntArray, sizes: IntArray, rows: dict[int, IntArray]
+    findings: Findings,
+    grid: Grid,
+    classes: Classes,
+    known_of: tuple[IntArray, IntArray, npt.NDArray[np.bool_]],
+    rows: dict[int, IntArray],
 ) -> bool:
-    """Whether the grid stays rectangular as things are; else a tie or a pin is added that makes it so."""
+    """Whether the grid stays rectangular as things are; else a tie or a pin is added that makes it so.
+
+    known_of: the group of every class, the size of every group, and which classes are pinned for whole heads, too.
+    """
+    group, sizes, hard = known_of
     labels = classes.labels[grid.slots]
     pinned = classes.first_pin[labels] >= 0
     if bool(pinned.all()):
@@ -117,8 +127,9 @@ def _rectangular(
     labels = labels[np.sort(np.unique(labels, axis=0, return_index=True)[1])]
     if len(labels) == 1 or bool((labels == labels[:, :1]).all()):  # one row; rows that go as a whole
         return True
-    if bool(pinned.any()):
-        findings.pin(grid.slots[~pinned], Reason(_TOGETHER, grid.where))
+    if bool(pinned.any()):  # rows that may go as a whole leave the others their width
+        whole = not bool(hard[classes.labels[grid.slots[pinned]]].any())
+        findings.pin(grid.slots[~pinned], Reason(_TOGETHER, grid.where), inner=whole)
         return False
     number = int(group[labels[0, 0]])
     alone = number >= 0 and bool((group[labels] == number).all()) and labels.size == sizes[number]

@@ -61,6 +61,7 @@ class Memory:
         self._keep: list[Any] = []
         self._element_sizes: dict[int, int] = {}
         self._made: dict[int, Any] = {}
+        self._multiplied: dict[tuple[int, Geometry], tuple[tuple[Tensor, ...], tuple[int, ...]]] = {}
         self._tensors = tensors
         for name, tensor in tensors.items():
             self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
@@ -143,6 +144,20 @@ class Memory:
     def making(self, tensor: Tensor) -> Any:
         """Return how what stands for a parameter was computed from it; None for the parameter itself."""
         return self._made.get(self._storage(tensor)[0])
+
+    def multiplied(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """Note that a tensor is the product of two others, element by element."""
+        tensors = (out, a, b)
+        if not any(tensor.is_inference() for tensor in tensors):  # which do not count what is written to them
+            known = tuple(tensor._version for tensor in tensors)
+            self._multiplied[self._storage(out)[0], geometry(out)] = (tensors, known)
+
+    def factors(self, out: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what a tensor is the product of, element by element; None where any of the three was written to."""
+        tensors, known = self._multiplied.get((self._storage(out)[0], geometry(out)), ((), ()))
+        if not tensors or tuple(tensor._version for tensor in tensors) != known:
+            return None
+        return tensors[1], tensors[2]
 
     def raw_and_used(self, tensor: Tensor, owner: Owner) -> tuple[Tensor, Tensor]:
         """Return a parameter, and what stands for it and `tensor` is a view of, both laid out as the parameter."""

@@ -122,8 +122,9 @@ class Numbers:
         """
         known = [self._of(tensor) for tensor in call.tensors()]
         held = [multiple for multiple in known if multiple is not None]
-        if call.name in _PRODUCTS and result is not None and result.multiple is not None:
-            made: Multiple | None = result.multiple
+        own = result.multiple if result is not None else None
+        if own is not None and (call.name in _PRODUCTS or (call.name == "sum" and all(own is not m for m in held))):
+            made: Multiple | None = own
             held = []  # the rule took what its operands are multiples of
         elif call.name in FUSED:
             return None

@@ -132,6 +132,8 @@ def _elementwise(call: Call) -> Result:
     if call.name == "mul" and len(tensors) == 2 and len(masks) == len(others) == 1:
         rate = round(1.0 - (1.0 - others[0].dropout) * float(masks[0].keep or 0.0), 12)
         return replace(met, paths=others[0].paths, dropout=rate)
+    if call.name == "mul" and len(others) == len(tensors) == 2 and not call.inplace and met.live:
+        call.tracer.memory.multiplied(call.outs[0], tensors[0], tensors[1])
     paths = _unary_paths(call, tensors, values)
     scalar = any(isinstance(a, int | float | complex) for a in call.args)
     result = replace(

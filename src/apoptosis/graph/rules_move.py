@@ -154,7 +154,7 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
     if dim not in varying(first) and all(np.array_equal(v.ids, first) for v in values):
         return Value(first, paths=paths, dropout=dropout, linear=scaling)
     for tensor, value in zip(tensors, values, strict=True):
-        fixed = {k for k in axes - varying(value.ids) if tensor.shape[k] > 1}
+        fixed = {k for k in axes - varying(value.ids) if tensor.shape[k] > 1 and tensor.stride(k) != 0}
         for other in values if fixed and (value.live or not value.free) else ():
             if varying(other.ids) & fixed:
                 call.pin(other.ids, "lays channels along one axis beside values that have none along it")

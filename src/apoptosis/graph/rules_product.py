@@ -112,8 +112,36 @@ def _shown(operand: _Operand, other: _Operand, num_rows: int) -> Tensor:
     return x.transpose(1, 2).reshape(-1, kept, num_rows * size)
 
 
+def sum_of_products(call: Call, axis: int) -> Value | None:
+    """Take a sum over an axis of products of channels, element by element, as a product of matrices.
+
+    Returns: what is known of the sums, None where the operand is nothing of the kind.
+    """
+    tensor = call.args[0]
+    factors = call.tracer.memory.factors(tensor)
+    if factors is None or any(call.tracer.view(t) is not None for t in factors) or tensor.is_complex():
+        return None
+    values = [call.tracer.value(t) for t in factors]
+    ids = [align(value.ids, tensor.dim()) for value in values]
+    if any(max(varying(one), default=-1) != axis for one in ids):  # else sums over branches, place by place
+        return None
+    laid = [np.moveaxis(one, axis, -1)[..., None, :] for one in ids]
+    if np.intersect1d(*laid).size:  # times itself: as in a norm
+        return None
+    wide = [t.expand(tensor.shape).movedim(axis, -1)[..., None, :] for t in factors]
+    left, right = (_Operand(*found) for found in zip(wide, values, laid, strict=True))
+    macs = float(tensor.numel())
+    call.tracer.findings.macs[call.tracer.mode] += macs
+    heads, multiple = _pair(call, left, right, own_scale=False, macs=macs, stepwise=True)
+    ndim = call.outs[0].dim()
+    if heads is None:
+        return replace(nothing(ndim, f"the result of {call.label}"), multiple=multiple)
+    found = np.moveaxis(heads[..., 0], -1, axis) if ndim == tensor.dim() else heads[..., 0, 0]
+    return Value(found, multiple=multiple)
+
+
 def _pair(
-    call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs: float
+    call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs: float, stepwise: bool = False
 ) -> tuple[IntArray | None, Multiple | None]:
     """Tie the pairs.
 
@@ -143,6 +171,7 @@ def _pair(
         call.pin(a, "divides by the root of the number of channels by itself", "Give it scale= as a number.")
     slots_left, slots_right = slots_left.reshape(-1), slots_right.reshape(-1)
     product = Product(tracer.module_name, slots_left, slots_right, fold, own_scale, linear, num_rows)
+    product.stepwise = stepwise
     product.sides = (left.whole_linear, right.whole_linear)
     while (known := findings.products.setdefault(product_key(product), product)) is not product:
         if np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right):

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from apoptosis.graph.meet import meet
 from apoptosis.graph.remedies import FRONT_REMEDY, NORM_REMEDY, ROWS_REMEDY, opt_in
 from apoptosis.graph.rules_norm import held
+from apoptosis.graph.rules_product import sum_of_products
 from apoptosis.graph.tracer import Call, Result, Rule
 from apoptosis.graph.values import Paths, Value, spoiled, varying
 from apoptosis.records import IntArray
@@ -34,6 +35,7 @@ _REDUCTIONS = {
 _LAST = frozenset(("kthvalue", "mode", "sort", "topk"))
 _AVERAGES = frozenset(("mean", "var", "std", "var_mean", "std_mean"))
 _SUMS = _AVERAGES | frozenset(("sum", "nansum", "norm", "linalg_vector_norm", "logsumexp", "special_logsumexp"))
+_HOMOGENEOUS = frozenset(("mean", "sum", "amax", "amin", "max", "min"))  # over positions: scale as their operand does
 _EXTREMES = frozenset(("amax", "amin", "max", "min"))
 _SOFTMAX = frozenset(("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax"))
 _ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "log_softmax": 1, "cumsum": 1,
@@ -67,6 +69,8 @@ def reduce(call: Call) -> Result:
     """Reduce over axes without channels; over channels, pin them."""
     tensor = call.args[0]
     reduced = _axes(call, _REDUCTIONS[call.name], tensor.dim())
+    if call.name == "sum" and len(reduced) == 1 and (sums := sum_of_products(call, min(reduced))) is not None:
+        return sums
     value = held(call, tensor, set(range(tensor.dim())) - reduced)
     meeting, rest = reduced & varying(value.ids), varying(value.ids) - reduced
     inner = bool(meeting and rest) and min(meeting) > max(rest)
@@ -88,15 +92,16 @@ def reduce(call: Call) -> Result:
         return None
     keepdim = call.outs[0].dim() == tensor.dim()
     ids = value.ids if keepdim else value.ids.reshape([n for i, n in enumerate(value.ids.shape) if i not in reduced])
-    linear, largest = call.name == "mean", call.name in ("amax", "max")
+    average, largest = call.name == "mean", call.name in ("amax", "max")
     result = replace(
         value,
         ids=ids,
-        paths=_pooled(value.paths, linear, largest),
+        paths=_pooled(value.paths, average, largest),
         dropout=0.0,
         source=None,
         keep=None,
-        linear=frozenset(),
+        linear=value.linear if call.name in _HOMOGENEOUS else frozenset(),
+        scaled=False,
     )
     return [result] * len(call.outs)
 
@@ -203,7 +208,8 @@ def _pool(call: Call) -> Result:
             not np.any(padding) and call.arg(6, "divisor_override") is None and call.arg(4, "ceil_mode") is not True
         )
     paths = _pooled(value.paths, average, largest)
-    result = replace(value, paths=paths, dropout=0.0, source=None, keep=None, linear=frozenset(), even={})
+    linear = frozenset() if "unpool" in call.name else value.linear
+    result = replace(value, paths=paths, dropout=0.0, source=None, keep=None, linear=linear, scaled=False, even={})
     return [result] * len(call.outs)
 
 

@@ -67,7 +67,7 @@ class Value:
     origin: what values without ids are, for messages. paths: per producer, the steps since it; None: not simple.
     dropout: rate of a dropout with nothing but data movement since. keep: set on a Bernoulli mask, its keep rate.
     source: module whose contraction this is the untouched output of.
-    linear: the producers that this is linear and homogeneous in: it scales with their weights and biases.
+    linear: the producers that this is homogeneous in: it scales with their weights and biases, by positive numbers.
     scaled: nothing but movement and plain factors, the same for all channels, since the producer that `linear` names.
     even: without ids: the axes, counted from the last (-1), along which all elements are alike though laid out apart;
         what is of one size along them has one token (see Findings.extents).
