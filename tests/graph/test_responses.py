@@ -66,7 +66,9 @@ def test_modules_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) 
     assert [computes_response(m) for m in first] == [Response(-1, 1e-6, "gamma", "beta")] * 3
     assert tried == [first[0], first[2]]
     other = Norm(6, power=1.0)  # alike in class and shapes
-    assert computes_response(other) is None and tried[-1] is other
+    assert computes_response(other) is None
+    assert tried[-1] is other
     affine = Affine(6)  # holds a list: what it computes may depend on it
-    assert computes_response(affine) is computes_response(affine) is None and tried[-2:] == [affine] * 2
+    assert computes_response(affine) is computes_response(affine) is None
+    assert tried[-2:] == [affine] * 2
     assert affine.calls == []

@@ -126,7 +126,7 @@ def sum_of_products(call: Call, axis: int) -> Value | None:
     if any(max(varying(one), default=-1) != axis for one in ids):  # else sums over branches, place by place
         return None
     laid = [np.moveaxis(one, axis, -1)[..., None, :] for one in ids]
-    if np.intersect1d(*laid).size:  # times itself: as in a norm
+    if np.intersect1d(laid[0], laid[1]).size:  # times itself: as in a norm
         return None
     wide = [t.expand(tensor.shape).movedim(axis, -1)[..., None, :] for t in factors]
     left, right = (_Operand(*found) for found in zip(wide, values, laid, strict=True))
