@@ -16,6 +16,7 @@ from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
 from apoptosis.graph.carried import Carried, recall
 from apoptosis.graph.classes import close
+from apoptosis.graph.copies import keep_copied
 from apoptosis.graph.counts import counts
 from apoptosis.graph.extents import same_extent
 from apoptosis.graph.factors import scalable
@@ -78,6 +79,7 @@ def analyse(
     kept = frozen_names(model) if frozen == "keep" else frozenset()
     if frozen == "keep":
         keep_frozen(findings, model, kept)
+        keep_copied(findings, model, kept)
     classes, rows = settle(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
