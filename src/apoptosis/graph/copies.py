@@ -83,7 +83,7 @@ def _kept(model: nn.Module, frozen: frozenset[str], unread: frozenset[str]) -> I
                 places += [(f"the attribute '{full}'", made, x) for x in _tensors(value, _DEPTH) if id(x) not in own]
     for place, made, tensor in places:
         for name, weight in weights.get(tuple(tensor.shape), ()):
-            # hooks that compute a weight before every pass (weight_norm, prune) set 'weight' from 'weight_v', 'weight_orig'
+            # what hooks compute before every pass (weight_norm, prune): 'weight' from 'weight_v', 'weight_orig'
             if made and name.rpartition(".")[2].startswith(made):
                 continue
             if _alike(weight, tensor) and weight.data_ptr() != tensor.data_ptr():
