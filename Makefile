@@ -32,9 +32,10 @@ demo: $(STAMP)
 	$(BIN)/apoptosis compare --data digits --network mlp --widths 1024,1024,1024 --epochs 6 --validation 0.25 --seeds 0 --out $(DEMO)
 	$(BIN)/apoptosis report $(DEMO)
 
-# One thread per worker: the tests are small, and workers share the cores.
+# One thread per worker: the tests are small, and workers share the cores. Bytecode is kept, even where the environment
+# forbids it: else every process compiles all sources anew.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --durations=15
 
 # The tests of the core on the oldest packages that pyproject.toml admits and on the newest, each in an environment of
 # its own: some gigabytes to download, for old and new wheels of torch bring CUDA along.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import apoptosis
-from distributed.warm import Warm
+from distributed.warm import Warm, interpreter
 
 SRC = Path(apoptosis.__file__).parents[1]
 #: What launchers set; this very process may have been started by one.
@@ -35,9 +35,9 @@ def mpirun():
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
-def command(launcher, size, *program):
+def command(launcher, size, *program, fresh=False):
     if launcher == "mpi":
-        return [mpirun(), "-n", str(size), sys.executable, *program]
+        return [mpirun(), "-n", str(size), *([sys.executable] if fresh else interpreter()), *program]
     if launcher == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *program]
     if launcher == "slurm":
@@ -51,11 +51,11 @@ class Launched:
     running: ClassVar[list[Launched]] = []
 
     def __init__(self, launcher, size, *program, cwd, fresh=False, **variables):
-        """fresh: start torchrun and its workers as Pythons of their own, too (warm.py)."""
+        """launcher: none for a lone Python. fresh: every process is a Python of its own, none is forked (warm.py)."""
         # files, not pipes: a process that is left over would keep a pipe open
         self.out, self.err = Path(cwd) / "stdout.txt", Path(cwd) / "stderr.txt"
-        words, env = command(launcher, size, *program), environment(**variables)
-        if launcher == "torchrun" and not fresh:
+        words, env = command(launcher, size, *program, fresh=fresh), environment(**variables)
+        if launcher in ("torchrun", "none") and not fresh:
             self.out.touch()
             self.err.touch()
             self.process = Warm(words[1:], cwd=cwd, env=env, out=self.out, err=self.err)

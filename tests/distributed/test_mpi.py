@@ -48,12 +48,12 @@ def test_what_ranks_of_mpi_promise(tmp_path):
 
 @with_mpi
 def test_a_users_loop_is_the_same_under_mpirun_and_torchrun(tmp_path):
-    """Several buckets, BatchNorm, one line to begin: events, ranks and weights agree."""
+    """Several buckets, BatchNorm, one line to begin: events, ranks and weights agree. Here MPI's are new Pythons."""
     found = {}
     for launcher in ("mpi", "torchrun"):
         folder = tmp_path / launcher
         folder.mkdir()
-        finished(launcher, 2, str(HERE / "user_script.py"), str(folder), cwd=folder)
+        finished(launcher, 2, str(HERE / "user_script.py"), str(folder), cwd=folder, fresh=launcher == "mpi")
         found[launcher] = torch.load(folder / "found.pt", weights_only=False)
     mpi, gloo = found["mpi"], found["torchrun"]
     assert (mpi["launcher"], mpi["kind"], mpi["size"]) == ("mpi", "MpiRanks", 2)

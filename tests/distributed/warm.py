@@ -1,21 +1,30 @@
-"""The real torchrun and the processes that it starts, forked from a server that has everything imported.
+"""The real launchers and the processes that they start, forked from a server that has everything imported.
 
 Torchrun, its agent, its rendezvous, its signals and the environment of its workers are the real ones; only `exec` of a
-new Python, which would import torch for seconds, is a fork here. Launched(..., fresh=True) starts it by `exec`.
+new Python, which would import torch for seconds, is a fork here. The real mpirun starts light Pythons (warm_exec.py),
+for each of which the server forks a process. Launched(..., fresh=True) starts them by `exec`.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import fcntl
+import json
 import multiprocessing
 import os
 import runpy
+import selectors
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 #: Imported by the server before it forks: what the tests' processes would import one after the other.
 PRELOAD = (
@@ -88,6 +97,88 @@ class _Forked(subprocess.Popen):
             _run(args[1:], env)
 
 
+# ------------------------------------------------------------------ for launchers that start programs by themselves
+
+
+@cache
+def server():
+    """Begin to listen; return the path of the socket for warm_exec.py. It ends with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="warm-")  # short: paths of sockets are
+    atexit.register(folder.cleanup)
+    path = os.path.join(folder.name, "socket")
+    ready, told = context().Pipe(duplex=False)
+    context().Process(target=_serve, args=(path, told), daemon=True).start()
+    ready.recv()
+    return path
+
+
+def interpreter():
+    """Return the words that stand for `python` where the server forks for it."""
+    return [sys.executable, "-S", "-E", str(Path(__file__).with_name("warm_exec.py")), server()]
+
+
+def _serve(path, told):
+    """Fork a process for each that connects; tell it how that ended; end it when the other is gone."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    waiting = selectors.DefaultSelector()
+    waiting.register(listener, selectors.EVENT_READ, None)
+    told.send(True)
+    while True:
+        for key, _ in waiting.select():
+            if key.data is None:
+                other, _ = listener.accept()
+                pid = _forked(other, listener)
+                number = os.pidfd_open(pid)
+                waiting.register(other, selectors.EVENT_READ, (pid, number, other))
+                waiting.register(number, selectors.EVENT_READ, (pid, number, other))
+                continue
+            pid, number, other = key.data
+            if key.fileobj is number:
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                waiting.unregister(number)
+                os.close(number)
+                with suppress(KeyError, ValueError):
+                    waiting.unregister(other)
+                with suppress(OSError):
+                    other.sendall(status.to_bytes(4, "little", signed=True))
+                other.close()
+            elif other.fileno() >= 0:
+                signals = other.recv(64)
+                for one in signals or bytes([signal.SIGKILL]):
+                    signal.pidfd_send_signal(number, one)
+                if not signals:
+                    waiting.unregister(other)
+
+
+def _forked(other, listener):
+    """Fork what runs the command line that the other end of the connection was given; return its process."""
+    length, files, *_ = socket.recv_fds(other, 4, 16)
+    wanted, told = int.from_bytes(length, "little"), b""
+    while len(told) < wanted:
+        told += other.recv(wanted - len(told))
+    if pid := os.fork():
+        for file in files:
+            os.close(file)
+        return pid
+    try:
+        started = json.loads(told)
+        os.setsid()
+        listener.close()
+        other.close()
+        high = [fcntl.fcntl(file, fcntl.F_DUPFD, 200) for file in files]  # out of the way of the numbers wanted
+        for file, number in zip(high, started["files"], strict=True):
+            os.dup2(file, number)
+        for file in (*files, *high):
+            if file not in started["files"]:
+                os.close(file)
+        os.chdir(started["cwd"])
+        _run(started["words"], started["env"])
+    finally:
+        os._exit(1)
+
+
 def _run(words, env):
     """Run a command line of Python in this process, and end it as a Python of its own would."""
     status = 1
@@ -101,6 +192,8 @@ def _run(words, env):
         sys.argv = words[1:] if words[0] == "-m" else list(words)
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            exec(words[1], {"__name__": "__main__"})
         else:
             runpy.run_path(words[0], run_name="__main__")
         status = 0
@@ -116,4 +209,6 @@ def _run(words, env):
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
+        if "mpi4py.MPI" in sys.modules:
+            ctypes.CDLL(None).exit(status)  # MPICH takes leave of mpirun when the C library ends the process
         os._exit(status)
