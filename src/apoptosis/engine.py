@@ -55,10 +55,10 @@ from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
 from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, idle, read_state, sum_up, write_state
-from apoptosis.surgery import check_followers, check_optimizers
+from apoptosis.surgery import as_follower, check_followers, check_optimizers
 from apoptosis.told import num_parameters
 from apoptosis.trials import has_classes, looked_at
-from apoptosis.unwrap import bare, layout_of, read_layouts, rebuild
+from apoptosis.unwrap import layout_of, read_layouts, rebuild
 from apoptosis.verdict import Verdict, sanity_limit
 
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
@@ -236,12 +236,17 @@ class Apoptosis:
             idle=idle(self._memory, self._settings, watching=self.watching, num_open=len(self.groups())),
         )
 
-    def follow(self, averaged: nn.Module) -> None:
-        """Shrink an averaged copy (AveragedModel, or a plain copy of the model) along with the model from now on.
+    def follow(self, averaged: Any) -> None:
+        """Shrink an averaged copy of the model along with it from now on.
+
+        Args:
+            averaged: AveragedModel or a plain copy, an object of another library that holds one (`ema_model`, `module`),
+                a dict of tensors by the model's names, a list of them in the order of its parameters (of all, or of
+                those that require a gradient), or an object that holds one (`shadow_params`, `shadow`).
 
         Raises: ArgumentError: the copy's tensors are not those of the model.
         """
-        averaged = bare(averaged)
+        averaged = as_follower(averaged, self._patient.model)
         late = "The model has lost channels since: make the copy of the model as it is now, or follow it before."
         wrong = "It is a copy of another network."
         check_followers([averaged], self._patient.model, late if self._memory.num_events else wrong)

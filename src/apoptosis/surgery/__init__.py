@@ -4,6 +4,7 @@ from apoptosis.surgery.attributes import check_registered, register_attributes
 from apoptosis.surgery.checkpoint import load, save
 from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.edits import build_edits
+from apoptosis.surgery.followers import as_follower
 from apoptosis.surgery.layers import layers
 from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
 from apoptosis.surgery.norms import norm_edits
@@ -14,6 +15,7 @@ from apoptosis.surgery.values import apply_edit, merge_like, slice_like
 __all__ = [
     "Transaction",
     "apply_edit",
+    "as_follower",
     "build_edits",
     "check_followers",
     "check_optimizers",

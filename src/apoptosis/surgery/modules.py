@@ -7,7 +7,7 @@ Does not live here: the values themselves (values.py, optimizers.py), measuring 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +29,7 @@ from apoptosis.surgery.attention import attention_changes
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
 from apoptosis.surgery.drafts import removed_classes
 from apoptosis.surgery.dry_run import check_optimizers
+from apoptosis.surgery.followers import Tensors
 from apoptosis.surgery.journal import Journal
 from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.numbers import number_changes
@@ -73,6 +74,7 @@ class Transaction:
         check_optimizers(optimizers, model)
         self._optimizers = tuple(optimizers)
         self._targets = [model, *(_copy_of(follower) for follower in followers)]
+        self._bare = {i for i, follower in enumerate(followers, 1) if isinstance(follower, Tensors)}
         check_followers(followers, model)
         self._journal = Journal()
         self._open = True
@@ -140,7 +142,7 @@ class Transaction:
         self._write(by_name, _Around())
 
     def _write(self, by_name: Mapping[str, TensorEdit], around: _Around, *, values: bool = True) -> None:
-        plans = _plan_targets(self._targets, by_name, around, values)
+        plans = _plan_targets(self._targets, by_name, around, values, bare=self._bare)
         parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
         optimizers = self._optimizers if values else ()
         states = [change for o in optimizers for change in state_changes(o, parameters, by_name)]
@@ -243,6 +245,8 @@ def check_followers(followers: Iterable[nn.Module], model: nn.Module, remedy: st
 def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor], remedy: str) -> None:
     theirs = named_tensors(_copy_of(follower))
     for name, tensor in mine.items():
+        if name not in theirs and isinstance(follower, Tensors):  # which may hold the trained parameters alone
+            continue
         if name not in theirs:
             raise ArgumentError(f"follower {type(follower).__name__} is no copy of the model: it has no '{name}'.")
         if theirs[name].shape != tensor.shape:
@@ -253,6 +257,8 @@ def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor], remedy: str) ->
 
 
 def _copy_of(follower: nn.Module) -> nn.Module:
+    if isinstance(follower, Tensors):
+        return follower.as_module()
     return follower.module if isinstance(follower, AveragedModel) else follower
 
 
@@ -261,14 +267,18 @@ def _plan_targets(
     edits: Mapping[str, TensorEdit],
     around: _Around,
     values: bool,
+    bare: Set[int] = frozenset(),
 ) -> list[_Plan]:
+    """Plan the same edits for the model and its followers; bare: which of them hold some of its tensors, and no more."""
     # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
     plans = []
-    for target in targets:
+    for number, target in enumerate(targets):
         tensors = named_tensors(target)
-        plan, full = _Plan(), Whole(tensors)
+        plan, full = _Plan(), Whole(named_tensors(targets[0]) | tensors if number in bare else tensors)
         edited: dict[int, TensorEdit] = {}
         for name, edit in edits.items():
+            if name not in tensors and number in bare:
+                continue
             if name not in tensors:
                 raise ArgumentError(f"an edit speaks of tensor '{name}', which {type(target).__name__} does not have.")
             tensor = tensors[name]
@@ -281,6 +291,9 @@ def _plan_targets(
             grad = tensor.grad if tensor.is_leaf else None
             new_grad = None if grad is None else part(merge_like(edit, whole(grad)), grad)
             plan.tensors.append((tensor, part(apply_edit(edit, whole(tensor), full), tensor), new_grad))
+        if number in bare:
+            plans.append(plan)
+            continue
         plan.attributes = _plan_attributes(target, edited, around)
         plan.kept = cut(target, around.kept, around.removed)
         plans.append(plan)
