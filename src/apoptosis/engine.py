@@ -240,7 +240,8 @@ class Apoptosis:
         """Shrink an averaged copy of the model along with it from now on.
 
         Args:
-            averaged: AveragedModel or a plain copy, an object that holds one (`ema_model` of ema-pytorch, `module`), a dict of tensors by the model's names, a list of them in the order of its parameters (of all, or of
+            averaged: AveragedModel or a plain copy, an object that holds one (`ema_model` of ema-pytorch, `module`), a
+                dict of tensors by the model's names, a list of them in the order of its parameters (of all, or of
                 those that require a gradient), or an object that holds one (`shadow_params`, `shadow`).
 
         Raises: ArgumentError: the copy's tensors are not those of the model.

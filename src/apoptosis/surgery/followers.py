@@ -1,7 +1,7 @@
 """Averages of a model that are kept as bare tensors: a dict by name, a list in the order of the parameters.
 
-Lives here: reading them off what a user hands over, and showing them as modules, which surgery edits. Does not live here:
-the edits.
+Lives here: reading them off what a user hands over, and showing them as modules, which surgery edits. Does not live
+here: the edits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LISTS = ("shadow_params", "shadow")  # torch-ema's and diffusers', and what man
 
 
 class Tensors(nn.Module):
-    """An average that is a dict or a list. It is read anew whenever it is asked for, as updates may replace its tensors.
+    """An average that is a dict or a list. It is read anew whenever it is asked for, since updates may replace entries.
 
     Args:
         read: returns the dict or the list.

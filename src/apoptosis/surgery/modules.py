@@ -269,7 +269,7 @@ def _plan_targets(
     values: bool,
     bare: Set[int] = frozenset(),
 ) -> list[_Plan]:
-    """Plan the same edits for the model and its followers; bare: which of them hold some of its tensors, and no more."""
+    """Plan the same edits for the model and its followers; bare: which of them hold nothing but tensors."""
     # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
     plans = []
     for number, target in enumerate(targets):
