@@ -168,6 +168,36 @@ def cut(model: nn.Module, kept: Sequence[Kept], removed: IntArray) -> list[Excha
     return list(exchanges(walk, new))
 
 
+def copies(
+    model: nn.Module, kept: Sequence[Kept], keep: Mapping[str, Mapping[int, Tensor]], new: Mapping[str, Tensor]
+) -> list[Exchange]:
+    """Return how to let attributes follow the parameters and buffers that they show, or are computed from.
+
+    Args:
+        model: whose attributes are looked at.
+        kept: what the capture found.
+        keep: of each tensor that is edited, the positions that stay along its dims.
+        new: the values that the tensors are given; what shows one of them shows the new one.
+    """
+    table = {item.path: item.copy_of for item in kept if item.copy_of in keep}
+    if not table:
+        return []
+    walk, found = Walk(model), dict[int, Tensor]()
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for path, tensor in walk.tensors.items():
+        name = table.get(path, "")
+        if not name or type(tensors.get(name)) not in (Tensor, nn.Parameter) or tensor.shape != tensors[name].shape:
+            continue  # sharded ones are shown by nothing else
+        if tensor.untyped_storage()._cdata == tensors[name].untyped_storage()._cdata:
+            found[id(tensor)] = new[name].detach()
+            continue
+        part = tensor.detach()
+        for dim, index in keep[name].items():
+            part = part.index_select(dim, index.to(part.device))
+        found[id(tensor)] = part
+    return list(exchanges(walk, found))
+
+
 def labels_after(item: Kept, removed: IntArray) -> IntArray:
     """Return the labels of what `cut` leaves."""
     labels, stay = item.labels, np.isin(item.labels, removed, invert=True)

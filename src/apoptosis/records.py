@@ -347,11 +347,13 @@ class Kept:
     """A tensor that the model keeps in an attribute from one forward pass to the next (a hidden state, a cache).
 
     path: the module's name, the attribute, then keys and places inside of it. labels: for every position the number of
-    its channel as in Structure.classes, -1 for none; an axis along which all are the same has size 1.
+    its channel as in Structure.classes, -1 for none; an axis along which all are the same has size 1. copy_of: the
+    parameter or buffer that it is another view of, or is computed from position by position; it follows that one.
     """
 
     path: tuple[str | int, ...]
     labels: IntArray
+    copy_of: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -44,8 +44,12 @@ _TWO_WAYS = "'{}' is kept between passes, and channels lie along other axes of i
 
 @dataclass(slots=True)
 class _Mode:
-    """What is kept in one mode: known at the beginning of its pass, found at the end, and what the pass read of it."""
+    """What is kept in one mode: known at the beginning of its pass, found at the end, and what the pass read of it.
 
+    there: tensors at the beginning, which are held so that no other one takes their ids.
+    """
+
+    there: dict[Path, Tensor] = field(default_factory=dict)
     given: dict[Path, Value] = field(default_factory=dict)
     found: dict[Path, Value] = field(default_factory=dict)
     read: set[Path] = field(default_factory=set)
@@ -71,6 +75,7 @@ class Carried:
         self.buffers = self._known.buffers
         self._modes: dict[str, _Mode] = {}
         self._rows: dict[Path, Rows] = {}
+        self._copies: dict[Path, str] = {}
         self.fault = ""
         self._most, self._new_buffers = ROUNDS, False
         self.rounds = 0
@@ -93,13 +98,13 @@ class Carried:
         """Say what tensors carry at the beginning of a pass."""
         mode = self._modes.setdefault(tracer.mode, _Mode())
         mode.given, values = {}, mode.found
-        for path, tensor in kept_tensors(self._model, self.buffers).items():
+        mode.there = kept_tensors(self._model, self.buffers)
+        for path, tensor in mode.there.items():
             if tensor.layout is not torch.strided or not tracer.memory.is_other(tensor):
                 continue
             value = entry_of(path, values)
             if value is None or not _is_of(value.ids, tensor):
-                origin = f"'{name_of(path)}', which is kept between passes," if path in values else "a constant"
-                value = nothing(tensor.dim(), origin, free=value is not None and value.free)
+                value = nothing(tensor.dim(), "a constant" if value is None else value.origin)
             elif value.live:
                 mode.given[path] = value
             tracer.memory.put(tensor, value)
@@ -111,34 +116,41 @@ class Carried:
         rewritten = self._rewritten(tracer) - self.buffers
         self.buffers, self._new_buffers = self.buffers | rewritten, self._new_buffers or bool(rewritten)
         mode.found, mode.read = {}, set(tracer.memory.read_kept)
+        before = {id(tensor) for tensor in mode.there.values()}
         for path, tensor in kept_tensors(self._model, self.buffers).items():
-            if tensor.layout is not torch.strided or not tracer.memory.is_other(tensor):
+            if tensor.layout is not torch.strided:
                 continue
-            value = tracer.memory.recorded(tensor)
-            if value is None or (not value.live and value.origin == "a constant" and not value.free):
+            if (view := tracer.view(tensor)) is not None:
+                if tuple(tensor.shape) == view.owner.shape and all(view.axes(d) <= {d} for d in view.varied()):
+                    self._copies[path] = view.owner.name
                 continue
-            ids = _completed(value.ids)
-            name = name_of(path)
-            mode.found[path] = Value(ids, free=value.free, origin=f"'{name}'", paths=spoiled([value.paths]))
+            value = tracer.memory.recorded(tensor) or nothing(tensor.dim())
+            if id(tensor) in before and not value.live:
+                continue
+            ids, origin = _completed(value.ids), f"'{name_of(path)}' of the pass before"
+            mode.found[path] = Value(ids, free=value.free, origin=origin, paths=spoiled([value.paths]))
             rows = rows_of(tensor.shape, varying(ids), self._leaves)
             if rows is not None:
                 self._rows[path] = rows
             if path in mode.given and path in mode.read and value.live:
-                _tie(findings, name, mode.given[path].ids, ids)
+                _tie(findings, name_of(path), mode.given[path].ids, ids)
 
     def _rewritten(self, tracer: Tracer) -> frozenset[str]:
         """Return buffers that a pass wrote channels to, and that have a row for each example."""
         found = []
         for name, tensor in self._model.named_buffers():
-            owner = tracer.findings.slots.owners.get(name)
-            if owner is None or tensor.layout is not torch.strided:
+            owner = tracer.findings.slots.owners.get(
+                name
+            )  # None also of a second name that has a tensor of its own now
+            if tensor.layout is not torch.strided:
                 continue
+            before, shape = () if owner is None else owner.shape, tuple(tensor.shape)
             if tracer.view(tensor) is not None:
-                written, shape = name in tracer.memory.written, owner.shape
+                written = name in tracer.memory.written
             else:
-                value, shape = tracer.memory.recorded(tensor), tuple(tensor.shape)
-                written = value is not None and (value.live or shape != owner.shape)
-            if written and (shape != owner.shape or (len(shape) > 1 and _axis_of_rows(shape, self._leaves))):
+                value = tracer.memory.recorded(tensor)
+                written = value is not None and (value.live or shape != before)
+            if written and (shape != before or (len(shape) > 1 and _has_rows(shape, self._leaves))):
                 found.append(name)
         return frozenset(found)
 
@@ -156,15 +168,18 @@ class Carried:
             self._guess = next(self._guesses, None)
             if self._guess is None:
                 return False
-        self._modes, self._rows, self.rounds, self.buffers = {}, {}, 0, self._known.buffers
+        self._modes, self._rows, self._copies, self.rounds = {}, {}, {}, 0
+        self.buffers = self._known.buffers
         return True
 
     def goes_on(self) -> bool:
         """Whether another round would know more."""
         self.rounds += 1
-        if self.rounds >= self._most or (not self._known.read and self._known.values):
+        if self.rounds >= self._most or (self._known.values and not (self._known.read or self._is_read)):
             return False  # a capture before found that nothing of it is read
         new, self._new_buffers = self._new_buffers, False
+        if self.rounds == 1:
+            new = new or bool(self._rows)  # a later pass may go another way because it is there
         return new or any(
             value.live and entry_of(path, mode.given) is None
             for mode in self._modes.values()
@@ -185,7 +200,7 @@ class Carried:
 
     @property
     def _is_read(self) -> bool:
-        return any(mode.read & mode.given.keys() for mode in self._modes.values())
+        return any(path in mode.read for mode in self._modes.values() for path in mode.found)
 
     def kept(self, labels: IntArray) -> tuple[Kept, ...]:
         """Return what the model keeps, with the numbers of channels by slot."""
@@ -194,7 +209,8 @@ class Carried:
             for path, value in mode.found.items():
                 if value.live:
                     found.setdefault(path, Kept(path=path, labels=np.where(value.ids > 0, labels[value.ids], -1)))
-        return tuple(found.values())
+        none = np.zeros(0, dtype=np.int64)
+        return (*found.values(), *(Kept(path=path, labels=none, copy_of=name) for path, name in self._copies.items()))
 
 
 def recall(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: object) -> Carried:
@@ -221,18 +237,14 @@ def _tie(findings: Findings, name: str, one: IntArray, other: IntArray) -> None:
 
 
 def _completed(ids: IntArray) -> IntArray:
-    """Fill positions that no channel has come to yet where every position along one axis has one channel alone.
+    """Fill positions that no channel has come to yet, along axes where all others have one and the same.
 
     A cache that is filled from one end, or a place at a time, carries at its other places what it carries at these.
     """
-    axes = sorted(varying(ids))
-    if len(axes) < 2 or bool(ids.all()):
-        return ids
-    for axis in reversed(axes):
-        others = tuple(other for other in axes if other != axis)
-        most = ids.max(axis=others, keepdims=True)
-        if bool(((ids == 0) | (ids == most)).all()) and np.unique(most).size > 1:
-            return np.asarray(most, dtype=np.int64)
+    for axis in sorted(varying(ids)):
+        most = ids.max(axis=axis, keepdims=True)
+        if varying(most) and bool(((ids == 0) | (ids == most)).all()):
+            ids = most
     return ids
 
 
@@ -240,7 +252,7 @@ def _axis_of(tensor: Tensor, size: int) -> int | None:
     return next((axis for axis in range(min(2, tensor.dim())) if tensor.shape[axis] == size), None)
 
 
-def _axis_of_rows(shape: Sequence[int], leaves: Sequence[Tensor]) -> bool:
+def _has_rows(shape: Sequence[int], leaves: Sequence[Tensor]) -> bool:
     return any(leaf.dim() and size in leaf.shape[:2] for leaf in leaves for size in shape[:2])
 
 

@@ -122,7 +122,8 @@ def _merged(products: Iterable[Product]) -> list[Product]:
         if known is not product:
             fold = known.fold if known.fold == product.fold else None
             own_scale, linear = known.own_scale or product.own_scale, known.linear & product.linear
-            out[key] = replace(known, fold=fold, own_scale=own_scale, linear=linear)
+            right = known.scales_right or product.scales_right
+            out[key] = replace(known, fold=fold, own_scale=own_scale, linear=linear, scales_right=right)
     return list(out.values())
 
 
@@ -141,9 +142,10 @@ def _product_site(findings: Findings, products: Products, product: Product, plac
             weight, fold = "", None
     rescale = []
     if product.own_scale:
-        for name, dim, here in findings.slots.axes_of(product.left):
+        scaled = product.right if product.scales_right else product.left
+        for name, dim, here in findings.slots.axes_of(scaled):
             base = findings.slots.owners[name].bases[dim]
-            own = [np.unique(product.left[p][here[p]]) - base for p in places]
+            own = [np.unique(scaled[p][here[p]]) - base for p in places]
             rescale.append((name, dim, np.stack(own)))
             rescale.extend((b, 0, np.stack(own)) for b in sorted(findings.bias_of.get((name, dim), ())))
     return Site(

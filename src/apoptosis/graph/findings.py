@@ -65,9 +65,10 @@ class Product:
 
     left, right: (positions,), the slots that meet. fold: the axis that the right slots lie on, where their producer's
     rows may take over; None where only slicing is right. own_scale: the operator divides by the root of the number of
-    channels by itself. linear: producers that the left operand scales with. num_rows: sums that run side by side.
-    sides: producers that the left and the right operand scale with as a whole. number: of the products of the module
-    that would have one key. stepwise: multiplied element by element and summed after, so that both may be read between.
+    channels by itself. linear: producers that the left operand, or else the right, scales with. num_rows: sums that run
+    side by side. sides: producers that the left and the right operand scale with as a whole. number: of the products of
+    the module that would have one key. stepwise: multiplied element by element and summed after, so that both may be
+    read between. scales_right: the left operand does not scale with its producers.
     """
 
     module: str
@@ -80,6 +81,7 @@ class Product:
     sides: tuple[frozenset[Axis], frozenset[Axis]] = (frozenset(), frozenset())
     number: int = 0
     stepwise: bool = False
+    scales_right: bool = False
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 

@@ -40,6 +40,7 @@ _MASK = "Give all heads one mask, or a table with a column for each head."
 _FLAT = "Give the parameter one axis that runs along the channels, and no other."
 _BESIDE = "Concatenate channels with channels alone."
 _LAID = "Let the channels be the last axis of every operand."
+_KEPT = "Keep what operators of torch make of the channels, or reset it before every pass."
 _TIED = "Give each use a parameter of its own."
 
 # Part of a reason -> what would unpin; the first that fits counts.
@@ -52,6 +53,7 @@ _USUAL = (
     ("is producer and consumer along the same axis", _TIED),
     ("is read elsewhere too", _TIED),
     ("share memory without being one tensor", "Make them one parameter, or give each memory of its own (clone())."),
+    ("of the pass before, which has none", _KEPT),
     ("which has none", _OPERAND),
     ("values that carry no channels", _OPERAND),
     ("which carries no channels", "The width of the inputs is given; nothing is to be removed there."),

@@ -166,12 +166,13 @@ def _pair(
         swapped = None if left.levelled else _plain(call, left, slots_left.reshape(-1))
         if swapped is not None or (own_scale and not left.value.linear):
             left, right, slots_left, slots_right, fold = right, left, slots_right, slots_left, swapped
-    linear = left.value.linear
+    linear = left.value.linear or right.value.linear  # of keys some may be cached, which nothing scales
     if own_scale and not linear:
         call.pin(a, "divides by the root of the number of channels by itself", "Give it scale= as a number.")
     slots_left, slots_right = slots_left.reshape(-1), slots_right.reshape(-1)
     product = Product(tracer.module_name, slots_left, slots_right, fold, own_scale, linear, num_rows)
     product.stepwise = stepwise
+    product.scales_right = not left.value.linear
     product.sides = (left.whole_linear, right.whole_linear)
     while (known := findings.products.setdefault(product_key(product), product)) is not product:
         if np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right):
@@ -179,6 +180,7 @@ def _pair(
         product.number += 1  # the module multiplies other channels, too: queries with keys and with positions
     findings.uses += [(slots, pairs_of(product)) for slots in read]
     known.own_scale = known.own_scale or own_scale
+    known.scales_right = known.scales_right or product.scales_right
     known.sides = (known.sides[0] & left.whole_linear, known.sides[1] & right.whole_linear)
     known.macs[tracer.mode] += macs
     tracer.show(product_key(known), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.interrupts import restoring
-from apoptosis.kept import cut
+from apoptosis.kept import copies, cut
 from apoptosis.module_state import Exchange
 from apoptosis.norms import NormEdit
 from apoptosis.records import IntArray, Kept, Structure, TensorEdit
@@ -295,7 +295,9 @@ def _plan_targets(
             plans.append(plan)
             continue
         plan.attributes = _plan_attributes(target, edited, around)
+        new = {name: value for name, (_, value, _) in zip(edits, plan.tensors, strict=True)}
         plan.kept = cut(target, around.kept, around.removed)
+        plan.kept += copies(target, around.kept, {name: edit.keep for name, edit in edits.items()}, new)
         plans.append(plan)
     return plans
 
