@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not o
 
 from benchmarks.zoo import __main__ as command  # noqa: E402
 from benchmarks.zoo import measure as zoo  # noqa: E402
-from benchmarks.zoo import page, shrunk_config, timm_networks, transformers_networks  # noqa: E402
+from benchmarks.zoo import page, runs, shrunk_config, timm_networks, transformers_networks  # noqa: E402
 from benchmarks.zoo.workers import rows  # noqa: E402
 
 
@@ -123,6 +123,53 @@ def test_a_crash_and_a_hang_cost_one_row_each():
     assert (found["one"]["captured"], found["two"]["captured"]) == (True, True)
     assert "ended with 3" in found["crash"]["error"]
     assert "no result after 1 s" in found["hang"]["error"]
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
+    path, run = tmp_path / "zoo.unfinished", runs.record(2, 15.0)
+    log = runs.Log(path, run, resume=False)
+    log.add("timm", "a", {"built": True})
+    path.write_text(path.read_text() + '["timm", "b", {"bui')  # cut off while it wrote
+    again = runs.Log(path, runs.record(3, 15.0), resume=True)
+    assert again.rows == [("timm", "a", {"built": True})]
+    assert again.run["processes"] is None  # two, then three
+    assert again.seconds >= log.seconds - 0.5
+    with pytest.raises(SystemExit, match=r"has another versions\. Start anew without --resume"):
+        runs.Log(path, {**run, "versions": {}}, resume=True)
+    assert runs.Log(path, run, resume=False).rows == []
+
+
+def test_rows_say_of_which_run_they_are():
+    first, second = {"code": "1"}, {"code": "2"}
+    known = runs.merged({}, first, [("timm", "a", {}), ("timm", "b", {})])
+    both = runs.merged(known, second, [("timm", "b", {}), ("timm", "c", {})])
+    assert [(n, r["run"]) for n, r in both["families"]["timm"].items()] == [("a", 0), ("b", 1), ("c", 1)]
+    assert both["runs"] == [first, second]
+    new = runs.merged(both, {"code": "3"}, [("timm", name, {}) for name in "abc"])
+    assert new["runs"] == [{"code": "3"}]  # of the others no row is left
+
+
+def test_large_weights_are_not_drawn_and_building_ends():
+    with zoo.unfilled():
+        large = torch.full((300, 300), 9.0)
+        assert nn.init.trunc_normal_(large, std=0.02).max() == 9.0
+        assert nn.init.trunc_normal_(torch.full((30, 30), 9.0), std=0.02).max() <= 2.0
+    assert nn.init.trunc_normal_(large, std=0.02).max() <= 2.0
+
+
+def test_what_fails_alike_at_two_sizes_is_not_tried_at_more():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("no such thing")
+
+    def sizes(building):
+        for size in range(1, 9):
+            tried.append(size)
+            yield zoo.Built(Broken(size, 2), (torch.randn(2, size),), note=str(size))
+
+    tried = []
+    assert not zoo.measure(sizes)["built"]
+    assert tried == [1, 2, 3]
 
 
 def test_configurations_made_small_keep_a_layer_of_every_kind():

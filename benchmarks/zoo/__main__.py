@@ -3,7 +3,7 @@
     python -m benchmarks.zoo                            all of them: benchmarks/results/zoo.json and docs/coverage.md
     python -m benchmarks.zoo --families timm            one of the two families; the other's rows stay as they are
     python -m benchmarks.zoo --only resnet18,bert       these rows alone
-    python -m benchmarks.zoo --resume                   go on with a run that was interrupted
+    python -m benchmarks.zoo --resume                   go on with a run that was interrupted, of the same code
     python -m benchmarks.zoo --page                     make the page again from the JSON
 
 Lives here: the command. It needs the extra `zoo`: pip install 'torch-apoptosis[zoo]'.
@@ -21,7 +21,6 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,12 +28,12 @@ from typing import Any
 import torch
 
 from apoptosis.recipes.folder import write_json
-from apoptosis.recipes.machine import machine, versions
 from benchmarks.zoo.measure import measure
 from benchmarks.zoo.page import PAGE, RESULTS, ROOT, summary, write_page
+from benchmarks.zoo.runs import SEED, Log, merged, record
 from benchmarks.zoo.workers import rows
 
-SEED, FAMILIES = 0, ("timm", "transformers")
+FAMILIES = ("timm", "transformers")
 
 
 def family_module(family: str) -> ModuleType:
@@ -83,37 +82,19 @@ def tasks(families: Sequence[str], only: Sequence[str]) -> dict[tuple[str, str],
 
 def run(wanted: Mapping[tuple[str, str], str], known: Mapping[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """Measure; rows of `known` that are not wanted stay."""
-    families = {family: dict(known.get("families", {}).get(family, {})) for family in FAMILIES}
+    log = Log(given.json.with_suffix(".unfinished"), record(given.processes, given.limit), resume=given.resume)
+    done = {(family, name) for family, name, _ in log.rows}
+    for family, name, row in rows(one, [key for key in wanted if key not in done], given.processes, given.limit):
+        row["module"] = wanted[family, name]
+        log.add(family, name, row)
+        print(f"{family} {name}: {told(row)}", flush=True)
+    stay = dict(known.get("families", {}))
     if not given.only:
-        for family in given.families:
-            families[family] = {}
-    todo, unfinished = dict(wanted), given.json.with_suffix(".unfinished")
-    if given.resume and unfinished.exists():
-        for line in unfinished.read_text(encoding="utf-8").splitlines():
-            family, name, row = json.loads(line)
-            families[family][name] = row
-            todo.pop((family, name), None)
-    start = time.perf_counter()
-    with unfinished.open("a" if given.resume else "w", encoding="utf-8") as log:
-        for family, name, row in rows(one, list(todo), given.processes, given.limit):
-            row["module"] = wanted[family, name]
-            families[family][name] = row
-            log.write(json.dumps([family, name, row]) + "\n")
-            log.flush()
-            print(f"{family} {name}: {told(row)}", flush=True)
-    for family in FAMILIES:
-        families[family] = dict(sorted(families[family].items()))
-    more = {name: version(name) for name in ("timm", "torchvision", "transformers") if _installed(name)}
-    partly = given.only or given.resume  # then rows of other runs, with other numbers of processes, stand beside
-    return {
-        "kind": "zoo",
-        "seed": SEED,
-        "seconds": None if partly else time.perf_counter() - start,
-        "processes": None if partly else given.processes,
-        "versions": versions() | dict(known.get("versions", {})) | more if given.only else versions() | more,
-        "machine": machine(torch.device("cpu")),
-        "families": families,
-    }
+        stay.update({family: {} for family in given.families})
+    result = merged({**known, "families": stay}, log.run | {"seconds": log.seconds}, log.rows)
+    write_json(given.json, result)
+    log.close()
+    return result
 
 
 def told(row: Mapping[str, Any]) -> str:
@@ -128,10 +109,6 @@ def told(row: Mapping[str, Any]) -> str:
         f"{100 * p['share']:.0f} % {why}" for why, p in list(row["pins"].items())[:3] if p["share"] > 0.005
     )
     return f"{row['share']:.3f} in {row['seconds']:.1f} s{'' if row['fake'] else ', real tensors'}; {pins}"
-
-
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def main() -> int:
@@ -151,10 +128,7 @@ def main() -> int:
     if not given.page:
         torch.set_num_threads(1)
         known = json.loads(given.json.read_text(encoding="utf-8")) if given.json.exists() else {}
-        result = run(tasks(given.families, given.only), known, given)
-        write_json(given.json, result)
-        given.json.with_suffix(".unfinished").unlink(missing_ok=True)
-        print(summary(result))
+        print(summary(run(tasks(given.families, given.only), known, given)))
     if given.json == RESULTS:
         write_page()
         print(f"wrote {PAGE.relative_to(ROOT)}")

@@ -47,20 +47,31 @@ def read() -> dict[str, Any]:
 
 def part(result: Mapping[str, Any]) -> str:
     """The zoo's part of the page."""
-    where, versions = result["machine"], result["versions"]
-    names = ("torch", "timm", "torchvision", "transformers")
-    of = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-    rows = [row for found in result["families"].values() for row in found.values()]
-    used = sum(row.get("seconds", 0.0) + row.get("seconds_build", 0.0) for row in rows)
-    number = f"{result['processes']} processes" if result["processes"] else "several runs, processes"
-    made = f"Seed {result['seed']}, {of}, {where['system']}, {number} of one thread each; the rows took {used:.0f} "
-    made += "processor seconds." + (f" {result['note']}" if result.get("note") else "")
+    made = "\n".join(f"- {line}" for line in _made(result))
     lines = "\n".join(f"- {line}" for line in summary(result).splitlines())
     tables = []
     for family, found in result["families"].items():
         rows = [_row(name, row) for name, row in found.items() if row["built"]]
         tables += [f"### {family}\n\n{_table([HEAD, *rows])}\n"] if rows else []
-    return f"{TEXT}{lines}\n\n{made}\n\n" + "\n".join(tables)
+    return f"{TEXT}{lines}\n\nMade in:\n\n{made}\n\n" + "\n".join(tables)
+
+
+def _made(result: Mapping[str, Any]) -> list[str]:
+    """A line for every run that rows are of."""
+    lines = []
+    for number, run in enumerate(result["runs"]):
+        rows = [row for found in result["families"].values() for row in found.values() if row["run"] == number]
+        used = sum(row.get("seconds", 0.0) + row.get("seconds_build", 0.0) for row in rows)
+        names = [name for name in ("torch", "timm", "torchvision", "transformers") if name in run["versions"]]
+        of = ", ".join(f"{name} {run['versions'][name]}" for name in names)
+        code = f"sources {run['code']}" if run["code"] else "sources of several states"
+        number_of = f"{run['processes']} processes" if run["processes"] else "several processes"
+        wall = f", {run['seconds']:.0f} seconds" if run["seconds"] else ""
+        lines.append(
+            f"{len(rows)} rows, which took {used:.0f} processor seconds{wall}: {code}, seed {run['seed']}, {of}, "
+            f"{run['machine']['system']}, {number_of} of one thread each."
+        )
+    return lines
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from benchmarks.zoo.timm_networks import load_torchvision
 MISSING = "the model types of transformers need it: pip install 'torch-apoptosis[zoo]'"
 LENGTH, IMAGE, SAMPLES, FRAMES = 12, 224, 4000, 64
 TRIES = 5  # sets of arguments for one model
+MOST_WHOLE = 300_000_000  # parameters of a network that was not made smaller
 
 # Which head stands for a type: the first that it has.
 _HEADS = (
@@ -73,6 +74,9 @@ def candidates(name: str, building: Building) -> Iterator[Built]:
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         for cls in classes(name)[: 1 if built else None]:
+            if not steps and _parameters(cls, config) > MOST_WHOLE:
+                errors.append(f"{cls.__name__}: too large as it is")
+                continue
             try:
                 torch.manual_seed(0)
                 with building():
@@ -86,6 +90,15 @@ def candidates(name: str, building: Building) -> Iterator[Built]:
                 yield Built(model, (), kwargs, note)
     if not built:
         raise LookupError(errors[0] if errors else "no model class")
+
+
+def _parameters(cls: type[nn.Module], config: Any) -> float:
+    """How many parameters a network would have; infinity where it cannot be built without data."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in cls(config).parameters())
+    except Exception:  # noqa: BLE001 - a network may raise anything
+        return float("inf")
 
 
 # ---------------------------------------------------------------- inputs
