@@ -2,10 +2,7 @@
 
 import gzip
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 
 from apoptosis import save
 from apoptosis.cli.app import run
+from distributed.launched import Launched
 
 TINY = ["--train-rows", "1500", "--widths", "32,32", "--batch", "32"]
 
@@ -304,20 +302,14 @@ def test_help_and_no_arguments(capsys):
 
 def test_sigint_keeps_a_checkpoint_from_which_the_run_goes_on(here, capsys):
     arguments = [*TINY, "--train-rows", "8000", "--epochs", "400", "--out", "long"]
-    code = "from apoptosis.cli import main; main()"
-    child = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, "train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    deadline = time.monotonic() + 60
-    while not (here / "long" / "last.safetensors").exists() and child.poll() is None and time.monotonic() < deadline:
+    code = "import warnings; warnings.simplefilter('error'); from apoptosis.cli import main; main()"
+    child = Launched("none", 1, "-c", code, "train", *arguments, cwd=here)
+    deadline = time.monotonic() + 200
+    while not (here / "long" / "last.safetensors").exists() and time.monotonic() < deadline:
+        assert child.process.poll() is None, child.told()
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 130, err
-    assert err.count("\n") == 1
-    assert err.startswith("apoptosis: error: interrupted")
+    child.interrupt()
+    assert child.wait() == 130, child.told()
+    assert child.told().count("\n") == 1
+    assert child.told().startswith("apoptosis: error: interrupted")
     check_refusal(capsys, ["train", "--resume", "long", "--seed", "1"], "--seed: the run in 'long' has 0, not 1")

@@ -11,6 +11,7 @@ import pytest
 
 from apoptosis.cli.app import run
 from apoptosis.plain_json import MAX_DEPTH
+from distributed.launched import ran
 
 TINY = ["--train-rows", "1500", "--widths", "16,16", "--batch", "32", "--epochs", "1", "--no-apoptosis", "--quiet"]
 
@@ -204,13 +205,11 @@ sys.exit(run(sys.argv[2:]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_limit_on_memory_is_one_line(here):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    arguments = [sys.executable, "-c", LIMITED, "60", "train", *TINY, "--widths", "4000,4000", "--out", "one"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False, env=env)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("apoptosis: error: "), done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "memory" in done.stderr
+    done = ran(LIMITED, "60", "train", *TINY, "--widths", "4000,4000", "--out", "one", cwd=here)
+    assert done.wait() == 2, done.told()
+    assert done.told().startswith("apoptosis: error: "), done.told()
+    assert done.told().count("\n") == 1, done.told()
+    assert "memory" in done.told()
 
 
 def test_threads_that_cannot_be_started_are_one_line(here, capsys, monkeypatch):

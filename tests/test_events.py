@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 
 from apoptosis.errors import ArgumentError, DataError
 from apoptosis.events import EventLog, read_events, to_json
+from distributed.launched import ran
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(max_size=8),
@@ -195,17 +194,17 @@ def test_missing_log_and_folder_in_its_place(path):
         read_events(path)
 
 
-def test_records_are_on_disk_when_append_returns(path):
+def test_records_are_on_disk_when_append_returns(path, tmp_path):
     code = (
         "import os, sys; from apoptosis.events import EventLog; "
         "log = EventLog(sys.argv[1]); log.append('epoch', epoch=7); os._exit(9)"
     )
-    done = subprocess.run([sys.executable, "-c", code, os.fspath(path)], check=False)
-    assert done.returncode == 9
+    done = ran(code, os.fspath(path), cwd=tmp_path)
+    assert done.wait() == 9, done.told()
     assert [r["epoch"] for r in read_events(path)] == [7]
 
 
-def test_a_write_that_the_disk_cuts_short_is_taken_back(path):
+def test_a_write_that_the_disk_cuts_short_is_taken_back(path, tmp_path):
     with EventLog(path) as log:
         log.append("epoch", epoch=1)
     code = (
@@ -215,6 +214,6 @@ def test_a_write_that_the_disk_cuts_short_is_taken_back(path):
         "except OSError as error: sys.exit(7 if 'disk' in str(error) else 1)"
     )
     before = path.read_bytes()
-    done = subprocess.run([sys.executable, "-c", code, os.fspath(path), str(len(before) + 10)], check=False)
-    assert done.returncode == 7
+    done = ran(code, os.fspath(path), str(len(before) + 10), cwd=tmp_path)
+    assert done.wait() == 7, done.told()
     assert path.read_bytes() == before

@@ -2,8 +2,6 @@
 
 import re
 import struct
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import matplotlib as mpl
@@ -13,6 +11,7 @@ from apoptosis.errors import ApoptosisError, DataError
 from apoptosis.events import EventLog, read_events
 from apoptosis.report import read_run, write_report
 from apoptosis.report.words import exact_number, short_number
+from distributed.launched import ran
 
 PLOTS = ("widths", "size", "learning", "certificates", "time")
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -397,7 +396,8 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     code = (
         "import sys, apoptosis.report as r; r.write_report(sys.argv[1]); sys.exit('matplotlib.pyplot' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code, tmp_path / "run"], check=False).returncode == 0
+    done = ran(code, str(tmp_path / "run"), cwd=tmp_path)
+    assert done.wait() == 0, done.told()
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.97, "0.97"), (9999, "9999"), (10_000, "10k"), (2_913_290, "2.913M")])

@@ -2,7 +2,8 @@
 
 import importlib
 import json
-import subprocess
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from apoptosis import Apoptosis
+from distributed.launched import SRC, Launched
+from distributed.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
@@ -157,23 +160,33 @@ def test_the_page_says_what_carried_the_sums():
     assert "gloo (MPI: there is no mpirun)" in setting_of(0.1, both[0], why_no_mpi="there is no mpirun")
 
 
-def run(*words):
-    """The command, finished; where it takes too long it is asked to end, so that no rank is left behind."""
-    command = [sys.executable, "-m", "benchmarks.scaling", "--quick", *words]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            out, err = process.communicate(timeout=500)
-        finally:
-            process.terminate()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+COMMAND = """
+import sys
+from benchmarks import scaling
+from benchmarks.cluster import start
+start.PYTHON = {python!r}
+sys.exit(scaling.main())
+"""
+
+
+def run(*words, cwd, fresh=False):
+    """The command, finished, and its status; it and its ranks are forked, or are Pythons of their own (fresh)."""
+    program = ("-m", "benchmarks.scaling") if fresh else ("-c", COMMAND.format(python=interpreter()))
+    done = Launched("none", 1, *program, "--quick", *words, cwd=cwd, fresh=fresh, PYTHONPATH=f"{SRC}:{ROOT}")
+    try:
+        return done, done.process.wait(500)
+    finally:
+        if done.process.poll() is None:
+            os.kill(done.process.pid, signal.SIGTERM)  # it ends its ranks
+        done.wait(30)
 
 
 def quick(path, *words):
-    done = run("--json", str(path), *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done, status = run("--json", str(path), *words, cwd=path.parent)
+    assert status == 0, done.printed() + done.told()
     result = json.loads(path.read_text())
     assert result["backends"] == (["gloo"] if why_no_mpi() else ["gloo", "mpi"])
-    assert bool(result["why_no_mpi"]) == ("gloo alone" in done.stdout) == bool(why_no_mpi())
+    assert bool(result["why_no_mpi"]) == ("gloo alone" in done.printed()) == bool(why_no_mpi())
     assert [w["size"] for w in result["worlds"]] == [1, *(2 for _ in result["backends"])]
     for two in result["worlds"][1:]:
         assert [link["link"] for link in two["links"]] == ["unbounded", "100 Mbit/s"]
@@ -218,8 +231,8 @@ def test_a_hook_takes_the_place_of_links(tmp_path):
 
 def test_whole_runs_begin_alike_and_end_with_fewer_parameters(tmp_path):
     path = tmp_path / "whole.json"
-    done = run("--whole", "--json", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done, status = run("--whole", "--json", str(path), cwd=tmp_path)
+    assert status == 0, done.printed() + done.told()
     result = json.loads(path.read_text())
     runs = {(one["size"], one["contestant"]): one for one in result["runs"]}
     assert set(runs) == {(2, "dense"), (2, "apoptosis"), (1, "dense"), (1, "apoptosis")}
@@ -240,14 +253,14 @@ def test_whole_runs_begin_alike_and_end_with_fewer_parameters(tmp_path):
     assert tables.TABLES["scaling-whole"]({}) == tables.EMPTY
 
 
-def test_backends_that_are_not_there_are_refused():
-    done = run("--backend", "gloo,smoke")
-    assert done.returncode == 2
-    assert "'smoke' is unknown; there are gloo, mpi" in done.stderr
+def test_backends_that_are_not_there_are_refused(tmp_path):
+    done, status = run("--backend", "gloo,smoke", cwd=tmp_path, fresh=True)
+    assert status == 2
+    assert "'smoke' is unknown; there are gloo, mpi" in done.told()
     if why_no_mpi():
-        done = run("--backend", "mpi")
-        assert done.returncode == 2
-        assert "pip install 'torch-apoptosis[mpi]'" in done.stderr
+        done, status = run("--backend", "mpi", cwd=tmp_path)
+        assert status == 2
+        assert "pip install 'torch-apoptosis[mpi]'" in done.told()
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 import time
 from functools import partial
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
+from distributed.launched import ran
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
@@ -97,14 +98,12 @@ def test_a_network_of_timm():
     assert row["share"] > 0.97
 
 
-def test_without_timm_the_command_says_what_is_missing():
-    code = "import sys; sys.modules['torchvision'] = None; sys.argv = ['zoo', '--families', 'timm']\n"
-    call = [sys.executable, "-c", code + "from benchmarks.zoo.__main__ import main; main()"]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode != 0
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith("the networks of timm need timm and torchvision: pip install")
-    )
+def test_without_timm_the_command_says_what_is_missing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torchvision'] = None\n"
+    code += "sys.argv = ['zoo', '--families', 'timm']; from benchmarks.zoo.__main__ import main; main()"
+    done = ran(code, cwd=tmp_path)
+    assert done.wait() != 0
+    assert done.told().strip().splitlines()[-1].startswith("the networks of timm need timm and torchvision: pip insta")
 
 
 def work(family, name):

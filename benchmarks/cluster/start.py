@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks.cluster.links import Links, host
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = [sys.executable]  # the words that run a rank's program
 TIMEOUT = 1800.0  # seconds that a world may take
 #: Another launcher may have started this very process; its variables are not those of the ranks.
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI", "MPI_", "SLURM_", "PRTE_")
@@ -70,7 +71,7 @@ def run_ranks(
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
     environment |= {"GLOO_SOCKET_IFNAME": device, "OMP_NUM_THREADS": str(threads)}
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns that addresses of namespaces have no names
-    words = [sys.executable, *program]
+    words = [*PYTHON, *program]
     if backend == "mpi":
         commands = [_by_mpirun(size, words, links, folder)]
         # Open MPI as the superuser of a container, and on fewer cores than processes

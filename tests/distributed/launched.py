@@ -100,6 +100,9 @@ class Launched:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def printed(self):
+        return self.out.read_text()
+
     def told(self):
         return self.err.read_text()
 
@@ -111,6 +114,13 @@ class Launched:
 def descendants(pid):
     found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*found, *(deeper for child in found for deeper in descendants(child))]
+
+
+def ran(code, *words, cwd):
+    """Run a program as `python -c` would, to its end; forked from a process that has everything imported."""
+    done = Launched("none", 1, "-c", code, *words, cwd=cwd)
+    done.wait()
+    return done
 
 
 def has_slurm():

@@ -167,7 +167,8 @@ def _forked(other, listener):
         os.setsid()
         listener.close()
         other.close()
-        high = [fcntl.fcntl(file, fcntl.F_DUPFD, 200) for file in files]  # out of the way of the numbers wanted
+        _enter(files[:3])
+        high = [fcntl.fcntl(file, fcntl.F_DUPFD, 200) for file in files[3:]]  # out of the way of the numbers wanted
         for file, number in zip(high, started["files"], strict=True):
             os.dup2(file, number)
         for file in (*files, *high):
@@ -175,8 +176,19 @@ def _forked(other, listener):
                 os.close(file)
         os.chdir(started["cwd"])
         _run(started["words"], started["env"])
+    except BaseException:  # noqa: BLE001 - nobody else would tell
+        traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _enter(spaces):
+    """Enter the namespaces of another process (user, network, host name) where they are not this one's."""
+    for file, name in zip(spaces, ("user", "net", "uts"), strict=True):
+        if os.fstat(file).st_ino != os.stat(f"/proc/self/ns/{name}").st_ino:
+            library = ctypes.CDLL(None, use_errno=True)
+            if library.setns(file, 0):
+                raise OSError(ctypes.get_errno(), f"{name} namespace: {os.strerror(ctypes.get_errno())}")
 
 
 def _run(words, env):
@@ -189,7 +201,9 @@ def _run(words, env):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
         words = [word for word in words if word != "-u"]
-        sys.argv = words[1:] if words[0] == "-m" else list(words)
+        sys.argv = {"-m": words[1:], "-c": ["-c", *words[2:]]}.get(words[0], list(words))
+        first = os.getcwd() if words[0] in ("-m", "-c") else os.path.dirname(os.path.abspath(words[0]))
+        sys.path[:0] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         elif words[0] == "-c":
@@ -199,6 +213,8 @@ def _run(words, env):
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            sys.stderr.write(f"{end.code}\n")
     except KeyboardInterrupt:
         status = 130
     except BaseException:  # noqa: BLE001 - what an interpreter does at its end

@@ -1,8 +1,8 @@
 """A light Python in the place of a heavy one: `python -S -E warm_exec.py SOCKET WORDS...`, started by the real mpirun.
 
 It hands its command line, environment and open files to the server of warm.py at the SOCKET, which forks a process with
-everything imported that runs the command line there; signals are passed on, and it ends as that process does. MPI finds
-what it needs in the environment and in the open files.
+everything imported that runs the command line there, in the namespaces of this one; signals are passed on, and it ends
+as that process does. MPI finds what it needs in the environment and in the open files.
 """
 
 import json
@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 
+SPACES = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in ("user", "net", "uts")]
 FILES = [0, 1, 2, *(int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ)]
 
 
@@ -18,7 +19,7 @@ def main(path, *words):
     server = socket.socket(socket.AF_UNIX)
     server.connect(path)
     started = json.dumps({"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "files": FILES}).encode()
-    socket.send_fds(server, [len(started).to_bytes(4, "little")], FILES)
+    socket.send_fds(server, [len(started).to_bytes(4, "little")], SPACES + FILES)
     server.sendall(started)
     for file in FILES[3:]:
         os.close(file)  # mpirun is told by its end that a rank has left

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery import load, save
 from apoptosis.surgery.container import FORMAT
+from distributed.launched import ran
 
 
 @pytest.fixture
@@ -202,10 +202,10 @@ sys.exit(2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes to run into")
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_litter(saved):
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_litter(saved, tmp_path_factory):
     before = saved.read_bytes()
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(saved)], capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    done = ran(FULL_DISK, str(saved), cwd=tmp_path_factory.mktemp("program"))
+    assert done.wait() == 0, done.told()
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == ["net.safetensors"]
 
