@@ -147,3 +147,37 @@ def test_unknown_length_says_how_to_begin_sooner(runs):
     apo = Apoptosis(net, runs.adam(net), runs.inputs(4, 0))
     apo.step()
     assert "total_steps= lets short runs begin sooner" in str(apo.ledger())
+
+
+def test_a_window_that_the_run_is_too_short_for_is_told_while_it_is_open(runs):
+    net = runs.mlp()
+    apo, optimizer, log = started(runs, net, total_steps=40)
+    with pytest.warns(
+        RuntimeWarning, match="after 3 steps of the first window '.' had seen 6 of the ... rows and 6 of"
+    ):
+        run(runs, net, apo, optimizer, 12, rows=2)
+    assert apo.watching
+    run(runs, net, apo, optimizer, 28, rows=2)  # once
+    assert [(r["outcome"], r["cause"]) for r in log] == [("skipped", "rows")]
+
+
+class OneByOne(nn.Module):
+    """Runs on a batch one image after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(6, 32, 3), nn.Conv2d(32, 4, 3)
+
+    def forward(self, x):
+        return torch.cat([self.b(torch.relu(self.a(one[None]))).mean((2, 3)) for one in x])
+
+
+def test_what_is_seen_enough_is_not_said_to_lack(runs):
+    net = OneByOne()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    apo = Apoptosis(net, optimizer, torch.zeros(2, 6, 12, 12), total_steps=60, calibration=0.0)
+    with pytest.warns(RuntimeWarning, match="'b' had seen .* of the 256 examples that it needs; at this pace"):
+        run(runs, net, apo, optimizer, 60, rows=6, shape=(6, 12, 12))
+    reason = apo.ledger().history[0].reason
+    assert reason.endswith("of the 256 examples that it needs")
+    assert "rows" not in reason

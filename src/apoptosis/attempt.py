@@ -31,6 +31,8 @@ from apoptosis.surgery import check_together
 from apoptosis.told import make_event, size_of
 from apoptosis.verdict import Verdict
 
+_FEW_STEPS = 3  # of a window, after which its pace is known
+
 
 class Run(NamedTuple):
     """All that an attempt needs to know of a run; it books in `memory` and `verdict`."""
@@ -108,6 +110,24 @@ def ends(run: Run, observer: Observer) -> bool:
         observer.cut_short = over = steps == 0.0
         observer.patience = observer.steps + min(int(steps / 2), PATIENCE_STEPS)
     return run.patient.ranks.all(over)
+
+
+def comes_too_late(run: Run, observer: Observer) -> str:
+    """Say of the first window, once it has lasted a few steps, that the run will be over before any group is ready."""
+    total, memory = run.settings.total_steps, run.memory
+    if total is None or observer.steps != _FEW_STEPS or memory.attempts or run.patient.ranks.rank or observer.blind:
+        return ""
+    late, left = (
+        _late([g for g in run.structure.groups if g.pin is None], observer, gradients=False),
+        total - memory.step,
+    )
+    if len(late) < sum(group.pin is None for group in run.structure.groups) or min(late.values()) <= left:
+        return ""
+    return (
+        f"apoptosis: after {observer.steps} steps of the first window {observer.lacks()}; at this pace too few come in "
+        f"the {left:,} steps that remain of total_steps={total:,} for an event. Larger batches, or a longer run, show "
+        "more rows."
+    )
 
 
 def _worth_waiting(run: Run, observer: Observer, *, gradients: bool) -> float:

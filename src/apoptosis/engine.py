@@ -23,6 +23,7 @@ from apoptosis.attempt import (
     Tried,
     agree,
     attempt,
+    comes_too_late,
     ends,
     kept_window,
     new_window,
@@ -55,7 +56,7 @@ from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
 from apoptosis.rehearsal import rehearse
 from apoptosis.sharded import group_of
 from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, idle, read_state, sum_up, write_state
-from apoptosis.surgery import as_follower, check_followers, check_optimizers
+from apoptosis.surgery import as_follower, check_followers, check_optimizers, warn_of_averages
 from apoptosis.told import num_parameters
 from apoptosis.trials import has_classes, looked_at
 from apoptosis.unwrap import layout_of, read_layouts, rebuild
@@ -99,6 +100,7 @@ class Apoptosis:
     """
 
     _observer: Observer | None = None  # the open window
+    _looked = False  # whether averages that do not follow were looked for
 
     def __init__(
         self,
@@ -333,6 +335,8 @@ class Apoptosis:
                 self._memory.decision = self._decide()
                 cause = "unseen" if observer.blind else "rows"
                 self._book(Tried(self._structure, record(self._run(), "skipped", cause, reason)))
+            elif text := comes_too_late(self._run(), observer):
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
             return None
         start = time.perf_counter()
         try:
@@ -352,6 +356,9 @@ class Apoptosis:
         if not self.groups():
             self._memory.decision = self._decide()
             return
+        if not self._looked:
+            warn_of_averages(self._patient.model, self._patient.followers)
+            self._looked = True
         self._memory.window_start = self._memory.step
         observer = new_window(self._run(), self.groups())
         try:

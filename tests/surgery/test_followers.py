@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from apoptosis import Apoptosis
 from apoptosis.errors import ArgumentError
@@ -115,3 +116,24 @@ def test_what_cannot_follow_is_named():
     ]:
         with pytest.raises(ArgumentError, match=text):
             apo.follow(wrong)
+
+
+def opened(net, *followers):
+    apo = Apoptosis(net, torch.optim.SGD(net.parameters(), 0.1), torch.zeros(2, 3, 8), total_steps=40)
+    for follower in followers:
+        apo.follow(follower)
+    while not apo.watching:
+        apo.step()
+    apo.close()
+
+
+def test_an_average_that_nobody_registered_is_told_before_the_first_event():
+    torch.manual_seed(0)
+    net, other = Net(), Net()
+    average = AveragedModel(net)
+    opened(net, average)
+    opened(other)
+    with pytest.warns(RuntimeWarning, match=r"an AveragedModel of this model that does not follow it.*apo.follow"):
+        opened(net)
+    average.module.conv = nn.Conv1d(3, 8, 3)
+    opened(net)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from apoptosis.graph.findings import Findings, Reason
+from apoptosis.numerics.alike import alike
 
 _AVERAGED = "is followed by the {kind} copy '{copy}', which a training loop updates place by place"
 _KEPT = "has a copy in {place}, which would keep the shape it has"
 _OUTSIDE = "Keep the copy outside the model and call apo.follow(copy); else frozen='cut', where nothing ties the two."
 _ANEW = "Keep it outside the model, where apo.follow() takes it; or frozen='cut', and make it anew after every event."
-_ALIKE = 0.5  # cosine of a weight and its average, at least; of two layers that were trained apart it is about 0
-_LOOKED_AT = 65_536  # numbers of the largest weight that are compared
 _DEPTH = 3  # of lists and dictionaries in an attribute, in which tensors are looked for
 
 
@@ -86,7 +84,7 @@ def _kept(model: nn.Module, frozen: frozenset[str], unread: frozenset[str]) -> I
             # what hooks compute before every pass (weight_norm, prune): 'weight' from 'weight_v', 'weight_orig'
             if made and name.rpartition(".")[2].startswith(made):
                 continue
-            if _alike(weight, tensor) and weight.data_ptr() != tensor.data_ptr():
+            if alike(weight, tensor) and weight.data_ptr() != tensor.data_ptr():
                 yield place, name
 
 
@@ -100,19 +98,7 @@ def _tensors(value: object, depth: int) -> Iterator[Tensor]:
 
 def _modules_alike(model: nn.Module, one: str, other: str) -> bool:
     a, b = (_largest(tuple(model.get_submodule(name).named_parameters())) for name in (one, other))
-    return _alike(a, b)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights point the same way; what has no numbers of its own here (meta, fake, shards) does not."""
-    plain = all(type(x) in (Tensor, nn.Parameter) and not x.is_meta and x.layout == torch.strided for x in (a, b))
-    if not plain or a.device != b.device:
-        return False
-    a, b = (x.detach().reshape(-1)[:_LOOKED_AT] for x in (a, b))
-    if a.is_complex() or b.is_complex():
-        return bool(torch.vdot(a.to(torch.complex64), b.to(torch.complex64)).real > _ALIKE * a.norm() * b.norm())
-    a, b = a.to(torch.float32), b.to(torch.float32)
-    return bool(a @ b > _ALIKE * a.norm() * b.norm())
+    return alike(a, b)
 
 
 def _largest(parameters: Sequence[tuple[str, Tensor]]) -> Tensor:

@@ -153,8 +153,9 @@ class Watch:
 
     def said(self) -> str:
         """Say in words what has been seen of what is needed."""
-        seen = f"'{self.site.module}' had seen {self.rows:,} of the {self.rows_needed:,} rows that it needs"
-        return f"{seen}, and {self.examples:,} of {MIN_EXAMPLES} examples" if self.examples < MIN_EXAMPLES else seen
+        rows = f"{self.rows:,} of the {self.rows_needed:,} rows" if self.rows < self.rows_needed else ""
+        examples = f"{self.examples:,} of the {MIN_EXAMPLES} examples" if self.examples < MIN_EXAMPLES else ""
+        return f"'{self.site.module}' had seen {' and '.join(filter(None, (rows, examples)))} that it needs"
 
     def missing_rows(self, steps: int, share: int = 1) -> float:
         """Return the steps until rows / share are seen of those needed, if as many come as in the steps so far."""

@@ -4,7 +4,7 @@ from apoptosis.surgery.attributes import check_registered, register_attributes
 from apoptosis.surgery.checkpoint import load, save
 from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.edits import build_edits
-from apoptosis.surgery.followers import as_follower
+from apoptosis.surgery.followers import as_follower, warn_of_averages
 from apoptosis.surgery.layers import layers
 from apoptosis.surgery.modules import Transaction, check_followers, named_tensors
 from apoptosis.surgery.norms import norm_edits
@@ -33,4 +33,5 @@ __all__ = [
     "save",
     "save_sharded",
     "slice_like",
+    "warn_of_averages",
 ]

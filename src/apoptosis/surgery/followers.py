@@ -1,18 +1,21 @@
 """Averages of a model that are kept as bare tensors: a dict by name, a list in the order of the parameters.
 
-Lives here: reading them off what a user hands over, and showing them as modules, which surgery edits. Does not live
-here: the edits.
+Lives here: reading them off what a user hands over, showing them as modules, which surgery edits, and averages that
+nobody handed over. Does not live here: the edits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.errors import ArgumentError
+from apoptosis.numerics.alike import alike
 from apoptosis.unwrap import bare
 
 _KINDS = "an AveragedModel or a copy of the model, a dict of its tensors by name, or a list of them in order"
@@ -105,3 +108,32 @@ def _holds_tensors(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(isinstance(x, Tensor) for x in value.values())
     return isinstance(value, Sequence) and bool(value) and all(isinstance(x, Tensor) for x in value)
+
+
+def warn_of_averages(model: nn.Module, followers: Iterable[nn.Module]) -> None:
+    """Warn where some AveragedModel of the process averages this model, and is neither inside it nor follows it."""
+    known = {id(module) for whole in (model, *followers) for module in whole.modules()}
+    if not _averages_of(model, known):
+        return
+    gc.collect()  # one that is garbage already is no average
+    if _averages_of(model, known):
+        warnings.warn(
+            "apoptosis: there is an AveragedModel of this model that does not follow it, so that its next update after "
+            "an event will fail. Call apo.follow(averaged) (of a callback of Lightning: its _average_model), or let go "
+            "of it.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _averages_of(model: nn.Module, known: set[int]) -> bool:
+    mine = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    found = [x for x in gc.get_objects() if type(x) is AveragedModel and id(x) not in known]
+    for average in found:
+        held = bare(average)
+        held = held.module if isinstance(held, AveragedModel) else held
+        theirs = dict(held.named_parameters())
+        like = (name in theirs and theirs[name].shape == p.shape and alike(theirs[name], p) for name, p in mine.items())
+        if id(held) not in known and mine and all(like):
+            return True
+    return False
