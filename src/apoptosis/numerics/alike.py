@@ -6,10 +6,11 @@ Lives here: their direction. Does not live here: where copies are looked for.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _ALIKE = 0.5  # cosine of a weight and its average, at least; of two layers that were trained apart it is about 0
 _LOOKED_AT = 65_536  # numbers of a weight that are compared
+_PLAIN = frozenset(("Tensor", "Parameter"))
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
@@ -20,7 +21,7 @@ def alike(a: Tensor, b: Tensor) -> bool:
         >>> alike(weight, 0.9 * weight + 0.01), alike(weight, weight.flip(0))
         (True, False)
     """
-    plain = all(type(x) in (Tensor, nn.Parameter) and not x.is_meta and x.layout == torch.strided for x in (a, b))
+    plain = all(type(x).__name__ in _PLAIN and not x.is_meta and x.layout == torch.strided for x in (a, b))
     if not plain or a.device != b.device:
         return False
     a, b = (x.detach().reshape(-1)[:_LOOKED_AT] for x in (a, b))
