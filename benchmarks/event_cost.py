@@ -5,17 +5,20 @@
 
 Lives here: a multilayer perceptron with two hidden layers of equal width, trained until its first event, and the same
 network shrunk in one shot. Does not live here: whole runs (benchmarks.paper), the table (table.py).
-Memory is the peak resident size beyond that of training, sampled every 2 ms; times are processor seconds of one thread.
+Memory is the peak resident size beyond that of training, sampled every 2 ms; times are processor seconds of one thread,
+in units of the median step of the same run outside its window. Every figure is the median of three processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS = (512, 1024, 2048)
+WIDTHS = (512, 1024, 2048, 4096)
+REPEATS = 3
 SEED, BATCH, INPUTS, FACTORS, STEPS = 0, 256, 64, 16, 200
 
 
@@ -65,10 +69,6 @@ class Trained:
         self.optimizer = torch.optim.SGD(self.net.parameters(), 1e-2, momentum=0.9)
         for _ in range(3):
             self.step()
-        start = time.process_time()
-        for _ in range(10):
-            self.step()
-        self.seconds = (time.process_time() - start) / 10
 
     def batch(self, rows: int = BATCH) -> Tensor:
         return torch.randn(rows, FACTORS) @ self.basis
@@ -83,27 +83,35 @@ class Trained:
 
 def in_training(width: int) -> dict[str, Any]:
     """Train to the first event."""
-    run, watched = Trained(width), list[float]()
+    run, watched, plain = Trained(width), list[float](), list[float]()
     apo = Apoptosis(run.net, run.optimizer, run.batch(4), total_steps=STEPS, align=1, calibration=1.0)
+    for _ in range(5):  # outside of any window
+        plain.append(_seconds(run.step))
     peak = Peak()
     for _ in range(STEPS):
-        watching, start = apo.watching, time.process_time()
-        run.step()
-        own = time.process_time()
+        watching, own = apo.watching, _seconds(run.step)
+        start = time.process_time()
         event = apo.step()
+        after = time.process_time() - start
         if event:
-            event_seconds = time.process_time() - own
             break
-        if watching:
-            watched.append(time.process_time() - start)
+        (watched if watching else plain).append(own + after if watching else own)
     else:
         raise SystemExit(f"width {width}: no event in {STEPS} steps")
+    step = statistics.median(plain)
     return {
         "event_bytes": peak.end(),
-        "event_in_steps": event_seconds / run.seconds,
-        "watched_step_in_steps": sum(watched) / len(watched) / run.seconds,
+        "event_in_steps": after / step,
+        "watched_step_in_steps": statistics.median(watched) / step,
+        "window_steps": len(watched),
         "widths": [after for _, after in event.groups.values()],
     }
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def in_one_shot(width: int) -> dict[str, Any]:
@@ -121,6 +129,10 @@ def measure(width: int, kind: str) -> dict[str, Any]:
     return in_training(width) if kind == "training" else in_one_shot(width)
 
 
+def _median(values: list[Any]) -> Any:
+    return statistics.median(values) if isinstance(values[0], float) else sorted(values)[len(values) // 2]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int)
@@ -134,13 +146,16 @@ def main() -> None:
         row: dict[str, Any] = {"width": width}
         for kind in ("training", "shrink"):
             words = [sys.executable, "-m", "benchmarks.event_cost", "--width", str(width), "--kind", kind]
-            done = subprocess.run(words, check=True, capture_output=True, text=True)
-            row |= json.loads(done.stdout.splitlines()[-1])
+            found = []
+            for _ in range(REPEATS):
+                done = subprocess.run(words, check=True, capture_output=True, text=True)
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+            row |= {name: _median([one[name] for one in found]) for name in found[0]}
         rows.append(row)
         print(row)
     torch.set_num_threads(1)
-    found = {"kind": "event-cost", "seed": SEED, "versions": versions(), "machine": machine(torch.device("cpu"))}
-    write_json(RESULTS / "event-cost.json", {**found, "runs": rows})
+    about = {"kind": "event-cost", "seed": SEED, "versions": versions(), "machine": machine(torch.device("cpu"))}
+    write_json(RESULTS / "event-cost.json", {**about, "runs": rows})
 
 
 if __name__ == "__main__":

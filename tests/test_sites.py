@@ -163,4 +163,4 @@ def test_gathered_weights_put_taps_and_columns_side_by_side(runs):
     net, shape = copy.deepcopy(CASES["conv"])
     structure = analyse(net, (runs.inputs(3, 0, shape),))
     (site,) = next(g for g in structure.groups if g.pin is None).sites
-    assert torch.equal(gather_weight(site, net[2].weight), net[2].weight.detach().double().flatten(2))
+    assert torch.equal(gather_weight(site, net[2].weight), net[2].weight.detach().flatten(2))

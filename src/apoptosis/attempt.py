@@ -54,15 +54,21 @@ def seen_by_policy(run: Run) -> Telemetry:
 
 
 def plan_now(
-    run: Run, observations: Observations, ranks: Ranks | None = None, waiting: Mapping[str, Why] | None = None
+    run: Run,
+    observations: Observations,
+    ranks: Ranks | None = None,
+    waiting: Mapping[str, Why] | None = None,
+    *,
+    last: bool = False,
 ) -> Plan:
     """Plan an event under what is allowed now.
 
-    ranks: that share the work, all of which call this. waiting: groups that are left for a later event.
+    ranks: that share the work, all of which call this. waiting: groups that are left for a later event. last: nobody
+    needs the observations afterwards.
     """
     groups = tuple(group for group in run.structure.groups if group.pin is None)
     wanted = allowed(run.memory, run.settings, groups, waiting)
-    return make_plan(run.patient.model, run.structure, observations, wanted, ranks)
+    return make_plan(run.patient.model, run.structure, observations, wanted, ranks, last=last)
 
 
 def agree(run: Run, budget: float | None) -> None:
@@ -205,7 +211,7 @@ def attempt(run: Run, observer: Observer, start: float) -> Tried:
     waiting = left_out(run, observer)
     observer.pool()
     ranks.same_parameters("before an event", run.patient.model)
-    plan = plan_now(run, _seen_again(run, observer), ranks, waiting)
+    plan = plan_now(run, _seen_again(run, observer), ranks, waiting, last=True)
     patient, memory, verdict = run.patient, run.memory, run.verdict
     memory.behind = tuple(sorted(waiting))
     memory.thorough = memory.thorough or any(why.cause == "rows" for why in plan.left.values())

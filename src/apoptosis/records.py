@@ -414,6 +414,7 @@ class ColumnFold:
     """Along `dim`, the kept channels' columns take over the removed ones': W'[.., columns[keep]] = W[.., columns] mixᵀ.
 
     columns: (channels, P); keep: (kept,); mix: (kept, channels). Applied before the slice of TensorEdit.keep.
+    plain: kept channels stand for themselves, and mix has the columns of the removed ones alone, (kept, removed).
     select: (dim, index) pairs: only this slice of the tensor is folded; () for all of it.
     centred: the rows of W (dim 0) lose their means before, which what normalises them takes off in any case.
     """
@@ -424,6 +425,7 @@ class ColumnFold:
     mix: Tensor
     select: tuple[tuple[int, int], ...] = ()
     centred: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -98,9 +98,19 @@ def sums_of(site: Site, rows: int) -> IntArray:
 
 
 def gather_weight(site: Site, weight: Tensor) -> Tensor:
-    """Return the consumer weight as (out, channels, P): a channel's columns and kernel taps side by side, float64."""
-    moved = real_rows(read_weight(site, weight), 0)
+    """Return the consumer weight as (out, channels, P): a channel's columns and kernel taps side by side.
+
+    Of a complex weight float64, of one in half precision float32, else in the weight's own type; a view of it where
+    every column of a weight without taps is a channel, in order.
+    """
+    read = read_weight(site, weight)
+    if read.is_complex():
+        moved = real_rows(read, 0)
+    else:
+        moved = read if read.dtype in (torch.float32, torch.float64) else read.float()
     columns = torch.as_tensor(site.columns, device=weight.device)
+    if moved.dim() == 2 and torch.equal(columns, torch.arange(moved.shape[1], device=weight.device)[:, None]):
+        return moved[:, :, None]
     picked = moved[:, columns.reshape(-1)].reshape(moved.shape[0], *columns.shape, -1)
     return picked.flatten(2)
 

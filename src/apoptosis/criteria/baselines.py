@@ -14,14 +14,14 @@ from apoptosis.criteria.views import (
     Criterion,
     GroupView,
     Ranking,
+    column_squares,
     cost_taps,
     cost_weight,
     device_of,
     energy,
-    gram,
+    moments_of,
     relative_rms,
     selection,
-    statistics,
 )
 from apoptosis.numerics.decompose import complement
 from apoptosis.records import Reduction, SiteReduction
@@ -44,8 +44,8 @@ def _curves(view: GroupView, order: Tensor, *, offsets: bool) -> dict[str, Tenso
     for site in view.sites:
         if site.moments is None:
             continue
-        covariance, mean = statistics(site)
-        matrix = covariance if offsets and site.centred else covariance.addr_(mean, mean)
+        moments = moments_of(site)
+        matrix = moments.covariance() if offsets and site.centred else moments.second_moment()
         curves[site.key] = relative_rms(cost_taps(site) * dropping_curve(matrix, cost_weight(site), order), site)
     return curves
 
@@ -67,7 +67,9 @@ def _rank_constant(view: GroupView) -> Ranking:
     for site in view.sites:
         scale = energy(site)
         if scale > 0:
-            cost += site.weight.detach().double().square().sum((0, 2)).cpu() * gram(site).diagonal().cpu() / scale
+            moments = moments_of(site)
+            sizes = moments.variances() if site.centred else moments.variances() + moments.mean.square()
+            cost += column_squares(site.weight) * sizes.cpu() / scale
     order = _descending(cost)
     return Ranking(order=order, curves=_curves(view, order, offsets=True))
 
@@ -75,7 +77,7 @@ def _rank_constant(view: GroupView) -> Ranking:
 def _reduce_constant(view: GroupView, keep: Tensor) -> Reduction:
     sites = {}
     for site in view.sites:
-        _, mean = statistics(site)
+        mean = moments_of(site).mean
         offset = torch.zeros_like(mean)
         removed = complement(keep.to(mean.device), view.num_channels)
         offset[removed] = mean[removed]
@@ -91,7 +93,7 @@ def incoming_norms(view: GroupView) -> Tensor:
         return norms.cpu()
     squares = torch.zeros(view.num_channels, dtype=torch.float64, device="cpu")
     for site in view.sites:
-        squares += site.weight.detach().double().square().sum((0, 2)).cpu()
+        squares += column_squares(site.weight)
     return squares.sqrt()
 
 
@@ -121,6 +123,7 @@ CONSTANT = Criterion(
     reduce=_reduce_constant,
     summary="channels that hardly vary are replaced by their mean",
     curves=_constant_curves,
+    neurons=False,
 )
 MAGNITUDE = Criterion(
     name="magnitude",

@@ -7,7 +7,7 @@ own), budgets over events, alignment to hardware beyond rounding up.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
-    cost_weight,
     exactness,
     flat_weight,
+    moments_of,
     relative_rms,
-    statistics,
 )
 from apoptosis.errors import ArgumentError
-from apoptosis.numerics.decompose import complement, residual_gram, site_diag
+from apoptosis.numerics.mixes import compact
+from apoptosis.numerics.residuals import output_errors
 from apoptosis.records import Certificate, CertificateKind, Reduction, SiteReduction
 
 
@@ -38,18 +38,13 @@ def dropped_variance(site: SiteView, keep: Tensor, reduction: SiteReduction) -> 
 
     Raises: ArgumentError: the site has no moments.
     """
-    covariance, mean = statistics(site)
-    residual = residual_gram(
-        covariance,
-        mean,
-        keep,
-        reduction.mix.to(covariance.device),
-        None if reduction.offset is None else reduction.offset.to(covariance.device),
-    )
-    erring = _erring(keep.to(covariance.device), reduction, covariance.shape[0])
-    weight = flat_weight(site).to(covariance.device)
-    per_tap = site_diag(weight[:, erring], residual[erring[:, None], erring])
+    per_tap = _output_errors(site, flat_weight(site, site.weight.dtype), keep, reduction)
     return per_tap.reshape(site.weight.shape[0], -1).sum(1)
+
+
+def _output_errors(site: SiteView, weight: Tensor, keep: Tensor, reduction: SiteReduction) -> Tensor:
+    """Return diag(V R Vᵀ) for any V (rows, channels), float64."""
+    return output_errors(weight, moments_of(site), keep, reduction)
 
 
 def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float:
@@ -60,30 +55,12 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
     constant: 0.0 if the constant is kept to round-off, else infinity.
     """
     if site.felt is not None:
-        error = _felt_error(site, keep, reduction)
+        error = float(_output_errors(site, site.felt, keep, reduction).sum())  # tr(V R Vᵀ), V what the loss feels
     elif site.measure is not None:
         error = site.measure(keep, reduction)
     else:
         error = site.num_taps * float(dropped_variance(site, keep, reduction).sum())
     return float(relative_rms(torch.tensor(error, dtype=torch.float64, device="cpu"), site))
-
-
-def _felt_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> float:
-    """tr(V R Vᵀ), V what the loss feels of errors of the channels."""
-    covariance, mean = statistics(site)
-    offset = None if reduction.offset is None else reduction.offset.to(covariance.device)
-    residual = residual_gram(covariance, mean, keep, reduction.mix.to(covariance.device), offset)
-    erring = _erring(keep.to(covariance.device), reduction, covariance.shape[0])
-    rows = cost_weight(site).to(covariance.device)
-    return float(site_diag(rows[:, erring], residual[erring[:, None], erring]).sum())
-
-
-def _erring(keep: Tensor, reduction: SiteReduction, num_channels: int) -> Tensor:
-    """Return the channels that a reduction may change: those removed, where kept ones stand for themselves exactly."""
-    mix = reduction.mix.to(keep.device)
-    own = torch.equal(mix[:, keep], torch.eye(len(keep), dtype=mix.dtype, device=mix.device))
-    offset = reduction.offset is not None and bool(reduction.offset.to(keep.device)[keep].any())
-    return complement(keep, num_channels) if own and not offset else torch.arange(num_channels, device=keep.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -157,6 +134,7 @@ def choose(
         errors = search.errors(high, reduction)
         if all(errors[key] <= caps[key] for key in caps) and search.exact(reduction):
             return Proposal(reduction=reduction, errors=errors, kind="empirical" if search.has_data else "worst_case")
+        del reduction  # before the next one
         high, step = high + step, 2 * step
     return None
 
@@ -197,7 +175,9 @@ class _Search:
         return int((~good).nonzero().max()) + 1 if not bool(good.all()) else 0
 
     def reduction(self, num_keep: int) -> Reduction:
-        return allowed(self._view, self._criterion.reduce(self._view, self._ranking.order[:num_keep].sort().values))
+        made = self._criterion.reduce(self._view, self._ranking.order[:num_keep].sort().values)
+        made = allowed(self._view, made)
+        return replace(made, sites={key: compact(site, made.keep) for key, site in made.sites.items()})
 
     def errors(self, num_keep: int, reduction: Reduction) -> dict[str, float]:
         if not self.has_data:

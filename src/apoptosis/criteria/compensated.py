@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apoptosis.criteria.exact import gram_root
 from apoptosis.criteria.merging import Pairs, merge_order, moment_pairs
-from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, device_of, gram, selection, statistics
+from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, device_of, gram, moments_of, selection
 from apoptosis.numerics.decompose import complement, roundoff_floor, solve_mix
 from apoptosis.numerics.rooted import solve_mix_rooted
 from apoptosis.records import Reduction, SiteReduction
@@ -104,8 +104,7 @@ def _reduce_site(site: SiteView, keep: Tensor, gone: Tensor, to: Tensor, fixed: 
             mix[:, gone[inexact]] = fitted[:, gone[inexact]]
     offset = None
     if site.centred:
-        _, mean = statistics(site)
-        mean = mean.to(device)
+        mean = moments_of(site).mean.to(device)
         offset = mean - mean[keep_here] @ mix
         offset[keep_here] = 0.0
     return SiteReduction(mix=mix, offset=offset)

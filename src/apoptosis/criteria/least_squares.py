@@ -18,17 +18,26 @@ from apoptosis.criteria.views import (
     GroupView,
     Ranking,
     SiteView,
+    column_squares,
     cost_taps,
     cost_weight,
     device_of,
     energy,
     gram,
+    gram_blocks,
+    moments_of,
     relative_rms,
     selection,
-    statistics,
     working_dtype,
 )
-from apoptosis.numerics.decompose import Factor, joint_error_curve, ordered_cholesky, pivoted_cholesky, solve_mix
+from apoptosis.numerics.decompose import (
+    Factor,
+    complement,
+    joint_error_curve,
+    ordered_cholesky,
+    pivoted_cholesky,
+    solve_blocks,
+)
 from apoptosis.numerics.rooted import pivoted_qr, solve_mix_rooted
 from apoptosis.numerics.selection import greedy_order
 from apoptosis.records import Reduction, SiteReduction
@@ -37,13 +46,13 @@ from apoptosis.records import Reduction, SiteReduction
 def _column_norms(site: SiteView) -> Tensor:
     """‖W_j‖ over outputs and taps, or what the loss feels of a channel, (channels,) float64 on the CPU."""
     if site.felt is not None:
-        return site.felt.detach().double().square().sum(0).sqrt().cpu()
-    return site.weight.detach().double().square().sum((0, 2)).sqrt().cpu()
+        return column_squares(site.felt[:, :, None]).sqrt()
+    return column_squares(site.weight).sqrt()
 
 
 def _curve(site: SiteView, factor: Factor) -> Tensor:
     """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
-    costs = joint_error_curve(cost_weight(site), factor, dtype=working_dtype(site))
+    costs = joint_error_curve(cost_weight(site, working_dtype(site)), factor, dtype=working_dtype(site))
     if site.centred and site.mixes and site.dropout == 0.0 and site.scale is None:
         site.memo.setdefault("energy", float(costs[0]))  # keeping none costs all: nothing to compute a second time
     return relative_rms(cost_taps(site) * costs, site)
@@ -58,7 +67,10 @@ def _rank_interpolative(view: GroupView) -> Ranking:
     if len(view.sites) == 1:
         site = view.sites[0]
         root, norms = gram_root(site), _column_norms(site)
-        factor = pivoted_cholesky(gram(site), weights_C=norms) if root is None else pivoted_qr(root, norms)
+        if root is None:
+            factor = pivoted_cholesky(gram(site), weights_C=norms, overwrite=True)
+        else:
+            factor = pivoted_qr(root, norms)
         return Ranking(order=factor.order, curves={site.key: _curve(site, factor)})
     # One weight per channel for all sites: scaled site by site, exact duplicates would not be redundant in the sum.
     total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64, device="cpu")
@@ -69,12 +81,13 @@ def _rank_interpolative(view: GroupView) -> Ranking:
         root = gram_root(site)
         if root is not None:
             roots.append(squares.sum().sqrt() * root.cpu())
-        total += squares.sum() * gram(site).cpu()
+        total.add_(gram(site).cpu(), alpha=float(squares.sum()))
         weights += squares
     if len(roots) == len(view.sites):
         order = pivoted_qr(torch.cat(roots), weights.sqrt()).order
     else:
-        order = pivoted_cholesky(total, weights_C=weights.sqrt()).order
+        order = pivoted_cholesky(total, weights_C=weights.sqrt(), overwrite=True).order
+    del total
     return Ranking(order=order, curves=_curves(view, order))
 
 
@@ -84,7 +97,7 @@ def _rank_greedy(view: GroupView) -> Ranking:
     for site in view.sites:
         weight = cost_weight(site).cpu()
         share = _relative_weight(site) ** 0.5
-        total += gram(site).cpu() / len(view.sites)
+        total.add_(gram(site).cpu(), alpha=1.0 / len(view.sites))
         rows.append(weight * share)
     order = greedy_order(total, torch.cat(rows))
     return Ranking(order=order, curves=_curves(view, order))
@@ -100,20 +113,26 @@ def _reduce(view: GroupView, keep: Tensor) -> Reduction:
         if not site.mixes:
             sites[site.key] = SiteReduction(mix=selection(keep, view.num_channels, device_of(site)), offset=None)
             continue
-        covariance, mean = statistics(site)
-        ridge = None if site.moments is None else site.moments.resolution
-        root = gram_root(site)
-        if root is not None:
-            mix = solve_mix_rooted(root, keep)
-            offset = mean - mean[keep.to(mean.device)] @ mix if site.centred else None
-            if offset is not None:
-                offset[keep.to(mean.device)] = 0.0
-        elif site.centred:
-            mix, offset = solve_mix(covariance, keep, mean_C=mean, ridge=ridge)
-        else:
-            mix, offset = solve_mix(covariance.addr_(mean, mean), keep, ridge=ridge)
+        root, mean = gram_root(site), moments_of(site).mean
+        mix = _fitted(site, keep) if root is None else solve_mix_rooted(root, keep)
+        offset = None
+        if site.centred:
+            offset = mean - mean[keep.to(mean.device)] @ mix
+            offset[keep.to(mean.device)] = 0.0
         sites[site.key] = SiteReduction(mix=mix, offset=offset)
     return Reduction(group=view.name, keep=keep, sites=sites)
+
+
+def _fitted(site: SiteView, keep: Tensor) -> Tensor:
+    """Least squares as solve_mix does it, from blocks of what was summed."""
+    moments = moments_of(site)
+    keep = keep.to(moments.device)
+    gone = complement(keep, moments.num_channels)
+    solved = solve_blocks(gram_blocks(site), keep, gone, moments.resolution) if gone.numel() else None
+    mix = selection(keep, moments.num_channels, moments.device)
+    if solved is not None:
+        mix[:, gone] = solved
+    return mix
 
 
 INTERPOLATIVE = Criterion(
@@ -126,6 +145,7 @@ INTERPOLATIVE = Criterion(
     curves=_curves,
     felt=True,
     tolerance=0.01,
+    neurons=False,
 )
 RECONSTRUCTION = replace(
     INTERPOLATIVE,
@@ -141,4 +161,5 @@ GREEDY = Criterion(
     reduce=_reduce,
     summary="least squares from kept channels, ordered by forward selection on the consumers' own error",
     curves=_curves,
+    neurons=False,
 )

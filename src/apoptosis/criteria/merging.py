@@ -18,11 +18,12 @@ from apoptosis.criteria.views import (
     GroupView,
     NeuronView,
     Ranking,
+    column_squares,
     device_of,
     energy,
     gram,
+    moments_of,
     selection,
-    statistics,
 )
 from apoptosis.errors import NonFiniteError, ShapeError
 from apoptosis.numerics.activations import Symmetry, neuron_type
@@ -143,7 +144,7 @@ def moment_pairs(view: GroupView) -> tuple[Pairs, list[FloatArray]]:
         matrix = gram(site).cpu().numpy()
         grams.append(matrix)
         scale = energy(site)
-        share = site.weight.detach().double().square().sum((0, 2)).cpu().numpy() / scale if scale > 0 else np.zeros(num)
+        share = column_squares(site.weight).numpy() / scale if scale > 0 else np.zeros(num)
         variance = matrix.diagonal().clip(min=0.0)
         explained = np.square(matrix) / np.where(variance > 0, variance, 1.0)[None, :]
         total += share[:, None] * (variance[:, None] - explained).clip(min=0.0)
@@ -282,7 +283,7 @@ def _reduce_duplicate(view: GroupView, keep: Tensor) -> Reduction:
         mix[to, j] = torch.from_numpy(np.where(constant, 0.0, slope))
         offset = None
         if site.centred:
-            _, mean = statistics(site)
+            mean = moments_of(site).mean
             offset = mean.cpu() - mean.cpu()[keep] @ mix
             offset[keep] = 0.0
         device = device_of(site)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, ShapeError
-from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.decompose import Blocks, roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
+
+_OUTPUTS = 64  # of a weight that are taken to float64 at once
 
 Measure = Callable[[Tensor, SiteReduction], float]
 """(keep, reduction at this site) -> E‖W(z - ẑ)‖² on sampled inputs, in the units of `scale`."""
@@ -135,6 +137,7 @@ class Criterion:
     keep. needs_data: every site needs moments. summary: one line for humans.
     curves(view, order, min_keep), optional: what Ranking.curves says, for an order that is not the criterion's own
     (equally many of every row); without it the number kept is found by trying. min_keep: as in the criterion's ranking.
+    neurons: whether it looks at GroupView.neuron, which is None for a criterion that does not.
     """
 
     name: str
@@ -145,6 +148,7 @@ class Criterion:
     curves: Callable[[GroupView, Tensor, int], Mapping[str, Tensor]] | None = None
     felt: bool = False
     tolerance: float = 0.025
+    neurons: bool = True
 
 
 def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
@@ -156,32 +160,59 @@ def statistics(site: SiteView) -> tuple[Tensor, Tensor]:
 
     Raises: ArgumentError: the site has no moments.
     """
+    moments = moments_of(site)
+    return moments.covariance(), moments.mean
+
+
+def moments_of(site: SiteView) -> Moments:
+    """Return a site's moments. Raises: ArgumentError: it has none."""
     if site.moments is None:
         raise ArgumentError(f"site '{site.key}' has no moments; this criterion needs data.")
-    return site.moments.covariance(), site.moments.mean
+    return site.moments
 
 
 def gram(site: SiteView) -> Tensor:
     """Return what least squares works on: the covariance where an offset can be folded, else the second moment.
 
-    Only its diagonal where nothing mixes: no channel explains another there.
+    Only its diagonal where nothing mixes: no channel explains another there. A new tensor, (channels, channels).
     """
-    covariance, mean = statistics(site)
-    matrix = covariance if site.centred else covariance.addr_(mean, mean)
-    return matrix if site.mixes else matrix.diagonal().diag()
+    moments = moments_of(site)
+    if not site.mixes:
+        return (moments.variances() if site.centred else moments.variances() + moments.mean.square()).diag()
+    return moments.covariance() if site.centred else moments.second_moment()
 
 
-def flat_weight(site: SiteView) -> Tensor:
-    """Return the weight as (out * P, channels) float64: taps stacked as if they were outputs."""
-    return site.weight.detach().double().permute(0, 2, 1).reshape(-1, site.weight.shape[1])
+def gram_blocks(site: SiteView) -> Blocks:
+    """Return what gives blocks of `gram`, where channels mix, without writing the whole of it out."""
+    moments = moments_of(site)
+    mean = moments.mean
+
+    def block(rows: Tensor, columns: Tensor) -> Tensor:
+        found = moments.covariances(rows, columns)
+        return found if site.centred else found.addr_(mean[rows.to(mean.device)], mean[columns.to(mean.device)])
+
+    return block
 
 
-def cost_weight(site: SiteView) -> Tensor:
-    """Return V (rows, channels) float64 with which an error r costs ‖V r‖²: the flat weight, or `felt`.
+def column_squares(weight_OCP: Tensor) -> Tensor:
+    """Return ‖W_j‖² over outputs and taps, (channels,) float64 on the CPU; a few outputs in float64 at a time."""
+    found = torch.zeros(weight_OCP.shape[1], dtype=torch.float64, device=weight_OCP.device)
+    for part in torch.split(weight_OCP.detach(), _OUTPUTS):
+        found += part.double().square().sum((0, 2))
+    return found.cpu()
+
+
+def flat_weight(site: SiteView, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the weight as (out * P, channels): taps stacked as if they were outputs."""
+    return site.weight.detach().to(dtype).permute(0, 2, 1).reshape(-1, site.weight.shape[1])
+
+
+def cost_weight(site: SiteView, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return V (rows, channels) with which an error r costs ‖V r‖²: the flat weight, or `felt`.
 
     Costs of a site with several taps are then per tap; see cost_taps.
     """
-    return flat_weight(site) if site.felt is None else site.felt.detach().double()
+    return flat_weight(site, dtype) if site.felt is None else site.felt.detach().to(dtype)
 
 
 def cost_taps(site: SiteView) -> int:
@@ -202,13 +233,10 @@ def energy(site: SiteView) -> float:
     if site.scale is not None and site.felt is None:
         return site.scale
     if "energy" not in site.memo:
-        covariance, _ = statistics(site)
-        if site.moments is not None and site.dropout > 0:
-            covariance = site.moments.without_dropout(site.dropout).covariance()
-        dtype = working_dtype(site)
-        weight = cost_weight(site).to(covariance.device, dtype)
-        product = (weight @ covariance.to(dtype)).mul_(weight)
-        site.memo["energy"] = float(product.sum(dtype=torch.float64).clamp_min(0.0))
+        moments = moments_of(site)
+        moments = moments.without_dropout(site.dropout) if site.dropout > 0 else moments
+        found = moments.energies(cost_weight(site, working_dtype(site)))
+        site.memo["energy"] = float(found.sum().clamp_min(0.0))
     return site.memo["energy"]
 
 
@@ -228,7 +256,9 @@ def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
         site.memo["level"] = scale
         if site.moments is not None:
             mean = site.moments.mean
-            site.memo["level"] += float((cost_weight(site).to(mean.device) @ mean).square().sum())
+            dtype = working_dtype(site)
+            constant = cost_weight(site, dtype).to(mean.device) @ mean.to(dtype)
+            site.memo["level"] += float(constant.double().square().sum())
     tiny = roundoff_floor(site.weight.shape[1]) ** 2 * site.memo["level"]
     if scale <= tiny:
         return torch.where(errors <= tiny, 0.0, torch.inf).double()
@@ -245,7 +275,7 @@ def exactness(site: SiteView) -> float:
     if site.centred or site.moments is None:
         return floor
     weight, mean = cost_weight(site).to(site.moments.device), site.moments.mean
-    varying = float(((weight @ site.moments.covariance()) * weight).sum())
+    varying = float(site.moments.energies(cost_weight(site, working_dtype(site))).sum())
     constant = float((weight @ mean).square().sum())
     scale = varying if site.scale is None or site.measure is not None else site.scale
     return floor * float(max(1.0, (varying + constant) / scale) ** 0.5) if scale > 0.0 else floor

@@ -9,6 +9,7 @@ where an offset can be folded, else the uncentred second moment.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,12 @@ from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
 from apoptosis.numerics.blas import one_thread
 
 FloatArray = npt.NDArray[np.float64]
+Blocks = Callable[[Tensor, Tensor], Tensor]  # rows, columns -> that block of a symmetric matrix, a new tensor
 EPS = float(np.finfo(np.float64).eps)
 _TINY = 1e-150  # rms below which a channel counts as silent: its square is hardly a number any more
 _BLOCK = 128  # columns of a triangular factor that are multiplied at once
+_COLUMNS = 64  # of a matrix that are looked at at once
+_OUTPUTS = 256  # rows of a weight that are taken to the type of a product at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,15 +35,25 @@ class Factor:
     """G ~= factor @ factorᵀ, built one channel at a time.
 
     order: (channels,) int64, all channels, best to keep first; the first `rank` are the pivots.
-    factor: (channels, rank) float64; column i is what pivot i explains of every channel beyond the pivots before it,
-        so the remainder after k pivots is factor[:, k:] @ factor[:, k:]ᵀ. factor[order] is lower triangular.
+    lower: (channels, rank) float64, lower triangular: the factor, its rows in that order.
     remainder_trace: (rank + 1,) trace of that remainder for k = 0 .. rank, in the weights the order was chosen with.
     """
 
     order: Tensor
-    factor: Tensor
+    lower: Tensor
     rank: int
     remainder_trace: Tensor
+
+    @property
+    def factor(self) -> Tensor:
+        """Return (channels, rank) float64, rows in the order of the channels.
+
+        Column i is what pivot i explains of every channel beyond the pivots before it, so the remainder after k pivots
+        is factor[:, k:] @ factor[:, k:]ᵀ.
+        """
+        out = torch.empty_like(self.lower)
+        out[self.order] = self.lower
+        return out
 
 
 def roundoff_floor(num_channels: int) -> float:
@@ -57,7 +71,11 @@ def roundoff_floor(num_channels: int) -> float:
 
 
 def pivoted_cholesky(
-    gram_CC: Tensor, *, weights_C: Tensor | None = None, relative_tolerance: float | None = None
+    gram_CC: Tensor,
+    *,
+    weights_C: Tensor | None = None,
+    relative_tolerance: float | None = None,
+    overwrite: bool = False,
 ) -> Factor:
     """Order the channels by one pivoted Cholesky factorisation (LAPACK dpstrf, C³/3 multiply-adds).
 
@@ -70,6 +88,7 @@ def pivoted_cholesky(
             zero is read by nobody and comes last. None: ones.
         relative_tolerance: stop where the largest weighted remainder falls below this share of the largest weighted
             diagonal; None: channels * eps.
+        overwrite: let the factor take the memory of gram_CC, where that is a float64 matrix on the CPU.
 
     Raises:
         ShapeError: gram_CC is not square or weights_C does not fit.
@@ -83,14 +102,15 @@ def pivoted_cholesky(
     weights = np.ones(num) if weights_C is None else _array(weights_C, "pivoted_cholesky")
     if weights.shape != (num,):
         raise ShapeError(f"pivoted_cholesky: {weights.shape[0]} weights for {num} channels.")
-    scaled = gram * weights[:, None]
+    scaled = gram if overwrite and gram.flags.c_contiguous else gram.copy()
+    scaled *= weights[:, None]
     scaled *= weights
     largest = float(scaled.diagonal().max())
     if largest <= 0.0:
         empty = torch.zeros(num, 0, dtype=torch.float64, device="cpu")
         return Factor(
             order=torch.arange(num, device="cpu"),
-            factor=empty,
+            lower=empty,
             rank=0,
             remainder_trace=torch.zeros(1, dtype=torch.float64, device="cpu"),
         )
@@ -103,11 +123,9 @@ def pivoted_cholesky(
     remainder = _tails(np.einsum("ij,ij->j", lower, lower))
     kept = weights[order]
     lower *= np.divide(1.0, kept, out=np.zeros(num), where=kept > 0)[:, None]
-    factor = np.empty_like(lower)
-    factor[order] = lower
     return Factor(
         order=torch.from_numpy(order),
-        factor=torch.from_numpy(factor),
+        lower=torch.from_numpy(lower),
         rank=int(rank),
         remainder_trace=torch.from_numpy(remainder),
     )
@@ -125,18 +143,17 @@ def ordered_cholesky(gram_CC: Tensor, order: Tensor) -> Factor:
     gram = _square(gram_CC, "ordered_cholesky")
     num = gram.shape[0]
     index = order.cpu().numpy()
-    permuted = gram[index][:, index]
-    diagonal = permuted.diagonal().clip(min=0.0).copy()
-    scale = np.sqrt(diagonal)
+    unit = gram[index][:, index]
+    scale = np.sqrt(unit.diagonal().clip(min=0.0))
     inverse = np.divide(1.0, scale, out=np.zeros(num), where=scale > _TINY)
-    unit = np.clip(permuted * inverse[:, None] * inverse[None, :], -1.0, 1.0)  # so that some ridge below C will do
+    unit *= inverse[:, None]
+    unit *= inverse
+    np.clip(unit, -1.0, 1.0, out=unit)  # so that some ridge below C will do
     np.fill_diagonal(unit, 1.0 + num * EPS)
     lower = _semidefinite(unit, num * EPS)
-    lower = lower * scale[:, None]
-    factor = np.empty_like(lower)
-    factor[index] = lower
-    remainder = torch.from_numpy(_tails(np.square(lower).sum(0)))
-    return Factor(order=order.cpu().clone(), factor=torch.from_numpy(factor), rank=num, remainder_trace=remainder)
+    lower *= scale[:, None]
+    remainder = torch.from_numpy(_tails(np.einsum("ij,ij->j", lower, lower)))
+    return Factor(order=order.cpu().clone(), lower=torch.from_numpy(lower), rank=num, remainder_trace=remainder)
 
 
 def _semidefinite(unit: FloatArray, ridge: float) -> FloatArray:
@@ -189,19 +206,24 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor, *, dtype: torch.dtype =
     num = factor.order.numel()
     if weight_OC.ndim != 2 or weight_OC.shape[1] != num:
         raise ShapeError(f"joint_error_curve: weight of shape {tuple(weight_OC.shape)} for {num} channels.")
-    weight = weight_OC.detach().to("cpu", dtype).index_select(1, factor.order)
-    lower_CK = factor.factor.to(dtype).index_select(0, factor.order)
-    squared = weight.shape[0] > num and dtype == torch.float64  # ‖W f‖² = fᵀ WᵀW f: cheaper for many outputs, cancels
-    if squared:
-        weight = weight.T @ weight
     columns = torch.zeros(factor.rank, dtype=torch.float64, device="cpu")
-    for start in range(0, factor.rank, _BLOCK):
-        block = lower_CK[start:, start : start + _BLOCK]
-        if squared:
+    squared = (
+        weight_OC.shape[0] > num and dtype == torch.float64
+    )  # ‖W f‖² = fᵀ WᵀW f: cheaper for many outputs, cancels
+    if squared:
+        weight = weight_OC.detach().to("cpu", dtype).index_select(1, factor.order)
+        weight = weight.T @ weight
+        for start in range(0, factor.rank, _BLOCK):
+            block = factor.lower[start:, start : start + _BLOCK]
             found = (weight[start:, start:] @ block).mul_(block).sum(0).clamp_min_(0.0)
-        else:
-            found = (weight[:, start:] @ block).square_().sum(0, dtype=torch.float64)
-        columns[start : start + _BLOCK] = found
+            columns[start : start + _BLOCK] = found
+    else:
+        for first in range(0, weight_OC.shape[0], _OUTPUTS):
+            weight = weight_OC[first : first + _OUTPUTS].detach().to("cpu", dtype).index_select(1, factor.order)
+            for start in range(0, factor.rank, _BLOCK):
+                block = factor.lower[start:, start : start + _BLOCK].to(dtype)
+                columns[start : start + _BLOCK] += (weight[:, start:] @ block).square_().sum(0, dtype=torch.float64)
+            del weight  # before the next ones
     curve = torch.zeros(num + 1, dtype=torch.float64, device="cpu")
     curve[: factor.rank + 1] = torch.from_numpy(_tails(columns.numpy()))
     return curve
@@ -233,8 +255,7 @@ def solve_mix(
     mix = torch.zeros(keep.numel(), num, dtype=torch.float64, device=gram.device)
     if keep.numel() and removed.numel():
         level = num * EPS if ridge is None else ridge
-        known = gram[keep]
-        mix[:, removed] = _solve(known[:, keep], known[:, removed], level)
+        mix[:, removed] = solve_blocks(lambda rows, columns: gram[rows][:, columns], keep, removed, level)
     mix[torch.arange(keep.numel(), device=gram.device), keep] = 1.0
     if mean_C is None:
         return mix, None
@@ -277,6 +298,16 @@ def residual_gram(
     return out
 
 
+def stands_for_itself(mix_KC: Tensor, keep_K: Tensor) -> bool:
+    """Whether a mix leaves every kept channel as it is."""
+    for start in range(0, keep_K.numel(), _COLUMNS):
+        own = mix_KC[:, keep_K[start : start + _COLUMNS]]
+        here = torch.arange(own.shape[1], device=own.device)
+        if not bool((own[here + start, here] == 1.0).all()) or int(own.count_nonzero()) != own.shape[1]:
+            return False
+    return True
+
+
 def site_diag(weight_OC: Tensor, residual_CC: Tensor) -> Tensor:
     """diag(W R Wᵀ): the mean squared error of every output, (out,) float64, never below zero."""
     weight = weight_OC.detach().to(residual_CC.device, torch.float64)
@@ -292,21 +323,42 @@ def complement(keep: Tensor, num_channels: int) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def _solve(matrix_KK: Tensor, right_KR: Tensor, ridge: float) -> Tensor:
-    """Solve on the unit-diagonal scale; channels of zero energy get coefficient zero."""
-    scale = matrix_KK.diagonal().clamp_min(0.0).sqrt()
-    inverse = torch.where(scale > _TINY, 1.0 / scale.clamp_min(_TINY), 0.0)
-    unit = matrix_KK * inverse[:, None] * inverse[None, :]
-    unit.diagonal().fill_(1.0 + ridge)
-    right = right_KR * inverse[:, None]
-    lower, info = torch.linalg.cholesky_ex(unit)
+def solve_blocks(block: Blocks, keep_K: Tensor, removed_R: Tensor, ridge: float) -> Tensor:
+    """Return G_KK⁻¹ G_KR, (kept, removed) float64, from blocks of G that are written out one after the other.
+
+    Solved on the unit-diagonal scale, in place; channels of zero energy get coefficient zero.
+
+    Args:
+        block: gives G at some rows and columns as a new float64 tensor.
+        keep_K: (kept,) int64.
+        removed_R: (removed,) int64.
+        ridge: as in solve_mix, a number.
+    """
+    unit, inverse = _unit(block, keep_K, ridge)
+    # LAPACK reads columns: a symmetric matrix is its own transpose, and the right side is asked for as one.
+    solved = block(removed_R, keep_K).mul_(inverse).T
+    lower, info = unit.mT, torch.zeros((), dtype=torch.int32, device=unit.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info) == 0:
-        return torch.cholesky_solve(right, lower) * inverse[:, None]
+        torch.linalg.solve_triangular(lower, solved, upper=False, out=solved)
+        torch.linalg.solve_triangular(lower.mT, solved, upper=True, out=solved)
+        return solved.mul_(inverse[:, None])
+    unit, _ = _unit(block, keep_K, ridge)
     values, vectors = torch.linalg.eigh(unit)
     usable = values > 2.0 * ridge
     basis = vectors[:, usable]
-    solved: Tensor = basis @ ((basis.T @ right) / values[usable, None])
-    return solved * inverse[:, None]
+    found: Tensor = basis @ ((basis.T @ solved) / values[usable, None])
+    return found * inverse[:, None]
+
+
+def _unit(block: Blocks, keep_K: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return G_KK scaled to unit diagonal, with a ridge, and what its rows and columns were multiplied by."""
+    matrix = block(keep_K, keep_K)
+    scale = matrix.diagonal().clamp_min(0.0).sqrt()
+    inverse = torch.where(scale > _TINY, 1.0 / scale.clamp_min(_TINY), 0.0)
+    matrix.mul_(inverse[:, None]).mul_(inverse)
+    matrix.diagonal().fill_(1.0 + ridge)
+    return matrix, inverse
 
 
 def _tails(values: FloatArray) -> FloatArray:
@@ -316,7 +368,7 @@ def _tails(values: FloatArray) -> FloatArray:
 
 def _array(tensor: Tensor, who: str) -> FloatArray:
     array: FloatArray = tensor.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(array).all():
+    if not all(np.isfinite(array[start : start + _COLUMNS]).all() for start in range(0, len(array), _COLUMNS)):
         raise NonFiniteError(f"{who}: an argument holds NaN or infinity.")
     return array
 

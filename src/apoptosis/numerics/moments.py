@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
-from apoptosis.numerics.blas import gram, true_float32
+from apoptosis.numerics.blas import true_float32
+from apoptosis.numerics.triangle import Triangle
 
 _STATE_KEYS = ("num_rows", "num_examples", "exact", "mean", "scatter")
 
@@ -20,7 +21,10 @@ _ROWS = 256  # that are taken to float64 at once, for their mean
 
 
 class Moments:
-    """Count, mean and centred Gram matrix of `num_channels` channels, accumulated in float64 on the data's device.
+    """Count, mean and centred Gram matrix of `num_channels` channels, accumulated on the data's device.
+
+    Half of the matrix is stored (numerics.triangle), in float32 where all products are, else in float64; the mean is
+    float64.
 
     Every batch is centred by its own mean and joined by Chan's formula, so large means do not cancel:
 
@@ -52,8 +56,7 @@ class Moments:
         self.num_examples = 0
         self.exact = True
         self._mean = torch.zeros(num_channels, dtype=torch.float64, device=device)
-        # no memory before there is something to sum
-        self._scatter = torch.zeros(1, 1, dtype=torch.float64, device=device).expand(num_channels, num_channels)
+        self._scatter = Triangle(num_channels, device=device)
         self._root: Tensor | None = torch.zeros(0, num_channels, dtype=torch.float64, device=device)
 
     @property
@@ -73,8 +76,8 @@ class Moments:
 
         Args:
             rows_NC: (rows, channels), any floating dtype; no gradient is recorded.
-            exact: take the products in float64. Otherwise the centred rows are multiplied in float32 and only summed
-                in float64: a variance below about (6e-8 |mean|)² or 1e-7 of the largest one is not resolved.
+            exact: take the products in float64. Otherwise the centred rows are multiplied and summed in float32: a
+                variance below about (6e-8 |mean|)² or 1e-7 of the largest one is not resolved.
             examples: how many examples the rows came from; None: one each.
             checked: False adds whatever comes, without waiting for the device; `check` then tells later.
 
@@ -106,12 +109,15 @@ class Moments:
             work = torch.empty(num_rows + 1, self.num_channels, dtype=rows.dtype, device=rows.device)
             torch.sub(rows, mean.to(rows.dtype), out=work[:num_rows])
             work[num_rows] = step.to(rows.dtype) * weight**0.5
-            if not exact:
-                work = work.float()
-            product = gram(work)
-            if checked:
-                _check(mean, product, "; the batch is not added")
-            self._add_scatter(product)
+            work = work.double() if exact else work.float()
+            if self.num_rows == 0:
+                self._scatter = Triangle(self.num_channels, dtype=work.dtype, device=self.device)
+            elif self._scatter.dtype != work.dtype:
+                work, self._scatter = work.double(), self._scatter.to(dtype=torch.float64)
+            if checked:  # no entry of a Gram matrix is larger than its diagonal
+                squares = torch.stack([part.square().sum(0) for part in torch.split(work, _ROWS)]).sum(0)
+                _check(mean, squares + self._scatter.diagonal(), "; the batch is not added")
+            self._scatter.add_gram(work.to(self.device))
             self._add_root(work if rooted else None)
             self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
         self.exact = self.exact and exact
@@ -123,7 +129,7 @@ class Moments:
 
         Raises: NonFiniteError: some row held NaN or infinity; what such a row was added to stays so.
         """
-        _check(self._mean, self._scatter)
+        _check(self._mean, self._scatter.diagonal())
 
     def merge(self, other: Moments) -> None:
         """Add the rows that `other` has seen, on this object's device.
@@ -138,10 +144,12 @@ class Moments:
             self._move(other.device)
         total = self.num_rows + other.num_rows
         step = other._mean.to(self.device) - self._mean
-        self._add_scatter(other._scatter)
+        if self.num_rows == 0 or other._scatter.dtype == torch.float64:
+            self._scatter = self._scatter.to(dtype=other._scatter.dtype)
+        self._scatter.add(other._scatter)
         link = (step * (self.num_rows * other.num_rows / total) ** 0.5)[None]
         self._add_root(None if other._root is None else torch.cat([other._root.to(self.device), link]))
-        self._scatter.addr_(step, step, alpha=self.num_rows * other.num_rows / total)
+        self._scatter.add_outer(step, self.num_rows * other.num_rows / total)
         self._mean.add_(step, alpha=other.num_rows / total)
         self.exact = self.exact and other.exact
         self.num_rows = total
@@ -155,9 +163,33 @@ class Moments:
         return 4.0 * torch.finfo(torch.float32).eps
 
     def covariance(self) -> Tensor:
-        """Return E[(z - μ)(z - μ)ᵀ] of the sample, divided by the number of rows: (channels, channels)."""
+        """Return E[(z - μ)(z - μ)ᵀ] of the sample, divided by the number of rows: (channels, channels); a copy."""
         self._need_rows()
-        return self._scatter / self.num_rows
+        return self._scatter.full(1.0 / self.num_rows)
+
+    def covariances(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the covariance of some channels with others, (rows, columns) float64; a copy."""
+        self._need_rows()
+        return self._scatter.block(rows, columns, 1.0 / self.num_rows)
+
+    def variances(self) -> Tensor:
+        """Return the diagonal of the covariance, (channels,) float64; a copy."""
+        self._need_rows()
+        return self._scatter.diagonal().double() / self.num_rows
+
+    def energies(self, weight_OC: Tensor) -> Tensor:
+        """Return the diagonal of W Σ Wᵀ, Σ the covariance: (out,) float64, from products in the type of W.
+
+        No more is written out than what a few hundred outputs need.
+        """
+        self._need_rows()
+        found = torch.zeros(len(weight_OC), dtype=torch.float64, device=self.device)
+        for start in range(0, len(weight_OC), _ROWS):
+            weight = weight_OC[start : start + _ROWS].to(self.device)
+            with true_float32(self.device):
+                products = self._scatter.products(weight).mul_(weight)
+            found[start : start + _ROWS] = products.sum(1, dtype=torch.float64)
+        return found / self.num_rows
 
     def root(self) -> Tensor | None:
         """Return F (at most channels, channels) with FᵀF = covariance, or None unless all rows were float64 and exact.
@@ -187,8 +219,8 @@ class Moments:
         out = self.copy()
         square = self._mean.square() * self.num_rows
         out._root = None
-        diagonal = out._scatter.diagonal()
-        diagonal.copy_(((diagonal + square) * (1.0 - p) - square).clamp_min_(0.0))
+        diagonal = out._scatter.diagonal().double()
+        out._scatter.set_diagonal(((diagonal + square) * (1.0 - p) - square).clamp_min_(0.0))
         return out
 
     def select(self, index: Tensor) -> Moments:
@@ -199,14 +231,20 @@ class Moments:
         index = index.to(self.device)
         if index.numel() == 0:
             raise ArgumentError("Moments.select: no channel is named.")
-        scatter = self._scatter.index_select(0, index).index_select(1, index)
+        scatter = Triangle.of(self._scatter.block(index, index), dtype=self._scatter.dtype)
         return self._alike(self._mean[index], scatter, None if self._root is None else self._root[:, index])
 
     def copy(self) -> Moments:
         """Return the same moments, to be updated apart from these."""
-        return self._alike(self._mean.clone(), self._scatter.clone(), self._root)  # the root is never written to
+        return self._alike(self._mean.clone(), self._scatter.copy(), self._root)  # the root is never written to
 
-    def _alike(self, mean_C: Tensor, scatter_CC: Tensor, root_KC: Tensor | None) -> Moments:
+    def in_float64(self) -> Moments:
+        """Return a copy that sums in float64 from now on."""
+        out = self.copy()
+        out._scatter = out._scatter.to(dtype=torch.float64)
+        return out
+
+    def _alike(self, mean_C: Tensor, scatter_CC: Triangle, root_KC: Tensor | None) -> Moments:
         out = Moments(1, device=self.device)
         out.num_channels = mean_C.numel()
         out.num_rows, out.num_examples, out.exact = self.num_rows, self.num_examples, self.exact
@@ -218,7 +256,7 @@ class Moments:
         out = self.copy()
         share = num_rows / self.num_rows
         out.num_rows, out.num_examples = num_rows, num_examples
-        out._scatter *= share
+        out._scatter.scale(share)
         out._root = None if out._root is None else out._root * share**0.5
         return out
 
@@ -234,7 +272,8 @@ class Moments:
         out = cls(matrix_CC.shape[0], device=matrix_CC.device)
         out.num_rows = out.num_examples = num_rows
         out.exact = exact
-        out._scatter = matrix_CC.double() * num_rows
+        out._scatter = Triangle.of(matrix_CC, dtype=torch.float64)
+        out._scatter.scale(num_rows)
         out._root = None
         return out
 
@@ -243,7 +282,7 @@ class Moments:
         """Return moments of known sums: the mean and the scatter around it, float64 (channels, channels)."""
         out = cls(1, device=mean_C.device)
         out.num_channels, out.num_rows, out.num_examples, out.exact = len(mean_C), num_rows, num_examples, exact
-        out._mean, out._scatter, out._root = mean_C, scatter_CC, None
+        out._mean, out._scatter, out._root = mean_C, Triangle.of(scatter_CC), None
         return out
 
     def rooted_in(self, rows_NC: Tensor | None) -> None:
@@ -263,7 +302,7 @@ class Moments:
         if self.num_rows == 0:
             return torch.zeros(self.num_channels, self.num_channels, dtype=torch.float64, device=self.device)
         step = self._mean - centre_C.to(self._mean)
-        return self._scatter.addr(step, step, alpha=float(self.num_rows))
+        return self._scatter.full().addr_(step, step, alpha=float(self.num_rows))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return counts, mean (channels,) and scatter (channels, channels): copies, ready for safetensors."""
@@ -272,7 +311,7 @@ class Moments:
             "num_examples": torch.tensor(self.num_examples, dtype=torch.int64, device="cpu"),
             "exact": torch.tensor(self.exact, dtype=torch.bool, device="cpu"),
             "mean": self._mean.clone(),
-            "scatter": self._scatter.clone(),
+            "scatter": self._scatter.full(),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -291,16 +330,12 @@ class Moments:
         if not bool(torch.isfinite(mean).all() and torch.isfinite(scatter).all()):
             raise NonFiniteError("Moments.load_state_dict: the state holds NaN or infinity.")
         self._mean = mean.to(self.device, torch.float64, copy=True)
-        self._scatter = scatter.to(self.device, torch.float64, copy=True)
         self.num_rows, self.num_examples = int(state["num_rows"]), int(state["num_examples"])
         self.exact = bool(state["exact"])
+        own = scatter.to(self.device)
+        single = not self.exact and torch.equal(own.float().double(), own.double())  # as it was before it was written
+        self._scatter = Triangle.of(own, dtype=torch.float32 if single else torch.float64)
         self._root = None if self.num_rows else scatter.new_zeros(0, self.num_channels).to(self.device, torch.float64)
-
-    def _add_scatter(self, scatter_CC: Tensor) -> None:
-        if self.num_rows:
-            self._scatter.add_(scatter_CC.to(self.device))
-        else:
-            self._scatter = scatter_CC.to(self.device, torch.float64, copy=True)
 
     def _add_root(self, rows_NC: Tensor | None) -> None:
         """Add centred rows to the triangle; None: rows that are rounded more coarsely, which ends it."""
@@ -311,7 +346,7 @@ class Moments:
         self._root = stacked if len(stacked) <= self.num_channels else torch.linalg.qr(stacked, mode="r").R
 
     def _move(self, device: torch.device) -> None:
-        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device=device)
         self._root = None if self._root is None else self._root.to(device)
 
     def _need_rows(self) -> None:
@@ -322,8 +357,8 @@ class Moments:
         return f"Moments({self.num_channels} channels, {self.num_rows} rows, {self.num_examples} examples)"
 
 
-def _check(mean_C: Tensor, product_CC: Tensor, told: str = "") -> None:
-    if not bool(torch.isfinite(mean_C.sum() + product_CC.diagonal().sum(dtype=torch.float64))):
+def _check(mean_C: Tensor, squares_C: Tensor, told: str = "") -> None:
+    if not bool(torch.isfinite(mean_C.sum() + squares_C.sum(dtype=torch.float64))):
         raise NonFiniteError(
             f"the rows hold NaN or infinity (or overflow when squared){told}. Leave out steps that the gradient scaler "
             "skips, or lower the learning rate."

@@ -36,11 +36,10 @@ def pivoted_qr(root_NC: Tensor, weights_C: Tensor) -> Factor:
     rank = int((sizes > len(pivots) * EPS * sizes.max(initial=0.0)).sum())
     upper, order = upper[:rank], torch.from_numpy(pivots.astype(np.int64))
     energies = np.square(upper).sum(1)
-    factor = torch.zeros(len(pivots), rank, dtype=torch.float64, device="cpu")
     kept = weights[order]
-    factor[order] = torch.from_numpy(upper.T.copy()) * torch.where(kept > 0, 1.0 / kept, 0.0)[:, None]
+    lower = torch.from_numpy(upper.T.copy()) * torch.where(kept > 0, 1.0 / kept, 0.0)[:, None]
     tails = np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]])
-    return Factor(order=order, factor=factor, rank=rank, remainder_trace=torch.from_numpy(tails))
+    return Factor(order=order, lower=lower, rank=rank, remainder_trace=torch.from_numpy(tails))
 
 
 def solve_mix_rooted(root_NC: Tensor, keep_K: Tensor) -> Tensor:

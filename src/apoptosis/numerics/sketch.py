@@ -49,21 +49,21 @@ class Sketch:
         """
         if rows_NC.ndim != 2 or rows_NC.shape[1] != self.num_channels:
             raise ShapeError(f"Sketch.add: rows of shape {tuple(rows_NC.shape)}, expected (N, {self.num_channels}).")
-        signs = torch.randint(0, 2, (len(rows_NC), 1), generator=draws, device="cpu") * 2 - 1
-        signed = rows_NC.detach().float() * sent(signs, rows_NC.device)
+        signs = sent(torch.randint(0, 2, (len(rows_NC), 1), generator=draws, device="cpu") * 2 - 1, rows_NC.device)
+        rows, start = rows_NC.detach(), 0
         if some_empty:
-            empty = signed.eq(0).all(1).sum()
+            empty = rows.float().eq(0).all(1).sum()
             self._empty = empty if self._empty is None else self._empty + empty
-        start = 0
-        if self.num_rows == 0 and len(signed):
+        if self.num_rows == 0 and len(rows):
             self._kept = self._kept.contiguous()
-        while start < len(signed):
+        while start < len(rows):
             place = self.num_rows % self.size
             if place == 0:
                 self._order = torch.randperm(self.size, generator=draws, device="cpu")
-            stop = min(len(signed), start + self.size - place)
+            stop = min(len(rows), start + self.size - place)
             buckets = sent(self._order[place : place + stop - start], self._kept.device)
-            self._kept.index_add_(0, buckets, signed[start:stop].to(self._kept.device))
+            signed = rows[start:stop].float() * signs[start:stop]
+            self._kept.index_add_(0, buckets, signed.to(self._kept.device))
             self.num_rows += stop - start
             start = stop
 
@@ -71,9 +71,12 @@ class Sketch:
         """Return how many rows there were, without those of zeros that were said to be among them."""
         return self.num_rows - (0 if self._empty is None else int(self._empty))
 
-    def rows(self) -> Tensor:
-        """Return S without rows that are zero, (at most size, channels) float32; a copy."""
-        return self._kept[self._kept.ne(0).any(1)] if self.num_rows else self._kept[:0].clone()
+    def rows(self, *, last: bool = False) -> Tensor:
+        """Return S without rows that are zero, (at most size, channels) float32; a copy, unless it is the last time."""
+        if not self.num_rows:
+            return self._kept[:0].clone()
+        good = torch.linalg.vector_norm(self._kept, 1, dim=1).ne(0)
+        return self._kept if last and bool(good.all()) else self._kept[good]
 
     def pool(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add what other processes sketched with signs of their own; total: sums a tensor over all of them."""

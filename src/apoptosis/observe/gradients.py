@@ -48,19 +48,29 @@ class GradientWatch(Watch):
         rows = self.flat(gradient)
         if not self.fits(rows):
             return
-        good, share = rows.ne(0).any(1) & rows.isfinite().all(1), -(-self.rows_needed // _SHARE)
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        sizes = torch.linalg.vector_norm(rows, 1, dim=1, dtype=dtype)  # zero, or not finite, where the row is
+        good, share = sizes.ne(0) & sizes.isfinite(), -(-self.rows_needed // _SHARE)
         ahead = waits(rows.device)
-        rows = foremost(rows, good, share, picks) if ahead else rows[good]
+        if ahead:
+            rows = foremost(rows, good, share, picks)
+        elif not bool(good.all()):
+            rows = rows[good]
         self.sketch.add(self.picked(rows, share, picks), picks, some_empty=ahead)
 
     def enough(self, examples: int = 0) -> bool:
         """Whether nothing more need be seen; where rows of zeros may be among them, so many that they hardly matter."""
         return super().enough(examples) and (not waits(self._device) or self.rows >= _SURELY * self.rows_needed)
 
-    def root(self) -> Tensor | None:
-        """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None where that is not finite."""
-        found = self.sketch.rows()
-        return found if bool(torch.isfinite(found).all()) else None
+    def root(self, *, last: bool = False) -> Tensor | None:
+        """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None where that is not finite.
+
+        last: V is handed over, and the watch has none any more.
+        """
+        found = self.sketch.rows(last=last)
+        if last:
+            self.sketch = Sketch(self.sketch.num_channels, device=found.device)
+        return found if bool(torch.linalg.vector_norm(found, 1, dim=1).isfinite().all()) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""
@@ -136,14 +146,27 @@ class Gradients:
 
         Reads a number from the device.
         """
-        watch = self._watches.get(key)
-        rows = 0 if watch is None else watch.sketch.counted()
+        rows = self.counted(key)
         return max(0, channels - rows) * steps / rows if rows else 0.0
 
-    def root(self, key: tuple[str, str], channels: int) -> Tensor | None:
-        """V (rows, columns of the watch of a key) with VᵀV = Σ g gᵀ, sketched; None from fewer rows than `channels`."""
+    def counted(self, key: tuple[str, str]) -> int:
+        """Return the rows of gradients seen by the watch of a key. Reads a number from the device."""
         watch = self._watches.get(key)
-        return None if watch is None or watch.sketch.counted() < channels else watch.root()
+        return 0 if watch is None else watch.sketch.counted()
+
+    def roots(self, needed: Mapping[tuple[str, str], int], *, last: bool = False) -> dict[tuple[str, str], Tensor]:
+        """Return V (rows, columns of the watch) with VᵀV = Σ g gᵀ, sketched, by the keys of watches.
+
+        Args:
+            needed: by key, the rows without which there is none.
+            last: what is returned is handed over, not copied.
+        """
+        found = {
+            key: watch.root(last=last)
+            for key, watch in self._watches.items()
+            if key in needed and watch.sketch.counted() >= needed[key]
+        }
+        return {key: root for key, root in found.items() if root is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""

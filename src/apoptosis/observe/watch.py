@@ -31,6 +31,8 @@ SAMPLE_ELEMENTS = 500_000  # and their bound in numbers, 2 MB in float32
 EXACT_MACS = 50_000_000_000  # what the Gram matrix of one input may cost where every position is to be seen
 FLOAT32_RESOLVES = 1e-3  # relative rms: products in float32 know variances to 4 eps, the rms to the root of that
 _FLUSH_ROWS = 4096  # buffered rows are turned into a Gram matrix in one product
+_FLUSH_NUMBERS = 1 << 18  # of rows in float32 fewer: 1 MB, but for _LEAST_FLUSH rows of many channels
+_LEAST_FLUSH = 256
 
 
 def needs_float64(tolerance: float) -> bool:
@@ -127,6 +129,7 @@ class Watch:
         self.dropout: float | None = None  # that the rows lie behind; known with the first ones
         self.spoiled = ""  # why the rows cannot be used
         self._device = device
+        self._flush_rows = _flush_rows(len(columns), exact=exact)
         blocks = site.input_columns.size // max(1, site.columns.size)  # of a grouped convolution
         self._width = site.num_columns * blocks
         self.columns, self.last_column = torch.as_tensor(columns, device=device), int(columns.max())
@@ -200,7 +203,10 @@ class Watch:
         return rows.shape[1] == self._width
 
     def picked(self, rows: Tensor, share: int | None, picks: torch.Generator) -> Tensor:
-        """Return rows of the watch's channels, (rows * P, channels), or `share` of them drawn with replacement."""
+        """Return rows of the watch's channels, (rows * P, channels), or `share` of them drawn with replacement.
+
+        What is returned may be the rows themselves.
+        """
         taps = self.columns.shape[1]
         total = rows.shape[0] * taps
         if share is not None and total > share:
@@ -208,7 +214,7 @@ class Watch:
             taken = rows.index_select(0, chosen // taps)
             return taken if self._all else taken.gather(1, self.columns.T[chosen % taps])
         if self._all:
-            return rows.clone()
+            return rows
         spread = rows[:, self.columns.reshape(-1)].reshape(rows.shape[0], *self.columns.shape)
         return spread.transpose(1, 2).reshape(-1, len(self.columns))
 
@@ -222,15 +228,19 @@ class Watch:
         return max(wanted, EXACT_MACS // self.moments.num_channels**2) if self.exact else wanted
 
     def add(self, rows: Tensor, examples: int) -> None:
-        """Take rows (rows, channels) that are the watch's to keep; examples: how many new ones they come from."""
+        """Take rows (rows, channels); examples: how many new ones they come from.
+
+        What waits to be multiplied is copied; a batch of rows that suffices for a product is not.
+        """
         self.examples += examples
         if rows.is_complex():  # a real mix fits real and imaginary parts alike: they are rows of their own
             rows = torch.view_as_real(rows.resolve_conj()).movedim(-1, 0).flatten(0, 1)
-        for start in range(0, rows.shape[0], _FLUSH_ROWS):
-            piece = rows[start : start + _FLUSH_ROWS]
-            self.buffer.append(piece.to(self._device, piece.dtype if self.exact else torch.float32))
+        for start in range(0, rows.shape[0], self._flush_rows):
+            piece = rows[start : start + self._flush_rows]
+            at_once = not self.buffered and piece.shape[0] >= min(_LEAST_FLUSH, self._flush_rows) and not self.exact
+            self.buffer.append(piece.to(self._device, piece.dtype if self.exact else torch.float32, copy=not at_once))
             self.buffered += piece.shape[0]
-            if self.buffered >= _FLUSH_ROWS:
+            if at_once or self.buffered >= self._flush_rows:
                 self._flush()
 
     def _flush(self) -> None:
@@ -262,7 +272,7 @@ class Watch:
         found = self.moments if last else self.moments.copy()
         self._add_buffer(found)
         if last:
-            self.buffer, self.buffered = [], 0
+            self.moments, self.buffer, self.buffered = Moments(found.num_channels, device=self._device), [], 0
         found.check()
         return found
 
@@ -289,6 +299,14 @@ class Watch:
         self.examples = int(state["examples"])
         self.dropout = None if state["dropout"] is None else float(state["dropout"])
         self.spoiled = str(state["spoiled"])
+
+
+def _flush_rows(channels: int, *, exact: bool) -> int:
+    """Return how many rows are multiplied at once.
+
+    In float64 there is a triangular factorisation with each product, whose cost does not fall with the rows.
+    """
+    return _FLUSH_ROWS if exact else min(_FLUSH_ROWS, max(_LEAST_FLUSH, _FLUSH_NUMBERS // channels))
 
 
 def named_snapshot(watch: Watch, *, last: bool = False) -> Moments:

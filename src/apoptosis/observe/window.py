@@ -392,10 +392,15 @@ class Observer:
         watches = ((key, watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled)
         moments = {key: named_snapshot(watch, last=last) for key, watch in watches}
         samples = {name: sample.joined() for name, sample in self._samples.items()}
-        found = {}
-        for group, site, key in (place for place in self._places if place[2] in moments):
+        places = [place for place in self._places if place[2] in moments]
+        needed: dict[tuple[str, str], int] = {}
+        for _, site, key in places:
+            needed[key] = min(needed.get(key, len(site.input_columns)), len(site.input_columns))
+        rows = {key: self._gradients.counted(key) for key in needed}
+        roots, found = self._gradients.roots(needed, last=last), {}
+        for group, site, key in places:
             whole, own = None, moments[key]
-            felt = self._gradients.root(key, len(site.input_columns))
+            felt = roots.get(key) if rows[key] >= len(site.input_columns) else None
             if not key[0]:
                 whole = own
                 picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)

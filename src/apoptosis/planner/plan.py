@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, Ranking, arranged, choose, compensated
 from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.observe import Observation
 from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
 from apoptosis.planner.costs import macs_after
 from apoptosis.planner.entangled import choices_of, entangled, most_readers
@@ -119,6 +120,7 @@ def make_plan(
     ranks: Ranks | None = None,
     *,
     rankings: MutableMapping[str, Ranking] | None = None,
+    last: bool = False,
 ) -> Plan:
     """Ask the criterion for as much as every unpinned group's sites allow.
 
@@ -133,6 +135,7 @@ def make_plan(
         ranks: that share the work and get the same plan.
         rankings: by group, filled and read: orders of the channels, which no tolerance changes, for further plans of
             the same observations and criterion.
+        last: let go of the observations of each group once it is planned, where they are in a dict.
 
     Raises: NonFiniteError: statistics or weights hold NaN or infinity.
     """
@@ -140,7 +143,7 @@ def make_plan(
     open_groups = [group for group in structure.groups if group.pin is None]
     left: dict[str, Why] = {group.name: why for group in open_groups if (why := _waits(group, observations, request))}
     seen = [g for g in open_groups if g.name not in left]
-    desk = _Desk(model, structure, observations, request, {} if rankings is None else rankings)
+    desk = _Desk(model, structure, observations, request, {} if rankings is None else rankings, last=last)
     choices = [choices_of(groups) for groups in entangled(seen)]
     desk.shares = Counter()
     for sets in choices:
@@ -209,8 +212,11 @@ class _Desk:
         observations: Observations,
         request: Request,
         rankings: MutableMapping[str, Ranking],
+        *,
+        last: bool,
     ) -> None:
         self._rankings = rankings
+        self._spent = observations if last and isinstance(observations, dict) else dict[tuple[str, str], Observation]()
         self._model, self._structure, self._observations, self._request = model, structure, observations, request
         self._shown: dict[str, Shown] = {}
         self.shares: Counter[str] = Counter()
@@ -229,6 +235,9 @@ class _Desk:
         for proposal in proposals.values():
             _spend(self.spent, proposal)
         self._settle([group for group in sets[best] if group.name in proposals])
+        for group in (group for groups in sets for group in groups):
+            for site in group.sites:
+                self._spent.pop((group.name, site.key), None)
         chosen = {group.name for group in sets[best]}
         for groups, (_, why) in zip(sets, found, strict=True):
             for name in (group.name for group in groups if group.name not in chosen):
@@ -282,8 +291,16 @@ class _Desk:
     def _show(self, group: Group) -> Shown:
         if group.name not in self._shown:
             self._shown[group.name] = show(
-                self._model, group, self._observations, self._request.seed, felt=self._request.criterion.felt
+                self._model,
+                group,
+                self._observations,
+                self._request.seed,
+                felt=self._request.criterion.felt,
+                neurons=self._request.criterion.neurons,
             )
+            for key in ((group.name, site.key) for site in group.sites):
+                if key in self._spent:  # the rows of gradients are in what is shown
+                    self._spent[key] = replace(self._spent[key], felt=None)
         return self._shown[group.name]
 
     def _settle(self, groups: Sequence[Group]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.criteria import GroupView, NeuronView, Proposal, SiteView, dropped_variance
-from apoptosis.criteria.views import energy, statistics
+from apoptosis.criteria.views import column_squares, energy, moments_of
 from apoptosis.norms import statistics_of
 from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
@@ -29,6 +29,7 @@ from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_sit
 BY_THE_LOSS = "of what the loss sees of the output"
 CONSTANT_SHARE = 4.0  # of the channels' mean square, for a constant that is to be explained with them
 OUTPUTS_ROWS = 128
+_ROWS = 64  # that are taken to float64 at once
 OUTPUTS_SHARE = 0.01  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
 
 Observations = Mapping[tuple[str, str], Observation]
@@ -47,10 +48,18 @@ class Shown:
     ratios: Mapping[str, float]
 
 
-def show(model: nn.Module, group: Group, observations: Observations, seed: int, *, felt: bool = False) -> Shown:
+def show(
+    model: nn.Module, group: Group, observations: Observations, seed: int, *, felt: bool = False, neurons: bool = True
+) -> Shown:
     """Put together what a criterion sees of a group; every site of it was observed.
 
-    Args: felt: let errors count by what the loss makes of them, where its gradients were seen.
+    Args:
+        model: as it is now.
+        group: to be shown.
+        observations: by (group name, site key).
+        seed: of random choices about it.
+        felt: let errors count by what the loss makes of them, where its gradients were seen.
+        neurons: show how the channels are computed, too.
     """
     felt = felt and not any(site.norm_way for site in group.sites)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -87,7 +96,7 @@ def show(model: nn.Module, group: Group, observations: Observations, seed: int, 
         )
         sites.append(shown)
         ratios[site.key] = _ratio(site, shown, seen, weight)
-    neuron = None if group.neuron is None else _neuron_view(model, tensors, group.neuron)
+    neuron = None if group.neuron is None or not neurons else _neuron_view(model, tensors, group.neuron)
     view = GroupView(
         name=group.name,
         num_channels=group.num_channels,
@@ -104,8 +113,8 @@ def _with_constant(moments: Moments) -> Moments:
 
     Rows of mean zero stay such rows only where the mix of every channel that goes adds up to one.
     """
-    found, rows = moments.copy(), moments.num_rows
-    size = float(moments.second_moment().diagonal().mean())
+    found, rows = moments.in_float64(), moments.num_rows
+    size = float((moments.variances() + moments.mean.square()).mean()) if rows else 0.0
     if size > 0.0 and rows:
         height = (CONSTANT_SHARE * size * (rows + 2) / 2) ** 0.5
         step = torch.full((1, found.num_channels), height, dtype=torch.float64, device=found.device)
@@ -126,11 +135,15 @@ def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
         return None
     flat = weight.detach().to(felt.device).permute(0, 2, 1).reshape(-1, weight.shape[1])
     plain = sketched(flat, OUTPUTS_ROWS, 0)
-    size, share = (float(rows.double().square().mean() * len(rows)) for rows in (felt, plain))
+    size, share = (float(column_squares(rows[:, :, None]).mean()) for rows in (felt, plain))
     if not (0 < size < math.inf and 0 < share < math.inf):
         return None
-    both = torch.cat([felt.double() * size**-0.5, plain.double() * (OUTPUTS_SHARE / share) ** 0.5])
-    return both.mul_((1.0 + OUTPUTS_SHARE) ** -0.5).float()
+    out, start = felt.new_empty(len(felt) + len(plain), felt.shape[1], dtype=torch.float32), 0
+    for rows, scale in ((felt, size**-0.5), (plain, (OUTPUTS_SHARE / share) ** 0.5)):
+        for part in torch.split(rows, _ROWS):
+            torch.mul(part.double(), scale * (1.0 + OUTPUTS_SHARE) ** -0.5, out=out[start : start + len(part)])
+            start += len(part)
+    return out
 
 
 def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
@@ -154,7 +167,8 @@ def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> fl
     """Rms of the site's whole output over the rms of what the group contributes to it."""
     if seen.whole is None:
         return 1.0
-    moved = read_weight(site, weight).double()
+    moved = read_weight(site, weight)
+    moved = moved if moved.dtype in (torch.float32, torch.float64) else moved.float()
     moved = moved.reshape(*moved.shape[:2], -1)
     own = energy(replace(shown, felt=None))  # both by the weights alone
     whole = energy(SiteView(key=site.key, weight=moved, moments=seen.whole, dropout=seen.dropout))
@@ -239,9 +253,7 @@ def dropped(site: SiteView, proposal: Proposal, sample: SampledSite | None) -> T
             return sample.dropped
     if site.num_taps > 1:
         return dropped_variance(site, keep, reduction)
-    covariance, _ = statistics(site)
-    weight = site.weight[:, :, 0].detach().to(covariance.device, torch.float64)
-    folded = weight @ reduction.mix.to(covariance.device).T
-    keep = keep.to(covariance.device)
-    before = ((weight @ covariance) * weight).sum(1)
-    return before - ((folded @ covariance[keep][:, keep]) * folded).sum(1)
+    moments = moments_of(site)
+    weight = site.weight[:, :, 0].detach().to(moments.device, torch.float64)
+    after = moments.select(keep.to(moments.device)).energies(weight @ reduction.mix.to(weight).T)
+    return moments.energies(weight) - after

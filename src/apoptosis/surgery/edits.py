@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, PinnedGroupError, ShapeError
+from apoptosis.numerics.mixes import CompactReduction, mix_shape
 from apoptosis.records import (
     ColumnFold,
     Group,
@@ -118,11 +119,11 @@ def _check_keep(group: Group, reduction: Reduction) -> None:
         if bool((kept != kept[0]).any()):
             raise ShapeError(f"{who} must keep equally many of each of its {group.rows} rows, not {kept.tolist()}.")
     expected = (keep.numel(), num_channels)
-    matrices = [("merge", reduction.merge)] if reduction.merge is not None else []
-    matrices += [(f"mix at site '{key}'", site.mix) for key, site in reduction.sites.items()]
-    for what, matrix in matrices:
-        if matrix is not None and tuple(matrix.shape) != expected:
-            raise ShapeError(f"{who}: {what} has shape {tuple(matrix.shape)} instead of {expected}.")
+    shapes = [("merge", tuple(reduction.merge.shape))] if reduction.merge is not None else []
+    shapes += [(f"mix at site '{key}'", mix_shape(site)) for key, site in reduction.sites.items()]
+    for what, shape in shapes:
+        if shape != expected:
+            raise ShapeError(f"{who}: {what} has shape {shape} instead of {expected}.")
     for key, site in reduction.sites.items():
         if site.offset is not None and tuple(site.offset.shape) != (num_channels,):
             raise ShapeError(f"{who}: offset at site '{key}' has shape {tuple(site.offset.shape)}.")
@@ -146,12 +147,20 @@ def _add_site(
     drafts: dict[str, Draft], structure: Structure, site: Site, keep: Tensor, reduction: SiteReduction, rows: int
 ) -> None:
     name = first_name(structure, site.weight)
-    num_channels = reduction.mix.shape[1]
+    num_channels = mix_shape(reduction)[1]
     check_positions(site.columns, num_channels, structure.shapes[name][site.dim], f"site '{site.key}'")
     columns = unique_columns(site.columns)
     draft = drafts.setdefault(name, Draft())
     centred = site.normal is not None and site.normal.centred
-    fold = ColumnFold(dim=site.dim, columns=columns, keep=keep, mix=reduction.mix, select=site.select, centred=centred)
+    fold = ColumnFold(
+        dim=site.dim,
+        columns=columns,
+        keep=keep,
+        mix=reduction.part if isinstance(reduction, CompactReduction) else reduction.mix,
+        select=site.select,
+        centred=centred,
+        plain=isinstance(reduction, CompactReduction),
+    )
     if is_new(draft, fold, site):
         draft.folds.append(fold)
         draft.removed.setdefault(site.dim, []).append(columns[removed(keep, num_channels)].reshape(-1))

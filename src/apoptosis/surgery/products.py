@@ -31,11 +31,12 @@ def add_product(drafts: dict[str, Draft], structure: Structure, group: Group, si
     who, found, keep = f"site '{site.key}'", reduction.sites[site.key], reduction.keep
     if found.offset is not None and bool(found.offset.count_nonzero()):
         raise ShapeError(f"{who}: an offset cannot be folded into a product of activations.")
-    row_of = torch.from_numpy(rows_of_channels(group)).to(found.mix.device)
-    if bool(found.mix[row_of[keep.to(row_of.device)][:, None] != row_of].any()):
+    mix = found.mix
+    row_of = torch.from_numpy(rows_of_channels(group)).to(mix.device)
+    if bool(mix[row_of[keep.to(row_of.device)][:, None] != row_of].any()):
         raise ShapeError(f"{who}: its mix blends channels of different rows, which are summed apart.")
     if site.weight:
-        fold = ColumnFold(dim=site.dim, columns=unique_columns(site.columns), keep=keep, mix=found.mix)
+        fold = ColumnFold(dim=site.dim, columns=unique_columns(site.columns), keep=keep, mix=mix)
         for tensor, dim in ((site.weight, site.dim), *(((site.bias, 0),) if site.bias is not None else ())):
             name = first_name(structure, tensor)
             check_positions(site.columns, group.num_channels, structure.shapes[name][dim], who)
@@ -43,7 +44,7 @@ def add_product(drafts: dict[str, Draft], structure: Structure, group: Group, si
             if is_new(draft, own, site):
                 draft.folds.append(own)
                 draft.taken_over.append((dim, own.columns))
-    elif bool(found.mix[:, torch.from_numpy(removed(keep, group.num_channels)).to(found.mix.device)].any()):
+    elif bool(mix[:, torch.from_numpy(removed(keep, group.num_channels)).to(mix.device)].any()):
         raise ShapeError(f"{who}: nothing may be folded into its right operand, so that its mix must drop channels.")
     factor = _rescale(site, keep)
     for tensor, dim, positions in site.rescale if factor != 1.0 else ():

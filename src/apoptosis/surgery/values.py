@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from apoptosis.errors import ShapeError
+from apoptosis.numerics.decompose import complement, stands_for_itself
 from apoptosis.records import ColumnFold, OffsetFold, TensorEdit
 
+_ROWS = 256  # of a tensor that are folded in float64 at once
 VARIANCE_FLOOR = 1e-3
 """Smallest ratio by which one event may scale a running variance: it stays positive whatever the estimate says."""
 
@@ -156,30 +157,31 @@ def _fold_(value: Tensor, fold: ColumnFold) -> None:
     keep, mix = fold.keep.to(device), fold.mix.to(device).double()
     taps = columns.shape[1]
     targets = columns[keep].T.reshape(-1)
-    plain = torch.equal(mix[:, keep], torch.eye(keep.numel(), dtype=mix.dtype, device=device))
-    if plain:  # the usual case: what is kept passes through as it is, so only the removed columns are multiplied
-        sources = torch.from_numpy(np.setdiff1d(np.arange(fold.columns.shape[0]), fold.keep.cpu().numpy())).to(device)
-    else:
-        sources = torch.arange(columns.shape[0], device=device)
-    read = _wide(along[..., columns[sources].T.reshape(-1)])
-    new = (read.reshape(*read.shape[:-1], taps, sources.numel()) @ mix[:, sources].to(read).T).flatten(-2)
-    if plain:
-        new += _wide(along[..., targets])
-    along[..., targets] = new.to(value.dtype)
+    # the usual case: what is kept passes through as it is, so only the removed columns are multiplied
+    plain = fold.plain or stands_for_itself(mix, keep)
+    sources = complement(keep, columns.shape[0]) if plain else torch.arange(columns.shape[0], device=device)
+    mix = mix if fold.plain or not plain else mix[:, sources]
+    read_at = columns[sources].T.reshape(-1)
+    for part in torch.split(along, _ROWS) if along.dim() > 1 else (along,):
+        read = _wide(part[..., read_at])
+        new = (read.reshape(*read.shape[:-1], taps, sources.numel()) @ mix.to(read).T).flatten(-2)
+        if plain:
+            new += _wide(part[..., targets])
+        part[..., targets] = new.to(value.dtype)
 
 
 def _offset_delta(fold: OffsetFold, weight: Tensor, num_outputs: int) -> Tensor:
     """W @ offset summed over taps, (out,) float64; convolution groups of a transposed weight stay apart."""
     weight, dim = _selected(weight, fold.dim, fold.select)
-    wide = weight.flatten(2).sum(-1, dtype=torch.float64) if weight.ndim > 2 else weight.double()
+    wide = weight.flatten(2).sum(-1, dtype=torch.float64) if weight.ndim > 2 else weight
     vector = torch.zeros(wide.shape[dim], dtype=torch.float64, device=weight.device)
     columns = torch.from_numpy(fold.columns).to(weight.device)
     vector[columns] = fold.offset.to(weight.device).double()[:, None].expand(columns.shape)
     if dim == 1:
-        delta = wide @ vector
+        delta = torch.cat([part.double() @ vector for part in torch.split(wide, _ROWS)])
     else:
         num_groups = num_outputs // wide.shape[1]
-        delta = (wide * vector[:, None]).reshape(num_groups, -1, wide.shape[1]).sum(1).flatten()
+        delta = (wide.double() * vector[:, None]).reshape(num_groups, -1, wide.shape[1]).sum(1).flatten()
     if delta.numel() != num_outputs:
         raise ShapeError(f"an offset through '{fold.weight}' has {delta.numel()} outputs, its target {num_outputs}.")
     return delta
