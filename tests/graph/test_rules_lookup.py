@@ -216,7 +216,7 @@ ALONG = {
     "searchsorted": (lambda m, h: h + torch.searchsorted(torch.arange(3.0), h.detach()).sum(), "compares channels"),
     "cosine": (lambda m, h: h * F.cosine_similarity(h, h, dim=-1)[..., None], "normalises|reduces over channels"),
     "maximum": (lambda m, h: h / h.amax(-1, keepdim=True), "reduces over channels"),
-    "as_strided": (lambda m, h: h.transpose(0, 1).as_strided((4, 5, 6), (30, 6, 1)), "laid out in another order"),
+    "as_strided": (lambda m, h: h[..., ::2].as_strided((4, 5, 6), (30, 6, 1)), "memory beyond its operand"),
 }  # fmt: skip
 
 

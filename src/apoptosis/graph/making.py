@@ -74,6 +74,23 @@ def scaled_copy(call: Call) -> bool:
     return True
 
 
+def scaled_in_place(call: Call) -> bool:
+    """Whether a whole parameter takes a plain factor in its own place, as RWKV's weights do for evaluation.
+
+    It remains the parameter, with other numbers in this pass, and what is folded into it is multiplied likewise.
+    """
+    if call.name not in ("mul", "div", "neg") or not call.inplace or call.kwargs.get("rounding_mode") is not None:
+        return False
+    view = call.tracer.view(call.args[0])
+    if view is None or not view.whole or view.owner.is_buffer or len(view.varied()) < 2:
+        return False
+    factor = call.arg(1, "other", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor == 0.0:
+        return False
+    call.tracer.memory.keep_owned(call.args[0])
+    return True
+
+
 def _number(call: Call, other: object) -> float | None:
     """Return a factor that is the same for all elements; nan where it is not known, None for anything else."""
     if isinstance(other, bool) or not isinstance(other, int | float | Tensor):

@@ -61,6 +61,7 @@ class Memory:
         self._keep: list[Any] = []
         self._element_sizes: dict[int, int] = {}
         self._made: dict[int, Any] = {}
+        self._kept: int | None = None
         self._multiplied: dict[tuple[int, Geometry], tuple[tuple[Tensor, ...], tuple[int, ...]]] = {}
         self._tensors = tensors
         for name, tensor in tensors.items():
@@ -257,7 +258,14 @@ class Memory:
         else:
             self._rebuild(tensor, block, value)
 
+    def keep_owned(self, tensor: Tensor) -> None:
+        """Let the write that follows leave a parameter the parameter that it is."""
+        self._kept = self._storage(tensor)[0]
+
     def _write_owned(self, key: int, tensor: Tensor, value: Value) -> None:
+        kept, self._kept = self._kept, None
+        if kept == key:
+            return
         view = self.view(tensor)
         if view is not None and value.live:
             self.written.add(view.owner.name)

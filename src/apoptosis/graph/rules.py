@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
-from apoptosis.graph.making import gains_of, scaled_copy
+from apoptosis.graph.making import gains_of, scaled_copy, scaled_in_place
 from apoptosis.graph.meet import meet
 from apoptosis.graph.rules_batchnorm import BATCH_NORMS
 from apoptosis.graph.rules_contract import CONTRACTIONS
@@ -110,7 +110,7 @@ def _scalars(call: Call, count: int) -> tuple[float, ...] | None:
 
 def _elementwise(call: Call) -> Result:
     """Tie the ids that meet; follow activations, dropout masks and the bias that a module adds to its own output."""
-    if scaled_copy(call):
+    if scaled_in_place(call) or scaled_copy(call):
         return None
     tensors = call.tensors()
     values = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]

@@ -53,15 +53,23 @@ def _as_strided(call: Call) -> Result:
     value = call.tracer.value(tensor)
     if not value.live:
         return nothing(out.dim(), value.origin, free=value.free)
-    if not tensor.is_contiguous():
-        return _refused(call, "reads memory that is laid out in another order", "Call contiguous() before.")
-    flat = np.ascontiguousarray(expand(value.ids, tensor.shape)).reshape(-1)
-    start = out.storage_offset() - tensor.storage_offset()
-    last = start + sum((n - 1) * step for n, step in zip(out.shape, out.stride(), strict=True))
-    if start < 0 or last >= flat.size or out.numel() > SIZE_LIMIT:
+    start, size = out.storage_offset() - tensor.storage_offset(), 1 + _last(tensor)
+    if max(size, out.numel()) > SIZE_LIMIT:
+        return _refused(call, "reads memory that is too large to be followed", "Index or slice instead.")
+    flat = np.full(size, -1, dtype=np.int64)  # what lies between the operand's elements is not known
+    _strided(flat, tensor)[...] = expand(value.ids, tensor.shape)
+    if start < 0 or start + _last(out) >= size or bool((strided := _strided(flat[start:], out)).min(initial=0) < 0):
         return _refused(call, "reads memory beyond its operand", "Index or slice instead.")
-    strided = np.lib.stride_tricks.as_strided(flat[start:], out.shape, [8 * step for step in out.stride()])
-    return value.moved(collapse(strided))
+    return value.moved(collapse(np.array(strided)))
+
+
+def _last(tensor: Tensor) -> int:
+    """Return where a tensor's last element lies, from its first."""
+    return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _strided(flat: IntArray, tensor: Tensor) -> IntArray:
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, [8 * step for step in tensor.stride()])
 
 
 def _triangle(call: Call) -> Result:
