@@ -148,6 +148,7 @@ def test_alone_there_is_no_process_group():
 
 SMALL = ["--data", "digits", "--train-rows", "1500", "--widths", "64,48", "--batch", "64", "--calibration", "1e6",
          "--tolerance", "0.05", "--align", "1"]  # fmt: skip
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "several_processes.py"
 TRAIN = ("-m", "apoptosis.cli", "train", *SMALL)
 STOPS = (str(Path(__file__).with_name("stops.py")), "train", *SMALL)  # TRAIN, standing still where it is told to
 
@@ -278,3 +279,9 @@ def test_compare_under_a_launcher_is_one_line(tmp_path, launcher):
     assert len(refused.lines()) == 1, refused.told()
     assert "compare works in one process, and this is one of 2" in refused.lines()[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_example_of_several_processes_runs(tmp_path):
+    run = Launched("torchrun", 2, str(EXAMPLE), cwd=tmp_path)
+    assert run.wait() == 0, run.told()
+    assert "on 2 ranks" in run.out.read_text()
