@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apoptosis import Apoptosis, shrink_
-from apoptosis.errors import ArgumentError
+from apoptosis.errors import ArgumentError, NonFiniteError
 from apoptosis.outputs import difference, read
 from apoptosis.probe import compare
 
@@ -231,3 +231,40 @@ def test_differences_by_hand():
     assert sorted(read([[1.0, 2.0], [3.0]]).numbers) == ["[0]", "[1]"]
     assert read(np.float32(2.0)).numbers[""].item() == 2.0
     assert read(torch.tensor([1 + 2j])).numbers[""].tolist() == [[1.0, 2.0]]
+
+
+class Masks(nn.Module):
+    """Scores of choices, of which some are none for some examples."""
+
+    def __init__(self, none):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.none = nn.Linear(6, 32), nn.Linear(32, 5), none
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x))).masked_fill((x[:, :5] > 0.5) & (x[:, :5] < 1.5), self.none)
+
+
+@pytest.mark.parametrize("none", [float("-inf"), -1e9, torch.finfo(torch.float32).min])
+def test_scores_that_a_mask_leaves_out_do_not_count(none):
+    x = torch.randn(600, 6)
+    net = Masks(none)
+    masked = (x[:, :5] > 0.5) & (x[:, :5] < 1.5)
+    before = net(x).detach()
+    event = shrink_(net, x[:2], [x], tolerance=0.1)
+    assert event.groups
+    after = net(x).detach()
+    moved = (after - before)[~masked].square().sum()
+    mean = before.masked_fill(masked, 0).sum(0) / (~masked).sum(0)
+    spread = (before - mean)[~masked].square().sum()
+    assert event.measured["output_rms"] == pytest.approx(float((moved / spread).sqrt()), rel=1e-3)
+    assert event.measured["flips"] == pytest.approx(float((before.argmax(1) != after.argmax(1)).double().mean()))
+
+
+def test_infinity_that_comes_or_goes_is_a_change_without_bound():
+    x = torch.tensor([[1.0, float("-inf")], [2.0, 3.0]])
+    y = torch.tensor([[1.0, 0.5], [2.0, 3.0]])
+    assert difference([read(y)], [read(x)]).moved == float("inf")
+    for bad in (x, x.nan_to_num(neginf=float("nan"))):
+        with pytest.raises(NonFiniteError):
+            difference([read(bad)], [read(y)])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from apoptosis.errors import ArgumentError, NonFiniteError
 
 ReadLogits = Callable[[Any], Tensor]
+_BEYOND = 1e4  # times the largest value that changed
 _NO_CONTAINERS = (Tensor, str, bytes, int, float, complex, bool, type, nn.Module, np.ndarray, np.generic)
 
 
@@ -183,15 +184,17 @@ def difference(before: Sequence[Readings], after: Sequence[Readings]) -> Differe
     resized: dict[str, None] = {}
     for old, new in zip(before, after, strict=True):
         for way, x in old.numbers.items():
-            if not bool(torch.isfinite(x).all()):
-                raise NonFiniteError("the network's outputs on the probe hold NaN or infinity before any change.")
             y = new.numbers.get(way)
-            if y is None or y.shape != x.shape:
+            y = None if y is None or y.shape != x.shape else y.to(x.device)
+            masked = torch.zeros_like(x, dtype=torch.bool) if y is None else _masked(x, y)
+            if not bool((torch.isfinite(x) | masked).all()):
+                raise NonFiniteError("the network's outputs on the probe hold NaN or infinity before any change.")
+            if y is None:
                 resized[way] = None
             elif x.numel():
                 compared += 1
-                moved += float((y.to(x.device) - x).square().sum())
-                spread += _spread(x, whole=len(before) == 1)
+                moved += float((y - x).masked_fill(masked, 0.0).square().sum())
+                spread += _spread(x, ~masked, whole=len(before) == 1)
         for way, a in old.whole.items():
             b = new.whole.get(way)
             if b is None or b.shape != a.shape:
@@ -205,10 +208,27 @@ def difference(before: Sequence[Readings], after: Sequence[Readings]) -> Differe
     )
 
 
-def _spread(x: Tensor, *, whole: bool) -> float:
-    """Return the squared sum around the mean of the rows; one number, or one example alone, counts by its size."""
-    alone = x.dim() == 0 or (whole and x.shape[0] == 1)
-    return float((x if alone else x - x.mean(0, keepdim=True)).square().sum())
+def _masked(x: Tensor, y: Tensor) -> Tensor:
+    """Return which values say "none": the same in both, and infinite or far beyond all that changed.
+
+    Of masked scores (-inf, -1e9, the smallest number there is) the spread would hide what became of the others.
+    """
+    same = x == y
+    changed = torch.maximum(x.abs(), y.abs())[~same]
+    most = float(changed.nan_to_num(posinf=float("inf")).max()) if changed.numel() else float("inf")
+    return same & (torch.isinf(x) | (x.abs() > _BEYOND * most))
+
+
+def _spread(x: Tensor, counts: Tensor, *, whole: bool) -> float:
+    """Return the squared sum around the mean of the rows; one number, or one example alone, counts by its size.
+
+    counts: which values count.
+    """
+    x = x.masked_fill(~counts, 0.0)
+    if x.dim() == 0 or (whole and x.shape[0] == 1):
+        return float(x.square().sum())
+    mean = x.sum(0, keepdim=True) / counts.sum(0, keepdim=True).clamp(min=1)
+    return float((x - mean).masked_fill(~counts, 0.0).square().sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

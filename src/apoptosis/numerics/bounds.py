@@ -106,7 +106,7 @@ def compare_logits(before_NK: Tensor, after_NK: Tensor, labels_N: Tensor | None 
     """Count flipped predictions, those that were right, and those that could have flipped (Theorem "Margin").
 
     Args:
-        before_NK: (rows, classes), two classes or more.
+        before_NK: (rows, classes), two classes or more; -inf where a class is no choice, before and after.
         after_NK: the same rows after the removal.
         labels_N: (rows,) class indices.
 
@@ -123,7 +123,7 @@ def compare_logits(before_NK: Tensor, after_NK: Tensor, labels_N: Tensor | None 
         raise ShapeError(f"compare_logits: shapes {tuple(shape)} and {tuple(after_NK.shape)}, need (N, K>=2).")
     if labels_N is not None and labels_N.shape != shape[:1]:
         raise ShapeError(f"compare_logits: labels of shape {tuple(labels_N.shape)} for {shape[0]} rows.")
-    before, after = before_NK.detach().double(), after_NK.detach().double()
+    before, after = _without_masked(before_NK.detach().double(), after_NK.detach().double())
     if not bool(torch.isfinite(before).all()):
         raise NonFiniteError("compare_logits: a logit before the removal is NaN or infinite.")
     if shape[0] == 0:
@@ -136,6 +136,15 @@ def compare_logits(before_NK: Tensor, after_NK: Tensor, labels_N: Tensor | None 
     return Agreement(
         rows=shape[0], flips=int(flipped.sum()), losses=int((flipped & right).sum()), at_risk=int((~safe).sum())
     )
+
+
+def _without_masked(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Put below all other logits of a row those that are -inf before and after."""
+    masked = (before == float("-inf")) & (after == before)
+    if not bool(masked.any()):
+        return before, after
+    low = torch.minimum(before.masked_fill(masked, 0.0).amin(1), after.masked_fill(masked, 0.0).amin(1)) - 1.0
+    return before.where(~masked, low[:, None]), after.where(~masked, low[:, None])
 
 
 def worst_case_site_error(weight_OC: Tensor, deviation_C: Tensor, radius: float, jump_C: Tensor | None = None) -> float:
