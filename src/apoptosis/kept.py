@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from apoptosis.errors import ShapeError
 from apoptosis.module_state import Exchange, Path, Walk, name_of
@@ -110,11 +110,14 @@ def with_rows(tensor: Tensor, axis: int, number: int) -> Tensor:
     return tensor.detach().index_select(axis, index)
 
 
-def fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Let what a model keeps have a row for every example of a call. To be called inside `internal_passes` alone."""
+def fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Exchange]:
+    """Let what a model keeps have a row for every example of a call. To be called inside `internal_passes` alone.
+
+    Returns: what was exchanged.
+    """
     known = _KNOWN.get(model)
     if known is None or not known.rows:
-        return
+        return []
     leaves, walk, new = leaves_of(args, kwargs), Walk(model), dict[int, Tensor]()
     for path, tensor in kept_tensors(model, known.buffers, walk).items():
         rows = entry_of(path, known.rows)
@@ -124,13 +127,35 @@ def fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
         wanted = leaf.shape[rows.dim] if rows.dim < leaf.dim() else tensor.shape[rows.axis]
         if wanted != tensor.shape[rows.axis]:
             new[id(tensor)] = with_rows(tensor, rows.axis, wanted)
-    exchange(walk, new)
+    return exchange(walk, new)
 
 
-def exchange(walk: Walk, new: Mapping[int, Any]) -> None:
+def exchange(walk: Walk, new: Mapping[int, Any]) -> list[Exchange]:
     """Put others in the places of some objects, wherever a model holds them."""
-    for setter, _, value in exchanges(walk, new):
+    found = list(exchanges(walk, new))
+    for setter, _, value in found:
         setter(value)
+    return found
+
+
+def run_fitted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a model on examples of which what it keeps has one row each. To be called inside `internal_passes` alone.
+
+    Sizes may be alike by chance: where the model fails so, it is run with what it keeps as it was.
+    """
+    made = fit(model, args, kwargs)
+    if not made:
+        return model(*args, **kwargs)
+    copies = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+        for setter, old, _ in made:
+            setter(old)
+        try:
+            return model(*copies[0], **copies[1])
+        except Exception:  # noqa: BLE001 - the first one is of rows that fit
+            raise error from None
 
 
 def exchanges(walk: Walk, new: Mapping[int, Any]) -> Iterator[Exchange]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from apoptosis.errors import ArgumentError, NonFiniteError, OutOfMemoryError, RankError
 from apoptosis.interrupts import is_out_of_memory
-from apoptosis.kept import fit
+from apoptosis.kept import run_fitted
 from apoptosis.numerics.bounds import compare_logits
 from apoptosis.outputs import Change, ReadLogits, difference, read_logits, root_of
 from apoptosis.outputs import read as read_output
@@ -220,7 +220,6 @@ def outputs(
     with gathered(model), internal_passes(model, training=training, seed=seed), torch.no_grad():
         for part in probe.pieces(chunk):
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (part.args, dict(part.kwargs)))  # it may write to them
-            fit(model, args, kwargs)
             found.append(_called(model, args, kwargs))
         for _ in range(len(found), passes):
             _called(model, args, kwargs)
@@ -229,7 +228,7 @@ def outputs(
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     try:
-        return model(*args, **kwargs)
+        return run_fitted(model, args, kwargs)
     except Exception as error:  # the user's forward may raise anything
         if is_out_of_memory(error):
             raise OutOfMemoryError(f"memory ran out in a forward pass on examples: {error}") from error

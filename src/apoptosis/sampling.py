@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.errors import ArgumentError, OutOfMemoryError
 from apoptosis.graph import replay
 from apoptosis.interrupts import is_out_of_memory
-from apoptosis.kept import fit
+from apoptosis.kept import run_fitted
 from apoptosis.observe import Observer, in_both, needs_float64
 from apoptosis.passes import internal_passes
 from apoptosis.planner import Observations
@@ -137,9 +137,8 @@ def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
-    fit(model, args, kwargs)
     try:
-        model(*args, **kwargs)
+        run_fitted(model, args, kwargs)
     except (MemoryError, RuntimeError, TypeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise OutOfMemoryError(f"memory ran out on batch {number} of batches: {error}") from error

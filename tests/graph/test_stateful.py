@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from apoptosis import Apoptosis, load, save, shrink_
+from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
 from apoptosis.operate import Patient, operate
 from apoptosis.probe import as_probe
@@ -593,13 +594,14 @@ def test_gradients_through_several_passes_end_at_an_event():
     (net(inputs(Undetached)) + net(inputs(Undetached))).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:apoptosis. there is an AveragedModel:RuntimeWarning")  # made before the run
 def test_an_averaged_copy_keeps_a_state_of_its_own():
     net, _ = planted(Elman, passes=0)
     average = torch.optim.swa_utils.AveragedModel(net)
     for _ in range(3):
         average(inputs(Elman, 3))
     dense = twin(average)
-    trained_to_an_event(net, Elman, average)
+    trained_to_an_event(net, Elman, average)  # which follows it
     assert average.module.hidden.shape == (3, 15)
     x = inputs(Elman, 3)
     torch.testing.assert_close(average(x), dense(x), rtol=1e-9, atol=1e-10)
@@ -651,3 +653,37 @@ def test_a_network_that_keeps_nothing_is_followed_once_in_each_mode():
     net.register_forward_hook(lambda *_: calls.append(1))
     analyse(net, (torch.randn(4, 5),))
     assert len(calls) == 2
+
+
+class Centred(Net):
+    """A running mean of the inputs, of which there happen to be as many as examples."""
+
+    example = (5, 5)
+
+    def reset(self):
+        self.mean = torch.zeros(5)
+
+    def run(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.last(torch.relu(self.back(torch.relu(self.first(x - self.mean)))))
+
+
+def test_what_only_happens_to_be_of_the_batchs_size_does_not_stop_other_batches():
+    net = Centred()
+    apo = Apoptosis(net, torch.optim.SGD(net.parameters(), 0.0), inputs(Centred), probe=inputs(Centred, 40))
+    assert {group.name for group in apo.groups()} == {"first", "back"}
+    assert shrink_(net, inputs(Centred), [inputs(Centred, 40), inputs(Centred, 9)], tolerance=0.5).groups
+
+
+class Fixed(Net):
+    def run(self, x):
+        h = torch.relu(self.first(x))
+        return self.last(h if self.hidden is None else h + (self.hidden @ torch.ones(7)).unsqueeze(1))
+
+
+def test_where_no_number_of_rows_fits_the_error_names_what_is_kept():
+    net = Fixed()
+    net.hidden = torch.ones(8, 9)
+    with pytest.raises(CaptureError, match=r"it keeps 'hidden' \(8, 9\) in attributes: .* reset it"):
+        analyse(net, (inputs(Fixed),))
+    assert net.hidden.shape == (8, 9)

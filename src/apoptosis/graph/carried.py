@@ -69,7 +69,8 @@ class Carried:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._model, self._leaves = model, leaves_of(args, kwargs)
         known = known_of(model)
-        self._guesses = iter(()) if known is not None else iter(_guesses(model, self._leaves))
+        found = [] if known is not None else _guesses(model, self._leaves)
+        self._guesses = iter(found)
         self._guess: tuple[int, int] | None = None
         self._known = known or Known()
         self.buffers = self._known.buffers
@@ -77,6 +78,7 @@ class Carried:
         self._rows: dict[Path, Rows] = {}
         self._copies: dict[Path, str] = {}
         self.fault = ""
+        self._hint = _hint(model) if found else ""
         self._most, self._new_buffers = ROUNDS, False
         self.rounds = 0
 
@@ -167,6 +169,7 @@ class Carried:
             self.fault = self.fault or fault
             self._guess = next(self._guesses, None)
             if self._guess is None:
+                self.fault += self._hint
                 return False
         self._modes, self._rows, self._copies, self.rounds = {}, {}, {}, 0
         self.buffers = self._known.buffers
@@ -254,6 +257,16 @@ def _axis_of(tensor: Tensor, size: int) -> int | None:
 
 def _has_rows(shape: Sequence[int], leaves: Sequence[Tensor]) -> bool:
     return any(leaf.dim() and size in leaf.shape[:2] for leaf in leaves for size in shape[:2])
+
+
+def _hint(model: nn.Module) -> str:
+    """Say which tensors are kept, one of which may be what does not fit the inputs."""
+    shown = [f"'{name_of(path)}' {tuple(t.shape)}" for path, t in kept_tensors(model, ()).items() if t.dim() > 1][:2]
+    if not shown:
+        return ""
+    return (
+        f"; it keeps {', '.join(shown)} in attributes: if that is of another batch, reset it or let example_input fit"
+    )
 
 
 def _guesses(model: nn.Module, leaves: Sequence[Tensor]) -> list[tuple[int, int]]:
