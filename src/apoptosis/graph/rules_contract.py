@@ -22,7 +22,7 @@ from apoptosis.graph.remedies import layer_of
 from apoptosis.graph.rules_product import lone_pair, multiply
 from apoptosis.graph.slots import Owner, View
 from apoptosis.graph.tracer import Call, Result, Rule
-from apoptosis.graph.values import Multiple, Path, Value, nothing, spoiled, weight_named
+from apoptosis.graph.values import Multiple, Path, Value, nothing, spoiled, varying, weight_named
 from apoptosis.records import IntArray
 
 REMEDY = "Let an nn.Linear or nn.Conv module compute it."
@@ -223,10 +223,28 @@ def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
         for axis in value.paths:
             call.tracer.findings.bias_of[axis].add(view.owner.name)
         return value
+    if (added := _stacked_bias(call, value, view, out)) is not None:
+        return added
     if view.varied():
         call.pin_owner(view.owner, "adds it across channels")
         call.pin(value.ids, "adds a parameter across channels")
     return value
+
+
+def _stacked_bias(call: Call, value: Value, view: View, out: Tensor) -> Value | None:
+    """Add a bias with a row for every matrix of a stack, (matrices, 1, rows); None where it is laid out otherwise."""
+    last = out.dim() - 1
+    if view.dims is None or view.ndim != out.dim() or view.owner.is_buffer or varying(value.ids) != {last}:
+        return None
+    along = [dim for dim in view.varied() if view.axes(dim) == {last}]
+    if len(along) != 1 or any(last in view.axes(dim) for dim in view.varied() if dim != along[0]):
+        return None
+    call.tracer.findings.tie(value.ids.reshape(-1), view.slots(along[0]).reshape(-1))
+    call.tracer.findings.biases.add((view.owner.name, along[0]))
+    for dim in view.varied():
+        if dim != along[0]:
+            call.pin(view.owner.axis(dim), "numbers matrices of a stack", _STACK_REMEDY)
+    return replace(value, paths=spoiled([value.paths]), linear=frozenset())
 
 
 def _mm(call: Call) -> Result:
