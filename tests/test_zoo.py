@@ -156,21 +156,6 @@ def test_large_weights_are_not_drawn_and_building_ends():
     assert nn.init.trunc_normal_(large, std=0.02).max() <= 2.0
 
 
-def test_what_fails_alike_at_two_sizes_is_not_tried_at_more():
-    class Broken(nn.Linear):
-        def forward(self, x):
-            raise RuntimeError("no such thing")
-
-    def sizes(building):
-        for size in range(1, 9):
-            tried.append(size)
-            yield zoo.Built(Broken(size, 2), (torch.randn(2, size),), note=str(size))
-
-    tried = []
-    assert not zoo.measure(sizes)["built"]
-    assert tried == [1, 2, 3]
-
-
 def test_configurations_made_small_keep_a_layer_of_every_kind():
     old = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 6, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 32000, "eos_token_id": 31999, "head_dim": 128,
