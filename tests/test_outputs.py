@@ -268,3 +268,15 @@ def test_infinity_that_comes_or_goes_is_a_change_without_bound():
     for bad in (x, x.nan_to_num(neginf=float("nan"))):
         with pytest.raises(NonFiniteError):
             difference([read(bad)], [read(y)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own: masked tensors are a prototype
+def test_masked_tensors_are_compared():
+    class Masked(Masks):
+        def forward(self, x):
+            return torch.masked.masked_tensor(self.b(torch.relu(self.a(x))), x[:, :5] < 0.5)
+
+    x = torch.randn(600, 6)
+    event = shrink_(Masked(0.0), x[:2], [x], tolerance=0.1)
+    assert event.groups
+    assert 0 < event.measured["output_rms"] < 0.2

@@ -159,6 +159,8 @@ def _array(item: Any) -> Tensor | None:
 
 def _put(found: Readings, way: str, tensor: Tensor) -> None:
     x = tensor.detach()
+    if is_masked(x):
+        x = x.to_tensor(0.0)  # type: ignore[attr-defined]
     if x.is_quantized:
         x = x.dequantize()
     if x.is_nested:
@@ -172,6 +174,11 @@ def _put(found: Readings, way: str, tensor: Tensor) -> None:
         found.numbers[way] = x.double()
     else:
         found.whole[way] = x
+
+
+def is_masked(tensor: Tensor) -> bool:
+    """Whether it is a torch.masked.MaskedTensor, for which few operators exist."""
+    return type(tensor).__name__ == "MaskedTensor"
 
 
 def difference(before: Sequence[Readings], after: Sequence[Readings]) -> Difference:

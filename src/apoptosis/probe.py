@@ -19,7 +19,7 @@ from apoptosis.errors import ArgumentError, NonFiniteError, OutOfMemoryError, Ra
 from apoptosis.interrupts import is_out_of_memory
 from apoptosis.kept import run_fitted
 from apoptosis.numerics.bounds import compare_logits
-from apoptosis.outputs import Change, ReadLogits, difference, read_logits, root_of
+from apoptosis.outputs import Change, ReadLogits, difference, is_masked, read_logits, root_of
 from apoptosis.outputs import read as read_output
 from apoptosis.passes import internal_passes
 from apoptosis.sharded import gathered
@@ -276,7 +276,9 @@ def _leaves(out: Any) -> list[Tensor]:
 
 
 def _is_plain(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided and not x.is_nested
+    if not isinstance(x, Tensor) or is_masked(x):
+        return False
+    return x.is_floating_point() and x.layout is torch.strided and not x.is_nested
 
 
 def logits_of(out: Any, read: ReadLogits | None) -> Tensor | None:
