@@ -6,7 +6,8 @@
 Lives here: a multilayer perceptron with two hidden layers of equal width, trained until its first event, and the same
 network shrunk in one shot. Does not live here: whole runs (benchmarks.paper), the table (table.py).
 Memory is the peak resident size beyond that of training, sampled every 2 ms; times are processor seconds of one thread,
-in units of the median step of the same run outside its window. Every figure is the median of three processes.
+in units of the median step of the same run outside its window. Figures are medians of
+three processes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from apoptosis.recipes.folder import write_json
 from apoptosis.recipes.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS = (512, 1024, 2048, 4096)
+WIDTHS = (512, 1024, 2048)
 REPEATS = 3
 SEED, BATCH, INPUTS, FACTORS, STEPS = 0, 256, 64, 16, 200
 
@@ -142,6 +143,7 @@ def main() -> None:
         print(json.dumps(measure(chosen.width, chosen.kind)))
         return
     rows = []
+    torch.set_num_threads(1)
     for width in WIDTHS:
         row: dict[str, Any] = {"width": width}
         for kind in ("training", "shrink"):
@@ -153,9 +155,8 @@ def main() -> None:
             row |= {name: _median([one[name] for one in found]) for name in found[0]}
         rows.append(row)
         print(row)
-    torch.set_num_threads(1)
-    about = {"kind": "event-cost", "seed": SEED, "versions": versions(), "machine": machine(torch.device("cpu"))}
-    write_json(RESULTS / "event-cost.json", {**about, "runs": rows})
+        about = {"kind": "event-cost", "seed": SEED, "versions": versions(), "machine": machine(torch.device("cpu"))}
+        write_json(RESULTS / "event-cost.json", {**about, "runs": rows})
 
 
 if __name__ == "__main__":

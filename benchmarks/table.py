@@ -92,15 +92,16 @@ def event_cost_table(results: Mapping[str, Record]) -> str:
                     f"{run['width']:,}",
                     f"{layer / 1e6:.0f} MB",
                     f"{run['event_bytes'] / 1e6:.0f} MB",
-                    f"{run['event_bytes'] / layer:.0f}",
+                    f"{run['event_bytes'] / layer:.1f}",
                     f"{run['event_in_steps']:.1f}",
                     f"{run['watched_step_in_steps']:.2f}",
                     f"{run['shrink_bytes'] / 1e6:.0f} MB",
+                    f"{run['shrink_bytes'] / layer:.1f}",
                     f"{run['shrink_seconds']:.1f} s",
                 )
             )
     head = ("width", "largest layer", "first event: memory", "in largest layers", "in steps",
-            "a watched step, in steps", "shrink_: memory", "shrink_: processor time")  # fmt: skip
+            "a watched step, in steps", "shrink_: memory", "in largest layers", "shrink_: processor time")  # fmt: skip
     return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.event_cost")
 
 
