@@ -75,7 +75,11 @@ class Links:
         from_another: where the command stands in the namespace of another rank, which has its user already.
         """
         user = () if from_another else ("--user",)
-        return _inside(self._holders[rank + 1].pid, *user, "--net", "--uts")
+        return _inside(self.holder(rank), *user, "--net", "--uts")
+
+    def holder(self, rank: int) -> int:
+        """Return the process that holds a rank's namespaces."""
+        return self._holders[rank + 1].pid
 
     def cut(self, rank: int) -> None:
         """Take a rank's link down: what is sent is lost, and nobody is told."""

@@ -131,9 +131,3 @@ def has_slurm():
         return subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=60).returncode == 0
     except subprocess.TimeoutExpired:
         return False
-
-
-def with_variable(pid, name, value):
-    """The process below `pid` that a launcher started with this variable."""
-    wanted = f"{name}={value}".encode()
-    return next(p for p in descendants(pid) if wanted in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))

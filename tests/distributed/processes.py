@@ -1,19 +1,16 @@
 """Several real processes of one gloo group, for the tests beside.
 
 They are forked from a server process that has torch and apoptosis imported: starting Python anew for each takes longer
-than most tests. Only processes that must begin under another command (`enter`) are started by spawn.
+than most tests.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import shlex
 import tempfile
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
 import torch
@@ -22,10 +19,13 @@ import torch.distributed as dist
 from distributed import warm
 
 
-def _enter(work, rank, size, folder, arguments, timeout):
+def _enter(work, rank, size, folder, arguments, timeout, holder):
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
+        if holder is not None:
+            warm.enter_spaces_of(holder)
+            os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
         store = dist.FileStore(str(Path(folder) / "store"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         found = work(rank, size, *arguments)
@@ -51,35 +51,22 @@ def wait_for(path, seconds=170):
         time.sleep(0.02)
 
 
-def _start(process, words, own):
-    """Start a process, inside what the words before its command line enter."""
-    if words is None:
-        return process.start()
-    resource_tracker.ensure_running()  # else it would be started in there
-    python = spawn.get_executable()
-    own.write_text(f'#!/bin/sh\nexec {shlex.join(words)} {shlex.quote(os.fsdecode(python))} "$@"\n')
-    own.chmod(0o755)
-    spawn.set_executable(str(own))
-    try:
-        return process.start()
-    finally:
-        spawn.set_executable(python)
-
-
-def together(work, *arguments, size=2, timeout=60, enter=None, meanwhile=None):
+def together(work, *arguments, size=2, timeout=60, inside=None, meanwhile=None):
     """Run work(rank, size, *arguments) in `size` processes; return results and tracebacks by rank, None for none.
 
-    enter: from a rank to the words that, before a command, run it somewhere else. meanwhile: called with the processes
-    once they are started.
+    inside: from a rank to the process whose namespaces it enters. meanwhile: called with the processes once they are
+    started.
     """
-    context = warm.context() if enter is None else multiprocessing.get_context("spawn")
+    context = warm.context()
+    holders = [None if inside is None else inside(rank) for rank in range(size)]
     with tempfile.TemporaryDirectory() as folder:
         started = [
-            context.Process(target=_enter, args=(work, rank, size, folder, arguments, timeout)) for rank in range(size)
+            context.Process(target=_enter, args=(work, rank, size, folder, arguments, timeout, holders[rank]))
+            for rank in range(size)
         ]
         try:
-            for rank, process in enumerate(started):
-                _start(process, None if enter is None else enter(rank), Path(folder) / f"python{rank}")
+            for process in started:
+                process.start()
             if meanwhile is not None:
                 meanwhile(started)
             for process in started:

@@ -283,10 +283,7 @@ def test_a_cut_network_ends_both_sides_within_the_timeout(tmp_path):
             links.cut(1)
             mark(folder / "cut")
 
-        def enter(rank):
-            return ["env", "GLOO_SOCKET_IFNAME=eth0", *links.enter(rank)]
-
-        _, faults = together(apart, str(folder), enter=enter, meanwhile=cut)
+        _, faults = together(apart, str(folder), inside=links.holder, meanwhile=cut)
     for rank, fault in enumerate(faults):
         waited = re.search(rf"RankError: rank {rank} of 2 lost another rank while it waited (\d+) s for a sum", fault)
         assert int(waited[1]) < 60  # what the group was made with

@@ -16,7 +16,7 @@ from apoptosis.launch import LAUNCHERS, Group, Place, group, recognise, start_gr
 from apoptosis.launch.place import first_host
 from apoptosis.ranks import Ranks
 from apoptosis.recipes.several import batch_share, probe_share
-from distributed.launched import Launched, environment, mpirun, with_variable
+from distributed.launched import Launched, environment, mpirun
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host",
             "MASTER_PORT": "29500"}  # fmt: skip
@@ -202,9 +202,9 @@ def result(folder):
 def test_a_killed_rank_is_one_line_and_a_restart_goes_on(tmp_path):
     """Torchrun starts both anew with the very same command, which goes on from the checkpoint."""
     program = ["--max-restarts", "1", *STOPS, "--epochs", "12", "--out", "run"]
-    launched = Launched("torchrun", 2, *program, cwd=tmp_path, fresh=True, STOPS="70", STOP_RANK="1")
+    launched = Launched("torchrun", 2, *program, cwd=tmp_path, STOPS="70", STOP_RANK="1")
     launched.until(70)
-    os.kill(with_variable(launched.process.pid, "RANK", "1"), signal.SIGKILL)
+    os.kill(launched.stands, signal.SIGKILL)
     assert launched.wait() == 0, launched.told()
     assert all(re.search("rank 0 of 2 lost another rank", line) for line in launched.lines())
     assert len(launched.lines()) <= 1  # none where torchrun was faster to stop the survivor
@@ -272,9 +272,11 @@ def test_what_works_alone_speaks_where_nobody_else_would(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpi"])
 def test_compare_under_a_launcher_is_one_line(tmp_path, launcher):
+    """Here all processes of torchrun are Pythons of their own."""
     if launcher == "mpi" and mpirun() is None:
         pytest.skip("needs an mpirun")
-    refused = Launched(launcher, 2, "-m", "apoptosis.cli", "compare", *SMALL, "--out", "run", cwd=tmp_path)
+    program, fresh = ("-m", "apoptosis.cli", "compare", *SMALL, "--out", "run"), launcher == "torchrun"
+    refused = Launched(launcher, 2, *program, cwd=tmp_path, fresh=fresh)
     assert refused.wait() != 0
     assert len(refused.lines()) == 1, refused.told()
     assert "compare works in one process, and this is one of 2" in refused.lines()[0]

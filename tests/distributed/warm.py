@@ -182,8 +182,13 @@ def _forked(other, listener):
         os._exit(1)
 
 
+def enter_spaces_of(pid):
+    """Enter the namespaces of a process."""
+    _enter([os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY) for name in ("user", "net", "uts")])
+
+
 def _enter(spaces):
-    """Enter the namespaces of another process (user, network, host name) where they are not this one's."""
+    """Enter namespaces (user, network, host name), of which files are given, where they are not this process's."""
     for file, name in zip(spaces, ("user", "net", "uts"), strict=True):
         if os.fstat(file).st_ino != os.stat(f"/proc/self/ns/{name}").st_ino:
             library = ctypes.CDLL(None, use_errno=True)
