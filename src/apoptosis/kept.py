@@ -110,10 +110,10 @@ def with_rows(tensor: Tensor, axis: int, number: int) -> Tensor:
     return tensor.detach().index_select(axis, index)
 
 
-def fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Exchange]:
+def fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, single: bool = False) -> list[Exchange]:
     """Let what a model keeps have a row for every example of a call. To be called inside `internal_passes` alone.
 
-    Returns: what was exchanged.
+    single: only where it has one row, or the call one example. Returns: what was exchanged.
     """
     known = _KNOWN.get(model)
     if known is None or not known.rows:
@@ -125,7 +125,7 @@ def fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> l
             continue
         leaf = leaves[rows.leaf]
         wanted = leaf.shape[rows.dim] if rows.dim < leaf.dim() else tensor.shape[rows.axis]
-        if wanted != tensor.shape[rows.axis]:
+        if wanted != tensor.shape[rows.axis] and (not single or 1 in (wanted, tensor.shape[rows.axis])):
             new[id(tensor)] = with_rows(tensor, rows.axis, wanted)
     return exchange(walk, new)
 
@@ -139,22 +139,26 @@ def exchange(walk: Walk, new: Mapping[int, Any]) -> list[Exchange]:
 
 
 def run_fitted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a model on examples of which what it keeps has one row each. To be called inside `internal_passes` alone.
+    """Run a model on examples, with a row of what it keeps for each. To be called inside `internal_passes` alone.
 
-    Sizes may be alike by chance: where the model fails so, it is run with what it keeps as it was.
+    A model may begin anew with a batch of another size, and sizes may be alike by chance: what is kept is made to fit
+    where the model fails without, or where one row would be spread over others.
     """
-    made = fit(model, args, kwargs)
-    if not made:
+    known = _KNOWN.get(model)
+    if known is None or not known.rows:
         return model(*args, **kwargs)
     copies = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+    made = fit(model, args, kwargs, single=True)
     try:
         return model(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+    except Exception as error:  # the user's forward may raise anything
         for setter, old, _ in made:
             setter(old)
+        if not made and not fit(model, *copies):
+            raise
         try:
             return model(*copies[0], **copies[1])
-        except Exception:  # noqa: BLE001 - the first one is of rows that fit
+        except Exception:  # noqa: BLE001 - the first one is of the model as it is
             raise error from None
 
 
