@@ -110,3 +110,21 @@ def test_errors_of_outputs_are_those_of_the_whole_residual(outputs: int, offset:
         torch.testing.assert_close(output_errors(weight, moments, keep, told), want, rtol=1e-9, atol=0)
     assert isinstance(compact(found, keep), CompactReduction) == itself
     assert torch.equal(compact(found, keep).mix, mix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [1, 2])
+def test_products_on_several_threads_and_of_rows_that_are_not_contiguous(dtype: torch.dtype, number: int) -> None:
+    rows = rows_of(7, 40, 600).to(dtype)
+    kept, before = rows.clone(), torch.get_num_threads()
+    matrix = Triangle(300, dtype=dtype)
+    try:
+        torch.set_num_threads(number)
+        matrix.add_gram(rows[:, ::2])
+        matrix.add_gram(rows.T[:300, :].T)
+    finally:
+        torch.set_num_threads(before)
+    wide = rows.double()
+    want = wide[:, ::2].T @ wide[:, ::2] + wide[:, :300].T @ wide[:, :300]
+    torch.testing.assert_close(matrix.full(), want, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+    assert torch.equal(rows, kept)
