@@ -33,9 +33,9 @@ demo: $(STAMP)
 	$(BIN)/apoptosis report $(DEMO)
 
 # One thread per worker: the tests are small, and workers share the cores. Bytecode is kept, even where the environment
-# forbids it: else every process compiles all sources anew.
+# forbids it: else every process compiles all sources anew. Work that tests share is done once where they stay together.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --durations=15
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 # The tests of the core on the oldest packages that pyproject.toml admits and on the newest, each in an environment of
 # its own: some gigabytes to download, for old and new wheels of torch bring CUDA along.
