@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,9 @@ from apoptosis.graph import neurons
 from apoptosis.graph.rules import RULES
 from apoptosis.numerics import activations
 from apoptosis.surgery import attributes
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as what a shell starts in the background inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STEPS, BATCH, CLASSES = 60, 128, 4
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 _LEAST = 512 * 2**20  # bytes of address space below which loading torch ends the process without an exception
@@ -38,12 +38,19 @@ def _loaded() -> Callable[[Sequence[str]], int]:
     except ModuleNotFoundError as error:
         _end(2, f"{error}; install the command with: pip install 'torch-apoptosis[cli]'")
     except (ImportError, OSError, RuntimeError) as error:
-        if not any(part in str(error).lower() for part in _SHORT):
+        if not any(part in text.lower() for text in _texts(error) for part in _SHORT):
             raise
         _end(2, "there is not enough memory to begin; raise the limit (ulimit -v)")
     if waits:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return run
+
+
+def _texts(error: BaseException | None) -> Iterator[str]:
+    """Yield what an error says, and what those say that it came from."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
 
 
 def _limit() -> float:

@@ -36,6 +36,7 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
     Raises: ShapeError: the edit does not fit the tensor.
 
     Example:
+        >>> import numpy as np
         >>> mix = torch.tensor([[3.0, 1.0]])
         >>> fold = ColumnFold(dim=1, columns=np.array([[0], [1]]), keep=torch.tensor([1]), mix=mix)
         >>> edit = TensorEdit(tensor="w", keep={1: torch.tensor([1])}, folds=(fold,))
