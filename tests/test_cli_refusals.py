@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -158,23 +159,26 @@ def test_json_of_inspect_that_is_too_deep(here, capsys):
     refusal(capsys, ["inspect", "json:dumps", "--kwargs", deep], f"deeper than {MAX_DEPTH}")
 
 
-@pytest.fixture
-def small_files():
-    """No file may grow beyond 3000 bytes: a disk that is full."""
+@contextmanager
+def small_files(size):
+    """No file may grow beyond so many bytes: a disk that is full. pytest's own output may be a file, so not longer."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
-def test_a_full_disk_is_one_line_and_what_was_there_stays(here, capsys, small_files, size):
+def test_a_full_disk_is_one_line_and_what_was_there_stays(here, capsys, size):
     assert run(["train", *TINY, "--out", "one"]) == 0
     before = (here / "one" / "last.safetensors").read_bytes()
     capsys.readouterr()
-    small_files(size)
-    refusal(capsys, ["train", *TINY, "--out", "two"], "two")
-    refusal(capsys, ["train", "--resume", "one", "--quiet"], "one")
-    refusal(capsys, ["report", "one"], "one")
+    with small_files(size):
+        refusal(capsys, ["train", *TINY, "--out", "two"], "two")
+        refusal(capsys, ["train", "--resume", "one", "--quiet"], "one")
+        refusal(capsys, ["report", "one"], "one")
     assert (here / "one" / "last.safetensors").read_bytes() == before
     assert not [p for p in here.rglob("*.tmp")]
 
