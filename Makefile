@@ -60,6 +60,9 @@ check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	@unused=$$($(BIN)/vulture | grep '^src/'); test -z "$$unused" || { echo "$$unused"; exit 1; }
+	$(BIN)/codespell src docs tests benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks examples

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from apoptosis.decide.event_builder import num_parameters
 from apoptosis.graph import analyse
-from apoptosis.recipes.folder import write_json
-from apoptosis.recipes.machine import machine, versions
-from apoptosis.told import num_parameters
+from apoptosis.tools.recipes.folder import write_json
+from apoptosis.tools.recipes.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 3

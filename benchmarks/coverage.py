@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from apoptosis import shrink_
-from apoptosis.recipes.folder import write_json
-from apoptosis.recipes.machine import machine, versions
 from apoptosis.records import Group, Pin
+from apoptosis.tools.recipes.folder import write_json
+from apoptosis.tools.recipes.machine import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where the zoo and the families live, imported after it

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis, shrink_
-from apoptosis.recipes.folder import write_json
-from apoptosis.recipes.machine import machine, versions
+from apoptosis.tools.recipes.folder import write_json
+from apoptosis.tools.recipes.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (512, 1024, 2048)

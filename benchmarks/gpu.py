@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis
-from apoptosis.recipes.machine import machine, versions
-from apoptosis.recipes.networks import num_parameters
+from apoptosis.tools.recipes.machine import machine, versions
+from apoptosis.tools.recipes.networks import num_parameters
 from benchmarks.paper.networks import GPT
 
 TURN = 10  # steps that one twin trains before it is the other's turn

@@ -26,16 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apoptosis.recipes.config import RunConfig
-from apoptosis.recipes.folder import write_json
-from apoptosis.recipes.loop import Trainer
-from apoptosis.recipes.machine import machine, versions
-from apoptosis.recipes.optim import learning_rate, make_optimizer
-from apoptosis.recipes.train import prepare
+from apoptosis.tools.recipes.config import RunConfig
+from apoptosis.tools.recipes.folder import write_json
+from apoptosis.tools.recipes.loop import Trainer
+from apoptosis.tools.recipes.machine import machine, versions
+from apoptosis.tools.recipes.optim import learning_rate, make_optimizer
+from apoptosis.tools.recipes.train import prepare
 
 RESULTS = Path(__file__).parent / "results"
 COMMON: dict[str, object] = {"optimizer": "adam", "batch": 128, "schedule": "one-cycle"}
-ROWS: dict[str, dict[str, object]] = {  # fields of apoptosis.recipes.config.RunConfig
+ROWS: dict[str, dict[str, object]] = {  # fields of apoptosis.tools.recipes.config.RunConfig
     "mnist": {"data": "mnist", "network": "mlp", "widths": (1024, 1024, 1024), "epochs": 10},
     "fashion-mnist": {"data": "fashion-mnist", "network": "mlp", "widths": (1024, 1024, 1024), "epochs": 10},
     "higgs": {"data": "higgs", "network": "mlp", "widths": (300, 300, 300, 300, 300), "epochs": 12},

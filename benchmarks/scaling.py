@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from apoptosis.recipes.folder import write_json
-from apoptosis.recipes.machine import machine, versions
+from apoptosis.tools.recipes.folder import write_json
+from apoptosis.tools.recipes.machine import machine, versions
 from benchmarks.cluster import model, whole
 from benchmarks.cluster.links import Links, why_not
 from benchmarks.cluster.rank import BATCH, Spec, name_of

@@ -33,7 +33,7 @@ from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, make_plan
-from apoptosis.recipes.machine import machine, versions
+from apoptosis.tools.recipes.machine import machine, versions
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 4, 4, 64, 32
 PEAK, FIRST, FLOOR = 2e-3, 50, 0.1  # learning rate: peak, steps to it, share of it at the end of the cosine

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from apoptosis import Apoptosis
 from apoptosis.criteria import registry
-from apoptosis.graph import neurons
-from apoptosis.graph.rules import RULES
+from apoptosis.graph.rules.table import RULES
+from apoptosis.graph.trace import activations as neurons
 from apoptosis.numerics import activations
 from apoptosis.surgery import attributes
 

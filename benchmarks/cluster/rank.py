@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis
-from apoptosis.launch import Group, start_group
-from apoptosis.launch.mpi import MpiRanks
-from apoptosis.ranks import Ranks, TorchRanks
-from apoptosis.recipes.datasets.images import load_idx
+from apoptosis.distributed.ranks import Ranks, TorchRanks
+from apoptosis.tools.launch import Group, start_group
+from apoptosis.tools.launch.mpi import MpiRanks
+from apoptosis.tools.recipes.datasets.images import load_idx
 from benchmarks.cluster import links
 from benchmarks.cluster.throttle import ring_seconds, throttled
 

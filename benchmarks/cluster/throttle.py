@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apoptosis.launch.mpi import MpiRanks
-from apoptosis.ranks import Ranks
+from apoptosis.distributed.ranks import Ranks
+from apoptosis.tools.launch.mpi import MpiRanks
 
 
 def ring_seconds(tensor: Tensor, size: int, rate: float) -> float:

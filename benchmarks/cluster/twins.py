@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apoptosis.recipes.folder import write_json
+from apoptosis.tools.recipes.folder import write_json
 from benchmarks.paper.cells import header, train
 from benchmarks.paper.contestants import Shrinking
 from benchmarks.paper.grounds import GROUNDS, Ground

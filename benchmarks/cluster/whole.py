@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis
-from apoptosis.recipes.machine import machine, versions
-from apoptosis.recipes.optim import learning_rate
+from apoptosis.tools.recipes.machine import machine, versions
+from apoptosis.tools.recipes.optim import learning_rate
 from benchmarks.cluster.links import Links, why_not
 from benchmarks.cluster.rank import Job, Record, World, name_of, num_parameters, run
 from benchmarks.cluster.start import run_ranks

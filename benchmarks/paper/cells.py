@@ -19,7 +19,7 @@ import torch
 
 import apoptosis
 from apoptosis.criteria import get_criterion
-from apoptosis.recipes.machine import machine, versions
+from apoptosis.tools.recipes.machine import machine, versions
 from benchmarks.paper.contestants import (
     CRITERIA,
     EarlyStopping,

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apoptosis.recipes.datasets import Part, load_dataset
-from apoptosis.recipes.metrics import auc
-from apoptosis.recipes.networks import build_network
+from apoptosis.tools.recipes.datasets import Part, load_dataset
+from apoptosis.tools.recipes.metrics import auc
+from apoptosis.tools.recipes.networks import build_network
 from benchmarks.paper.networks import GPT, ViT, alexnet, autoencoder, small_cnn
 
 Score = Callable[[Tensor, Tensor], float]

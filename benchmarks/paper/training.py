@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apoptosis.recipes.datasets import Part
-from apoptosis.recipes.networks import num_parameters
-from apoptosis.recipes.optim import learning_rate
+from apoptosis.tools.recipes.datasets import Part
+from apoptosis.tools.recipes.networks import num_parameters
+from apoptosis.tools.recipes.optim import learning_rate
 from benchmarks.paper.grounds import Ground, Task
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from apoptosis.recipes.folder import write_json
+from apoptosis.tools.recipes.folder import write_json
 from benchmarks.zoo.measure import measure
 from benchmarks.zoo.page import PAGE, RESULTS, ROOT, summary, write_page
 from benchmarks.zoo.runs import SEED, Log, merged, record

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.fakes import make_fake
-from apoptosis.graph.rules import RULES
-from apoptosis.graph.tracer import Call, Result, Rule
+from apoptosis.graph.rules.table import RULES
+from apoptosis.graph.trace.fakes import make_fake
+from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.records import Pin, Structure
 
 LARGE = 1 << 16  # elements: smaller tensors are filled as ever, they may be constants that a pass reads

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import apoptosis
-from apoptosis.recipes.machine import machine, versions
+from apoptosis.tools.recipes.machine import machine, versions
 
 SEED = 0
 _LIBRARIES = ("timm", "torchvision", "transformers")

@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apoptosis.checkpoint import load, load_sharded, save, save_sharded
     from apoptosis.criteria import register_criterion
+    from apoptosis.decide.ledger import Event, Ledger
     from apoptosis.engine import Apoptosis
-    from apoptosis.graph.neurons import register_activation
-    from apoptosis.graph.rules import register_rule
-    from apoptosis.ledger import Event, Ledger
+    from apoptosis.graph.rules.table import register_rule
+    from apoptosis.graph.trace.activations import register_activation
+    from apoptosis.model.passes import is_own_pass
     from apoptosis.oneshot import shrink_
-    from apoptosis.passes import is_own_pass
     from apoptosis.planner import Plan
-    from apoptosis.surgery import load, load_sharded, save, save_sharded
     from apoptosis.surgery.attributes import register_attributes
 
 __all__ = [
@@ -41,14 +41,14 @@ __all__ = [
 __version__ = "0.1.0"
 _HOMES = {
     "Apoptosis": "engine",
-    "Event": "ledger",
-    "Ledger": "ledger",
+    "Event": "decide.ledger",
+    "Ledger": "decide.ledger",
     "Plan": "planner",
-    "is_own_pass": "passes",
-    "register_activation": "graph.neurons",
+    "is_own_pass": "model.passes",
+    "register_activation": "graph.trace.activations",
     "register_attributes": "surgery.attributes",
     "register_criterion": "criteria",
-    "register_rule": "graph.rules",
+    "register_rule": "graph.rules.table",
     "shrink_": "oneshot",
 }
 _MODULES = frozenset(("errors", "events", "distributed", "launch", "graph", "surgery", "criteria", "records"))
@@ -56,7 +56,7 @@ _MODULES = frozenset(("errors", "events", "distributed", "launch", "graph", "sur
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        found = getattr(import_module(f"apoptosis.{_HOMES.get(name, 'surgery')}"), name)
+        found = getattr(import_module(f"apoptosis.{_HOMES.get(name, 'checkpoint')}"), name)
     elif name in _MODULES:
         found = import_module(f"apoptosis.{name}")
     else:

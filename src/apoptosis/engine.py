@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
-from apoptosis.attempt import (
+from apoptosis.criteria import get_criterion
+from apoptosis.decide.acceptance import Verdict, sanity_limit
+from apoptosis.decide.attempt import (
     Run,
     Tried,
     agree,
@@ -31,14 +32,36 @@ from apoptosis.attempt import (
     record,
     seen_by_policy,
 )
-from apoptosis.calibration import device_of, overhead_macs
-from apoptosis.criteria import get_criterion
+from apoptosis.decide.event_builder import num_parameters
+from apoptosis.decide.history import warn_at_end, warn_if_few
+from apoptosis.decide.ledger import Event, Ledger
+from apoptosis.decide.overhead import device_of, overhead_macs
+from apoptosis.decide.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
+from apoptosis.decide.state import (
+    DAMAGES,
+    UNDECIDED,
+    Memory,
+    Settings,
+    check_fits,
+    idle,
+    read_state,
+    sum_up,
+    write_state,
+)
+from apoptosis.distributed.fsdp import group_of
+from apoptosis.distributed.ranks import ranks_of
+from apoptosis.distributed.wrappers import layout_of, read_layouts, rebuild
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
-from apoptosis.history import warn_at_end, warn_if_few
-from apoptosis.ledger import Event, Ledger
+from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
+from apoptosis.model.evaluate import as_call, make_probe, num_rows
+from apoptosis.model.outputs import ReadLogits
+from apoptosis.model.trials import has_classes, looked_at
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer
-from apoptosis.operate import (
+from apoptosis.planner import Plan
+from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
+from apoptosis.surgery import as_follower, check_followers, check_optimizers, warn_of_averages
+from apoptosis.surgery.operation import (
     Patient,
     exclude_pins,
     refreshed,
@@ -47,20 +70,7 @@ from apoptosis.operate import (
     with_known,
     without_pins,
 )
-from apoptosis.outputs import ReadLogits
-from apoptosis.planner import Plan
-from apoptosis.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
-from apoptosis.probe import as_call, make_probe, num_rows
-from apoptosis.ranks import ranks_of
-from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
-from apoptosis.rehearsal import rehearse
-from apoptosis.sharded import group_of
-from apoptosis.state import DAMAGES, UNDECIDED, Memory, Settings, check_fits, idle, read_state, sum_up, write_state
-from apoptosis.surgery import as_follower, check_followers, check_optimizers, warn_of_averages
-from apoptosis.told import num_parameters
-from apoptosis.trials import has_classes, looked_at
-from apoptosis.unwrap import layout_of, read_layouts, rebuild
-from apoptosis.verdict import Verdict, sanity_limit
+from apoptosis.surgery.rehearsal import rehearse
 
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
 _FOLLOW_LATER = "Load the run's checkpoint first, and then register averaged copies, or load their own files before."

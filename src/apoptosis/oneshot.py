@@ -14,23 +14,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.criteria import Ranking, get_criterion
+from apoptosis.decide.acceptance import Verdict, sanity_limit
+from apoptosis.decide.event_builder import make_event, size_of
+from apoptosis.decide.ledger import Event
+from apoptosis.distributed.wrappers import check_alone
 from apoptosis.errors import ArgumentError
-from apoptosis.ledger import Event
+from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
+from apoptosis.model.evaluate import Probe, as_call, as_probe, make_probe
+from apoptosis.model.outputs import Change
+from apoptosis.model.trials import looked_at
 from apoptosis.observe import Observer
-from apoptosis.operate import Outcome, Patient, exclude_pins, new_pins, operate, with_pins
-from apoptosis.outputs import Change
 from apoptosis.planner import Observations, Plan, Request, make_plan
-from apoptosis.probe import Probe, as_call, as_probe, make_probe
+from apoptosis.planner.sampling import has_modes, sample
 from apoptosis.records import Certificate, Frozen, NormWidths, Pin, Structure
-from apoptosis.rehearsal import rehearse
-from apoptosis.sampling import has_modes, sample
 from apoptosis.surgery import check_optimizers
-from apoptosis.told import make_event, size_of
-from apoptosis.trials import looked_at
-from apoptosis.unwrap import check_alone
-from apoptosis.verdict import Verdict, sanity_limit
+from apoptosis.surgery.operation import Outcome, Patient, exclude_pins, new_pins, operate, with_pins
+from apoptosis.surgery.rehearsal import rehearse
 
 _TRIES = 6  # surgeries beyond the sanity limit before it is given up
 _OCTAVES = 12  # halvings of the tolerance in search of one within the limit

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from apoptosis.distributed.ranks import ranks_of
 from apoptosis.errors import ArgumentError, NonFiniteError, RankError
 from apoptosis.launch import start_group
-from apoptosis.launch.mpi import MpiRanks, average_gradients
-from apoptosis.ranks import ranks_of
+from apoptosis.tools.launch.mpi import MpiRanks, average_gradients
 
 
 def until_there(*names):

@@ -5,8 +5,8 @@ SECONDS: how long one may be put off.
 
 import sys
 
-from apoptosis.cli import main
-from apoptosis.recipes import train
+from apoptosis.tools.cli import main
+from apoptosis.tools.recipes import train
 
 write = train.write_checkpoint
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from apoptosis.cli import main
-from apoptosis.recipes import loop
+from apoptosis.tools.cli import main
+from apoptosis.tools.recipes import loop
 
 STEPS = [[int(step) for step in steps.split(",")] for steps in os.environ.get("STOPS", "0").split(";")]
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptosis import Apoptosis, attempt, load, operate, save, shrink_
+from apoptosis import Apoptosis, load, save, shrink_
+from apoptosis.decide import attempt
+from apoptosis.distributed.ranks import TorchRanks
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
 from apoptosis.observe import Observer
-from apoptosis.ranks import TorchRanks
+from apoptosis.surgery import operation as operate
 from distributed.processes import together
 
 

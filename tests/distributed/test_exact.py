@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis
+from apoptosis.distributed.ranks import TorchRanks
 from apoptosis.graph import analyse
 from apoptosis.observe import Observer
-from apoptosis.ranks import TorchRanks
 from distributed.processes import together
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptosis import Apoptosis, load, operate, save
+from apoptosis import Apoptosis, load, save
+from apoptosis.checkpoint import container
 from apoptosis.observe import pooled
-from apoptosis.surgery import container
+from apoptosis.surgery import operation as operate
 from distributed.processes import mark, together, wait_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks are modules of the repository

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apoptosis.cli.app import run
+from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError
-from apoptosis.launch import LAUNCHERS, Group, Place, group, recognise, start_group
-from apoptosis.launch.place import first_host
-from apoptosis.ranks import Ranks
-from apoptosis.recipes.several import batch_share, probe_share
+from apoptosis.tools.cli.app import run
+from apoptosis.tools.launch import LAUNCHERS, Group, Place, group, recognise, start_group
+from apoptosis.tools.launch.place import first_host
+from apoptosis.tools.recipes.several import batch_share, probe_share
 from distributed.launched import Launched, environment, mpirun
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "host",

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save
+from apoptosis.distributed.wrappers import layout_of, rebuild
 from apoptosis.errors import CheckpointError
-from apoptosis.unwrap import layout_of, rebuild
 from distributed.processes import together
 from distributed.test_faults import batch, network
 

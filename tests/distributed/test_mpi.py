@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path):
 def test_missing_mpi_is_one_line_with_the_remedy(tmp_path):
     (tmp_path / "mpi4py").mkdir()
     (tmp_path / "mpi4py" / "__init__.py").write_text("raise ImportError('no MPI here')\n")
-    begin = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from apoptosis.cli import main; "
+    begin = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from apoptosis.tools.cli import main; "
     run = Launched("none", 1, "-c", f"{begin}main({['train', *SMALL, '--launcher', 'mpi']!r})", cwd=tmp_path)
     assert run.wait() == 2
     assert run.lines() == [

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, save, shrink_
 from apoptosis.errors import ApoptosisError
-from apoptosis.surgery.journal import Journal
+from apoptosis.surgery.undo_log import Journal
 from distributed.processes import together
 from distributed.sharding import data, perceptron, shard, train, whole
 

@@ -7,12 +7,12 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptosis import ranks
-from apoptosis.distributed import rebuild_ddp
+from apoptosis.distributed import ranks
+from apoptosis.distributed.ddp import rebuild_ddp
+from apoptosis.distributed.ranks import TorchRanks
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
 from apoptosis.observe import Observer, pooled
-from apoptosis.ranks import TorchRanks
 from distributed.processes import together
 
 

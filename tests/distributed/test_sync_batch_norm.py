@@ -9,9 +9,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis
+from apoptosis.distributed.wrappers import unwrap
 from apoptosis.errors import ArgumentError
-from apoptosis.passes import unsynchronised
-from apoptosis.unwrap import unwrap
+from apoptosis.model.passes import unsynchronised
 from distributed.processes import together
 from distributed.sharding import data, train
 

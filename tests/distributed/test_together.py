@@ -6,8 +6,8 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis
+from apoptosis.distributed.ranks import Ranks, TorchRanks, ranks_of
 from apoptosis.errors import ArgumentError, RankError
-from apoptosis.ranks import Ranks, TorchRanks, ranks_of
 from distributed.processes import together
 from distributed.test_ddp import network
 

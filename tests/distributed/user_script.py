@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from apoptosis import Apoptosis
+from apoptosis.distributed.ranks import checksums
 from apoptosis.launch import start_group
-from apoptosis.ranks import checksums
 
 
 def main(folder, launcher="auto"):

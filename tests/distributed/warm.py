@@ -35,8 +35,8 @@ PRELOAD = (
     "torch.distributed.checkpoint",
     "sklearn.datasets",
     "apoptosis",
-    "apoptosis.cli.app",
-    "apoptosis.recipes.train",
+    "apoptosis.tools.cli.app",
+    "apoptosis.tools.recipes.train",
     "distributed.warm",
 )
 

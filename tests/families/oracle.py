@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from apoptosis import Event, load, save, shrink_
 from apoptosis.graph import analyse
-from apoptosis.probe import as_call
+from apoptosis.model.evaluate import as_call
 from apoptosis.records import Group, Structure
 from apoptosis.surgery.attributes import ATTRIBUTES
 from families.family import Family

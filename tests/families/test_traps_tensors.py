@@ -19,7 +19,7 @@ from torch.nn.utils import weight_norm as hooked_weight_norm
 from apoptosis import shrink_
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
-from apoptosis.probe import as_call
+from apoptosis.model.evaluate import as_call
 from families.plant import plant
 from families.traps import FOUND, Net, X, draw, shrink
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apoptosis import Event, shrink_
 from apoptosis.graph import analyse
-from apoptosis.probe import as_call
+from apoptosis.model.evaluate import as_call
 from families.plant import plant
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.findings import Findings
-from apoptosis.graph.memory import Memory
-from apoptosis.graph.tracer import Tracer
+from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.storage import Memory
+from apoptosis.graph.trace.tracer import Tracer
 
 
 def network() -> nn.Module:

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.failures import after_failure
+from apoptosis.graph.trace.failures import after_failure
 
 X = torch.randn(3, 8)
 

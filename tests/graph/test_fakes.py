@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.fakes import LARGE, built_fake, make_fake
+from apoptosis.graph.trace.fakes import LARGE, built_fake, make_fake
 
 
 class Windows(nn.Module):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from apoptosis import Apoptosis, shrink_
 from apoptosis.graph import analyse
+from apoptosis.observe.linear_map import gather_weight, sampled_site
 from apoptosis.records import Group
-from apoptosis.sites import gather_weight, sampled_site
 
 
 class Same(nn.Conv2d):

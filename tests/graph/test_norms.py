@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from apoptosis import load, save, shrink_
 from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.graph import analyse
-from apoptosis.norms import NormEdit, ShrunkLayerNorm, is_bare, is_shrunk, way_of
+from apoptosis.modules.norms import NormEdit, ShrunkLayerNorm, is_bare, is_shrunk, way_of
 from apoptosis.observe.hooks import Hook
 from apoptosis.surgery.norms import norm_changes
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.outputs import named_in, tensors_in
+from apoptosis.graph.trace.outputs import named_in, tensors_in
 
 X = torch.randn(3, 8)
 Pair = namedtuple("Pair", "logits state")

@@ -12,7 +12,7 @@ from torch import nn
 
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse, register_rule
-from apoptosis.graph.rules import RULES
+from apoptosis.graph.rules.table import RULES
 
 GEN = torch.Generator().manual_seed(0)
 X, SEQ, IMG = (

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import apoptosis.graph
-from apoptosis.graph.remedies import layer_of, parametrized, usual
+from apoptosis.graph.explain import layer_of, parametrized, usual
 
 HERE = Path(apoptosis.graph.__file__).parent
 _SAYS = {"pin": 1, "pin_owner": 1, "_pin": 1, "no_rule": 1, "Reason": 0}

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from apoptosis import responses
 from apoptosis.graph import analyse
-from apoptosis.graph.fakes import make_fake
-from apoptosis.responses import Response, computes_response
+from apoptosis.graph.trace.fakes import make_fake
+from apoptosis.modules import response_norms as responses
+from apoptosis.modules.response_norms import Response, computes_response
 
 
 class Norm(nn.Module):

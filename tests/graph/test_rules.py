@@ -6,15 +6,15 @@ from collections import Counter
 
 import torch
 
-from apoptosis.graph.rules import ACTIVATIONS, RULES, SCALARS
-from apoptosis.graph.rules_contract import CONTRACTIONS
-from apoptosis.graph.rules_experts import EXPERTS
-from apoptosis.graph.rules_layout import LAYOUTS
-from apoptosis.graph.rules_lookup import LOOKUPS
-from apoptosis.graph.rules_move import MOVES
-from apoptosis.graph.rules_norm import NORMS
-from apoptosis.graph.rules_product import PRODUCTS
-from apoptosis.graph.rules_reduce import REDUCTIONS
+from apoptosis.graph.rules.contraction import CONTRACTIONS
+from apoptosis.graph.rules.experts import EXPERTS
+from apoptosis.graph.rules.layout import LAYOUTS
+from apoptosis.graph.rules.lookup import LOOKUPS
+from apoptosis.graph.rules.movement import MOVES
+from apoptosis.graph.rules.normalization import NORMS
+from apoptosis.graph.rules.product import PRODUCTS
+from apoptosis.graph.rules.reduction import REDUCTIONS
+from apoptosis.graph.rules.table import ACTIVATIONS, RULES, SCALARS
 
 TABLES = (CONTRACTIONS, EXPERTS, LAYOUTS, LOOKUPS, MOVES, NORMS, PRODUCTS, REDUCTIONS)
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from apoptosis.graph.capture import _module_stack, _Watch
-from apoptosis.graph.findings import Findings
-from apoptosis.graph.rules import RULES
-from apoptosis.graph.slots import Slots, named_tensors
-from apoptosis.graph.tracer import Tracer
-from apoptosis.graph.values import collapse, reshape
+from apoptosis.graph.rules.table import RULES
+from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.ids import Slots, named_tensors
+from apoptosis.graph.trace.tracer import Tracer
+from apoptosis.graph.trace.values import collapse, reshape
 
 
 def _split(n: int) -> list[int]:

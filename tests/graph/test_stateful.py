@@ -13,9 +13,9 @@ from torch import nn
 from apoptosis import Apoptosis, load, save, shrink_
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.operate import Patient, operate
-from apoptosis.probe import as_probe
+from apoptosis.model.evaluate import as_probe
 from apoptosis.records import Reduction, SiteReduction
+from apoptosis.surgery.operation import Patient, operate
 
 ROWS = 24
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph import analyse, verify
-from apoptosis.graph.picks import changed_split
-from apoptosis.graph.scalars import changed_scalar
+from apoptosis.graph.trace.partial_ops import changed_split
+from apoptosis.graph.trace.scalars import changed_scalar
 from apoptosis.records import ScalarOperands, Split, Structure
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

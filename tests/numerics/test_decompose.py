@@ -20,7 +20,7 @@ from apoptosis.numerics.decompose import (
     site_diag,
     solve_mix,
 )
-from apoptosis.numerics.rooted import pivoted_qr
+from apoptosis.numerics.qr_based import pivoted_qr
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apoptosis.numerics.bilinear import blocks_of, joint, pooled, product_error, same_sum, square_root
 from apoptosis.numerics.moments import Moments
-from apoptosis.numerics.pairs import blocks_of, joint, pooled, product_error, same_sum, square_root
 
 seeds = st.integers(0, 2**32 - 1)
 LAYOUTS = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.decompose import pivoted_cholesky
 from apoptosis.numerics.moments import Moments
-from apoptosis.numerics.rooted import pivoted_qr, solve_mix_rooted
+from apoptosis.numerics.qr_based import pivoted_qr, solve_mix_rooted
 
 
 def rows_of(seed: int, count: int, channels: int, mean: float = 0.0) -> torch.Tensor:

@@ -14,9 +14,13 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from apoptosis.norms import NormEdit, Statistics
+from apoptosis.decide.acceptance import Verdict
+from apoptosis.model.evaluate import compare, make_probe
+from apoptosis.modules.norms import NormEdit, Statistics
+from apoptosis.modules.response_norms import Response, response
 from apoptosis.numerics import bounds
 from apoptosis.numerics.activations import NEURON_TYPES, neuron_type
+from apoptosis.numerics.bilinear import joint, product_error
 from apoptosis.numerics.decompose import (
     joint_error_curve,
     ordered_cholesky,
@@ -26,14 +30,10 @@ from apoptosis.numerics.decompose import (
     solve_mix,
 )
 from apoptosis.numerics.moments import Moments
-from apoptosis.numerics.pairs import joint, product_error
 from apoptosis.numerics.sketch import Sketch
-from apoptosis.probe import compare, make_probe
 from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
-from apoptosis.responses import Response, response
 from apoptosis.surgery import apply_edit, merge_like
 from apoptosis.surgery.norms import norm_changes
-from apoptosis.verdict import Verdict
 
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=40, deadline=None)

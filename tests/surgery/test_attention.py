@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from apoptosis.checkpoint import load, save
+from apoptosis.checkpoint.container import read_file, write_file
 from apoptosis.errors import CheckpointError, ShapeError
+from apoptosis.modules.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.records import TensorEdit
-from apoptosis.surgery import Transaction, load, save
-from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
+from apoptosis.surgery import Transaction
 from apoptosis.surgery.attributes import attributes_of
-from apoptosis.surgery.container import read_file, write_file
 
 WIDTH, HEADS = 12, 3
 SIZE = WIDTH // HEADS

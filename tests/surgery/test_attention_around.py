@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from apoptosis.graph import analyse, verify
+from apoptosis.modules.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.records import TensorEdit
 from apoptosis.surgery import Transaction, build_edits
-from apoptosis.surgery.attention import ShrunkMultiheadAttention, shrunk_attributes
 
 WIDTH, HEADS = 12, 3
 

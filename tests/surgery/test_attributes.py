@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from apoptosis.checkpoint import load, save
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.records import TensorEdit
-from apoptosis.surgery import Transaction, load, register_attributes, save
+from apoptosis.surgery import Transaction, register_attributes
 from apoptosis.surgery.attributes import ATTRIBUTES, attributes_of
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from apoptosis import shrink_
+from apoptosis.checkpoint import load, save
 from apoptosis.errors import ShapeError
 from apoptosis.graph import analyse, verify
 from apoptosis.records import Split, Structure, TensorEdit
-from apoptosis.surgery import Transaction, build_edits, load, save
+from apoptosis.surgery import Transaction, build_edits
 from apoptosis.surgery.attributes import attributes_of
 from apoptosis.surgery.splits import VOCABULARY, SplitChange, followed, split_changes
 

@@ -1,7 +1,7 @@
 """Channels under norms: what goes is a multiple of one kept channel, or a constant, wherever a norm reads it.
 
 Lives here: the criterion for groups that norms read, made of another one. Does not live here: what the norms make of it
-(apoptosis.norms), when it is asked for (planner).
+(apoptosis.modules.norms), when it is asked for (planner).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from apoptosis.criteria.exact import gram_root
 from apoptosis.criteria.merging import Pairs, merge_order, moment_pairs
 from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, device_of, gram, moments_of, selection
 from apoptosis.numerics.decompose import complement, roundoff_floor, solve_mix
-from apoptosis.numerics.rooted import solve_mix_rooted
+from apoptosis.numerics.qr_based import solve_mix_rooted
 from apoptosis.records import Reduction, SiteReduction
 
 _SHARE_OF_READERS = 1e-3  # what norms lose cannot be made up for elsewhere, so readers only tell equals apart

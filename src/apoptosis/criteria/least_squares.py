@@ -38,7 +38,7 @@ from apoptosis.numerics.decompose import (
     pivoted_cholesky,
     solve_blocks,
 )
-from apoptosis.numerics.rooted import pivoted_qr, solve_mix_rooted
+from apoptosis.numerics.qr_based import pivoted_qr, solve_mix_rooted
 from apoptosis.numerics.selection import greedy_order
 from apoptosis.records import Reduction, SiteReduction
 

@@ -4,8 +4,8 @@ Lives here: model in, groups, sites and pins out. Does not live here: statistics
 """
 
 from apoptosis.graph.analysis import analyse, layout_of, replay
-from apoptosis.graph.factors import gains
-from apoptosis.graph.rules import register_rule
-from apoptosis.graph.verification import verify, verify_up_to_scale
+from apoptosis.graph.rules.table import register_rule
+from apoptosis.graph.verify.factors import gains
+from apoptosis.graph.verify.verification import verify, verify_up_to_scale
 
 __all__ = ["analyse", "gains", "layout_of", "register_rule", "replay", "verify", "verify_up_to_scale"]

@@ -12,25 +12,25 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
+from apoptosis.distributed.fsdp import is_unit
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
-from apoptosis.graph.carried import Carried, recall
-from apoptosis.graph.classes import close
-from apoptosis.graph.copies import keep_copied
-from apoptosis.graph.counts import counts
-from apoptosis.graph.extents import same_extent
-from apoptosis.graph.factors import scalable
-from apoptosis.graph.findings import Findings
-from apoptosis.graph.frozen import frozen_names, keep_frozen
-from apoptosis.graph.granularity import settle, splits
-from apoptosis.graph.groups import build_groups
-from apoptosis.graph.picks import partial_work
-from apoptosis.graph.shares import same_share
-from apoptosis.graph.slots import Slots, named_tensors
-from apoptosis.graph.unread import leave_alone
-from apoptosis.kept import known_of
+from apoptosis.graph.groups.build import build_groups
+from apoptosis.graph.groups.classes import close
+from apoptosis.graph.groups.copies import keep_copied
+from apoptosis.graph.groups.counts import counts
+from apoptosis.graph.groups.extents import same_extent
+from apoptosis.graph.groups.frozen import frozen_names, keep_frozen
+from apoptosis.graph.groups.grids import settle, splits
+from apoptosis.graph.groups.shares import same_share
+from apoptosis.graph.groups.unread import leave_alone
+from apoptosis.graph.trace.carried import Carried, recall
+from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.ids import Slots, named_tensors
+from apoptosis.graph.trace.partial_ops import partial_work
+from apoptosis.graph.verify.factors import scalable
+from apoptosis.model.kept import known_of
 from apoptosis.records import Frozen, NormWidths, Seen, Structure
-from apoptosis.sharded import is_unit
 
 
 def analyse(

@@ -1,7 +1,8 @@
 """One real forward pass, watched operator by operator.
 
 Lives here: running the model without leaving a trace in it, and the Tracer, which knows for every tensor of that pass
-which channels it carries. Does not live here: what an operator does to channels (rules*.py), what follows (groups.py).
+which channels it carries. Does not live here: what an operator does to channels (rules*.py), what follows
+(groups/build.py).
 
 The pass is watched by a TorchDispatchMode that sends the ids along with the values, operator after operator. Recording
 a graph first (make_fx) and walking it afterwards gives the same answer but costs seconds instead of milliseconds, and
@@ -23,21 +24,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from apoptosis.distributed.fsdp import gathered
 from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
-from apoptosis.graph.carried import Carried
-from apoptosis.graph.failures import failure
-from apoptosis.graph.fakes import Constants, over_fakes
-from apoptosis.graph.findings import Findings
-from apoptosis.graph.norms import NormWatch
-from apoptosis.graph.outputs import named_in, tensors_in
-from apoptosis.graph.picks import note_work
-from apoptosis.graph.rules import RULES, SCALARS, WORKS
-from apoptosis.graph.slots import named_tensors
-from apoptosis.graph.tracer import FRAME_MARKS, Tracer
+from apoptosis.graph.rules.norm_modules import NormWatch
+from apoptosis.graph.rules.table import RULES, SCALARS, WORKS
+from apoptosis.graph.trace.carried import Carried
+from apoptosis.graph.trace.failures import failure
+from apoptosis.graph.trace.fakes import Constants, over_fakes
+from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.ids import named_tensors
+from apoptosis.graph.trace.outputs import named_in, tensors_in
+from apoptosis.graph.trace.partial_ops import note_work
+from apoptosis.graph.trace.tracer import FRAME_MARKS, Tracer
 from apoptosis.interrupts import hooks_on_all_modules, is_out_of_memory, restoring
-from apoptosis.passes import internal_passes, unsynchronised
+from apoptosis.model.passes import internal_passes, unsynchronised
 from apoptosis.records import Seen
-from apoptosis.sharded import gathered
 
 
 # torch leaves this class untyped in some releases and types it in others, hence both ignores here.

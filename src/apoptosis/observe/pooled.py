@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from apoptosis.distributed.ranks import SUM_NUMBERS, Ranks
 from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.observe.watch import Sample, Watch, named_snapshot
-from apoptosis.ranks import SUM_NUMBERS, Ranks
 
 
 def share_out(watches: Iterable[Watch], ranks: Ranks) -> None:

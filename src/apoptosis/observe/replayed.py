@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from apoptosis.distributed.fsdp import has_shards
+from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ApoptosisError, OutOfMemoryError, RankError
 from apoptosis.numerics.devices import sent
+from apoptosis.observe.linear_map import sums_of
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
     SAMPLE_ELEMENTS,
@@ -28,10 +31,7 @@ from apoptosis.observe.watch import (
     named_snapshot,
     needs_whole_inputs,
 )
-from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Seen, Site
-from apoptosis.sharded import has_shards
-from apoptosis.sites import sums_of
 
 MAX_PASSES = 16  # passes after which fewer than MIN_EXAMPLES examples will do: each costs a forward pass
 LAST_PASS = 64  # passes after which a site that still lacks rows is given up

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from apoptosis.distributed.ranks import Ranks
 from apoptosis.interrupts import uninterrupted
+from apoptosis.model.passes import Eager
 from apoptosis.observe.dropouts import DROPOUTS, Dropped
 from apoptosis.observe.gradients import Gradients
 from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped, take_off
@@ -36,8 +38,6 @@ from apoptosis.observe.watch import (
     named_snapshot,
     needs_whole_inputs,
 )
-from apoptosis.passes import Eager
-from apoptosis.ranks import Ranks
 from apoptosis.records import Group, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up

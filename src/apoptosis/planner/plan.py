@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, Ranking, arranged, choose, compensated
+from apoptosis.distributed.fsdp import lent
+from apoptosis.distributed.ranks import Ranks
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import Observation
 from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
@@ -24,9 +26,7 @@ from apoptosis.planner.entangled import choices_of, entangled, most_readers
 from apoptosis.planner.owners import owners
 from apoptosis.planner.reasons import Why, missed_tolerance, too_few_rows, unseen, used_up
 from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
-from apoptosis.ranks import Ranks
 from apoptosis.records import Certificate, Group, Reduction, Structure
-from apoptosis.sharded import lent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,11 @@ import torch
 
 from apoptosis.criteria import SiteView
 from apoptosis.errors import ArgumentError
+from apoptosis.numerics.bilinear import blocks_of, joint, pooled, product_error, same_sum, square_root
 from apoptosis.numerics.moments import Moments
-from apoptosis.numerics.pairs import blocks_of, joint, pooled, product_error, same_sum, square_root
 from apoptosis.observe import Observation
+from apoptosis.observe.linear_map import sums_of
 from apoptosis.records import Site
-from apoptosis.sites import sums_of
 
 _NOTE = "of the sums over paired channels (scores before the softmax), taking both operands as independent"
 

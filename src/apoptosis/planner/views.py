@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from apoptosis.criteria import GroupView, NeuronView, Proposal, SiteView, dropped_variance
 from apoptosis.criteria.views import column_squares, energy, moments_of
-from apoptosis.norms import statistics_of
+from apoptosis.modules.norms import statistics_of
 from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import sketched
 from apoptosis.observe import Observation, needs_whole_inputs
+from apoptosis.observe.linear_map import SampledSite, gather_weight, read_weight, sampled_site
 from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, Neuron, Site
-from apoptosis.sites import SampledSite, gather_weight, read_weight, sampled_site
 
 BY_THE_LOSS = "of what the loss sees of the output"
 CONSTANT_SHARE = 4.0  # of the channels' mean square, for a constant that is to be explained with them

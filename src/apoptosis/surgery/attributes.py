@@ -1,7 +1,7 @@
 """The table of plain module attributes that must stay true to the tensors' shapes, and its extension by the user.
 
 Lives here: one literal table, `register_attributes`, and what both say of one module. Does not live here: numbers that
-a forward pass splits channels by (splits.py), nn.MultiheadAttention (attention.py), any writing (modules.py).
+a forward pass splits channels by (splits.py), nn.MultiheadAttention (attention.py), any writing (transaction.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.modules.attention import attention_attributes
 from apoptosis.records import TensorEdit
-from apoptosis.surgery.attention import attention_attributes
 from apoptosis.surgery.norms import norm_attributes
 from apoptosis.surgery.numbers import followed_numbers
 from apoptosis.surgery.splits import unflattened_of, vocabulary_of

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from apoptosis.distributed.zero import inside
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
-from apoptosis.passes import own_pass
+from apoptosis.model.passes import own_pass
 from apoptosis.records import TensorEdit
-from apoptosis.surgery.layers import check_kept, layers, parameters_of
+from apoptosis.surgery.nested_optimizers import check_kept, layers, parameters_of
 from apoptosis.surgery.optimizers import (
     LEARNT,
     Layout,
@@ -38,7 +39,6 @@ from apoptosis.surgery.optimizers import (
     rule_of,
     state_changes,
 )
-from apoptosis.surgery.redundancy import inside
 
 _STEPS = 12  # before channels go, and after: some wrappers act at every fifth or tenth step
 _WIDE = 160  # positions of the largest synthetic parameter along a dim: some states are factored from 128 on

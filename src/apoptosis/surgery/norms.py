@@ -1,8 +1,8 @@
 """What an event does to the norms that read the channels it takes.
 
 Lives here: the scale of a weight that follows the width, the edits of norms, and what they make of a module's
-attributes, its class included. Does not live here: the classes (apoptosis.norms), the rows of weight and bias, which
-are members of the group (edits.py).
+attributes, its class included. Does not live here: the classes (apoptosis.modules.norms), the rows of weight and bias,
+which are members of the group (build.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import ShapeError
-from apoptosis.norms import (
+from apoptosis.modules.norms import (
     SHRUNK,
     NormEdit,
     ShrunkLayerNorm,
@@ -31,7 +31,7 @@ from apoptosis.norms import (
     statistics_of,
 )
 from apoptosis.records import Reduction, RowScale, Site, SiteReduction, Structure
-from apoptosis.surgery.drafts import Draft, check_positions, first_name
+from apoptosis.surgery.builder import Draft, check_positions, first_name
 
 
 def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:

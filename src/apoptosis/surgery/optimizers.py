@@ -1,8 +1,8 @@
 """The same edits on optimizer state: which rule each state tensor follows.
 
 Lives here: one table of rules per optimizer class, rules by shape for classes that are not in it, and the new state
-values. Does not live here: writing them (modules.py), saving them (checkpoint.py), the check before anything changes
-and what is learnt of a class by trying it (dry_run.py).
+values. Does not live here: writing them (transaction.py), saving them (checkpoint/save_load.py), the check before
+anything changes and what is learnt of a class by trying it (dry_run.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from apoptosis.distributed.fsdp import Whole, part, whole
 from apoptosis.errors import UnsupportedOptimizerError
 from apoptosis.records import TensorEdit
-from apoptosis.sharded import Whole, part, whole
-from apoptosis.surgery.layers import layers, parameters_of
+from apoptosis.surgery.nested_optimizers import layers, parameters_of
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like, unscaled
 
 Rule = Literal["slice", "first", "value", "row", "column"]

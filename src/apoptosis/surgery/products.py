@@ -1,7 +1,7 @@
 """What an event does at a product of activations: queries times keys, pair by pair.
 
 Lives here: the fold into the right operand's producer, the scale of the left one's. Does not live here: the rows that
-both lose, which are members of the group (edits.py).
+both lose, which are members of the group (build.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apoptosis.errors import ShapeError
 from apoptosis.records import ColumnFold, Group, Reduction, RowScale, Site, Structure
-from apoptosis.surgery.drafts import (
+from apoptosis.surgery.builder import (
     Draft,
     check_positions,
     first_name,

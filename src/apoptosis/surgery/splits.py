@@ -1,7 +1,7 @@
 """Numbers that a module's forward pass splits channels by: how they change, and the plain attributes that hold them.
 
 Lives here: the vocabulary of attribute names, and what an event makes of `Structure.splits`. Does not live here:
-attributes that follow a tensor's dim (attributes.py), noticing splits (graph), any writing (modules.py).
+attributes that follow a tensor's dim (attributes.py), noticing splits (graph), any writing (transaction.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy.typing as npt
 from torch import nn
 
 from apoptosis.errors import ShapeError
+from apoptosis.modules.attention import is_attention
 from apoptosis.records import IntArray, Split, Structure, TensorEdit
-from apoptosis.surgery.attention import is_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,6 @@
+"""Checkpoints of shrunk networks."""
+
+from apoptosis.checkpoint.save_load import load, save
+from apoptosis.checkpoint.sharded import load_sharded, save_sharded
+
+__all__ = ["load", "load_sharded", "save", "save_sharded"]

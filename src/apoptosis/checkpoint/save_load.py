@@ -1,0 +1,295 @@
+"""Checkpoints of shrunk networks: saved by name with their widths, loaded into a freshly built full-width model.
+
+Lives here: what a checkpoint holds, the checks before anything is loaded, and the loading. Does not live here: the
+file (container.py), nested values (tree.py), the tensors' checks (checkpoint/tensors.py), and the optimizers' part
+(optimizer_state.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apoptosis.checkpoint.arguments import check_given
+from apoptosis.checkpoint.attributes import check_attributes
+from apoptosis.checkpoint.container import read_file, write_file
+from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved
+from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
+from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
+from apoptosis.checkpoint.tree import pack, unpack
+from apoptosis.distributed.fsdp import at_rest, has_shards, renew
+from apoptosis.distributed.wrappers import bare, parallel_in, rebuild
+from apoptosis.distributed.zero import rebuild_buckets
+from apoptosis.errors import CheckpointError
+from apoptosis.interrupts import restoring
+from apoptosis.model.passes import check_not_inference
+from apoptosis.modules.norms import is_shrunk
+from apoptosis.surgery.attributes import attributes_of
+from apoptosis.surgery.undo_log import Journal
+
+
+class Resumable(Protocol):
+    """What takes part in a checkpoint beside model and optimizer: `Apoptosis`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested plain values and tensors."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them over, or raise and change nothing."""
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    apo: Resumable | None = None,
+    **extra: object,
+) -> None:
+    """Save a (shrunk) network, its optimizer and apoptosis state to one safetensors file, atomically.
+
+    Args:
+        path: the file; an old one is replaced only when the new one is complete.
+        model: parameters and buffers are saved by name, with the attributes that follow their widths. Of a compiled or
+            data-parallel model the module inside is saved.
+        optimizer: one or several; state is saved by parameter name.
+        apo: the `Apoptosis` of the run.
+        extra: anything made of tensors, numbers, strings, None, lists, tuples and dictionaries: epoch, scheduler, RNG.
+
+    Raises: CheckpointError: the file cannot be written, or a value is of another type. An old file is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/net.safetensors", net, epoch=3)
+        ...     wide = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        ...     load(f"{folder}/net.safetensors", wide)
+        {'epoch': 3}
+        >>> wide[0].out_features
+        3
+    """
+    check_given("save", path, model, optimizer, apo)
+    if has_shards(model):
+        raise CheckpointError(
+            f"'{path}' cannot be written: the model's parameters are spread over processes, and one file would "
+            "take all of them on one. Use save_sharded on every rank."
+        )
+    tensors, manifest = packed(bare(model), optimizer, apo, extra)
+    write_file(path, tensors, manifest)
+
+
+def packed(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    apo: Resumable | None,
+    extra: Mapping[str, object],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a checkpoint holds, as `save` writes it: tensors by name, and a JSON-able manifest.
+
+    Raises: CheckpointError: a value that a checkpoint cannot hold.
+    """
+    try:
+        tensors, manifest = _packed(model, optimizer, apo, extra)
+    except RecursionError as error:
+        raise CheckpointError("what is to be saved is nested too deeply, or holds itself.") from error
+    check_saved(manifest)
+    return tensors, manifest
+
+
+def _packed(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    apo: Resumable | None,
+    extra: Mapping[str, object],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    names: list[str] = []
+    for name, tensor in tensors_of(model).items():
+        names.append(name)
+        pack(tensor, f"{PREFIX}{name}", tensors)
+    attributes = {name: attributes_of(module) for name, module in model.named_modules()}
+    manifest = {
+        "model": {
+            "names": names,
+            "optional": sorted(non_persistent(model)),
+            "attributes": pack({name: found for name, found in attributes.items() if found}, "attributes", tensors),
+            "states": {
+                name: pack(module.get_extra_state(), f"extra_state.{name}", tensors)
+                for name, module in _with_extra_state(model).items()
+            },
+            "full": {name: list(shape) for name, shape in getattr(apo, "full_shapes", {}).items()},
+        },
+        "optimizers": None
+        if optimizer is None
+        else [pack_optimizer(o, model, f"optimizer.{i}", tensors) for i, o in enumerate(_several(optimizer))],
+        "apoptosis": None if apo is None else {"state": pack(apo.state_dict(), "apoptosis", tensors)},
+        "extra": pack(extra, "extra", tensors),
+    }
+    return tensors, manifest
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    apo: Resumable | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint into a freshly built full-width model, which gets the stored widths first.
+
+    Parameters keep their identity, so an optimizer made before stays valid. Values take the model's dtype and device.
+    A model that already has the stored widths is loaded as well.
+
+    Args:
+        path: a file that `save` wrote.
+        model: the network as the user's code builds it.
+        optimizer: one or several, of the classes and groups that were saved; None leaves their part unread.
+        apo: the `Apoptosis` of the run that goes on; None leaves its part unread.
+
+    Returns: the extras that were saved; tensors on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign, newer, of another network, or lacks what was asked for.
+            Model and optimizer are as before the call.
+    """
+    check_given("load", path, model, optimizer, apo)
+    if has_shards(model):
+        raise CheckpointError(
+            f"checkpoint '{path}' cannot be loaded: the model's parameters are spread over processes. Load it before "
+            "fully_shard is called, or use save_sharded and load_sharded."
+        )
+    check_not_inference(model, "loading")
+    manifest, tensors = read_file(path, lambda manifest, shapes: check_shapes(path, manifest, shapes, model, optimizer))
+    return take_over(path, manifest, tensors, model, optimizer, apo)
+
+
+_DAMAGES = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
+
+
+def check_shapes(
+    path: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    shapes: Shapes,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+) -> None:
+    """Check what can be checked of a checkpoint before its tensors are read: names, shapes, entries of the manifest.
+
+    Raises: CheckpointError: it is damaged, or of another network or other optimizers.
+    """
+    model = bare(model)
+    try:
+        check_manifest(manifest, frozenset(shapes))
+        check_names(model, manifest["model"], shapes)
+        if optimizer is not None:
+            for entry, given in zip(manifest["optimizers"] or (), _several(optimizer), strict=False):
+                check_state_shapes(entry, given, model, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
+    except _DAMAGES as error:
+        raise CheckpointError(_misstated(path, error)) from error
+
+
+def _misstated(path: str | os.PathLike[str], error: BaseException) -> str:
+    return f"checkpoint '{path}' is damaged: its manifest lacks or misstates {' '.join(str(error).split())[:200]}."
+
+
+def take_over(
+    path: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    apo: Resumable | None,
+) -> dict[str, Any]:
+    """Check a checkpoint that was read and take it over, as `load` says."""
+    wrappers, model = parallel_in(model), bare(model)
+    at_rest(model)
+    try:
+        stored = manifest["model"]
+        values = check_tensors(model, stored, tensors)
+        attributes = check_attributes(model, unpack(stored["attributes"], tensors), values)
+        states = _check_states(model, unpack(stored["states"], tensors))
+        loaded = _check_optimizers(manifest["optimizers"], optimizer, model, tensors)
+        if apo is not None and manifest["apoptosis"] is None:
+            raise CheckpointError("it holds no apoptosis state; it was saved without apo=.")
+        extra: dict[str, Any] = unpack(manifest["extra"], tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
+    except _DAMAGES as error:
+        raise CheckpointError(_misstated(path, error)) from error
+    journal, todo = Journal(), [True]
+
+    def undo() -> None:
+        if todo:
+            journal.undo()
+            _set_up_again(wrappers, model, optimizer)
+            todo.clear()
+
+    with restoring(undo):
+        for tensor, value in values:
+            journal.set_tensor(tensor, value)  # gradients belong to the old values and go
+        for module, name, attribute in attributes:
+            journal.set_attribute(module, name, attribute)
+        for part in loaded:
+            part.write(journal)
+        for owner, state in states:
+            journal.call(owner.set_extra_state, owner.get_extra_state(), state)
+        torch.clear_autocast_cache()
+        _set_up_again(wrappers, model, optimizer)
+        if apo is not None:  # the last: it sets its wrappers up with the buckets that the run had
+            apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
+        journal.forget()
+        todo.clear()
+    return extra
+
+
+def _set_up_again(
+    wrappers: Sequence[nn.Module], model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None
+) -> None:
+    """Let wrappers and sharded optimizers take the tensors as they are.
+
+    A tensor that got another storage has lost DistributedDataParallel's listener, whatever its shape.
+    """
+    for wrapper in wrappers:
+        rebuild(wrapper)
+    renew(model)
+    rebuild_buckets(() if optimizer is None else _several(optimizer))
+
+
+def _several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+
+
+def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that keep more than tensors, by the protocol of `nn.Module.get_extra_state`."""
+    default = nn.Module.get_extra_state
+    found = {name: m for name, m in model.named_modules() if type(m).get_extra_state is not default}
+    return {name: m for name, m in found.items() if not is_shrunk(m)}  # whose statistics are among the attributes
+
+
+def _check_states(model: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.Module, Any]]:
+    mine = _with_extra_state(model)
+    if set(mine) != set(stored):
+        raise CheckpointError(f"it is of another network: extra state of {sorted(stored)} there, {sorted(mine)} here.")
+    return [(mine[name], state) for name, state in stored.items()]
+
+
+def _check_optimizers(
+    stored: Sequence[Mapping[str, Any]] | None,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+) -> list[LoadedOptimizer]:
+    if optimizer is None:
+        return []
+    mine = _several(optimizer)
+    if stored is None:
+        raise CheckpointError("it holds no optimizer state; it was saved without optimizer=.")
+    if len(stored) != len(mine):
+        raise CheckpointError(f"it holds {len(stored)} optimizers, {len(mine)} were given.")
+    return [unpack_optimizer(entry, o, model, tensors) for entry, o in zip(stored, mine, strict=True)]

@@ -1,0 +1,331 @@
+"""Checkpoints of sharded networks: a folder that all ranks write, and any number of ranks reads again.
+
+Lives here: the folder (torch.distributed.checkpoint), its manifest with the checksums of all files, and what of it a
+rank reads. Does not live here: what a checkpoint holds and how it is taken over (checkpoint/save_load.py), which is the
+same as in one file; torch's list of the tensors (tensor_list.py).
+
+Every rank writes its own shards. What is the same on all ranks (the manifest with its widths, buffers, the state of the
+run) is rank 0's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apoptosis.checkpoint.arguments import check_given
+from apoptosis.checkpoint.container import library_version
+from apoptosis.checkpoint.save_load import Resumable, check_shapes, packed, take_over
+from apoptosis.checkpoint.tensor_list import Tensors
+from apoptosis.checkpoint.tensors import PREFIX
+from apoptosis.distributed.fsdp import at_rest, group_of, has_shards, is_sharded
+from apoptosis.distributed.ranks import Ranks, ranks_of
+from apoptosis.distributed.wrappers import bare, parallel_in
+from apoptosis.errors import CheckpointError
+from apoptosis.model.passes import check_not_inference
+from apoptosis.storage.files import check_regular, reason, replacing
+from apoptosis.storage.plain_json import parse
+
+_LIST = ".metadata"  # torch's own, of all tensors
+_MANIFEST = "apoptosis.json"
+_MANIFEST_OF_VERSION_1 = "manifest"  # a tensor among the others, without checksums
+_OPTIMIZER = "optimizer."
+_VERSION = 2
+_CHUNK = 2**23  # bytes read at once for a checksum
+
+
+def save_sharded(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    apo: Resumable | None = None,
+    **extra: object,
+) -> None:
+    """Save a (shrunk) network whose parameters are spread over processes; every rank calls it.
+
+    The folder is written beside and put in place when it is complete, so that there is always a whole one: this one,
+    or for a moment `<folder>.old`, which `load_sharded` knows.
+
+    Args:
+        folder: in a file system that all ranks share. An old checkpoint in it is replaced, other things are not.
+        model: sharded or not; see `apoptosis.save`.
+        optimizer: one or several; state is saved by parameter name.
+        apo: the `Apoptosis` of the run.
+        extra: see `apoptosis.save`; rank 0's is kept.
+
+    Raises: CheckpointError: on all ranks where one fails; an old checkpoint is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     save_sharded(f"{place}/net", net, epoch=3)
+        ...     wide = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        ...     load_sharded(f"{place}/net", wide)
+        {'epoch': 3}
+        >>> wide[0].out_features
+        3
+    """
+    check_given("save_sharded", folder, model, optimizer, apo)
+    target = Path(os.path.realpath(folder))
+    whole, writing = bare(model), target.with_name(f"{target.name}.writing")
+    group, ranks = _together(model)
+    at_rest(whole)
+
+    def prepare() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if target.exists() and not (target / _LIST).exists():
+            raise CheckpointError(f"'{target}' exists and is no checkpoint; it is left alone. Name another folder.")
+        needed = not ranks.rank or has_shards(whole)  # of plain tensors rank 0's are kept, and it may alone hold them
+        tensors, manifest = packed(whole, optimizer if needed else None, apo, extra)
+        if ranks.rank:
+            return {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}, manifest
+        _begin(target, writing)
+        return tensors, manifest
+
+    tensors, manifest = ranks.each(prepare)
+    _call("written", target, "save", tensors, group, checkpoint_id=writing)
+    sums = ranks.gathered(ranks.each(lambda: _sums_of_own(target, writing, ranks)))
+    files = {name: entry for found in sums for name, entry in found.items()}
+    ranks.each(lambda: _finish(target, writing, files, manifest) if not ranks.rank else None)
+
+
+def _begin(target: Path, writing: Path) -> None:
+    """Make the folder to write to, which nobody may read who may not read the one that it replaces."""
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        if target.exists():
+            writing.chmod(stat.S_IMODE(target.stat().st_mode))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint '{target}' cannot be written: {reason(error)}") from error
+
+
+def _sums_of_own(target: Path, writing: Path, ranks: Ranks) -> dict[str, tuple[int, int]]:
+    """Return (bytes, checksum) of the files that this rank wrote; rank 0 looks after what is nobody's."""
+    try:
+        names = [entry.name for entry in os.scandir(writing)]
+        owners = {name: _owner(name, ranks.size) for name in names}
+        return {name: _checksum(writing / name) for name in names if owners[name] == ranks.rank}
+    except OSError as error:
+        raise CheckpointError(f"checkpoint '{target}' cannot be written: {reason(error)}") from error
+
+
+def _owner(name: str, size: int) -> int:
+    """Return the rank that wrote a file: torch names them __<rank>_<number>.distcp."""
+    number = name.removeprefix("__").split("_")[0]
+    return int(number) if name.startswith("__") and number.isdecimal() and int(number) < size else 0
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    check_regular(path)
+    size = found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, found = size + len(chunk), zlib.crc32(chunk, found)
+    return size, found
+
+
+def _finish(target: Path, writing: Path, files: Mapping[str, tuple[int, int]], manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, and put the folder in place."""
+    old = _old(target)
+    try:
+        full = {"version": _VERSION, "library": library_version(), "files": files, **manifest}
+        text = json.dumps(full, allow_nan=False, separators=(",", ":")).encode()
+        with replacing(writing / _MANIFEST) as partial:
+            partial.write_bytes(f"{zlib.crc32(text):08x} ".encode() + text)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        writing.rename(target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            with contextlib.suppress(OSError):
+                old.rename(target)
+        raise CheckpointError(f"checkpoint '{target}' cannot be written: {reason(error)}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_sharded(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    apo: Resumable | None = None,
+) -> dict[str, Any]:
+    """Load what `save_sharded` wrote into a full-width model, sharded over any number of processes or not at all.
+
+    Every rank calls it, and reads what it will hold. Parameters keep their identity; see `apoptosis.load`.
+
+    Returns: the extras that were saved.
+
+    Raises: CheckpointError: the folder is missing, damaged, of another network or other widths, or lacks what was asked
+        for. Model and optimizer are as before the call.
+    """
+    check_given("load_sharded", folder, model, optimizer, apo)
+    target = Path(os.path.realpath(folder))
+    if not target.exists() and _old(target).exists():
+        target = _old(target)
+    bare_model, (group, ranks) = bare(model), _together(model)
+    check_not_inference(bare_model, "loading")
+    at_rest(bare_model)
+    manifest, known = ranks.each(lambda: _read_checked(target, ranks))
+    if manifest is None:
+        manifest = _manifest_of_version_1(target, known, group, ranks)
+
+    def targets() -> dict[str, Tensor]:
+        check_shapes(target, manifest, known.shapes, bare_model, optimizer)
+        names = list(known.shapes)
+        if optimizer is None:
+            names = [name for name in names if not name.startswith(_OPTIMIZER)]
+        parameters = dict(bare_model.named_parameters())
+        return {name: _room(name, known, parameters) for name in names}
+
+    tensors = ranks.each(targets)
+    _call("loaded", target, "load", tensors, group, storage_reader=_reader(target, known))
+    return ranks.each(lambda: take_over(target, manifest, tensors, model, optimizer, apo))
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f"{target.name}.old")
+
+
+def _together(model: nn.Module) -> tuple[Any, Ranks]:
+    """Return the process group that a model is spread over, None for none or one process, and its ranks."""
+    parallel: tuple[Any, ...] = parallel_in(model)
+    group = parallel[0].process_group if parallel else group_of(bare(model))
+    ranks = ranks_of(parallel, group, next(model.parameters()).device)
+    return None if ranks.size == 1 else group, ranks
+
+
+def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], group: Any, **place: Any) -> None:
+    """Save or load by torch.distributed.checkpoint, whose errors derive from no Exception."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is the intent
+            getattr(dcp, name)(tensors, process_group=group, no_dist=group is None, **place)
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"checkpoint '{target}' cannot be {what}: {lines[-1]}") from error
+
+
+def _reader(target: Path, known: Tensors) -> Any:
+    """Return torch's reader of the folder, which does not open the list of tensors again."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return known.metadata
+
+    return Reader(target)
+
+
+def _read_checked(target: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, Tensors]:
+    """Read the manifest, and the list of tensors once all files have their checksums; the ranks share these out.
+
+    Returns: None for the manifest of a checkpoint of version 1, which is one of its tensors.
+    """
+    if not (target / _LIST).exists():
+        raise CheckpointError(f"'{target}' is no checkpoint, or one that was not finished.")
+    try:
+        manifest = _manifest(target) if (target / _MANIFEST).exists() else None
+        if manifest is None:
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(target)}
+        else:
+            sizes = _check_files(target, manifest.pop("files", None), ranks)
+        check_regular(target / _LIST)
+        known = Tensors((target / _LIST).read_bytes(), sizes)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint '{target}' cannot be read: {reason(error)}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint '{target}' is damaged: {error}") from error
+    if manifest is None and _MANIFEST_OF_VERSION_1 not in known.shapes:
+        raise CheckpointError(f"checkpoint '{target}' has no manifest of widths: save_sharded has not written it.")
+    return manifest, known
+
+
+def _manifest(target: Path) -> dict[str, Any]:
+    check_regular(target / _MANIFEST)
+    checksum, _, text = (target / _MANIFEST).read_bytes().partition(b" ")
+    if checksum != f"{zlib.crc32(text):08x}".encode():
+        raise CheckpointError("its manifest does not match its checksum.")
+    return _checked_version(text)
+
+
+def _checked_version(text: bytes) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = parse(text)
+        version, written_by = found["version"], found.get("library")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"its manifest cannot be read ({reason(error)}).") from error
+    if version not in (1, _VERSION):
+        raise CheckpointError(
+            f"it has version {str(version)[:40]} (written by {str(written_by)[:40]}), and this library reads up to "
+            f"{_VERSION}: update it."
+        )
+    return found
+
+
+def _check_files(target: Path, files: Any, ranks: Ranks) -> dict[str, int]:
+    """Check the files that are this rank's to check; return the sizes of all."""
+    if not isinstance(files, dict) or _LIST not in files:
+        raise CheckpointError("its manifest lists no files.")
+    for i, (name, entry) in enumerate(sorted(files.items())):
+        if Path(name).name != name or not (isinstance(entry, list) and [type(n) for n in entry] == [int, int]):
+            raise CheckpointError(f"its manifest misstates the file '{name[:80]}'.")
+        if (i % ranks.size == ranks.rank or name == _LIST) and list(_checksum(target / name)) != entry:
+            raise CheckpointError(f"the file '{name}' is not the one that was saved.")
+    return {name: size for name, (size, _) in files.items()}
+
+
+def _manifest_of_version_1(target: Path, known: Tensors, group: Any, ranks: Ranks) -> dict[str, Any]:
+    text = torch.empty(known.shapes[_MANIFEST_OF_VERSION_1], dtype=torch.uint8, device="cpu")
+    _call("loaded", target, "load", {_MANIFEST_OF_VERSION_1: text}, group, storage_reader=_reader(target, known))
+
+    def read() -> dict[str, Any]:
+        try:
+            return _checked_version(bytes(text.tolist()))
+        except (CheckpointError, TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint '{target}' is damaged: {error}") from error
+
+    manifest = ranks.each(read)
+    if not ranks.rank:
+        warnings.warn(
+            f"checkpoint '{target}' was written without checksums, so that damage to its numbers would go unnoticed; "
+            "save it again to have them.",
+            UserWarning,
+            stacklevel=3,
+        )
+    del known.shapes[_MANIFEST_OF_VERSION_1]
+    return manifest
+
+
+def _room(name: str, known: Tensors, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return an empty tensor for one that was stored: spread as the parameter that it is, or that it is state of, is.
+
+    State is named optimizer.<number>.state.<parameter>.<key>.
+    """
+    own = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
+    if name.startswith(_OPTIMIZER) and ".state." in name:
+        own = name.split(".state.", 1)[1].rpartition(".")[0]
+    like: Any = parameters.get(own)
+    dtype, size = known.dtypes[name], known.shapes[name]
+    if like is None or not is_sharded(like) or len(size) != like.ndim:
+        return torch.empty(size, dtype=dtype, device="cpu")
+    from torch.distributed.tensor import empty
+
+    found: Tensor = empty(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+    return found

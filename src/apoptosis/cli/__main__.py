@@ -1,9 +1,0 @@
-"""`python -m apoptosis.cli`, which is what torchrun -m takes.
-
-Lives here: that call. Does not live here: anything else.
-"""
-
-from apoptosis.cli import main
-
-if __name__ == "__main__":
-    main()

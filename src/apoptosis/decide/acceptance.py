@@ -1,0 +1,254 @@
+"""Whether a measured change of the outputs is granted, and the certificate it earns.
+
+Lives here: the accuracy budget over a run's attempts and the sanity limit. Does not live here: measuring (probe), the
+arithmetic of limits (budget, numerics.bounds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from apoptosis.decide.error_budget import ALPHA, Account
+from apoptosis.distributed.ranks import Ranks
+from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
+from apoptosis.model.evaluate import Probe, as_probe
+from apoptosis.model.outputs import Change
+from apoptosis.records import Certificate
+
+SANITY_RMS = 0.25  # without a budget: relative rms change of the outputs beyond which an event is rolled back
+EXACT_RMS = 1e-3  # the same at tolerance 0 in float32, where more than round-off can only be a wrong structure
+EXACT_RMS_DOUBLE = 1e-5  # and in float64, where sums of squares resolve some 1e-6 of a site's output
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
+    """Return the relative rms change of the outputs beyond which an event is rolled back, without a budget.
+
+    At tolerance 0 it is the round-off of the parameters' type, with room for several layers.
+    """
+    if tolerance != 0:
+        return SANITY_RMS
+    coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    least = EXACT_RMS_DOUBLE if coarsest <= torch.finfo(torch.float64).eps else EXACT_RMS
+    return min(SANITY_RMS, max(least, 8 * coarsest))
+
+
+class Verdict:
+    """Judge of one run: `begin` an attempt, `judge` what was measured, `settle` when it was committed.
+
+    Args:
+        budget: share of accuracy for all removals together, or None for the sanity limit alone.
+        probe: held-out examples, or None to measure on training inputs.
+        ranks: that judge together, each on its own share of the held-out examples.
+
+    Raises: ArgumentError: two ranks have the same probe, or only some have one.
+    """
+
+    def __init__(
+        self, budget: float | None, probe: Probe | None, *, sanity: float = SANITY_RMS, ranks: Ranks | None = None
+    ) -> None:
+        self.probe = probe
+        self.sanity = sanity
+        self._mark = None if probe is None else fingerprint(probe)
+        self._marks = (ranks or Ranks()).gathered(self._mark)
+        _check_shares(self._marks)
+        rows = [0 if mark is None else int(mark["rows"]) for mark in self._marks]
+        self.account = Account(budget, min(rows), len(rows))
+        self.training_flips = 0.0
+        self.named = probe is not None and probe.labels is not None
+        self._judged = 0  # attempts whose outputs could be read
+        self._rows = (0, 0)
+        self._pending: Certificate | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether limits speak of a population."""
+        return self.probe is not None
+
+    def check(self, *, readable: bool, named: bool = False) -> None:
+        """Refuse a budget that can never be granted, before anything starts.
+
+        Args:
+            readable: whether the outputs have two columns or more.
+            named: whether the user said with logits= which outputs are classes. Labels in the probe say so too;
+                without either the columns may be anything, and nothing is claimed about accuracy.
+
+        Raises: BudgetError: no probe, no classes to read, or too few probe rows (the number needed is named).
+        """
+        self.named = self.named or named
+        if self.account.budget is None:
+            return
+        if self.probe is None:
+            raise BudgetError(
+                "budget= needs probe=: held-out inputs (and labels) to measure on; training inputs bound nothing about "
+                "the population."
+            )
+        if not readable:
+            raise BudgetError(
+                "budget= bounds the share of changed predictions, but the model's output has no classes to read; give "
+                "logits=, a function from the output to a tensor (examples, classes)."
+            )
+        if not self.named:
+            raise BudgetError(
+                "budget= bounds accuracy, but the outputs may be no classes: give labels with the probe or logits=."
+            )
+        self.account.check()
+
+    def begin(self, inputs: Call | None) -> Probe | None:
+        """Examples for the next attempt: held-out ones, else the last training inputs, else nothing."""
+        self._pending = None
+        if self.probe is not None:
+            self._rows = (0, self.probe.rows) if self.probe.cut is None else self.account.next_rows()
+            return self.probe.take(*self._rows)
+        if inputs is None:
+            return None
+        found = as_probe(inputs)
+        self._rows = (0, found.rows)
+        return found
+
+    def judge(self, change: Change) -> str:
+        """Why a change is refused, "" when it is granted. Every attempt on a probe spends confidence."""
+        first, last = self._rows
+        budget = self.account.budget
+        self._judged += change.readable
+        what = "" if self.named else "share of examples whose largest output changed, no claim about accuracy; "
+        if self.held_out and change.readable:
+            limit = self.account.attempt(first, last, change.losses, rows=change.rows)
+            note = f"{what}part of the ledger's sum: the confidence is that of all attempts of the run together"
+            self._pending = Certificate(
+                kind="accuracy",
+                subject="outputs",
+                value=limit,
+                rows=change.rows,
+                confidence=1.0 - ALPHA,
+                population=True,
+                note=note,
+            )
+            if not self.account.grants(limit):
+                return f"accuracy limit {limit:.3g} on top of {self.account.spent:.3g} exceeds the budget {budget:g}"
+        elif change.readable:
+            value, note = (
+                change.flips / change.rows,
+                f"{what}on training inputs: nothing is claimed about the population",
+            )
+            self._pending = Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
+        if budget is not None and not change.readable:
+            return "the outputs on the probe have no row of classes for every example, so that no limit can be granted"
+        return self._beyond_sanity(change) if budget is None or self.sanity < SANITY_RMS else ""
+
+    def _beyond_sanity(self, change: Change) -> str:
+        """Say how far beyond the sanity limit a change is, "" if it is not, or if nothing could be compared."""
+        if change.mode and not change.rms <= self.sanity:
+            where = " in training mode" if change.mode == "training" else ""
+            return (
+                f"the outputs changed by {change.rms:.3g} (relative rms){where}, beyond the sanity limit {self.sanity}"
+            )
+        if not change.mode and change.changed is not None and change.changed > self.sanity:
+            share = f"{100 * change.changed:.3g} % of the integers that the network returns changed"
+            return f"{share}, beyond the sanity limit of {100 * self.sanity:g} %"
+        return ""
+
+    def settle(self) -> tuple[Certificate, ...]:
+        """Book the limit of an attempt that was committed, and return its certificate."""
+        certificate, self._pending = self._pending, None
+        if certificate is None:
+            return ()
+        if certificate.population:
+            self.account.spent += certificate.value
+        else:
+            self.training_flips += certificate.value
+        return (certificate,)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "account": self.account.state_dict(),
+            "training_flips": self.training_flips,
+            "judged": self._judged,
+            "probe": self._marks,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote, or raise and change nothing.
+
+        On another number of ranks the rows held out are divided anew, and no rank can tell its own from before: limits
+        go on with every row counted as judged by every attempt so far.
+
+        Raises: CheckpointError: attempts were judged on another probe; what differs is named.
+        """
+        account = Account(self.account.budget, self.account.rows, self.account.ranks)
+        account.load_state_dict(state["account"])
+        flips, judged = float(state["training_flips"]), int(state["judged"])
+        if judged or account.judged or account.spent > 0:
+            stored = state["probe"]
+            divided_anew = len(stored) != len(self._marks)
+            for was, own in zip(stored[:1] if divided_anew else stored, self._marks, strict=False):
+                _check_same(was, own, as_shares=divided_anew)
+            if divided_anew:
+                account.divide_anew()
+        self.account, self.training_flips, self._judged = account, flips, judged
+
+
+def _check_shares(marks: Sequence[Mapping[str, Any] | None]) -> None:
+    for rank, mark in enumerate(marks):
+        if (mark is None) != (marks[0] is None):
+            raise ArgumentError(
+                f"probe=: rank 0 and rank {rank} differ in whether they have one; give all of them one."
+            )
+        if mark is not None and mark in marks[:rank]:
+            raise ArgumentError(
+                f"probe=: rank {list(marks).index(mark)} and rank {rank} have the same examples, which would count "
+                "twice; give every rank a share of its own."
+            )
+
+
+def fingerprint(probe: Probe) -> dict[str, Any]:
+    """Return what tells one probe from another: rows, shape and a weighted sum of inputs and of labels."""
+    leaves = tree_flatten((probe.args, dict(probe.kwargs)))[0]
+    cut = probe.cut or (0,) * len(leaves)
+    tensors = ((x, dim) for x, dim in zip(leaves, cut, strict=True) if isinstance(x, Tensor) and x.dim())
+    first = next(x.movedim(dim, 0) for x, dim in tensors if dim is not None)
+    return {
+        "rows": probe.rows,
+        "held_out": probe.held_out,
+        "shape": list(first.shape),
+        "inputs": _weighted_sum(first),
+        "labels": None if probe.labels is None else _weighted_sum(probe.labels),
+    }
+
+
+def _weighted_sum(x: Tensor) -> float:
+    """Mean over rows in float64, weighted by position: the order of rows decides which attempt sees which."""
+    x = x.detach()
+    rows = (torch.view_as_real(x) if x.is_complex() else x).double().reshape(len(x), -1).sum(1)
+    return float((rows * torch.arange(1, len(x) + 1, device=x.device)).sum() / len(x))
+
+
+def _check_same(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None, *, as_shares: bool) -> None:
+    """Raise CheckpointError unless two fingerprints are of one probe, or may be of shares of one."""
+    if stored is None or own is None:
+        if stored is own:
+            return
+        told = ("no probe", "one") if stored is None else (f"a probe of {stored['rows']} rows", "none")
+        raise CheckpointError(f"apoptosis state: its limits were measured with {told[0]}, this run has {told[1]}.")
+    if as_shares:
+        stored, own = _of_every_share(stored), _of_every_share(own)
+    for name, value in own.items():
+        was = stored[name]
+        numbers = isinstance(was, float) and isinstance(value, float)  # sums, whose last digits depend on the machine
+        if not (math.isclose(was, value, rel_tol=1e-9, abs_tol=1e-6) if numbers else was == value):
+            raise CheckpointError(
+                f"apoptosis state: its limits were measured on another probe ({name}: {was} there, {value} here). "
+                "Resume with the probe it was started with."
+            )
+
+
+def _of_every_share(mark: Mapping[str, Any]) -> dict[str, Any]:
+    return {"held_out": mark["held_out"], "shape": mark["shape"][1:], "labels": mark["labels"] is not None}

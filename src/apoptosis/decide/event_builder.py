@@ -1,0 +1,101 @@
+"""What one surgery is told as: sizes before and after, and the event.
+
+Lives here: counting parameters and bytes, putting an Event together. Does not live here: the surgery (operate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from apoptosis.decide.ledger import Event
+from apoptosis.model.evaluate import num_rows
+from apoptosis.model.outputs import Change
+from apoptosis.planner import Plan, merged
+from apoptosis.records import Certificate, Structure
+from apoptosis.surgery import layers
+from apoptosis.surgery.operation import Outcome, Patient
+
+_SHOWN = 3  # outputs that are named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Number of parameters, bytes of parameters, buffers and optimizer state, and MACs per example."""
+
+    parameters: int
+    bytes: int
+    macs: float
+
+
+def size_of(patient: Patient, structure: Structure) -> Size:
+    """Measure a patient."""
+    examples = max(1, num_rows(patient.call))
+    return Size(parameters=num_parameters(patient.model), bytes=state_bytes(patient), macs=structure.macs / examples)
+
+
+def make_event(
+    *,
+    step: int,
+    plan: Plan,
+    outcome: Outcome,
+    before: Size,
+    after: Size,
+    certificates: tuple[Certificate, ...],
+    measured_on: str,
+    seconds: float,
+    notes: tuple[str, ...] = (),
+) -> Event:
+    """Put together the record of one surgery, from what was planned and what came of it."""
+    done = [reduction.group for reduction in outcome.done]
+    promised = merged(certificate for name in done for certificate in plan.certificates[name])
+    measured: dict[str, float] = {}
+    change = outcome.change
+    if change is not None:
+        if change.mode:
+            measured["output_rms"] = change.rms
+        if change.changed is not None:
+            measured["integers_changed"] = change.changed
+        if change.readable:
+            measured |= {"flips": change.flips / change.rows, "margin_share": change.margin_share}
+    return Event(
+        step=step,
+        tolerance=plan.tolerance,
+        criterion=plan.criterion,
+        groups={name: plan.widths[name] for name in plan.widths if name in done},
+        parameters=(before.parameters, after.parameters),
+        macs=(before.macs, after.macs),
+        bytes_freed=before.bytes - after.bytes,
+        certificates=(*promised, *certificates),
+        measured=measured,
+        measured_on=f"on {change.rows if change is not None else 0} {measured_on}",
+        outputs="not compared" if change is None or not change.mode else f"{change.mode} mode",
+        seconds=seconds,
+        notes=(*notes, *_resized(change), *(str(pin) for pin in outcome.pins)),
+    )
+
+
+def _resized(change: Change | None) -> tuple[str, ...]:
+    """Name outputs that could not be compared because their size changed with their values."""
+    if change is None or not change.resized:
+        return ()
+    shown = ", ".join(f"'{way}'" if way else "the output" for way in change.resized[:_SHOWN])
+    more = f" and {len(change.resized) - _SHOWN} more" if len(change.resized) > _SHOWN else ""
+    return (f"not compared, because its size is another one after the event: {shown}{more}",)
+
+
+def state_bytes(patient: Patient) -> int:
+    """Bytes of parameters, buffers and optimizer state now."""
+    total = sum(t.numel() * t.element_size() for t in (*patient.model.parameters(), *patient.model.buffers()))
+    for optimizer in (layer for each in patient.optimizers for layer in layers(each)):
+        for state in optimizer.state.values():
+            if isinstance(state, dict):
+                total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
+    return total
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())

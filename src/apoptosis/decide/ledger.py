@@ -1,0 +1,150 @@
+"""What an event did and what all events together cost at most: the records a user prints.
+
+Lives here: Event, Ledger and their wording. Does not live here: how a number in them was measured (probe, numerics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from apoptosis.decide.history import Attempt, lines_of
+from apoptosis.records import Certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Shapes changed in place.
+
+    groups: name -> (channels before, after). parameters, macs: (before, after); macs are multiply-adds per example
+    (a forward pass on the example input, over its rows along dimension 0). bytes_freed: parameters and optimizer state.
+    measured: what the transaction measured on the probe ("output_rms": relative rms change of the outputs, "flips":
+    share of changed predictions,
+    "integers_changed": share of the integers and truth values that the network returns ...). outputs: what output_rms
+    is of, "evaluation mode", or "training mode" where evaluation returns nothing that can be compared; "not compared"
+    where that holds of both.
+    seconds: wall time of the event, window hooks excluded.
+    """
+
+    step: int
+    tolerance: float
+    criterion: str
+    groups: Mapping[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    macs: tuple[float, float]
+    bytes_freed: int
+    certificates: tuple[Certificate, ...]
+    measured: Mapping[str, float]
+    measured_on: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+    outputs: str = "evaluation mode"
+
+    def __bool__(self) -> bool:
+        return any(before != after for before, after in self.groups.values())
+
+    def __str__(self) -> str:
+        if not self:
+            return f"step {self.step}: nothing removed" + "".join(f"; {note}" for note in self.notes)
+        widths = ", ".join(f"{name} {a}->{b}" for name, (a, b) in self.groups.items() if a != b)
+        empirical = [c for c in self.certificates if c.kind == "empirical"]
+        worst = ""
+        if empirical:
+            error, rows = max(c.value for c in empirical), min(c.rows for c in empirical)
+            worst = f", site error <= {error:.3g} (relative rms, on {rows:,} rows)"
+        measured = ", outputs not compared" if self.outputs == "not compared" else ""
+        measured += "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in self.measured.items())
+        measured += " in training mode" if self.outputs == "training mode" else ""
+        return (
+            f"step {self.step}: {widths}; parameters {self.parameters[0]:,}->{self.parameters[1]:,}"
+            f"{worst}{measured} {self.measured_on}; {self.bytes_freed:,} bytes freed in {self.seconds:.3f} s"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        found = asdict(self)
+        found["groups"] = {name: list(pair) for name, pair in self.groups.items()}
+        found["certificates"] = [asdict(c) for c in self.certificates]
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The sum over all events of a run.
+
+    accuracy_cost: upper limit on what all removals together cost in accuracy (a share, at most 1: the limits of all
+    events added up may say nothing), before training went on;
+    None where nothing could be read off the outputs. classes: whether labels or logits= said that the outputs are
+    classes; else accuracy_cost is the share of predictions (largest output) that changed, and no accuracy.
+    confidence: of that limit; population: whether it speaks of the population the probe was drawn from, or only of the
+    training inputs it was measured on.
+    site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
+    event; site_limit: what that sum may reach at most.
+    history: every attempt, those that removed nothing included. idle: why nothing was removed at all, and what to do;
+    "" after an event.
+    """
+
+    events: int
+    attempts: int
+    rolled_back: int
+    parameters: tuple[int, int]
+    macs: tuple[float, float]
+    accuracy_cost: float | None
+    confidence: float
+    population: bool
+    probe_rows: int
+    budget: float | None
+    site_cost: Mapping[str, float]
+    site_limit: float
+    seconds: float
+    hook_seconds: float
+    notes: tuple[str, ...] = field(default=())
+    classes: bool = True
+    history: tuple[Attempt, ...] = ()
+    idle: str = ""
+
+    def __str__(self) -> str:
+        shrunk = self.parameters[0] / max(self.parameters[1], 1)
+        lines = [
+            f"{self.events} events of {self.attempts} attempts ({self.rolled_back} rolled back): "
+            f"{self.parameters[0]:,} -> {self.parameters[1]:,} parameters ({shrunk:.1f}x fewer), "
+            f"{self.macs[0] / max(self.macs[1], 1.0):.1f}x fewer multiply-adds"
+        ]
+        lines.extend(lines_of(self.history))
+        if self.idle:
+            lines.append(f"nothing was removed: {self.idle}")
+        if self.accuracy_cost is not None and self.events:
+            points = f"{100 * self.accuracy_cost:.3g} points"
+            if self.population and self.accuracy_cost >= 1.0:
+                lines.append(
+                    f"{self.probe_rows:,} held-out probe rows are too few to bound what all removals together cost"
+                )
+            elif self.population:
+                what = f"cost at most {points} of accuracy"
+                if not self.classes:
+                    what = f"changed at most {points} of the predictions (largest output)"
+                lines.append(
+                    f"all removals together {what}, with {100 * self.confidence:.0f} % "
+                    f"confidence, before training went on ({self.probe_rows:,} held-out probe rows)"
+                )
+            else:
+                largest = "" if self.classes else " (largest output)"
+                what = "may have changed every one" if self.accuracy_cost >= 1.0 else f"changed at most {points}"
+                lines.append(
+                    f"all removals together {what} of the predictions{largest} on training inputs, before "
+                    "training went on; without a held-out probe nothing is claimed about the population"
+                )
+        if self.site_cost:
+            site = max(self.site_cost, key=lambda name: self.site_cost[name])
+            lines.append(
+                f"relative error summed over events: {self.site_cost[site]:.3g} at '{site.split(':')[0]}' "
+                f"(limit {self.site_limit:.3g})"
+            )
+        lines.append(f"{self.seconds:.2f} s spent on apoptosis, {self.hook_seconds:.2f} s of it in hooks")
+        lines.extend(self.notes)
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        return asdict(self)

@@ -1,0 +1,325 @@
+"""What a run of apoptosis remembers between steps, how it is written down and read again, and what is told from it.
+
+Lives here: the Memory of a run as plain values, what the policy sees of it (telemetry), what an event may do, and the
+ledger. Does not live here: files (surgery.checkpoint), windows (observe), the structure of the model (graph).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from apoptosis.criteria import Criterion
+from apoptosis.decide.acceptance import Verdict
+from apoptosis.decide.error_budget import ALPHA
+from apoptosis.decide.history import Attempt, read_attempts, why_idle
+from apoptosis.decide.ledger import Ledger
+from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allot
+from apoptosis.errors import ApoptosisError, CheckpointError
+from apoptosis.graph.groups.frozen import FROZEN
+from apoptosis.observe import ROWS_PER_CHANNEL
+from apoptosis.planner import Request, Why
+from apoptosis.records import Group, Pin, Structure
+from apoptosis.surgery.operation import with_pins
+
+VERSION = 3
+# What a bad state raises.
+DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, ApoptosisError)
+MAX_DROP = 0.9  # an event leaves at least a tenth of every group
+UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the user asked for.
+
+    site_limit: what the errors of one site may add up to over all events. calibrated: he gave the fixed cost of events.
+    """
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: a run that is resumed under other settings decides anew."""
+        return {
+            "criterion": self.criterion.name,
+            "tolerance": self.tolerance,
+            "total_steps": self.total_steps,
+            "align": self.align,
+        }
+
+    criterion: Criterion
+    tolerance: float
+    total_steps: int | None
+    align: int
+    seed: int
+    site_limit: float
+    calibrated: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Memory:
+    """Everything of a run that is neither the model's structure, nor the window, nor the budget's account.
+
+    full: parameters and MACs per example at construction; full_shapes: of every tensor then. overhead: calibrated
+    fixed cost of an event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per
+    site. own_seconds, hook_seconds: wall time spent so far, the open window's hooks excluded. thorough: rows were
+    too few for a width once, so that windows see all they ask for. history: what the policy counts; attempts:
+    everything that was tried.
+    behind: groups that the last event left out because they had seen too few rows.
+    """
+
+    full: tuple[int, float]
+    full_shapes: dict[str, tuple[int, ...]]
+    overhead: float
+    step: int = 0
+    halvings: int = 0
+    rolled_back: int = 0
+    num_events: int = 0
+    batch_rows: float = 0.0
+    window_start: int = 0
+    own_seconds: float = 0.0
+    hook_seconds: float = 0.0
+    closed: bool = False
+    thorough: bool = False
+    history: tuple[PastEvent, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    behind: tuple[str, ...] = ()
+    site_cost: dict[str, float] = field(default_factory=dict)
+    decision: Decision = UNDECIDED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found |= {
+            "full": list(self.full),
+            "full_shapes": {name: list(shape) for name, shape in self.full_shapes.items()},
+            "history": [asdict(past) for past in self.history],
+            "attempts": [one.as_dict() for one in self.attempts],
+            "behind": list(self.behind),
+            "site_cost": dict(self.site_cost),
+            "decision": asdict(self.decision),
+        }
+        return found
+
+
+def read_memory(state: Mapping[str, Any]) -> Memory:
+    """Read what `Memory.as_dict` wrote.
+
+    Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
+    """
+    plain = {f.name: state[f.name] for f in fields(Memory) if f.name not in ("attempts", "behind")}
+    parameters, macs = state["full"]
+    plain |= {
+        "full": (_number(parameters, "int"), _number(macs, "float")),
+        "full_shapes": {str(k): tuple(_number(n, "int") for n in shape) for k, shape in state["full_shapes"].items()},
+        "history": tuple(_record(PastEvent, past) for past in state["history"]),
+        "attempts": tuple(_record(Attempt, one.as_dict()) for one in read_attempts(state)),
+        "behind": tuple(str(name) for name in state.get("behind", ())),
+        "site_cost": {str(key): _number(value, "float") for key, value in state["site_cost"].items()},
+        "decision": _record(Decision, state["decision"]),
+    }
+    return _record(Memory, plain)
+
+
+_R = TypeVar("_R", Memory, PastEvent, Decision, Attempt, Pin)
+
+
+def _record(cls: type[_R], values: Mapping[str, Any]) -> _R:
+    """Build a record whose plain fields are what their annotations say.
+
+    Raises: TypeError, ValueError: they are not, or a number is negative or not finite; none of them may be.
+    """
+    kinds = {f.name: str(f.type) for f in fields(cls)}
+    return cls(**{name: _plain(value, kinds.get(name, ""), name) for name, value in values.items()})
+
+
+def _plain(value: Any, kind: str, name: str) -> Any:
+    if value is None and kind.endswith(" | None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind in ("int", "float"):
+        return _number(value, kind)
+    if kind in ("bool", "str") and type(value).__name__ != kind:
+        raise ValueError(f"{name} = {str(value)[:60]!r} is no {kind}")
+    return value
+
+
+def _number(value: Any, kind: str) -> Any:
+    """Return a count ("int") or an amount ("float"), which are finite and at least 0."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not plain or (kind == "int" and (value != int(value) or value >= 2**62)):
+        raise ValueError(f"{str(value)[:60]!r} is no {'count' if kind == 'int' else 'amount'}")
+    return int(value) if kind == "int" else float(value)
+
+
+def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
+    """Return a state of this version and of a network of these widths (group name -> channels).
+
+    Raises: CheckpointError: it is neither.
+    """
+    if not isinstance(state, Mapping) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, Mapping) else None
+        raise CheckpointError(f"apoptosis state has version {found!r}, this library reads {VERSION}.")
+    stored = state.get("widths")
+    if not isinstance(stored, Mapping) or dict(widths) != dict(stored):
+        odd = _differing(widths, stored)[:4] if isinstance(stored, Mapping) else []
+        if isinstance(stored, Mapping) and stored.keys() == widths.keys():
+            name = next(name for name in widths if widths[name] != stored[name])
+            raise CheckpointError(
+                f"apoptosis state is of other widths: '{name}' had {str(stored[name])[:40]} channels and has "
+                f"{widths[name]} now. Load the checkpoint that it belongs to into a freshly built model with "
+                "apoptosis.load, which sees to the widths."
+            )
+        raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
+    return state
+
+
+def _differing(widths: Mapping[str, int], stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    mine, theirs = ({(name, str(width)[:40]) for name, width in found.items()} for found in (widths, stored))
+    return sorted(mine ^ theirs)
+
+
+def write_state(
+    memory: Memory,
+    settings: Settings,
+    structure: Structure,
+    verdict: Verdict,
+    window: Mapping[str, Any] | None,
+    buckets: Sequence[Mapping[str, Any] | None] = (),
+) -> dict[str, Any]:
+    """Write a run down as plain values and tensors. buckets: of every wrapper, as `unwrap.layout_of` told of them."""
+    return {
+        "version": VERSION,
+        "widths": {g.name: g.num_channels for g in structure.groups},
+        "pins": [asdict(g.pin) for g in structure.groups if g.pin is not None],
+        "settings": settings.as_dict(),
+        "memory": memory.as_dict(),
+        "verdict": verdict.state_dict(),
+        "window": window,
+        **({"buckets": list(buckets)} if buckets else {}),
+    }
+
+
+def read_state(
+    state: Mapping[str, Any], settings: Settings, structure: Structure, own: Sequence[Pin]
+) -> tuple[Structure, Memory, Mapping[str, Any] | None]:
+    """Read what `write_state` wrote: the structure with its pins, the memory, and the window.
+
+    Under other settings than those of the state the decision is open again and the window is left out.
+
+    Args:
+        state: what was written.
+        settings: of this run.
+        structure: as just captured.
+        own: the pins of this run, exclusions among them.
+
+    Raises: one of DAMAGES.
+    """
+    names = {group.name for group in structure.groups}
+    found = [_record(Pin, entry) for entry in state["pins"]]
+    pins = {pin.group: pin for pin in found if FROZEN not in pin.reason}
+    structure = with_pins(with_pins(structure, pins), {pin.group: pin for pin in own if pin.group in names})
+    memory, window = read_memory(state["memory"]), state["window"]
+    if state["settings"] != settings.as_dict():
+        memory.decision, window = UNDECIDED, None
+    return structure, memory, window
+
+
+def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:
+    """Gather what the policy sees. rows: examples in the example input, which `structure.macs` speaks of."""
+    event = 0.0
+    for group in structure.groups:
+        if group.pin is None:
+            event += len(group.sites) * (ROWS_PER_CHANNEL + 1.0) * group.num_channels**3
+    held = [g.num_channels * g.macs_per_channel for g in structure.groups if g.name in memory.behind]
+    return Telemetry(
+        step=memory.step,
+        total_steps=settings.total_steps,
+        macs=structure.macs / rows,
+        batch_rows=memory.batch_rows,
+        event_macs=event,
+        overhead_macs=memory.overhead,
+        tolerance=settings.tolerance,
+        halvings=memory.halvings,
+        history=memory.history,
+        untried=min(1.0, sum(held) / structure.macs) if structure.macs > 0 else 0.0,
+    )
+
+
+def allowed(
+    memory: Memory, settings: Settings, groups: Sequence[Group], waiting: Mapping[str, Why] | None = None
+) -> Request:
+    """Say what an event may do now: the decided tolerance, spread over groups, within what is left of every site.
+
+    waiting: groups that it leaves for a later one.
+    """
+    tolerance = memory.decision.tolerance
+    return Request(
+        criterion=settings.criterion,
+        tolerance=tolerance,
+        allotted=allot(tolerance, {g.name: g.num_channels * g.macs_per_channel for g in groups}),
+        allowance={s.key: settings.site_limit - memory.site_cost.get(s.key, 0.0) for g in groups for s in g.sites},
+        align=settings.align,
+        max_drop=MAX_DROP,
+        seed=settings.seed + memory.step,
+        waiting=waiting or {},
+    )
+
+
+def idle(memory: Memory, settings: Settings, *, watching: bool, num_open: int) -> str:
+    """Say why a run has had no event so far, "" if it had one.
+
+    watching: a window is open. num_open: unpinned groups.
+    """
+    if memory.num_events:
+        return ""
+    return why_idle(
+        memory.attempts,
+        step=memory.step,
+        total_steps=settings.total_steps,
+        due=memory.decision.at_step,
+        reason=memory.decision.reason,
+        window=memory.window_start if watching else None,
+        closed=memory.closed,
+        num_open=num_open,
+    )
+
+
+def sum_up(
+    memory: Memory,
+    verdict: Verdict,
+    *,
+    parameters: int,
+    macs: float,
+    has_classes: bool,
+    site_limit: float,
+    hook_seconds: float,
+    idle: str,
+) -> Ledger:
+    """Make the ledger of a run.
+
+    parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. idle: why no
+    event happened, or "".
+    """
+    account, held_out = verdict.account, verdict.held_out
+    cost = min(1.0, account.spent if held_out else verdict.training_flips)  # a share, though limits add up to more
+    return Ledger(
+        events=memory.num_events,
+        attempts=sum(one.outcome != "skipped" for one in memory.attempts),
+        rolled_back=memory.rolled_back,
+        parameters=(memory.full[0], parameters),
+        macs=(memory.full[1], macs),
+        accuracy_cost=cost if has_classes else None,
+        confidence=1.0 - ALPHA if held_out else 1.0,
+        population=held_out,
+        probe_rows=account.rows * account.ranks,
+        budget=account.budget,
+        classes=verdict.named,
+        site_cost=dict(memory.site_cost),
+        site_limit=site_limit,
+        seconds=memory.own_seconds + hook_seconds,
+        hook_seconds=hook_seconds,
+        history=memory.attempts,
+        idle=idle,
+        notes=("some probe rows served more than one attempt, or count as if they had",) if account.reused else (),
+    )

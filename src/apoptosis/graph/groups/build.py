@@ -1,0 +1,242 @@
+"""From ties and pins to coupled channel groups and consumer sites.
+
+Lives here: channels with the same signature as groups, members, neurons, names. Does not live here: how they were
+found, which channels are one (classes.py), sites (consumers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from apoptosis.graph.explain import usual
+from apoptosis.graph.groups.classes import Classes, all_axes, numbered
+from apoptosis.graph.groups.consumers import per_forward, product_sites, products_of, site_of
+from apoptosis.graph.groups.heads import HeadDraft, head_drafts
+from apoptosis.graph.groups.norms import norm_sites
+from apoptosis.graph.groups.through import through
+from apoptosis.graph.trace.findings import Consumer, Findings, Reason
+from apoptosis.graph.trace.values import Axis
+from apoptosis.records import Group, IntArray, Member, Neuron, Pin, Site
+
+_BLOCKS = "a grouped convolution reads them, in blocks of two channels: with one each it would be a depthwise one"
+_NO_SITE = Reason("no consumer site reads these channels")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A group being put together: positions (channels, m) per axis."""
+
+    channels: IntArray
+    positions: dict[Axis, IntArray]
+
+
+def _drafts(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) -> list[_Draft]:
+    group, ordered = numbered(findings, classes)
+    drafts = [
+        _Draft(rows[number].reshape(-1) if number in rows else ordered[group[ordered] == number], {})
+        for number in range(int(group.max()) + 1)
+    ]
+    rank = np.zeros(group.size, dtype=np.int64)
+    for draft in drafts:
+        rank[draft.channels] = np.arange(draft.channels.size)
+    for name, dim in all_axes(findings):
+        owner = findings.slots.owners[name]
+        labels = classes.labels[owner.bases[dim] : owner.bases[dim] + owner.shape[dim]]
+        groups = group[labels]
+        for number in np.unique(groups[groups >= 0]).tolist():
+            index = np.flatnonzero(groups == number)
+            index = index[np.argsort(rank[labels[index]], kind="stable")]
+            draft = drafts[number]
+            draft.positions[(name, dim)] = index.reshape(draft.channels.size, -1).astype(np.int64)
+    return drafts
+
+
+def _members(findings: Findings, places: Mapping[Axis, IntArray], consumed: frozenset[Axis]) -> tuple[Member, ...]:
+    out = []
+    order = list(findings.producers)
+    for axis in sorted(places, key=lambda a: (a not in findings.producers, a in order and order.index(a))):
+        if axis in consumed and axis not in findings.producers:
+            continue
+        name, dim = axis
+        owner, positions = findings.slots.owners[name], places[axis]
+        macs = per_forward(findings.axis_macs[axis]) if axis in findings.axis_macs else 0.0
+        out.append(
+            Member(
+                tensor=name,
+                dim=dim,
+                positions=positions,
+                role="producer" if axis in findings.producers else "bias" if axis in findings.biases else "channelwise",
+                is_buffer=owner.is_buffer,
+                macs=macs * positions.shape[1] / owner.shape[dim],
+            )
+        )
+    return tuple(out)
+
+
+def _neuron(members: Sequence[Member], consumers: Sequence[Consumer]) -> Neuron | None:
+    """Say how the group's channels are computed: one producer, one activation, the same at every site."""
+    producers = [m for m in members if m.role == "producer"]
+    biases = [m.tensor for m in members if m.role == "bias"]
+    if len(producers) != 1 or len(biases) > 1 or any(m.positions.shape[1] != 1 for m in members):
+        return None  # a channel of several rows (one of every block of a transposed convolution) is no single neuron
+    key = (producers[0].tensor, producers[0].dim)
+    found = [paths.get(key) for consumer in consumers for paths in consumer.inputs]
+    first = found[0] if found else None
+    if first is None:
+        return None
+    for path in found:
+        if path is None or (path.norm, path.activation, path.args, path.slopes) != (
+            first.norm, first.activation, first.args, first.slopes
+        ):  # fmt: skip
+            return None
+    known = {
+        key[0],
+        *biases,
+        first.slopes,
+        *(f"{first.norm}.{leaf}" for leaf in _NORM_LEAVES if first.norm is not None),
+    }
+    if any(m.tensor not in known for m in members):
+        return None
+    return Neuron(
+        weight=key[0],
+        dim=key[1],
+        bias=biases[0] if biases else None,
+        norm=first.norm,
+        activation=first.activation,
+        args=first.args,
+        slopes=first.slopes,
+        max_pool=any(path is not None and path.max_pool for path in found),
+    )
+
+
+_NORM_LEAVES = ("weight", "bias", "running_mean", "running_var")
+
+
+def _base_name(findings: Findings, draft: _Draft) -> str:
+    for axis, module in findings.producers.items():
+        if axis in draft.positions:
+            return module or axis[0]
+    axis = next(a for a in findings.owners if a in draft.positions)
+    return axis[0].rpartition(".")[0] or axis[0]
+
+
+def _pin(name: str, num_channels: int, reason: Reason) -> Pin:
+    remedy = reason.remedy or usual(reason.text)
+    return Pin(group=name, num_channels=num_channels, reason=reason.text, where=reason.where, remedy=remedy)
+
+
+def _lumped(findings: Findings, classes: Classes, draft: _Draft) -> Reason | None:
+    """Return why a group is one channel that cannot go, though it owns many positions; None for any other group.
+
+    Such a group is listed position by position, as any that is never removed.
+    """
+    if draft.channels.size > 1:
+        return None
+    reasons = (why for slot, why in findings.lumps if int(classes.labels[slot[0]]) == int(draft.channels[0]))
+    reason = next(reasons, None)
+    num = next((p.shape[1] for axis, p in draft.positions.items() if axis in findings.producers), 1)
+    if reason is not None and all(p.size % num == 0 for p in draft.positions.values()):
+        draft.channels = np.repeat(draft.channels, num)
+        draft.positions = {axis: p.reshape(num, -1) for axis, p in draft.positions.items()}
+    return reason
+
+
+def _list_left_over(findings: Findings, classes: Classes) -> None:
+    """List weights of layers that are part of no group, so that they are groups of their own (computed weights)."""
+    listed = {*findings.producers, *findings.owners}
+    known = [findings.slots.owners[name].axis(dim) for name, dim in listed]
+    covered = np.unique(classes.labels[np.concatenate(known)]) if known else np.zeros(0, dtype=np.int64)
+    for name, owner in findings.slots.owners.items():
+        if owner.is_buffer or len(owner.shape) < 2 or any((name, dim) in listed for dim in range(len(owner.shape))):
+            continue
+        if not bool(np.isin(classes.labels[owner.slots()], covered).any()):
+            findings.owners[name, 0] = name
+
+
+def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
+    """Put the groups together, in forward order; whole heads come last.
+
+    rows: by group number, the classes of the rows that keep equally many channels (see granularity.settle).
+    """
+    _list_left_over(findings, classes)
+    by_axis: dict[Axis, list[Consumer]] = {}
+    for consumer in findings.consumers.values():
+        by_axis.setdefault((consumer.weight, consumer.dim), []).append(consumer)
+    consumed, pairs = frozenset(by_axis), products_of(findings)
+    groups: list[Group] = []
+    names: dict[str, int] = {}
+    for index, draft in enumerate(_drafts(findings, classes, rows)):
+        lumped, base = _lumped(findings, classes, draft), _base_name(findings, draft)
+        names[base] = names.get(base, 0) + 1
+        name = base if names[base] == 1 else f"{base}#{names[base]}"
+        readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
+        sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
+        number = int(classes.first_pin[draft.channels[0]])
+        reason = through(findings, number, draft.positions) if number >= 0 else lumped
+        if reason is None:
+            products, why = product_sites(findings, classes, draft.channels, pairs)
+            sites, reason = (*sites, *products), why or (None if sites or products else _NO_SITE)
+            norms, why = norm_sites(findings, classes, draft.channels)
+            sites, reason = (*sites, *norms), reason or why
+        members = _members(findings, draft.positions, consumed)
+        least = max([_min_channels(c, site) for (c, _), site in zip(readers, sites, strict=False)], default=1)
+        if reason is None and least >= draft.channels.size > 1:
+            reason = Reason(_BLOCKS)
+        plain = reason is None and not any(site.kind == "product" or site.norm_way for site in sites)
+        groups.append(
+            Group(
+                name=name,
+                num_channels=draft.channels.size,
+                members=members,
+                sites=sites,
+                neuron=_neuron(members, [c for c, _ in readers]) if plain else None,
+                pin=None if reason is None else _pin(name, draft.channels.size, reason),
+                rows=len(rows.get(index, draft.channels[None])),
+                min_channels=least,
+            )
+        )
+    heads = []
+    for whole in head_drafts(findings):
+        group = _head_group(findings, whole, by_axis)
+        if group is not None:
+            names[group.name] = names.get(group.name, 0) + 1
+            again = names[group.name]
+            heads.append(group if again == 1 else replace(group, name=f"{group.name}#{again}"))
+    return _with_alternatives(groups, heads)
+
+
+def _min_channels(consumer: Consumer, site: Site) -> int:
+    """Return how many channels a site needs: blocks of one channel each would make a convolution a depthwise one."""
+    blocks = consumer.blocks if site.kind == "conv_transpose" else 1  # of a convolution the blocks share their columns
+    alone = site.columns.size == site.num_columns and site.columns.shape[1] == blocks
+    return 2 if consumer.blocks > 1 and alone else 1
+
+
+def _head_group(findings: Findings, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:
+    """Make a group whose channels are whole heads, or None where nothing reads them."""
+    readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
+    sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
+    members = _members(findings, draft.positions, frozenset(by_axis))
+    under_norm = {norm.weight for norm in findings.norms.values()}
+    if not sites or not members or any(m.tensor in under_norm for m in members):
+        return None
+    return Group(name=f"{draft.module}:heads", num_channels=draft.num_heads, members=members, sites=sites)
+
+
+def _with_alternatives(groups: Sequence[Group], heads: Sequence[Group]) -> tuple[Group, ...]:
+    """Name the groups whose tensors overlap with those of whole heads."""
+    found: dict[str, list[str]] = {}
+    for head in heads:
+        taken = {(m.tensor, m.dim): set(m.positions.reshape(-1).tolist()) for m in head.members}
+        taken |= {(s.weight, s.dim): set(s.columns.reshape(-1).tolist()) for s in head.sites}
+        for group in groups:
+            axes = [(m.tensor, m.dim, m.positions) for m in group.members]
+            axes += [(s.weight, s.dim, s.columns) for s in group.sites]
+            if group.pin is None and any(taken.get((t, d), set()) & set(p.reshape(-1).tolist()) for t, d, p in axes):
+                found.setdefault(head.name, []).append(group.name)
+                found.setdefault(group.name, []).append(head.name)
+    every = (*groups, *heads)
+    return tuple(replace(g, alternative=tuple(found[g.name])) if g.name in found else g for g in every)

@@ -1,0 +1,179 @@
+"""Consumer sites: what the contractions that were found become.
+
+Lives here: sites of weights and of products of activations. Does not live here: which channels are one (classes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from apoptosis.graph.groups.classes import Classes, own_readers
+from apoptosis.graph.trace.findings import Consumer, Findings, Product, Reason, pairs_of
+from apoptosis.records import IntArray, Site
+
+_UNEVEN = "some of their channels are multiplied in more places than others"
+
+
+def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> IntArray:
+    if consumer.kind != "conv" or consumer.blocks == 1:
+        return columns
+    blocks = np.arange(consumer.blocks, dtype=np.int64) * num_columns
+    return (columns[:, None, :] + blocks[None, :, None]).reshape(columns.shape[0], -1)
+
+
+def _norm_of(findings: Findings, source: str) -> str | None:
+    """Return the BatchNorm that alone reads the output of one source (Value.source), and reads nothing else."""
+    readers = findings.readers.get(source, set())
+    if len(readers) != 1:
+        return None
+    norm = next(iter(readers))
+    statistics = f"{norm}.running_mean"
+    if findings.normalised.get(norm) != {source} or statistics not in findings.slots.owners:
+        return None
+    return norm if findings.reads[statistics] <= {norm} else None
+
+
+def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
+    """Make the site of a consumer that the channels own these columns of, (channels, P)."""
+    num_columns = findings.slots.owners[consumer.weight].shape[consumer.dim]
+    bias = consumer.bias
+    if bias is not None and findings.reads[bias] - own_readers(consumer):
+        bias = None  # another reads it too: nothing may be folded into it
+    is_complex = findings.slots.owners[consumer.weight].is_complex
+    return Site(
+        module=str(consumer.module),
+        kind=consumer.kind,
+        weight=consumer.weight,
+        dim=consumer.dim,
+        bias=None if is_complex else bias,  # offsets are real
+        columns=columns,
+        input_columns=_input_columns(consumer, columns, num_columns),
+        num_columns=num_columns,
+        taps=consumer.taps,
+        zero_padded=consumer.zero_padded,
+        norm=None if consumer.source is None else _norm_of(findings, consumer.source),
+        dropout=consumer.dropout,
+        macs=per_forward(consumer.macs) * columns.shape[1] / num_columns,
+        functional=consumer.functional,
+        select=consumer.select,
+        conv=consumer.conv,
+        factors=consumer.factors,
+        normal=consumer.normal,
+        is_complex=is_complex,
+    )
+
+
+def per_forward(macs: dict[str, float]) -> float:
+    """Return multiply-adds of one forward pass: in training mode, or in evaluation where only that computes it."""
+    return macs.get("training", 0.0) or macs.get("evaluation", 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """All products of a model, and who reads each slot: the number of the site's or product's key.
+
+    reader: (slots,), -1 where nobody does, -2 where several do.
+    """
+
+    merged: list[Product]
+    reader: IntArray
+    numbers: dict[str, int]
+
+
+def products_of(findings: Findings) -> Products:
+    """Gather the products once for all groups."""
+    reader, numbers = np.full(findings.slots.num_slots, -1, dtype=np.int64), dict[str, int]()
+    for slots, key in findings.uses:
+        number = numbers.setdefault(key, len(numbers))
+        known = reader[slots]
+        reader[slots] = np.where((known == -1) | (known == number), number, -2)
+    return Products(_merged(findings.products.values()), reader, numbers)
+
+
+def product_sites(
+    findings: Findings, classes: Classes, channels: IntArray, products: Products
+) -> tuple[tuple[Site, ...], Reason | None]:
+    """Return the sites at which channels of one group are multiplied in pairs, or why that pins the group."""
+    rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
+    rank[channels] = np.arange(channels.size)
+    found = []
+    for product in products.merged:
+        index = rank[classes.labels[product.left]]
+        inside = np.flatnonzero(index >= 0)
+        if not inside.size:
+            continue
+        counts = np.bincount(index[inside], minlength=channels.size)
+        if bool((counts != counts[0]).any()):
+            return (), Reason(_UNEVEN)
+        order = inside[np.argsort(index[inside], kind="stable")].reshape(channels.size, -1)
+        found.append(_product_site(findings, products, product, order))
+    return tuple(found), None
+
+
+def _merged(products: Iterable[Product]) -> list[Product]:
+    """Take what is one product in both modes as one; where the ways there differ, only slicing is right."""
+    out: dict[str, Product] = {}
+    for product in products:
+        key = pairs_of(product)
+        known = out.setdefault(key, product)
+        if known is not product:
+            fold = known.fold if known.fold == product.fold else None
+            own_scale, linear = known.own_scale or product.own_scale, known.linear & product.linear
+            right = known.scales_right or product.scales_right
+            out[key] = replace(known, fold=fold, own_scale=own_scale, linear=linear, scales_right=right)
+    return list(out.values())
+
+
+def _product_site(findings: Findings, products: Products, product: Product, places: IntArray) -> Site:
+    """places: (channels, P), where the group's channels stand among the product's positions."""
+    fold = product.fold if _foldable(findings, products, product) else None
+    weight, bias, columns, num_columns = "", None, np.zeros((len(places), 0), dtype=np.int64), 0
+    if fold is not None:
+        weight, dim = fold
+        owner = findings.slots.owners[weight]
+        right = [np.unique(slots) for slots in product.right[places]]
+        if len({slots.size for slots in right}) == 1:
+            columns, num_columns = np.stack(right) - owner.bases[dim], owner.shape[dim]
+            bias = next(iter(findings.bias_of.get(fold, ())), None)
+        else:
+            weight, fold = "", None
+    rescale = []
+    if product.own_scale:
+        scaled = product.right if product.scales_right else product.left
+        for name, dim, here in findings.slots.axes_of(scaled):
+            base = findings.slots.owners[name].bases[dim]
+            own = [np.unique(scaled[p][here[p]]) - base for p in places]
+            rescale.append((name, dim, np.stack(own)))
+            rescale.extend((b, 0, np.stack(own)) for b in sorted(findings.bias_of.get((name, dim), ())))
+    return Site(
+        module=product.module,
+        kind="product",
+        weight=weight,
+        dim=fold[1] if fold is not None else 0,
+        bias=bias,
+        columns=columns,
+        input_columns=places,
+        num_columns=num_columns,
+        macs=per_forward(product.macs) * places.shape[1] / product.left.size,
+        functional=True,
+        rescale=tuple(rescale),
+        per_sum=product.left.size // product.num_rows,
+        number=product.number,
+    )
+
+
+def _foldable(findings: Findings, products: Products, product: Product) -> bool:
+    """Whether the right operand's producer serves this product alone, so that its rows may take over."""
+    if product.fold is None or len(findings.reads[product.fold[0]]) > 1:
+        return False
+    biases = findings.bias_of.get(product.fold, set())
+    if len(biases) > 1 or any(len(findings.reads[bias]) > 1 for bias in biases):
+        return False
+    if np.intersect1d(product.left, product.right).size:
+        return False
+    slots = np.concatenate([product.left, product.right]) if product.stepwise else product.right
+    readers = products.reader[slots]
+    return bool(((readers == -1) | (readers == products.numbers.get(pairs_of(product), -1))).all())

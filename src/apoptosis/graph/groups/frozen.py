@@ -1,0 +1,55 @@
+"""Parameters that require no gradient while others do: what is trained beside them reads them in the shape they have.
+
+Lives here: which ones stay, by pins. Does not live here: what else pins (rules, unread.py, copies.py).
+
+A network of which nothing requires a gradient is simply a trained one, and nothing of it is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from apoptosis.graph.trace.findings import Findings, Reason
+
+FROZEN = "requires no gradient"  # in the reason of every such pin
+_REMEDY = "frozen='cut' lets it shrink where nothing else needs its old shape."
+_ADAPTER = "belongs to an adapter of peft, whose configuration and base model hold the shape it has"
+_TUNERS = frozenset(("BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"))  # of peft
+
+
+def frozen_names(model: nn.Module) -> frozenset[str]:
+    """Return the parameters that require no gradient in a model of which others do.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> _ = net[0].requires_grad_(False)
+        >>> sorted(frozen_names(net)), frozen_names(net.requires_grad_(False))
+        (['0.bias', '0.weight'], frozenset())
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()]
+    found = frozenset(name for name, p in named if not p.requires_grad)
+    return frozenset() if len(found) == len(named) else found
+
+
+def keep_frozen(findings: Findings, model: nn.Module, frozen: frozenset[str]) -> None:
+    """Pin the channels that frozen weights make or read, and all that an adapter holds.
+
+    Frozen parameters that channels only meet (the gain of a norm) follow the trainable weights around them.
+    """
+    owners = findings.slots.owners
+    axes = {*findings.producers, *((c.weight, c.dim) for c in findings.consumers.values())}
+    for name, dim in sorted(axes):
+        if name in frozen:
+            own = f"'{name}' {FROZEN}, while other parameters are trained beside it"
+            findings.pin(owners[name].axis(dim), Reason(own, remedy=_REMEDY))
+    for name in _of_adapters(model):
+        if name in owners:
+            findings.pin(owners[name].slots(), Reason(f"'{name}' {_ADAPTER}", remedy=_REMEDY))
+
+
+def _of_adapters(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        if any(cls.__name__ in _TUNERS and cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            yield from (f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters())

@@ -1,0 +1,49 @@
+"""Norms over channels as consumer sites: what a forward pass shows of them, and the sites that they become.
+
+Lives here: modules that are followed as one norm, whatever operators they run, where channels under norms may go. Does
+not live here: which modules these are and what becomes of them (apoptosis.modules.norms), the rules of the operators
+that norms are else made of (rules/normalization.py, rules/reduction.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from apoptosis.graph.groups.classes import Classes
+from apoptosis.graph.trace.findings import Findings, Norm, Reason
+from apoptosis.records import IntArray, Site
+
+_SEVERAL = "a norm's statistics run over these channels together with others, or over some of them twice"
+
+
+def norm_sites(findings: Findings, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
+    """Return the sites at which norms read the channels of one group, or why that pins the group.
+
+    channels: classes of the group's channels, in order.
+    """
+    rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
+    rank[channels] = np.arange(channels.size)
+    found = []
+    for norm in findings.norms.values():
+        index = rank[classes.labels[norm.slots]]
+        if bool((index < 0).all()):
+            continue
+        if index.size != channels.size or bool((np.sort(index) != np.arange(channels.size)).any()):
+            return (), Reason(_SEVERAL)
+        columns = np.argsort(index, kind="stable").astype(np.int64)[:, None]
+        found.append(_site(norm, columns))
+    return tuple(found), None
+
+
+def _site(norm: Norm, columns: IntArray) -> Site:
+    return Site(
+        module=norm.module,
+        kind="conv" if norm.first else "linear",
+        weight=norm.weight,
+        dim=norm.dim,
+        bias=None,
+        columns=columns,
+        input_columns=columns,
+        num_columns=len(columns),
+        norm_way=norm.way,
+    )

@@ -1,0 +1,1 @@
+"""What every operator does with channels."""

@@ -1,0 +1,190 @@
+"""What happens where the elements of several tensors meet one another.
+
+Lives here: the one procedure behind all elementwise operators, biases and masks. Does not live here: which operator
+is elementwise (rules/table.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+from torch import Tensor
+
+from apoptosis.graph.rules.notes import note_count
+from apoptosis.graph.trace.ids import View
+from apoptosis.graph.trace.tracer import Call
+from apoptosis.graph.trace.values import Value, align, nothing, varying
+from apoptosis.records import IntArray
+
+
+def _bind(call: Call, view: View, ndim: int, axes: frozenset[int] | None) -> IntArray | None:
+    """Return the slots of the one axis of a parameter that runs along `axes` (None: any), else None.
+
+    None stands for "runs along no channel axis", or for a parameter that had to be pinned.
+    """
+    lead = ndim - view.ndim
+    if view.dims is None:
+        call.pin_owner(view.owner, "uses several axes of it as one")
+        return None
+    runs = view.varied()
+    if axes is not None:
+        runs = [dim for dim in runs if any(axis + lead in axes for axis in view.axes(dim))]
+    if len(runs) == 1:
+        return align(view.slots(runs[0]), ndim)
+    if runs:
+        call.pin_owner(view.owner, "meets several axes of it at once")
+    return None
+
+
+def _spans(tensor: Tensor, ndim: int, axes: Set[int]) -> bool:
+    """Whether the tensor has elements of its own along any of these axes of the result."""
+    lead = ndim - tensor.dim()
+    return any(axis >= lead and tensor.shape[axis - lead] > 1 and tensor.stride(axis - lead) != 0 for axis in axes)
+
+
+def _even(call: Call, tensor: Tensor, ndim: int, value: Value) -> dict[int, object]:
+    """Return the axes, counted from the last, along which values without channels are alike, with their tokens.
+
+    None is the token of an axis along which the tensor is broadcast, so that it has no size of its own there.
+    """
+    out: dict[int, object] = {}
+    for axis in range(-ndim, 0):
+        if not _spans(tensor, ndim, {ndim + axis}):
+            out[axis] = None
+        elif axis in value.even:
+            out[axis] = value.even[axis]
+        elif value.free:
+            out[axis] = (call.tracer.mode, call.tracer.memory.place(tensor), axis)
+    return out
+
+
+def _all_even(parts: Sequence[Mapping[int, object]]) -> dict[int, object]:
+    """Return the axes along which all operands are alike, each with a token of theirs or one of its own."""
+    axes = frozenset.intersection(*(frozenset(part) for part in parts)) if parts else frozenset()
+    return {axis: next((part[axis] for part in parts if part[axis] is not None), object()) for axis in axes}
+
+
+def _note_extents(call: Call, tensor: Tensor, value: Value, ids: IntArray) -> None:
+    """Note the channels that a tensor without any meets along axes on which it is the same all along."""
+    axes = sorted(varying(ids))
+    fresh = call.tracer.findings.slots.is_fresh(ids)
+    for axis, token in _even(call, tensor, ids.ndim, value).items():
+        if token is not None and ids.ndim + axis in (axes if fresh else axes[-1:]):
+            call.tracer.findings.extents[token].append(np.unique(ids[ids != 0]))
+            note_count(call, ids, ids.ndim + axis, ids.shape[axis])
+
+
+def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple[Tensor, Value]] = ()) -> Value:
+    """Tie the channels of operands that meet element by element, after broadcasting.
+
+    Channels that meet values without channels (the network input, a mask of fixed size) are pinned; values that are the
+    same everywhere, or independent noise, meet them harmlessly. A parameter gives the slots of the axis that runs along
+    the channels.
+
+    given: further operands whose values are not those on record.
+
+    Returns: the ids of the result, without paths.
+    """
+    tracer = call.tracer
+    live: list[tuple[Tensor, IntArray]] = []
+    dull: list[tuple[Tensor, Value]] = []
+    filled: list[tuple[Tensor, Value]] = []
+    views: list[tuple[Tensor, View]] = []
+    free = True
+    operands: list[tuple[Tensor, Value | None]] = [*given, *((tensor, None) for tensor in tensors)]
+    for tensor, known in operands:
+        view = tracer.view(tensor) if known is None else None
+        if view is not None:
+            tracer.read(view.owner, "operator")
+            views.append((tensor, view))
+            free = free and tensor.numel() == 1
+            continue
+        value = tracer.value(tensor) if known is None else known
+        free = free and (value.free or tensor.numel() == 1)
+        if value.live:
+            live.append((tensor, align(value.ids, ndim)))
+        else:
+            (filled if value.free else dull).append((tensor, value))
+    axes = frozenset().union(*(varying(ids) for _, ids in live)) if live else None
+    for tensor, view in views:
+        bound = _bind(call, view, ndim, axes)
+        if bound is not None:
+            live.append((tensor, bound))
+        elif view.dims is None and axes is not None and tensor.numel() > 1:
+            dull.append((tensor, nothing(tensor.dim(), f"'{view.owner.name}'")))
+    if not live:
+        origin = dull[0][1].origin if dull else "a constant"
+        parts = [_even(call, t, ndim, value) for t, value in (*dull, *filled)]
+        parts += [_even(call, tensor, ndim, nothing(ndim)) for tensor, _ in views]
+        return replace(nothing(ndim, origin, free=free), even={} if free else _all_even(parts))
+    result = live[0][1]
+    for (left, _), (tensor, ids) in pairwise(live):
+        result = _join(call, left, result, tensor, ids, ndim)
+    for tensor, value in (*dull, *filled):
+        _note_extents(call, tensor, value, result)
+    for tensor, value in dull:
+        if _spans(tensor, ndim, varying(result) - {ndim + axis for axis in value.even}):
+            call.pin(result, f"combines channels with {value.origin}, which has none")
+            break
+    return Value(result)
+
+
+def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:
+    """Tie two id arrays; the one that varies more is the result."""
+    if a is b or (a.shape == b.shape and np.array_equal(a, b)):
+        return a
+    along_a, along_b = varying(a), varying(b)
+    if not along_a and along_b:
+        call.pin(a, "spreads one channel over others")
+        if _spans(left, ndim, along_b):
+            call.pin(b, "combines channels with positions of another channel")
+        return b
+    if along_a and not along_b:
+        call.pin(b, "spreads one channel over others")
+        if _spans(right, ndim, along_a):
+            call.pin(a, "combines channels with positions of another channel")
+        return a
+    if not (along_a <= along_b or along_b <= along_a):
+        return _crossed(call, left, a, right, b, ndim)
+    if not _inside(call, left, a, right, b, ndim):
+        call.tracer.findings.tie(a, b)
+        _note_join(call, a, b)
+    wide_a, wide_b = np.broadcast_arrays(a, b)
+    lone = (wide_a == 0) != (wide_b == 0)
+    if bool(lone.any()):
+        call.pin(np.where(lone, wide_a + wide_b, 0), "combines channels with values that are none")
+    return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)
+
+
+def _note_join(call: Call, a: IntArray, b: IntArray) -> None:
+    tracer = call.tracer
+    if not tracer.watched:
+        text = f"operator {call.label}" + (f" in '{tracer.module_name}'" if tracer.module_name else "")
+        tracer.findings.joins.append((a[a != 0][:1], b[b != 0][:1], text, tracer.where()))
+
+
+def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> bool:
+    """Whether one side are heads of scores, and the other the channels inside them (a sum that divides each head's)."""
+    findings = call.tracer.findings
+    for tensor, heads, inner in ((left, a, b), (right, b, a)):
+        more = varying(inner) - varying(heads)
+        if not more or not varying(heads) <= varying(inner) or _spans(tensor, ndim, more):
+            continue
+        if findings.slots.is_fresh(heads) and not findings.slots.is_fresh(inner):
+            findings.contain(heads, inner, call.tracer.module_name, part=True)
+            return True
+    return False
+
+
+def _crossed(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:
+    """Channels along one axis meet channels along another: the fewer are never removed, the others go on."""
+    text = "combines channels that lie along different axes"
+    if np.unique(a).size < np.unique(b).size:
+        left, a, right, b = right, b, left, a
+    call.pin(b, text)
+    if varying(a) & varying(b) or _spans(right, ndim, varying(a)):
+        call.pin(a, text)
+    return a

@@ -1,0 +1,274 @@
+"""Contractions: the few operators with rules of their own.
+
+Lives here: matrix products with a parameter (consumer sites and producers). Does not live here: convolutions
+(rules/convolution.py), products of activations with one another (rules/product.py), batch normalisation
+(rules/batch_norm.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from apoptosis.graph.explain import layer_of
+from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.making import normal_of
+from apoptosis.graph.rules.matrices import Matrix, as_matrix, as_stack
+from apoptosis.graph.rules.product import lone_pair, multiply
+from apoptosis.graph.trace.findings import Consumer, site_key
+from apoptosis.graph.trace.ids import Owner, View
+from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.values import Multiple, Path, Value, nothing, spoiled, varying, weight_named
+from apoptosis.records import IntArray
+
+REMEDY = "Let an nn.Linear or nn.Conv module compute it."
+_TIED = "Give each use a parameter of its own."
+_STACK_REMEDY = "The widths inside the matrices may shrink; their number may not."
+
+
+def _stock_linear(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+
+
+def consume(call: Call, weight: Matrix, tensor: Tensor, axis: int, columns: IntArray) -> Value:
+    """Tie the channels along `axis` of an operand to the columns that read them."""
+    tracer = call.tracer
+    value = tracer.value(tensor)
+    tracer.findings.uses.append((np.unique(value.ids), f"{weight.owner.name}:{weight.dim_in}"))
+    size = tensor.shape[axis]
+    if not value.live and _is_zero(value, tensor):
+        pass  # a first hidden state, which says nothing of its channels
+    elif not value.live:
+        call.pin(columns, f"reads {value.origin}, which carries no channels")
+    elif value.ids.size == 1:  # positions of one channel, the only one: flattened, they are read column by column
+        tracer.findings.tie(np.broadcast_to(value.ids.reshape(1), columns.shape), columns)
+    elif value.ids.shape[axis] != size:
+        text = "mixes the positions of single channels"
+        call.pin(value.ids, text)
+        call.pin(columns, text)
+    else:
+        ids = np.moveaxis(value.ids, axis, -1).reshape(-1, size)
+        wide = np.broadcast_to(columns, ids.shape)
+        tracer.findings.tie(ids, wide)
+        if bool((ids == 0).any()):
+            call.pin(np.where(ids == 0, wide, 0), "reads channels beside values that are none")
+    return value
+
+
+def _is_zero(value: Value, tensor: Tensor) -> bool:
+    """Whether an operand was filled with zeros."""
+    return value.free and not tensor.is_meta and not isinstance(tensor, FakeTensor) and not bool(tensor.any())
+
+
+def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: bool, macs: float) -> None:
+    """Record the consumer and the producer that this contraction is."""
+    tracer, findings = call.tracer, call.tracer.findings
+    name = tracer.module_name
+    if site.functional and weight.rows.size != weight.owner.shape[weight.dim_out]:
+        call.pin(weight.columns, f"reads part of the rows of '{weight.owner.name}'", REMEDY)
+    known = findings.consumers.setdefault(site.key, site)
+    if known.bias != site.bias or known.factors != site.factors:
+        known.bias = None  # not added each time: nothing may be folded into it
+    if (known.conv, known.functional) != (site.conv, site.functional):
+        _in_several_ways(call, weight, known, site)
+    known.inputs.append(value.paths)
+    known.dropout = max(known.dropout, value.dropout if tracer.mode == "training" else 0.0)
+    known.zero_padded = known.zero_padded or site.zero_padded
+    known.macs[tracer.mode] += macs
+    axis = (weight.owner.name, weight.dim_out)
+    findings.producers.setdefault(axis, name if direct else layer_of(weight.owner.name.rpartition(".")[0]))
+    findings.axis_macs[axis][tracer.mode] += macs
+
+
+def _in_several_ways(call: Call, weight: Matrix, known: Consumer, site: Consumer) -> None:
+    """Let the pass be run again where one weight convolves what a hook sees and what it does not see."""
+    if known.conv is None or site.conv is None:
+        call.pin(weight.columns, f"uses '{weight.owner.name}' as a layer does and in another way", _TIED)
+    elif replace(known.conv, padded=()) != replace(site.conv, padded=()):
+        call.pin(weight.columns, f"convolves with '{weight.owner.name}' in several ways", _TIED)
+    else:
+        known.conv, known.functional = replace(known.conv, padded=()), True
+
+
+def factors_of(call: Call, weight: Tensor, owner: Owner) -> tuple[tuple[float, float], bool]:
+    """Return the factors of weight and bias as in records.Site, and whether they stay what they are."""
+    making = call.tracer.memory.making(weight)
+    if making is None:
+        return (1.0, 1.0), True
+    call.tracer.numbers.read(Multiple(weight_named(owner.name), making.numbers))
+    known = math.isfinite(making.factor) and making.factor != 0.0
+    return (making.factor if known else 1.0, 1.0), making.fixed and known
+
+
+def site_bias(call: Call, direct: bool, added: Tensor | None = None, num_rows: int = 0) -> str | None:
+    """Return the bias that takes a constant: the module's own, or the parameter that the operator adds whole."""
+    module = call.tracer.module
+    if direct and module is not None:
+        owner = call.tracer.owner_of(module, "bias")
+        return owner.name if owner is not None else None
+    view = call.tracer.view(added) if added is not None else None
+    if view is None or not view.whole or view.owner.shape != (num_rows,):
+        return None
+    return view.owner.name
+
+
+def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Result:
+    """Matrix product: the last axis of `a` with the last but one of `b`."""
+    tracer, out = call.tracer, call.outs[0]
+    macs = float(out.numel()) * (a.shape[-1] if a.dim() else 1)
+    tracer.findings.macs[tracer.mode] += macs
+    view_a, view_b = tracer.view(a), tracer.view(b)
+    # a buffer is no more than a constant here: it is not fitted, and nothing is folded into it
+    view_a, view_b = (None if v is not None and v.owner.is_buffer else v for v in (view_a, view_b))
+    value: Value | None = None
+    if _outer(a, b) and view_a is None and view_b is None and not lone_pair(call, a, b):
+        met = meet(call, [a, b], out.dim())
+        value = replace(met, paths=spoiled([tracer.value(t).paths for t in (a, b) if tracer.view(t) is None]))
+    elif view_b is not None and view_a is None and b.dim() >= 2:
+        value = _apply(call, b, view_b, (b.dim() - 2, b.dim() - 1), a, a.dim() - 1, out.dim() - 1, macs, bias)
+    elif view_a is not None and view_b is None and a.dim() >= 2:
+        axis = max(0, b.dim() - 2)
+        last = max(0, out.dim() - min(2, b.dim()))
+        value = _apply(call, a, view_a, (a.dim() - 1, a.dim() - 2), b, axis, last, macs, bias)
+    elif view_a is None and view_b is None:
+        value = multiply(call, a, b, out.dim(), macs)
+    if value is None:
+        text = "contracts channels with values that are not a parameter"
+        for tensor, view in ((a, view_a), (b, view_b)):
+            if view is not None:
+                call.pin_owner(view.owner, "does not use it as a plain matrix")
+            else:
+                call.pin(tracer.value(tensor).ids, text)
+        value = nothing(out.dim(), f"the result of {call.label}")
+    return value if bias is None else biased(call, value, bias, out)
+
+
+def _outer(a: Tensor, b: Tensor) -> bool:
+    """Whether nothing is summed: every element of the one meets every element of the other (angles of rotations)."""
+    return a.dim() > 1 and b.dim() > 1 and a.shape[-1] == 1
+
+
+def _apply(
+    call: Call,
+    matrix: Tensor,
+    view: View,
+    axes: tuple[int, int],
+    x: Tensor,
+    axis: int,
+    axis_result: int,
+    macs: float,
+    bias: Tensor | None,
+) -> Value | None:
+    """One operand is a parameter: consumer of `x` along `axis`, producer along `axis_result` of the result."""
+    tracer, out = call.tracer, call.outs[0]
+    module = tracer.module
+    weight = as_matrix(view, *axes)
+    stack = None
+    if weight is None or any(view.axes(d) & set(range(view.ndim - 2)) for d in view.varied()):
+        stack = as_stack(view, *axes)
+        if stack is None:
+            return None
+        weight = stack.matrix
+        call.pin(stack.others, "numbers matrices of a stack", _STACK_REMEDY)
+    direct = (
+        _stock_linear(module)
+        and module is not None
+        and tracer.owner_of(module, "weight") is weight.owner
+        and (weight.dim_in, weight.dim_out) == (1, 0)
+        and weight.whole
+        and stack is None
+    )
+    value = consume(call, weight, x, axis, weight.columns)
+    factors, fixed = factors_of(call, matrix, weight.owner)
+    site = Consumer(
+        tracer.module_name,
+        "linear",
+        weight.owner.name,
+        weight.dim_in,
+        None
+        if weight.select or stack is not None or not fixed
+        else site_bias(call, direct, bias, weight.owner.shape[weight.dim_out]),
+        functional=not direct,
+        select=weight.select,
+        source=tracer.module_name if direct and fixed else None,
+        factors=factors,
+        normal=normal_of(call, matrix, weight.owner, weight.dim_out, weight.columns),
+    )
+    register(call, weight, value, site, direct, macs)
+    tracer.show(site_key(site), lambda: (x.movedim(axis, -1), None))
+    rows = weight.rows if stack is None else stack.rows
+    ids = rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
+    made = (weight.owner.name, weight.dim_out)
+    plain = stack is None and fixed and factors == (1.0, 1.0)
+    return Value(ids, paths={made: Path() if plain else None}, source=site.source, linear=frozenset((made,)))
+
+
+def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
+    """Add a bias, which belongs to the rows when it is a parameter along them."""
+    view = call.tracer.view(bias)
+    if value.multiple is not None:
+        call.tracer.numbers.read(value.multiple)
+    if view is None:
+        other = call.tracer.value(bias)
+        met = meet(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition
+        return replace(met, paths=spoiled([value.paths, other.paths]))
+    if view.ndim == 1 and len(view.varied()) == 1 and value.live:
+        slots = view.slots(view.varied()[0])
+        call.tracer.findings.tie(value.ids.reshape(-1), slots.reshape(-1))
+        call.tracer.findings.biases.add((view.owner.name, view.varied()[0]))
+        for axis in value.paths:
+            call.tracer.findings.bias_of[axis].add(view.owner.name)
+        return value
+    if (added := _stacked_bias(call, value, view, out)) is not None:
+        return added
+    if view.varied():
+        call.pin_owner(view.owner, "adds it across channels")
+        call.pin(value.ids, "adds a parameter across channels")
+    return value
+
+
+def _stacked_bias(call: Call, value: Value, view: View, out: Tensor) -> Value | None:
+    """Add a bias with a row for every matrix of a stack, (matrices, 1, rows); None where it is laid out otherwise."""
+    last = out.dim() - 1
+    if view.dims is None or view.ndim != out.dim() or view.owner.is_buffer or varying(value.ids) != {last}:
+        return None
+    along = [dim for dim in view.varied() if view.axes(dim) == {last}]
+    if len(along) != 1 or any(last in view.axes(dim) for dim in view.varied() if dim != along[0]):
+        return None
+    call.tracer.findings.tie(value.ids.reshape(-1), view.slots(along[0]).reshape(-1))
+    call.tracer.findings.biases.add((view.owner.name, along[0]))
+    for dim in view.varied():
+        if dim != along[0]:
+            call.pin(view.owner.axis(dim), "numbers matrices of a stack", _STACK_REMEDY)
+    return replace(value, paths=spoiled([value.paths]), linear=frozenset())
+
+
+def _mm(call: Call) -> Result:
+    return _product(call, call.args[0], call.args[1])
+
+
+def _addmm(call: Call) -> Result:
+    return _product(call, call.args[1], call.args[2], call.args[0])
+
+
+def _linear(call: Call) -> Result:
+    x, weight = call.args[0], call.args[1]
+    bias = call.arg(2, "bias")
+    return _product(call, x, weight.t(), bias)
+
+
+CONTRACTIONS: dict[str, tuple[Rule, bool]] = {
+    "mm": (_mm, True),
+    "bmm": (_mm, True),
+    "mv": (_mm, True),
+    "matmul": (_mm, True),
+    "addmm": (_addmm, True),
+    "baddbmm": (_addmm, True),
+    "addmv": (_addmm, True),
+    "linear": (_linear, True),
+}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

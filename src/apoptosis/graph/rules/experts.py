@@ -1,0 +1,59 @@
+"""Grouped matrix products: rows of one operand, each with its own matrix of a stack of experts.
+
+Lives here: the operator that mixtures of experts come down to, and matrices picked from a stack for every token.
+Does not live here: an expert at a time, or all of them at once, which is a product with one slice or all of the stack
+(rules/contraction.py); the router, whose channels pin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apoptosis.graph.rules.contraction import consume, register
+from apoptosis.graph.rules.matrices import Matrix
+from apoptosis.graph.trace.findings import Consumer, site_key
+from apoptosis.graph.trace.tracer import Call, Result, Rule, no_rule
+from apoptosis.graph.trace.values import Value
+
+_REMEDY = "Multiply with one parameter of shape (experts, out, in), or one expert at a time."
+_EXPERT_REMEDY = "The widths inside the experts may shrink; their number may not."
+
+
+def _grouped_mm(call: Call) -> Result:
+    """(rows, in) times one of (experts, in, out) per row: the same positions of all experts are one channel."""
+    x, w = call.args[0], call.args[1]
+    tracer = call.tracer
+    macs = float(call.outs[0].numel()) * x.shape[-1]
+    tracer.findings.macs[tracer.mode] += macs
+    view = tracer.view(w)
+    if view is None or tracer.view(x) is not None or (x.dim(), w.dim()) != (2, 3):
+        return no_rule(call, "multiplies with what is no stack of matrices")
+    columns, rows = view.sole(1), view.sole(2)
+    if columns is None or rows is None:
+        return no_rule(call, "multiplies with a stack that is laid out in another way")
+    dims = {axis: next(dim for dim in view.varied() if axis in view.axes(dim)) for axis in (1, 2)}
+    weight = Matrix(view.owner, dims[1], dims[2], columns, rows)
+    for dim in set(view.varied()) - set(dims.values()):
+        call.pin(view.slots(dim), "names experts by their number", _EXPERT_REMEDY)
+    value = consume(call, weight, x, 1, columns)
+    site = Consumer(tracer.module_name, "linear", view.owner.name, dims[1], None, functional=True)
+    register(call, weight, value, site, False, macs)
+    tracer.show(site_key(site), lambda: (x, None))
+    made = (view.owner.name, dims[2])
+    return Value(np.asarray(rows)[None, :], paths={made: None}, linear=frozenset((made,)))
+
+
+def of_stack(call: Call, tensor: Tensor, indices: Sequence[Tensor | None]) -> bool:
+    """Whether matrices are picked from a stack of experts, one for every token: they stand for the stack."""
+    picks = [index for index in indices if index is not None]
+    if len(picks) != 1 or indices[0] is None or picks[0].dim() != 1 or picks[0].dtype in (torch.bool, torch.uint8):
+        return False
+    return call.tracer.memory.look_up(call.outs[0], tensor)
+
+
+EXPERTS: dict[str, tuple[Rule, bool]] = {"_grouped_mm": (_grouped_mm, True)}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

@@ -1,0 +1,131 @@
+"""Operators that lay elements out anew: windows, strides, diagonals, complex numbers.
+
+Lives here: movements of which the channels of one element have to agree, and those along fixed positions.
+Does not live here: plain movements (rules/movement.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from apoptosis.graph.explain import FRONT_REMEDY
+from apoptosis.graph.rules.movement import moving, same_memory
+from apoptosis.graph.rules.normalization import held
+from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.values import SIZE_LIMIT, collapse, expand, nothing, spoiled, varying
+from apoptosis.records import IntArray
+
+
+def _refused(call: Call, text: str, remedy: str) -> Result:
+    call.pin(call.tracer.value(call.args[0]).ids, text, remedy)
+    return None
+
+
+def _pairs_as_complex(call: Call) -> Result:
+    """Real and imaginary part of one number go together."""
+    if same_memory(call):
+        return None
+    value = call.tracer.value(call.args[0])
+    if value.ids.shape[-1] > 1:
+        call.tracer.findings.tie(value.ids[..., 0], value.ids[..., 1])
+    return replace(value.moved(collapse(value.ids[..., 0])), paths=spoiled([value.paths]))
+
+
+def _as_real(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    return ids[..., None]
+
+
+def _diagonal(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    offset, dims = int(call.arg(1, "offset", 0)), (call.arg(2, "dim1", 0), call.arg(3, "dim2", 1))
+    one, two = (int(d) % tensor.dim() for d in dims)
+    return collapse(np.diagonal(expand(ids, tensor.shape, [one, two]), offset, one, two))
+
+
+def _as_strided(call: Call) -> Result:
+    """Execute on ids laid out in memory as the tensor is."""
+    if same_memory(call):
+        return None
+    tensor, out = call.args[0], call.outs[0]
+    value = call.tracer.value(tensor)
+    if not value.live:
+        return nothing(out.dim(), value.origin, free=value.free)
+    start, size = out.storage_offset() - tensor.storage_offset(), 1 + _last(tensor)
+    if max(size, out.numel()) > SIZE_LIMIT:
+        return _refused(call, "reads memory that is too large to be followed", "Index or slice instead.")
+    flat = np.full(size, -1, dtype=np.int64)  # what lies between the operand's elements is not known
+    _strided(flat, tensor)[...] = expand(value.ids, tensor.shape)
+    if start < 0 or start + _last(out) >= size or bool((strided := _strided(flat[start:], out)).min(initial=0) < 0):
+        return _refused(call, "reads memory beyond its operand", "Index or slice instead.")
+    return value.moved(collapse(np.array(strided)))
+
+
+def _last(tensor: Tensor) -> int:
+    """Return where a tensor's last element lies, from its first."""
+    return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _strided(flat: IntArray, tensor: Tensor) -> IntArray:
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, [8 * step for step in tensor.stride()])
+
+
+def _triangle(call: Call) -> Result:
+    """Keep what lies on one side of the diagonal of the last two axes."""
+    tensor = call.args[0]
+    value = held(call, tensor)
+    if varying(value.ids) & {tensor.dim() - 2, tensor.dim() - 1}:
+        call.pin(value.ids, "numbers channels along a diagonal", FRONT_REMEDY)
+    even = (
+        {axis: object() for axis in range(-tensor.dim(), -2)} if value.free else {}
+    )  # filled, now it tells places apart
+    paths = spoiled([value.paths])
+    return replace(value, paths=paths, source=None, linear=frozenset(), free=False, even=even)
+
+
+def _im2col(call: Call) -> Result:
+    """Each channel owns the positions of a kernel, one after the other."""
+    tensor, taps = call.args[0], math.prod(call.arg(1, "kernel_size"))
+    value = call.tracer.value(tensor)
+    lead = tensor.dim() - 3
+    if not value.live:
+        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    if varying(value.ids) & {lead + 1, lead + 2}:
+        return _refused(call, "cuts an axis that carries channels into windows", FRONT_REMEDY)
+    ids = value.ids[..., 0]
+    ids = np.repeat(ids, taps, axis=lead) if ids.shape[lead] > 1 else ids
+    return replace(value, ids=ids, paths=spoiled([value.paths]), source=None)
+
+
+def _col2im(call: Call) -> Result:
+    """Sum windows back into place: the positions of one kernel have to be one channel's."""
+    tensor, taps = call.args[0], math.prod(call.arg(2, "kernel_size"))
+    value = call.tracer.value(tensor)
+    lead = tensor.dim() - 2
+    if not value.live:
+        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    ids = value.ids
+    if ids.shape[lead] > 1:
+        split = ids.reshape(*ids.shape[:lead], -1, taps, ids.shape[-1])
+        call.tracer.findings.tie(split, split[..., :1, :])  # a kernel's positions go together
+        lone = np.where((split == 0) != (split[..., :1, :] == 0), split + split[..., :1, :], 0)
+        call.pin(lone, "adds values that are none to channels", FRONT_REMEDY)
+        ids = split[..., 0, :]
+    if ids.shape[-1] > 1:
+        return _refused(call, "adds up windows along an axis that carries channels", FRONT_REMEDY)
+    return replace(value, ids=collapse(ids[..., None]), paths=spoiled([value.paths]), source=None, linear=frozenset())
+
+
+LAYOUTS: dict[str, tuple[Rule, bool]] = {
+    "view_as_complex": (_pairs_as_complex, False),
+    "view_as_real": (moving(_as_real), False),
+    "diagonal": (moving(_diagonal), False),
+    "as_strided": (_as_strided, False),
+    "tril": (_triangle, True),
+    "triu": (_triangle, True),
+    "im2col": (_im2col, True),
+    "col2im": (_col2im, True),
+}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

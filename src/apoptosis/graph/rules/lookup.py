@@ -1,0 +1,349 @@
+"""Operators that look things up or put them somewhere by position: embeddings, gather, scatter, indexing.
+
+Lives here: what reads or writes along an axis by numbers held in a tensor. Channels beside that axis pass and tie;
+channels along it are executed where the numbers are literal (indexing), and pinned where they are data.
+Does not live here: movements without such numbers (rules/movement.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from apoptosis.graph.explain import FRONT_REMEDY
+from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.experts import of_stack
+from apoptosis.graph.rules.normalization import held
+from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.values import Path, Value, align, collapse, expand, nothing, spoiled, varying
+from apoptosis.records import IntArray
+
+_INDEX_REMEDY = "Compute the positions from something that is not removed."
+_NUMBER_REMEDY = "Number positions along another axis than the channels."
+_DEVICE_REMEDY = "Inspect the network on a device that holds numbers."
+_TABLE_REMEDY = "Its columns may go; its rows are what the input names."
+
+# What literal positions are the result of; positions that come of anything else may be others for another input.
+_LITERAL = frozenset(
+    ("a constant", *(f"the result of aten.{name}" for name in ("arange", "linspace", "tril_indices", "triu_indices")))
+)
+
+# Operators that see all channels at once, and in which words.
+_MIXERS = {
+    "_cdist_forward": "measures distances over all channels at once",
+    "_euclidean_dist": "measures distances over all channels at once",
+    "_pdist_forward": "measures distances over all channels at once",
+    "pdist": "measures distances over all channels at once",
+    "dist": "measures distances over all channels at once",
+    "cosine_similarity": "normalises over channels",
+    "_trilinear": "multiplies all channels with one another",
+    "linalg_cross": "multiplies channels with one another",
+    "renorm": "normalises over channels",
+    "masked_select": "drops elements by their value",
+    "nonzero": "makes positions of channels",
+    "unique_dim": "orders channels by their value",
+    "_unique2": "orders channels by their value",
+    "unique_consecutive": "drops elements by their value",
+    "searchsorted": "compares channels with one another",
+    "equal": "compares channels with one another",
+    "affine_grid_generator": "makes positions of channels",
+    "linalg_householder_product": "multiplies channels with one another",
+    "linalg_qr": "multiplies channels with one another",
+    "linalg_matrix_exp": "multiplies channels with one another",
+    "linalg_inv_ex": "multiplies channels with one another",
+    "linalg_lu_factor_ex": "multiplies channels with one another",
+    "_linalg_svd": "multiplies channels with one another",
+    "_linalg_eigh": "multiplies channels with one another",
+    "_linalg_solve_ex": "multiplies channels with one another",
+    "linalg_cholesky_ex": "multiplies channels with one another",
+    "take": "reads elements by their number",
+    "put": "writes elements by their number",
+    "repeat_interleave": "makes positions of channels",
+}
+
+
+def _mixed(call: Call) -> Result:
+    for tensor in call.tensors():
+        view = call.tracer.view(tensor)
+        if view is not None:
+            call.pin_owner(view.owner, _MIXERS[call.name], FRONT_REMEDY)
+        else:
+            call.pin(call.tracer.value(tensor).ids, _MIXERS[call.name], FRONT_REMEDY)
+    return None
+
+
+def _has_data(tensor: Tensor) -> bool:
+    """Whether numbers can be read: not on the meta device and not of a fake tensor."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def _readable(index: Tensor) -> Tensor:
+    """Return positions to execute on ids; where they have no numbers, the first position stands for all."""
+    return index.cpu() if _has_data(index) else torch.zeros(index.shape, dtype=torch.int64, device="cpu")
+
+
+def _is_literal(call: Call, index: Tensor) -> bool:
+    """Whether positions are written out in the model, so that the next pass uses the same ones whatever the input."""
+    if not _has_data(index):
+        return False
+    view = call.tracer.view(index)
+    return view.owner.is_buffer if view is not None else call.tracer.value(index).origin in _LITERAL
+
+
+def _as_index(call: Call, tensor: object) -> None:
+    """Pin channels that serve as positions."""
+    if isinstance(tensor, Tensor) and call.tracer.view(tensor) is None:
+        call.pin(call.tracer.value(tensor).ids, "uses them as an index", _INDEX_REMEDY)
+
+
+def _embedding(call: Call) -> Result:
+    """Rows by number: the columns of the table are channels, made here."""
+    tracer, (table, index) = call.tracer, call.args[:2]
+    _as_index(call, index)
+    for weights in call.tensors()[2:]:
+        if tracer.view(weights) is None:
+            call.pin(tracer.value(weights).ids, "weighs the rows of a table with them", _INDEX_REMEDY)
+    out = call.outs[0]
+    view = tracer.view(table)
+    rest: list[Value | None] = [None] * (len(call.outs) - 1)
+    if view is None or view.dims is None or len(view.owner.shape) != 2:
+        value = held(call, table, [table.dim() - 1])
+        if 0 in varying(value.ids):
+            call.pin(value.ids, "looks channels up by number", _NUMBER_REMEDY)
+        ids = align(value.ids[:1].reshape(-1), out.dim())
+        return [Value(ids, paths=spoiled([value.paths]), origin=value.origin), *rest]
+    owner, dim = view.owner, next((d for d in view.varied() if 1 in view.axes(d)), 1)
+    columns = view.slots(dim)[:1].reshape(-1)
+    rows = view.slots(1 - dim)
+    call.pin(rows, f"looks the rows of '{owner.name}' up by number", _TABLE_REMEDY)
+    axis = (owner.name, dim)
+    tracer.findings.producers.setdefault(axis, tracer.module_name or owner.name.rpartition(".")[0])
+    simple = call.name == "embedding"
+    ids = align(columns, out.dim())
+    linear = frozenset((axis,)) if simple else frozenset()
+    return [Value(ids, paths={axis: Path() if simple else None}, linear=linear), *rest]
+
+
+def _constant_along(tensor: Tensor, axis: int) -> bool:
+    """Whether positions are the same all along an axis: then they do not tell its channels apart."""
+    if tensor.shape[axis] <= 1 or tensor.stride(axis) == 0:
+        return True
+    return _has_data(tensor) and bool((tensor == tensor.narrow(axis, 0, 1)).all())
+
+
+def _positions(call: Call, index: Tensor, value: Value, dim: int, text: str) -> None:
+    """Pin what an index of the operand's own shape tells apart by number."""
+    own = call.tracer.value(index).ids if call.tracer.view(index) is None else None
+    if dim in varying(value.ids):
+        _as_index(call, index)
+        call.pin(value.ids, f"{text} channels by number", _NUMBER_REMEDY)
+        return
+    if own is not None and own.shape == value.ids.shape and np.array_equal(own, value.ids):
+        return  # every channel has positions that were computed from itself, as a sort gives them
+    _as_index(call, index)
+    axes = varying(value.ids)
+    if any(not _constant_along(index, axis) for axis in axes):
+        call.pin(value.ids, f"{text} each channel at positions of its own", _INDEX_REMEDY)
+    elif call.name != "gather" and any(index.shape[axis] != call.args[0].shape[axis] for axis in axes):
+        call.pin(value.ids, f"{text} the first of the channels", _NUMBER_REMEDY)  # what gather reads is seen in its ids
+
+
+def _cropped(ids: IntArray, shape: Sequence[int], dim: int) -> IntArray:
+    """Cut ids to the leading part of every axis but `dim`, as gather and scatter read it."""
+    sizes = [n if axis == dim or n == 1 else shape[axis] for axis, n in enumerate(ids.shape)]
+    return ids[tuple(slice(0, n) for n in sizes)]
+
+
+def _gather(call: Call) -> Result:
+    tensor, index = call.args[0], call.arg(2, "index")
+    dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
+    value = held(call, tensor, set(range(tensor.dim())) - {dim})
+    _positions(call, index, value, dim, "picks")
+    if not value.live or dim in varying(value.ids):
+        return nothing(call.outs[0].dim(), value.origin)
+    return replace(value, ids=collapse(_cropped(value.ids, index.shape, dim)), source=None)
+
+
+def _scatter(call: Call) -> Result:
+    """Write a source into places along `dim`: channels beside it tie."""
+    target, dim, index, source = call.args[0], int(call.arg(1, "dim")), call.arg(2, "index"), call.arg(3, "src")
+    dim %= max(1, target.dim())
+    value = call.tracer.value(target)
+    given: list[tuple[Tensor, Value]] = [(target, value)]
+    if isinstance(source, Tensor) and source.dim() == target.dim():
+        brought = held(call, source, set(range(source.dim())) - {dim})
+        given.append((source, brought))
+        if any(source.shape[a] != target.shape[a] for a in varying(brought.ids) | varying(value.ids) if a != dim):
+            call.pin(brought.ids, "writes them into a part of other channels", _NUMBER_REMEDY)
+            call.pin(value.ids, "writes others into a part of them", _NUMBER_REMEDY)
+            return None
+    for _, one in given:
+        if index.dim() == target.dim() and call.name.startswith("scatter"):
+            _positions(call, index, one, dim, "writes")
+        else:
+            _as_index(call, index)
+            if dim in varying(one.ids):
+                call.pin(one.ids, "writes channels by number", _NUMBER_REMEDY)
+    if any(dim in varying(one.ids) for _, one in given):
+        return None
+    met = meet(call, [], target.dim(), given)
+    return replace(met, paths=spoiled([one.paths for _, one in given]))
+
+
+def _filled(call: Call) -> Result:
+    """index_fill: a constant at some positions."""
+    target, dim = call.args[0], int(call.arg(1, "dim")) % max(1, call.args[0].dim())
+    value = call.tracer.value(target)
+    if dim in varying(value.ids):
+        call.pin(value.ids, "writes channels by number", _NUMBER_REMEDY)
+    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even={})
+
+
+def _without_gaps(ids: IntArray) -> IntArray:
+    """Collapse the axes along which there is one channel and, for the rest, nothing: rows that were not written."""
+    if np.unique(ids[ids != 0]).size < 2:
+        return collapse(ids)  # a single channel: no telling which axis is which
+    for axis, size in enumerate(ids.shape):
+        if size > 1:
+            most = ids.max(axis=axis, keepdims=True)
+            if bool(((ids == 0) | (ids == most)).all()):
+                ids = most
+    return ids
+
+
+def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source: Value) -> Result:
+    """Ids `new` are written where `mask` is set (both broadcast to the target's ids)."""
+    value = call.tracer.value(target)
+    paths = spoiled([value.paths, source.paths])
+    if not value.live:
+        if source.live and not value.free:
+            call.pin(new, f"writes channels into {value.origin}, which has none", _INDEX_REMEDY)
+        written = np.where(mask, new, 0)
+        return Value(_without_gaps(written), paths=paths, free=value.free and source.free)
+    if source.free and not source.live:
+        return replace(value, paths=paths, source=None, linear=frozenset(), even={})
+    old, new, mask = np.broadcast_arrays(value.ids, new, mask)
+    call.tracer.findings.tie(np.where(mask, old, 0), new)
+    lone = np.where(mask & ((old == 0) != (new == 0)), old + new, 0)
+    call.pin(lone, "writes channels over values that are none", _INDEX_REMEDY)
+    return Value(value.ids, paths=paths)
+
+
+def _index_put(call: Call) -> Result:
+    target, indices, source = call.args[0], list(call.arg(1, "indices")), call.arg(2, "values")
+    for index in indices:
+        _as_index(call, index)
+    value, brought = call.tracer.value(target), held(call, source, [source.dim() - 1] if source.dim() else [])
+    if source.numel() == 1 and not brought.live:
+        brought = replace(brought, free=True)
+    if not value.live and not brought.live:
+        return nothing(target.dim(), brought.origin, free=value.free and brought.free)
+    width = sum(i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1 for i in indices)
+    shape = [n if a < width or a in varying(value.ids) else 1 for a, n in enumerate(target.shape)]
+    for axis in varying(brought.ids):  # an axis behind the indexed ones lies in the target as it lies in the source
+        place = target.dim() - (source.dim() - axis)
+        if place >= 0:
+            shape[place] = target.shape[place]
+    places = tuple(slice(None) if i is None else _readable(i) for i in indices)
+    expand(np.zeros((1,) * target.dim(), dtype=np.int64), shape)  # raises where it would be too large
+    new, mask = torch.zeros(shape, dtype=torch.int64, device="cpu"), torch.zeros(shape, dtype=torch.bool, device="cpu")
+    mask[places] = True
+    new[places] = torch.from_numpy(np.array(brought.ids))
+    return _overlaid(call, target, new.numpy(), mask.numpy(), brought)
+
+
+def _masked_scatter(call: Call) -> Result:
+    """Elements of the source, in order, go where the mask is set."""
+    target, mask, source = call.args[0], call.args[1], call.args[2]
+    _as_index(call, mask)
+    brought = call.tracer.value(source)
+    if not _has_data(mask):
+        for ids in (brought.ids, call.tracer.value(target).ids):
+            call.pin(ids, "writes at positions that are not known on this device", _DEVICE_REMEDY)
+        return None
+    wide = np.array(np.broadcast_to(mask.cpu().numpy(), target.shape))
+    new = np.zeros(expand(np.zeros((1,) * target.dim(), dtype=np.int64), target.shape).shape, dtype=np.int64)
+    new[wide] = expand(brought.ids, source.shape).reshape(-1)[: int(wide.sum())]
+    axes = varying(collapse(_without_gaps(new))) | varying(call.tracer.value(target).ids)
+    if any(bool((wide != wide.take([0], axis=axis)).any()) for axis in axes):
+        for ids in (brought.ids, call.tracer.value(target).ids):
+            call.pin(ids, "writes each channel at positions of its own", _INDEX_REMEDY)
+        return None
+    return _overlaid(call, target, new, wide, brought)
+
+
+def _index_select(call: Call) -> Result:
+    tensor, index = call.args[0], call.arg(2, "index")
+    dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
+    _as_index(call, index)
+    value = held(call, tensor, set(range(tensor.dim())) - {dim})
+    if not value.live or value.ids.shape[dim] == 1:
+        return value
+    if not _is_literal(call, index):
+        call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
+        return None
+    return value.moved(collapse(value.ids.take(index.reshape(-1).cpu().numpy(), axis=dim)))
+
+
+def _index(call: Call) -> Result:
+    tensor, indices = call.args[0], list(call.arg(1, "indices"))
+    if of_stack(call, tensor, indices):
+        _as_index(call, indices[0])
+        return None
+    axes, position = list[int](), 0
+    for index in indices:
+        width = index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            axes.extend(range(position, position + width))
+        position += width
+        _as_index(call, index)
+    value = held(call, tensor, set(range(tensor.dim())) - set(axes))
+    if not value.live:
+        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    if varying(value.ids) & set(axes) and not all(_is_literal(call, i) for i in indices if i is not None):
+        call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
+        return None
+    places = tuple(slice(None) if i is None else _some(_readable(i)) for i in indices)
+    return value.moved(collapse(torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))[places].numpy()))
+
+
+def _some(index: Tensor) -> Tensor:
+    """Return an index of no places with the first one instead, so that the channels of an empty result are known."""
+    if index.dtype not in (torch.bool, torch.uint8):
+        return index if index.numel() else index.new_zeros([max(1, size) for size in index.shape])
+    return index if bool(index.any()) else torch.arange(index.numel(), device="cpu").view(index.shape) == 0
+
+
+def _bucketize(call: Call) -> Result:
+    value = call.tracer.value(call.args[0])
+    for tensor in call.tensors()[1:]:
+        call.pin(call.tracer.value(tensor).ids, "compares channels with one another", FRONT_REMEDY)
+    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even={})
+
+
+def _checked(call: Call) -> Result:
+    """Nothing comes of it but an error."""
+    return None
+
+
+LOOKUPS: dict[str, tuple[Rule, bool]] = {
+    **{name: (_mixed, True) for name in _MIXERS},
+    **{name: (_embedding, True) for name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only")},
+    "gather": (_gather, True),
+    **{name: (_scatter, True) for name in ("scatter", "scatter_add", "scatter_reduce")},
+    **{name: (_scatter, True) for name in ("index_add", "index_copy", "index_reduce")},
+    "index_fill": (_filled, True),
+    **{name: (_index_put, True) for name in ("index_put", "_index_put_impl", "_unsafe_index_put")},
+    "masked_scatter": (_masked_scatter, True),
+    "index_select": (_index_select, False),
+    **{name: (_index, False) for name in ("index", "_unsafe_index")},
+    **{name: (_bucketize, True) for name in ("bucketize", "isin")},
+    **{name: (_checked, False) for name in ("_assert_tensor_metadata", "_assert_scalar", "_functional_assert_async")},
+    **{name: (_checked, False) for name in ("sym_size", "sym_numel", "sym_stride", "sym_constrain_range")},
+}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

@@ -1,0 +1,182 @@
+"""Weights that are computed from one parameter before they are used, and stay as easy to fold into as the parameter.
+
+Lives here: factors of a whole weight. Does not live here: weights of which only the rows can be followed
+(rules/normalization.py, `held`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from apoptosis.graph.trace.ids import Owner
+from apoptosis.graph.trace.tracer import Call
+from apoptosis.graph.trace.values import Axis
+from apoptosis.records import IntArray, Normal
+
+_STANDARD = "normalises each row of '{}' over them: rows of a given size cannot take over for inputs that go"
+GAIN_REMEDY = "A gain per output channel that is learned (as in scaled weight standardisation) frees them."
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """What the copy of a parameter was multiplied by. fixed: by plain numbers of the code, which training keeps.
+
+    numbers: where these are noted, as in values.Multiple. rows: every row (dim 0) was normalised by itself, less its
+    mean where `centred`, and multiplied by `gain` (None: by no parameter of its own).
+    """
+
+    factor: float = 1.0
+    fixed: bool = True
+    numbers: tuple[tuple[int, int, float], ...] = ()
+    rows: bool = False
+    centred: bool = False
+    gain: Axis | None = None
+
+
+def scaled_copy(call: Call) -> bool:
+    """Let the product of a parameter and a number stand for the parameter; return whether this is one.
+
+    The number may be a tensor of one element (a gain that is learned), but no channel.
+    """
+    if call.name not in ("mul", "div", "neg") or call.inplace or call.kwargs.get("rounding_mode") is not None:
+        return False
+    tracer = call.tracer
+    wide = [t for t in call.tensors() if (v := tracer.view(t)) is not None and len(v.varied()) > 1]
+    if len(wide) != 1 or wide[0].shape != call.outs[0].shape or wide[0].dtype != call.outs[0].dtype:
+        return False
+    weight, view = wide[0], tracer.view(wide[0])
+    if view is None or view.owner.is_buffer or (call.name == "div" and call.args[0] is not weight):
+        return False
+    making = tracer.memory.making(weight) or Making()
+    for other in call.args:
+        if other is weight:
+            continue
+        factor = _number(call, other)
+        if factor is None or factor == 0.0:
+            return False
+        factor = 1.0 / factor if call.name == "div" else factor
+        numbers = making.numbers
+        if not isinstance(other, Tensor) and tracer.numbers.at >= 0:
+            numbers = (*numbers, (tracer.numbers.at, 0, -1.0 if call.name == "div" else 1.0))
+        fixed = making.fixed and not isinstance(other, Tensor)
+        making = replace(making, factor=making.factor * factor, fixed=fixed, numbers=numbers)
+    if call.name == "neg":
+        making = replace(making, factor=-making.factor)
+    if not tracer.memory.adopt(call.outs[0], weight):
+        return False
+    tracer.memory.made(call.outs[0], making)
+    return True
+
+
+def scaled_in_place(call: Call) -> bool:
+    """Whether a whole parameter takes a plain factor in its own place, as RWKV's weights do for evaluation.
+
+    It remains the parameter, with other numbers in this pass, and what is folded into it is multiplied likewise.
+    """
+    if call.name not in ("mul", "div", "neg") or not call.inplace or call.kwargs.get("rounding_mode") is not None:
+        return False
+    view = call.tracer.view(call.args[0])
+    if view is None or not view.whole or view.owner.is_buffer or len(view.varied()) < 2:
+        return False
+    factor = call.arg(1, "other", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor == 0.0:
+        return False
+    call.tracer.memory.keep_owned(call.args[0])
+    return True
+
+
+def _number(call: Call, other: object) -> float | None:
+    """Return a factor that is the same for all elements; nan where it is not known, None for anything else."""
+    if isinstance(other, bool) or not isinstance(other, int | float | Tensor):
+        return None
+    if not isinstance(other, Tensor):
+        return float(other)
+    view = call.tracer.view(other)
+    if other.numel() != 1 or other.is_complex():
+        return None
+    if view is None and (call.tracer.value(other).live or call.tracer.value(other).origin != "a constant"):
+        return None  # computed from the weight, it may be
+    if view is not None:
+        call.tracer.read(view.owner, "operator")
+    return float("nan") if other.is_meta or isinstance(other, FakeTensor) else float(other.detach())
+
+
+def gains_of(call: Call) -> tuple[Axis, ...]:
+    """Return the parameter that one operand of an elementwise operator is, if the others are plain numbers."""
+    tensors = call.tensors()
+    if call.name not in ("mul", "div") or len(tensors) != 1 or (call.args[0] is not tensors[0] and call.name == "div"):
+        return ()
+    view = call.tracer.view(tensors[0])
+    if view is None:
+        return call.tracer.value(tensors[0]).gains
+    varied = view.varied()
+    return ((view.owner.name, varied[0]),) if len(varied) == 1 and not view.owner.is_buffer else ()
+
+
+def normalised_copy(call: Call, weight: Tensor, out: Tensor, gain: Tensor | None, *, centred: bool) -> bool:
+    """Let a parameter whose rows were normalised, each by itself, stand for the parameter; return whether this is one.
+
+    gain: what the normalised rows are multiplied by, one number each.
+    """
+    tracer = call.tracer
+    view = tracer.view(weight)
+    if view is None or view.owner.is_buffer or tracer.memory.making(weight) is not None:
+        return False
+    owner = view.owner
+    if len(owner.shape) < 2 or weight.numel() != math.prod(owner.shape) or out.dtype != weight.dtype:
+        return False
+    found: Axis | None = None
+    ids: IntArray | None = None
+    if gain is not None:
+        own = tracer.view(gain)
+        if own is not None:
+            varied = own.varied()
+            found = (own.owner.name, varied[0]) if len(varied) == 1 and not own.owner.is_buffer else None
+            ids = own.slots(varied[0]) if len(varied) == 1 else None
+            tracer.read(own.owner, "operator")
+        else:
+            value = tracer.value(gain)
+            found, ids = (value.gains[0] if len(value.gains) == 1 else None), value.ids
+        if ids is None or ids.size != owner.shape[0]:
+            return False
+    if not tracer.memory.adopt(out, weight):
+        return False
+    if ids is not None:
+        tracer.findings.tie(ids.reshape(-1), owner.axis(0))
+    tracer.memory.made(out, Making(fixed=False, rows=True, centred=centred, gain=found))
+    return True
+
+
+def normal_of(call: Call, weight: Tensor, owner: Owner, dim_out: int, columns: IntArray) -> Normal | None:
+    """Return how the rows of a computed weight are normalised; pin its columns where no gain makes up for it."""
+    making = call.tracer.memory.making(weight)
+    if making is None or not making.rows:
+        return None
+    if dim_out != 0:
+        call.pin(columns, f"normalises '{owner.name}' along the channels that it reads")
+        return None
+    if making.gain is None:
+        call.pin(columns, _STANDARD.format(owner.name), GAIN_REMEDY)
+        return None
+    raw, used = call.tracer.memory.raw_and_used(weight, owner)
+    if raw.is_meta or isinstance(used, FakeTensor) or isinstance(raw, FakeTensor):
+        one = np.ones(owner.shape[0])
+        return Normal(gain=making.gain[0], gain_dim=making.gain[1], centred=making.centred, scale=one, length=one)
+    rows, seen = raw.double().flatten(1), used.double().flatten(1)
+    if making.centred:
+        rows, seen = rows - rows.mean(1, keepdim=True), seen - seen.mean(1, keepdim=True)
+    square = rows.square().sum(1)
+    scale = torch.where(square > 0, (rows * seen).sum(1) / square, 0.0)
+    return Normal(
+        gain=making.gain[0],
+        gain_dim=making.gain[1],
+        centred=making.centred,
+        scale=scale.cpu().numpy(),
+        length=square.sqrt().cpu().numpy(),
+    )

@@ -1,0 +1,216 @@
+"""Normalisations of activations and of weights, and parameters that are computed with before they are used.
+
+Lives here: group, layer and RMS normalisation, weight normalisation, `held` (a parameter as an operand along one of its
+axes) and the remedies for parametrized weights. Does not live here: batch normalisation (rules/contraction.py); norms
+that the model writes out by hand are reductions (rules/reduction.py).
+
+A norm is harmless where every set of elements that shares its statistics belongs to one channel; else removing a
+channel changes all others of its set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from apoptosis.graph.explain import ROWS_REMEDY, layer_of, opt_in, parametrized
+from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.making import normalised_copy
+from apoptosis.graph.rules.notes import note_grid
+from apoptosis.graph.trace.ids import Owner, View
+from apoptosis.graph.trace.tracer import Call, Result, Rule, Tracer
+from apoptosis.graph.trace.values import Axis, Value, nothing, reshape, spoiled, varying
+from apoptosis.records import IntArray
+
+_LOOSE = "Contract the raw parameter (F.linear, nn.Linear), or freeze what is computed into one."
+
+
+def remedy_of(tracer: Tracer) -> str:
+    """Say how to take off what is computing a weight in the running module, "" for nothing."""
+    return parametrized((name, module) for name, module, *_ in reversed(tracer._stack))
+
+
+def held(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value:
+    """Return the value of an operand; of a parameter that runs along several axes, one stays a channel axis.
+
+    What is computed from a parameter can be followed along one of its axes: the first, or the last of a table that
+    begins with an axis of size 1. The other axes are pinned. Buffers are tables of numbers, as Tracer.value reads them.
+
+    axes: the axes of `tensor` that may stay (all when None).
+    """
+    view = call.tracer.view(tensor)
+    if view is None or view.owner.is_buffer or (view.dims is not None and len(view.varied()) < 2):
+        return call.tracer.value(tensor)
+    allowed = frozenset(range(tensor.dim()) if axes is None else (axis % tensor.dim() for axis in axes))
+    if view.dims is None:
+        rows = _flattened(call, tensor, view.owner)
+        return call.tracer.value(tensor) if rows is None or varying(rows) - allowed else _kept(call, view, 0, rows)
+    dims = [dim for dim in view.varied() if view.axes(dim) <= allowed]
+    dims.sort(key=lambda dim: min(view.axes(dim)), reverse=_is_table(view))
+    return along(call, view, dims[0] if dims else None)
+
+
+def _is_table(view: View) -> bool:
+    """Whether a parameter begins with an axis of size 1 or an expanded one, as tables that all examples share do."""
+    return view.ndim > 0 and not any(0 in view.axes(dim) for dim in view.varied())
+
+
+def along(call: Call, view: View, dim: int | None) -> Value:
+    """Return a parameter as a value with channels along one dim; its other axes are pinned."""
+    return _kept(call, view, dim, None if dim is None else view.slots(dim))
+
+
+def _kept(call: Call, view: View, dim: int | None, ids: IntArray | None) -> Value:
+    owner = view.owner
+    call.tracer.read(owner, "operator")
+    remedy = remedy_of(call.tracer) or _LOOSE
+    text = f"computes with '{owner.name}' before it is used"
+    for other in range(len(owner.shape)):
+        if other != dim and owner.shape[other] > 1:
+            call.pin(owner.axis(other) if view.dims is None else view.slots(other), text, remedy)
+    if dim is None or ids is None:
+        return nothing(view.ndim, f"'{owner.name}'")
+    if not owner.is_buffer:
+        _listed(call, (owner.name, dim))
+    return Value(ids, origin=f"'{owner.name}'", paths={(owner.name, dim): None})
+
+
+def _flattened(call: Call, tensor: Tensor, owner: Owner) -> IntArray | None:
+    """Return the first axis' slots at each place of a view that runs over several of the other axes at once.
+
+    None where some axis of the view runs over the first one and another.
+    """
+    begin = call.tracer.memory.start(tensor, owner)
+    if begin is None or len(owner.shape) < 2 or owner.stride[0] != math.prod(owner.shape[1:]):
+        return None
+    outer, start = owner.stride[0], int(tensor.storage_offset()) - begin
+    ids = np.full((1,) * tensor.dim(), owner.bases[0] + start // outer, dtype=np.int64)
+    inside = start % outer
+    for axis, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if step and step % outer == 0:
+            shape = [-1 if i == axis else 1 for i in range(tensor.dim())]
+            ids = ids + step // outer * np.arange(size, dtype=np.int64).reshape(shape)
+        else:
+            inside += (size - 1) * step
+    return ids if inside < outer else None
+
+
+def _listed(call: Call, axis: Axis) -> None:
+    """Let the weight that is computed for a layer be a producer of that layer."""
+    modules = {name: module for name, module, *_ in call.tracer._stack}
+    name = layer_of(call.tracer.module_name)
+    if isinstance(modules.get(name), nn.Linear | _ConvNd):
+        call.tracer.findings.producers.setdefault(axis, name)
+
+
+def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tuple[Tensor, Value]]:
+    """Return the operands of an elementwise operator that are to be taken along one axis; the others meet as they are.
+
+    Only where nothing but parameters meet and one runs along several axes: a weight is being computed. The axis is the
+    one along which a smaller operand runs (a norm's gain), else the first.
+    """
+    views = [(t, view) for t in tensors if (view := call.tracer.view(t)) is not None and view.dims is not None]
+    wide = [(t, view) for t, view in views if len(view.varied()) > 1]
+    if all(view.owner.is_buffer for _, view in wide):
+        return []
+    if any(call.tracer.view(t) is None and call.tracer.value(t).live for t in tensors):
+        return []
+    places = [frozenset(a + ndim - v.ndim for a in v.axes(v.varied()[0])) for _, v in views if len(v.varied()) == 1]
+    first = next(view for _, view in wide if not view.owner.is_buffer)
+    order = sorted((min(first.axes(d)) + ndim - first.ndim for d in first.varied()), reverse=_is_table(first))
+    wanted = next((axis for axis in order if any(axis in place for place in places)), order[0])
+    out = []
+    for tensor, view in wide:
+        dims = [dim for dim in view.varied() if wanted - (ndim - view.ndim) in view.axes(dim)]
+        out.append((tensor, along(call, view, dims[0] if dims else None)))
+    return out
+
+
+def _result(call: Call, x: Tensor, value: Value, gains: Sequence[Tensor], shape: Sequence[int] | None = None) -> Result:
+    """Meet the gain and the offset, laid out in `shape`, and end what is known of the way here."""
+    operands: list[Tensor] = []
+    given = [(x, value)]
+    for gain in gains:
+        laid = gain if shape is None else gain.view(shape)
+        if call.tracer.view(gain) is not None or shape is None:
+            operands.append(laid)
+        else:
+            found = call.tracer.value(gain)
+            given.append((laid, found.moved(reshape(found.ids, gain.shape, laid.shape))))
+    met = meet(call, operands, x.dim(), given)
+    return replace(met, paths=spoiled([one.paths for _, one in given]))
+
+
+def whole_channels(call: Call, value: Value) -> Value:
+    """Tie what shares the statistics of one channel: rows of a linear layer laid out as positions of feature maps."""
+    inside = varying(value.ids) - {0, 1}
+    if not inside or varying(value.ids) - inside != {1}:
+        return value
+    ids = value.ids
+    for axis in inside:
+        ids = ids.take([0], axis=axis)
+    call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(ids, value.ids.shape)), value.ids)
+    broken = (value.ids == 0).any(axis=tuple(inside), keepdims=True)
+    call.pin(np.where(broken, value.ids, 0), "normalises channels together with values that are none")
+    return replace(value, ids=ids, paths=spoiled([value.paths]), source=None)
+
+
+def _group_norm(call: Call) -> Result:
+    x, (num, channels, positions, groups) = call.args[0], (int(n) for n in call.args[3:7])
+    value = whole_channels(call, held(call, x, [1]))
+    block = channels // max(1, groups)
+    sets = reshape(value.ids, x.shape, (num, groups, block * positions))
+    remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
+    reason = call.reason(f"normalises over channels, {block} at a time", remedy)
+    if 2 in varying(sets) and varying(value.ids) == {1} and bool((value.ids != 0).all()):
+        blocks = value.ids.reshape(1, groups, block)  # which go as a whole
+        call.tracer.findings.tie(blocks[..., 1:], blocks[..., :-1])
+        call.tracer.findings.lumps.append((blocks[0, 0, :1], reason))
+        note_grid(call, blocks, (1, 2))
+    elif 2 in varying(sets):
+        call.tracer.findings.pin(value.ids, reason)
+    elif x.dim() > 1 and value.ids.shape[1] == channels:
+        note_grid(call, value.ids, (1,))  # one row: num_groups is the number of channels, and has to follow it
+    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    return _result(call, x, value, [t for t in call.args[1:3] if isinstance(t, Tensor)], shape)
+
+
+def _layer_norm(call: Call) -> Result:
+    x, shape = call.args[0], call.arg(1, "normalized_shape")
+    value = held(call, x, range(x.dim() - len(shape)))
+    rest = varying(value.ids) & set(range(x.dim() - len(shape)))
+    if varying(value.ids) - rest:  # of several rows each is normalised by itself, and may go as a whole
+        remedy = ROWS_REMEDY if rest else opt_in(call.tracer.module)
+        call.pin(value.ids, "normalises over channels", remedy, inner=bool(rest))
+    return _result(call, x, value, [t for t in call.args[2:4] if isinstance(t, Tensor)])
+
+
+def _weight_norm(call: Call) -> Result:
+    """W = g v / |v|, the norm over all axes but `dim`: rows go together with their gain, columns change the norm."""
+    v, g, dim = call.args[0], call.args[1], int(call.arg(2, "dim", 0)) % call.args[0].dim()
+    if dim == 0 and call.tracer.view(v) is not None and normalised_copy(call, v, call.outs[0], g, centred=False):
+        return None
+    for tensor in (v, g):
+        if (view := call.tracer.view(tensor)) is not None:
+            call.tracer.read(view.owner, "operator")
+    value = held(call, v, [dim])
+    if varying(value.ids) - {dim}:
+        call.pin(value.ids, "normalises each row of it", remedy_of(call.tracer))
+    met = meet(call, [g], v.dim(), [(v, value)])
+    return [replace(met, paths=value.paths), Value(met.ids)]
+
+
+NORMS: dict[str, tuple[Rule, bool]] = {
+    "native_group_norm": (_group_norm, True),
+    "native_layer_norm": (_layer_norm, True),
+    "_fused_rms_norm": (_layer_norm, True),
+    "rms_norm": (_layer_norm, True),
+    "layer_norm": (_layer_norm, True),
+    "_weight_norm_interface": (_weight_norm, False),
+}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

@@ -1,0 +1,108 @@
+"""What operators show about the layout of channels: counts of places, and axes that are split into rows or parts.
+
+Lives here: taking such numbers and grids down while a pass runs. Does not live here: what follows from them once
+channels are known (groups.counts, groups.grids).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from apoptosis.graph.trace.findings import Grid
+from apoptosis.graph.trace.tracer import Call
+from apoptosis.graph.trace.values import varying
+from apoptosis.records import IntArray
+
+_LARGE = 1 << 18  # ids of more elements are not kept
+
+
+def note_count(call: Call, ids: IntArray, dim: int, number: int) -> None:
+    """Note that an operator was given `number` as the number of the first places along `dim`."""
+    tracer = call.tracer
+    if tracer.watched or dim not in varying(ids) or not 0 < number <= ids.shape[dim] or ids.size > _LARGE:
+        return
+    slots = np.moveaxis(ids, dim, 0)[:number].reshape(number, -1)
+    if tracer.findings.slots.is_fresh(slots):
+        return
+    tracer.findings.counts.setdefault((tracer.running, tracer.where(), number, slots.tobytes()), slots)
+
+
+def note_axes(call: Call, ids: IntArray, sizes: Sequence[int]) -> None:
+    """Note the sizes that a view was given for its axes with channels; what torch works out itself (-1) is none."""
+    for dim, size in enumerate(sizes if len(sizes) == ids.ndim else ()):
+        if isinstance(size, int) and size == ids.shape[dim]:
+            note_count(call, ids, dim, size)
+
+
+_MANY = 256  # grids beyond this number at one operator are not told apart
+
+
+def note_split(call: Call, old_ids: IntArray, old: Sequence[int], ids: IntArray, new: Sequence[int]) -> None:
+    """Record the grids that a reshape from shape `old` to shape `new` makes of axes with channels."""
+    i = j = 0
+    while i < len(old) and j < len(new):
+        i0, j0, a, b = i, j, old[i], new[j]
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a, i = a * old[i], i + 1
+            else:
+                b, j = b * new[j], j + 1
+        before = [k for k in range(i0, i) if old_ids.shape[k] > 1]
+        if len(before) == 1 and j - j0 > 1 and not _packed(call, new[j0:j]):
+            note_grid(call, ids, range(j0, j))
+
+
+def _packed(call: Call, parts: Sequence[int]) -> bool:
+    """Whether torch's attention takes its packed projection apart: with narrower heads it does not any more."""
+    module = call.tracer.module
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and len(parts) == 2
+        and parts[0] in (2, 3)
+        and parts[1] == module.embed_dim
+    )
+
+
+def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
+    """Record `axes` of an id array, the last of which runs along each row, as a grid that stays rectangular."""
+    last = max((k for k in axes if ids.shape[k] > 1), default=-1)
+    if last < 0:
+        return
+    rows = [k for k in axes if k < last]
+    rest = [k for k in range(ids.ndim) if k not in rows and k != last]
+    grids = ids.transpose(*rest, *rows, last).reshape(-1, int(np.prod([ids.shape[k] for k in rows])), ids.shape[last])
+    if grids.shape[1] == 1 and len(grids) > 1:  # one row for every channel of each head: other grids tell their number
+        return
+    if len(grids) > _MANY:
+        call.pin(ids, "splits channels that lie in many orders")
+        return
+    findings, where = call.tracer.findings, call.tracer.where()
+    for grid in _distinct(grids):
+        if bool((grid == 0).any()):
+            findings.pin(grid, call.reason("splits channels together with values that are none"))
+            continue
+        distinct = _distinct(grid)
+        known = (f"{call.tracer.module_name}:{len(distinct)}", distinct.tobytes())
+        if known not in findings.grid_keys:
+            findings.grid_keys.add(known)
+            findings.grids.append(Grid(call.tracer.module_name, distinct, where))
+
+
+def _distinct(items: IntArray) -> IntArray:
+    """Return the items along the first axis without repetitions, in the order in which they come."""
+    first: dict[bytes, int] = {}
+    for i, item in enumerate(items):
+        first.setdefault(item.tobytes(), i)
+    return items if len(first) == len(items) else items[list(first.values())]
+
+
+def note_parts(call: Call, ids: IntArray, dim: int, count: int) -> None:
+    """Record that an axis is cut into `count` parts of equal size."""
+    if dim in varying(ids) and count > 1 and ids.shape[dim] % count == 0:
+        moved = np.moveaxis(ids, dim, -1)
+        wide = moved.reshape(*moved.shape[:-1], count, -1)
+        note_grid(call, wide, (wide.ndim - 2, wide.ndim - 1))

@@ -1,0 +1,326 @@
+"""Products of activations with one another: queries times keys, probabilities times values, a graph's adjacency.
+
+Lives here: channels multiplied and summed in pairs (which tie), sums over positions (which channels pass), and
+scaled-dot-product attention as the two in a row. Does not live here: contractions with a parameter
+(rules/contraction.py).
+
+Scores have no channels, but where every head of a query has its own, the scores carry one fresh id per head: whatever
+else runs along the heads (a bias per head) ties with it, and the values' channels are contained in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from apoptosis.graph.trace.findings import Product, pairs_of, product_key
+from apoptosis.graph.trace.multiples import FUSED
+from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.values import Axis, Multiple, Path, Value, align, collapse, expand, nothing, spoiled, varying
+from apoptosis.records import IntArray
+
+_REMEDY = "Keep it out of the shrinking part with exclude=, or compute it from an nn.Linear's output."
+_COMPLEX_REMEDY = "Make the product of real tensors: view_as_real() in front of it."
+
+
+@dataclass(slots=True)
+class _Operand:
+    """A tensor whose ids are laid out as (batch axes..., kept axis, contracted axis).
+
+    levelled: channels ran along the kept axis too, and were tied along it (vectors that meet one another in pairs).
+    """
+
+    tensor: Tensor
+    value: Value
+    ids: IntArray
+    levelled: bool = False
+
+    @property
+    def paired(self) -> bool:
+        """Whether the contracted axis carries channels."""
+        return bool(self.ids.shape[-1] > 1)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the kept axis carries channels, too."""
+        return bool(self.ids.shape[-2] > 1)
+
+    @property
+    def whole_linear(self) -> frozenset[Axis]:
+        """The producers that every element scales with, all of whose slots `ids` tell."""
+        return frozenset() if self.levelled else self.value.linear
+
+    def level(self, call: Call) -> _Operand:
+        """Tie what stands at the same place of several vectors: any two of them are multiplied place by place."""
+        if not self.crossed:
+            return self
+        call.tracer.findings.tie(self.ids[..., 1:, :], self.ids[..., :1, :].repeat(self.ids.shape[-2] - 1, -2))
+        lone = (self.ids == 0) != (self.ids[..., :1, :] == 0)
+        if bool(lone.any()):
+            call.pin(
+                np.where(lone, self.ids + self.ids[..., :1, :], 0), "multiplies channels with values that are none"
+            )
+        return _Operand(self.tensor, self.value, self.ids[..., :1, :], levelled=True)
+
+
+def _operand(call: Call, tensor: Tensor, ndim: int, *, flip: bool = False) -> _Operand:
+    value = call.tracer.value(tensor)
+    if tensor.dim() == 1:
+        laid, ids = tensor[None, :], value.ids[None, :]
+    else:
+        laid = tensor.transpose(-1, -2) if flip else tensor
+        ids = value.ids.swapaxes(-1, -2) if flip else value.ids
+    while laid.dim() < ndim:
+        laid = laid[None]
+    return _Operand(laid, value, align(ids, max(ndim, 2)))
+
+
+def _plain(call: Call, operand: _Operand, slots: IntArray) -> Axis | None:
+    """Return the axis that made the operand, when nothing but movement and plain factors lie between."""
+    value = operand.value
+    if len(value.paths) != 1:
+        return None
+    axis, path = next(iter(value.paths.items()))
+    found = call.tracer.findings.slots.axes_of(slots)
+    plain = path == Path() or (value.scaled and value.linear == {axis})
+    return axis if plain and len(found) == 1 and found[0][:2] == axis else None
+
+
+def _rows(left: _Operand, right: _Operand) -> tuple[IntArray, IntArray, IntArray, int] | None:
+    """Slots of both operands as (rows, channels), the row of every batch entry, and the number of rows.
+
+    Entries of the batch that read the same channels are one row; rows have to come round and round in one order.
+    """
+    batch = np.broadcast_shapes(left.ids.shape[:-2], right.ids.shape[:-2])
+    size = left.tensor.shape[-1]
+    a = np.broadcast_to(left.ids[..., 0, :], (*batch, size)).reshape(-1, size)
+    b = np.broadcast_to(right.ids[..., 0, :], (*batch, size)).reshape(-1, size)
+    _, first, row = np.unique(np.concatenate([a, b], 1), axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(first))
+    row, first = order[row.reshape(-1)], np.sort(first)
+    if not np.array_equal(row, np.tile(np.arange(first.size), row.size // first.size)):
+        return None
+    return a[first], b[first], row.reshape(batch), first.size
+
+
+def _shown(operand: _Operand, other: _Operand, num_rows: int) -> Tensor:
+    """Lay an operand out as (..., rows * channels)."""
+    batch = np.broadcast_shapes(tuple(operand.tensor.shape[:-2]), tuple(other.tensor.shape[:-2]))
+    kept, size = operand.tensor.shape[-2:]
+    x = operand.tensor.expand(*batch, kept, size).reshape(-1, num_rows, kept, size)
+    return x.transpose(1, 2).reshape(-1, kept, num_rows * size)
+
+
+def sum_of_products(call: Call, axis: int) -> Value | None:
+    """Take a sum over an axis of products of channels, element by element, as a product of matrices.
+
+    Returns: what is known of the sums, None where the operand is nothing of the kind.
+    """
+    tensor = call.args[0]
+    factors = call.tracer.memory.factors(tensor)
+    if factors is None or any(call.tracer.view(t) is not None for t in factors) or tensor.is_complex():
+        return None
+    values = [call.tracer.value(t) for t in factors]
+    ids = [align(value.ids, tensor.dim()) for value in values]
+    if any(max(varying(one), default=-1) != axis for one in ids):  # else sums over branches, place by place
+        return None
+    laid = [np.moveaxis(one, axis, -1)[..., None, :] for one in ids]
+    if np.intersect1d(laid[0], laid[1]).size:  # times itself: as in a norm
+        return None
+    wide = [t.expand(tensor.shape).movedim(axis, -1)[..., None, :] for t in factors]
+    left, right = (_Operand(*found) for found in zip(wide, values, laid, strict=True))
+    macs = float(tensor.numel())
+    call.tracer.findings.macs[call.tracer.mode] += macs
+    heads, multiple = _pair(call, left, right, own_scale=False, macs=macs, stepwise=True)
+    ndim = call.outs[0].dim()
+    if heads is None:
+        return replace(nothing(ndim, f"the result of {call.label}"), multiple=multiple)
+    found = np.moveaxis(heads[..., 0], -1, axis) if ndim == tensor.dim() else heads[..., 0, 0]
+    return Value(found, multiple=multiple)
+
+
+def _pair(
+    call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs: float, stepwise: bool = False
+) -> tuple[IntArray | None, Multiple | None]:
+    """Tie the pairs.
+
+    Returns: the ids of the heads, (batch axes..., 1, 1), or None where scores carry none; what the sums are a multiple
+    of.
+    """
+    tracer, findings = call.tracer, call.tracer.findings
+    read = [np.unique(operand.ids) for operand in (left, right)]
+    left, right = left.level(call), right.level(call)
+    a, b = left.ids[..., 0, :], right.ids[..., 0, :]
+    findings.tie(a, b)
+    lone = (a == 0) != (b == 0)
+    if bool(lone.any()):
+        call.pin(np.where(lone, a + b, 0), "multiplies channels with values that are none", _REMEDY)
+    laid = _rows(left, right)
+    if laid is None:
+        call.pin(a, "multiplies channels in an order that cannot be followed", _REMEDY)
+        return None, None
+    slots_left, slots_right, row, num_rows = laid
+    fold = None if right.levelled else _plain(call, right, slots_right.reshape(-1))
+    if fold is None:
+        swapped = None if left.levelled else _plain(call, left, slots_left.reshape(-1))
+        if swapped is not None or (own_scale and not left.value.linear):
+            left, right, slots_left, slots_right, fold = right, left, slots_right, slots_left, swapped
+    linear = left.value.linear or right.value.linear  # of keys some may be cached, which nothing scales
+    if own_scale and not linear:
+        call.pin(a, "divides by the root of the number of channels by itself", "Give it scale= as a number.")
+    slots_left, slots_right = slots_left.reshape(-1), slots_right.reshape(-1)
+    product = Product(tracer.module_name, slots_left, slots_right, fold, own_scale, linear, num_rows)
+    product.stepwise = stepwise
+    product.scales_right = not left.value.linear
+    product.sides = (left.whole_linear, right.whole_linear)
+    while (known := findings.products.setdefault(product_key(product), product)) is not product:
+        if np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right):
+            break
+        product.number += 1  # the module multiplies other channels, too: queries with keys and with positions
+    findings.uses += [(slots, pairs_of(product)) for slots in read]
+    known.own_scale = known.own_scale or own_scale
+    known.scales_right = known.scales_right or product.scales_right
+    known.sides = (known.sides[0] & left.whole_linear, known.sides[1] & right.whole_linear)
+    known.macs[tracer.mode] += macs
+    tracer.show(product_key(known), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))
+    found = [number for operand in (left, right) for number in tracer.numbers.of_channels(operand.value)]
+    multiple = Multiple(pairs_of(product), tuple(sorted(found)))
+    if num_rows == 1:
+        return None, multiple
+    heads = findings.slots.fresh(num_rows)
+    for slots in (slots_left.reshape(num_rows, -1), slots_right.reshape(num_rows, -1)):
+        if np.unique(slots[:, 0]).size > 1:  # keys that all heads share are in none of them
+            findings.contain(heads[:, None], slots, tracer.module_name)
+    return collapse(heads[row])[..., None, None], multiple
+
+
+def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
+    """Sum over positions: what carries channels beside the summed axis goes through."""
+    tracer, findings = call.tracer, call.tracer.findings
+    ids = b.ids[..., :1].swapaxes(-1, -2)  # (batch axes..., 1, kept axis of b)
+    paths = spoiled([b.value.paths])
+    if weights is None:
+        return Value(ids, paths=paths, linear=b.value.linear) if b.value.live else nothing(ids.ndim)
+    if not b.value.live:
+        call.pin(weights, "sums values that carry no channels, per head")
+        return Value(collapse(weights), paths=paths)
+    if np.array_equal(collapse(weights), collapse(ids)):
+        return Value(ids, paths=paths)
+    if not findings.slots.is_fresh(weights) or not varying(weights) <= varying(ids):
+        call.pin(weights, "sums channels that are not inside it")
+        if not findings.slots.is_fresh(weights) and not varying(weights) < varying(ids):  # else rows stay, as they must
+            call.pin(ids, "weighs them by channels along another axis", _REMEDY)
+        return Value(ids, paths=paths, linear=b.value.linear)
+    findings.contain(weights, ids, tracer.module_name)
+    return Value(ids, paths=paths, linear=b.value.linear)
+
+
+def _credit(call: Call, value: Value, macs: float) -> None:
+    """Count a contraction with a computed weight to the rows that it is computed from."""
+    for axis in value.paths:
+        call.tracer.findings.axis_macs[axis][call.tracer.mode] += macs / len(value.paths)
+
+
+def lone_pair(call: Call, a: Tensor, b: Tensor) -> bool:
+    """Whether one channel of each is multiplied, all that is left of queries and keys (on its own in every head)."""
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != 1 or call.tracer.view(a) or call.tracer.view(b):
+        return False
+    for tensor in (a, b):
+        value, last = call.tracer.value(tensor), {tensor.dim() - 2, tensor.dim() - 1}
+        if not value.live or varying(value.ids) & last or call.tracer.findings.slots.is_fresh(value.ids):
+            return False
+    return True
+
+
+def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
+    """Matrix product of two activations: the last axis of `a` with the last but one of `b`."""
+    wide = max(a.dim(), b.dim(), 2)
+    left, right = _operand(call, a, wide), _operand(call, b, wide, flip=True)
+    if ((left.paired and right.paired) or lone_pair(call, a, b)) and a.is_complex():
+        for operand in (left, right):
+            call.pin(operand.value.ids, "multiplies complex channels with one another", _COMPLEX_REMEDY)
+        return nothing(ndim, f"the result of {call.label}")
+    if (left.paired and right.paired) or lone_pair(call, a, b):
+        heads, multiple = _pair(call, left, right, own_scale=False, macs=macs)
+        scores = nothing(ndim, f"the result of {call.label}") if heads is None else Value(_fit(heads, a, b, ndim))
+        return replace(scores, multiple=multiple)
+    for operand in (left, right):
+        if operand.paired:
+            call.pin(operand.value.ids, "contracts channels with values that are not a parameter", _REMEDY)
+    if left.paired != right.paired:  # what lies along the other axis goes on: the rows of a computed weight
+        _credit(call, (right if left.paired else left).value, macs)
+        left.ids, right.ids = left.ids[..., :1] * (not left.paired), right.ids[..., :1] * (not right.paired)
+    if left.crossed and not right.crossed and varying(right.ids):
+        for operand in (left, right):
+            call.pin(operand.value.ids, "spreads channels over those of another axis", _REMEDY)
+        return nothing(ndim, f"the result of {call.label}")
+    if left.crossed and right.crossed:  # keys times values, summed over positions: an element carries one channel here
+        call.pin(left.value.ids, "spreads channels over those of another axis", _REMEDY)
+        passed = _pass(call, None, right)
+        return Value(_fit(passed.ids, a, b, ndim), paths=passed.paths, linear=passed.linear)
+    if left.crossed:
+        passed = _pass(call, None, left)
+        return Value(_fit(passed.ids.swapaxes(-1, -2), a, b, ndim), paths=passed.paths, linear=passed.linear)
+    passed = _pass(call, left.ids if left.value.live else None, right)
+    return Value(_fit(passed.ids, a, b, ndim), paths=passed.paths, linear=passed.linear, origin=passed.origin)
+
+
+def _fit(ids: IntArray, a: Tensor, b: Tensor, ndim: int) -> IntArray:
+    """Drop the axes that operands of one axis do not leave."""
+    if a.dim() == 1:
+        ids = ids[..., 0, :]
+    if b.dim() == 1:
+        ids = ids[..., 0]
+    return ids.reshape(ids.shape[ids.ndim - ndim :]) if ids.ndim > ndim else ids
+
+
+def _attention(call: Call) -> Result:
+    """Scaled-dot-product attention, (..., length, channels) each; queries of several heads may share a key's."""
+    query, key, value = call.args[:3]
+    ndim = query.dim()
+    num = query.shape[-3] if ndim > 3 else 1
+    macs = float(query.numel()) * key.shape[-2]
+    call.tracer.findings.macs[call.tracer.mode] += macs + float(query.shape[:-1].numel()) * value.shape[-2:].numel()
+    left, right, values = (_operand(call, t, ndim) for t in (query, key, value))
+    right, values = (_repeated(operand, num) for operand in (right, values))
+    scale = call.kwargs.get("scale")
+    own = scale is None and not isinstance(call.tracer.module, nn.MultiheadAttention)  # that one keeps its scale itself
+    heads: IntArray | None = None
+    if any(operand.crossed for operand in (left, right, values)) or left.paired != right.paired:
+        for operand in (left, right, values):
+            call.pin(operand.value.ids, "attends along an axis that carries channels")
+        return [nothing(out.dim()) for out in call.outs]
+    if left.paired:
+        heads, multiple = _pair(call, left, right, own_scale=own, macs=macs)
+        call.tracer.numbers.fused(call, multiple, (*call.args[2:4], call.kwargs.get("attn_mask")))
+    names = {"_scaled_dot_product_flash_attention_for_cpu": "attn_mask", "_scaled_dot_product_flash_attention": ""}
+    named = names.get(call.name)
+    mask = call.kwargs.get(named) if named is not None else call.arg(3, "attn_mask", call.kwargs.get("attn_bias"))
+    view = call.tracer.view(mask) if isinstance(mask, Tensor) else None
+    if isinstance(mask, Tensor) and view is None and heads is not None:
+        met = align(call.tracer.value(mask).ids, ndim)
+        call.tracer.findings.tie(heads, met)
+        if mask.dim() > 2 and mask.shape[-3] > 1 and mask.stride(-3) != 0 and met.shape[-3] == 1:
+            call.pin(heads, "adds a mask of its own to every head")
+    elif view is not None:
+        call.pin_owner(view.owner, "adds it to the scores")
+        if heads is not None:
+            call.pin(heads, "adds a parameter to the scores")
+    flipped = _Operand(values.tensor, values.value, values.ids.swapaxes(-1, -2))
+    passed = _pass(call, heads, flipped)
+    return [passed, *[nothing(out.dim()) for out in call.outs[1:]]]
+
+
+def _repeated(operand: _Operand, num_heads: int) -> _Operand:
+    """Repeat the heads of keys and values as grouped-query attention does."""
+    if operand.tensor.dim() < 4 or operand.tensor.shape[-3] in (1, num_heads):
+        return operand
+    times = num_heads // operand.tensor.shape[-3]
+    wide = np.repeat(expand(operand.ids, operand.tensor.shape, [operand.ids.ndim - 3]), times, axis=-3)
+    return _Operand(operand.tensor.repeat_interleave(times, -3), operand.value, wide)
+
+
+PRODUCTS: dict[str, tuple[Rule, bool]] = {name: (_attention, True) for name in FUSED}
+"""Operator name -> rule, and whether it reads its operands' values as such."""

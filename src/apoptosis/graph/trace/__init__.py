@@ -1,0 +1,1 @@
+"""One forward pass followed operator by operator: which channels every tensor carries."""

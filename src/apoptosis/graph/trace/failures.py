@@ -1,0 +1,130 @@
+"""What to tell a user whose model fails while it is captured: where, at which operator, and the way out.
+
+Lives here: reading a traceback, hints for common errors. Does not live here: running the model (capture.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from apoptosis.model import module_state
+
+_TORCH = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(os.path.dirname(__file__))  # all of graph
+_PASSED = module_state.__file__  # operators pass through it, too
+_NO_DATA = (
+    "without data (meta, fake) a pass cannot read numbers or sizes off its values (.item(), if on a tensor, nonzero): "
+    "give a model with data; one on the meta device may get through as a fake one"
+)
+# Parts of a message, lower case -> what to do; the first that fits counts.
+_HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("more than 1 value per channel",), "example_input needs at least two examples, BatchNorm cannot train on one"),
+    (("meta tensors", "datadependentoutput", "dynamicoutputshape", "_local_scalar_dense", "'meta' backend",
+      "meta_nonzero"), _NO_DATA),
+    (("device type for autocast",), "it cannot run on the meta device: build it on the fake device instead"),
+    (("convert all tensors to faketensors",), "build the inputs under the FakeTensorMode of the model"),
+    (("same device", "different from other tensors on", "device of input", "expected device"),
+     "put example_input on the model's device"),
+    (("out of memory",), "a smaller example_input needs less; its values and its number of examples do not matter"),
+    (("required positional argument", "required keyword-only argument", "you have to specify", "must be specified"),
+     "example_input must hold all that forward needs: a tuple of positional or a dict of keyword arguments"),
+    (("positional argument", "unexpected keyword argument"),
+     "a tuple is taken as positional arguments, a dict as keyword arguments; a batch of (inputs, labels) is too much"),
+    (("same dtype", "scalar type", "tensor for argument #1 'indices'", "dtype mismatch", "have same dtype"),
+     "example_input must have the dtype that the model takes"),
+    (("shapes cannot be multiplied", "expected input", "size mismatch", "must match the size", "weight of size",
+      "normalized_shape", "invalid for input of size", "index out of range", "sizes of tensors must match"),
+     "example_input must have the shape the model trains on"),
+)  # fmt: skip
+_INTRODUCTION = re.compile(r"^\w+ fails on example_input in \w+ mode, ?")
+
+
+def failure(error: BaseException, model: nn.Module, mode: str, operator_code: CodeType) -> str:
+    """Word a failure of the model's own forward pass on the example input.
+
+    Args:
+        error: what the pass raised, with its traceback.
+        model: the model.
+        mode: "training" or "evaluation".
+        operator_code: of the function through which every operator runs, as its argument `func`.
+
+    Returns: the model, the module that was running, the user's line, the operator, what was raised, the way out.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    module = where = operator = ""
+    for frame, line in _frames(error):
+        own = frame.f_locals.get("self")
+        module = names.get(id(own), module) if isinstance(own, nn.Module) else module
+        path = frame.f_code.co_filename
+        if not path.startswith((_TORCH, _HERE, _PASSED, "<")):
+            where = f"{os.path.basename(path)}:{line}"
+        if frame.f_code is operator_code:
+            operator = frame.f_locals["func"]._schema.name.replace("::", ".")
+    place = f", in '{module}'" if module else ""
+    place += f" ({where})" if where else ""
+    place += f", at operator {operator}" if operator else ""
+    return f"{type(model).__name__} fails on example_input in {mode} mode{place}: {_message(error, model)}"
+
+
+def without_hint(reason: str) -> str:
+    """Return what `failure` says without what it says of the example input, which is not to blame after an edit.
+
+    Example:
+        >>> without_hint("Net fails on example_input in training mode, at operator aten.view: RuntimeError: no")
+        'at operator aten.view: RuntimeError: no'
+    """
+    for _, hint in _HINTS:
+        reason = reason.replace(f"; {hint}", "")
+    left = _INTRODUCTION.sub("", reason)
+    return f"in forward {left[1:]}" if left.startswith(" (") else left
+
+
+def after_failure(reason: str) -> str:
+    """Say what to do about an edit after which the forward pass failed.
+
+    Example:
+        >>> after_failure("at operator aten._grouped_mm: RuntimeError: strides should be multiple of 16 bytes")
+        'The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=.'
+    """
+    text = reason.lower()
+    if "multiple of" in text or "multiples of" in text or "divisible by 8" in text or "divisible by 16" in text:
+        return "The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=."
+    if "aten.split" in text:
+        return (
+            "Split by a size of a tensor, chunk(), or an int attribute of the module; name one that is a multiple of a "
+            "width with register_attributes(); or leave the group out with exclude=."
+        )
+    return "Look for a literal width or index in the model's forward, or leave the group out with exclude=."
+
+
+def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """Yield the frames of a traceback below the one that caught it, outermost first."""
+    trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    while trace is not None:
+        yield trace.tb_frame, trace.tb_lineno
+        trace = trace.tb_next
+
+
+def _message(error: BaseException, model: nn.Module) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    whole = f"{type(error).__name__} {error}".lower()
+    hint = next((hint for parts, hint in _HINTS if any(part in whole for part in parts)), "")
+    if "argument" in hint:
+        hint += f"; forward takes {_arguments(model)}"
+    return f"{text}; {hint}" if hint else text
+
+
+def _arguments(model: nn.Module) -> Any:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return "what its code says"

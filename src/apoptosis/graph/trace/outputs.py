@@ -1,0 +1,55 @@
+"""The tensors inside what a model takes and returns, each with the way to it.
+
+Lives here: tensors by name. Does not live here: what containers and objects consist of (outputs), what becomes of the
+tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from inspect import isawaitable
+from typing import Any
+
+from torch import Tensor, nn
+
+from apoptosis.errors import CaptureError
+from apoptosis.model.outputs import parts
+
+_LEAVES = (str, bytes, int, float, complex, bool, type, nn.Module)
+
+
+def tensors_in(obj: Any) -> Iterator[Tensor]:
+    """Yield every tensor inside nested sequences, mappings, dataclasses and plain objects."""
+    for _, tensor in named_in(obj):
+        yield tensor
+
+
+def named_in(obj: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor with the way to it: "", "[1]", "logits", "cache.layers[0].keys".
+
+    Raises: CaptureError: something that is still to run (a generator) would have to be used up to look into it.
+
+    Example:
+        >>> import torch
+        >>> [way for way, _ in named_in({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})]
+        ['logits', 'states[0]']
+    """
+    seen: set[int] = set()
+    todo = [(name, obj)]
+    while todo:
+        way, item = todo.pop()
+        if isinstance(item, Tensor):
+            yield way, item
+        elif item is not None and not isinstance(item, _LEAVES) and id(item) not in seen:
+            seen.add(id(item))
+            todo.extend(reversed(_parts(way, item)))
+
+
+def _parts(way: str, item: Any) -> list[tuple[str, Any]]:
+    if not isinstance(item, Mapping | list | tuple) and (isinstance(item, Iterator) or isawaitable(item)):
+        where = f" at '{way}'" if way else ""
+        raise CaptureError(
+            f"the model returns a {type(item).__name__}{where}, which runs only when it is read: what it computes "
+            "cannot be followed. Let forward return a list or a tuple."
+        )
+    return parts(way, item)

@@ -1,0 +1,120 @@
+"""Which channels every operator works on, and whether an edit made it work on others.
+
+Lives here: the record of calls, and the comparison of calls and of splits before and after an edit. Does not live here:
+which channel a column reads (verification.py), plain numbers (scalars.py).
+
+Code that picks channels by literal positions and treats them apart (`gelu(h[:, :5])`, `h[:, 0] *= 2`) keeps valid
+shapes after an edit, and every column still meets its channel; only what happened on the way differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.tracer import Call
+from apoptosis.records import Group, IntArray, Split, Structure, Worked
+
+_FEW = 1 << 16  # ids of more elements are told by a part of them
+
+
+def note_work(call: Call) -> None:
+    """Note the channels among the operands of one call."""
+    tracer = call.tracer
+    if isinstance(tracer.module, nn.MultiheadAttention):  # runs other operators once it is narrower
+        return
+    found = []
+    for tensor in call.tensors():
+        value = tracer.memory.recorded(tensor) if tracer.view(tensor) is None else None
+        if value is not None and value.live and value.ids.size <= _FEW:
+            found.append(_slots(tracer.findings, value.ids))
+    if found:
+        slots = found[0] if len(found) == 1 else np.unique(np.concatenate(found))
+        tracer.findings.worked[tracer.mode].append((call.label, tracer.module_name, tracer.where(), slots))
+
+
+def _slots(findings: Findings, ids: IntArray) -> IntArray:
+    """Return the different ids, ascending; what moves through many operators unchanged is looked at once."""
+    known = findings.distinct.get(id(ids))
+    if known is None:
+        known = findings.distinct[id(ids)] = (ids, np.unique(ids))  # held, so that the address stays its own
+    return known[1]
+
+
+def partial_work(
+    findings: Findings, groups: Sequence[Group], labels: IntArray, classes: Mapping[str, tuple[IntArray, ...]]
+) -> dict[str, tuple[Worked, ...]]:
+    """Return per mode the calls that worked on part of a group that may shrink."""
+    group_of = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
+    sizes: list[int] = []
+    for group in groups:
+        member = group.members[0] if group.pin is None and group.members else None
+        if member is not None and not _is_coarse(classes[member.tensor][member.dim][member.positions]):
+            group_of[classes[member.tensor][member.dim][member.positions[:, 0]]] = len(sizes)
+            sizes.append(group.num_channels)
+    out: dict[str, tuple[Worked, ...]] = {}
+    for mode, calls in findings.worked.items():
+        kept = []
+        for operator, module, where, slots in calls:
+            found = np.unique(labels[slots[slots != 0]])
+            found = found[group_of[found] >= 0]
+            if not found.size:
+                continue
+            counts = np.bincount(group_of[found], minlength=len(sizes))
+            if bool(((counts > 0) & (counts < np.array(sizes))).any()):
+                kept.append(Worked(operator=operator, classes=found, module=module, where=where))
+        out[mode] = tuple(kept)
+    return out
+
+
+def _is_coarse(classes: IntArray) -> bool:
+    """Whether the channels of a group are whole heads, of several classes each."""
+    return bool((classes != classes[:, :1]).any())
+
+
+def changed_work(old: Structure, new: Structure, old_of: Mapping[int, int]) -> str | None:
+    """Say which operator works on other channels than before, or None. old_of: class after the edit -> before."""
+    left = frozenset(old_of.values())
+    for mode, calls in old.worked.items():
+        after = new.worked.get(mode, ())
+        before = [(call, frozenset(call.classes.tolist()) & left) for call in calls]
+        now = [(call, frozenset(old_of[c] for c in call.classes.tolist() if c in old_of)) for call in after]
+        for (call, expected), (_, found) in zip(before, now, strict=False):
+            if expected != found:
+                return f"operator {call.operator}{_place(call.module, call.where)} works on other channels than before"
+        if len(before) != len(now):
+            call = (before if len(before) > len(now) else now)[min(len(before), len(now))][0]
+            return f"operator {call.operator}{_place(call.module, call.where)} works on other channels than before"
+    return None
+
+
+def changed_split(old: Structure, new: Structure, old_of: Mapping[int, int]) -> str | None:
+    """Say which split has rows of other channels than before, or None."""
+    left = frozenset(old_of.values())
+    expected: dict[str, set[tuple[tuple[int, ...], ...]]] = {}
+    for split in old.splits:
+        expected.setdefault(split.module, set()).update(_forms(split, {c: c for c in left}))
+    for split in new.splits:
+        if split.classes.size > 1 and split.module in expected and not _forms(split, old_of) & expected[split.module]:
+            return f"the rows into which channels are split{_place(split.module, split.where)} hold others than before"
+    return None
+
+
+def _forms(split: Split, old_of: Mapping[int, int]) -> set[tuple[tuple[int, ...], ...]]:
+    """Write the grid in classes before the edit, without what is gone; one column is told like one row.
+
+    The order inside a row does not count: shuffled rows that are left with one column each lie in another one, and what
+    meets at every place is compared by itself.
+    """
+    rows = [tuple(sorted(old_of[c] for c in row if c in old_of)) for row in split.classes.tolist()]
+    rows = [row for row in rows if row]
+    if all(len(row) == 1 for row in rows):
+        rows = [tuple(sorted(row[0] for row in rows))]
+    return {tuple(dict.fromkeys(rows))}
+
+
+def _place(module: str, where: str) -> str:
+    return (f" in '{module}'" if module else "") + (f" ({where})" if where else "")

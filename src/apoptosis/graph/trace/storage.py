@@ -1,0 +1,290 @@
+"""What is known of the tensors of the running pass, by the memory they lie in.
+
+Lives here: from a tensor to the parameter it is a view of, or to the value on record; in-place writes and the views
+that share their memory. Does not live here: operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apoptosis.graph.trace.ids import Owner, Slots, View
+from apoptosis.graph.trace.values import SIZE_LIMIT, Value, collapse, nothing, spoiled
+from apoptosis.records import IntArray
+
+Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Block:
+    """One storage: the values of the views of it that were met; `keep` keeps its memory from being given out again."""
+
+    keep: Any
+    values: dict[Geometry, Value] = field(default_factory=dict)
+
+
+def geometry(tensor: Tensor) -> Geometry:
+    """Return where in its memory a tensor lies, and how."""
+    return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _strided(flat: IntArray, at: Geometry) -> IntArray:
+    offset, shape, stride = at
+    return np.lib.stride_tricks.as_strided(flat[offset:], shape, [8 * s for s in stride])
+
+
+class Memory:
+    """Values and parameters by storage. `pin(slots, text)` is called for what cannot be followed.
+
+    Attributes: kept: the way to what the model keeps from pass to pass, by its place; read_kept: those that the pass
+        asked for. written: names of buffers that channels were written to in place.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        tensors: Mapping[str, Tensor],
+        inputs: Iterable[Tensor],
+        pin: Callable[[IntArray, str], None],
+    ) -> None:
+        self._slots = slots
+        self._pin = pin
+        self._blocks: dict[int, _Block] = {}
+        self._owned: dict[int, list[tuple[int, Owner]]] = {}
+        self._keep: list[Any] = []
+        self._element_sizes: dict[int, int] = {}
+        self._made: dict[int, Any] = {}
+        self._kept: int | None = None
+        self._multiplied: dict[tuple[int, Geometry], tuple[tuple[Tensor, ...], tuple[int, ...]]] = {}
+        self._tensors = tensors
+        for name, tensor in tensors.items():
+            self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
+        self._originals = frozenset(self._owned)
+        self._pin_overlaps()
+        self._inputs = {self._storage(t)[0] for t in inputs}
+        self.kept: dict[tuple[int, Geometry], Any] = {}
+        self.read_kept: set[Any] = set()
+        self.written: set[str] = set()
+
+    def _storage(self, tensor: Tensor) -> tuple[int, Any]:
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # sparse and other tensors without one are known by identity
+            self._keep.append(tensor)
+            return id(tensor), tensor
+        return storage._cdata, storage
+
+    def _own(self, tensor: Tensor, owner: Owner, start: int) -> None:
+        key, storage = self._storage(tensor)
+        self._keep.append(storage)
+        self._element_sizes[key] = tensor.element_size()
+        self._owned.setdefault(key, []).append((start, owner))
+
+    def _pin_overlaps(self) -> None:
+        """Pin parameters that lie in one another's memory without being one tensor."""
+        for owned in self._owned.values():
+            for (first, left), (second, right) in pairwise(sorted(owned, key=lambda item: item[0])):
+                if second < first + left.span:
+                    text = f"'{left.name}' and '{right.name}' share memory without being one tensor"
+                    self._pin(np.concatenate([left.slots(), right.slots()]), text)
+
+    def view(self, tensor: Tensor) -> View | None:
+        """Return which part of which parameter or buffer this tensor is, or None."""
+        if not self._owned or tensor.layout is not torch.strided:
+            return None
+        owned = self._owned.get(self._storage(tensor)[0])
+        if owned is None:
+            return None
+        offset = int(tensor.storage_offset())
+        size = self._element_sizes[self._storage(tensor)[0]]
+        if tensor.element_size() != size:  # its numbers taken for others: offsets and strides count other units
+            for start, owner in owned:
+                if start * size <= offset * tensor.element_size() < (start + owner.span) * size:
+                    return View(owner, tensor.dim(), tuple(tensor.shape), None, False)
+        for start, owner in owned:
+            if start <= offset < start + owner.span:
+                return self._slots.view(owner, offset - start, tensor)
+        return None
+
+    def adopt(self, copy: Tensor, original: Tensor) -> bool:
+        """Let a copy of a parameter's view stand for the parameter too: laid out alike, or whole in another order."""
+        view = self.view(original)
+        if view is None:
+            return False
+        if (how := self.making(original)) is not None:
+            self.made(copy, how)
+        owned = self._owned[self._storage(original)[0]]
+        start, layout = next((s, o) for s, o in owned if o.name == view.owner.name)
+        if copy.stride() == original.stride():
+            shift = int(copy.storage_offset()) - int(original.storage_offset())
+            self._own(copy, layout, start + shift)
+            return True
+        if copy.element_size() != original.element_size() or layout.raw is not None or len(layout.shape) not in (2, 3):
+            return False
+        axes = [list(found) for _, found in view.dims or ()]
+        runs = sorted(a for found in axes for a in found)
+        if any(len(found) > 1 for found in axes) or runs != [a for a, n in enumerate(view.shape) if n > 1]:
+            return False
+        if [view.shape[found[0]] if found else 1 for found in axes] != list(layout.shape):
+            return False  # a part of it, or several axes as one
+        stride = tuple(copy.stride(a[0]) if a else 1 for a in axes)
+        self._own(copy, replace(layout, stride=stride, raw=layout), int(copy.storage_offset()))
+        return True
+
+    def made(self, copy: Tensor, how: Any) -> None:
+        """Note how the copy of a parameter was computed from it."""
+        self._made[self._storage(copy)[0]] = how
+
+    def making(self, tensor: Tensor) -> Any:
+        """Return how what stands for a parameter was computed from it; None for the parameter itself."""
+        return self._made.get(self._storage(tensor)[0])
+
+    def multiplied(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """Note that a tensor is the product of two others, element by element."""
+        tensors = (out, a, b)
+        if not any(tensor.is_inference() for tensor in tensors):  # which do not count what is written to them
+            known = tuple(tensor._version for tensor in tensors)
+            self._multiplied[self._storage(out)[0], geometry(out)] = (tensors, known)
+
+    def factors(self, out: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what a tensor is the product of, element by element; None where any of the three was written to."""
+        tensors, known = self._multiplied.get((self._storage(out)[0], geometry(out)), ((), ()))
+        if not tensors or tuple(tensor._version for tensor in tensors) != known:
+            return None
+        return tensors[1], tensors[2]
+
+    def raw_and_used(self, tensor: Tensor, owner: Owner) -> tuple[Tensor, Tensor]:
+        """Return a parameter, and what stands for it and `tensor` is a view of, both laid out as the parameter."""
+        start = next(s for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
+        return self._tensors[owner.name].detach(), tensor.detach().as_strided(owner.shape, owner.stride, start)
+
+    def look_up(self, copy: Tensor, original: Tensor) -> bool:
+        """Let some matrices of a stack (a whole parameter of three axes), picked by number, stand for all of it."""
+        view = self.view(original)
+        if view is None or not view.whole or view.ndim != 3 or view.owner.is_buffer or not copy.is_contiguous():
+            return False
+        layout = replace(
+            view.owner, shape=tuple(copy.shape), stride=tuple(copy.stride()), raw=view.owner, looked_up=(0,)
+        )
+        self._own(copy, layout, int(copy.storage_offset()))
+        return True
+
+    def start(self, tensor: Tensor, owner: Owner) -> int | None:
+        """Return where in its memory the parameter begins that a tensor is a view of; None in a copy in other order."""
+        found = next((s, o) for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
+        return found[0] if found[1].raw is None else None
+
+    def same(self, tensor: Tensor, owner: Owner) -> bool:
+        """Whether the tensor lies in the memory of this parameter or buffer."""
+        return any(o.name == owner.name for _, o in self._owned.get(self._storage(tensor)[0], ()))
+
+    def place(self, tensor: Tensor) -> int:
+        """Return a number that tells the memory a tensor lies in from all other memory of this pass."""
+        return self._storage(tensor)[0]
+
+    def shared(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors lie in one storage."""
+        return self._storage(a)[0] == self._storage(b)[0]
+
+    def at(self, tensor: Tensor) -> tuple[int, Geometry]:
+        """Return the memory that a tensor lies in, and where in it."""
+        return self._storage(tensor)[0], geometry(tensor)
+
+    def is_other(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of no parameter, buffer or input."""
+        key = self._storage(tensor)[0]
+        return key not in self._owned and key not in self._inputs
+
+    def recorded(self, tensor: Tensor) -> Value | None:
+        """Return the value on record for exactly this view, or None."""
+        block = self._blocks.get(self._storage(tensor)[0])
+        return block.values.get(geometry(tensor)) if block is not None else None
+
+    def value(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor that is no parameter."""
+        key, _ = self._storage(tensor)
+        block = self._blocks.get(key)
+        if block is None:
+            return nothing(tensor.dim(), "the network input" if key in self._inputs else "a constant")
+        at = geometry(tensor)
+        if (key, at) in self.kept:
+            self.read_kept.add(self.kept[key, at])
+        found = block.values.get(at)
+        if found is None and key in self._inputs and not any(value.live for value in block.values.values()):
+            return nothing(tensor.dim(), "the network input")
+        if found is None:
+            for value in block.values.values():
+                self._pin(value.ids, "left a view behind that cannot be followed")
+            found = nothing(tensor.dim(), "a view that cannot be followed")
+        return found
+
+    def put(self, tensor: Tensor, value: Value) -> None:
+        """Record the value of a new tensor (or of a new view)."""
+        key, storage = self._storage(tensor)
+        if key in self._owned:
+            return
+        block = self._blocks.get(key)
+        if block is None:
+            block = self._blocks[key] = _Block(storage)
+        block.values[geometry(tensor)] = value
+
+    def write(self, tensor: Tensor, value: Value) -> None:
+        """Record that `tensor` was overwritten in place; views that share its memory follow."""
+        key, _ = self._storage(tensor)
+        if key in self._owned:
+            self._write_owned(key, tensor, value)
+            return
+        block, at = self._blocks.get(key), geometry(tensor)
+        if block is None:
+            self.put(tensor, value)
+            return
+        old = block.values.get(at)
+        others = [g for g in block.values if g != at]
+        if not others:
+            block.values[at] = value
+        elif old is not None and np.array_equal(old.ids, value.ids):
+            for other in others:
+                found = block.values[other]
+                paths = spoiled([found.paths])
+                block.values[other] = Value(found.ids, origin=found.origin, paths=paths, multiple=value.multiple)
+            block.values[at] = value
+        else:
+            self._rebuild(tensor, block, value)
+
+    def keep_owned(self, tensor: Tensor) -> None:
+        """Let the write that follows leave a parameter the parameter that it is."""
+        self._kept = self._storage(tensor)[0]
+
+    def _write_owned(self, key: int, tensor: Tensor, value: Value) -> None:
+        kept, self._kept = self._kept, None
+        if kept == key:
+            return
+        view = self.view(tensor)
+        if view is not None and value.live:
+            self.written.add(view.owner.name)
+        if view is not None and not (view.owner.is_buffer and key in self._originals):
+            self._pin(view.owner.slots(), f"overwrites '{view.owner.name}' during the forward pass")
+
+    def _rebuild(self, tensor: Tensor, block: _Block, value: Value) -> None:
+        size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+        if size > SIZE_LIMIT:
+            for found in (*block.values.values(), value):
+                self._pin(found.ids, "writes into part of a very large tensor")
+            block.values = {g: nothing(len(g[1])) for g in block.values}
+            return
+        flat = np.zeros(size, dtype=np.int64)
+        for at, found in block.values.items():
+            _strided(flat, at)[...] = found.ids
+        _strided(flat, geometry(tensor))[...] = value.ids
+        paths = spoiled([found.paths for found in (*block.values.values(), value)])
+        for at, found in list(block.values.items()):
+            ids = collapse(np.array(_strided(flat, at)))
+            block.values[at] = Value(ids, free=found.free and value.free, origin=value.origin, paths=paths)
+        block.values[geometry(tensor)] = replace(value, ids=collapse(np.array(_strided(flat, geometry(tensor)))))

@@ -1,0 +1,363 @@
+"""The Tracer: which channels every tensor of the running pass carries.
+
+Lives here: the stack of running modules, who reads what, reasons with the user's line, and handing each executed
+operator to its rule. Does not live here: the rules; the record of values (trace/storage.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from apoptosis.graph.explain import parametrized
+from apoptosis.graph.trace.activations import Begun, begin
+from apoptosis.graph.trace.entries import Entries, Mark, Pad
+from apoptosis.graph.trace.findings import Findings, Reason
+from apoptosis.graph.trace.ids import Owner, View
+from apoptosis.graph.trace.multiples import Numbers
+from apoptosis.graph.trace.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
+from apoptosis.graph.trace.storage import Memory
+from apoptosis.graph.trace.values import TooLargeError, Value, nothing
+from apoptosis.records import IntArray, Seen
+
+FRAME_MARKS: set[CodeType] = set()
+"""Code objects that call the user's model: beyond them lies no line of the model."""
+
+_TORCH = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(os.path.dirname(__file__))  # all of graph
+
+Result = Value | Sequence[Value | None] | None
+
+
+@dataclass(slots=True)
+class Call:
+    """One executed operator, as a rule sees it. name: without namespace and trailing underscore; outs: its tensors."""
+
+    tracer: Tracer
+    name: str
+    label: str
+    overload: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outs: list[Tensor]
+    inplace: bool = False
+
+    def arg(self, index: int, key: str, default: Any = None) -> Any:
+        """Return an argument, given by position or by name."""
+        return self.args[index] if index < len(self.args) else self.kwargs.get(key, default)
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor among the arguments, those in lists included."""
+        return _flatten((*self.args, *self.kwargs.values()))
+
+    def reason(self, text: str, remedy: str = "") -> Reason:
+        """Word a reason: the operator, the module it runs in and the user's line."""
+        module = self.tracer.module_name
+        place = f" in '{module}'" if module else ""
+        return Reason(f"operator {self.label}{place} {text}", self.tracer.where(), self.tracer.take_off() or remedy)
+
+    def pin(self, slots: IntArray, text: str, remedy: str = "", *, inner: bool = False) -> None:
+        """Pin the channels of these slots. inner: but not the whole heads that they are in."""
+        if bool((slots != 0).any()):
+            self.tracer.findings.pin(slots, self.reason(text, remedy), inner=inner)
+
+    def pin_owner(self, owner: Owner, text: str, remedy: str = "", dim: int = 0) -> None:
+        """Pin every position of a parameter, and list it as a group of its own unless it has one."""
+        self.pin(owner.slots(), text, remedy)
+        if len(owner.shape) > 1 and not owner.is_buffer:
+            dim %= len(owner.shape)
+            self.tracer.findings.owners.setdefault((owner.name, dim), owner.name)
+
+
+Rule = Callable[[Call], Result]
+
+
+@dataclass(slots=True)
+class _Kind:
+    name: str
+    label: str
+    overload: str
+    rule: Rule | None
+    reads: bool
+    writes: tuple[int, ...]
+    works: bool = True
+
+
+def _flatten(items: Iterable[Any]) -> list[Tensor]:
+    out: list[Tensor] = []
+    for item in items:
+        if isinstance(item, Tensor):
+            out.append(item)
+        elif isinstance(item, (list, tuple)):
+            out.extend(_flatten(item))
+    return out
+
+
+class Tracer:
+    """Follows one forward pass of `model` in one mode and writes what the rules find into `findings`."""
+
+    def __init__(
+        self,
+        findings: Findings,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        inputs: Iterable[Tensor],
+        rules: Mapping[str, tuple[Rule, bool]],
+        mode: str,
+        scalars: frozenset[str] = frozenset(),
+        watch: Callable[[Seen], None] | None = None,
+        note: Callable[[Call], None] | None = None,
+        works: frozenset[str] = frozenset(),
+    ) -> None:
+        self.findings = findings
+        self.mode = mode
+        self._rules = rules
+        self._works = works
+        self._watch, self._note = watch, note
+        self._fake = any(isinstance(tensor, FakeTensor) for tensor in tensors.values())
+        self.muted = False
+        self._kinds: dict[Any, _Kind] = {}
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._stack: list[tuple[str, nn.Module, Begun | None, Mark | None]] = []
+        self._label = ""
+        here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
+        self.memory = Memory(findings.slots, tensors, inputs, lambda slots, text: here._pin(slots, text))
+        self.entries = Entries(self.memory)
+        self.numbers = Numbers(findings, mode, scalars, self.memory.recorded)
+
+    # -- tensors ------------------------------------------------------------------------------------------------
+
+    def view(self, tensor: Tensor) -> View | None:
+        """Return which part of which parameter or buffer this tensor is, or None."""
+        return self.memory.view(tensor)
+
+    def value(self, tensor: Tensor) -> Value:
+        """Return what is known of an operand; a parameter along one axis of which it runs gives that axis' slots."""
+        return self.memory.value(tensor) if (view := self.memory.view(tensor)) is None else self._as_value(view)
+
+    def _as_value(self, view: View) -> Value:
+        varied = view.varied()
+        self.read(view.owner, "operator")
+        if view.dims is not None and len(varied) == 1:
+            return Value(view.slots(varied[0]), origin=f"'{view.owner.name}'")
+        if view.dims is None or varied:
+            self._pin(view.owner.slots(), f"rearranges or changes '{view.owner.name}' before it is used")
+        return nothing(view.ndim, f"'{view.owner.name}'")
+
+    def _pin(self, slots: IntArray, text: str) -> None:
+        if bool((slots != 0).any()):
+            place = f" in '{self.module_name}'" if self.module_name else ""
+            operator = f"operator {self._label}{place} " if self._label else ""
+            self.findings.pin(slots, Reason(operator + text, self.where(), self.take_off()))
+
+    def show(self, site: str, make: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
+        """Hand what a site reads to whoever watches this pass."""
+        if self._watch is not None:
+            x, right = make()
+            self._watch(Seen(site=site, x=x, right=right))
+
+    # -- modules ------------------------------------------------------------------------------------------------
+
+    @property
+    def module_name(self) -> str:
+        """Qualified name of the innermost running module."""
+        return self._stack[-1][0] if self._stack else ""
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Qualified names of all running modules, the innermost first."""
+        return tuple(name for name, *_ in reversed(self._stack)) or ("",)
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody only looks at what sites read in this pass."""
+        return self._watch is not None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The innermost running module."""
+        return self._stack[-1][1] if self._stack else None
+
+    def entered(self, module: nn.Module, args: Any) -> None:
+        """Note that a module's forward begins."""
+        if not self.muted:
+            name = self._names.get(id(module), type(module).__name__)
+            entry = self.entries.mark(args[0]) if isinstance(args, tuple) and args else None
+            self._stack.append((name, module, begin(self, module, args), entry))
+
+    def left(self, module: nn.Module, output: Any) -> None:
+        """Note that a module's forward ended."""
+        if self.muted or not self._stack:
+            return
+        _, _, begun, _ = self._stack.pop()
+        if begun is not None and isinstance(output, Tensor) and self.view(output) is None:
+            self.memory.put(output, begun.ended(self, output))
+
+    def pads_from_input(self, tensor: Tensor) -> tuple[Pad, ...] | None:
+        """Return what pads the innermost module's first argument into this tensor; None where it is another."""
+        return self.entries.pads_from(self._stack[-1][3] if self._stack else None, tensor)
+
+    def owner_of(self, module: nn.Module, leaf: str) -> Owner | None:
+        """Return the raw parameter or buffer that `module.leaf` is, or None (absent, or computed)."""
+        tensor = getattr(module, leaf, None)
+        view = self.view(tensor) if isinstance(tensor, Tensor) else None
+        return view.owner if view is not None and view.whole else None
+
+    def read(self, owner: Owner, reader: str) -> None:
+        """Note who reads a parameter or buffer: its own module, or some operator."""
+        self.findings.read_counts[owner.name, self.mode] += 1
+        module = self.module
+        if module is not None and any(t is not None and self.memory.same(t, owner) for t in self._direct(module)):
+            reader = self.module_name
+        if reader not in self.findings.reads[owner.name]:
+            self.findings.reads[owner.name].add(reader)
+
+    @staticmethod
+    def _direct(module: nn.Module) -> Iterable[Tensor | None]:
+        return (*module._parameters.values(), *module._buffers.values())
+
+    def where(self) -> str:
+        """Return the line of the user's model that is running, "" where only library modules are."""
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code not in FRAME_MARKS:
+            path = frame.f_code.co_filename
+            if not path.startswith((_TORCH, _HERE, "<")):
+                return f"{os.path.basename(path)}:{frame.f_lineno}"
+            if frame.f_back is None:
+                break
+            frame = frame.f_back
+        return ""
+
+    def take_off(self) -> str:
+        """Return how to take off what computes a weight of the running modules, "" where nothing does."""
+        return parametrized((name, module) for name, module, *_ in reversed(self._stack))
+
+    # -- operators ----------------------------------------------------------------------------------------------
+
+    def _kind(self, func: Any) -> _Kind:
+        kind = self._kinds.get(func)
+        if kind is None:
+            full = func._schema.name
+            space, _, name = full.partition("::")
+            writes = tuple(
+                i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+            )
+            inplace = writes[:1] == (0,) and name.endswith("_")
+            base = name[:-1] if inplace else name
+            if name in SIDE_WRITES or name in IN_PLACE_SHAPES:
+                writes = ()
+            usable = space == "aten" and (not writes or inplace)
+            rule, reads = (self._rules.get(base) if usable else None) or (None, True)
+            works = base in self._works
+            kind = _Kind(base, f"{space}.{name}", func._overloadname, rule, reads, writes, works)
+            self._kinds[func] = kind
+        return kind
+
+    def before(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments as they will be wanted after the operator has run.
+
+        An operator that changes the shape of the tensor object itself is told by a second object for the same memory.
+        """
+        if func._schema.name.rpartition("::")[2] in IN_PLACE_SHAPES and isinstance(args[0], Tensor):
+            return (args[0].detach(), *args[1:])
+        return args
+
+    def executed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Send the ids through one operator that has just run."""
+        if not self.muted:
+            self._execute(self._kind(func), args, kwargs, out)
+
+    def composite(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Send the ids through a function of torch that is followed as one operator."""
+        rule, reads = self._rules[name]
+        self._execute(_Kind(name, f"aten.{name}", "default", rule, reads, ()), args, kwargs, out)
+
+    def _execute(self, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        with unset_fake_temporarily() if self._fake else nullcontext():  # what is computed here holds numbers
+            self._follow(kind, args, kwargs, out)
+
+    def _follow(self, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        self._label = kind.label
+        outs = _flatten((out,))
+        call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes))
+        if kind.reads:
+            self._note_reads(call)
+        at = self.numbers.note(call, out)
+        if self._note is not None and kind.works:
+            self._note(call)
+        result: Result = None
+        try:
+            result = kind.rule(call) if kind.rule is not None else no_rule(call)
+        except TooLargeError:
+            result = no_rule(call, "is too large to be followed")
+        except (LookupError, TypeError, ValueError):  # called in a way that its rule does not know
+            result = no_rule(call, "could not be followed")
+        values = [result] * len(outs[:1]) if isinstance(result, Value) else list(result or ())
+        values += [None] * (len(outs) - len(values))
+        multiple = self.numbers.follow(call, at, values[0] if values else None)
+        made = [
+            value or nothing(t.dim(), f"the result of {kind.label}") for t, value in zip(outs, values, strict=False)
+        ]
+        made = [v if v.multiple is multiple else replace(v, multiple=multiple) for v in made]
+        if kind.writes:
+            self._written(call, kind, made)
+            return
+        for tensor, value in zip(outs, made, strict=False):
+            self.memory.put(tensor, value)
+
+    def _written(self, call: Call, kind: _Kind, values: Sequence[Value]) -> None:
+        targets = [call.args[i] for i in kind.writes if i < len(call.args) and isinstance(call.args[i], Tensor)]
+        targets += [t for t in _flatten(call.kwargs.values()) if any(t is o for o in call.outs)]
+        for i, tensor in enumerate(targets):
+            value = values[i] if i < len(values) else nothing(tensor.dim(), f"the result of {call.label}")
+            self.memory.write(tensor, value)
+        for tensor in call.outs:
+            if not any(self.memory.shared(tensor, target) for target in targets):
+                self.memory.put(tensor, nothing(tensor.dim(), f"the result of {call.label}"))
+
+    def _note_reads(self, call: Call) -> None:
+        reader = f"@{self.module_name}" if call.name in READERS else "operator"
+        for tensor in call.tensors():
+            if (view := self.view(tensor)) is not None:
+                self.read(view.owner, reader)
+                continue
+            value = self.memory.recorded(tensor)
+            if value is not None and value.source is not None:
+                self.findings.readers[value.source].add("operator")
+
+    def finished(self, outputs: Sequence[tuple[str, Tensor]]) -> None:
+        """Pin what the model returns: tensors, each with the way to it inside the output."""
+        for way, tensor in outputs:
+            self.numbers.read_all(tensor)
+            which = f" '{way}'" if way else ""
+            view = self.view(tensor)
+            if view is not None:
+                self.findings.pin(view.owner.slots(), Reason(f"the model returns it{which and ' as'}{which}"))
+                continue
+            value = self.value(tensor)
+            self.findings.pin(value.ids, Reason(f"they are the network's output{which}"))
+            if value.live:
+                self.findings.made[len(self.findings.pins) - 1] = frozenset(value.paths)
+            if value.source is not None:
+                self.findings.readers[value.source].add("output")
+
+
+def no_rule(call: Call, text: str = "has no rule") -> Result:
+    """Pin everything that reaches an operator; its results carry no channels."""
+    remedy = "Register one with register_rule(), or leave it out with exclude=." if text == "has no rule" else ""
+    for tensor in call.tensors():
+        if (view := call.tracer.view(tensor)) is not None:
+            call.pin_owner(view.owner, text, remedy)
+        else:
+            call.pin(call.tracer.value(tensor).ids, text, remedy)
+    return None

@@ -1,0 +1,1 @@
+"""The user's model: its arguments, its own forward passes, its outputs."""

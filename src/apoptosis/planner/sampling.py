@@ -1,0 +1,158 @@
+"""A model run on batches that are there, in place of those that training brings.
+
+Lives here: which modes it is run in, and when enough of them were read. Does not live here: hooks and rows (observe),
+whose batches these are (oneshot, attempt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from apoptosis.distributed.ranks import Ranks
+from apoptosis.errors import ArgumentError, OutOfMemoryError
+from apoptosis.graph import replay
+from apoptosis.interrupts import is_out_of_memory
+from apoptosis.model.evaluate import num_rows
+from apoptosis.model.kept import run_fitted
+from apoptosis.model.passes import internal_passes
+from apoptosis.observe import Observer, in_both, needs_float64
+from apoptosis.planner import Observations
+from apoptosis.records import Group
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def has_modes(model: nn.Module) -> bool:
+    """Whether a norm computes something else in training: a channel may be silent in one mode alone."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    return any(norm.track_running_stats for norm in norms)
+
+
+def sample(
+    model: nn.Module,
+    groups: Sequence[Group],
+    calls: Iterable[Call],
+    *,
+    tolerance: float,
+    modes: int,
+    seed: int,
+    ranks: Ranks | None = None,
+) -> tuple[Observer, Observations]:
+    """Run calls of the model until every site has seen enough; at tolerance 0 all of them.
+
+    Args:
+        model: left without a trace of these passes.
+        groups: whose sites are observed.
+        calls: positional and keyword arguments of one forward pass each.
+        tolerance: decides how exactly rows are multiplied.
+        modes: 1 for evaluation mode alone, 2 for training mode as well (dropout lets everything through).
+        seed: of the positions that are picked.
+        ranks: that pool what they see; every one of them calls this.
+
+    Returns: the observer of evaluation mode, which kept the largest call, and what was seen in all modes.
+
+    Raises: ArgumentError: there are no calls, or the model fails on one; on all ranks if on any.
+    """
+    ranks = ranks or Ranks()
+    observers = [
+        Observer(
+            model,
+            groups,
+            seed=seed,
+            exact=needs_float64(tolerance),
+            every=tolerance == 0,
+            keep_inputs=mode == 0,
+            any_mode=True,
+            replay=replay,
+            ranks=ranks,
+        )
+        for mode in range(modes)
+    ]
+    ranks.each(partial(_show, model, observers, calls, every=tolerance == 0))
+    found: dict[tuple[str, str], Any] = {}
+    for observer in observers:
+        observer.pool()
+        found |= {key: in_both(found.get(key), seen) for key, seen in observer.observations(last=True).items()}
+    return observers[0], found
+
+
+def _show(model: nn.Module, observers: Sequence[Observer], calls: Iterable[Call], *, every: bool) -> None:
+    """Run calls in evaluation mode before the first observer, and in training mode before the others."""
+    observer, *others = observers
+    count, late = 0, frozenset[str]()
+    observer.open()
+    try:
+        with internal_passes(model), torch.no_grad():
+            for call in calls:
+                args, kwargs = _copied(call)
+                if num_rows((args, kwargs)) == 0:
+                    raise ArgumentError("batches holds a batch without examples along dimension 0.")
+                _run(model, args, kwargs, count)
+                late = late if count else observer.unseen
+                if late:
+                    late = _run_late(model, observer, late, _copied(call))
+                over = [observer.end_step()]
+                for other in others:
+                    with observer.only(frozenset()):
+                        over.append(_run_in_training(model, other, _copied(call)))
+                count += 1
+                if all(over) and not every:
+                    break
+    finally:
+        observer.close()
+    if count == 0:
+        raise ArgumentError("batches is empty: at least one batch of inputs is needed.")
+
+
+def _copied(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the tensors of a call: the model may write to them."""
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, (call[0], dict(call[1])))
+    return args, kwargs
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode without a trace; dropout modules let everything through."""
+    with internal_passes(model, training=True), torch.no_grad():
+        yield
+
+
+def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """Show a batch in training mode, and return whether that is enough; a model that cannot train on it shows none."""
+    observer.open()
+    try:
+        with _training(model):
+            with suppress(ArgumentError):
+                _run(model, *call, 0)
+            return observer.end_step()
+    finally:
+        observer.close()
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
+    try:
+        run_fitted(model, args, kwargs)
+    except (MemoryError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"memory ran out on batch {number} of batches: {error}") from error
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArgumentError(f"batches: the model fails on batch {number}: {line}") from error
+
+
+def _run_late(
+    model: nn.Module, observer: Observer, late: frozenset[str], call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> frozenset[str]:
+    """Run a batch in training mode for modules that take part there alone (an auxiliary head); return those it shows.
+
+    A batch on which the model cannot train (one example) shows nothing.
+    """
+    with _training(model), observer.only(late), suppress(ArgumentError):
+        _run(model, *call, 0)
+    return late - observer.unseen

@@ -1,0 +1,139 @@
+"""Averages of a model that are kept as bare tensors: a dict by name, a list in the order of the parameters.
+
+Lives here: reading them off what a user hands over, showing them as modules, which surgery edits, and averages that
+nobody handed over. Does not live here: the edits.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from apoptosis.distributed.wrappers import bare
+from apoptosis.errors import ArgumentError
+from apoptosis.numerics.alike import alike
+
+_KINDS = "an AveragedModel or a copy of the model, a dict of its tensors by name, or a list of them in order"
+_INSIDE = ("ema_model", "module", "averaged_model", "ema", "average_model", "_average_model")  # of several libraries
+_LISTS = ("shadow_params", "shadow")  # torch-ema's and diffusers', and what many write themselves
+
+
+class Tensors(nn.Module):
+    """An average that is a dict or a list. It is read anew whenever it is asked for, since updates may replace entries.
+
+    Args:
+        read: returns the dict or the list.
+        model: whose names its entries have: of all its parameters, or of those that require a gradient.
+    """
+
+    def __init__(self, read: Callable[[], Any], model: nn.Module) -> None:
+        super().__init__()
+        self._read = read
+        parameters = dict(model.named_parameters())
+        self._orders = [list(parameters), [name for name, p in parameters.items() if p.requires_grad]]
+        self._known = {*parameters, *(name for name, _ in model.named_buffers())}
+
+    def named(self) -> dict[str, Tensor]:
+        """Return its tensors by name.
+
+        Raises: ArgumentError: a list of another length than that of the parameters.
+        """
+        found = self._read()
+        if isinstance(found, Mapping):
+            return {name: x for name, x in found.items() if name in self._known and isinstance(x, Tensor)}
+        order = next((names for names in self._orders if len(names) == len(found)), None)
+        if order is None:
+            raise ArgumentError(
+                f"a follower is a list of {len(found)} tensors, and the model has {len(self._orders[0])} parameters."
+            )
+        return dict(zip(order, found, strict=True))
+
+    def as_module(self) -> nn.Module:
+        """Return a module that holds the same tensors under the model's names."""
+        root = nn.Module()
+        for name, tensor in self.named().items():
+            *path, leaf = name.split(".")
+            home = root
+            for step in path:
+                if step not in home._modules:
+                    home._modules[step] = nn.Module()
+                inner = home._modules[step]
+                home = home if inner is None else inner
+            home._buffers[leaf] = tensor
+        return root
+
+
+def as_follower(averaged: Any, model: nn.Module) -> nn.Module:
+    """Return what follows a model as a module: the copy itself, one that it holds, or its tensors.
+
+    Raises: ArgumentError: nothing in it can follow.
+    """
+    if isinstance(averaged, nn.Module):
+        names = {name for name, _ in model.named_parameters()}
+        inner = [getattr(averaged, name, None) for name in ("", *_INSIDE) if name]
+        for copy in (averaged, *inner):
+            if isinstance(copy, nn.Module):
+                whole = bare(copy)
+                held = whole.module if isinstance(whole, AveragedModel) else whole
+                if names <= {name for name, _ in held.named_parameters()}:
+                    return whole
+        return bare(averaged)
+    for name in _INSIDE:
+        if isinstance(copy := getattr(averaged, name, None), nn.Module):
+            return as_follower(copy, model)
+    read = _reader(averaged)
+    if read is None:
+        raise ArgumentError(f"a follower is {_KINDS}, not a {type(averaged).__name__}.")
+    follower = Tensors(read, model)
+    if not follower.named():
+        raise ArgumentError(
+            f"a follower is {_KINDS}; this {type(averaged).__name__} holds none of the model's tensors."
+        )
+    return follower
+
+
+def _reader(averaged: Any) -> Callable[[], Any] | None:
+    if _holds_tensors(averaged):
+        return lambda: averaged
+    name = next((name for name in _LISTS if _holds_tensors(getattr(averaged, name, None))), None)
+    return None if name is None else lambda: getattr(averaged, name)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(isinstance(x, Tensor) for x in value.values())
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(x, Tensor) for x in value)
+
+
+def warn_of_averages(model: nn.Module, followers: Iterable[nn.Module]) -> None:
+    """Warn where some AveragedModel of the process averages this model, and is neither inside it nor follows it."""
+    known = {id(module) for whole in (model, *followers) for module in whole.modules()}
+    if not _averages_of(model, known):
+        return
+    gc.collect()  # one that is garbage already is no average
+    if _averages_of(model, known):
+        warnings.warn(
+            "apoptosis: there is an AveragedModel of this model that does not follow it, so that its next update after "
+            "an event will fail. Call apo.follow(averaged) (of a callback of Lightning: its _average_model), or let go "
+            "of it.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _averages_of(model: nn.Module, known: set[int]) -> bool:
+    mine = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    found = [x for x in gc.get_objects() if type(x) is AveragedModel and id(x) not in known]
+    for average in found:
+        held = bare(average)
+        held = held.module if isinstance(held, AveragedModel) else held
+        theirs = dict(held.named_parameters())
+        like = (name in theirs and theirs[name].shape == p.shape and alike(theirs[name], p) for name, p in mine.items())
+        if id(held) not in known and mine and all(like):
+            return True
+    return False

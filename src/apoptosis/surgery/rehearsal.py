@@ -1,0 +1,276 @@
+"""Trying, before anything is removed, whether the model runs with fewer channels, and which of its numbers follow.
+
+Lives here: forward passes at smaller widths, the search for the numbers of modules that hold widths, pins for groups
+whose widths the model does not give up. Does not live here: what the numbers become in an event (surgery), numbers of
+known names (surgery/splits.py).
+
+A size in a forward pass that is no size of a tensor (`x.split((self.c, self.c), 1)`, `x.view(-1, 512)`) breaks it once
+channels are gone. Tensors show a part of their own memory during a trial, so that it costs two passes and no memory.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from apoptosis.distributed.fsdp import has_shards
+from apoptosis.errors import CaptureError, ShapeError, StructureChangedError
+from apoptosis.graph import verify_up_to_scale
+from apoptosis.graph.groups.counts import groups_of, with_follows
+from apoptosis.interrupts import restoring
+from apoptosis.planner.alike import alike, missing, steps
+from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
+from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
+from apoptosis.surgery.numbers import number_of, value_of
+from apoptosis.surgery.operation import Patient, broken_pin, kept_positions, set_up_again, with_pins
+from apoptosis.surgery.splits import reads_attribute
+
+_ROUNDS = 40  # faults looked for one after the other; beyond it events find out
+_MULTIPLES = 4  # of what an operator is given may be what the module keeps: split(x, self.width // 2)
+_CANDIDATES = 12  # numbers tried for one group
+_PLACE = re.compile(r"\(([^()\s]+:\d+)\)")
+_GROUP = re.compile(r"group '([^']+)'")
+
+Names = tuple[str, ...]
+
+
+def rehearse(patient: Patient, structure: Structure, left_out: Mapping[str, Pin], align: int = 1) -> Structure:
+    """Return the structure with the numbers of modules that follow widths, and pins for what the model cannot lose.
+
+    The model is afterwards as it was, bitwise. Models whose parameters are spread over processes, or have no data, are
+    not tried.
+
+    Args:
+        patient: the model, and how to call it.
+        structure: of the model as it is now.
+        left_out: pins of the user's, which are added; such groups are not tried.
+        align: widths are multiples of it.
+
+    Raises: ArgumentError: `register_attributes` was given names that a module of the model does not have.
+    """
+    check_registered(patient.model)
+    structure = with_pins(structure, left_out)
+    if has_shards(patient.model) or any(p.is_meta or isinstance(p, FakeTensor) for p in patient.model.parameters()):
+        return structure
+    try:
+        return _Rehearsal(patient, align).settled(structure)
+    finally:
+        if patient.parallel:
+            set_up_again(patient)
+
+
+class _Rehearsal:
+    """Trials of one model."""
+
+    def __init__(self, patient: Patient, align: int) -> None:
+        self._patient, self._align = patient, align
+
+    def settled(self, structure: Structure) -> Structure:
+        """Search until the model runs with every open group narrower, whole heads apart from the channels in them."""
+        fine = tuple(g.name for g in structure.groups if not _is_whole(g))
+        whole = tuple(g.name for g in structure.groups if _is_whole(g))
+        for names in (fine, whole):
+            for _ in range(_ROUNDS):
+                fault = self._fault(structure, names)
+                if not fault:
+                    break
+                better = self._without(structure, names, fault)
+                if better is None:
+                    break
+                structure = better
+        return structure
+
+    def _without(self, structure: Structure, names: Names, fault: str) -> Structure | None:
+        """Return the structure with a fault less; None where it cannot be told which group brings it about."""
+        for most in (1, _MULTIPLES):
+            named = self._following(structure, self._named(structure.counts, most))
+            if named is not None and not self._fault(named, names):
+                return named
+        for name in self._suspects(structure, names, fault):
+            alone = self._with_equal(structure, name)
+            text = self._fault(structure, alone)
+            if not text:
+                continue
+            for candidate in self._candidates(structure, name, text):
+                if not self._fault(candidate, self._with_equal(candidate, name)):
+                    return candidate
+            return with_pins(structure, {n: broken_pin(structure, n, text) for n in alone})
+        return None
+
+    # ------------------------------------------------------------------ one trial
+
+    def _fault(self, structure: Structure, names: Iterable[str]) -> str:
+        """Say what goes wrong when these groups get narrower, "" for nothing; the model is as it was."""
+        ranks = self._patient.ranks
+        return ranks.fault(ranks.each(partial(self._own_fault, structure, frozenset(names))))
+
+    def _own_fault(self, structure: Structure, names: frozenset[str]) -> str:
+        reductions = [r for groups in alike(_open(structure, names)) for r in _narrower(groups, self._align)]
+        if not reductions:
+            return ""
+        patient = self._patient
+        transaction = Transaction(patient.model)
+        with restoring(transaction.close):
+            try:
+                edits = build_edits(structure, reductions)
+                transaction.rehearse(edits, structure, norm_edits(structure, reductions))
+            except ShapeError as error:  # these widths do not go together, others may; one number is never two
+                return str(error) if "at once" in str(error) else ""
+            try:
+                new = patient.capture()
+                verify_up_to_scale(structure, new, kept_positions(edits))
+            except (CaptureError, StructureChangedError) as error:
+                return str(error) or type(error).__name__
+        return ""
+
+    # ------------------------------------------------------------------ who is to blame
+
+    def _suspects(self, structure: Structure, names: Names, fault: str) -> Iterator[str]:
+        """Yield groups that may be to blame: those the fault speaks of, then those that a search by halves finds."""
+        places, told = set(_PLACE.findall(fault)), _GROUP.findall(fault)
+        found = dict.fromkeys(name for name in told if name in names)
+        for count in structure.counts:
+            if count.where in places:
+                found.update(dict.fromkeys(sorted(groups_of(structure, count))))
+        open_names = {g.name for g in _open(structure, names)}
+        seen = [name for name in found if name in open_names]
+        yield from seen
+        yield from self._halved(structure, [name for name in names if name in open_names and name not in seen])
+
+    def _halved(self, structure: Structure, names: Sequence[str]) -> Iterator[str]:
+        if len(names) < 2:
+            yield from names
+            return
+        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+            if self._fault(structure, half):
+                yield from self._halved(structure, half)
+
+    @staticmethod
+    def _with_equal(structure: Structure, name: str) -> Names:
+        group = next(g for g in structure.groups if g.name == name)
+        return (name, *(n for n in group.equal if n != name))
+
+    # ------------------------------------------------------------------ which number follows
+
+    def _following(self, structure: Structure, follows: Iterable[Follow]) -> Structure | None:
+        """Return the structure with further numbers that follow; None where there are none."""
+        known = {(f.module, f.attribute, f.index): f for f in structure.follows}
+        for follow in follows:
+            key = follow.module, follow.attribute, follow.index
+            old = known.get(key, follow)
+            if old.times != follow.times:
+                continue
+            places, groups = ({*getattr(old, n), *getattr(follow, n)} for n in ("places", "groups"))
+            known[key] = replace(follow, places=tuple(sorted(places)), groups=tuple(sorted(groups)))
+        if set(known.values()) == set(structure.follows):
+            return None
+        return with_follows(structure, known.values(), {f: value_of(self._patient.model, f) for f in known.values()})
+
+    def _named(self, counts: Iterable[Count], most: int) -> Iterator[Follow]:
+        """Yield the numbers that the lines of source read off a module that runs there, or up to `most` times them."""
+        for count in counts:
+            for times in range(1, most + 1):
+                for module, attribute, index in self._holders(count.modules, count.number * times):
+                    if self._reads(count, attribute):
+                        places = (count.where,)
+                        yield Follow(module=module, attribute=attribute, index=index, places=places, times=times)
+
+    def _reads(self, count: Count, attribute: str) -> bool:
+        """Whether the line of source at which an operator is given a number names this attribute."""
+        try:
+            running = self._patient.model.get_submodule(count.modules[0])
+        except AttributeError:  # made in the forward pass
+            return False
+        return reads_attribute(running, count.where, attribute)
+
+    def _holders(self, modules: Iterable[str], value: int) -> Iterator[tuple[str, str, int | None]]:
+        """Yield the plain numbers of this value: (module, attribute, place in it), the innermost module first."""
+        for name in dict.fromkeys(modules):
+            try:
+                module = self._patient.model.get_submodule(name)
+            except AttributeError:  # made in the forward pass
+                continue
+            for attribute, held in vars(module).items():
+                if attribute.startswith("_"):
+                    continue
+                size = len(held) if isinstance(held, list | tuple) else 0
+                for index in (None, *range(size)):
+                    if number_of(module, attribute, index) == value:
+                        yield name, attribute, index
+
+    def _candidates(self, structure: Structure, name: str, fault: str) -> Iterator[Structure]:
+        """Yield structures in which further numbers follow the width of a group, likely ones first."""
+        counts = [count for count in structure.counts if name in groups_of(structure, count)]
+        named, multiples = list(self._named(counts, 1)), list(self._named(counts, _MULTIPLES))
+        group = next(g for g in structure.groups if g.name == name)
+        single: dict[tuple[str, str, int | None], Follow] = {}
+        for count in counts:
+            for holder in self._holders(count.modules, count.number):
+                old = single.get(holder)
+                places = (count.where,) if old is None else (*old.places, count.where)
+                single[holder] = Follow(module=holder[0], attribute=holder[1], index=holder[2], places=places)
+        by_width = [
+            Follow(module=module, attribute=attribute, index=index, groups=(name,))
+            for module, attribute, index in self._holders(_lineage(self._patient.model, fault), group.num_channels)
+        ]
+        tried = [
+            named,
+            multiples,
+            *([follow] for follow in single.values()),
+            [*single.values()],
+            *([f] for f in by_width),
+        ]
+        for follows in [follows for follows in tried if follows][:_CANDIDATES]:
+            found = self._following(structure, follows)
+            if found is not None:
+                yield found
+
+
+def _is_whole(group: Group) -> bool:
+    return group.name.partition("#")[0].endswith(":heads")
+
+
+def _open(structure: Structure, names: Iterable[str]) -> list[Group]:
+    wanted = frozenset(names)
+    return [group for group in structure.groups if group.pin is None and group.name in wanted]
+
+
+def _lineage(model: nn.Module, fault: str) -> list[str]:
+    """Return the module that a failed pass speaks of, and those around it."""
+    names = {name for name, _ in model.named_modules()}
+    inside = next((name for name in re.findall(r"in '([^']*)'", fault) if name in names), "")
+    parts = inside.split(".") if inside else []
+    return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
+
+
+def _narrower(groups: Sequence[Group], align: int) -> list[Reduction]:
+    """Return reductions that take half of the channels of all groups, which keep one share; none where that is none."""
+    if missing(groups):
+        return []
+    found = []
+    for group, step in zip(groups, steps(groups, groups, align), strict=True):
+        wide = group.num_channels + group.beside
+        kept = -(-(wide // step) // 2) * step - group.beside
+        if not 0 < kept < group.num_channels or kept % group.rows:
+            return []
+        found.append(_reduction(group, kept))
+    return found
+
+
+def _reduction(group: Group, kept: int) -> Reduction:
+    """Keep channels that lie in no particular order, equally many of every row; nothing stands in for the rest."""
+    draw, length = random.Random(group.name), group.num_channels // group.rows
+    rows = [sorted(draw.sample(range(length), kept // group.rows)) for _ in range(group.rows)]
+    keep = torch.from_numpy(np.array([row * length + c for row, own in enumerate(rows) for c in own], dtype=np.int64))
+    mix = torch.zeros(1, 1, dtype=torch.float64, device="cpu").expand(kept, group.num_channels)
+    return Reduction(
+        group=group.name, keep=keep, sites={site.key: SiteReduction(mix=mix, offset=None) for site in group.sites}
+    )

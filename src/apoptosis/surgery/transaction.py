@@ -1,0 +1,331 @@
+"""The transaction: edits reach model, optimizers and followers together, or not at all.
+
+Lives here: computing all new values first, exchanging them under every tensor's identity, commit and rollback.
+Does not live here: the values themselves (values.py, optimizers.py), measuring what a surgery did, and its budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from apoptosis.distributed.fsdp import Whole, is_unit, part, whole
+from apoptosis.errors import ArgumentError, ShapeError
+from apoptosis.interrupts import restoring
+from apoptosis.model.kept import copies, cut
+from apoptosis.model.module_state import Exchange
+from apoptosis.modules.attention import attention_changes
+from apoptosis.modules.norms import NormEdit
+from apoptosis.records import IntArray, Kept, Structure, TensorEdit
+from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
+from apoptosis.surgery.averaged_models import Tensors
+from apoptosis.surgery.builder import removed_classes
+from apoptosis.surgery.dry_run import check_optimizers
+from apoptosis.surgery.norms import norm_changes
+from apoptosis.surgery.numbers import number_changes
+from apoptosis.surgery.optimizers import StateChange, state_changes
+from apoptosis.surgery.splits import SplitChange, followed, split_changes
+from apoptosis.surgery.undo_log import Journal
+from apoptosis.surgery.values import apply_edit, merge_like
+
+_COPY = "Its shapes were changed by other hands, or the model's were; give apoptosis a copy of the model as it is."
+
+
+class Transaction:
+    """One surgery on model, optimizers and followers; undone bitwise until it is committed.
+
+    Every Parameter and buffer keeps its identity and hooks: only its storage and shape are exchanged, so optimizers,
+    ties and the user's references stay valid, and a loss of the step before may still be alive. (Calling backward
+    once more through a graph from before the surgery is refused by autograd, as after any in-place change.)
+
+    As a context manager it commits at the end of the block, and rolls back when the block raises.
+
+    Args:
+        model: the model. optimizers: those that hold its parameters; state of other models is left alone.
+        followers: averaged copies (`AveragedModel`, or modules with the model's tensor names), which get the same
+            folds and slices on their own values.
+
+    Raises:
+        UnsupportedOptimizerError: see `check_optimizers`. ArgumentError: see `check_followers`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> keep = torch.tensor([0, 2])
+        >>> edits = [TensorEdit(tensor="0.weight", keep={0: keep}), TensorEdit(tensor="0.bias", keep={0: keep}),
+        ...          TensorEdit(tensor="2.weight", keep={1: keep})]
+        >>> with Transaction(net) as transaction:
+        ...     transaction.apply(edits)
+        >>> net[0].out_features, net[2].in_features, tuple(net(torch.ones(4, 2)).shape)
+        (2, 2, (4, 1))
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer] = (), followers: Sequence[nn.Module] = ()
+    ) -> None:
+        check_optimizers(optimizers, model)
+        self._optimizers = tuple(optimizers)
+        self._targets = [model, *(_copy_of(follower) for follower in followers)]
+        self._bare = {i for i, follower in enumerate(followers, 1) if isinstance(follower, Tensors)}
+        check_followers(followers, model)
+        self._journal = Journal()
+        self._open = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with restoring(self.close):
+            if kind is None and self._open:
+                self.commit()
+
+    def apply(
+        self, edits: Sequence[TensorEdit], structure: Structure | None = None, norms: Sequence[NormEdit] = ()
+    ) -> None:
+        """Compute everything that changes, then change it.
+
+        Args:
+            edits: at most one per tensor, all speaking of the shapes before the event.
+            structure: before the event; attributes by which a forward pass splits channels (number of heads, size of a
+                head) follow its splits. Without it only attributes that follow a tensor's shape change.
+            norms: what norms have to know of the channels that go, see `norm_edits`.
+
+        Raises:
+            ShapeError: an edit does not fit its tensor or a split. UnsupportedOptimizerError: state without a rule.
+            ArgumentError: an edit of an unknown tensor, two edits of one tensor, or a transaction that is over.
+            Whatever is raised, everything is as before the call.
+        """
+        if not self._open or len(self._journal):
+            raise ArgumentError("a transaction takes one set of edits; open another one.")
+        by_name = {edit.tensor: edit for edit in edits}
+        if len(by_name) < len(edits):
+            raise ArgumentError("two edits of one tensor in one transaction.")
+        self._write(by_name, _around(self._targets[0], structure, edits, norms))
+
+    def rehearse(self, edits: Sequence[TensorEdit], structure: Structure, norms: Sequence[NormEdit]) -> None:
+        """Give tensors and attributes the sizes that `apply` would give them, to try a forward pass; then roll back.
+
+        Tensors keep their memory, of which they show a part: no number in them means anything, none is written, and
+        optimizers are left alone. Folds and whatever else makes numbers are passed over.
+
+        Raises: as `apply`.
+        """
+        if not self._open or len(self._journal):
+            raise ArgumentError("a transaction takes one set of edits; open another one.")
+        by_name = {edit.tensor: edit for edit in edits}
+        around = _around(self._targets[0], structure, edits, norms)
+        self._write(by_name, around, values=False)
+
+    def rescale(self, edits: Sequence[TensorEdit]) -> None:
+        """Multiply parts of tensors that `apply` has written, as `verify_up_to_scale` wants it.
+
+        Args:
+            edits: at most one per tensor, of scales alone, speaking of the shapes as they are now.
+
+        Raises:
+            ArgumentError: an edit that does more than scale, of an unknown tensor, two edits of one tensor, or a
+            transaction that is over. ShapeError: an edit does not fit its tensor. Whatever is raised, roll back.
+        """
+        by_name = {edit.tensor: edit for edit in edits}
+        if not self._open or len(by_name) < len(edits) or any(e.keep or e.folds or e.offsets or e.merge for e in edits):
+            raise ArgumentError("a transaction that is open is rescaled by one edit per tensor, of scales alone.")
+        self._write(by_name, _Around())
+
+    def _write(self, by_name: Mapping[str, TensorEdit], around: _Around, *, values: bool = True) -> None:
+        plans = _plan_targets(self._targets, by_name, around, values, bare=self._bare)
+        parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
+        optimizers = self._optimizers if values else ()
+        states = [change for o in optimizers for change in state_changes(o, parameters, by_name)]
+        written: list[bool] = []
+        with restoring(lambda: None if written else self._journal.undo()):
+            self._swap(plans, states)
+            written.append(True)
+        torch.clear_autocast_cache()  # an enclosing autocast would go on with the old weights' casts
+
+    def rollback(self) -> None:
+        """Put everything back, bitwise, and end the transaction.
+
+        Tensors, gradients, optimizer state, module attributes and followers are as before `apply`.
+        """
+        self._journal.undo()
+        self._open = False
+
+    def close(self) -> None:
+        """Roll back unless it is over. Called where a transaction may have been interrupted while it ended."""
+        if self._open:
+            self.rollback()
+
+    def commit(self) -> None:
+        """Let go of the old values and end the transaction."""
+        self._journal.forget()
+        self._open = False
+
+    def _swap(self, plans: Sequence[_Plan], states: Iterable[StateChange]) -> None:
+        for plan in plans:
+            for tensor, value, grad in plan.tensors:
+                self._journal.set_tensor(tensor, value, grad)
+            for module, name, attribute in plan.attributes:
+                self._journal.set_attribute(module, name, attribute)
+                if isinstance(module, nn.RNNBase):  # for cuDNN: one chunk of memory, which undoing leaves again
+                    module.flatten_parameters()
+            for setter, old, new in plan.kept:
+                self._journal.call(setter, old, new)
+        for change in states:
+            self._journal.set_item(change.state, change.key, change.value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What attributes follow beside the tensors' shapes, by module: splits, norms, and numbers found to be widths.
+
+    kept, removed: what is kept between passes, and the numbers of the channels that go.
+    """
+
+    splits: Mapping[str, Sequence[SplitChange]] = field(default_factory=dict)
+    norms: Mapping[str, NormEdit] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kept: Sequence[Kept] = ()
+    removed: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+def _around(
+    model: nn.Module, structure: Structure | None, edits: Sequence[TensorEdit], norms: Sequence[NormEdit]
+) -> _Around:
+    if structure is None:
+        return _Around(norms={edit.module: edit for edit in norms})
+    return _Around(
+        splits=split_changes(structure, edits),
+        norms={edit.module: edit for edit in norms},
+        numbers=number_changes(model, structure, edits),
+        kept=structure.kept,
+        removed=removed_classes(structure, edits),
+    )
+
+
+class _Plan:
+    """New tensors (with gradients), attributes and what is kept between passes, of the model or one follower."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.attributes: list[tuple[nn.Module, str, Any]] = []
+        self.kept: list[Exchange] = []
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """List every parameter and buffer by qualified name: tied ones under each name, non-persistent ones too."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def check_followers(followers: Iterable[nn.Module], model: nn.Module, remedy: str = _COPY) -> None:
+    """Refuse averaged copies that are none: each needs the model's tensor names and shapes.
+
+    remedy: what to do where shapes differ.
+
+    Raises: ArgumentError: with the first name that differs.
+    """
+    mine = named_tensors(model)
+    for follower in followers:
+        if not isinstance(follower, nn.Module):
+            raise ArgumentError(f"a follower is an AveragedModel or a copy of the model, not a {type(follower)}.")
+        _check_copy(follower, mine, remedy)
+
+
+def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor], remedy: str) -> None:
+    theirs = named_tensors(_copy_of(follower))
+    for name, tensor in mine.items():
+        if name not in theirs and isinstance(follower, Tensors):  # which may hold the trained parameters alone
+            continue
+        if name not in theirs:
+            raise ArgumentError(f"follower {type(follower).__name__} is no copy of the model: it has no '{name}'.")
+        if theirs[name].shape != tensor.shape:
+            raise ArgumentError(
+                f"follower {type(follower).__name__} is no copy of the model: '{name}' has shape "
+                f"{tuple(theirs[name].shape)} instead of {tuple(tensor.shape)}. {remedy}"
+            )
+
+
+def _copy_of(follower: nn.Module) -> nn.Module:
+    if isinstance(follower, Tensors):
+        return follower.as_module()
+    return follower.module if isinstance(follower, AveragedModel) else follower
+
+
+def _plan_targets(
+    targets: Sequence[nn.Module],
+    edits: Mapping[str, TensorEdit],
+    around: _Around,
+    values: bool,
+    bare: Set[int] = frozenset(),
+) -> list[_Plan]:
+    """Plan the same edits for the model and its followers; bare: which of them hold nothing but tensors."""
+    # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
+    plans = []
+    for number, target in enumerate(targets):
+        tensors = named_tensors(target)
+        plan, full = _Plan(), Whole(named_tensors(targets[0]) | tensors if number in bare else tensors)
+        edited: dict[int, TensorEdit] = {}
+        for name, edit in edits.items():
+            if name not in tensors and number in bare:
+                continue
+            if name not in tensors:
+                raise ArgumentError(f"an edit speaks of tensor '{name}', which {type(target).__name__} does not have.")
+            tensor = tensors[name]
+            if id(tensor) in edited:
+                raise ShapeError(f"tensor '{name}' is tied to another one, and both have an edit.")
+            edited[id(tensor)] = edit
+            if not values:
+                plan.tensors.append((tensor, _part_of_memory(tensor, edit), None))
+                continue
+            grad = tensor.grad if tensor.is_leaf else None
+            new_grad = None if grad is None else part(merge_like(edit, whole(grad)), grad)
+            plan.tensors.append((tensor, part(apply_edit(edit, whole(tensor), full), tensor), new_grad))
+        if number in bare:
+            plans.append(plan)
+            continue
+        plan.attributes = _plan_attributes(target, edited, around)
+        new = {name: value for name, (_, value, _) in zip(edits, plan.tensors, strict=True)}
+        plan.kept = cut(target, around.kept, around.removed)
+        plan.kept += copies(target, around.kept, {name: edit.keep for name, edit in edits.items()}, new)
+        plans.append(plan)
+    return plans
+
+
+def _part_of_memory(tensor: Tensor, edit: TensorEdit) -> Tensor:
+    """Return a tensor of the size after an edit that lies in the memory of the one before."""
+    shape = [edit.keep[dim].numel() if dim in edit.keep else size for dim, size in enumerate(tensor.shape)]
+    stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return tensor.detach().as_strided(shape, stride)
+
+
+def _plan_attributes(
+    target: nn.Module, edited: Mapping[int, TensorEdit], around: _Around
+) -> list[tuple[nn.Module, str, Any]]:
+    changes: list[tuple[nn.Module, str, Any]] = []
+    for qualified, module in target.named_modules():
+        merged: dict[str, Any] = {}
+        if qualified in around.splits:
+            merged.update(followed(module, around.splits[qualified]))
+        merged.update(attention_changes(module, edited))
+        if qualified in around.norms:
+            merged.update(norm_changes(module, around.norms[qualified]))
+        check_recurrence(module, edited)
+        for leaf, tensor in tensors_with_rows(module).items():
+            if id(tensor) in edited:
+                merged.update(attribute_changes(module, leaf, edited[id(tensor)].keep, tuple(tensor.shape)))
+        merged.update(around.numbers.get(qualified, {}))
+        if "__class__" in merged and is_unit(module):
+            raise ShapeError(f"module '{qualified}' gets another class, and fully_shard has wrapped it by itself.")
+        changes.extend((module, name, value) for name, value in merged.items())
+    return changes

@@ -1,0 +1,94 @@
+"""`apoptosis plan`: what apoptosis would remove from the network of a checkpoint now.
+
+Lives here: the dry run. It shrinks a copy in memory, measures what that does, and writes nothing.
+Does not live here: planning and surgery (the library).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from apoptosis import shrink_
+from apoptosis.checkpoint import load
+from apoptosis.criteria import get_criterion
+from apoptosis.errors import ArgumentError, CheckpointError
+from apoptosis.tools.cli.display import console
+from apoptosis.tools.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance, check_json_file, path_of
+from apoptosis.tools.cli.voice import works_alone
+from apoptosis.tools.recipes.config import RunConfig
+from apoptosis.tools.recipes.datasets import Dataset
+from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, write_json
+from apoptosis.tools.recipes.loop import make_network
+from apoptosis.tools.recipes.train import prepare
+
+
+def plan(
+    checkpoint: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint file in it.", parser=path_of)],
+    tolerance: Tolerance = None,
+    criterion: Criterion = "",
+    data_dir: DataDir = None,
+    device: Device = "",
+    json_file: JsonFile = None,
+) -> None:
+    """Say what would be removed from the network of a checkpoint, and what that would change. Nothing is written."""
+    works_alone("plan")
+    check_json_file(json_file)
+    path, config = _find(checkpoint)
+    asked = {"tolerance": tolerance, "criterion": criterion or None, "data_dir": data_dir, "device": device or None}
+    config = RunConfig.checked(**{**config.model_dump(), **{k: v for k, v in asked.items() if v is not None}})
+    data, place = prepare(config)
+    model = make_network(config, data, place)
+    load(path, model)
+    rows = min(config.probe_rows, len(data.validation))
+    example, _ = data.train.between(0, 2)
+    event = shrink_(
+        model,
+        example.to(place),
+        _batches(data, min(config.batch, len(data.train)), place),
+        tolerance=get_criterion(config.criterion).tolerance if config.tolerance is None else config.tolerance,
+        criterion=config.criterion,
+        probe=tuple(t.to(place) for t in data.validation.between(0, rows)) if rows else None,
+        align=config.align,
+        exclude=config.exclude,
+    )
+    shown = console()
+    shown.print(f"dry run of '{path}' at tolerance {event.tolerance:g}; nothing is written", markup=False)
+    for name, (before, after) in event.groups.items():
+        shown.print(f"  {name}: {before} -> {after} channels", markup=False)
+    for certificate in event.certificates:
+        shown.print(
+            f"  {certificate.kind} <= {certificate.value:.3g} at '{certificate.subject}' on {certificate.rows} rows",
+            soft_wrap=True,
+            markup=False,
+        )
+    shown.print(str(event), soft_wrap=True, markup=False)
+    if json_file is not None:
+        write_json(json_file, {"checkpoint": str(path), **event.as_dict()})
+
+
+def _find(given: Path) -> tuple[Path, RunConfig]:
+    """Find the checkpoint and the configuration of a run folder, or of a file in one."""
+    if not given.exists():
+        raise ArgumentError(f"there is no '{given}'.")
+    folder = given if given.is_dir() else given.parent
+    config = RunConfig.read(folder / CONFIG)
+    if given.is_file():
+        return given, config
+    if (given / CHECKPOINT).exists():
+        return given / CHECKPOINT, config
+    others = sorted(path.name for path in given.glob("*.safetensors"))
+    hint = f"; name one of {', '.join(others)}" if others else ""
+    raise CheckpointError(f"'{given}' holds no {CHECKPOINT}{hint}.")
+
+
+def _batches(data: Dataset, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield training inputs in order; the library stops when it has seen enough."""
+    for start in range(0, len(data.train) - batch + 1, batch):
+        inputs, _ = data.train.between(start, start + batch)
+        yield inputs.to(device)

@@ -1,0 +1,124 @@
+"""`apoptosis train`: one run in a folder.
+
+Lives here: arguments to run and back to words. Does not live here: the run (recipes.train).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apoptosis.errors import ArgumentError
+from apoptosis.tools.cli import options as o
+from apoptosis.tools.cli.display import console, display, metric_words, widths_words
+from apoptosis.tools.cli.voice import one_voice
+from apoptosis.tools.launch import Group
+from apoptosis.tools.recipes.config import RunConfig, resolve_device
+from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, RunFolder, has_results
+from apoptosis.tools.recipes.train import train as run_train
+
+D = o.DEFAULTS
+
+
+def train(
+    ctx: typer.Context,
+    data: o.Data = D.data,
+    data_dir: o.DataDir = None,
+    train_rows: o.TrainRows = None,
+    test_rows: o.TestRows = None,
+    validation: o.Validation = D.validation,
+    network: o.Network = D.network,
+    widths: o.Widths = None,
+    activation: o.Activation = D.activation,
+    dropout: o.Dropout = D.dropout,
+    epochs: o.Epochs = D.epochs,
+    batch: o.Batch = D.batch,
+    optimizer: o.OptimizerName = D.optimizer,
+    lr: o.Lr = D.lr,
+    weight_decay: o.WeightDecay = D.weight_decay,
+    schedule: o.Schedule = D.schedule,
+    seed: Annotated[int, typer.Option(help="Decides initialisation, order of the rows, dropout.")] = D.seed,
+    device: o.Device = D.device,
+    precision: o.Precision = D.precision,
+    threads: o.Threads = None,
+    apoptosis: Annotated[bool, typer.Option("--apoptosis/--no-apoptosis", help="Shrink while training.")] = True,
+    tolerance: o.Tolerance = None,
+    criterion: o.Criterion = D.criterion,
+    budget: o.Budget = None,
+    probe_rows: o.ProbeRows = D.probe_rows,
+    align: o.Align = D.align,
+    exclude: o.Exclude = None,
+    calibration: o.Calibration = None,
+    tensorboard: o.TensorBoard = False,
+    out: o.Out = None,
+    launcher: o.Launcher = "auto",
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder exactly.", parser=o.path_of)
+    ] = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train one network; with apoptosis unless told otherwise."""
+    if resume is not None and out is not None:
+        raise ArgumentError(f"--out: a run that is resumed goes on in its own folder, '{resume}'; leave --out out.")
+    config = o.to_config(ctx) if resume is None else o.same_config(_stored(resume), o.given(ctx), resume)
+    if config.device not in ("auto", "cuda"):  # which is whose, the launcher says
+        resolve_device(config.device)
+    with one_voice(launcher, config.device) as group:
+        where = _where(group, config, out, resume)
+        _run(group, config, *where, quiet=quiet)
+
+
+def _run(group: Group, config: RunConfig, path: Path, resume: str, *, quiet: bool) -> None:
+    first, shown = group.rank == 0, console()
+    if first and resume == "folder":
+        shown.print(f"'{path}' holds no checkpoint yet: the run begins anew", soft_wrap=True, markup=False)
+    opened = group.ranks.each(lambda: RunFolder(path, resume=resume != "", writes=first))
+    with opened as folder, display(shown, quiet or not first) as watch:
+        summary = run_train(folder, config, resume=resume == "checkpoint", watch=watch, group=group)
+    if first:
+        shown.print(_words(summary), soft_wrap=True, markup=False)
+        shown.print(f"run folder: {path}", soft_wrap=True, markup=False)
+
+
+def _where(group: Group, config: RunConfig, out: Path | None, resume: Path | None) -> tuple[Path, str]:
+    """Return the run's folder, the same on all ranks, and what of it to go on from: "checkpoint", "folder" or "".
+
+    Processes that torchrun started anew go on with the run that they were started for.
+
+    Raises: ArgumentError: they may be started anew, and would not find it. DataError: another run lies there.
+    """
+    if resume is not None:
+        return resume, group.ranks.first("checkpoint" if has_results(resume) else "folder")
+    if group.place.restartable and out is None:
+        raise ArgumentError("torchrun --max-restarts needs --out: processes started anew go on with the run in there.")
+    path = group.ranks.first(out or default_folder(config))
+    found = ""
+    if group.rank == 0 and group.place.restarts and (path / CONFIG).is_file():
+        if _stored(path) == config:
+            found = "checkpoint" if (path / CHECKPOINT).exists() else "folder"
+    return path, group.ranks.first(found)
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Name a folder after data, network and time; one that is not there yet."""
+    name = f"{config.data}-{config.network}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def _stored(path: Path) -> RunConfig:
+    return RunConfig.read(path / "config.json")
+
+
+def _words(summary: dict[str, Any]) -> str:
+    result = summary["result"]
+    lines = [
+        f"test {result.metric_name} {metric_words(result.metric_name, result.test_metric)}, "
+        f"{result.parameters:,} parameters, {widths_words(result.widths)}{result.seconds_training:.1f} s of training "
+        f"({1000 * result.step_seconds:.2f} ms per step), {result.seconds_run:.1f} s in all"
+    ]
+    return "\n".join([*lines, summary["ledger_text"]] if "ledger_text" in summary else lines)

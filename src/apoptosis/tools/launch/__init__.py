@@ -1,0 +1,14 @@
+"""Several processes for one network: how they were started, and the group they form.
+
+    >>> from apoptosis.tools.launch import start_group
+    >>> with start_group("none") as group:
+    ...     (group.rank, group.size, group.launcher)
+    (0, 1, 'none')
+
+place.py reads the environment, group.py begins the process group, mpi.py sums over MPI.
+"""
+
+from apoptosis.tools.launch.group import Group, start_group
+from apoptosis.tools.launch.place import LAUNCHERS, Place, recognise
+
+__all__ = ["LAUNCHERS", "Group", "Place", "recognise", "start_group"]

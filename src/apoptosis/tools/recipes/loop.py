@@ -1,0 +1,355 @@
+"""The training loop behind the command: one contestant, epoch by epoch.
+
+Lives here: `Trainer`, the same for a network with and without apoptosis, used by train and compare alike.
+Does not live here: folders, logs, displays; which contestant goes when.
+Everything random in an epoch follows from (seed, epoch): the order of the examples, and the generator that dropout
+draws from. So twins see the same, and a run can be continued in the middle of an epoch.
+
+Several processes train one network: each takes its rows of every batch, and weights its loss by their number, so that
+the averaged gradient is that of the mean over the batch, whether the rows divide or not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apoptosis.decide.ledger import Event
+from apoptosis.distributed.ranks import Ranks
+from apoptosis.engine import Apoptosis
+from apoptosis.errors import CheckpointError, NonFiniteError
+from apoptosis.tools.launch import Group, Place
+from apoptosis.tools.recipes import several
+from apoptosis.tools.recipes.config import RunConfig
+from apoptosis.tools.recipes.datasets import Dataset
+from apoptosis.tools.recipes.interrupt import Interrupt, Stopped
+from apoptosis.tools.recipes.metrics import evaluate
+from apoptosis.tools.recipes.networks import build_network, num_macs, num_parameters
+from apoptosis.tools.recipes.optim import learning_rate, make_optimizer
+from apoptosis.tools.recipes.several import (
+    StopVote,
+    batch_share,
+    begin_dropout,
+    own_random_state,
+    probe_share,
+    random_state,
+)
+
+# Reading the loss waits for the device, so it is read this often only: for the display and the check for NaN.
+CHECK_EVERY = 50
+
+Record = dict[str, Any]
+LogRecord = Callable[[Mapping[str, Any]], None]
+
+
+class Watcher(Protocol):
+    """Told of progress; must be quick, for its time counts as training."""
+
+    def step(self, trainer: Trainer, loss: float) -> None:
+        """Every CHECK_EVERY steps: mean loss of the epoch so far."""
+
+    def event(self, trainer: Trainer, event: Event) -> None:
+        """After shapes have changed."""
+
+    def epoch(self, trainer: Trainer, epoch: Epoch) -> None:
+        """After an epoch and its evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """What one epoch gave. seconds: of training, since the run began; loss: mean over its steps; metric: on validation.
+
+    metric is None where no validation part is held out.
+    """
+
+    epoch: int
+    step: int
+    seconds: float
+    loss: float
+    metric: float | None
+    parameters: int
+    macs: int
+    widths: Mapping[str, int]
+
+
+def make_network(config: RunConfig, data: Dataset, device: torch.device) -> nn.Module:
+    """Build the full-width network of a run."""
+    return build_network(
+        config.network,
+        data.shape,
+        data.num_classes,
+        widths=config.widths,
+        activation=config.activation,
+        dropout=config.dropout,
+    ).to(device)
+
+
+class Trainer:
+    """A network, its optimizer and, if the config says so, its apoptosis, trained on one data set.
+
+    Args:
+        config: the run. data: parts on the device already (see `Part.resident`). device: where to train.
+        log: gets apoptosis' own records.
+        interrupt: asked after every step; None when nobody may interrupt.
+        group: the processes that train together, each with a Trainer of its own; None for one alone. Everything below
+            is collective then: all of them call it.
+
+    `seconds` is wall time of training so far: setting apoptosis up and all it does included, evaluation excluded;
+    `evaluation_seconds` is the rest of the run. `put_off`: done once, after the first step of an epoch that leaves
+    nobody `watching`; its time is no training time.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Dataset,
+        device: torch.device,
+        *,
+        log: LogRecord | None = None,
+        interrupt: Interrupt | None = None,
+        group: Group | None = None,
+    ) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.interrupt = interrupt or Interrupt()
+        self.group = group or Group(Place(), device, Ranks())
+        self.stop = StopVote(self.group, self.interrupt)
+        self.batch = min(config.batch, len(data.train))
+        self._share = batch_share(self.group, self.batch)
+        torch.manual_seed(config.seed)
+        self.model = make_network(config, data, device)
+        self.parallel = self.group.parallel(self.model)
+        self.optimizer = make_optimizer(config, self.model)
+        self.steps_per_epoch = len(data.train) // self.batch
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.step = 0
+        self.put_off: Callable[[], None] | None = None
+        self.seconds = self.evaluation_seconds = 0.0
+        self.last_epoch_seconds = self._clock = 0.0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._rng: Tensor | None = None
+        self._macs: tuple[int, int] | None = None
+        self.apo: Apoptosis | None = None
+        if config.apoptosis:
+            started = time.perf_counter()
+            self.apo = self._start_apoptosis(log)
+            self.seconds = time.perf_counter() - started
+
+    def _start_apoptosis(self, log: LogRecord | None) -> Apoptosis:
+        config, held_out = self.config, self.data.validation
+        rows = len(held_out) if config.budget is not None else min(config.probe_rows, len(held_out))
+        probe = tuple(t.to(self.device) for t in held_out.between(*probe_share(self.group, rows))) if rows else None
+        example, _ = self.data.train.between(0, 2)
+        return Apoptosis(
+            self.parallel,
+            self.optimizer,
+            example.to(self.device),
+            tolerance=config.tolerance,
+            criterion=config.criterion,
+            total_steps=self.total_steps,
+            budget=config.budget,
+            probe=probe,
+            align=config.align,
+            exclude=config.exclude,
+            log=log,
+            seed=config.seed,
+            calibration=config.calibration,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.step >= self.total_steps
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs completed."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def watching(self) -> bool:
+        """Whether a window is open that a checkpoint would lose: each of several processes has its own."""
+        return self.group.size > 1 and self.apo is not None and self.apo.watching
+
+    def widths(self) -> dict[str, int]:
+        """Return channels per group that may shrink, by name; empty without apoptosis."""
+        return {} if self.apo is None else {g.name: g.num_channels for g in self.apo.groups() if g.pin is None}
+
+    def parameters(self) -> int:
+        """Count the network's parameters now."""
+        return num_parameters(self.model)
+
+    def macs(self) -> int:
+        """Count multiply-adds per example now; counted again only after the network has shrunk."""
+        size = self.parameters()
+        if self._macs is None or self._macs[0] != size:
+            self._macs = (size, num_macs(self.model, self.data.shape))
+        return self._macs[1]
+
+    def run_epoch(self, watch: Watcher | None = None) -> Epoch:
+        """Train to the end of the current epoch, then evaluate on the validation part.
+
+        Raises: NonFiniteError: the loss is NaN or infinite. Stopped: asked for by `interrupt`, after a whole
+            step inside the epoch; `state_dict` then holds all it takes to go on. After the epoch's last step the epoch
+            is brought to its end, and whoever runs epochs asks `interrupt`.
+        """
+        self._clock, epoch = time.perf_counter(), self.epoch
+        self.last_epoch_seconds = 0.0
+        try:
+            self._train(watch)
+            self._synchronize()
+        finally:
+            self._stop_clock()
+        loss = self._loss() / self.steps_per_epoch
+        metric = self.evaluate_on("validation") if len(self.data.validation) else None
+        done = Epoch(
+            epoch=epoch + 1,
+            step=self.step,
+            seconds=self.seconds,
+            loss=loss,
+            metric=metric,
+            parameters=self.parameters(),
+            macs=self.macs(),
+            widths=self.widths(),
+        )
+        if watch is not None:
+            watch.epoch(self, done)
+        return done
+
+    def evaluate_on(self, which: str) -> float:
+        """Metric on the "validation" or "test" part; its time is no training time."""
+        started = time.perf_counter()
+        part = self.data.validation if which == "validation" else self.data.test
+        ranks = self.group.ranks
+
+        def value_of_rank_0() -> float:  # whose running averages of BatchNorm are those of the run
+            return evaluate(self.model, part, self.data.metric, self.device) if ranks.rank == 0 else 0.0
+
+        value = ranks.first(ranks.each(value_of_rank_0))
+        self.evaluation_seconds += time.perf_counter() - started
+        return value
+
+    def state_dict(self) -> Record:
+        """Return what a checkpoint needs besides model, optimizer and apoptosis."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "loss_sum": self._loss_sum,
+            "rng": random_state(self.device),
+        }
+        if self.group.size > 1:
+            state["loss_sum"] = torch.full_like(self._loss_sum, self._loss())
+            state["rng"] = torch.stack(self.group.ranks.gathered(random_state(self.device).cpu()))
+            # the state of apoptosis has its own
+            state["buckets"] = [] if self.apo is not None else several.bucket_layouts(self.parallel)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises: CheckpointError: it is of another run.
+        """
+        try:
+            step = int(state["step"])
+            self.seconds, self.evaluation_seconds = float(state["seconds"]), float(state["evaluation_seconds"])
+            self._loss_sum = state["loss_sum"].to(self.device)
+            self._rng = own_random_state(self.group, state["rng"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not hold the state of a training run ({error!r}).") from error
+        if not 0 <= step <= self.total_steps:
+            raise CheckpointError(f"the checkpoint stands at step {step}; this run has {self.total_steps}.")
+        self.step = step
+        several.take_layouts(self.parallel, state.get("buckets", ()))
+
+    def _train(self, watch: Watcher | None) -> None:
+        """Run the steps that are left of the current epoch."""
+        config, data, model, optimizer, apo = self.config, self.data.train, self.parallel, self.optimizer, self.apo
+        own, alone = self._share, self.group.size == 1
+        weight = (own.stop - own.start) * self.group.size / self.batch
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        batches = self._begin_epoch(epoch, first)
+        group = optimizer.param_groups[0]
+        precision = self._precision()
+        for position in range(first, self.steps_per_epoch):
+            inputs, labels = data.take(batches[position][own])
+            inputs, labels = inputs.to(self.device), labels.to(self.device)
+            group["lr"] = learning_rate(config.schedule, config.lr, self.step, self.total_steps)
+            with self.group.step():
+                with precision:
+                    loss = F.cross_entropy(model(inputs), labels)
+                loss = loss if alone else weight * loss
+                optimizer.zero_grad(set_to_none=True)
+                torch.autograd.backward(loss)
+            optimizer.step()
+            if apo is not None:
+                event = apo.step()
+                if event and watch is not None:
+                    watch.event(self, event)
+            self._loss_sum += loss.detach()
+            self.step += 1
+            if self.step % CHECK_EVERY == 0:
+                self._check(epoch, position + 1, watch)
+            if position + 1 < self.steps_per_epoch:
+                self._between_steps()
+        self._check(epoch, self.steps_per_epoch, watch)
+
+    def _between_steps(self) -> None:
+        """Stop if that was asked for, or do what was put off until here."""
+        if self.stop.after(self.step, watching=self.watching):
+            self._rng = random_state(self.device)
+            raise Stopped
+        if self.put_off is not None and not self.watching:
+            work, self.put_off = self.put_off, None
+            self._synchronize()
+            self._stop_clock()
+            work()
+            self._clock = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        passed = time.perf_counter() - self._clock
+        self.last_epoch_seconds += passed
+        self.seconds += passed
+
+    def _begin_epoch(self, epoch: int, first: int) -> Tensor:
+        """Set the random state of this place in the run; return the epoch's rows, (steps, batch)."""
+        seed = 2 * (self.config.seed * 100_003 + epoch)
+        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed), device="cpu")
+        begin_dropout(self.group, self.device, seed + 1, first, self._rng)
+        if not first:
+            self._loss_sum = torch.zeros_like(self._loss_sum)
+        self.model.train()
+        order = order[: self.steps_per_epoch * self.batch].to(self.data.train.labels.device)
+        return order.view(self.steps_per_epoch, self.batch)
+
+    def _loss(self) -> float:
+        """Sum of the epoch's losses so far, of all rows of all ranks."""
+        if self.group.size == 1:
+            return float(self._loss_sum)
+        return float(self.group.ranks.total(self._loss_sum)) / self.group.size
+
+    def _check(self, epoch: int, done: int, watch: Watcher | None) -> None:
+        mean = self._loss() / done
+        if not math.isfinite(mean):
+            raise NonFiniteError(
+                f"the training loss is {mean} by step {self.step} (epoch {epoch + 1}); "
+                f"lower --lr (now {self.config.lr:g}) or check the data."
+            )
+        if watch is not None:
+            watch.step(self, mean)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

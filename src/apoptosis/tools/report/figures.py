@@ -1,0 +1,342 @@
+"""The plots: widths, size, loss and metric, certificates, time.
+
+Lives here: drawing with matplotlib's object interface (no pyplot, no global state is left changed). Does not live here:
+numbers that the log does not hold. Every plot comes as PNG bytes, as themed inline SVG, or as a sentence why not.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from apoptosis.tools.report.run import (
+    APOPTOSIS,
+    DENSE,
+    Curve,
+    Record,
+    RunData,
+    certificates,
+    measured,
+    measured_points,
+    step_of,
+)
+from apoptosis.tools.report.theme import (
+    APOPTOSIS_COLOUR,
+    DENSE_COLOUR,
+    GRID,
+    INK,
+    MUTED,
+    SERIES,
+    VARIABLES,
+)
+from apoptosis.tools.report.words import METRIC_WORDS, short_number
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlesize": 11,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "text.parse_math": False,  # names of groups are names, whatever dollar signs they hold
+    "lines.linewidth": 2.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "apoptosis",
+    "figure.constrained_layout.use": True,
+}
+LOOKS: dict[str, dict[str, Any]] = {
+    DENSE: {"color": DENSE_COLOUR, "linestyle": "--", "marker": "s"},
+    APOPTOSIS: {"color": APOPTOSIS_COLOUR, "linestyle": "-", "marker": "o"},
+}
+DASHES = ("-", "--", "-.", ":")
+MAX_LABELLED = 8
+_LONGEST_LABEL = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """One plot, or why there is none. alt: what it shows, in words and numbers, for those who do not see it."""
+
+    key: str
+    title: str
+    caption: str
+    alt: str = ""
+    missing: str = ""
+    png: bytes = b""
+    svg: str = ""
+
+
+def draw_all(run: RunData) -> tuple[Plot, ...]:
+    """Draw every plot that the log has the data for, in the order of the page."""
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the page has them
+        return tuple(draw(run) for draw in (_widths, _size, _learning, _certificates, _time))
+
+
+def _plot(key: str, title: str, caption: str, alt: str, fig: Figure) -> Plot:
+    FigureCanvasAgg(fig)
+    png, svg = io.BytesIO(), io.StringIO()
+    fig.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    fig.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return Plot(key=key, title=title, caption=caption, alt=alt, png=png.getvalue(), svg=_inline(svg.getvalue(), key))
+
+
+def _inline(svg: str, key: str) -> str:
+    """Make a standalone SVG fit for the page: ids of its own, colours from the style sheet, no outside references."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", svg)
+    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"|(<svg[^>]*?)\sheight="[^"]*"', r"\1\2", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{key}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", svg)
+    for colour, (name, _, _) in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg.strip()
+
+
+def _axes(num: int, title: str = "", width: float = 9.6) -> tuple[Figure, list[Axes]]:
+    fig = Figure(figsize=(width, 3.7))
+    axes = [fig.add_subplot(1, num, i + 1) for i in range(num)]
+    for ax in axes:
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
+        ax.xaxis.set_major_locator(MaxNLocator(6))
+    return fig, axes
+
+
+def _widths(run: RunData) -> Plot:
+    key, title = "widths", "Widths over steps"
+    caption = "Channels of each coupled channel group. Every fall is an event; widths hold in between."
+    seed = run.seeds[0] if run.seeds else 0
+    lines = run.width_steps(seed)
+    if not lines:
+        return Plot(key=key, title=title, caption=caption, missing="The log has no widths yet: no epoch and no event.")
+    fig, (ax,) = _axes(1)
+    order = sorted(lines, key=lambda g: -lines[g][0][1])
+    labelled = set(order[:MAX_LABELLED]) if len(order) > MAX_LABELLED else set(order)
+    for i, group in enumerate(lines):
+        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i % len(DASHES)]}
+        look["label"] = shown_name(group)
+        if group not in labelled:
+            look = {"color": MUTED, "linestyle": "-", "linewidth": 0.8}
+        ax.step([x for x, _ in lines[group]], [y for _, y in lines[group]], where="post", **look)
+    rolled_back = [step_of(e) for e in run.events.get(seed, ()) if e.get("rolled_back")]
+    if rolled_back:
+        ax.plot(rolled_back, [0.0] * len(rolled_back), "x", color=MUTED, label="rolled back", clip_on=False)
+        caption += " A cross on the axis is an attempt that was rolled back."
+    if len(lines) > MAX_LABELLED:
+        caption += f" {len(lines) - MAX_LABELLED} narrower groups are thin grey lines; the events table has all."
+    if len(run.seeds) > 1:
+        caption += f" Shown is seed {seed}, one of {len(run.seeds)}."
+    ax.set(xlabel="step", ylabel="channels", ylim=(0, None), xlim=(0, None))
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="group", alignment="left")
+    ends = "; ".join(f"{g} from {int(line[0][1])} to {int(line[-1][1])}" for g, line in lines.items())
+    return _plot(key, title, caption, f"Staircase plot of {len(lines)} group widths over steps: {ends}.", fig)
+
+
+def _size(run: RunData) -> Plot:
+    key, title = "size", "Parameters and multiply-adds over time"
+    caption = "Parameters of the network, and multiply-adds (MACs) of a forward pass per example."
+    panels = [p for p in (("parameters", "parameters"), ("macs", "MACs")) if _has(run, p[0])]
+    if not panels:
+        return Plot(key=key, title=title, caption=caption, missing="The log has no sizes yet: no finished epoch.")
+    fig, axes = _axes(len(panels))
+    said = []
+    for ax, (column, label) in zip(axes, panels, strict=True):
+        for contestant, seed in _lines(run):
+            x, y = run.size_over_time(contestant, seed, column)
+            if x:
+                look = LOOKS[contestant] | {"marker": ""}
+                ax.step(x, y, where="post", label=_once(ax, _name(contestant)), **look)
+                said.append(f"{_name(contestant)}, {label}: from {short_number(y[0])} to {short_number(y[-1])}")
+        ax.set(title=label, xlabel="training seconds", ylim=(0, None), xlim=(0, None))
+        ax.legend(loc="best")
+    return _plot(key, title, caption, f"Staircase plots over training time. {'; '.join(said)}.", fig)
+
+
+def _learning(run: RunData) -> Plot:
+    key, title = "learning", "Loss and metric over time"
+    metric = METRIC_WORDS.get(run.metric_name, shown_name(run.metric_name))
+    caption = f"Training loss of each epoch and {metric} on the validation part after it, over training seconds."
+    panels = [p for p in (("loss", "training loss"), ("metric", f"validation {metric}")) if _has(run, p[0])]
+    if not panels:
+        return Plot(key=key, title=title, caption=caption, missing="The log has no finished epoch yet.")
+    if run.curve(DENSE) is None:
+        caption += " This run has no twin without apoptosis; the command apoptosis compare trains one beside it."
+    fig, axes = _axes(len(panels))
+    said = []
+    for ax, (column, label) in zip(axes, panels, strict=True):
+        for contestant, seed in _lines(run):
+            curve = run.curve(contestant, seed)
+            x, y = curve.points("seconds", column) if curve else ([], [])
+            if x:
+                ax.plot(x, y, label=_once(ax, _name(contestant)), markersize=4, **LOOKS[contestant])
+                said.append(f"{_name(contestant)}, {label}: {short_number(y[-1])} after {short_number(x[-1])} s")
+        ax.set(title=label, xlabel="training seconds", xlim=(0, None))
+        ax.legend(loc="best")
+    return _plot(key, title, caption, f"Line plots over training time. {'; '.join(said)}.", fig)
+
+
+CERTIFICATE_WORDS = {
+    "empirical": "sites: relative rms (empirical)",
+    "accuracy": "changed predictions: share (accuracy)",
+    "worst_case": "sites: rms (worst case)",
+}
+
+
+CERTIFIED: dict[str, Any] = {"linestyle": "", "marker": "v", "markerfacecolor": "none", "color": DENSE_COLOUR}
+MEASURED: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4, "color": APOPTOSIS_COLOUR}
+MARGINS: dict[str, Any] = {"linestyle": "", "marker": "s", "markerfacecolor": "none", "color": SERIES[2]}
+
+
+def _certificates(run: RunData) -> Plot:
+    key, title = "certificates", "Certificates against measurements"
+    caption = (
+        "Triangles are bounds; dots are what was measured of the same quantity on the event's probe rows and belong at "
+        "or below their triangle. Squares: the share of these rows whose margin is too small to rule out a change."
+    )
+    attempts = [e for seed in run.seeds for e in run.events.get(seed, ())]
+    kinds = [k for k in CERTIFICATE_WORDS if any(c.get("kind") == k for e in attempts for c in certificates(e))]
+    if not kinds:
+        why = "No event carries a certificate." if attempts else "There has been no event yet."
+        return Plot(key=key, title=title, caption=caption, missing=why)
+    outputs = measured_points(attempts, "output_rms")
+    fig, axes = _axes(len(kinds) + bool(outputs))
+    said = [_certificate_panel(ax, attempts, kind) for ax, kind in zip(axes, kinds, strict=False)]
+    if outputs:
+        axes[-1].plot([s for s, _ in outputs], [v for _, v in outputs], label="measured", **MEASURED)
+        _finish_panel(axes[-1], "outputs: relative rms change", [v for _, v in outputs])
+        caption += " The change of the outputs comes from all sites of an event together and has no bound of its own."
+    return _plot(key, title, caption, f"Points over steps. {'; '.join(said)}.", fig)
+
+
+def _certificate_panel(ax: Axes, attempts: Sequence[Record], kind: str) -> str:
+    """Draw one kind of certificate with its measurements; return it in words."""
+    found = [(e, c) for e in attempts for c in certificates(e) if c.get("kind") == kind]
+    pairs = [(step_of(e), float(c["value"]), measured(e, c)) for e, c in found]
+    dots = [(s, b, v) for s, b, v in pairs if v is not None]
+    for step, bound, value in dots:
+        ax.plot([step, step], [value, bound], color=MUTED, linewidth=0.8, zorder=1)
+    ax.plot([s for s, _, _ in pairs], [b for _, b, _ in pairs], label="certified", **CERTIFIED)
+    margins = measured_points(attempts, "margin_share") if kind == "accuracy" else []
+    if margins:
+        ax.plot([s for s, _ in margins], [v for _, v in margins], label="by margins", **MARGINS)
+    if dots:
+        ax.plot([s for s, _, _ in dots], [v for _, _, v in dots], label="measured", **MEASURED)
+    _finish_panel(ax, CERTIFICATE_WORDS[kind], [*(v for d in dots for v in d[1:]), *(b for _, b, _ in pairs),
+                                               *(v for _, v in margins)])  # fmt: skip
+    held = sum(v <= b for _, b, v in dots)
+    return f"{kind}: {len(pairs)} certified, {len(dots)} measured, {held} of these at or below their bound"
+
+
+def _finish_panel(ax: Axes, title: str, values: Sequence[float]) -> None:
+    _scale(ax, values)
+    ax.set(title=title, xlabel="step", xlim=(0, None))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, columnspacing=1.0, handletextpad=0.3)
+
+
+def _time(run: RunData) -> Plot:
+    key, title = "time", "Time saved"
+    caption = "Cumulative training seconds at the end of each epoch; the gap is the time saved so far."
+    pairs = [(run.curve(DENSE, s), run.curve(APOPTOSIS, s), s) for s in run.seeds]
+    both = [
+        (d, a, s)
+        for d, a, s in pairs
+        if d and a and d.points("epoch", "seconds")[0] and a.points("epoch", "seconds")[0]
+    ]
+    if not both:
+        why = "This run has no twin without apoptosis, so no time saved can be told."
+        return Plot(key=key, title=title, caption=caption, missing=why if run.curves else "The log has no epoch yet.")
+    fig, (ax,) = _axes(1)
+    said = []
+    for dense, apo, seed in both:
+        for curve in (dense, apo):
+            x, y = curve.points("epoch", "seconds")
+            look = LOOKS[curve.contestant] | {"markersize": 4}
+            ax.plot([0.0, *x], [0.0, *y], label=_once(ax, _name(curve.contestant)), **look)
+        if len(both) == 1:
+            x, low, high = _shared(apo, dense)
+            ax.fill_between([0.0, *x], [0.0, *low], [0.0, *high], color=APOPTOSIS_COLOUR, alpha=0.12, linewidth=0)
+        d, a = dense.last("seconds") or 0.0, apo.last("seconds") or 0.0
+        said.append(f"seed {seed}: {short_number(d)} s without, {short_number(a)} s with apoptosis")
+        if len(both) == 1 and d > a:
+            at = max(dense.points("epoch", "seconds")[0])
+            ax.annotate(f"{short_number(d - a)} s saved", (at, (d + a) / 2), (-8, 0), ha="right", va="center",
+                        textcoords="offset points")  # fmt: skip
+    ax.set(xlabel="epoch", ylabel="training seconds", ylim=(0, None), xlim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.legend(loc="upper left")
+    return _plot(key, title, caption, f"Line plot of cumulative seconds by epoch. {'; '.join(said)}.", fig)
+
+
+def _shared(apo: Curve, dense: Curve) -> tuple[list[float], list[float], list[float]]:
+    """Epochs that both have, with the seconds of both."""
+    low, high = (dict(zip(*c.points("epoch", "seconds"), strict=True)) for c in (apo, dense))
+    x = sorted(low.keys() & high.keys())
+    return x, [low[e] for e in x], [high[e] for e in x]
+
+
+def _scale(ax: Axes, values: Iterable[float]) -> None:
+    """From 0, linear; logarithmic above the smallest positive value where two decades would hide the small ones."""
+    positive = [v for v in values if v > 0]
+    if positive and max(positive) > 100 * min(positive):
+        ax.set_yscale("symlog", linthresh=min(positive))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
+    ax.set_ylim(0, None)
+
+
+def shown_name(name: str) -> str:
+    r"""Return a name as a plot can show it: in one line, not too long, without characters that are none.
+
+    Example:
+        >>> shown_name("fc"), shown_name("_stem"), shown_name("two\nlines"), len(shown_name("x" * 500))
+        ('fc', ' _stem', 'two lines', 40)
+    """
+    shown = "".join("\ufffd" if unicodedata.category(c) in ("Cs", "Cn", "Co") else c for c in name)
+    shown = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cf") else c for c in shown).split())
+    shown = shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 3]}..."
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves labels with an underscore out
+
+
+def _has(run: RunData, column: str) -> bool:
+    return any(c.points("seconds", column)[0] for c in run.curves)
+
+
+def _lines(run: RunData) -> list[tuple[str, int]]:
+    return [(c, s) for c in (DENSE, APOPTOSIS) for s in run.seeds if run.curve(c, s)]
+
+
+def _name(contestant: str) -> str:
+    return "with apoptosis" if contestant == APOPTOSIS else "without"
+
+
+def _once(ax: Axes, label: str) -> str:
+    """Return the label, the first time; seeds after the first share it."""
+    taken = {line.get_label() for line in ax.get_lines()}
+    return f"_{label}" if label in taken else label

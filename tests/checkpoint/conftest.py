@@ -1,0 +1,5 @@
+"""The small networks of the surgery tests."""
+
+from surgery.conftest import nets
+
+__all__ = ["nets"]

@@ -1,0 +1,87 @@
+"""Rules of the source that neither ruff nor import-linter holds: sizes, outside packages, what every module says of itself."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import apoptosis.errors
+
+SRC = Path(apoptosis.errors.__file__).parent
+MAX_FILE, MAX_FUNCTION = 500, 60
+#: What may be imported from outside; packages that are not listed here take CORE alone.
+CORE = {"torch", "numpy", "scipy", "safetensors", "threadpoolctl"}
+EXTRAS = {"typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "tensorboard"}
+MORE = {
+    "tools.recipes": EXTRAS,
+    "tools.cli": EXTRAS,
+    "tools.report": {"matplotlib"},
+    "tools.launch": {"mpi4py"},
+}
+
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+PATHS = {module_name(path): path for path in FILES}
+every_module = pytest.mark.parametrize("module", sorted(TREES))
+
+
+def outside(tree):
+    """(line, package) of everything imported that is neither ours nor the standard library's."""
+    found = set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found |= {(node.lineno, name.split(".")[0]) for name in names}
+    return {(line, top) for line, top in found if top != "apoptosis" and top not in sys.stdlib_module_names}
+
+
+def length(function):
+    """Lines of a function without its docstring, which is to be as long as it needs to be."""
+    text = function.body[0] if ast.get_docstring(function) else None
+    return function.end_lineno - function.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
+
+
+def long_functions(tree):
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {n.name: length(n) for n in nodes if length(n) >= MAX_FUNCTION}
+
+
+@every_module
+def test_the_core_needs_few_packages(module):
+    allowed = CORE | next((more for name, more in MORE.items() if f"{module}.".startswith(f"{name}.")), set())
+    assert {(line, top) for line, top in outside(TREES[module]) if top not in allowed} == set()
+
+
+@every_module
+def test_files_and_functions_stay_short(module):
+    assert PATHS[module].read_text(encoding="utf-8").count("\n") < MAX_FILE
+    assert long_functions(TREES[module]) == {}
+
+
+@every_module
+def test_every_module_says_what_it_holds(module):
+    assert ast.get_docstring(TREES[module])
+
+
+@pytest.mark.parametrize("module", sorted(m for m in TREES if m.startswith("numerics")))
+def test_numerics_knows_no_module(module):
+    names = {node.module or "" for node in ast.walk(TREES[module]) if isinstance(node, ast.ImportFrom)}
+    uses = {ast.unparse(n) for n in ast.walk(TREES[module]) if isinstance(n, ast.Attribute)}
+    assert not {n for n in names if n.startswith("torch.nn.")}
+    assert not {u for u in uses if u.startswith(("nn.", "torch.nn.")) and not u.startswith("torch.nn.functional")}
+
+
+def test_these_checks_can_fail():
+    body = "\n".join("    x = 1" for _ in range(MAX_FUNCTION))
+    assert long_functions(ast.parse(f"def f():\n{body}")) == {"f": MAX_FUNCTION + 1}
+    docstring = '    """long' + chr(10) * MAX_FUNCTION + '    """'
+    assert long_functions(ast.parse(f"def f():\n{docstring}\n    return 1")) == {}
+    assert outside(ast.parse("import rich.table, os, torch.nn")) == {(1, "rich"), (1, "torch")}
