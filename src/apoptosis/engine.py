@@ -53,6 +53,7 @@ from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layout_of, read_layouts, rebuild
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
 from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
+from apoptosis.model.built import built_shapes
 from apoptosis.model.evaluate import as_call, make_probe, num_rows
 from apoptosis.model.outputs import ReadLogits
 from apoptosis.model.trials import has_classes, looked_at
@@ -156,7 +157,7 @@ class Apoptosis:
         self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         self._verdict.check(readable=self._has_classes, named=logits is not None)
         full = num_parameters(model), structure.macs / max(1, num_rows(self._patient.call))
-        self._memory = Memory(full=full, full_shapes=dict(structure.shapes), overhead=overhead)
+        self._memory = Memory(full=full, full_shapes=built_shapes(model, structure.shapes), overhead=overhead)
         widest = max((g.num_channels for g in structure.groups), default=1)
         self._settings = Settings(
             criterion=chosen,

@@ -27,6 +27,7 @@ from apoptosis.distributed.wrappers import bare, parallel_in, rebuild
 from apoptosis.distributed.zero import rebuild_buckets
 from apoptosis.errors import CheckpointError
 from apoptosis.interrupts import restoring
+from apoptosis.model.built import built_shapes, note_built
 from apoptosis.model.passes import check_not_inference
 from apoptosis.modules.norms import is_shrunk
 from apoptosis.surgery.attributes import attributes_of
@@ -122,7 +123,7 @@ def _packed(
                 name: pack(module.get_extra_state(), f"extra_state.{name}", tensors)
                 for name, module in _with_extra_state(model).items()
             },
-            "full": {name: list(shape) for name, shape in getattr(apo, "full_shapes", {}).items()},
+            "full": {name: list(shape) for name, shape in _full(model, apo).items()},
         },
         "optimizers": None
         if optimizer is None
@@ -131,6 +132,12 @@ def _packed(
         "extra": pack(extra, "extra", tensors),
     }
     return tensors, manifest
+
+
+def _full(model: nn.Module, apo: Resumable | None) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes that the model was built with: those the run knows, else those it had when it first shrank."""
+    known: Mapping[str, tuple[int, ...]] | None = getattr(apo, "full_shapes", None)
+    return built_shapes(model, {n: tuple(t.shape) for n, t in tensors_of(model).items()}) if known is None else known
 
 
 def load(
@@ -223,10 +230,13 @@ def take_over(
     except _DAMAGES as error:
         raise CheckpointError(_misstated(path, error)) from error
     journal, todo = Journal(), [True]
+    before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    built = built_shapes(model, before)
 
     def undo() -> None:
         if todo:
             journal.undo()
+            note_built(model, built)
             _set_up_again(wrappers, model, optimizer)
             todo.clear()
 
@@ -240,6 +250,7 @@ def take_over(
         for owner, state in states:
             journal.call(owner.set_extra_state, owner.get_extra_state(), state)
         torch.clear_autocast_cache()
+        note_built(model, {name: stored["full"].get(name, shape) for name, shape in before.items()})
         _set_up_again(wrappers, model, optimizer)
         if apo is not None:  # the last: it sets its wrappers up with the buckets that the run had
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from apoptosis.distributed.fsdp import Whole, is_unit, part, whole
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.interrupts import restoring
+from apoptosis.model.built import built_shapes
 from apoptosis.model.kept import copies, cut
 from apoptosis.model.module_state import Exchange
 from apoptosis.modules.attention import attention_changes
@@ -76,6 +77,7 @@ class Transaction:
         self._targets = [model, *(_copy_of(follower) for follower in followers)]
         self._bare = {i for i, follower in enumerate(followers, 1) if isinstance(follower, Tensors)}
         check_followers(followers, model)
+        built_shapes(model, {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
         self._journal = Journal()
         self._open = True
 
