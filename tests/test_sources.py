@@ -1,4 +1,5 @@
-"""Rules of the source that neither ruff nor import-linter holds: sizes, outside packages, what every module says of itself."""
+"""Rules of the source that neither ruff nor import-linter holds: sizes, outside packages, what every module says of
+itself."""
 
 import ast
 import sys

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.criteria import get_criterion
-from apoptosis.decide.acceptance import Verdict, sanity_limit
+from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
 from apoptosis.decide.attempt import (
     Run,
     Tried,
@@ -38,14 +38,14 @@ from apoptosis.decide.ledger import Event, Ledger
 from apoptosis.decide.overhead import device_of, overhead_macs
 from apoptosis.decide.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
 from apoptosis.decide.state import (
-    DAMAGES,
+    CORRUPT_STATE_ERRORS,
     UNDECIDED,
     Memory,
     Settings,
     check_fits,
     idle,
+    make_ledger,
     read_state,
-    sum_up,
     write_state,
 )
 from apoptosis.distributed.fsdp import group_of
@@ -63,7 +63,7 @@ from apoptosis.planner import Plan
 from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
 from apoptosis.surgery import as_follower, check_followers, check_optimizers, warn_of_averages
 from apoptosis.surgery.operation import (
-    Patient,
+    Target,
     exclude_pins,
     refreshed,
     timed_capture,
@@ -145,18 +145,18 @@ class Apoptosis:
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
         ranks = ranks_of(parallel, group_of(model), next(model.parameters()).device)
-        patient = Patient(model=model, optimizers=optimizers, call=as_call(example_input), ranks=ranks)
-        self._patient, self._log = replace(patient, read=logits, parallel=parallel, **options), log
+        target = Target(model=model, optimizers=optimizers, call=as_call(example_input), ranks=ranks)
+        self._target, self._log = replace(target, read=logits, parallel=parallel, **options), log
         held_out = None if probe is None else make_probe(probe, example_input)
-        structure, seconds = timed_capture(self._patient)
+        structure, seconds = timed_capture(self._target)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
-        self._structure = rehearse(self._patient, structure, left_out := exclude_pins(structure, patterns), align)
+        self._structure = rehearse(self._target, structure, left_out := exclude_pins(structure, patterns), align)
         warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
-        self._has_classes = has_classes(model, self._patient.call, logits)
-        held_out = looked_at(model, held_out, patient.call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
-        self._verdict = Verdict(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
-        self._verdict.check(readable=self._has_classes, named=logits is not None)
-        full = num_parameters(model), structure.macs / max(1, num_rows(self._patient.call))
+        self._has_classes = has_classes(model, self._target.call, logits)
+        held_out = looked_at(model, held_out, target.call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
+        self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
+        self._acceptance.check(readable=self._has_classes, named=logits is not None)
+        full = num_parameters(model), structure.macs / max(1, num_rows(self._target.call))
         self._memory = Memory(full=full, full_shapes=built_shapes(model, structure.shapes), overhead=overhead)
         widest = max((g.num_channels for g in structure.groups), default=1)
         self._settings = Settings(
@@ -195,7 +195,7 @@ class Apoptosis:
     @property
     def model(self) -> nn.Module:
         """The network that shrinks, without its wrappers."""
-        return self._patient.model
+        return self._target.model
 
     @property
     def structure(self) -> Structure:
@@ -233,16 +233,16 @@ class Apoptosis:
         Its multiply-adds are per example.
         """
         observations = {} if self._observer is None else self._observer.observations()
-        plan, rows = plan_now(self._run(), observations), max(1, num_rows(self._patient.call))
+        plan, rows = plan_now(self._run(), observations), max(1, num_rows(self._target.call))
         return replace(plan, macs_before=plan.macs_before / rows, macs_after=plan.macs_after / rows)
 
     def ledger(self) -> Ledger:
         """Sum up what all removals so far cost at most, and with what confidence."""
-        return sum_up(
+        return make_ledger(
             self._memory,
-            self._verdict,
-            parameters=num_parameters(self._patient.model),
-            macs=self._structure.macs / max(1, num_rows(self._patient.call)),
+            self._acceptance,
+            parameters=num_parameters(self._target.model),
+            macs=self._structure.macs / max(1, num_rows(self._target.call)),
             has_classes=self._has_classes,
             site_limit=self._settings.site_limit,
             hook_seconds=self.hook_seconds,
@@ -259,11 +259,11 @@ class Apoptosis:
 
         Raises: ArgumentError: the copy's tensors are not those of the model.
         """
-        averaged = as_follower(averaged, self._patient.model)
+        averaged = as_follower(averaged, self._target.model)
         late = "The model has lost channels since: make the copy of the model as it is now, or follow it before."
         wrong = "It is a copy of another network."
-        check_followers([averaged], self._patient.model, late if self._memory.num_events else wrong)
-        self._patient = replace(self._patient, followers=(*self._patient.followers, averaged))
+        check_followers([averaged], self._target.model, late if self._memory.num_events else wrong)
+        self._target = replace(self._target, followers=(*self._target.followers, averaged))
 
     def close(self) -> None:
         """Take every hook off and never act again; step() becomes a no-op."""
@@ -272,10 +272,10 @@ class Apoptosis:
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
-        alone = self._patient.ranks.size == 1  # else a resumed run opens its window anew
+        alone = self._target.ranks.size == 1  # else a resumed run opens its window anew
         window = self._observer.state_dict() if self._observer is not None and alone else None
-        buckets = [layout_of(wrapper) for wrapper in self._patient.parallel]
-        return write_state(self._memory, self._settings, self._structure, self._verdict, window, buckets)
+        buckets = [layout_of(wrapper) for wrapper in self._target.parallel]
+        return write_state(self._memory, self._settings, self._structure, self._acceptance, window, buckets)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` stopped. The model must have the widths it had then (apoptosis.load sees to that).
@@ -283,7 +283,7 @@ class Apoptosis:
         Raises: CheckpointError: the state is of another network or other widths. RankError: ranks load different ones.
         Nothing has changed then.
         """
-        window, before, verdict = self._observer, dict(vars(self)), self._verdict.state_dict()
+        window, before, acceptance = self._observer, dict(vars(self)), self._acceptance.state_dict()
         try:
             if window is not None:  # the capture below is no pass of the user's
                 window.close()
@@ -292,30 +292,30 @@ class Apoptosis:
             if self._observer is not None and self._observer is not window:
                 self._observer.close()
             vars(self).update(before)
-            self._verdict.load_state_dict(verdict)
+            self._acceptance.load_state_dict(acceptance)
             if window is not None:
                 window.open()
             raise
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        ranks = self._patient.ranks
-        structure = with_known(self._patient, self._structure, self._patient.capture())
+        ranks = self._target.ranks
+        structure = with_known(self._target, self._structure, self._target.capture())
         check_fits(state, {g.name: g.num_channels for g in structure.groups})
-        check_followers(self._patient.followers, self._patient.model, _FOLLOW_LATER)
+        check_followers(self._target.followers, self._target.model, _FOLLOW_LATER)
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             layouts = read_layouts(state.get("buckets", ()))  # older checkpoints, and one process, have none
             ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
-            ranks.same_parameters("in the checkpoint that they load", self._patient.model)
-            layouts = ranks.first(layouts)[: len(self._patient.parallel)]
+            ranks.same_parameters("in the checkpoint that they load", self._target.model)
+            layouts = ranks.first(layouts)[: len(self._target.parallel)]
             observer = kept_window(self._run()._replace(memory=memory, structure=structure), window)
-            self._verdict.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
+            self._acceptance.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except (CheckpointError, RankError):  # say themselves what differs
             raise
-        except DAMAGES as error:
+        except CORRUPT_STATE_ERRORS as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
         self._drop_window()
-        for wrapper, layout in zip_longest(self._patient.parallel, layouts):
+        for wrapper, layout in zip_longest(self._target.parallel, layouts):
             rebuild(wrapper, layout)  # the model may have got the widths of a checkpoint
         self._structure, self._memory = structure, memory
         if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule
@@ -330,7 +330,7 @@ class Apoptosis:
         """Call once after optimizer.step(). Returns an Event if shapes changed, else None."""
         if self._memory.closed:
             return None
-        self._patient.ranks.check_even()
+        self._target.ranks.check_even()
         self._memory.step += 1
         if self._memory.step - 1 == self._settings.total_steps:
             warn_at_end(self._memory.step)
@@ -339,12 +339,12 @@ class Apoptosis:
             return None
         if observer is not None and not ends(self._run(), observer):
             if self._memory.step == self._settings.total_steps:  # the run is over
-                if observer.blind:
+                if observer.saw_nothing:
                     warnings.warn(f"apoptosis saw nothing of this run: {NOTHING_SEEN}", RuntimeWarning, stacklevel=2)
-                reason = NOTHING_SEEN if observer.blind else f"the run was over before {observer.lacks()}"
+                reason = NOTHING_SEEN if observer.saw_nothing else f"the run was over before {observer.lacks()}"
                 self._drop_window()
                 self._memory.decision = self._decide()
-                cause = "unseen" if observer.blind else "rows"
+                cause = "unseen" if observer.saw_nothing else "rows"
                 self._book(Tried(self._structure, record(self._run(), "skipped", cause, reason)))
             elif text := comes_too_late(self._run(), observer):
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -363,12 +363,12 @@ class Apoptosis:
         self._drop_window()
 
     def _open_window(self) -> None:
-        self._structure = refreshed(self._patient, self._structure)
+        self._structure = refreshed(self._target, self._structure)
         if not self.groups():
             self._memory.decision = self._decide()
             return
         if not self._looked:
-            warn_of_averages(self._patient.model, self._patient.followers)
+            warn_of_averages(self._target.model, self._target.followers)
             self._looked = True
         self._memory.window_start = self._memory.step
         observer = new_window(self._run(), self.groups())
@@ -389,14 +389,14 @@ class Apoptosis:
     def _event(self, observer: Observer) -> Event | None:
         start = time.perf_counter()
         self._drop_window()
-        ranks = self._patient.ranks
+        ranks = self._target.ranks
         rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
         own = torch.tensor([rows], dtype=torch.float64, device="cpu")
         self._memory.batch_rows = float(ranks.total(own)) / ranks.size
-        macs, thorough = self._structure.macs, self._memory.thorough
-        stale, self._structure = self._structure, refreshed(self._patient, self._structure)
+        macs, require_full_sample = self._structure.macs, self._memory.require_full_sample
+        stale, self._structure = self._structure, refreshed(self._target, self._structure)
         try:
-            fault = NOTHING_SEEN if observer.blind else CHANGED_BY_OTHERS if stale is not self._structure else ""
+            fault = NOTHING_SEEN if observer.saw_nothing else CHANGED_BY_OTHERS if stale is not self._structure else ""
             if fault := ranks.fault(UNFINISHED if observer.unfinished else fault):
                 raise NonFiniteError(fault)
             tried = attempt(self._run(), observer, start)
@@ -410,7 +410,9 @@ class Apoptosis:
             past = PastEvent(
                 step=self._memory.step, macs_before=macs, macs_after=self._structure.macs, rolled_back=undone
             )
-            if tried.event or undone or thorough == self._memory.thorough:  # too few rows: no reason to back off either
+            if (
+                tried.event or undone or require_full_sample == self._memory.require_full_sample
+            ):  # too few rows: no reason to back off either
                 self._memory.history += (past,)
         finally:
             self._memory.decision = self._decide()
@@ -420,7 +422,7 @@ class Apoptosis:
     def _book(self, tried: Tried) -> None:
         """Keep the record of an attempt, and tell the user's log of it."""
         self._memory.attempts += (tried.attempt,)
-        if self._log is None or self._patient.ranks.rank:
+        if self._log is None or self._target.ranks.rank:
             return
         if tried.attempt.outcome in ("nothing", "skipped"):
             self._log({"kind": "attempt", **tried.attempt.as_dict(), "groups": dict(tried.left)})
@@ -432,7 +434,7 @@ class Apoptosis:
     # ------------------------------------------------------------------ small things
 
     def _run(self) -> Run:
-        return Run(self._patient, self._structure, self._memory, self._settings, self._verdict)
+        return Run(self._target, self._structure, self._memory, self._settings, self._acceptance)
 
     def _decide(self) -> Decision:
         if not self.groups():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.criteria import Ranking, get_criterion
-from apoptosis.decide.acceptance import Verdict, sanity_limit
+from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
 from apoptosis.decide.event_builder import make_event, size_of
 from apoptosis.decide.ledger import Event
 from apoptosis.distributed.wrappers import check_alone
@@ -29,7 +29,7 @@ from apoptosis.planner import Observations, Plan, Request, make_plan
 from apoptosis.planner.sampling import has_modes, sample
 from apoptosis.records import Certificate, Frozen, NormWidths, Pin, Structure
 from apoptosis.surgery import check_optimizers
-from apoptosis.surgery.operation import Outcome, Patient, exclude_pins, new_pins, operate, with_pins
+from apoptosis.surgery.operation import Outcome, Target, apply_reductions, exclude_pins, new_pins, with_pins
 from apoptosis.surgery.rehearsal import rehearse
 
 _TRIES = 6  # surgeries beyond the sanity limit before it is given up
@@ -97,19 +97,19 @@ def shrink_(
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
     call = as_call(example_input)
-    patient = Patient(model=model, optimizers=optimizers, call=call, parallel=parallel, **options)
+    target = Target(model=model, optimizers=optimizers, call=call, parallel=parallel, **options)
     held_out = None if probe is None else make_probe(probe, example_input)
-    captured = patient.capture()
+    captured = target.capture()
     held_out = looked_at(model, held_out, call, None, remedy="Give a probe= on whose inputs it returns some.")
-    verdict = Verdict(None, held_out, sanity=sanity_limit(model, tolerance))
-    structure = rehearse(patient, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
+    acceptance = AcceptanceTest(None, held_out, sanity=sanity_limit(model, tolerance))
+    structure = rehearse(target, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
     modes = 2 if tolerance == 0 and optimizers and has_modes(model) else 1
     groups = [group for group in structure.groups if group.pin is None]
     calls = (_call_of(batch, example_input) for batch in batches)
     observer, observations = sample(model, groups, calls, tolerance=given, modes=modes, seed=seed)
     request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed)
-    job = _Job(patient, structure, request, observer, observations, verdict)
-    before = size_of(patient, structure)
+    job = _Job(target, structure, request, observer, observations, acceptance)
+    before = size_of(target, structure)
     plan, outcome, certificates = job.exactly() if given == 0 else job.within_limit()
     notes = [*(str(pin) for pin in new_pins(with_pins(captured, left_out), structure)), *job.notes]
     structure = job.structure
@@ -120,9 +120,9 @@ def shrink_(
         plan=plan,
         outcome=outcome,
         before=before,
-        after=size_of(patient, outcome.structure),
+        after=size_of(target, outcome.structure),
         certificates=certificates,
-        measured_on="held-out examples" if verdict.held_out else "of the given inputs",
+        measured_on="held-out examples" if acceptance.held_out else "of the given inputs",
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
     )
@@ -138,14 +138,14 @@ class _Job:
 
     def __init__(
         self,
-        patient: Patient,
+        target: Target,
         structure: Structure,
         request: Request,
         observer: Observer,
         observations: Observations,
-        verdict: Verdict,
+        acceptance: AcceptanceTest,
     ) -> None:
-        self._patient, self._request, self._verdict, self.structure = patient, request, verdict, structure
+        self._target, self._request, self._acceptance, self.structure = target, request, acceptance, structure
         self._observer, self._observations = observer, observations
         self._rankings: dict[str, Ranking] = {}  # the same at every tolerance
         self._changes: dict[float, float] = {}  # of the outputs, by tolerance
@@ -157,7 +157,7 @@ class _Job:
             result, refused = self._try(0.0)
             if not refused:
                 break
-            stay = _at_fault(self._patient, self.structure, result[0], self._verdict, self._observer)
+            stay = _at_fault(self._target, self.structure, result[0], self._acceptance, self._observer)
             self.structure = with_pins(self.structure, stay)
         return result
 
@@ -167,7 +167,7 @@ class _Job:
         Tolerances below the given one are powers of two and, from the first that is within, the steps of a grid up to
         the one before: the same for every given tolerance, so that a larger one never removes less.
         """
-        given, limit = self._request.tolerance, self._verdict.sanity
+        given, limit = self._request.tolerance, self._acceptance.sanity
         result, refused = self._try(given)
         for _ in range(_TRIES):
             change = result[1].change
@@ -177,7 +177,7 @@ class _Job:
             measured = self._measured(tolerance)
             result, refused = self._try(tolerance)
             # held-out examples may change more than the given inputs do
-            limit = min(0.999 * measured, limit * self._verdict.sanity / max(change.rms, self._verdict.sanity))
+            limit = min(0.999 * measured, limit * self._acceptance.sanity / max(change.rms, self._acceptance.sanity))
         return result
 
     def _largest_below(self, given: float, limit: float) -> float:
@@ -197,56 +197,58 @@ class _Job:
 
     def _plan(self, tolerance: float) -> Plan:
         request = replace(self._request, tolerance=tolerance)
-        return make_plan(self._patient.model, self.structure, self._observations, request, rankings=self._rankings)
+        return make_plan(self._target.model, self.structure, self._observations, request, rankings=self._rankings)
 
     def _try(self, tolerance: float) -> tuple[Result, bool]:
         """Carry out what one tolerance allows; and whether that was rolled back because the outputs changed."""
-        plan, verdict = self._plan(tolerance), self._verdict
-        probe = verdict.begin(self._observer.inputs)
-        outcome = operate(self._patient, self.structure, plan.reductions, plan.dropped_variance, probe, verdict.judge)
+        plan, acceptance = self._plan(tolerance), self._acceptance
+        probe = acceptance.begin(self._observer.inputs)
+        outcome = apply_reductions(
+            self._target, self.structure, plan.reductions, plan.dropped_variance, probe, acceptance.evaluate
+        )
         self.structure = outcome.structure
         refused = bool(plan.reductions) and not outcome.committed and outcome.change is not None
         if refused:
             self.notes.append(f"rolled back at tolerance {tolerance:.3g}: {outcome.refused}")
-        return (plan, outcome, verdict.settle() if outcome.committed else ()), refused
+        return (plan, outcome, acceptance.record() if outcome.committed else ()), refused
 
     def _measured(self, tolerance: float) -> float:
         """Return the relative rms change of the outputs on the given inputs, which is undone again."""
         if tolerance not in self._changes:
-            plan, probe = self._plan(tolerance), _given_inputs(self._observer, self._verdict)
+            plan, probe = self._plan(tolerance), _given_inputs(self._observer, self._acceptance)
             change: Change | None = None
             if plan.reductions and probe is not None:
-                outcome = operate(
-                    self._patient, self.structure, plan.reductions, plan.dropped_variance, probe, lambda _: "measured"
+                outcome = apply_reductions(
+                    self._target, self.structure, plan.reductions, plan.dropped_variance, probe, lambda _: "measured"
                 )
                 self.structure, change = outcome.structure, outcome.change
             self._changes[tolerance] = 0.0 if change is None else change.rms
         return self._changes[tolerance]
 
 
-def _given_inputs(observer: Observer, verdict: Verdict) -> Probe | None:
+def _given_inputs(observer: Observer, acceptance: AcceptanceTest) -> Probe | None:
     """Return the largest given batch to measure on, so that no confidence of held-out examples is spent."""
     if observer.inputs is None:
-        return verdict.probe
+        return acceptance.probe
     return as_probe(observer.inputs)
 
 
 def _at_fault(
-    patient: Patient, structure: Structure, plan: Plan, verdict: Verdict, observer: Observer
+    target: Target, structure: Structure, plan: Plan, acceptance: AcceptanceTest, observer: Observer
 ) -> dict[str, Pin]:
     """Return pins for the groups that change the outputs too much, each tried by itself and rolled back.
 
     All that are beyond the limit alone; where none is, the one that changes most, and the first if none runs alone.
     Measured on the given inputs, so that no confidence of held-out ones is spent.
     """
-    probe = _given_inputs(observer, verdict)
+    probe = _given_inputs(observer, acceptance)
     found = {plan.reductions[0].group: 0.0}
     for reduction in plan.reductions:
-        trial = operate(patient, structure, [reduction], plan.dropped_variance, probe, lambda _: "measured")
+        trial = apply_reductions(target, structure, [reduction], plan.dropped_variance, probe, lambda _: "measured")
         if trial.change is not None:
             found[reduction.group] = trial.change.rms
-    guilty = [name for name, rms in found.items() if not rms <= verdict.sanity]
-    guilty = guilty or sorted(found, key=found.__getitem__)[-1:]
+    failing_groups = [name for name, rms in found.items() if not rms <= acceptance.sanity]
+    failing_groups = failing_groups or sorted(found, key=found.__getitem__)[-1:]
     widths = {group.name: group.num_channels for group in structure.groups}
     return {
         name: Pin(
@@ -255,7 +257,7 @@ def _at_fault(
             reason=f"its removals alone change the outputs by {found[name]:.3g} (relative rms)",
             remedy="Run the network in float64, or allow a tolerance above 0.",
         )
-        for name in guilty
+        for name in failing_groups
     }
 
 

@@ -23,7 +23,7 @@ from apoptosis.criteria import (
     relative_error,
 )
 from apoptosis.criteria.baselines import dropping_curve
-from apoptosis.criteria.views import energy
+from apoptosis.criteria.views import output_variance
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
@@ -68,8 +68,8 @@ class Sample:
         error = self.z - self.z[:, reduction.keep] @ found.mix - offset
         weight = self.weights[site][:, :, 0]
         per_output = (error @ weight.T).square().mean(0)
-        energy = ((self.z - self.z.mean(0)) @ weight.T).square().mean(0).sum()
-        return per_output, float((per_output.sum() / energy).sqrt())
+        output_variance = ((self.z - self.z.mean(0)) @ weight.T).square().mean(0).sum()
+        return per_output, float((per_output.sum() / output_variance).sqrt())
 
 
 @every_criterion
@@ -176,7 +176,9 @@ def test_channels_are_added_back_until_a_measured_site_meets_its_limit() -> None
     sample = Sample(5, channels=20)
     plain = sample.view.sites[0]
     worse = replace(  # the positions this site reads are worse off than the pooled moments say
-        plain, measure=lambda keep, found: 9.0 * float(dropped_variance(plain, keep, found).sum()), scale=energy(plain)
+        plain,
+        measure=lambda keep, found: 9.0 * float(dropped_variance(plain, keep, found).sum()),
+        scale=output_variance(plain),
     )
     view = replace(sample.view, sites=(worse,))
     loose = choose(get_criterion("interpolative"), sample.view, 0.2)

@@ -19,7 +19,7 @@ from apoptosis.criteria import (
     get_criterion,
     relative_error,
 )
-from apoptosis.criteria.demands import allowed, arranged, balanced, step_between
+from apoptosis.criteria.demands import allowed, balanced, interleaved, step_between
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
@@ -116,7 +116,7 @@ def test_rows_without_data() -> None:
 def test_curves_of_the_rearranged_order_are_the_certificate(name: str, seed: int) -> None:
     view = layer(seed, 3, 4)
     criterion = get_criterion(name)
-    ranking = arranged(criterion, view)
+    ranking = interleaved(criterion, view)
     for kept in range(max(3, ranking.min_keep), 12, 3):
         reduction = criterion.reduce(view, ranking.order[:kept].sort().values)
         for key, curve in ranking.curves.items():

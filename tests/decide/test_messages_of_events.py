@@ -76,7 +76,7 @@ def test_limits_that_add_up_to_more_than_everything_are_one():
     net = _network()
     optimizer, apo = _start(net)
     assert _train(net, optimizer, apo)
-    apo._verdict.training_flips = 1.06
+    apo._acceptance.training_flips = 1.06
     ledger = apo.ledger()
     assert ledger.accuracy_cost == 1.0
     assert "may have changed every one of the predictions" in str(ledger)

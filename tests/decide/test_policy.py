@@ -13,12 +13,12 @@ from apoptosis.decide.policy import (
     WARMUP_MAX,
     PastEvent,
     Telemetry,
-    allot,
+    allocate,
     decide,
+    event_steps,
     pays,
     site_limit,
     tolerance_at,
-    turns,
     warmup_steps,
 )
 
@@ -30,7 +30,7 @@ FRESH = Telemetry(
     event_macs=1e9,
     overhead_macs=1e9,
     tolerance=0.025,
-    halvings=0,
+    num_backoffs=0,
 )
 
 
@@ -40,7 +40,7 @@ def event(step, share, rolled_back=False):
 
 @given(st.integers(1, 10**6), st.integers(0, 10**6))
 def test_turns_lie_between_warmup_and_the_last_share(total, after):
-    found = turns(total, after=after)
+    found = event_steps(total, after=after)
     assert len(found) <= NUM_TURNS
     gaps = [b - a for a, b in itertools.pairwise(found)]
     assert all(gap >= (warmup_steps(total) + 1) // 2 for gap in gaps)
@@ -57,21 +57,21 @@ def test_unknown_length_doubles():
     steps = []
     after = 0
     for _ in range(5):
-        (after,) = turns(None, after=after)
+        (after,) = event_steps(None, after=after)
         steps.append(after)
     assert all(b == 2 * a for a, b in itertools.pairwise(steps))
 
 
 @given(st.floats(0, 0.9), st.integers(0, 5))
-def test_every_rollback_halves_the_tolerance(cap, halvings):
-    now = tolerance_at(cap, halvings)
-    assert now == cap / 2**halvings
+def test_every_rollback_halves_the_tolerance(cap, num_backoffs):
+    now = tolerance_at(cap, num_backoffs)
+    assert now == cap / 2**num_backoffs
     assert site_limit(cap) == pytest.approx(8 * tolerance_at(cap, 0))
 
 
 @given(st.floats(0, 0.5), st.dictionaries(st.text(), st.floats(0, 1e12), max_size=6))
 def test_allotted_tolerances_never_exceed_the_cap(tolerance, macs):
-    found = allot(tolerance, macs)
+    found = allocate(tolerance, macs)
     assert found.keys() == macs.keys()
     assert all(0 <= part <= tolerance for part in found.values())
     assert not macs or max(found.values()) == tolerance

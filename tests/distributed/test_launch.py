@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli.app import run
-from apoptosis.tools.launch import LAUNCHERS, Group, Place, group, recognise, start_group
+from apoptosis.tools.launch import LAUNCHERS, Group, ProcessInfo, detect_launcher, group, start_group
 from apoptosis.tools.launch.place import first_host
 from apoptosis.tools.recipes.several import batch_share, probe_share
 from distributed.launched import Launched, environment, mpirun
@@ -51,28 +51,28 @@ def told(place):
     ],
 )
 def test_environments_are_recognised(environ, place):
-    assert told(recognise("auto", environ)) == place
-    assert recognise("none", environ) == Place()
+    assert told(detect_launcher("auto", environ)) == place
+    assert detect_launcher("none", environ) == ProcessInfo()
 
 
 def test_restarts_of_torchrun():
-    assert recognise("auto", TORCHRUN | ELASTIC).restarts == 2
-    assert recognise("auto", TORCHRUN | ELASTIC).restartable
-    assert not recognise("auto", TORCHRUN).restartable
+    assert detect_launcher("auto", TORCHRUN | ELASTIC).restarts == 2
+    assert detect_launcher("auto", TORCHRUN | ELASTIC).restartable
+    assert not detect_launcher("auto", TORCHRUN).restartable
 
 
 def test_where_the_tasks_of_srun_meet():
-    place = recognise("slurm", SRUN)
+    place = detect_launcher("slurm", SRUN)
     assert place.address == "gpu07"
-    assert place.port == recognise("slurm", SRUN | {"SLURM_PROCID": "0"}).port
+    assert place.port == detect_launcher("slurm", SRUN | {"SLURM_PROCID": "0"}).port
     assert 1024 < place.port < 32768
-    assert place.port != recognise("slurm", SRUN | {"SLURM_STEP_ID": "2"}).port
-    own = recognise("slurm", SRUN | {"MASTER_ADDR": "here", "MASTER_PORT": "4000"})
+    assert place.port != detect_launcher("slurm", SRUN | {"SLURM_STEP_ID": "2"}).port
+    own = detect_launcher("slurm", SRUN | {"MASTER_ADDR": "here", "MASTER_PORT": "4000"})
     assert (own.address, own.port) == ("here", 4000)
     no_list = {k: v for k, v in SRUN.items() if "LIST" not in k}
-    assert recognise("slurm", no_list | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}).address == "10.0.0.7"
+    assert detect_launcher("slurm", no_list | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}).address == "10.0.0.7"
     with pytest.raises(ArgumentError, match="Set MASTER_ADDR"):
-        recognise("slurm", no_list)
+        detect_launcher("slurm", no_list)
     assert first_host("a-[3,5],b") == "a-3"
 
 
@@ -96,19 +96,19 @@ def test_where_the_tasks_of_srun_meet():
 )
 def test_contradictions_are_named(launcher, environ, named):
     with pytest.raises(ArgumentError, match=named):
-        recognise(launcher, environ)
+        detect_launcher(launcher, environ)
 
 
 def test_one_launcher_alone_is_read_when_it_is_named():
-    assert told(recognise("mpi", TORCHRUN | OPENMPI)) == ("mpi", 3, 4, 1, 2)
-    assert recognise("mpi", SRUN).launcher == "slurm"  # srun --mpi=pmix; MPI itself is asked next
-    assert recognise("mpi", {}) == Place(launcher="mpi")
+    assert told(detect_launcher("mpi", TORCHRUN | OPENMPI)) == ("mpi", 3, 4, 1, 2)
+    assert detect_launcher("mpi", SRUN).launcher == "slurm"  # srun --mpi=pmix; MPI itself is asked next
+    assert detect_launcher("mpi", {}) == ProcessInfo(launcher="mpi")
     assert LAUNCHERS[0] == "auto"
 
 
 def test_shares():
     for size in (1, 2, 3, 7):
-        groups = [Group(Place(rank=rank, size=size), torch.device("cpu"), Ranks()) for rank in range(size)]
+        groups = [Group(ProcessInfo(rank=rank, size=size), torch.device("cpu"), Ranks()) for rank in range(size)]
         shares = [batch_share(one, 23) for one in groups]
         assert torch.equal(torch.cat([torch.arange(23)[share] for share in shares]), torch.arange(23))
         lengths = {share.stop - share.start for share in shares}
@@ -121,18 +121,18 @@ def test_shares():
 
 
 def test_devices_of_several_processes(monkeypatch):
-    place = Place(launcher="torchrun", rank=1, size=2, local_rank=1, local_size=2)
+    place = ProcessInfo(launcher="torchrun", rank=1, size=2, local_rank=1, local_size=2)
     assert group._device("cpu", place) == torch.device("cpu")
     with pytest.raises(ArgumentError, match="cannot share one GPU"):
         group._device("cuda:0", place)
     with pytest.raises(ArgumentError, match="100 processes on this machine and GPUs for "):
-        group._device("cuda", Place(launcher="torchrun", size=100, rank=0, local_size=100))
+        group._device("cuda", ProcessInfo(launcher="torchrun", size=100, rank=0, local_size=100))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert group._device("cuda", Place(launcher="slurm", size=4, local_rank=3)) == torch.device("cuda", 0)
+    assert group._device("cuda", ProcessInfo(launcher="slurm", size=4, local_rank=3)) == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert group._device("cuda", Place(launcher="slurm", size=8, rank=7, local_rank=3)) == torch.device("cuda", 3)
+    assert group._device("cuda", ProcessInfo(launcher="slurm", size=8, rank=7, local_rank=3)) == torch.device("cuda", 3)
     with pytest.raises(ArgumentError, match="launcher 'mpi' sums gradients that lie in the memory of the CPU"):
-        group._device("cuda", Place(launcher="mpi", size=2))
+        group._device("cuda", ProcessInfo(launcher="mpi", size=2))
 
 
 def test_alone_there_is_no_process_group():
@@ -245,7 +245,7 @@ def test_what_works_alone_is_refused_in_each_of_several(tmp_path, monkeypatch, c
     monkeypatch.setenv(local, "0")
     assert run(command.split()) == 2
     told = capsys.readouterr()
-    name, place = command.split()[0], recognise("auto", environ)
+    name, place = command.split()[0], detect_launcher("auto", environ)
     assert told.err.startswith(
         f"apoptosis: error: {name} works in one process, and this is one of {place.size} ({place})"
     )

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, save, shrink_
 from apoptosis.errors import ApoptosisError
-from apoptosis.surgery.undo_log import Journal
+from apoptosis.surgery.undo_log import UndoLog
 from distributed.processes import together
 from distributed.sharding import data, perceptron, shard, train, whole
 
@@ -160,7 +160,7 @@ def undone(rank, size):
     """Events that are refused, and one that fails in the midst of surgery, beside a run without any."""
     told, plain = [], train(shard(perceptron()), rank, size, exclude=("*",))
     refused = train(shard(perceptron()), rank, size, tolerance=0.95, criterion="magnitude", log=told.append)
-    write, left = Journal.set_item, [3]
+    write, left = UndoLog.set_item, [3]
 
     def failing(self, *args):
         left[0] -= 1
@@ -173,13 +173,13 @@ def undone(rank, size):
     def at_event(step, net, optimizer, apo):
         states.append(snapshot(net, optimizer))
 
-    Journal.set_item = failing
+    UndoLog.set_item = failing
     net, caught = shard(perceptron()), ""
     try:
         train(net, rank, size, after=at_event)
     except MemoryError as error:
         caught = str(error)
-    Journal.set_item = write
+    UndoLog.set_item = write
     net(torch.randn(4, 12)).sum().backward()  # it still runs
     after = {name: whole(p) for name, p in net.named_parameters()}
     return plain, refused, told, caught, states[-1][0], after
@@ -215,8 +215,8 @@ class Gauge:
             gauge._live[key] = size
             weakref.finalize(found, gauge._live.pop, key, None)
             gauge.gathered += size
-            lent = [p for p in gauge._net.parameters() if not isinstance(p, DTensor)]
-            held = sum(p.untyped_storage().nbytes() for p in lent if id(p) not in gauge._live)
+            summon_full_params = [p for p in gauge._net.parameters() if not isinstance(p, DTensor)]
+            held = sum(p.untyped_storage().nbytes() for p in summon_full_params if id(p) not in gauge._live)
             gauge.most = max(gauge.most, sum(gauge._live.values()) + held)
             return found
 

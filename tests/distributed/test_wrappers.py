@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis import Apoptosis, load, save, shrink_
-from apoptosis.distributed.wrappers import bare, check_alone, rebuild, unwrap
+from apoptosis.distributed.wrappers import check_alone, rebuild, unwrap, unwrapped
 from apoptosis.errors import ArgumentError, CheckpointError
 
 
@@ -299,7 +299,7 @@ def test_other_wrappers_and_programs_are_refused_by_name(runs):
 
 def test_bare_takes_wrappers_off_without_asking(runs):
     net = runs.mlp()
-    assert bare(net) is net
-    assert bare(compiled(net)) is net
+    assert unwrapped(net) is net
+    assert unwrapped(compiled(net)) is net
     averaged = AveragedModel(net)
-    assert bare(averaged) is averaged  # surgery knows these
+    assert unwrapped(averaged) is averaged  # surgery knows these

@@ -35,7 +35,7 @@ def main(folder, launcher="auto"):
         sums = group.ranks.gathered(checksums(net))
         if group.rank == 0:
             found = {"state": net.state_dict(), "events": events, "sums": sums, "size": group.size,
-                     "launcher": group.launcher, "kind": type(apo._patient.ranks).__name__}  # fmt: skip
+                     "launcher": group.launcher, "kind": type(apo._target.ranks).__name__}  # fmt: skip
             torch.save(found, f"{folder}/found.pt")
 
 

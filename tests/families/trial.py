@@ -159,7 +159,7 @@ def _found(network: Network, operation: Operation, structure: Structure) -> None
     pinned = {group.name for group in structure.groups if group.pin is not None}
     assert not pinned & set(operation.event.groups), f"pinned and shrunk: {pinned & set(operation.event.groups)}"
     for group in structure.groups:
-        if group.pin is None and not group.alternative:
+        if group.pin is None and not group.conflicts_with:
             continue
         if group.pin is not None:
             for member in group.members:
@@ -190,9 +190,9 @@ def chosen(structure: Structure, seed: int) -> list[Group]:
     dice = random.Random(seed)
     out: set[str] = set()
     for group in groups:
-        if group.alternative and dice.random() < 0.5:
-            out |= set(group.alternative)
-        elif group.alternative:
+        if group.conflicts_with and dice.random() < 0.5:
+            out |= set(group.conflicts_with)
+        elif group.conflicts_with:
             out.add(group.name)
     return [group for group in groups if group.name not in out]
 

@@ -122,7 +122,7 @@ def _spread(group: Group) -> list[int]:
     return sorted(row * length + (row + 1 + 2 * i) % length for row in range(group.rows) for i in range(length // 2))
 
 
-def muted(model: nn.Module, groups: Iterable[Group], removed: Mapping[str, list[int]]) -> nn.Module:
+def suspended(model: nn.Module, groups: Iterable[Group], removed: Mapping[str, list[int]]) -> nn.Module:
     """The model in which no site reads the channels; where they are multiplied in pairs, both factors are zero."""
     full = copy.deepcopy(model)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def removal() -> Callable[..., Structure]:
             groups = [group, *(free[name] for name in group.equal)]
             removed = {g.name: _spread(g) for g in groups}
             assert all(removed.values()), "a row of one channel: too small for this oracle"
-            full = muted(model, groups, removed)
+            full = suspended(model, groups, removed)
             small, kept = taken_out(model, structure, groups, removed)
             assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
             verify(structure, analyse(small, args, kwargs), kept)

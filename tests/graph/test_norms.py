@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from apoptosis import load, save, shrink_
 from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.graph import analyse
-from apoptosis.modules.norms import NormEdit, ShrunkLayerNorm, is_bare, is_shrunk, way_of
+from apoptosis.modules.norms import NormEdit, ShrunkLayerNorm, is_bare, is_shrunk, norm_strategy_of
 from apoptosis.observe.hooks import Hook
 from apoptosis.surgery.norms import norm_changes
 
@@ -140,16 +140,16 @@ def test_what_counts_as_bare():
 
     norm = nn.LayerNorm(6)
     norm.register_forward_pre_hook(Hook(inert))  # a window's
-    assert way_of(norm) == way_of(copy.deepcopy(norm)) == "class"
+    assert norm_strategy_of(norm) == norm_strategy_of(copy.deepcopy(norm)) == "class"
     norm.register_forward_hook(inert)
     assert is_bare(norm)
     handle = norm.register_forward_pre_hook(inert)
     assert not is_bare(norm)
-    assert way_of(norm) == ""
+    assert norm_strategy_of(norm) == ""
     handle.remove()
-    assert way_of(norm) == "class"
+    assert norm_strategy_of(norm) == "class"
     norm.forward = norm.forward
-    assert way_of(norm) == ""
+    assert norm_strategy_of(norm) == ""
 
 
 def test_surgery_checks_again():

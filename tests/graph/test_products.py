@@ -108,8 +108,8 @@ def test_pairs_values_and_heads_shrink(removal, name: str, bias: bool) -> None:
     structure = removal(model_of(Attention(WAYS[name], bias=bias)), (X,), {"0.q": 8, "0.v": 8, "0.o": 8, "0:heads": 2})
     pairs, values, heads = (named(structure, n) for n in ("0.q", "0.v", "0:heads"))
     assert (pairs.rows, values.rows, heads.rows) == (2, 2, 1)
-    assert pairs.alternative == values.alternative == ("0:heads",)
-    assert set(heads.alternative) == {"0.q", "0.v"}
+    assert pairs.conflicts_with == values.conflicts_with == ("0:heads",)
+    assert set(heads.conflicts_with) == {"0.q", "0.v"}
     (site,) = pairs.sites
     assert (site.kind, site.weight, site.dim, site.per_sum, site.functional) == ("product", "0.k.weight", 0, 4, True)
     assert site.bias == ("0.k.bias" if bias else None)

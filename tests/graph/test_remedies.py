@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import apoptosis.graph
-from apoptosis.graph.explain import layer_of, parametrized, usual
+from apoptosis.graph.explain import layer_of, parametrized, usual_hint
 
 HERE = Path(apoptosis.graph.__file__).parent
 _SAYS = {"pin": 1, "pin_owner": 1, "_pin": 1, "no_rule": 1, "Reason": 0}
@@ -52,11 +52,11 @@ def test_the_reasons_are_found() -> None:
 
 @pytest.mark.parametrize(("place", "text"), reasons())
 def test_every_reason_has_its_remedy(place: str, text: str) -> None:
-    assert usual(text), f"{place}: add what unpins '{text}' to graph/remedies.py"
+    assert usual_hint(text), f"{place}: add what unpins '{text}' to graph/remedies.py"
 
 
 def test_an_unknown_reason_has_none() -> None:
-    assert usual("it rains") == ""
+    assert usual_hint("it rains") == ""
 
 
 def test_computed_weights_name_the_way_out() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apoptosis.graph.capture import _module_stack, _Watch
 from apoptosis.graph.rules.table import RULES
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import Slots, named_tensors
 from apoptosis.graph.trace.tracer import Tracer
 from apoptosis.graph.trace.values import collapse, reshape
@@ -60,7 +60,7 @@ def test_ids_go_where_the_values_go(steps: list[tuple[int, int, int]]) -> None:
     """Values and ids start equal (the channel's number); after any movements they are equal still."""
     layer = nn.Linear(3, 6)
     tensors, _, buffers = named_tensors(layer)
-    findings = Findings(Slots(tensors, buffers))
+    findings = TraceResult(Slots(tensors, buffers))
     tracer = Tracer(findings, layer, tensors, [], RULES, "training")
     base = findings.slots.owners["weight"].bases[0]
     with torch.no_grad():

@@ -15,7 +15,7 @@ from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import as_probe
 from apoptosis.records import Reduction, SiteReduction
-from apoptosis.surgery.operation import Patient, operate
+from apoptosis.surgery.operation import Target, apply_reductions
 
 ROWS = 24
 
@@ -510,8 +510,8 @@ def test_training_goes_on_in_mid_sequence(kind):
 def test_a_rollback_leaves_the_state_bitwise_and_its_objects(kind):
     net, _ = planted(kind)
     before = [(t, t.clone()) for t in kept(net)]
-    patient = Patient(model=net, optimizers=(), call=((inputs(kind),), {}))
-    structure = patient.capture()
+    target = Target(model=net, optimizers=(), call=((inputs(kind),), {}))
+    structure = target.capture()
     reductions = []
     for group in structure.groups:
         if group.pin is None:
@@ -519,7 +519,7 @@ def test_a_rollback_leaves_the_state_bitwise_and_its_objects(kind):
             mix = torch.zeros(keep.numel(), group.num_channels)
             sites = {site.key: SiteReduction(mix=mix, offset=None) for site in group.sites}
             reductions.append(Reduction(group=group.name, keep=keep, sites=sites))
-    outcome = operate(patient, structure, reductions, {}, as_probe(patient.call), lambda change: "refused")
+    outcome = apply_reductions(target, structure, reductions, {}, as_probe(target.call), lambda change: "refused")
     assert outcome.refused == "refused"
     assert all(a is b and torch.equal(a, old) for a, (b, old) in zip(kept(net), before, strict=True))
     net(inputs(kind))

@@ -14,7 +14,7 @@ from torch.optim import Adam
 from apoptosis import Apoptosis, load, save, shrink_
 from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.graph import analyse
-from apoptosis.modules.norms import ShrunkLayerNorm, ShrunkRMSNorm, is_shrunk, way_of
+from apoptosis.modules.norms import ShrunkLayerNorm, ShrunkRMSNorm, is_shrunk, norm_strategy_of
 
 WIDTH, ZERO, COPIES = 12, (3, 7), {2: 5, 8: 1}
 GEN = torch.Generator().manual_seed(0)
@@ -286,13 +286,13 @@ class Own(nn.LayerNorm):
     ],
 )  # fmt: skip
 def test_which_norms_can_lose_channels(module, way):
-    assert way_of(module) == way
+    assert norm_strategy_of(module) == way
 
 
 def test_a_hand_written_norm_is_recognised_in_every_type():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        assert way_of(HandRMS(16, 1e-6).to(dtype)) == "plain"
-        assert way_of(Gemma(16, 1e-6).to(dtype)) == ""
+        assert norm_strategy_of(HandRMS(16, 1e-6).to(dtype)) == "plain"
+        assert norm_strategy_of(Gemma(16, 1e-6).to(dtype)) == ""
 
 
 CASES = {

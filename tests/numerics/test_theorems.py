@@ -14,7 +14,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from apoptosis.decide.acceptance import Verdict
+from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.model.evaluate import compare, make_probe
 from apoptosis.modules.norms import NormEdit, Statistics
 from apoptosis.modules.response_norms import Response, response
@@ -331,9 +331,9 @@ def test_alpha_spending(p: float, reuse: int) -> None:
 def test_ledger_sum(seed: int, removals: int, size: float) -> None:
     labels = torch.randint(0, 4, (80,), generator=torch.Generator().manual_seed(seed))
     inputs = torch.zeros(80, 1)
-    on_training, on_probe = Verdict(None, None), Verdict(None, make_probe((inputs, labels), inputs[:2]))
+    on_training, on_probe = AcceptanceTest(None, None), AcceptanceTest(None, make_probe((inputs, labels), inputs[:2]))
     logits, lost = draw(seed, 80, 4), 0.0
-    spent: dict[Verdict, float] = {}
+    spent: dict[AcceptanceTest, float] = {}
     for i in range(removals):
         after = logits + size * draw(seed + i + 1, 80, 4)
         for verdict, truth in ((on_training, None), (on_probe, labels)):
@@ -341,7 +341,7 @@ def test_ledger_sum(seed: int, removals: int, size: float) -> None:
             assert part is not None
             rows = slice(0, 80) if truth is None else slice(*verdict.account.next_rows())
             found = compare([logits[rows]], [after[rows]], part.labels, None)
-            verdict.judge(replace(found, rms=0.0))  # the sanity limit is another matter
+            verdict.evaluate(replace(found, rms=0.0))  # the sanity limit is another matter
             verdict.settle()
             fell = (logits.argmax(1) == labels)[rows].double() - (after.argmax(1) == labels)[rows].double()
             spent[verdict] = spent.get(verdict, 0.0) + float(fell.mean())

@@ -55,7 +55,7 @@ def test_evaluation_and_passes_without_gradients_never_count(runs):
     with torch.inference_mode():
         net(x)
     assert observer.observations() == {}
-    assert observer.blind
+    assert observer.saw_nothing
     net(x).sum().backward()
     assert rows_at(observer) == 32
     observer.close()
@@ -241,7 +241,7 @@ def test_copies_and_pickles_made_in_a_window_carry_no_live_hooks(runs):
     for other in (twin, loaded):
         other.train()
         other(runs.inputs(16, 1)).sum().backward()
-    assert observer.blind
+    assert observer.saw_nothing
     net(runs.inputs(16, 1)).sum().backward()
     assert rows_at(observer) == 16
 

@@ -256,7 +256,7 @@ def test_a_site_that_no_pass_reaches_is_given_up(runs):
         steps += 1
     assert steps < 1000
     assert len(calls) <= LAST_PASS
-    assert observer.blind
+    assert observer.saw_nothing
 
 
 def test_what_is_not_finite_or_changes_its_width_is_told_of_later(runs):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apoptosis.graph import analyse
-from apoptosis.numerics.devices import foremost
+from apoptosis.numerics.devices import sample_rows
 from apoptosis.observe import Observer, gradients, watch
 
 #: Operators that bring numbers to the program, or whose output has as many rows as numbers say.
@@ -142,13 +142,13 @@ def test_good_rows_come_first_and_each_as_often_as_others():
     rows[5] = float("nan")
     good = rows.isfinite().all(1) & (torch.arange(12) != 7)
     for _ in range(600):
-        found = foremost(rows, good, 4, draws)
+        found = sample_rows(rows, good, 4, draws)
         assert found.shape == (4, 2)
         counts[found[:, 0].long()] += 1
     assert counts[[5, 7]].sum() == 0
     assert counts.sum() == 2400
     assert (counts[good] - 240).abs().max() < 60  # four standard deviations of 600 draws of 4 in 10
-    many = foremost(rows, good, 100, draws)
+    many = sample_rows(rows, good, 100, draws)
     assert many.shape == (12, 2)
     assert sorted(many[:, 0].tolist()) == sorted([0.0, 0.0, *rows[good][:, 0].tolist()])
 

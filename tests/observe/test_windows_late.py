@@ -177,7 +177,7 @@ def test_groups_of_one_width_wait_together(runs):
 
 def test_turns_that_come_soon_may_leave_a_group_out_again():
     now = Telemetry(step=150, total_steps=1000, macs=1.0, batch_rows=1.0, event_macs=1.0, overhead_macs=0.0,
-                    tolerance=0.1, halvings=0)  # fmt: skip
+                    tolerance=0.1, num_backoffs=0)  # fmt: skip
     assert is_due(now, 75)  # the next turn is at 225
     assert not is_due(now, 76)
     assert is_due(replace(now, step=900), 500)  # the last chance
@@ -201,7 +201,7 @@ def test_waiting_pays_by_what_the_groups_hold(ready, waiting, delay):
 
 def test_a_group_that_is_left_comes_a_turn_later_or_never():
     now = Telemetry(step=150, total_steps=1000, macs=1.0, batch_rows=1.0, event_macs=1.0, overhead_macs=0.0,
-                    tolerance=0.1, halvings=0)  # fmt: skip
+                    tolerance=0.1, num_backoffs=0)  # fmt: skip
     assert delay_of(now, 16) == 75 + 16
     assert delay_of(replace(now, step=900), 16) == 100  # no turn is left
     assert delay_of(replace(now, step=1200), 16) == 0
@@ -213,6 +213,6 @@ def test_a_group_that_is_left_comes_a_turn_later_or_never():
 def test_what_was_not_tried_may_still_save_as_much_as_anything_at_first():
     past = PastEvent(step=150, macs_before=100.0, macs_after=99.0)
     now = Telemetry(step=160, total_steps=1000, macs=1.0, batch_rows=1.0, event_macs=100.0, overhead_macs=0.0,
-                    tolerance=0.1, halvings=0, history=(past,))  # fmt: skip
+                    tolerance=0.1, num_backoffs=0, history=(past,))  # fmt: skip
     assert decide(now).at_step is None
     assert decide(replace(now, untried=0.5)).at_step == 300  # a turn is skipped after a poor event, as ever

@@ -14,8 +14,8 @@ from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, macs_after, make_plan
 from apoptosis.planner.alike import alike, steps
-from apoptosis.planner.entangled import choices_of
-from apoptosis.planner.views import show
+from apoptosis.planner.entangled import compatible_sets
+from apoptosis.planner.views import make_view
 from apoptosis.records import Group, Member, Seen, Site, Structure
 
 HEADS, SIZE, WIDTH, LENGTH = 4, 6, 10, 5
@@ -247,8 +247,8 @@ def test_whole_heads_or_channels_inside_them_whichever_saves_more(runs):
     structure, plan = plan_for(double_head)
     (heads,) = (g for g in structure.groups if g.name.endswith(":heads"))
     assert plan.widths == {heads.name: (HEADS, HEADS - 1)}
-    assert set(heads.alternative) == {"q", "v"}
-    assert all(any(note.startswith(name + ":") for note in plan.notes) for name in heads.alternative)
+    assert set(heads.conflicts_with) == {"q", "v"}
+    assert all(any(note.startswith(name + ":") for note in plan.notes) for name in heads.conflicts_with)
     structure, plan = plan_for(double_channels)
     assert plan.widths == {"v": (HEADS * SIZE, HEADS)}
     assert any(note.startswith(heads.name) for note in plan.notes)
@@ -268,7 +268,9 @@ def test_alternatives_do_not_share_the_tolerance_of_a_site(runs):
     net = Attention().double()
     x = runs.inputs(300, 3, (LENGTH, WIDTH)).double()
     structure, observations = observed(net, x, passes=2)
-    alone = replace(structure, groups=tuple(replace(g, alternative=()) for g in structure.groups if ":" not in g.name))
+    alone = replace(
+        structure, groups=tuple(replace(g, conflicts_with=()) for g in structure.groups if ":" not in g.name)
+    )
     with_heads = make_plan(net, structure, observations, request(0.3))
     without = make_plan(net, alone, observations, request(0.3))
     assert with_heads.widths["v"] == without.widths["v"]
@@ -393,7 +395,9 @@ def test_widths_of_one_number_are_aligned_together(runs):
     plan = make_plan(net, of_one_width(structure, "q", "v"), observations, request(0.0, align=8))
     assert plan.widths == {"q": (24, 16), "v": (24, 16)}
     pairs = replace(query_group(structure), num_channels=12)  # a rotary pair is a channel of two columns
-    view = {group.name: show(net, group, observations, 0).view for group in structure.groups if group.name == "v"}["v"]
+    view = {group.name: make_view(net, group, observations, 0).view for group in structure.groups if group.name == "v"}[
+        "v"
+    ]
     half = replace(view, num_channels=12, sites=(replace(view.sites[0], weight=torch.ones(1, 12, 1), moments=None),))
     values = next(g for g in structure.groups if g.name == "v")
     assert steps([pairs, values], [half, view], 1) == [4, 8]
@@ -437,10 +441,10 @@ def test_several_positions_of_a_functional_consumer_are_measured_on_whole_inputs
 
 
 def test_whole_heads_that_go_along_with_one_another_are_one_choice() -> None:
-    def group(name: str, alternative: tuple[str, ...], equal: tuple[str, ...] = ()) -> Group:
-        return Group(name=name, num_channels=4, members=(), sites=(), alternative=alternative, equal=equal)
+    def group(name: str, conflicts_with: tuple[str, ...], equal: tuple[str, ...] = ()) -> Group:
+        return Group(name=name, num_channels=4, members=(), sites=(), conflicts_with=conflicts_with, equal=equal)
 
     groups = [group("q", ("a",)), group("p", ("b",)), group("a", ("q",), ("b",)), group("b", ("p",), ("a",))]
-    sets = [[one.name for one in chosen] for chosen in choices_of(groups)]
+    sets = [[one.name for one in chosen] for chosen in compatible_sets(groups)]
     assert ["q", "p"] in sets
     assert ["a", "b"] in sets

@@ -9,12 +9,12 @@ from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import make_probe
 from apoptosis.records import Pin, Reduction, SiteReduction
-from apoptosis.surgery.operation import Patient, exclude_pins, operate, with_pins
+from apoptosis.surgery.operation import Target, apply_reductions, exclude_pins, with_pins
 
 
-def patient_of(net, optimizers=(), example=None):
+def target_of(net, optimizers=(), example=None):
     call = ((torch.zeros(4, 6) if example is None else example,), {})
-    return Patient(model=net, optimizers=optimizers, followers=(), call=call), analyse(net, *call)
+    return Target(model=net, optimizers=optimizers, followers=(), call=call), analyse(net, *call)
 
 
 def cut(structure, *names, keep=8):
@@ -31,10 +31,12 @@ def cut(structure, *names, keep=8):
 
 def test_a_granted_change_is_committed_and_measured(runs):
     net = runs.mlp(16)
-    patient, structure = patient_of(net)
+    target, structure = target_of(net)
     seen = []
     probe = make_probe(runs.inputs(50, 1), torch.zeros(4, 6))
-    outcome = operate(patient, structure, cut(structure, "0"), {}, probe, lambda change: seen.append(change) or "")
+    outcome = apply_reductions(
+        target, structure, cut(structure, "0"), {}, probe, lambda change: seen.append(change) or ""
+    )
     assert outcome.committed
     assert outcome.refused == ""
     assert [r.group for r in outcome.done] == ["0"]
@@ -50,7 +52,7 @@ def test_a_refused_change_leaves_everything_bitwise(runs, how):
     net = nn.Sequential(*runs.mlp(16), nn.Dropout(0.5))
     optimizer = runs.adam(net)
     runs.train(net, optimizer, None, steps=3)
-    patient, structure = patient_of(net, (optimizer,))
+    target, structure = target_of(net, (optimizer,))
     before = runs.everything(net, optimizer)
     probe = make_probe(runs.inputs(50, 1), torch.zeros(4, 6))
 
@@ -61,13 +63,13 @@ def test_a_refused_change_leaves_everything_bitwise(runs, how):
         raise ZeroDivisionError
 
     if how == "refused":
-        outcome = operate(patient, structure, cut(structure, "0", "2"), {}, probe, judge)
+        outcome = apply_reductions(target, structure, cut(structure, "0", "2"), {}, probe, judge)
         assert not outcome.committed
         assert outcome.refused == "too much"
         assert outcome.structure is structure
     else:
         with pytest.raises(ZeroDivisionError):
-            operate(patient, structure, cut(structure, "0", "2"), {}, probe, judge)
+            apply_reductions(target, structure, cut(structure, "0", "2"), {}, probe, judge)
     assert runs.same(runs.everything(net, optimizer), before)
     assert net[0].out_features == net[2].in_features == 16
 
@@ -92,12 +94,12 @@ def test_a_number_that_the_training_loop_set_is_no_width(runs, follows):
     torch.manual_seed(0)
     net = Annealed().double()
     x = torch.randn(20, 5, 6, dtype=torch.float64)
-    patient, structure = patient_of(net, example=x[:2])
+    target, structure = target_of(net, example=x[:2])
     with torch.no_grad():
         net.out.weight[:, 8:] = 0.0
     net.heat = 1.0
     expected, queries = net(x), net.q.weight.clone()
-    outcome = operate(patient, structure, cut(structure, "wide"), {}, make_probe(x, x[:2]), lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "wide"), {}, make_probe(x, x[:2]), lambda change: "")
     assert outcome.committed
     assert outcome.pins == ()
     assert net.wide.out_features == 8
@@ -118,10 +120,10 @@ def test_a_forward_that_breaks_on_the_probe_alone_is_rolled_back_and_pinned(runs
             return self.c(torch.relu(self.b(h)))
 
     net = Odd()
-    patient, structure = patient_of(net)
+    target, structure = target_of(net)
     before = {name: p.clone() for name, p in net.named_parameters()}
     probe = make_probe(runs.inputs(50, 1), torch.zeros(4, 6))
-    outcome = operate(patient, structure, cut(structure, "a", "b"), {}, probe, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "a", "b"), {}, probe, lambda change: "")
     assert outcome.committed
     assert [r.group for r in outcome.done] == ["b"]
     assert [pin.group for pin in outcome.pins] == ["a"]
@@ -140,14 +142,14 @@ def test_nothing_left_to_edit(runs):
             return self.b(torch.relu(self.a(x)).view(-1, 16))
 
     net = Fixed()
-    patient, structure = patient_of(net)
+    target, structure = target_of(net)
     before = runs.everything(net)
-    outcome = operate(patient, structure, cut(structure, "a"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "a"), {}, None, lambda change: "")
     assert not outcome.committed
     assert "no group can be edited" in outcome.refused
     assert [g.pin is not None for g in outcome.structure.groups] == [True, True]
     assert runs.same(runs.everything(net), before)
-    assert operate(patient, structure, [], {}, None, lambda change: "").refused == "nothing to remove"
+    assert apply_reductions(target, structure, [], {}, None, lambda change: "").refused == "nothing to remove"
 
 
 def test_state_without_a_rule_raises_before_anything_changes(runs):
@@ -197,7 +199,7 @@ def test_an_error_in_an_event_leaves_the_run_able_to_go_on(runs):
 
 
 def test_exclude_patterns(runs):
-    _, structure = patient_of(runs.mlp(16))
+    _, structure = target_of(runs.mlp(16))
     assert set(exclude_pins(structure, ["0", "[24]"])) == {"0", "2", "4"}
     with pytest.raises(ArgumentError, match="the groups are: 0, 2, 4"):
         exclude_pins(structure, ["fc*"])

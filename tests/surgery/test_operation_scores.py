@@ -12,7 +12,7 @@ from apoptosis import Apoptosis, shrink_
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import make_probe
 from apoptosis.records import Reduction, SiteReduction
-from apoptosis.surgery.operation import Patient, exclude_pins, operate, with_pins
+from apoptosis.surgery.operation import Target, apply_reductions, exclude_pins, with_pins
 
 HEADS, SIZE = 2, 6
 
@@ -53,9 +53,9 @@ def redundant(net, *layers, num=2):
     return net
 
 
-def patient_of(net, optimizers=(), followers=()):
+def target_of(net, optimizers=(), followers=()):
     call = ((data(3, 9),), {})
-    return Patient(model=net, optimizers=optimizers, followers=followers, call=call), analyse(net, *call)
+    return Target(model=net, optimizers=optimizers, followers=followers, call=call), analyse(net, *call)
 
 
 def cut(structure, *names, num=2):
@@ -126,8 +126,8 @@ def test_averaged_copies_take_the_factor():
     with torch.no_grad():
         average.module.enter.weight.mul_(1.1)
     expected = [copy.deepcopy(m)(data(7, 4)) for m in (net, average)]
-    patient, structure = patient_of(net, followers=(average,))
-    outcome = operate(patient, structure, cut(structure, "q"), {}, None, lambda change: "")
+    target, structure = target_of(net, followers=(average,))
+    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, lambda change: "")
     assert outcome.committed
     assert net.q.out_features == average.module.q.weight.shape[0] == 8
     for m, before in zip((net, average), expected, strict=True):
@@ -139,10 +139,10 @@ def test_a_refused_change_takes_the_factor_back(runs):
     optimizer = torch.optim.Adam(net.parameters())
     net(data(8, 1)).square().sum().backward()
     optimizer.step()
-    patient, structure = patient_of(net, (optimizer,))
+    target, structure = target_of(net, (optimizer,))
     before = runs.everything(net, optimizer)
     probe = make_probe(data(20, 5), data(3, 9))
-    outcome = operate(patient, structure, cut(structure, "q"), {}, probe, lambda change: "no")
+    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, probe, lambda change: "no")
     assert (outcome.committed, outcome.refused) == (False, "no")
     assert outcome.change is not None
     assert runs.same(runs.everything(net, optimizer), before)
@@ -150,26 +150,26 @@ def test_a_refused_change_takes_the_factor_back(runs):
 
 def test_another_number_at_the_same_time_is_refused_and_pinned(runs):
     net = Net(bad=True).double()
-    patient, structure = patient_of(net)
+    target, structure = target_of(net)
     before = runs.everything(net)
-    outcome = operate(patient, structure, cut(structure, "q"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, lambda change: "")
     assert not outcome.committed
     (pin,) = outcome.pins
     assert pin.group == "q"
     assert "uses the number" in pin.reason
     assert "test_operation_scores.py:" in pin.reason
     assert runs.same(runs.everything(net), before)
-    outcome = operate(patient, structure, cut(structure, "q", "up"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "q", "up"), {}, None, lambda change: "")
     assert [r.group for r in outcome.done] == ["up"]
     assert torch.equal(net.q.weight, before["tensors"]["q.weight"])
 
 
 def test_weights_that_are_left_out_are_not_scaled():
     net = Net(value=True).double()
-    patient, structure = patient_of(net)
+    target, structure = target_of(net)
     structure = with_pins(structure, exclude_pins(structure, ["q"]))
     weight = net.q.weight.detach().clone()
-    outcome = operate(patient, structure, cut(structure, "v"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "v"), {}, None, lambda change: "")
     assert not outcome.committed
     assert "left out by exclude= could make up for" in outcome.refused
     assert torch.equal(net.q.weight, weight)
@@ -180,9 +180,9 @@ def test_a_number_that_the_training_loop_sets_is_looked_at_again():
     silent(net, net.q, net.k)
     temperature = [1.0]
     net.o.register_forward_hook(lambda module, args, output: output * temperature[0])
-    patient, structure = patient_of(net)
+    target, structure = target_of(net)
     temperature[0] = 0.5
     expected = net(data(7, 4)).detach()
-    outcome = operate(patient, structure, cut(structure, "q"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, lambda change: "")
     assert outcome.committed
     torch.testing.assert_close(net(data(7, 4)).detach(), expected, rtol=1e-10, atol=1e-12)

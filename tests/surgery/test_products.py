@@ -245,7 +245,7 @@ def _with(group: Group, reduction: Reduction, **change: Tensor) -> Reduction:
 def test_alternatives_are_not_changed_together(nets):
     net = nets.mlp()
     first, second = nets.mlp_structure(net).groups
-    coarse = replace(first, name="heads", alternative=(first.name,))
+    coarse = replace(first, name="heads", conflicts_with=(first.name,))
     groups = (first, second, coarse)
     reductions = [nets.reduction(g, [0, 1]) for g in groups]
     with pytest.raises(ArgumentError, match="share channels"):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.distributed.fsdp import has_shards
-from apoptosis.distributed.wrappers import bare
+from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.errors import ArgumentError
 
 _ORDER = "The arguments are path, model, optimizer, apo."
@@ -47,7 +47,7 @@ def check_given(function: str, path: object, model: object, optimizer: object, a
     if isinstance(apo, type | nn.Module | Optimizer) or not methods:
         raise ArgumentError(f"{function}: apo is a {type(apo).__name__}, not the Apoptosis of a run. {_ORDER}")
     theirs = getattr(apo, "model", None)
-    if isinstance(theirs, nn.Module) and bare(theirs) is not bare(model):
+    if isinstance(theirs, nn.Module) and unwrapped(theirs) is not unwrapped(model):
         raise ArgumentError(f"{function}: apo is the run of another {type(theirs).__name__} than the model given.")
 
 

@@ -21,7 +21,7 @@ from apoptosis.distributed.zero import inside, whole_state
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery.nested_optimizers import layers
 from apoptosis.surgery.optimizers import rules_of
-from apoptosis.surgery.undo_log import Journal
+from apoptosis.surgery.undo_log import UndoLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class LoadedOptimizer:
     state: dict[Tensor, dict[str, Any]]
     wrapped: tuple[LoadedOptimizer, ...] = ()
 
-    def write(self, journal: Journal) -> None:
+    def write(self, journal: UndoLog) -> None:
         """Write hyperparameters and state through a journal."""
         for group, stored in zip(self.optimizer.param_groups, self.groups, strict=True):
             journal.replace_items(group, {**group, **stored})

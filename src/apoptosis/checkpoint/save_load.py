@@ -22,8 +22,8 @@ from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
 from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
-from apoptosis.distributed.fsdp import at_rest, has_shards, renew
-from apoptosis.distributed.wrappers import bare, parallel_in, rebuild
+from apoptosis.distributed.fsdp import has_shards, reset_fsdp_state, reshard
+from apoptosis.distributed.wrappers import parallel_in, rebuild, unwrapped
 from apoptosis.distributed.zero import rebuild_buckets
 from apoptosis.errors import CheckpointError
 from apoptosis.interrupts import restoring
@@ -31,7 +31,7 @@ from apoptosis.model.built import built_shapes, note_built
 from apoptosis.model.passes import check_not_inference
 from apoptosis.modules.norms import is_shrunk
 from apoptosis.surgery.attributes import attributes_of
-from apoptosis.surgery.undo_log import Journal
+from apoptosis.surgery.undo_log import UndoLog
 
 
 class Resumable(Protocol):
@@ -80,7 +80,7 @@ def save(
             f"'{path}' cannot be written: the model's parameters are spread over processes, and one file would "
             "take all of them on one. Use save_sharded on every rank."
         )
-    tensors, manifest = packed(bare(model), optimizer, apo, extra)
+    tensors, manifest = packed(unwrapped(model), optimizer, apo, extra)
     write_file(path, tensors, manifest)
 
 
@@ -171,7 +171,7 @@ def load(
         )
     check_not_inference(model, "loading")
     manifest, tensors = read_file(path, lambda manifest, shapes: check_shapes(path, manifest, shapes, model, optimizer))
-    return take_over(path, manifest, tensors, model, optimizer, apo)
+    return apply_checkpoint(path, manifest, tensors, model, optimizer, apo)
 
 
 _DAMAGES = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
@@ -188,7 +188,7 @@ def check_shapes(
 
     Raises: CheckpointError: it is damaged, or of another network or other optimizers.
     """
-    model = bare(model)
+    model = unwrapped(model)
     try:
         check_manifest(manifest, frozenset(shapes))
         check_names(model, manifest["model"], shapes)
@@ -205,7 +205,7 @@ def _misstated(path: str | os.PathLike[str], error: BaseException) -> str:
     return f"checkpoint '{path}' is damaged: its manifest lacks or misstates {' '.join(str(error).split())[:200]}."
 
 
-def take_over(
+def apply_checkpoint(
     path: str | os.PathLike[str],
     manifest: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -214,8 +214,8 @@ def take_over(
     apo: Resumable | None,
 ) -> dict[str, Any]:
     """Check a checkpoint that was read and take it over, as `load` says."""
-    wrappers, model = parallel_in(model), bare(model)
-    at_rest(model)
+    wrappers, model = parallel_in(model), unwrapped(model)
+    reshard(model)
     try:
         stored = manifest["model"]
         values = check_tensors(model, stored, tensors)
@@ -229,7 +229,7 @@ def take_over(
         raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
     except _DAMAGES as error:
         raise CheckpointError(_misstated(path, error)) from error
-    journal, todo = Journal(), [True]
+    journal, todo = UndoLog(), [True]
     before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     built = built_shapes(model, before)
 
@@ -268,7 +268,7 @@ def _set_up_again(
     """
     for wrapper in wrappers:
         rebuild(wrapper)
-    renew(model)
+    reset_fsdp_state(model)
     rebuild_buckets(() if optimizer is None else _several(optimizer))
 
 

@@ -27,12 +27,12 @@ from torch.optim import Optimizer
 
 from apoptosis.checkpoint.arguments import check_given
 from apoptosis.checkpoint.container import library_version
-from apoptosis.checkpoint.save_load import Resumable, check_shapes, packed, take_over
+from apoptosis.checkpoint.save_load import Resumable, apply_checkpoint, check_shapes, packed
 from apoptosis.checkpoint.tensor_list import Tensors
 from apoptosis.checkpoint.tensors import PREFIX
-from apoptosis.distributed.fsdp import at_rest, group_of, has_shards, is_sharded
+from apoptosis.distributed.fsdp import group_of, has_shards, is_sharded, reshard
 from apoptosis.distributed.ranks import Ranks, ranks_of
-from apoptosis.distributed.wrappers import bare, parallel_in
+from apoptosis.distributed.wrappers import parallel_in, unwrapped
 from apoptosis.errors import CheckpointError
 from apoptosis.model.passes import check_not_inference
 from apoptosis.storage.files import check_regular, reason, replacing
@@ -80,9 +80,9 @@ def save_sharded(
     """
     check_given("save_sharded", folder, model, optimizer, apo)
     target = Path(os.path.realpath(folder))
-    whole, writing = bare(model), target.with_name(f"{target.name}.writing")
+    whole, writing = unwrapped(model), target.with_name(f"{target.name}.writing")
     group, ranks = _together(model)
-    at_rest(whole)
+    reshard(whole)
 
     def prepare() -> tuple[dict[str, Tensor], dict[str, Any]]:
         if target.exists() and not (target / _LIST).exists():
@@ -176,9 +176,9 @@ def load_sharded(
     target = Path(os.path.realpath(folder))
     if not target.exists() and _old(target).exists():
         target = _old(target)
-    bare_model, (group, ranks) = bare(model), _together(model)
+    bare_model, (group, ranks) = unwrapped(model), _together(model)
     check_not_inference(bare_model, "loading")
-    at_rest(bare_model)
+    reshard(bare_model)
     manifest, known = ranks.each(lambda: _read_checked(target, ranks))
     if manifest is None:
         manifest = _manifest_of_version_1(target, known, group, ranks)
@@ -193,7 +193,7 @@ def load_sharded(
 
     tensors = ranks.each(targets)
     _call("loaded", target, "load", tensors, group, storage_reader=_reader(target, known))
-    return ranks.each(lambda: take_over(target, manifest, tensors, model, optimizer, apo))
+    return ranks.each(lambda: apply_checkpoint(target, manifest, tensors, model, optimizer, apo))
 
 
 def _old(target: Path) -> Path:
@@ -203,7 +203,7 @@ def _old(target: Path) -> Path:
 def _together(model: nn.Module) -> tuple[Any, Ranks]:
     """Return the process group that a model is spread over, None for none or one process, and its ranks."""
     parallel: tuple[Any, ...] = parallel_in(model)
-    group = parallel[0].process_group if parallel else group_of(bare(model))
+    group = parallel[0].process_group if parallel else group_of(unwrapped(model))
     ranks = ranks_of(parallel, group, next(model.parameters()).device)
     return None if ranks.size == 1 else group, ranks
 

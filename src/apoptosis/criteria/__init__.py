@@ -6,7 +6,7 @@ with the same Reduction and is judged by the same certificate formula. Does not 
 
 from apoptosis.criteria.certificate import Proposal, choose, dropped_variance, relative_error
 from apoptosis.criteria.compensated import compensated
-from apoptosis.criteria.demands import arranged
+from apoptosis.criteria.demands import interleaved
 from apoptosis.criteria.registry import criteria, get_criterion, register_criterion
 from apoptosis.criteria.views import Criterion, GroupView, NeuronView, Ranking, SiteView
 
@@ -17,12 +17,12 @@ __all__ = [
     "Proposal",
     "Ranking",
     "SiteView",
-    "arranged",
     "choose",
     "compensated",
     "criteria",
     "dropped_variance",
     "get_criterion",
+    "interleaved",
     "register_criterion",
     "relative_error",
 ]

@@ -18,8 +18,8 @@ from apoptosis.criteria.views import (
     cost_taps,
     cost_weight,
     device_of,
-    energy,
     moments_of,
+    output_variance,
     relative_rms,
     selection,
 )
@@ -65,7 +65,7 @@ def _descending(score_C: Tensor) -> Tensor:
 def _rank_constant(view: GroupView) -> Ranking:
     cost = torch.zeros(view.num_channels, dtype=torch.float64, device="cpu")
     for site in view.sites:
-        scale = energy(site)
+        scale = output_variance(site)
         if scale > 0:
             moments = moments_of(site)
             sizes = moments.variances() if site.centred else moments.variances() + moments.mean.square()

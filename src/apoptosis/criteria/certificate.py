@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from apoptosis.criteria.demands import allowed, arranged, step_between
+from apoptosis.criteria.demands import allowed, interleaved, step_between
 from apoptosis.criteria.exact import below_roundoff
 from apoptosis.criteria.views import (
     Criterion,
     GroupView,
     Ranking,
     SiteView,
-    exactness,
     flat_weight,
     moments_of,
     relative_rms,
+    roundoff_tolerance,
 )
 from apoptosis.errors import ArgumentError
 from apoptosis.numerics.mixes import compact
@@ -109,7 +109,7 @@ def choose(
         limits: relative rms per site key, or one for all; a limit below round-off means that (views.exactness).
         align: the number kept is rounded up to a multiple (of the rows, too: see demands.step_between).
         min_keep: fewer are never kept.
-        ranking: what `arranged` says for this criterion and view, where it is known already.
+        ranking: what `interleaved` says for this criterion and view, where it is known already.
 
     Returns: None when nothing can go.
 
@@ -117,10 +117,10 @@ def choose(
         ArgumentError: a site has no limit, or no moments though the criterion needs them.
         NonFiniteError: weights or moments hold NaN or infinity.
     """
-    caps = {site.key: max(exactness(site), _cap(limits, site)) for site in view.sites}
+    caps = {site.key: max(roundoff_tolerance(site), _cap(limits, site)) for site in view.sites}
     align = step_between(view, align)
-    ranking = arranged(criterion, view) if ranking is None else ranking
-    strict = [site for site in view.sites if _cap(limits, site) < exactness(site)]
+    ranking = interleaved(criterion, view) if ranking is None else ranking
+    strict = [site for site in view.sites if _cap(limits, site) < roundoff_tolerance(site)]
     search = _Search(criterion, view, ranking, caps, strict)
     low = _aligned(max(min_keep, ranking.min_keep, 1), align)
     high = max(low, _aligned(search.from_curves(), align))

@@ -48,7 +48,7 @@ def balanced(order: Tensor, rows: int) -> Tensor:
     return order[torch.sort(turn, stable=True).indices]
 
 
-def arranged(criterion: Criterion, view: GroupView) -> Ranking:
+def interleaved(criterion: Criterion, view: GroupView) -> Ranking:
     """Return a criterion's ranking, rearranged to what the group's rows demand, with curves of what really happens.
 
     Raises: what the criterion raises.

@@ -22,10 +22,10 @@ from apoptosis.criteria.views import (
     cost_taps,
     cost_weight,
     device_of,
-    energy,
     gram,
     gram_blocks,
     moments_of,
+    output_variance,
     relative_rms,
     selection,
     working_dtype,
@@ -59,7 +59,7 @@ def _curve(site: SiteView, factor: Factor) -> Tensor:
 
 
 def _relative_weight(site: SiteView) -> float:
-    scale = energy(site)
+    scale = output_variance(site)
     return 1.0 / scale if scale > 0.0 else 0.0
 
 

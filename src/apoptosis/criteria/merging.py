@@ -20,9 +20,9 @@ from apoptosis.criteria.views import (
     Ranking,
     column_squares,
     device_of,
-    energy,
     gram,
     moments_of,
+    output_variance,
     selection,
 )
 from apoptosis.errors import NonFiniteError, ShapeError
@@ -143,7 +143,7 @@ def moment_pairs(view: GroupView) -> tuple[Pairs, list[FloatArray]]:
     for site in view.sites:
         matrix = gram(site).cpu().numpy()
         grams.append(matrix)
-        scale = energy(site)
+        scale = output_variance(site)
         share = column_squares(site.weight).numpy() / scale if scale > 0 else np.zeros(num)
         variance = matrix.diagonal().clip(min=0.0)
         explained = np.square(matrix) / np.where(variance > 0, variance, 1.0)[None, :]

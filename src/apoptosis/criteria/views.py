@@ -220,7 +220,7 @@ def cost_taps(site: SiteView) -> int:
     return site.num_taps if site.felt is None else 1
 
 
-def energy(site: SiteView) -> float:
+def output_variance(site: SiteView) -> float:
     """Return what relative errors at a site relate to: tr(V C Vᵀ), V its cost_weight.
 
     For V = W the centred energy of its output, bias excluded.
@@ -251,7 +251,7 @@ def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
     Where the energy is round-off (around a large mean: relative to the uncentred energy), the output is a constant:
     0.0 for errors that are round-off too, infinity for others.
     """
-    scale = energy(site)
+    scale = output_variance(site)
     if "level" not in site.memo:
         site.memo["level"] = scale
         if site.moments is not None:
@@ -265,7 +265,7 @@ def relative_rms(errors: Tensor, site: SiteView) -> Tensor:
     return (errors.double().clamp_min(0.0) / scale).sqrt()
 
 
-def exactness(site: SiteView) -> float:
+def roundoff_tolerance(site: SiteView) -> float:
     """Return the relative rms that stands for tolerance 0 at a site: round-off, relative to what the errors relate to.
 
     Least squares without an offset works on the uncentred second moment, and its round-off is that of tr(W S Wᵀ), which

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from apoptosis.decide.error_budget import ALPHA, Account
+from apoptosis.decide.error_budget import ALPHA, ErrorBudget
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
 from apoptosis.model.evaluate import Probe, as_probe
@@ -40,8 +40,8 @@ def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
     return min(SANITY_RMS, max(least, 8 * coarsest))
 
 
-class Verdict:
-    """Judge of one run: `begin` an attempt, `judge` what was measured, `settle` when it was committed.
+class AcceptanceTest:
+    """Judge of one run: `begin` an attempt, `evaluate` what was measured, `record` when it was committed.
 
     Args:
         budget: share of accuracy for all removals together, or None for the sanity limit alone.
@@ -60,7 +60,7 @@ class Verdict:
         self._marks = (ranks or Ranks()).gathered(self._mark)
         _check_shares(self._marks)
         rows = [0 if mark is None else int(mark["rows"]) for mark in self._marks]
-        self.account = Account(budget, min(rows), len(rows))
+        self.account = ErrorBudget(budget, min(rows), len(rows))
         self.training_flips = 0.0
         self.named = probe is not None and probe.labels is not None
         self._judged = 0  # attempts whose outputs could be read
@@ -113,7 +113,7 @@ class Verdict:
         self._rows = (0, found.rows)
         return found
 
-    def judge(self, change: Change) -> str:
+    def evaluate(self, change: Change) -> str:
         """Why a change is refused, "" when it is granted. Every attempt on a probe spends confidence."""
         first, last = self._rows
         budget = self.account.budget
@@ -155,7 +155,7 @@ class Verdict:
             return f"{share}, beyond the sanity limit of {100 * self.sanity:g} %"
         return ""
 
-    def settle(self) -> tuple[Certificate, ...]:
+    def record(self) -> tuple[Certificate, ...]:
         """Book the limit of an attempt that was committed, and return its certificate."""
         certificate, self._pending = self._pending, None
         if certificate is None:
@@ -183,7 +183,7 @@ class Verdict:
 
         Raises: CheckpointError: attempts were judged on another probe; what differs is named.
         """
-        account = Account(self.account.budget, self.account.rows, self.account.ranks)
+        account = ErrorBudget(self.account.budget, self.account.rows, self.account.ranks)
         account.load_state_dict(state["account"])
         flips, judged = float(state["training_flips"]), int(state["judged"])
         if judged or account.judged or account.spent > 0:
@@ -192,7 +192,7 @@ class Verdict:
             for was, own in zip(stored[:1] if divided_anew else stored, self._marks, strict=False):
                 _check_same(was, own, as_shares=divided_anew)
             if divided_anew:
-                account.divide_anew()
+                account.reshard_probe()
         self.account, self.training_flips, self._judged = account, flips, judged
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from apoptosis.decide.acceptance import Verdict
+from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.event_builder import make_event, size_of
 from apoptosis.decide.history import Attempt, Outcome
 from apoptosis.decide.ledger import Event
@@ -29,23 +29,23 @@ from apoptosis.observe import Observer, in_both, needs_float64
 from apoptosis.planner import Observations, Plan, Why, make_plan, summary, waits, with_equals
 from apoptosis.planner.sampling import sample
 from apoptosis.records import Group, Structure
-from apoptosis.surgery.operation import Patient, operate
+from apoptosis.surgery.operation import Target, apply_reductions
 
 _FEW_STEPS = 3  # of a window, after which its pace is known
 
 
 class Run(NamedTuple):
-    """All that an attempt needs to know of a run; it books in `memory` and `verdict`."""
+    """All that an attempt needs to know of a run; it books in `memory` and `acceptance`."""
 
-    patient: Patient
+    target: Target
     structure: Structure
     memory: Memory
     settings: Settings
-    verdict: Verdict
+    acceptance: AcceptanceTest
 
 
 def _rows(run: Run) -> int:
-    return max(1, num_rows(run.patient.call))
+    return max(1, num_rows(run.target.call))
 
 
 def seen_by_policy(run: Run) -> Telemetry:
@@ -68,7 +68,7 @@ def plan_now(
     """
     groups = tuple(group for group in run.structure.groups if group.pin is None)
     wanted = allowed(run.memory, run.settings, groups, waiting)
-    return make_plan(run.patient.model, run.structure, observations, wanted, ranks, last=last)
+    return make_plan(run.target.model, run.structure, observations, wanted, ranks, last=last)
 
 
 def agree(run: Run, budget: float | None) -> None:
@@ -76,29 +76,29 @@ def agree(run: Run, budget: float | None) -> None:
 
     Raises: RankError: they were not; what differs is named. UnsupportedOptimizerError: an optimizer steps over others.
     """
-    check_together(run.patient.optimizers, run.patient.ranks.size)
-    asked = run.settings.as_dict() | {"seed": run.settings.seed, "budget": budget, "probe": run.verdict.held_out}
+    check_together(run.target.optimizers, run.target.ranks.size)
+    asked = run.settings.as_dict() | {"seed": run.settings.seed, "budget": budget, "probe": run.acceptance.held_out}
     asked |= {"whether calibration= is given": run.settings.calibrated}
     asked |= {"example input, multiply-adds": run.structure.macs, "example input, rows": _rows(run)}
     widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
               for g in run.structure.groups}  # fmt: skip
-    run.patient.ranks.same("arguments or groups of Apoptosis", asked | widths)
+    run.target.ranks.same("arguments or groups of Apoptosis", asked | widths)
 
 
 def new_window(run: Run, groups: Sequence[Group]) -> Observer:
     """Return a window over some groups, which sees other positions than the one before, and on every rank others."""
-    settings, ranks = run.settings, run.patient.ranks
+    settings, ranks = run.settings, run.target.ranks
     return Observer(
-        run.patient.model,
+        run.target.model,
         groups,
         seed=settings.seed * 1_000_003 + len(run.memory.history) + 500_009 * ranks.rank,
         exact=needs_float64(settings.tolerance),
         keep_calls=settings.tolerance == 0,
-        keep_inputs=not run.verdict.held_out,
+        keep_inputs=not run.acceptance.held_out,
         replay=replay,
         gradients=settings.criterion.felt and settings.tolerance != 0,
         ranks=ranks,
-        whole=run.memory.thorough or settings.tolerance == 0,
+        whole=run.memory.require_full_sample or settings.tolerance == 0,
     )
 
 
@@ -115,13 +115,19 @@ def ends(run: Run, observer: Observer) -> bool:
         steps = _worth_waiting(run, observer, gradients=False) or _worth_waiting(run, observer, gradients=True)
         observer.cut_short = over = steps == 0.0
         observer.patience = observer.steps + min(int(steps / 2), PATIENCE_STEPS)
-    return run.patient.ranks.all(over)
+    return run.target.ranks.all(over)
 
 
 def comes_too_late(run: Run, observer: Observer) -> str:
     """Say of the first window, once it has lasted a few steps, that the run will be over before any group is ready."""
     total, memory = run.settings.total_steps, run.memory
-    if total is None or observer.steps != _FEW_STEPS or memory.attempts or run.patient.ranks.rank or observer.blind:
+    if (
+        total is None
+        or observer.steps != _FEW_STEPS
+        or memory.attempts
+        or run.target.ranks.rank
+        or observer.saw_nothing
+    ):
         return ""
     late, left = (
         _late([g for g in run.structure.groups if g.pin is None], observer, gradients=False),
@@ -141,7 +147,7 @@ def _worth_waiting(run: Run, observer: Observer, *, gradients: bool) -> float:
     groups = [group for group in run.structure.groups if group.pin is None]
     late = _late(groups, observer, gradients=gradients)
     told = replace(seen_by_policy(run), batch_rows=observer.examples / observer.steps)
-    macs = {g.name: g.num_channels * g.macs_per_channel for g in groups if not g.alternative}  # no channel twice
+    macs = {g.name: g.num_channels * g.macs_per_channel for g in groups if not g.conflicts_with}  # no channel twice
     ready = sum(macs[name] for name in macs if name not in late)
     waiting = [(macs.get(name, 0.0), steps) for name, steps in late.items()]
     due = any(is_due(told, steps) for name, steps in late.items() if name in run.memory.behind)
@@ -164,7 +170,7 @@ def left_out(run: Run, observer: Observer) -> dict[str, Why]:
     late = _late(groups, observer, gradients=True) if observer.cut_short else {}
     own = {name: observer.seen_by(name) for name in late}
     found: dict[str, Why] = {}
-    for told in run.patient.ranks.gathered(own):
+    for told in run.target.ranks.gathered(own):
         found |= {name: waits(sites) for name, sites in told.items() if name not in found}
     return found
 
@@ -174,7 +180,7 @@ def kept_window(run: Run, window: Mapping[str, Any] | None) -> Observer | None:
 
     Raises: one of DAMAGES (state): it is of other groups or damaged.
     """
-    if window is None or run.patient.ranks.size > 1:
+    if window is None or run.target.ranks.size > 1:
         return None
     observer = new_window(run, tuple(group for group in run.structure.groups if group.pin is None))
     observer.load_state_dict(window)
@@ -206,29 +212,31 @@ def attempt(run: Run, observer: Observer, start: float) -> Tried:
 
     Raises: NonFiniteError: statistics, weights or outputs hold NaN or infinity; nothing was tried.
     """
-    ranks = run.patient.ranks
+    ranks = run.target.ranks
     sent, compiling = ranks.bytes_sent, _count_compiling(run)
     waiting = left_out(run, observer)
     observer.pool()
-    ranks.same_parameters("before an event", run.patient.model)
+    ranks.same_parameters("before an event", run.target.model)
     plan = plan_now(run, _seen_again(run, observer), ranks, waiting, last=True)
-    patient, memory, verdict = run.patient, run.memory, run.verdict
+    target, memory, acceptance = run.target, run.memory, run.acceptance
     memory.behind = tuple(sorted(waiting))
-    memory.thorough = memory.thorough or any(why.cause == "rows" for why in plan.left.values())
+    memory.require_full_sample = memory.require_full_sample or any(why.cause == "rows" for why in plan.left.values())
     left = {name: why.text for name, why in plan.left.items()}
     cause, reason = "gain", loss_of(seen_by_policy(run), plan.macs_after / _rows(run))
     if not plan.reductions:
         cause, reason = summary(plan.left)
     if not ranks.all(bool(plan.reductions) and not reason):
         return Tried(run.structure, record(run, "nothing", cause, reason), left=left)
-    before = size_of(patient, run.structure)
-    probe = verdict.begin(like_example(observer.inputs or patient.call, patient.call))
-    outcome = operate(patient, run.structure, plan.reductions, plan.dropped_variance, probe, verdict.judge)
+    before = size_of(target, run.structure)
+    probe = acceptance.begin(like_example(observer.inputs or target.call, target.call))
+    outcome = apply_reductions(
+        target, run.structure, plan.reductions, plan.dropped_variance, probe, acceptance.evaluate
+    )
     if not outcome.committed:
         memory.rolled_back += 1
-        memory.halvings += outcome.change is not None
+        memory.num_backoffs += outcome.change is not None
         return Tried(outcome.structure, record(run, "rolled back", "measured", outcome.refused), left=left)
-    certificates = verdict.settle()
+    certificates = acceptance.record()
     memory.num_events += 1
     for reduction in outcome.done:
         for key, error in plan.errors[reduction.group].items():
@@ -238,9 +246,9 @@ def attempt(run: Run, observer: Observer, start: float) -> Tried:
         plan=plan,
         outcome=outcome,
         before=before,
-        after=size_of(patient, outcome.structure),
+        after=size_of(target, outcome.structure),
         certificates=certificates,
-        measured_on="held-out examples" if verdict.held_out else "training inputs",
+        measured_on="held-out examples" if acceptance.held_out else "training inputs",
         seconds=time.perf_counter() - start,
         notes=(*(f"{name}: {why.text}" for name, why in waiting.items()), *_notes(ranks, sent, compiling)),
     )
@@ -263,13 +271,13 @@ def _seen_again(run: Run, observer: Observer) -> Observations:
     all the same, so that a channel that was alive a few steps ago is not taken for dead.
     """
     found = observer.observations(last=True)
-    if run.settings.tolerance != 0 or has_shards(run.patient.model):  # ranks would have to make equally many passes
+    if run.settings.tolerance != 0 or has_shards(run.target.model):  # ranks would have to make equally many passes
         return found
-    ranks, model = run.patient.ranks, run.patient.model
+    ranks, model = run.target.ranks, run.target.model
     if not ranks.all(bool(observer.calls)):
         return found
     groups = [group for group in run.structure.groups if group.pin is None]
-    calls = [like_example(call, run.patient.call) for call in observer.calls]
+    calls = [like_example(call, run.target.call) for call in observer.calls]
     try:
         _, again = sample(model, groups, calls, tolerance=0.0, modes=2, seed=run.settings.seed, ranks=ranks)
     except ArgumentError:  # the model does not run on them in evaluation mode
@@ -279,9 +287,9 @@ def _seen_again(run: Run, observer: Observer) -> Observations:
 
 def _count_compiling(run: Run) -> float:
     """Let events cost what compiling took, which they make necessary again; return its seconds."""
-    seconds: float = run.patient.ranks.first(compile_seconds())
+    seconds: float = run.target.ranks.first(compile_seconds())
     if seconds > 0 and not run.settings.calibrated:
-        found = run.patient.ranks.first(overhead_macs(0, compile_seconds=seconds, device=device_of(run.patient.model)))
+        found = run.target.ranks.first(overhead_macs(0, compile_seconds=seconds, device=device_of(run.target.model)))
         run.memory.overhead = max(run.memory.overhead, found)
     return seconds
 

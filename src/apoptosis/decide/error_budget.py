@@ -19,7 +19,7 @@ CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean
 
 
 @dataclass(slots=True)
-class Account:
+class ErrorBudget:
     """Limits granted so far.
 
     budget: share of accuracy, or None when only the sum is kept; rows: of the probe, ranks: how many probes like it are
@@ -73,7 +73,7 @@ class Account:
             return self.used, self.used + block
         return 0, self.rows
 
-    def divide_anew(self) -> None:
+    def reshard_probe(self) -> None:
         """Count all rows as judged by every attempt so far: other ranks hold them now, and which were is not known.
 
         The limits granted are of the population and stay true however the rows lie. The limits to come stay true where

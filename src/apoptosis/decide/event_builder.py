@@ -16,7 +16,7 @@ from apoptosis.model.outputs import Change
 from apoptosis.planner import Plan, merged
 from apoptosis.records import Certificate, Structure
 from apoptosis.surgery import layers
-from apoptosis.surgery.operation import Outcome, Patient
+from apoptosis.surgery.operation import Outcome, Target
 
 _SHOWN = 3  # outputs that are named
 
@@ -30,10 +30,10 @@ class Size:
     macs: float
 
 
-def size_of(patient: Patient, structure: Structure) -> Size:
-    """Measure a patient."""
-    examples = max(1, num_rows(patient.call))
-    return Size(parameters=num_parameters(patient.model), bytes=state_bytes(patient), macs=structure.macs / examples)
+def size_of(target: Target, structure: Structure) -> Size:
+    """Measure a target."""
+    examples = max(1, num_rows(target.call))
+    return Size(parameters=num_parameters(target.model), bytes=state_bytes(target), macs=structure.macs / examples)
 
 
 def make_event(
@@ -86,10 +86,10 @@ def _resized(change: Change | None) -> tuple[str, ...]:
     return (f"not compared, because its size is another one after the event: {shown}{more}",)
 
 
-def state_bytes(patient: Patient) -> int:
+def state_bytes(target: Target) -> int:
     """Bytes of parameters, buffers and optimizer state now."""
-    total = sum(t.numel() * t.element_size() for t in (*patient.model.parameters(), *patient.model.buffers()))
-    for optimizer in (layer for each in patient.optimizers for layer in layers(each)):
+    total = sum(t.numel() * t.element_size() for t in (*target.model.parameters(), *target.model.buffers()))
+    for optimizer in (layer for each in target.optimizers for layer in layers(each)):
         for state in optimizer.state.values():
             if isinstance(state, dict):
                 total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))

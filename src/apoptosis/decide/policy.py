@@ -57,7 +57,7 @@ class Telemetry:
     event_macs: float
     overhead_macs: float
     tolerance: float
-    halvings: int
+    num_backoffs: int
     history: tuple[PastEvent, ...] = ()
     untried: float = 0.0
 
@@ -82,7 +82,7 @@ def warmup_steps(total_steps: int | None) -> int:
     return max(1, min(wanted, int((TRIAL_WARMUP if total_steps < TRIAL_STEPS else SHORT_WARMUP) * total_steps)))
 
 
-def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
+def event_steps(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     """Return the steps later than `after` at which an event may happen.
 
     With a known length: NUM_TURNS from warm-up to LAST_SHARE of the run, the distance from the first growing with the
@@ -107,17 +107,17 @@ def turns(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     return tuple(step for step in steps if after < step <= max(last, first))
 
 
-def tolerance_at(cap: float, halvings: int) -> float:
+def tolerance_at(cap: float, num_backoffs: int) -> float:
     """Tolerance per consumer site of an event: the cap, halved by every rollback.
 
     Example:
         >>> tolerance_at(0.025, 0), tolerance_at(0.025, 1)
         (0.025, 0.0125)
     """
-    return cap * 0.5**halvings
+    return cap * 0.5**num_backoffs
 
 
-def allot(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, float]:
+def allocate(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, float]:
     """Spread a tolerance over groups: the dearest gets all of it, others less, by the fourth root of their share.
 
     An error is spent where it saves most: at equal rms curves, minimising multiply-adds at a given sum of squared
@@ -166,7 +166,7 @@ def cost_of(telemetry: Telemetry) -> float:
 
 def decide(telemetry: Telemetry) -> Decision:
     """Choose the next window: the next turn of the schedule at which an event is expected to pay, or none."""
-    upcoming = turns(telemetry.total_steps, after=telemetry.step)
+    upcoming = event_steps(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
         reason = "the schedule has no turn left"
         if telemetry.total_steps is not None:
@@ -185,7 +185,7 @@ def decide(telemetry: Telemetry) -> Decision:
         return Decision(at_step=None, tolerance=0.0, reason=reason)
     else:
         step = upcoming[skip]
-    tolerance = tolerance_at(telemetry.tolerance, telemetry.halvings)
+    tolerance = tolerance_at(telemetry.tolerance, telemetry.num_backoffs)
     if past and telemetry.batch_rows > 0:
         saved, cost = saves(telemetry, expected_yield(telemetry), step), cost_of(telemetry)
         if saved <= cost:
@@ -218,7 +218,7 @@ def is_due(telemetry: Telemetry, steps: float) -> bool:
 
 def _next_event(telemetry: Telemetry) -> int | None:
     """Return the next turn, None where there is none or no event is expected to pay then."""
-    upcoming = turns(telemetry.total_steps, after=telemetry.step)
+    upcoming = event_steps(telemetry.total_steps, after=telemetry.step)
     if not upcoming or saves(telemetry, expected_yield(telemetry), upcoming[0]) <= cost_of(telemetry):
         return None
     return upcoming[0]

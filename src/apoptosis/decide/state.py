@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from apoptosis.criteria import Criterion
-from apoptosis.decide.acceptance import Verdict
+from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.error_budget import ALPHA
 from apoptosis.decide.history import Attempt, read_attempts, why_idle
 from apoptosis.decide.ledger import Ledger
-from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allot
+from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
 from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.graph.groups.frozen import FROZEN
 from apoptosis.observe import ROWS_PER_CHANNEL
@@ -25,8 +25,18 @@ from apoptosis.records import Group, Pin, Structure
 from apoptosis.surgery.operation import with_pins
 
 VERSION = 3
+_STORED = {"num_backoffs": "halvings", "require_full_sample": "thorough"}  # names that checkpoints have for fields
 # What a bad state raises.
-DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, ApoptosisError)
+CORRUPT_STATE_ERRORS = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+    ApoptosisError,
+)
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
@@ -72,7 +82,7 @@ class Memory:
     full_shapes: dict[str, tuple[int, ...]]
     overhead: float
     step: int = 0
-    halvings: int = 0
+    num_backoffs: int = 0
     rolled_back: int = 0
     num_events: int = 0
     batch_rows: float = 0.0
@@ -80,7 +90,7 @@ class Memory:
     own_seconds: float = 0.0
     hook_seconds: float = 0.0
     closed: bool = False
-    thorough: bool = False
+    require_full_sample: bool = False
     history: tuple[PastEvent, ...] = ()
     attempts: tuple[Attempt, ...] = ()
     behind: tuple[str, ...] = ()
@@ -89,7 +99,7 @@ class Memory:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {_STORED.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
         found |= {
             "full": list(self.full),
             "full_shapes": {name: list(shape) for name, shape in self.full_shapes.items()},
@@ -107,7 +117,8 @@ def read_memory(state: Mapping[str, Any]) -> Memory:
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
-    plain = {f.name: state[f.name] for f in fields(Memory) if f.name not in ("attempts", "behind")}
+    names = (f.name for f in fields(Memory) if f.name not in ("attempts", "behind"))
+    plain = {name: state[_STORED.get(name, name)] for name in names}
     parameters, macs = state["full"]
     plain |= {
         "full": (_number(parameters, "int"), _number(macs, "float")),
@@ -183,7 +194,7 @@ def write_state(
     memory: Memory,
     settings: Settings,
     structure: Structure,
-    verdict: Verdict,
+    acceptance: AcceptanceTest,
     window: Mapping[str, Any] | None,
     buckets: Sequence[Mapping[str, Any] | None] = (),
 ) -> dict[str, Any]:
@@ -194,7 +205,7 @@ def write_state(
         "pins": [asdict(g.pin) for g in structure.groups if g.pin is not None],
         "settings": settings.as_dict(),
         "memory": memory.as_dict(),
-        "verdict": verdict.state_dict(),
+        "verdict": acceptance.state_dict(),
         "window": window,
         **({"buckets": list(buckets)} if buckets else {}),
     }
@@ -240,7 +251,7 @@ def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows:
         event_macs=event,
         overhead_macs=memory.overhead,
         tolerance=settings.tolerance,
-        halvings=memory.halvings,
+        num_backoffs=memory.num_backoffs,
         history=memory.history,
         untried=min(1.0, sum(held) / structure.macs) if structure.macs > 0 else 0.0,
     )
@@ -257,7 +268,7 @@ def allowed(
     return Request(
         criterion=settings.criterion,
         tolerance=tolerance,
-        allotted=allot(tolerance, {g.name: g.num_channels * g.macs_per_channel for g in groups}),
+        allotted=allocate(tolerance, {g.name: g.num_channels * g.macs_per_channel for g in groups}),
         allowance={s.key: settings.site_limit - memory.site_cost.get(s.key, 0.0) for g in groups for s in g.sites},
         align=settings.align,
         max_drop=MAX_DROP,
@@ -285,9 +296,9 @@ def idle(memory: Memory, settings: Settings, *, watching: bool, num_open: int) -
     )
 
 
-def sum_up(
+def make_ledger(
     memory: Memory,
-    verdict: Verdict,
+    acceptance: AcceptanceTest,
     *,
     parameters: int,
     macs: float,
@@ -301,8 +312,8 @@ def sum_up(
     parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. idle: why no
     event happened, or "".
     """
-    account, held_out = verdict.account, verdict.held_out
-    cost = min(1.0, account.spent if held_out else verdict.training_flips)  # a share, though limits add up to more
+    account, held_out = acceptance.account, acceptance.held_out
+    cost = min(1.0, account.spent if held_out else acceptance.training_flips)  # a share, though limits add up to more
     return Ledger(
         events=memory.num_events,
         attempts=sum(one.outcome != "skipped" for one in memory.attempts),
@@ -314,7 +325,7 @@ def sum_up(
         population=held_out,
         probe_rows=account.rows * account.ranks,
         budget=account.budget,
-        classes=verdict.named,
+        classes=acceptance.named,
         site_cost=dict(memory.site_cost),
         site_limit=site_limit,
         seconds=memory.own_seconds + hook_seconds,

@@ -72,7 +72,7 @@ def unwrap(model: nn.Module) -> Unwrapped:
         ...
         apoptosis.errors.ArgumentError: the model is a DataParallel: it copies the module to every device at each ...
     """
-    parallel, inner = parallel_in(model), bare(model)
+    parallel, inner = parallel_in(model), unwrapped(model)
     for wrapper in parallel:
         _check_parallel(wrapper)
     for name, module in inner.named_modules():
@@ -108,7 +108,7 @@ def check_alone(unwrapped: Unwrapped) -> Unwrapped:
     return unwrapped
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return a model, or the wrapped model that an averaged copy holds, without its wrappers, whatever they are."""
     if isinstance(model, AveragedModel) and _inside(model.module) is not None:
         model = model.module
@@ -274,7 +274,7 @@ def _fitting(parallel: Any, layout: Mapping[str, Any]) -> list[list[int]] | None
 
 def _names(parallel: Any) -> list[str]:
     """Return the names of the parameters whose gradients are summed, in the order of the reducer's numbers."""
-    known = {id(parameter): name for name, parameter in bare(parallel).named_parameters()}
+    known = {id(parameter): name for name, parameter in unwrapped(parallel).named_parameters()}
     return [known[id(parameter)] for parameter in parallel._build_params_for_reducer()[0]]
 
 

@@ -21,11 +21,11 @@ from apoptosis.graph.groups.copies import keep_copied
 from apoptosis.graph.groups.counts import counts
 from apoptosis.graph.groups.extents import same_extent
 from apoptosis.graph.groups.frozen import frozen_names, keep_frozen
-from apoptosis.graph.groups.grids import settle, splits
+from apoptosis.graph.groups.grids import classify_rectangular, splits
 from apoptosis.graph.groups.shares import same_share
-from apoptosis.graph.groups.unread import leave_alone
+from apoptosis.graph.groups.unread import pin_unreached
 from apoptosis.graph.trace.carried import Carried, recall
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import Slots, named_tensors
 from apoptosis.graph.trace.partial_ops import partial_work
 from apoptosis.graph.verify.factors import scalable
@@ -74,13 +74,13 @@ def analyse(
         )
     layout = layout_of(model)
     findings, carried = _followed(model, args, kwargs or {}, norm_widths)
-    unread = leave_alone(findings, model, aliases)
+    unread = pin_unreached(findings, model, aliases)
     close(findings)
     kept = frozen_names(model) if frozen == "keep" else frozenset()
     if frozen == "keep":
         keep_frozen(findings, model, kept)
         keep_copied(findings, model, kept)
-    classes, rows = settle(findings)
+    classes, rows = classify_rectangular(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
     found = splits(findings, classes)
@@ -109,7 +109,7 @@ def analyse(
 
 def _followed(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], norm_widths: NormWidths
-) -> tuple[Findings, Carried]:
+) -> tuple[TraceResult, Carried]:
     """Return what rounds of captures found: one where nothing that is kept between passes carries channels.
 
     Raises: CaptureError: the forward pass fails on this input or returns no tensor.
@@ -117,7 +117,7 @@ def _followed(
     tensors, _, buffers = named_tensors(model)
     carried = Carried(model, args, kwargs)
     while True:
-        findings = Findings(Slots(tensors, buffers, carried.buffers), compensated=norm_widths == "compensated")
+        findings = TraceResult(Slots(tensors, buffers, carried.buffers), compensated=norm_widths == "compensated")
         try:
             returned = _captures(model, args, kwargs, findings, carried)
         except CaptureError as error:
@@ -133,12 +133,12 @@ def _followed(
             f"{type(model).__name__} returns no tensor on example_input, so that nothing is known to depend on it. Let "
             "forward return what the loss is computed from."
         )
-    carried.settle(findings, signature_of(tensors, carried.buffers))
+    carried.finish_round(findings, signature_of(tensors, carried.buffers))
     return findings, carried
 
 
 def _captures(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], findings: Findings, carried: Carried
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], findings: TraceResult, carried: Carried
 ) -> int:
     """Follow one pass in training and one in evaluation mode; return how many tensors they returned."""
     returned = 0
@@ -165,7 +165,7 @@ def layout_of(model: nn.Module) -> int:
     return hash((modules, tuple((name, tuple(p.shape), None if sharded else p.dtype) for name, p in named)))
 
 
-def _one_mode(findings: Findings) -> tuple[str, ...]:
+def _one_mode(findings: TraceResult) -> tuple[str, ...]:
     """Say which modules take part in one mode only."""
     modes: dict[str, set[str]] = {}
     for consumer in findings.consumers.values():
@@ -199,5 +199,5 @@ def replay(
     known = known_of(model)
     left_out = frozenset() if known is None else known.buffers
     carried = recall(model, fresh_args, fresh_kwargs, signature_of(tensors, left_out))
-    findings = Findings(Slots(tensors, buffers, left_out))
+    findings = TraceResult(Slots(tensors, buffers, left_out))
     capture(model, fresh_args, fresh_kwargs, findings, training=training, carried=carried, watch=watch)

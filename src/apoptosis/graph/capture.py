@@ -24,14 +24,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from apoptosis.distributed.fsdp import gathered
+from apoptosis.distributed.fsdp import unsharded_forward
 from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
 from apoptosis.graph.rules.norm_modules import NormWatch
 from apoptosis.graph.rules.table import RULES, SCALARS, WORKS
 from apoptosis.graph.trace.carried import Carried
 from apoptosis.graph.trace.failures import failure
 from apoptosis.graph.trace.fakes import Constants, over_fakes
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import named_tensors
 from apoptosis.graph.trace.outputs import named_in, tensors_in
 from apoptosis.graph.trace.partial_ops import note_work
@@ -77,15 +77,15 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is not functional.scaled_dot_product_attention or self._tracer.muted:
+        if func is not functional.scaled_dot_product_attention or self._tracer.suspended:
             return func(*args, **kwargs)
         args = (*args, *(kwargs.pop(name) for name in ("query", "key", "value")[len(args) :]))
-        self._tracer.muted = True
+        self._tracer.suspended = True
         try:
             out = func(*args, **kwargs)
             self._tracer.composite("scaled_dot_product_attention", args, kwargs, out)
         finally:
-            self._tracer.muted = False
+            self._tracer.suspended = False
         return out
 
 
@@ -145,7 +145,7 @@ def capture(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    findings: Findings,
+    findings: TraceResult,
     *,
     training: bool,
     carried: Carried,
@@ -168,7 +168,7 @@ def capture(
     drop = watch is None
     as_is = not drop and model.training == training
     with (
-        gathered(model),
+        unsharded_forward(model),
         internal_passes(model, training=training, drop=drop, as_is=as_is, seed=0),
         unsynchronised(model),
         over_fakes(model) as constants,
@@ -203,7 +203,7 @@ def _leave_behind(
 ) -> None:
     """Run the model without following it, for what it leaves in its attributes."""
     own_args, own_kwargs = tree_map_only(Tensor, Tensor.clone, (tuple(args), dict(kwargs)))
-    tracer.muted = True
+    tracer.suspended = True
     with _Watch(tracer, constants):
         _forward(model, own_args, own_kwargs)
-    tracer.muted = False
+    tracer.suspended = False

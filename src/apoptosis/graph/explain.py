@@ -96,7 +96,7 @@ _USUAL = (
 )  # fmt: skip
 
 
-def usual(reason: str) -> str:
+def usual_hint(reason: str) -> str:
     """Return what usually unpins channels that are pinned for a reason like this, "" for a reason of no known kind.
 
     Example:

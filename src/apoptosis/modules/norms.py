@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from apoptosis.errors import ShapeError
 from apoptosis.interrupts import is_out_of_memory
 from apoptosis.modules.response_norms import Response, computes_response, response
-from apoptosis.records import NormWay
+from apoptosis.records import NormStrategy
 
 _EPS_NAMES = ("variance_epsilon", "eps")
 _OWN_HOOKS = "apoptosis.observe."  # modules that these come from
@@ -307,7 +307,7 @@ def eps_name(module: nn.Module) -> str | None:
     return next((name for name in _EPS_NAMES if type(vars(module).get(name)) is float), None)
 
 
-def way_of(module: nn.Module) -> NormWay:
+def norm_strategy_of(module: nn.Module) -> NormStrategy:
     """Say how channels of a module's input can go: "class", "plain", "either", or "" where they cannot.
 
     "class": the module becomes a norm that knows what is gone, be it multiples of kept channels or constants; so does a

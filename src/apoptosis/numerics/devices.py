@@ -1,6 +1,6 @@
 """How steps go on while an accelerator works: nothing is read from it, and what it is given comes from pinned memory.
 
-Lives here: `sent`, `waits`, `foremost`. Does not live here: which rows are taken (observe).
+Lives here: `to_async`, `is_async`, `sample_rows`. Does not live here: which rows are taken (observe).
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 
-def waits(device: torch.device) -> bool:
+def is_async(device: torch.device) -> bool:
     """Whether reading a number from a device makes the program wait for all that it still has to do."""
     return device.type not in ("cpu", "meta")
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_async(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the CPU on a device; an accelerator takes it from pinned memory, and nobody waits."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def foremost(rows_NC: Tensor, good_N: Tensor, most: int, draws: torch.Generator) -> Tensor:
+def sample_rows(rows_NC: Tensor, good_N: Tensor, most: int, draws: torch.Generator) -> Tensor:
     """Return `most` rows, good ones before others and drawn evenly among them; where good ones are too few, zeros.
 
     Which rows are good need not be known here, so that nobody waits for it.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ShapeError
-from apoptosis.numerics.devices import sent
+from apoptosis.numerics.devices import to_async
 
 SKETCH_ROWS = 512  # the standard deviation of a sketched energy is sqrt(2 / SKETCH_ROWS) = 6 % of it, of an rms 3 %
 
@@ -49,7 +49,7 @@ class Sketch:
         """
         if rows_NC.ndim != 2 or rows_NC.shape[1] != self.num_channels:
             raise ShapeError(f"Sketch.add: rows of shape {tuple(rows_NC.shape)}, expected (N, {self.num_channels}).")
-        signs = sent(torch.randint(0, 2, (len(rows_NC), 1), generator=draws, device="cpu") * 2 - 1, rows_NC.device)
+        signs = to_async(torch.randint(0, 2, (len(rows_NC), 1), generator=draws, device="cpu") * 2 - 1, rows_NC.device)
         rows, start = rows_NC.detach(), 0
         if some_empty:
             empty = rows.float().eq(0).all(1).sum()
@@ -61,7 +61,7 @@ class Sketch:
             if place == 0:
                 self._order = torch.randperm(self.size, generator=draws, device="cpu")
             stop = min(len(rows), start + self.size - place)
-            buckets = sent(self._order[place : place + stop - start], self._kept.device)
+            buckets = to_async(self._order[place : place + stop - start], self._kept.device)
             signed = rows[start:stop].float() * signs[start:stop]
             self._kept.index_add_(0, buckets, signed.to(self._kept.device))
             self.num_rows += stop - start

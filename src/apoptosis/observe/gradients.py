@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from apoptosis.numerics.devices import foremost, waits
+from apoptosis.numerics.devices import is_async, sample_rows
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.observe.hooks import is_wrapped
-from apoptosis.observe.watch import WHOLE_COLUMNS, Watch
+from apoptosis.observe.watch import WHOLE_COLUMNS, Accumulator
 from apoptosis.records import IntArray, Site
 
 _SURELY = 8  # times the rows that are needed, where nobody knows how many of them are zero
 _SHARE = 2  # batches, at least, that the rows of a window come from
 
 
-class GradientWatch(Watch):
+class GradientWatch(Accumulator):
     """Rows of gradients at one site, those that are not zero: of T positions the loss may look at one. Kept sketched.
 
     What is not finite is passed over: a loss scaler's overflow is no defect.
@@ -51,16 +51,16 @@ class GradientWatch(Watch):
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         sizes = torch.linalg.vector_norm(rows, 1, dim=1, dtype=dtype)  # zero, or not finite, where the row is
         good, share = sizes.ne(0) & sizes.isfinite(), -(-self.rows_needed // _SHARE)
-        ahead = waits(rows.device)
+        ahead = is_async(rows.device)
         if ahead:
-            rows = foremost(rows, good, share, picks)
+            rows = sample_rows(rows, good, share, picks)
         elif not bool(good.all()):
             rows = rows[good]
         self.sketch.add(self.picked(rows, share, picks), picks, some_empty=ahead)
 
     def enough(self, examples: int = 0) -> bool:
         """Whether nothing more need be seen; where rows of zeros may be among them, so many that they hardly matter."""
-        return super().enough(examples) and (not waits(self._device) or self.rows >= _SURELY * self.rows_needed)
+        return super().enough(examples) and (not is_async(self._device) or self.rows >= _SURELY * self.rows_needed)
 
     def root(self, *, last: bool = False) -> Tensor | None:
         """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None where that is not finite.

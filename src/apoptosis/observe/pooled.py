@@ -19,16 +19,16 @@ from apoptosis.distributed.ranks import SUM_NUMBERS, Ranks
 from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import Sketch
-from apoptosis.observe.watch import Sample, Watch, named_snapshot
+from apoptosis.observe.watch import Accumulator, Sample, named_snapshot
 
 
-def share_out(watches: Iterable[Watch], ranks: Ranks) -> None:
+def share_out(watches: Iterable[Accumulator], ranks: Ranks) -> None:
     """Let every rank wait for its share of the rows alone."""
     for watch in watches:
         watch.rows_needed = -(-watch.rows_needed // ranks.size)
 
 
-def pool(watches: Sequence[Watch], sketches: Sequence[Sketch], samples: Sequence[Sample], ranks: Ranks) -> None:
+def pool(watches: Sequence[Accumulator], sketches: Sequence[Sketch], samples: Sequence[Sample], ranks: Ranks) -> None:
     """Put into every rank's watches what all of them saw; the watches are the same ones, in the same order.
 
     Raises: NonFiniteError: rows of some rank hold NaN or infinity. RankError: a rank is gone.
@@ -55,7 +55,7 @@ def pool(watches: Sequence[Watch], sketches: Sequence[Sketch], samples: Sequence
         sample.kept = [x.to(device) for x in kept if x.shape[1:] == kept[0].shape[1:]]
 
 
-def _pool_moments(watches: Sequence[Watch], found: Sequence[Moments], ranks: Ranks) -> None:
+def _pool_moments(watches: Sequence[Accumulator], found: Sequence[Moments], ranks: Ranks) -> None:
     if not watches:
         return
     device = found[0].device
@@ -77,7 +77,7 @@ def _pool_moments(watches: Sequence[Watch], found: Sequence[Moments], ranks: Ran
             pooled = Moments.of(means[i], whole, int(rows), int(examples), exact=exact)
             if exact:
                 pooled.rooted_in(_root(found[i], means[i], ranks))
-            watches[i].take_over(pooled, int(seen))
+            watches[i].apply_checkpoint(pooled, int(seen))
 
 
 def _root(own: Moments, mean: Tensor, ranks: Ranks) -> Tensor | None:

@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from apoptosis.distributed.fsdp import has_shards
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ApoptosisError, OutOfMemoryError, RankError
-from apoptosis.numerics.devices import sent
+from apoptosis.numerics.devices import to_async
 from apoptosis.observe.linear_map import sums_of
 from apoptosis.observe.watch import (
     MIN_EXAMPLES,
     SAMPLE_ELEMENTS,
     SAMPLE_ROWS,
     WHOLE_COLUMNS,
+    Accumulator,
     Observation,
     Sample,
-    Watch,
     named_snapshot,
     needs_whole_inputs,
 )
@@ -65,7 +65,7 @@ class _Share:
 
     def _thinned(self, rows: Tensor, rate: float) -> Tensor:
         chosen = torch.rand(rows.shape[0], generator=self._picks, dtype=torch.float32, device="cpu") < rate
-        return rows[sent(torch.from_numpy(np.flatnonzero(chosen.numpy())), rows.device)]
+        return rows[to_async(torch.from_numpy(np.flatnonzero(chosen.numpy())), rows.device)]
 
     def taken(self) -> Tensor | None:
         """Return at most as many rows as were wanted, (rows, positions)."""
@@ -74,7 +74,9 @@ class _Share:
         rows = torch.cat(self._kept)
         if len(rows) <= self._wanted:
             return rows
-        return rows[sent(torch.randperm(len(rows), generator=self._picks, device="cpu")[: self._wanted], rows.device)]
+        return rows[
+            to_async(torch.randperm(len(rows), generator=self._picks, device="cpu")[: self._wanted], rows.device)
+        ]
 
 
 class Replayed:
@@ -101,7 +103,7 @@ class Replayed:
     ) -> None:
         self._ranks, self._asked = ranks if has_shards(model) else None, True
         self._model, self._replay, self._picks, self._exact, self._spread = model, replay, picks, exact, spread
-        self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns that several groups share
+        self._watches: dict[tuple[str, str], Accumulator] = {}  # group "": all columns that several groups share
         self._places: list[tuple[str, Site, tuple[str, str]]] = []
         self._by_site: dict[str, list[tuple[str, str]]] = {}
         self._samples: dict[str, Sample] = {}
@@ -129,16 +131,18 @@ class Replayed:
         keys = [key, _right(key)] if site.kind == "product" else [key]
         for own in keys:
             if own not in self._watches:
-                self._watches[own] = Watch(site, columns, rows_for, device, exact=self._exact, spread=self._spread)
+                self._watches[own] = Accumulator(
+                    site, columns, rows_for, device, exact=self._exact, spread=self._spread
+                )
                 self._by_site.setdefault(site.key, []).append(own)
             watch = self._watches[own]
-            watch.rows_needed = max(watch.rows_needed, Watch.needed(site, rows_for))
+            watch.rows_needed = max(watch.rows_needed, Accumulator.needed(site, rows_for))
 
-    def watches(self) -> list[Watch]:
+    def watches(self) -> list[Accumulator]:
         """Return all watches, in the order of their groups."""
         return list(self._watches.values())
 
-    def watches_of(self, group: str) -> list[Watch]:
+    def watches_of(self, group: str) -> list[Accumulator]:
         """Return the watches of one group."""
         keys = [own for name, _, key in self._places if name == group for own in (key, _right(key))]
         return [self._watches[key] for key in keys if key in self._watches]
@@ -170,7 +174,7 @@ class Replayed:
         return max((watch.rows_needed for watch in self._watches.values()), default=0)
 
     @property
-    def blind(self) -> bool:
+    def saw_nothing(self) -> bool:
         """Whether nothing was seen at all."""
         return all(watch.rows == 0 and not watch.spoiled for watch in self._watches.values())
 
@@ -298,7 +302,7 @@ class Replayed:
                 x = x[:: max(1, len(x) // SAMPLE_ROWS)]
             sample.take(x.reshape(-1, x.shape[-1]) if x.dim() < 2 else x)
 
-    def _book(self, watch: Watch, share: _Share, examples: int) -> None:
+    def _book(self, watch: Accumulator, share: _Share, examples: int) -> None:
         rows = share.taken()
         if rows is None or watch.spoiled:
             return

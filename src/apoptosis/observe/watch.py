@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import NonFiniteError
-from apoptosis.numerics.devices import sent, waits
+from apoptosis.numerics.devices import is_async, to_async
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import IntArray, Site
 
@@ -104,7 +104,7 @@ def _pooled(a: Moments, b: Moments) -> Moments:
     return out.counted(a.num_rows, a.num_examples)
 
 
-class Watch:
+class Accumulator:
     """Rows of some channels at one site: buffered raw, then folded into moments.
 
     Args:
@@ -120,7 +120,7 @@ class Watch:
         self.site = site
         self.exact, self.spread = exact, spread
         self.positional = reads_several_positions(site) or site.kind != "linear"
-        self.rows_needed = Watch.needed(site, rows_for)
+        self.rows_needed = Accumulator.needed(site, rows_for)
         self.moments = Moments(len(columns), device=device)
         self.buffer: list[Tensor] = []
         self.buffered = 0
@@ -210,7 +210,7 @@ class Watch:
         taps = self.columns.shape[1]
         total = rows.shape[0] * taps
         if share is not None and total > share:
-            chosen = sent(torch.randint(0, total, (share,), generator=picks, device="cpu"), rows.device)
+            chosen = to_async(torch.randint(0, total, (share,), generator=picks, device="cpu"), rows.device)
             taken = rows.index_select(0, chosen // taps)
             return taken if self._all else taken.gather(1, self.columns.T[chosen % taps])
         if self._all:
@@ -253,9 +253,9 @@ class Watch:
     def _add_buffer(self, moments: Moments) -> None:
         if self.buffer:
             rows = self.buffer[0] if len(self.buffer) == 1 else torch.cat(self.buffer)
-            moments.update(rows, exact=self.exact, checked=not waits(rows.device))
+            moments.update(rows, exact=self.exact, checked=not is_async(rows.device))
 
-    def take_over(self, moments: Moments, examples: int) -> None:
+    def apply_checkpoint(self, moments: Moments, examples: int) -> None:
         """Take moments of more rows, these among them, in the place of its own."""
         self.moments, self.examples, self.buffer, self.buffered = moments, examples, [], 0
 
@@ -309,7 +309,7 @@ def _flush_rows(channels: int, *, exact: bool) -> int:
     return _FLUSH_ROWS if exact else min(_FLUSH_ROWS, max(_LEAST_FLUSH, _FLUSH_NUMBERS // channels))
 
 
-def named_snapshot(watch: Watch, *, last: bool = False) -> Moments:
+def named_snapshot(watch: Accumulator, *, last: bool = False) -> Moments:
     """Take a watch's moments; what is wrong with its rows is told of the module that read them."""
     try:
         return watch.snapshot(last=last)

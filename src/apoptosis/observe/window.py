@@ -32,9 +32,9 @@ from apoptosis.observe.watch import (
     LEAST_SHARE,
     MIN_EXAMPLES,
     WHOLE_COLUMNS,
+    Accumulator,
     Observation,
     Sample,
-    Watch,
     named_snapshot,
     needs_whole_inputs,
 )
@@ -84,9 +84,11 @@ class Observer:
         self._model, self._whole, self._takes_every = model, whole, every
         self._modules = dict(model.named_modules())
         self._generator = torch.Generator().manual_seed(seed)
-        self._watches: dict[tuple[str, str], Watch] = {}  # group "": all columns of a site that several groups share
+        self._watches: dict[
+            tuple[str, str], Accumulator
+        ] = {}  # group "": all columns of a site that several groups share
         self._places: list[tuple[str, Site, tuple[str, str]]] = []  # group, site, key of its watch
-        self._by_module: dict[str, list[Watch]] = {}
+        self._by_module: dict[str, list[Accumulator]] = {}
         self._dims: dict[str, int] = {}  # of the weight of a module's first site
         self._gradients = Gradients(seed, wanted=gradients and not any_mode)
         self._samples: dict[str, Sample] = {}
@@ -133,11 +135,13 @@ class Observer:
         self._places.append((group.name, site, key))
         if key not in self._watches:
             columns = np.arange(site.num_columns, dtype=np.int64)[:, None] if whole else site.input_columns
-            watch = Watch(site, columns, group.num_channels, device, exact=exact, spread=not self._any_mode)
+            watch = Accumulator(site, columns, group.num_channels, device, exact=exact, spread=not self._any_mode)
             self._watches[key] = watch
             self._by_module.setdefault(site.module, []).append(watch)
             self._gradients.watch(key, site, columns, group.num_channels, device)
-        self._watches[key].rows_needed = max(self._watches[key].rows_needed, Watch.needed(site, group.num_channels))
+        self._watches[key].rows_needed = max(
+            self._watches[key].rows_needed, Accumulator.needed(site, group.num_channels)
+        )
         self._gradients.need(key, self._watches[key].rows_needed)
         if several:
             self._samples.setdefault(site.module, Sample.of(site, exact=exact))
@@ -196,9 +200,9 @@ class Observer:
         return max((watch.examples for watch in self._watches.values()), default=self._replayed.examples)
 
     @property
-    def blind(self) -> bool:
+    def saw_nothing(self) -> bool:
         """Whether nothing was seen at all."""
-        return self._replayed.blind and all(w.rows == 0 and not w.spoiled for w in self._watches.values())
+        return self._replayed.saw_nothing and all(w.rows == 0 and not w.spoiled for w in self._watches.values())
 
     @property
     def unseen(self) -> frozenset[str]:
@@ -242,7 +246,7 @@ class Observer:
             return True
         return self.steps >= self._last_step()
 
-    def _suffices(self, watch: Watch) -> bool:
+    def _suffices(self, watch: Accumulator) -> bool:
         return watch.serves() if self.steps >= STALE_STEPS and not self._whole else watch.enough()
 
     def _last_step(self) -> int:

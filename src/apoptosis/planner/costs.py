@@ -71,7 +71,7 @@ def _share_gone(structure: Structure, group: Group, gone: Mapping[str, int]) -> 
     share = gone[group.name] / group.num_channels
     mine = {(m.tensor, m.dim): m.positions for m in group.members if m.role == "producer"}
     for other in structure.groups:
-        if other.name not in group.alternative or not gone[other.name]:
+        if other.name not in group.conflicts_with or not gone[other.name]:
             continue
         for member in other.members:
             own = mine.get((member.tensor, member.dim))

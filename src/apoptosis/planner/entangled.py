@@ -27,14 +27,14 @@ def entangled(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def _exclude(a: Group, b: Group) -> bool:
-    return b.name in a.alternative or a.name in b.alternative
+    return b.name in a.conflicts_with or a.name in b.conflicts_with
 
 
 def _linked(a: Group, b: Group) -> bool:
     return _exclude(a, b) or b.name in a.equal or a.name in b.equal
 
 
-def choices_of(groups: Sequence[Group]) -> list[list[Group]]:
+def compatible_sets(groups: Sequence[Group]) -> list[list[Group]]:
     """Return the sets of groups of which none excludes another and to which none could be added.
 
     Example:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apoptosis.criteria import Criterion, Proposal, Ranking, arranged, choose, compensated
-from apoptosis.distributed.fsdp import lent
+from apoptosis.criteria import Criterion, Proposal, Ranking, choose, compensated, interleaved
+from apoptosis.distributed.fsdp import summon_full_params
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import Observation
 from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
 from apoptosis.planner.costs import macs_after
-from apoptosis.planner.entangled import choices_of, entangled, most_readers
+from apoptosis.planner.entangled import compatible_sets, entangled, most_readers
 from apoptosis.planner.owners import owners
 from apoptosis.planner.reasons import Why, missed_tolerance, too_few_rows, unseen, used_up
-from apoptosis.planner.views import Observations, Shown, dropped, show, worst_case
+from apoptosis.planner.views import GroupData, Observations, dropped, make_view, worst_case
 from apoptosis.records import Certificate, Group, Reduction, Structure
 
 
@@ -143,8 +143,8 @@ def make_plan(
     open_groups = [group for group in structure.groups if group.pin is None]
     left: dict[str, Why] = {group.name: why for group in open_groups if (why := _waits(group, observations, request))}
     seen = [g for g in open_groups if g.name not in left]
-    desk = _Desk(model, structure, observations, request, {} if rankings is None else rankings, last=last)
-    choices = [choices_of(groups) for groups in entangled(seen)]
+    desk = _ProposalBuilder(model, structure, observations, request, {} if rankings is None else rankings, last=last)
+    choices = [compatible_sets(groups) for groups in entangled(seen)]
     desk.shares = Counter()
     for sets in choices:
         desk.shares += most_readers(sets)
@@ -156,7 +156,9 @@ def make_plan(
         for sets, rank in zip(choices, owner, strict=True):
             desk.shares -= most_readers(sets)
             turn = rank == ranks.rank and error is None
-            with lent(model, _weights(sets), keep=turn):  # in which all ranks take part, whatever fails on one
+            with summon_full_params(
+                model, _weights(sets), keep=turn
+            ):  # in which all ranks take part, whatever fails on one
                 try:
                     own |= desk.take(sets) if turn else {}
                 except Exception as caught:  # noqa: BLE001 - raised again below
@@ -198,7 +200,7 @@ def _waits(group: Group, observations: Observations, request: Request) -> Why | 
     return request.waiting.get(group.name) or (None if site is None else unseen(site))
 
 
-class _Desk:
+class _ProposalBuilder:
     """Proposals as they are made, one choice of groups after the other.
 
     shares: by site key, the groups still to come that read it. spent: the errors of those that came. certificates: by
@@ -218,7 +220,7 @@ class _Desk:
         self._rankings = rankings
         self._spent = observations if last and isinstance(observations, dict) else dict[tuple[str, str], Observation]()
         self._model, self._structure, self._observations, self._request = model, structure, observations, request
-        self._shown: dict[str, Shown] = {}
+        self._shown: dict[str, GroupData] = {}
         self.shares: Counter[str] = Counter()
         self.spent: dict[str, float] = {}
         self.proposals: dict[str, Proposal] = {}
@@ -288,9 +290,9 @@ class _Desk:
                 return found, {}
             least = max(kept)
 
-    def _show(self, group: Group) -> Shown:
+    def _show(self, group: Group) -> GroupData:
         if group.name not in self._shown:
-            self._shown[group.name] = show(
+            self._shown[group.name] = make_view(
                 self._model,
                 group,
                 self._observations,
@@ -336,7 +338,7 @@ def _spend(spent: dict[str, float], proposal: Proposal) -> None:
 
 def _propose(
     group: Group,
-    shown: Shown,
+    shown: GroupData,
     request: Request,
     spent: Mapping[str, float],
     shares: Mapping[str, int],
@@ -372,7 +374,7 @@ def _propose(
             return Why("criterion", f"criterion '{criterion.name}' does not see what a norm reads; others do")
         criterion = compensated(criterion)
     if group.name not in rankings:
-        rankings[group.name] = arranged(criterion, shown.view)
+        rankings[group.name] = interleaved(criterion, shown.view)
     ranking = rankings[group.name]
     proposal = choose(criterion, shown.view, limits, align=step, min_keep=least, ranking=ranking)
     if proposal is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.criteria import GroupView, NeuronView, Proposal, SiteView, dropped_variance
-from apoptosis.criteria.views import column_squares, energy, moments_of
+from apoptosis.criteria.views import column_squares, moments_of, output_variance
 from apoptosis.modules.norms import statistics_of
 from apoptosis.numerics.activations import neuron_type
 from apoptosis.numerics.bounds import worst_case_site_error
@@ -36,7 +36,7 @@ Observations = Mapping[tuple[str, str], Observation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Shown:
+class GroupData:
     """A group as its criterion sees it, and what the planner keeps to itself.
 
     samples: by site key, for sites that were measured. ratios: by site key, what a criterion's error (relative to what
@@ -48,9 +48,9 @@ class Shown:
     ratios: Mapping[str, float]
 
 
-def show(
+def make_view(
     model: nn.Module, group: Group, observations: Observations, seed: int, *, felt: bool = False, neurons: bool = True
-) -> Shown:
+) -> GroupData:
     """Put together what a criterion sees of a group; every site of it was observed.
 
     Args:
@@ -105,7 +105,7 @@ def show(
         seed=seed,
         rows=group.rows,
     )
-    return Shown(view=view, samples=samples, ratios=ratios)
+    return GroupData(view=view, samples=samples, ratios=ratios)
 
 
 def _with_constant(moments: Moments) -> Moments:
@@ -170,8 +170,8 @@ def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> fl
     moved = read_weight(site, weight)
     moved = moved if moved.dtype in (torch.float32, torch.float64) else moved.float()
     moved = moved.reshape(*moved.shape[:2], -1)
-    own = energy(replace(shown, felt=None))  # both by the weights alone
-    whole = energy(SiteView(key=site.key, weight=moved, moments=seen.whole, dropout=seen.dropout))
+    own = output_variance(replace(shown, felt=None))  # both by the weights alone
+    whole = output_variance(SiteView(key=site.key, weight=moved, moments=seen.whole, dropout=seen.dropout))
     return float((whole / own) ** 0.5) if own > 0.0 and whole > 0.0 else 1.0
 
 

@@ -18,7 +18,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 SiteKind = Literal["linear", "conv", "conv_transpose", "product"]
-NormWay = Literal["", "class", "plain", "either", "response"]
+NormStrategy = Literal["", "class", "plain", "either", "response"]
 NormWidths = Literal["pinned", "compensated"]
 Frozen = Literal["keep", "cut"]
 CertificateKind = Literal["worst_case", "empirical", "accuracy"]
@@ -155,7 +155,7 @@ class Site:
     select: tuple[tuple[int, int], ...] = ()
     rescale: tuple[tuple[str, int, IntArray], ...] = ()
     per_sum: int = 0
-    norm_way: NormWay = ""
+    norm_way: NormStrategy = ""
     number: int = 0
     conv: Convolution | None = None
     factors: tuple[float, float] = (1.0, 1.0)
@@ -213,7 +213,7 @@ class Group:
     neuron: Neuron | None = None
     pin: Pin | None = None
     rows: int = 1
-    alternative: tuple[str, ...] = ()
+    conflicts_with: tuple[str, ...] = ()
     equal: tuple[str, ...] = ()
     min_channels: int = 1
     beside: int = 0
@@ -235,7 +235,7 @@ class ScalarOperands:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Worked:
+class PartialOp:
     """One call of an operator that worked on part of a group's channels only: their classes, ascending."""
 
     operator: str
@@ -332,7 +332,7 @@ class Structure:
     pinned_classes: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     scalars: Mapping[str, tuple[ScalarOperands, ...]] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()
-    worked: Mapping[str, tuple[Worked, ...]] = field(default_factory=dict)
+    worked: Mapping[str, tuple[PartialOp, ...]] = field(default_factory=dict)
     multiples: Mapping[str, tuple[tuple[str, tuple[tuple[int, int, float], ...]], ...]] = field(default_factory=dict)
     scalable: Mapping[str, tuple[tuple[str, int, IntArray], ...]] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()

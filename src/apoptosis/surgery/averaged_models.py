@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from apoptosis.distributed.wrappers import bare
+from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.errors import ArgumentError
 from apoptosis.numerics.alike import alike
 
@@ -78,11 +78,11 @@ def as_follower(averaged: Any, model: nn.Module) -> nn.Module:
         inner = [getattr(averaged, name, None) for name in ("", *_INSIDE) if name]
         for copy in (averaged, *inner):
             if isinstance(copy, nn.Module):
-                whole = bare(copy)
+                whole = unwrapped(copy)
                 held = whole.module if isinstance(whole, AveragedModel) else whole
                 if names <= {name for name, _ in held.named_parameters()}:
                     return whole
-        return bare(averaged)
+        return unwrapped(averaged)
     for name in _INSIDE:
         if isinstance(copy := getattr(averaged, name, None), nn.Module):
             return as_follower(copy, model)
@@ -130,7 +130,7 @@ def _averages_of(model: nn.Module, known: set[int]) -> bool:
     mine = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     found = [x for x in gc.get_objects() if type(x) is AveragedModel and id(x) not in known]
     for average in found:
-        held = bare(average)
+        held = unwrapped(average)
         held = held.module if isinstance(held, AveragedModel) else held
         theirs = dict(held.named_parameters())
         like = (name in theirs and theirs[name].shape == p.shape and alike(theirs[name], p) for name, p in mine.items())

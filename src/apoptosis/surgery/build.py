@@ -26,7 +26,7 @@ from apoptosis.records import (
     TensorEdit,
 )
 from apoptosis.surgery.builder import (
-    Draft,
+    EditBuilder,
     check_positions,
     finished,
     first_name,
@@ -67,7 +67,7 @@ def build_edits(
             offset or a mix that cannot be folded.
     """
     groups = {group.name: group for group in structure.groups}
-    drafts: dict[str, Draft] = {}
+    drafts: dict[str, EditBuilder] = {}
     seen: set[str] = set()
     scaled: set[str] = set()
     changed: set[str] = set()
@@ -82,7 +82,7 @@ def build_edits(
         if reduction.keep.numel() == group.num_channels:
             continue
         for name in changed:
-            if name in group.alternative or group.name in groups[name].alternative:
+            if name in group.conflicts_with or group.name in groups[name].conflicts_with:
                 raise ArgumentError(
                     f"groups '{name}' and '{group.name}' share channels: one event changes one of them."
                 )
@@ -130,13 +130,13 @@ def _check_keep(group: Group, reduction: Reduction) -> None:
 
 
 def _add_member(
-    drafts: dict[str, Draft], structure: Structure, group: Group, member: Member, reduction: Reduction
+    drafts: dict[str, EditBuilder], structure: Structure, group: Group, member: Member, reduction: Reduction
 ) -> None:
     name = first_name(structure, member.tensor)
     num_channels = group.num_channels
     size = structure.shapes[name][member.dim]
     check_positions(member.positions, num_channels, size, f"tensor '{name}', dim {member.dim}")
-    draft = drafts.setdefault(name, Draft())
+    draft = drafts.setdefault(name, EditBuilder())
     note_order(draft, member.dim, member.positions, reduction.keep, group.rows, size)
     draft.removed.setdefault(member.dim, []).append(member.positions[removed(reduction.keep, num_channels)].reshape(-1))
     if reduction.merge is not None and member.role in ("producer", "bias"):
@@ -144,13 +144,13 @@ def _add_member(
 
 
 def _add_site(
-    drafts: dict[str, Draft], structure: Structure, site: Site, keep: Tensor, reduction: SiteReduction, rows: int
+    drafts: dict[str, EditBuilder], structure: Structure, site: Site, keep: Tensor, reduction: SiteReduction, rows: int
 ) -> None:
     name = first_name(structure, site.weight)
     num_channels = mix_shape(reduction)[1]
     check_positions(site.columns, num_channels, structure.shapes[name][site.dim], f"site '{site.key}'")
     columns = unique_columns(site.columns)
-    draft = drafts.setdefault(name, Draft())
+    draft = drafts.setdefault(name, EditBuilder())
     centred = site.normal is not None and site.normal.centred
     fold = ColumnFold(
         dim=site.dim,
@@ -173,7 +173,7 @@ def _add_site(
         offset = OffsetFold(
             weight=name, dim=site.dim, columns=columns, offset=reduction.offset, sign=sign, select=site.select
         )
-        held = drafts.setdefault(target, Draft()).offsets
+        held = drafts.setdefault(target, EditBuilder()).offsets
         known = ((o.weight, o.dim, o.select) for o in held if np.array_equal(o.columns, columns))
         if (name, site.dim, site.select) not in known:
             held.append(offset)
@@ -209,7 +209,7 @@ def _check_functional_offset(structure: Structure, site: Site) -> None:
         raise ShapeError(f"site '{site.key}': an offset has nowhere to go: its slice has no bias of its own.")
 
 
-def _add_variance(drafts: dict[str, Draft], structure: Structure, site: Site, dropped: Tensor) -> None:
+def _add_variance(drafts: dict[str, EditBuilder], structure: Structure, site: Site, dropped: Tensor) -> None:
     if site.norm is None:
         return
     name = f"{site.norm}.running_var"
@@ -218,5 +218,5 @@ def _add_variance(drafts: dict[str, Draft], structure: Structure, site: Site, dr
         return
     if tuple(dropped.shape) != structure.shapes[name]:
         raise ShapeError(f"'{name}' has shape {structure.shapes[name]}, the dropped variance {tuple(dropped.shape)}.")
-    draft = drafts.setdefault(name, Draft())
+    draft = drafts.setdefault(name, EditBuilder())
     draft.dropped_variance = dropped if draft.dropped_variance is None else draft.dropped_variance + dropped

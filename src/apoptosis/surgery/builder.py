@@ -18,7 +18,7 @@ from apoptosis.records import ColumnFold, Group, IntArray, OffsetFold, RowScale,
 
 
 @dataclass(slots=True)
-class Draft:
+class EditBuilder:
     """One tensor's edit while it is being gathered."""
 
     removed: dict[int, list[IntArray]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ def removed(keep: Tensor, num_channels: int) -> IntArray:
     return np.flatnonzero(mask).astype(np.int64)
 
 
-def note_order(draft: Draft, dim: int, positions: IntArray, keep: Tensor, rows: int, size: int) -> None:
+def note_order(draft: EditBuilder, dim: int, positions: IntArray, keep: Tensor, rows: int, size: int) -> None:
     """Note where kept channels of a group of several rows will stand along an axis of `size` entries.
 
     A shuffle lays the rows out in turn (a0 b0 a1 b1 ...): the first kept channel of every row comes first then, from
@@ -86,7 +86,7 @@ def unique_columns(columns: IntArray) -> IntArray:
     return stacked
 
 
-def is_new(draft: Draft, fold: ColumnFold, site: Site) -> bool:
+def is_new(draft: EditBuilder, fold: ColumnFold, site: Site) -> bool:
     """Whether the fold is the first of its columns; modules that share a weight must agree on how it is folded."""
     for other in draft.folds:
         if other.dim != fold.dim or not np.intersect1d(other.columns, fold.columns).size:
@@ -101,7 +101,7 @@ def is_new(draft: Draft, fold: ColumnFold, site: Site) -> bool:
     return True
 
 
-def finished(name: str, draft: Draft, shape: tuple[int, ...]) -> TensorEdit:
+def finished(name: str, draft: EditBuilder, shape: tuple[int, ...]) -> TensorEdit:
     """Turn a draft into the edit of a tensor of this shape. Raises: ShapeError: nothing would be left of it."""
     keep: dict[int, Tensor] = {}
     for dim, gone in draft.removed.items():

@@ -31,7 +31,7 @@ from apoptosis.modules.norms import (
     statistics_of,
 )
 from apoptosis.records import Reduction, RowScale, Site, SiteReduction, Structure
-from apoptosis.surgery.builder import Draft, check_positions, first_name
+from apoptosis.surgery.builder import EditBuilder, check_positions, first_name
 
 
 def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:
@@ -44,7 +44,7 @@ def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:
     return site.norm_way in ("plain", "either") and not moved
 
 
-def add_norm(drafts: dict[str, Draft], structure: Structure, site: Site, reduction: Reduction) -> None:
+def add_norm(drafts: dict[str, EditBuilder], structure: Structure, site: Site, reduction: Reduction) -> None:
     """Scale the weight of a norm that stays what it is by sqrt(C/C'), C channels before and C' after.
 
     Raises: ShapeError: the norm can only lose channels that are always zero, and others would go; a weight that two
@@ -55,7 +55,7 @@ def add_norm(drafts: dict[str, Draft], structure: Structure, site: Site, reducti
     check_positions(site.columns, num, structure.shapes[name][site.dim], f"site '{site.key}'")
     if not _stays_plain(site, found, keep):
         return
-    draft = drafts.setdefault(name, Draft())
+    draft = drafts.setdefault(name, EditBuilder())
     if any(scale.dim == 0 for scale in draft.scales):
         raise ShapeError(f"site '{site.key}': its weight is shared, and would be scaled twice.")
     factor = math.sqrt(num / keep.numel())

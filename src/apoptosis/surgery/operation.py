@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.distributed.fsdp import at_rest, has_shards, renew
+from apoptosis.distributed.fsdp import has_shards, reset_fsdp_state, reshard
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.wrappers import rebuild
 from apoptosis.distributed.zero import rebuild_buckets
@@ -52,7 +52,7 @@ Judge = Callable[[Change], str]  # why the change is refused, "" when it is gran
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patient:
+class Target:
     """What one surgery touches: the model, its optimizers, averaged copies, and how to call and read the model.
 
     parallel: the DistributedDataParallel modules around the model, which is without its wrappers here. norm_widths:
@@ -97,42 +97,42 @@ class Outcome:
     done: tuple[Reduction, ...] = ()
 
 
-def timed_capture(patient: Patient) -> tuple[Structure, float]:
+def timed_capture(target: Target) -> tuple[Structure, float]:
     """Capture a model and say what that takes in seconds: the better of two, the first of which meets cold caches."""
     found = []
     for _ in range(2):
         begin = time.perf_counter()
-        structure = patient.capture()
+        structure = target.capture()
         found.append(time.perf_counter() - begin)
-        if patient.ranks.any(found[-1] > _LONG_CAPTURE):
+        if target.ranks.any(found[-1] > _LONG_CAPTURE):
             break
     return structure, min(found)
 
 
-def refreshed(patient: Patient, structure: Structure) -> Structure:
+def refreshed(target: Target, structure: Structure) -> Structure:
     """Return the structure, captured again if other hands have changed the model: shapes, types or layers.
 
     Or if the user froze or unfroze parameters: pins that spoke of frozen ones go where they do not hold any more.
     """
-    at_rest(patient.model)
-    frozen = frozen_names(patient.model) if patient.frozen == "keep" else frozenset()
-    if frozen == structure.frozen and layout_of(patient.model) == structure.layout:
+    reshard(target.model)
+    frozen = frozen_names(target.model) if target.frozen == "keep" else frozenset()
+    if frozen == structure.frozen and layout_of(target.model) == structure.layout:
         return structure
     try:
-        new = patient.capture()
+        new = target.capture()
     except CaptureError as error:
         raise CaptureError(
             f"the model was changed in the course of the run (layers, shapes or types), and what it is now cannot be "
             f"captured: {error} Make Apoptosis anew with what it takes now, and a new optimizer."
         ) from error
-    return with_known(patient, structure, new)
+    return with_known(target, structure, new)
 
 
-def with_known(patient: Patient, old: Structure, new: Structure) -> Structure:
+def with_known(target: Target, old: Structure, new: Structure) -> Structure:
     """Return a new structure with what is known from before: pins set from outside, numbers that follow widths."""
     pins = {g.name: g.pin for g in old.groups if g.pin is not None and FROZEN not in g.pin.reason}
     kept = with_pins(new, pins)
-    return with_follows(kept, old.follows, {follow: value_of(patient.model, follow) for follow in old.follows})
+    return with_follows(kept, old.follows, {follow: value_of(target.model, follow) for follow in old.follows})
 
 
 def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
@@ -190,8 +190,8 @@ def kept_positions(edits: Sequence[TensorEdit]) -> dict[str, Mapping[int, Tensor
     return {edit.tensor: edit.keep for edit in edits}
 
 
-def operate(
-    patient: Patient,
+def apply_reductions(
+    target: Target,
     structure: Structure,
     reductions: Sequence[Reduction],
     dropped_variance: Mapping[str, Tensor],
@@ -204,54 +204,54 @@ def operate(
     the others are tried again without it. A change the judge refuses rolls everything back.
     """
     pins: dict[str, Pin] = {}
-    todo, ranks = list(reductions), patient.ranks
+    todo, ranks = list(reductions), target.ranks
     outcome: Outcome | None = None
     try:
-        before = None if probe is None else _outputs_before(patient, probe)
+        before = None if probe is None else _outputs_before(target, probe)
         old_numbers = True  # the training loop may have set a temperature, say, since they were captured
         while todo:
-            outcome, fault = _attempt(patient, structure, todo, dropped_variance, probe, before, judge, old_numbers)
+            outcome, fault = _attempt(target, structure, todo, dropped_variance, probe, before, judge, old_numbers)
             if outcome is not None:
                 break
             if probe is not None and fault == _RESIZED:
-                before = _outputs_before(patient, probe, training=True)
+                before = _outputs_before(target, probe, training=True)
                 continue
             if old_numbers:  # nothing is pinned, and no weight takes a factor, for what the user has changed
-                old_numbers, now = False, patient.capture()
+                old_numbers, now = False, target.capture()
                 changed = ranks.any(now.scalars != structure.scalars)
                 structure = replace(structure, scalars=now.scalars, multiples=now.multiples, scalable=now.scalable)
                 if changed or not fault:
                     continue
-            guilty = _guilty(patient, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
-            for name, reason in guilty.items():
+            failing_groups = _guilty(target, structure, todo, dropped_variance, probe) or {todo[0].group: fault}
+            for name, reason in failing_groups.items():
                 pins[name] = broken_pin(structure, name, reason)
             todo = [r for r in todo if r.group not in pins]
     except BaseException as error:
-        if patient.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
-            set_up_again(patient)
+        if target.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
+            set_up_again(target)
         raise
     if outcome is None:
         broken = "no group can be edited: " + "; ".join(str(p) for p in pins.values())
         refused = broken if pins else "nothing to remove"
         outcome = Outcome(committed=False, structure=structure, change=None, refused=refused)
     if not outcome.committed:
-        set_up_again(patient)
+        set_up_again(target)
     return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
 
 
-def set_up_again(patient: Patient) -> None:
+def set_up_again(target: Target) -> None:
     """Let wrappers and sharded optimizers take the tensors as they are now.
 
     After a rollback, too: a tensor given back its storage has lost DistributedDataParallel's listener.
     """
-    for wrapper in patient.parallel:
+    for wrapper in target.parallel:
         rebuild(wrapper)
-    renew(patient.model)
-    rebuild_buckets(patient.optimizers)
+    reset_fsdp_state(target.model)
+    rebuild_buckets(target.optimizers)
 
 
 def _attempt(
-    patient: Patient,
+    target: Target,
     structure: Structure,
     reductions: list[Reduction],
     dropped_variance: Mapping[str, Tensor],
@@ -265,18 +265,18 @@ def _attempt(
     Nothing went wrong ("") where numbers need a factor and those they are compared with may be old, and where training
     mode has to be compared, too (_RESIZED).
     """
-    transaction = Transaction(patient.model, patient.optimizers, patient.followers)
+    transaction = Transaction(target.model, target.optimizers, target.followers)
     with restoring(transaction.close):
-        tried = _tried(transaction, patient, structure, reductions, dropped_variance, probe, before, judge, old_numbers)
+        tried = _tried(transaction, target, structure, reductions, dropped_variance, probe, before, judge, old_numbers)
     if tried[0] is not None and tried[0].committed:
-        set_up_again(patient)
+        set_up_again(target)
         forget_compiled()
     return tried
 
 
 def _tried(
     transaction: Transaction,
-    patient: Patient,
+    target: Target,
     structure: Structure,
     reductions: list[Reduction],
     dropped_variance: Mapping[str, Tensor],
@@ -288,22 +288,22 @@ def _tried(
     fault, again, after, short = "", False, None, None
     with transaction:
         try:
-            new, scaled = _edit(transaction, patient, structure, reductions, dropped_variance)
+            new, scaled = _edit(transaction, target, structure, reductions, dropped_variance)
             again = scaled and old_numbers
             if not again and probe is not None and before is not None:
-                after = _outputs_after(patient, probe, training=before.training is not None)
+                after = _outputs_after(target, probe, training=before.training is not None)
         except _BROKEN as error:
             fault = str(error) or type(error).__name__
         except OutOfMemoryError as error:  # says nothing about a group; on one rank, it ends the event on all
             short = error
-        patient.ranks.each(partial(_raise, short))
-        fault, again = patient.ranks.fault(fault), patient.ranks.any(again)
+        target.ranks.each(partial(_raise, short))
+        fault, again = target.ranks.fault(fault), target.ranks.any(again)
         if fault or again:
             transaction.rollback()
             return None, fault
         change = None
         if probe is not None and before is not None and after is not None:
-            change = _measured(patient, probe, before, after)
+            change = _measured(target, probe, before, after)
             if (change.resized or not change.mode) and not before.asked:
                 transaction.rollback()
                 return None, _RESIZED
@@ -311,8 +311,8 @@ def _tried(
             if refused:
                 transaction.rollback()
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""
-        patient.ranks.same_parameters("after an event", patient.model)
-        known = with_known(patient, structure, new)
+        target.ranks.same_parameters("after an event", target.model)
+        known = with_known(target, structure, new)
         transaction.commit()
     return Outcome(committed=True, structure=known, change=change, done=tuple(reductions)), ""
 
@@ -322,18 +322,18 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _measured(patient: Patient, probe: Probe, before: _Before, after: tuple[list[Any], list[Any] | None]) -> Change:
+def _measured(target: Target, probe: Probe, before: _Before, after: tuple[list[Any], list[Any] | None]) -> Change:
     """Compare outputs on the probes of all ranks. Raises: NonFiniteError: outputs before are not finite."""
     training = None if before.training is None or after[1] is None else (before.training, after[1])
-    change = patient.ranks.each(
-        partial(compare, before.evaluation, after[0], probe.labels, patient.read, probe=probe, training=training)
+    change = target.ranks.each(
+        partial(compare, before.evaluation, after[0], probe.labels, target.read, probe=probe, training=training)
     )
-    return together(patient.ranks.gathered(change))
+    return together(target.ranks.gathered(change))
 
 
 def _edit(
     transaction: Transaction,
-    patient: Patient,
+    target: Target,
     structure: Structure,
     reductions: Sequence[Reduction],
     dropped_variance: Mapping[str, Tensor],
@@ -345,53 +345,53 @@ def _edit(
     """
     edits = build_edits(structure, reductions, dropped_variance)
     normalised = any(site.normal is not None for group in structure.groups for site in group.sites)
-    today = patient.capture() if normalised else structure
+    today = target.capture() if normalised else structure
     transaction.apply(edits, structure, norm_edits(structure, reductions))
-    new = patient.capture()
+    new = target.capture()
     scales = verify_up_to_scale(structure, new, kept_positions(edits))
     sizes = gains(today, new, kept_positions(edits)) if normalised else ()
     transaction.rescale((*scales, *sizes))
-    return patient.capture() if sizes else new, bool(scales)
+    return target.capture() if sizes else new, bool(scales)
 
 
-def _passes(patient: Patient, probe: Probe) -> int:
+def _passes(target: Target, probe: Probe) -> int:
     """Return how many passes every rank makes over its probe, where ranks gather parameters together in each."""
     own = len(probe.pieces())
-    if not has_shards(patient.model):
+    if not has_shards(target.model):
         return own
-    return int(patient.ranks.range_of(torch.tensor([own], dtype=torch.int64, device="cpu"))[1])
+    return int(target.ranks.range_of(torch.tensor([own], dtype=torch.int64, device="cpu"))[1])
 
 
-def _outputs_before(patient: Patient, probe: Probe, *, training: bool = False) -> _Before:
+def _outputs_before(target: Target, probe: Probe, *, training: bool = False) -> _Before:
     """Run a model on a probe: in evaluation mode, and in training mode if asked for or if that gives no numbers."""
-    ranks, passes = patient.ranks, _passes(patient, probe)
-    found = ranks.each(lambda: outputs(patient.model, probe, passes=passes))
-    asked = training or ranks.any(not comparable(found, patient.read))
+    ranks, passes = target.ranks, _passes(target, probe)
+    found = ranks.each(lambda: outputs(target.model, probe, passes=passes))
+    asked = training or ranks.any(not comparable(found, target.read))
     other = None
     if asked:
-        other = ranks.each(lambda: training_outputs(patient.model, probe, patient.read, passes=passes))
+        other = ranks.each(lambda: training_outputs(target.model, probe, target.read, passes=passes))
         other = other if ranks.all(other is not None) else None
     return _Before(found, other, asked)
 
 
-def _outputs_after(patient: Patient, probe: Probe, *, training: bool) -> tuple[list[Any], list[Any] | None]:
+def _outputs_after(target: Target, probe: Probe, *, training: bool) -> tuple[list[Any], list[Any] | None]:
     """Return what the edited network says on examples that the network before took, in one mode or both.
 
     Raises: CaptureError: it fails on them. OutOfMemoryError: memory runs out.
     """
-    passes = _passes(patient, probe)
+    passes = _passes(target, probe)
     try:
-        found = outputs(patient.model, probe, passes=passes)
+        found = outputs(target.model, probe, passes=passes)
     except (OutOfMemoryError, RankError):
         raise
     except Exception as error:  # the user's forward may raise anything
         raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error
-    other = training_outputs(patient.model, probe, patient.read, passes=passes, checked=False) if training else None
+    other = training_outputs(target.model, probe, target.read, passes=passes, checked=False) if training else None
     return found, other
 
 
 def _guilty(
-    patient: Patient,
+    target: Target,
     structure: Structure,
     reductions: list[Reduction],
     dropped: Mapping[str, Tensor],
@@ -407,15 +407,15 @@ def _guilty(
         if first.group in found:
             continue
         trial = [first, *(r for r in reductions if r.group in equal[first.group])]
-        transaction = Transaction(patient.model, patient.optimizers, patient.followers)
+        transaction = Transaction(target.model, target.optimizers, target.followers)
         with restoring(transaction.close):
             try:
-                _edit(transaction, patient, structure, trial, dropped)
+                _edit(transaction, target, structure, trial, dropped)
                 if probe is not None:
-                    _outputs_after(patient, probe, training=False)
+                    _outputs_after(target, probe, training=False)
             except _BROKEN as error:
                 found.update((reduction.group, str(error)) for reduction in trial)
-    return {name: reason for own in patient.ranks.gathered(found) for name, reason in own.items()}
+    return {name: reason for own in target.ranks.gathered(found) for name, reason in own.items()}
 
 
 def broken_pin(structure: Structure, name: str, reason: str) -> Pin:

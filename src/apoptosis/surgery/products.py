@@ -16,7 +16,7 @@ from torch import Tensor
 from apoptosis.errors import ShapeError
 from apoptosis.records import ColumnFold, Group, Reduction, RowScale, Site, Structure
 from apoptosis.surgery.builder import (
-    Draft,
+    EditBuilder,
     check_positions,
     first_name,
     is_new,
@@ -26,7 +26,9 @@ from apoptosis.surgery.builder import (
 )
 
 
-def add_product(drafts: dict[str, Draft], structure: Structure, group: Group, site: Site, reduction: Reduction) -> None:
+def add_product(
+    drafts: dict[str, EditBuilder], structure: Structure, group: Group, site: Site, reduction: Reduction
+) -> None:
     """Fold the right operand's producer and scale the left one's; both lose their rows as members of the group."""
     who, found, keep = f"site '{site.key}'", reduction.sites[site.key], reduction.keep
     if found.offset is not None and bool(found.offset.count_nonzero()):
@@ -40,7 +42,7 @@ def add_product(drafts: dict[str, Draft], structure: Structure, group: Group, si
         for tensor, dim in ((site.weight, site.dim), *(((site.bias, 0),) if site.bias is not None else ())):
             name = first_name(structure, tensor)
             check_positions(site.columns, group.num_channels, structure.shapes[name][dim], who)
-            draft, own = drafts.setdefault(name, Draft()), replace(fold, dim=dim)
+            draft, own = drafts.setdefault(name, EditBuilder()), replace(fold, dim=dim)
             if is_new(draft, own, site):
                 draft.folds.append(own)
                 draft.taken_over.append((dim, own.columns))
@@ -51,7 +53,9 @@ def add_product(drafts: dict[str, Draft], structure: Structure, group: Group, si
         name = first_name(structure, tensor)
         check_positions(positions, group.num_channels, structure.shapes[name][dim], who)
         _add_scale(
-            drafts.setdefault(name, Draft()), RowScale(dim=dim, positions=np.unique(positions), factor=factor), site
+            drafts.setdefault(name, EditBuilder()),
+            RowScale(dim=dim, positions=np.unique(positions), factor=factor),
+            site,
         )
 
 
@@ -70,7 +74,7 @@ def _rescale(site: Site, keep: Tensor) -> float:
     return math.sqrt(int(after[0]) / site.per_sum)
 
 
-def _add_scale(draft: Draft, scale: RowScale, site: Site) -> None:
+def _add_scale(draft: EditBuilder, scale: RowScale, site: Site) -> None:
     """Operators that share an operand share its scale, which has to be the same one."""
     for other in draft.scales:
         if other.dim != scale.dim or not np.intersect1d(other.positions, scale.positions).size:

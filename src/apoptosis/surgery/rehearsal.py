@@ -30,7 +30,7 @@ from apoptosis.planner.alike import alike, missing, steps
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
 from apoptosis.surgery.numbers import number_of, value_of
-from apoptosis.surgery.operation import Patient, broken_pin, kept_positions, set_up_again, with_pins
+from apoptosis.surgery.operation import Target, broken_pin, kept_positions, set_up_again, with_pins
 from apoptosis.surgery.splits import reads_attribute
 
 _ROUNDS = 40  # faults looked for one after the other; beyond it events find out
@@ -42,36 +42,36 @@ _GROUP = re.compile(r"group '([^']+)'")
 Names = tuple[str, ...]
 
 
-def rehearse(patient: Patient, structure: Structure, left_out: Mapping[str, Pin], align: int = 1) -> Structure:
+def rehearse(target: Target, structure: Structure, left_out: Mapping[str, Pin], align: int = 1) -> Structure:
     """Return the structure with the numbers of modules that follow widths, and pins for what the model cannot lose.
 
     The model is afterwards as it was, bitwise. Models whose parameters are spread over processes, or have no data, are
     not tried.
 
     Args:
-        patient: the model, and how to call it.
+        target: the model, and how to call it.
         structure: of the model as it is now.
         left_out: pins of the user's, which are added; such groups are not tried.
         align: widths are multiples of it.
 
     Raises: ArgumentError: `register_attributes` was given names that a module of the model does not have.
     """
-    check_registered(patient.model)
+    check_registered(target.model)
     structure = with_pins(structure, left_out)
-    if has_shards(patient.model) or any(p.is_meta or isinstance(p, FakeTensor) for p in patient.model.parameters()):
+    if has_shards(target.model) or any(p.is_meta or isinstance(p, FakeTensor) for p in target.model.parameters()):
         return structure
     try:
-        return _Rehearsal(patient, align).settled(structure)
+        return _Rehearsal(target, align).settled(structure)
     finally:
-        if patient.parallel:
-            set_up_again(patient)
+        if target.parallel:
+            set_up_again(target)
 
 
 class _Rehearsal:
     """Trials of one model."""
 
-    def __init__(self, patient: Patient, align: int) -> None:
-        self._patient, self._align = patient, align
+    def __init__(self, target: Target, align: int) -> None:
+        self._target, self._align = target, align
 
     def settled(self, structure: Structure) -> Structure:
         """Search until the model runs with every open group narrower, whole heads apart from the channels in them."""
@@ -109,15 +109,15 @@ class _Rehearsal:
 
     def _fault(self, structure: Structure, names: Iterable[str]) -> str:
         """Say what goes wrong when these groups get narrower, "" for nothing; the model is as it was."""
-        ranks = self._patient.ranks
+        ranks = self._target.ranks
         return ranks.fault(ranks.each(partial(self._own_fault, structure, frozenset(names))))
 
     def _own_fault(self, structure: Structure, names: frozenset[str]) -> str:
         reductions = [r for groups in alike(_open(structure, names)) for r in _narrower(groups, self._align)]
         if not reductions:
             return ""
-        patient = self._patient
-        transaction = Transaction(patient.model)
+        target = self._target
+        transaction = Transaction(target.model)
         with restoring(transaction.close):
             try:
                 edits = build_edits(structure, reductions)
@@ -125,7 +125,7 @@ class _Rehearsal:
             except ShapeError as error:  # these widths do not go together, others may; one number is never two
                 return str(error) if "at once" in str(error) else ""
             try:
-                new = patient.capture()
+                new = target.capture()
                 verify_up_to_scale(structure, new, kept_positions(edits))
             except (CaptureError, StructureChangedError) as error:
                 return str(error) or type(error).__name__
@@ -172,7 +172,7 @@ class _Rehearsal:
             known[key] = replace(follow, places=tuple(sorted(places)), groups=tuple(sorted(groups)))
         if set(known.values()) == set(structure.follows):
             return None
-        return with_follows(structure, known.values(), {f: value_of(self._patient.model, f) for f in known.values()})
+        return with_follows(structure, known.values(), {f: value_of(self._target.model, f) for f in known.values()})
 
     def _named(self, counts: Iterable[Count], most: int) -> Iterator[Follow]:
         """Yield the numbers that the lines of source read off a module that runs there, or up to `most` times them."""
@@ -186,7 +186,7 @@ class _Rehearsal:
     def _reads(self, count: Count, attribute: str) -> bool:
         """Whether the line of source at which an operator is given a number names this attribute."""
         try:
-            running = self._patient.model.get_submodule(count.modules[0])
+            running = self._target.model.get_submodule(count.modules[0])
         except AttributeError:  # made in the forward pass
             return False
         return reads_attribute(running, count.where, attribute)
@@ -195,7 +195,7 @@ class _Rehearsal:
         """Yield the plain numbers of this value: (module, attribute, place in it), the innermost module first."""
         for name in dict.fromkeys(modules):
             try:
-                module = self._patient.model.get_submodule(name)
+                module = self._target.model.get_submodule(name)
             except AttributeError:  # made in the forward pass
                 continue
             for attribute, held in vars(module).items():
@@ -219,7 +219,7 @@ class _Rehearsal:
                 single[holder] = Follow(module=holder[0], attribute=holder[1], index=holder[2], places=places)
         by_width = [
             Follow(module=module, attribute=attribute, index=index, groups=(name,))
-            for module, attribute, index in self._holders(_lineage(self._patient.model, fault), group.num_channels)
+            for module, attribute, index in self._holders(_lineage(self._target.model, fault), group.num_channels)
         ]
         tried = [
             named,

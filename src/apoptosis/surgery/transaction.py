@@ -35,7 +35,7 @@ from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.numbers import number_changes
 from apoptosis.surgery.optimizers import StateChange, state_changes
 from apoptosis.surgery.splits import SplitChange, followed, split_changes
-from apoptosis.surgery.undo_log import Journal
+from apoptosis.surgery.undo_log import UndoLog
 from apoptosis.surgery.values import apply_edit, merge_like
 
 _COPY = "Its shapes were changed by other hands, or the model's were; give apoptosis a copy of the model as it is."
@@ -78,7 +78,7 @@ class Transaction:
         self._bare = {i for i, follower in enumerate(followers, 1) if isinstance(follower, Tensors)}
         check_followers(followers, model)
         built_shapes(model, {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
-        self._journal = Journal()
+        self._journal = UndoLog()
         self._open = True
 
     def __enter__(self) -> Self:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apoptosis.distributed.fsdp import exchange, is_sharded
+from apoptosis.distributed.fsdp import is_sharded, swap_local
 from apoptosis.interrupts import uninterrupted
 from apoptosis.model.module_state import set_version
 
 
-class Journal:
+class UndoLog:
     """Write through it, then either `undo` everything in reverse order or `forget`.
 
     Tensors keep their identity (and with it their place in optimizers, ties and references) and their hooks; only
@@ -99,7 +99,7 @@ def _exchange(tensor: Tensor, value: Tensor, grad: Tensor | None, version: int |
         if tensor.is_leaf:
             tensor.grad = None
         if is_sharded(tensor):
-            exchange(tensor, value)
+            swap_local(tensor, value)
         else:
             tensor.set_(value)  # type: ignore[call-overload]  # torch's stub knows storages alone
         if grad is not None:

@@ -9,7 +9,7 @@ import torch
 from apoptosis.decide.log import read_events
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, CheckpointError, DataError, NonFiniteError
-from apoptosis.tools.launch import Group, Place
+from apoptosis.tools.launch import Group, ProcessInfo
 from apoptosis.tools.recipes import train as train_module
 from apoptosis.tools.recipes.compare import compare
 from apoptosis.tools.recipes.config import RunConfig
@@ -133,7 +133,7 @@ def test_interrupted_and_resumed_is_bitwise_the_run_without_interruption(tmp_pat
 
 
 def test_an_interrupt_waits_for_a_window_until_it_is_too_long_or_comes_again(monkeypatch):
-    group = Group(Place(launcher="torchrun"), torch.device("cpu"), Ranks())
+    group = Group(ProcessInfo(launcher="torchrun"), torch.device("cpu"), Ranks())
     with Interrupt(grace=1e-9) as interrupt:
         vote = StopVote(group, interrupt)
         assert not vote.now(watching=True)
@@ -150,7 +150,7 @@ def test_an_interrupt_waits_for_a_window_until_it_is_too_long_or_comes_again(mon
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):  # one process alone waits for nobody
             signal.raise_signal(signal.SIGTERM)
-        group = Group(Place(launcher="mpi"), torch.device("cpu"), Ranks())
+        group = Group(ProcessInfo(launcher="mpi"), torch.device("cpu"), Ranks())
         monkeypatch.setattr("apoptosis.tools.recipes.several.WINDOW_PATIENCE", -1.0)
         with pytest.warns(RuntimeWarning, match="a second interrupt would lose what came after"):
             assert StopVote(group, interrupt).now(watching=True)

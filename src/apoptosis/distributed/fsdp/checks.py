@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from apoptosis.distributed.fsdp.tensors import has_shards, is_sharded
-from apoptosis.distributed.fsdp.units import at_rest, is_unit, records
+from apoptosis.distributed.fsdp.units import is_unit, records, reshard
 from apoptosis.errors import ArgumentError
 
 _NEEDED = (
@@ -30,7 +30,7 @@ def check_sharded(model: nn.Module) -> None:
 
     Raises: ArgumentError: with the parameter or module, the reason and the remedy.
     """
-    at_rest(model)
+    reshard(model)
     units = [(name, module) for name, module in model.named_modules() if is_unit(module)]
     if not units and not has_shards(model):
         return

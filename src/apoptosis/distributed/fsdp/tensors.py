@@ -75,7 +75,7 @@ class Whole(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def exchange(tensor: Tensor, value: Tensor) -> None:
+def swap_local(tensor: Tensor, value: Tensor) -> None:
     """Give a DTensor the shape and content of another one, under its identity."""
     own, new = tensor, value
     own.data = new  # sizes and strides; the two below are attributes of the Python object

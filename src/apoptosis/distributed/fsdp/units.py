@@ -69,7 +69,7 @@ def _held(unit: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         todo += [child for child in module.children() if not is_unit(child)]
 
 
-def at_rest(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let every unit hold its sharded parameters: a pass without a backward pass may leave the outermost in full."""
     for module in model.modules():
         if is_unit(module):
@@ -78,13 +78,13 @@ def at_rest(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def unsharded_forward(model: nn.Module) -> Iterator[None]:
     """Let the library's own passes find full, plain parameters, each unit's only while it runs.
 
     fully_shard's own hooks, which would change dtypes and gather for a backward pass, are off inside. Models without
     sharded parameters are left alone. The passes compute in the dtype of the parameters.
     """
-    at_rest(model)
+    reshard(model)
     units = [module for module in model.modules() if is_unit(module)]
     if not units or not has_shards(model):
         yield
@@ -173,7 +173,7 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def lent(model: nn.Module, names: Iterable[str], *, keep: bool = True) -> Iterator[None]:
+def summon_full_params(model: nn.Module, names: Iterable[str], *, keep: bool = True) -> Iterator[None]:
     """Put full, plain parameters of these names in the place of sharded ones.
 
     Args: keep: False on ranks that only take part in the gathering, and hold nothing of it.
@@ -209,7 +209,7 @@ def records(model: nn.Module) -> Iterator[Any]:
                 yield from group.fsdp_params
 
 
-def renew(model: nn.Module) -> None:
+def reset_fsdp_state(model: nn.Module) -> None:
     """Let fully_shard set up its records and buffers for what its parameters are now; they keep their identity.
 
     It is done in its own way of taking over parameters that were on the meta device: sizes are worked out on a stand-in

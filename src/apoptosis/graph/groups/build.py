@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from apoptosis.graph.explain import usual
+from apoptosis.graph.explain import usual_hint
 from apoptosis.graph.groups.classes import Classes, all_axes, numbered
 from apoptosis.graph.groups.consumers import per_forward, product_sites, products_of, site_of
 from apoptosis.graph.groups.heads import HeadDraft, head_drafts
 from apoptosis.graph.groups.norms import norm_sites
 from apoptosis.graph.groups.through import through
-from apoptosis.graph.trace.findings import Consumer, Findings, Reason
+from apoptosis.graph.trace.findings import Consumer, Reason, TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import Group, IntArray, Member, Neuron, Pin, Site
 
@@ -33,7 +33,7 @@ class _Draft:
     positions: dict[Axis, IntArray]
 
 
-def _drafts(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) -> list[_Draft]:
+def _drafts(findings: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> list[_Draft]:
     group, ordered = numbered(findings, classes)
     drafts = [
         _Draft(rows[number].reshape(-1) if number in rows else ordered[group[ordered] == number], {})
@@ -54,7 +54,7 @@ def _drafts(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) 
     return drafts
 
 
-def _members(findings: Findings, places: Mapping[Axis, IntArray], consumed: frozenset[Axis]) -> tuple[Member, ...]:
+def _members(findings: TraceResult, places: Mapping[Axis, IntArray], consumed: frozenset[Axis]) -> tuple[Member, ...]:
     out = []
     order = list(findings.producers)
     for axis in sorted(places, key=lambda a: (a not in findings.producers, a in order and order.index(a))):
@@ -115,7 +115,7 @@ def _neuron(members: Sequence[Member], consumers: Sequence[Consumer]) -> Neuron 
 _NORM_LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
-def _base_name(findings: Findings, draft: _Draft) -> str:
+def _base_name(findings: TraceResult, draft: _Draft) -> str:
     for axis, module in findings.producers.items():
         if axis in draft.positions:
             return module or axis[0]
@@ -124,11 +124,11 @@ def _base_name(findings: Findings, draft: _Draft) -> str:
 
 
 def _pin(name: str, num_channels: int, reason: Reason) -> Pin:
-    remedy = reason.remedy or usual(reason.text)
+    remedy = reason.remedy or usual_hint(reason.text)
     return Pin(group=name, num_channels=num_channels, reason=reason.text, where=reason.where, remedy=remedy)
 
 
-def _lumped(findings: Findings, classes: Classes, draft: _Draft) -> Reason | None:
+def _lumped(findings: TraceResult, classes: Classes, draft: _Draft) -> Reason | None:
     """Return why a group is one channel that cannot go, though it owns many positions; None for any other group.
 
     Such a group is listed position by position, as any that is never removed.
@@ -144,7 +144,7 @@ def _lumped(findings: Findings, classes: Classes, draft: _Draft) -> Reason | Non
     return reason
 
 
-def _list_left_over(findings: Findings, classes: Classes) -> None:
+def _list_left_over(findings: TraceResult, classes: Classes) -> None:
     """List weights of layers that are part of no group, so that they are groups of their own (computed weights)."""
     listed = {*findings.producers, *findings.owners}
     known = [findings.slots.owners[name].axis(dim) for name, dim in listed]
@@ -156,7 +156,7 @@ def _list_left_over(findings: Findings, classes: Classes) -> None:
             findings.owners[name, 0] = name
 
 
-def build_groups(findings: Findings, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
+def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
     """Put the groups together, in forward order; whole heads come last.
 
     rows: by group number, the classes of the rows that keep equally many channels (see granularity.settle).
@@ -215,7 +215,7 @@ def _min_channels(consumer: Consumer, site: Site) -> int:
     return 2 if consumer.blocks > 1 and alone else 1
 
 
-def _head_group(findings: Findings, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:
+def _head_group(findings: TraceResult, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:
     """Make a group whose channels are whole heads, or None where nothing reads them."""
     readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
     sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
@@ -239,4 +239,4 @@ def _with_alternatives(groups: Sequence[Group], heads: Sequence[Group]) -> tuple
                 found.setdefault(head.name, []).append(group.name)
                 found.setdefault(group.name, []).append(head.name)
     every = (*groups, *heads)
-    return tuple(replace(g, alternative=tuple(found[g.name])) if g.name in found else g for g in every)
+    return tuple(replace(g, conflicts_with=tuple(found[g.name])) if g.name in found else g for g in every)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from apoptosis.graph.trace.findings import Consumer, Findings, Reason
+from apoptosis.graph.trace.findings import Consumer, Reason, TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import IntArray
 
@@ -35,7 +35,7 @@ class Classes:
         return np.flatnonzero(self.first_pin >= 0).astype(np.int64)
 
 
-def close(findings: Findings) -> None:
+def close(findings: TraceResult) -> None:
     """Pin what only the whole picture shows: weights in two roles, weights that others read too."""
     consumed = {(c.weight, c.dim) for c in findings.consumers.values()}
     owners = findings.slots.owners
@@ -58,7 +58,7 @@ def own_readers(consumer: Consumer) -> set[str | None]:
     return {consumer.module, f"@{consumer.module}"} if called else {consumer.module}
 
 
-def classify(findings: Findings, *, spreads: bool = True) -> Classes:
+def classify(findings: TraceResult, *, spreads: bool = True) -> Classes:
     """Unite tied slots and give every pinned class its first reason.
 
     spreads: whether what meets several channels by broadcasting is tied to all of them, and pins inside heads count
@@ -81,7 +81,7 @@ def classify(findings: Findings, *, spreads: bool = True) -> Classes:
     return Classes(labels, first)
 
 
-def hard_pins(findings: Findings, classes: Classes) -> npt.NDArray[np.bool_]:
+def hard_pins(findings: TraceResult, classes: Classes) -> npt.NDArray[np.bool_]:
     """Return which classes are pinned for whole heads, too."""
     found: npt.NDArray[np.bool_] = classes.first_pin >= 0
     if not findings.inner_pins:
@@ -93,12 +93,12 @@ def hard_pins(findings: Findings, classes: Classes) -> npt.NDArray[np.bool_]:
     return found
 
 
-def all_axes(findings: Findings) -> list[Axis]:
+def all_axes(findings: TraceResult) -> list[Axis]:
     """Return every axis of every parameter and buffer."""
     return [(name, dim) for name, owner in findings.slots.owners.items() for dim in range(len(owner.shape))]
 
 
-def numbered(findings: Findings, classes: Classes) -> tuple[IntArray, IntArray]:
+def numbered(findings: TraceResult, classes: Classes) -> tuple[IntArray, IntArray]:
     """Give a number to the signature of every class that owns a position along a producing axis.
 
     Returns: group per class (-1: none), and the slots of the producing axes in forward order.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apoptosis.graph.groups.classes import Classes, own_readers
-from apoptosis.graph.trace.findings import Consumer, Findings, Product, Reason, pairs_of
+from apoptosis.graph.trace.findings import Consumer, Product, Reason, TraceResult, pairs_of
 from apoptosis.records import IntArray, Site
 
 _UNEVEN = "some of their channels are multiplied in more places than others"
@@ -24,7 +24,7 @@ def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> I
     return (columns[:, None, :] + blocks[None, :, None]).reshape(columns.shape[0], -1)
 
 
-def _norm_of(findings: Findings, source: str) -> str | None:
+def _norm_of(findings: TraceResult, source: str) -> str | None:
     """Return the BatchNorm that alone reads the output of one source (Value.source), and reads nothing else."""
     readers = findings.readers.get(source, set())
     if len(readers) != 1:
@@ -36,7 +36,7 @@ def _norm_of(findings: Findings, source: str) -> str | None:
     return norm if findings.reads[statistics] <= {norm} else None
 
 
-def site_of(findings: Findings, consumer: Consumer, columns: IntArray) -> Site:
+def site_of(findings: TraceResult, consumer: Consumer, columns: IntArray) -> Site:
     """Make the site of a consumer that the channels own these columns of, (channels, P)."""
     num_columns = findings.slots.owners[consumer.weight].shape[consumer.dim]
     bias = consumer.bias
@@ -83,7 +83,7 @@ class Products:
     numbers: dict[str, int]
 
 
-def products_of(findings: Findings) -> Products:
+def products_of(findings: TraceResult) -> Products:
     """Gather the products once for all groups."""
     reader, numbers = np.full(findings.slots.num_slots, -1, dtype=np.int64), dict[str, int]()
     for slots, key in findings.uses:
@@ -94,7 +94,7 @@ def products_of(findings: Findings) -> Products:
 
 
 def product_sites(
-    findings: Findings, classes: Classes, channels: IntArray, products: Products
+    findings: TraceResult, classes: Classes, channels: IntArray, products: Products
 ) -> tuple[tuple[Site, ...], Reason | None]:
     """Return the sites at which channels of one group are multiplied in pairs, or why that pins the group."""
     rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
@@ -127,7 +127,7 @@ def _merged(products: Iterable[Product]) -> list[Product]:
     return list(out.values())
 
 
-def _product_site(findings: Findings, products: Products, product: Product, places: IntArray) -> Site:
+def _product_site(findings: TraceResult, products: Products, product: Product, places: IntArray) -> Site:
     """places: (channels, P), where the group's channels stand among the product's positions."""
     fold = product.fold if _foldable(findings, products, product) else None
     weight, bias, columns, num_columns = "", None, np.zeros((len(places), 0), dtype=np.int64), 0
@@ -165,7 +165,7 @@ def _product_site(findings: Findings, products: Products, product: Product, plac
     )
 
 
-def _foldable(findings: Findings, products: Products, product: Product) -> bool:
+def _foldable(findings: TraceResult, products: Products, product: Product) -> bool:
     """Whether the right operand's producer serves this product alone, so that its rows may take over."""
     if product.fold is None or len(findings.reads[product.fold[0]]) > 1:
         return False

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from apoptosis.graph.trace.findings import Findings, Reason
+from apoptosis.graph.trace.findings import Reason, TraceResult
 from apoptosis.numerics.alike import alike
 
 _AVERAGED = "is followed by the {kind} copy '{copy}', which a training loop updates place by place"
@@ -20,7 +20,7 @@ _ANEW = "Keep it outside the model, where apo.follow() takes it; or frozen='cut'
 _DEPTH = 3  # of lists and dictionaries in an attribute, in which tensors are looked for
 
 
-def keep_copied(findings: Findings, model: nn.Module, frozen: frozenset[str]) -> None:
+def keep_copied(findings: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
     """Pin the channels of trained weights of which the model holds a copy that has to keep its shape.
 
     frozen: parameters that require no gradient while others do.

@@ -16,13 +16,13 @@ from dataclasses import replace
 import numpy as np
 
 from apoptosis.graph.groups.classes import Classes
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.records import Count, Follow, Group, Pin, Structure
 
 _SHARED = "they share the width that '{}' of {} holds with '{}', which is pinned: {}"
 
 
-def counts(findings: Findings, classes: Classes) -> tuple[Count, ...]:
+def counts(findings: TraceResult, classes: Classes) -> tuple[Count, ...]:
     """Return the numbers that were noted, with the classes at the places that they count."""
     return tuple(
         Count(modules=modules, number=number, classes=classes.labels[slots], where=where)

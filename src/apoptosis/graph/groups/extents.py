@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from apoptosis.graph.groups.classes import Classes
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.records import Group, IntArray
 
 Labels = Mapping[str, tuple[IntArray, ...]]
 
 
-def same_extent(findings: Findings, groups: Sequence[Group], classes: Classes, labels: Labels) -> list[set[str]]:
+def same_extent(findings: TraceResult, groups: Sequence[Group], classes: Classes, labels: Labels) -> list[set[str]]:
     """Return the sets of groups whose channels meet one tensor that has a place for each of them.
 
     Args:

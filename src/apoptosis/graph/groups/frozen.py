@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from apoptosis.graph.trace.findings import Findings, Reason
+from apoptosis.graph.trace.findings import Reason, TraceResult
 
 FROZEN = "requires no gradient"  # in the reason of every such pin
 _REMEDY = "frozen='cut' lets it shrink where nothing else needs its old shape."
@@ -33,7 +33,7 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
     return frozenset() if len(found) == len(named) else found
 
 
-def keep_frozen(findings: Findings, model: nn.Module, frozen: frozenset[str]) -> None:
+def keep_frozen(findings: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
     """Pin the channels that frozen weights make or read, and all that an adapter holds.
 
     Frozen parameters that channels only meet (the gain of a norm) follow the trainable weights around them.

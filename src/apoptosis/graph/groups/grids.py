@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from apoptosis.graph.groups.classes import Classes, classify, hard_pins, numbered
-from apoptosis.graph.trace.findings import Findings, Grid, Reason
+from apoptosis.graph.trace.findings import Grid, Reason, TraceResult
 from apoptosis.records import IntArray, Split
 
 _TOGETHER = "they are split into rows together with channels that are never removed"
 _MIXED = "they are split into rows together with values that are no channels"
 
 
-def settle(findings: Findings) -> tuple[Classes, dict[int, IntArray]]:
+def classify_rectangular(findings: TraceResult) -> tuple[Classes, dict[int, IntArray]]:
     """Classify channels so that every grid stays rectangular.
 
     Returns: the classes, and by group number (see `numbered`) the classes of its rows, (rows, columns), where an event
@@ -36,7 +36,7 @@ def settle(findings: Findings) -> tuple[Classes, dict[int, IntArray]]:
 
 
 def _rectangular(
-    findings: Findings,
+    findings: TraceResult,
     grid: Grid,
     classes: Classes,
     known_of: tuple[IntArray, IntArray, npt.NDArray[np.bool_]],
@@ -78,7 +78,7 @@ def _coarser(fine: IntArray, coarse: IntArray) -> bool:
     return all(len({row_of.get(int(label), -1) for label in row}) == 1 for row in fine)
 
 
-def splits(findings: Findings, classes: Classes, *, rigid: bool = False) -> tuple[Split, ...]:
+def splits(findings: TraceResult, classes: Classes, *, rigid: bool = False) -> tuple[Split, ...]:
     """Return every split with the classes at its places that may change; rigid: those that never change instead."""
     out = []
     for grid in findings.grids:

@@ -12,7 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from apoptosis.graph.groups.classes import all_axes, classify
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import IntArray
 
@@ -26,7 +26,7 @@ class HeadDraft:
     positions: dict[Axis, IntArray]
 
 
-def head_drafts(findings: Findings) -> list[HeadDraft]:
+def head_drafts(findings: TraceResult) -> list[HeadDraft]:
     """Put together the heads that may be removed as a whole, in forward order.
 
     Heads are one where they share a channel (the queries of one key in grouped-query attention). Ties by broadcasting
@@ -63,7 +63,7 @@ def head_drafts(findings: Findings) -> list[HeadDraft]:
 
 
 def _with_spreads(
-    findings: Findings, labels: IntArray, head_of: IntArray, involved: IntArray
+    findings: TraceResult, labels: IntArray, head_of: IntArray, involved: IntArray
 ) -> tuple[IntArray, IntArray]:
     """Let what meets the channels of one head alone by broadcasting go with that head.
 
@@ -91,7 +91,7 @@ def _with_spreads(
 
 
 def _places(
-    findings: Findings, labels: IntArray, head_of: IntArray, wanted: set[int]
+    findings: TraceResult, labels: IntArray, head_of: IntArray, wanted: set[int]
 ) -> dict[int, dict[Axis, list[int]]]:
     """Positions by head and axis."""
     out: dict[int, dict[Axis, list[int]]] = {}

@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from apoptosis.graph.groups.classes import Classes
-from apoptosis.graph.trace.findings import Findings, Norm, Reason
+from apoptosis.graph.trace.findings import Norm, Reason, TraceResult
 from apoptosis.records import IntArray, Site
 
 _SEVERAL = "a norm's statistics run over these channels together with others, or over some of them twice"
 
 
-def norm_sites(findings: Findings, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
+def norm_sites(findings: TraceResult, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
     """Return the sites at which norms read the channels of one group, or why that pins the group.
 
     channels: classes of the group's channels, in order.

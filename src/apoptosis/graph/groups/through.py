@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from apoptosis.graph.trace.findings import Findings, Reason
+from apoptosis.graph.trace.findings import Reason, TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import IntArray
 
 _OUTPUT = ("they are the network's output", "the model returns it")
 
 
-def through(findings: Findings, pin: int, axes: Iterable[Axis]) -> Reason:
+def through(findings: TraceResult, pin: int, axes: Iterable[Axis]) -> Reason:
     """Return the reason of a pin, with what ties channels to the output that pins them.
 
     Args:
@@ -44,11 +44,11 @@ def through(findings: Findings, pin: int, axes: Iterable[Axis]) -> Reason:
     return replace(reason, text=f"{reason.text}, tied to it by {text}{place}{more}", where=reason.where or where)
 
 
-def _axes(findings: Findings, slots: IntArray) -> set[Axis]:
+def _axes(findings: TraceResult, slots: IntArray) -> set[Axis]:
     return {(name, dim) for name, dim, _ in findings.slots.axes_of(np.unique(slots))}
 
 
-def _twice(findings: Findings, axis: Axis) -> str:
+def _twice(findings: TraceResult, axis: Axis) -> str:
     """Say which weight an output is made with that another layer reads too."""
     readers = sorted({reader.lstrip("@") for reader in findings.reads[axis[0]]} - {"operator"})
     if len(readers) < 2:
@@ -58,7 +58,7 @@ def _twice(findings: Findings, axis: Axis) -> str:
     )
 
 
-def _last(findings: Findings, made: Set[Axis], axis: Axis) -> list[int]:
+def _last(findings: TraceResult, made: Set[Axis], axis: Axis) -> list[int]:
     """Return the last meeting of an axis with another one that an output is made of, in a list."""
     found = [
         number
@@ -68,7 +68,7 @@ def _last(findings: Findings, made: Set[Axis], axis: Axis) -> list[int]:
     return found[-1:]
 
 
-def _way(findings: Findings, begin: set[Axis], end: Axis) -> list[int]:
+def _way(findings: TraceResult, begin: set[Axis], end: Axis) -> list[int]:
     """Return the meetings that lead from some axes to one, the first of them first; [] where none do."""
     sides = [(_axes(findings, a), _axes(findings, b)) for a, b, *_ in findings.joins]
     reached: dict[Axis, list[int]] = {axis: [] for axis in begin}

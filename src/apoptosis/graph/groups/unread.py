@@ -15,15 +15,15 @@ import numpy as np
 from torch import nn
 
 from apoptosis.graph.groups.classes import classify
-from apoptosis.graph.trace.findings import Findings, Reason
-from apoptosis.graph.trace.ids import Owner
+from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.graph.trace.ids import TensorInfo
 
 _REMEDY = "Give an example_input that takes this way, or delete it."
 _MORE = "Give a larger example_input, of which some rows come here."
 _LISTS = (nn.ParameterList, nn.ParameterDict)  # which no pass could run
 
 
-def leave_alone(findings: Findings, model: nn.Module, aliases: Mapping[str, str]) -> tuple[str, ...]:
+def pin_unreached(findings: TraceResult, model: nn.Module, aliases: Mapping[str, str]) -> tuple[str, ...]:
     """Pin what the captures did not reach; return a note for every module and parameter of that kind.
 
     Args:
@@ -56,7 +56,7 @@ def leave_alone(findings: Findings, model: nn.Module, aliases: Mapping[str, str]
     return tuple(notes)
 
 
-def _starved(findings: Findings, own: Mapping[str, Mapping[str, Owner]]) -> dict[str, int]:
+def _starved(findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, int]:
     """Find the outermost modules that ran on empty tensors alone; the number of their parameters by name."""
     empty = [name for name in own if name in findings.ran - findings.fed]
     outer = [name for name in empty if not set(_lineage(name)[:-1]).intersection(empty)]
@@ -72,13 +72,16 @@ def _starved_note(name: str, count: int) -> str:
     )
 
 
-def _inside(own: Mapping[str, Mapping[str, Owner]], name: str) -> Iterator[Owner]:
+def _inside(own: Mapping[str, Mapping[str, TensorInfo]], name: str) -> Iterator[TensorInfo]:
     """Yield the parameters of a module and of those inside it."""
     return (owner for module, held in own.items() if name in _lineage(module) for owner in held.values())
 
 
 def _pin_siblings(
-    findings: Findings, modules: Mapping[str, nn.Module], own: Mapping[str, Mapping[str, Owner]], idle: Iterable[str]
+    findings: TraceResult,
+    modules: Mapping[str, nn.Module],
+    own: Mapping[str, Mapping[str, TensorInfo]],
+    idle: Iterable[str],
 ) -> None:
     """Pin the channels from outside that a twin of an idle module reads or makes (an expert that no row came to).
 
@@ -105,7 +108,9 @@ def _pin_siblings(
         findings.pin(shared, Reason(text, remedy=_MORE))
 
 
-def _own(findings: Findings, name: str, module: nn.Module, aliases: Mapping[str, str]) -> Iterator[tuple[str, Owner]]:
+def _own(
+    findings: TraceResult, name: str, module: nn.Module, aliases: Mapping[str, str]
+) -> Iterator[tuple[str, TensorInfo]]:
     """Yield (leaf, parameter) of a module without those inside it."""
     for leaf, parameter in module._parameters.items():
         if parameter is not None:
@@ -113,7 +118,9 @@ def _own(findings: Findings, name: str, module: nn.Module, aliases: Mapping[str,
             yield leaf, findings.slots.owners[aliases.get(full, full)]
 
 
-def _idle(findings: Findings, own: Mapping[str, Mapping[str, Owner]], unread: Mapping[str, Owner]) -> dict[str, int]:
+def _idle(
+    findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
+) -> dict[str, int]:
     """Find the outermost modules of which no part runs and nothing is read; the number of their parameters by name."""
     busy = set(findings.ran)
     busy |= {name for name, held in own.items() if any(owner.name not in unread for owner in held.values())}
@@ -142,13 +149,13 @@ def _module_note(name: str, count: int) -> str:
     )
 
 
-def _pin(findings: Findings, owner: Owner, reason: Reason) -> None:
+def _pin(findings: TraceResult, owner: TensorInfo, reason: Reason) -> None:
     findings.pin(owner.slots(), reason)
     if len(owner.shape) > 1 and not any((owner.name, d) in findings.producers for d in range(len(owner.shape))):
         findings.owners.setdefault((owner.name, 0), owner.name)
 
 
-def _pin_shared(findings: Findings, own: Mapping[str, Mapping[str, Owner]]) -> None:
+def _pin_shared(findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     """Pin parameters that modules which run share with one that does not."""
     homes: dict[str, list[str]] = {}
     for name, held in own.items():
@@ -161,7 +168,9 @@ def _pin_shared(findings: Findings, own: Mapping[str, Mapping[str, Owner]]) -> N
             findings.pin(findings.slots.owners[tensor].slots(), Reason(text, remedy=_REMEDY))
 
 
-def _pin_beside(findings: Findings, own: Mapping[str, Mapping[str, Owner]], unread: Mapping[str, Owner]) -> None:
+def _pin_beside(
+    findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
+) -> None:
     """Pin what an unread parameter of a module lies along: both have to keep one length."""
     for held in own.values():
         for lost in held.values():

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.making import normalised_copy
-from apoptosis.graph.rules.normalization import held, whole_channels
+from apoptosis.graph.rules.normalization import parameter_operand, whole_channels
 from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Path, Paths, Value, varying
 
@@ -25,7 +25,7 @@ def _batch_norm(call: Call) -> Result:
     tracer, x = call.tracer, call.args[0]
     if _of_rows(call, x):
         return None
-    value = whole_channels(call, held(call, x, [1]))
+    value = whole_channels(call, parameter_operand(call, x, [1]))
     ndim = x.dim()
     module = tracer.module
     stock = isinstance(module, _BatchNorm) and type(module).forward in _NORMS
@@ -53,7 +53,7 @@ def _batch_norm(call: Call) -> Result:
         tracer.findings.readers[value.source].add(reader)
     if stock:
         tracer.findings.normalised[tracer.module_name].add(value.source or "")
-    met = meet(call, operands, ndim, [(x, value), *given])
+    met = tie_broadcast(call, operands, ndim, [(x, value), *given])
     result = replace(met, paths=_normalised(value.paths, tracer.module_name if stock else None))
     moments = Value(met.ids.reshape(-1)) if met.ids.size == met.ids.shape[1] else None
     return [result, *[moments if o.dim() == 1 and o.shape[0] == x.shape[1] else None for o in call.outs[1:]]]

@@ -77,7 +77,9 @@ def _note_extents(call: Call, tensor: Tensor, value: Value, ids: IntArray) -> No
             note_count(call, ids, ids.ndim + axis, ids.shape[axis])
 
 
-def meet(call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple[Tensor, Value]] = ()) -> Value:
+def tie_broadcast(
+    call: Call, tensors: Sequence[Tensor], ndim: int, given: Sequence[tuple[Tensor, Value]] = ()
+) -> Value:
     """Tie the channels of operands that meet element by element, after broadcasting.
 
     Channels that meet values without channels (the network input, a mask of fixed size) are pinned; values that are the

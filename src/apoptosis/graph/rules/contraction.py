@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.explain import layer_of
-from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.making import normal_of
 from apoptosis.graph.rules.matrices import Matrix, as_matrix, as_stack
 from apoptosis.graph.rules.product import lone_pair, multiply
 from apoptosis.graph.trace.findings import Consumer, site_key
-from apoptosis.graph.trace.ids import Owner, View
+from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import Multiple, Path, Value, nothing, spoiled, varying, weight_named
+from apoptosis.graph.trace.values import Multiple, Path, Value, drop_paths, nothing, varying, weight_named
 from apoptosis.records import IntArray
 
 REMEDY = "Let an nn.Linear or nn.Conv module compute it."
@@ -94,7 +94,7 @@ def _in_several_ways(call: Call, weight: Matrix, known: Consumer, site: Consumer
         known.conv, known.functional = replace(known.conv, padded=()), True
 
 
-def factors_of(call: Call, weight: Tensor, owner: Owner) -> tuple[tuple[float, float], bool]:
+def factors_of(call: Call, weight: Tensor, owner: TensorInfo) -> tuple[tuple[float, float], bool]:
     """Return the factors of weight and bias as in records.Site, and whether they stay what they are."""
     making = call.tracer.memory.making(weight)
     if making is None:
@@ -126,8 +126,8 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
     view_a, view_b = (None if v is not None and v.owner.is_buffer else v for v in (view_a, view_b))
     value: Value | None = None
     if _outer(a, b) and view_a is None and view_b is None and not lone_pair(call, a, b):
-        met = meet(call, [a, b], out.dim())
-        value = replace(met, paths=spoiled([tracer.value(t).paths for t in (a, b) if tracer.view(t) is None]))
+        met = tie_broadcast(call, [a, b], out.dim())
+        value = replace(met, paths=drop_paths([tracer.value(t).paths for t in (a, b) if tracer.view(t) is None]))
     elif view_b is not None and view_a is None and b.dim() >= 2:
         value = _apply(call, b, view_b, (b.dim() - 2, b.dim() - 1), a, a.dim() - 1, out.dim() - 1, macs, bias)
     elif view_a is not None and view_b is None and a.dim() >= 2:
@@ -214,8 +214,8 @@ def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
         call.tracer.numbers.read(value.multiple)
     if view is None:
         other = call.tracer.value(bias)
-        met = meet(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition
-        return replace(met, paths=spoiled([value.paths, other.paths]))
+        met = tie_broadcast(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition
+        return replace(met, paths=drop_paths([value.paths, other.paths]))
     if view.ndim == 1 and len(view.varied()) == 1 and value.live:
         slots = view.slots(view.varied()[0])
         call.tracer.findings.tie(value.ids.reshape(-1), slots.reshape(-1))
@@ -244,7 +244,7 @@ def _stacked_bias(call: Call, value: Value, view: View, out: Tensor) -> Value | 
     for dim in view.varied():
         if dim != along[0]:
             call.pin(view.owner.axis(dim), "numbers matrices of a stack", _STACK_REMEDY)
-    return replace(value, paths=spoiled([value.paths]), linear=frozenset())
+    return replace(value, paths=drop_paths([value.paths]), linear=frozenset())
 
 
 def _mm(call: Call) -> Result:

@@ -23,7 +23,7 @@ from apoptosis.graph.rules.matrices import Matrix, as_kernel
 from apoptosis.graph.trace.findings import Consumer, site_key
 from apoptosis.graph.trace.ids import View
 from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import Path, Value, nothing, spoiled, varying
+from apoptosis.graph.trace.values import Path, Value, drop_paths, nothing, varying
 from apoptosis.records import Convolution, IntArray, SiteKind
 
 _COMPLEX_REMEDY = "Write it as convolutions of real and imaginary part, with a real weight for each."
@@ -60,7 +60,7 @@ def _convolution(call: Call) -> Result:
         value = _with_parameter(call, w, view, axes, x, macs)
     elif single and w.shape[0] == groups and _alike(call, w, view):
         found = tracer.value(x)
-        value = Value(found.ids, origin=found.origin, paths=spoiled([found.paths]))
+        value = Value(found.ids, origin=found.origin, paths=drop_paths([found.paths]))
     else:
         value = _computed(call, x, w, transposed or groups > 1)
     return value if bias is None else biased(call, value, bias, out)
@@ -204,7 +204,7 @@ def _depthwise(call: Call, view: View, dim: int, x: Tensor, groups: int, transpo
     tracer.findings.tie(slots[:, 1:], np.broadcast_to(slots[:, :1], slots[:, 1:].shape))
     tracer.findings.axis_macs[(owner.name, dim)][tracer.mode] += macs
     ids = np.repeat(slots[:, 0], view.shape[1]) if transposed else slots.reshape(-1)
-    return Value(_channels_first(ids, call.outs[0].dim()), paths=spoiled([value.paths]))
+    return Value(_channels_first(ids, call.outs[0].dim()), paths=drop_paths([value.paths]))
 
 
 CONVOLUTIONS: dict[str, tuple[Rule, bool]] = {"convolution": (_convolution, True)}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from apoptosis.graph.explain import FRONT_REMEDY
 from apoptosis.graph.rules.movement import moving, same_memory
-from apoptosis.graph.rules.normalization import held
+from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import SIZE_LIMIT, collapse, expand, nothing, spoiled, varying
+from apoptosis.graph.trace.values import SIZE_LIMIT, collapse, drop_paths, expand, nothing, varying
 from apoptosis.records import IntArray
 
 
@@ -32,7 +32,7 @@ def _pairs_as_complex(call: Call) -> Result:
     value = call.tracer.value(call.args[0])
     if value.ids.shape[-1] > 1:
         call.tracer.findings.tie(value.ids[..., 0], value.ids[..., 1])
-    return replace(value.moved(collapse(value.ids[..., 0])), paths=spoiled([value.paths]))
+    return replace(value.moved(collapse(value.ids[..., 0])), paths=drop_paths([value.paths]))
 
 
 def _as_real(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
@@ -75,13 +75,13 @@ def _strided(flat: IntArray, tensor: Tensor) -> IntArray:
 def _triangle(call: Call) -> Result:
     """Keep what lies on one side of the diagonal of the last two axes."""
     tensor = call.args[0]
-    value = held(call, tensor)
+    value = parameter_operand(call, tensor)
     if varying(value.ids) & {tensor.dim() - 2, tensor.dim() - 1}:
         call.pin(value.ids, "numbers channels along a diagonal", FRONT_REMEDY)
     even = (
         {axis: object() for axis in range(-tensor.dim(), -2)} if value.free else {}
     )  # filled, now it tells places apart
-    paths = spoiled([value.paths])
+    paths = drop_paths([value.paths])
     return replace(value, paths=paths, source=None, linear=frozenset(), free=False, even=even)
 
 
@@ -96,7 +96,7 @@ def _im2col(call: Call) -> Result:
         return _refused(call, "cuts an axis that carries channels into windows", FRONT_REMEDY)
     ids = value.ids[..., 0]
     ids = np.repeat(ids, taps, axis=lead) if ids.shape[lead] > 1 else ids
-    return replace(value, ids=ids, paths=spoiled([value.paths]), source=None)
+    return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
 
 
 def _col2im(call: Call) -> Result:
@@ -115,7 +115,9 @@ def _col2im(call: Call) -> Result:
         ids = split[..., 0, :]
     if ids.shape[-1] > 1:
         return _refused(call, "adds up windows along an axis that carries channels", FRONT_REMEDY)
-    return replace(value, ids=collapse(ids[..., None]), paths=spoiled([value.paths]), source=None, linear=frozenset())
+    return replace(
+        value, ids=collapse(ids[..., None]), paths=drop_paths([value.paths]), source=None, linear=frozenset()
+    )
 
 
 LAYOUTS: dict[str, tuple[Rule, bool]] = {

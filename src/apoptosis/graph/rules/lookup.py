@@ -16,11 +16,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.explain import FRONT_REMEDY
-from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.experts import of_stack
-from apoptosis.graph.rules.normalization import held
+from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import Path, Value, align, collapse, expand, nothing, spoiled, varying
+from apoptosis.graph.trace.values import Path, Value, align, collapse, drop_paths, expand, nothing, varying
 from apoptosis.records import IntArray
 
 _INDEX_REMEDY = "Compute the positions from something that is not removed."
@@ -112,11 +112,11 @@ def _embedding(call: Call) -> Result:
     view = tracer.view(table)
     rest: list[Value | None] = [None] * (len(call.outs) - 1)
     if view is None or view.dims is None or len(view.owner.shape) != 2:
-        value = held(call, table, [table.dim() - 1])
+        value = parameter_operand(call, table, [table.dim() - 1])
         if 0 in varying(value.ids):
             call.pin(value.ids, "looks channels up by number", _NUMBER_REMEDY)
         ids = align(value.ids[:1].reshape(-1), out.dim())
-        return [Value(ids, paths=spoiled([value.paths]), origin=value.origin), *rest]
+        return [Value(ids, paths=drop_paths([value.paths]), origin=value.origin), *rest]
     owner, dim = view.owner, next((d for d in view.varied() if 1 in view.axes(d)), 1)
     columns = view.slots(dim)[:1].reshape(-1)
     rows = view.slots(1 - dim)
@@ -162,7 +162,7 @@ def _cropped(ids: IntArray, shape: Sequence[int], dim: int) -> IntArray:
 def _gather(call: Call) -> Result:
     tensor, index = call.args[0], call.arg(2, "index")
     dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
-    value = held(call, tensor, set(range(tensor.dim())) - {dim})
+    value = parameter_operand(call, tensor, set(range(tensor.dim())) - {dim})
     _positions(call, index, value, dim, "picks")
     if not value.live or dim in varying(value.ids):
         return nothing(call.outs[0].dim(), value.origin)
@@ -176,7 +176,7 @@ def _scatter(call: Call) -> Result:
     value = call.tracer.value(target)
     given: list[tuple[Tensor, Value]] = [(target, value)]
     if isinstance(source, Tensor) and source.dim() == target.dim():
-        brought = held(call, source, set(range(source.dim())) - {dim})
+        brought = parameter_operand(call, source, set(range(source.dim())) - {dim})
         given.append((source, brought))
         if any(source.shape[a] != target.shape[a] for a in varying(brought.ids) | varying(value.ids) if a != dim):
             call.pin(brought.ids, "writes them into a part of other channels", _NUMBER_REMEDY)
@@ -191,8 +191,8 @@ def _scatter(call: Call) -> Result:
                 call.pin(one.ids, "writes channels by number", _NUMBER_REMEDY)
     if any(dim in varying(one.ids) for _, one in given):
         return None
-    met = meet(call, [], target.dim(), given)
-    return replace(met, paths=spoiled([one.paths for _, one in given]))
+    met = tie_broadcast(call, [], target.dim(), given)
+    return replace(met, paths=drop_paths([one.paths for _, one in given]))
 
 
 def _filled(call: Call) -> Result:
@@ -201,7 +201,7 @@ def _filled(call: Call) -> Result:
     value = call.tracer.value(target)
     if dim in varying(value.ids):
         call.pin(value.ids, "writes channels by number", _NUMBER_REMEDY)
-    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even={})
+    return replace(value, paths=drop_paths([value.paths]), source=None, linear=frozenset(), even={})
 
 
 def _without_gaps(ids: IntArray) -> IntArray:
@@ -219,7 +219,7 @@ def _without_gaps(ids: IntArray) -> IntArray:
 def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source: Value) -> Result:
     """Ids `new` are written where `mask` is set (both broadcast to the target's ids)."""
     value = call.tracer.value(target)
-    paths = spoiled([value.paths, source.paths])
+    paths = drop_paths([value.paths, source.paths])
     if not value.live:
         if source.live and not value.free:
             call.pin(new, f"writes channels into {value.origin}, which has none", _INDEX_REMEDY)
@@ -238,7 +238,10 @@ def _index_put(call: Call) -> Result:
     target, indices, source = call.args[0], list(call.arg(1, "indices")), call.arg(2, "values")
     for index in indices:
         _as_index(call, index)
-    value, brought = call.tracer.value(target), held(call, source, [source.dim() - 1] if source.dim() else [])
+    value, brought = (
+        call.tracer.value(target),
+        parameter_operand(call, source, [source.dim() - 1] if source.dim() else []),
+    )
     if source.numel() == 1 and not brought.live:
         brought = replace(brought, free=True)
     if not value.live and not brought.live:
@@ -281,7 +284,7 @@ def _index_select(call: Call) -> Result:
     tensor, index = call.args[0], call.arg(2, "index")
     dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
     _as_index(call, index)
-    value = held(call, tensor, set(range(tensor.dim())) - {dim})
+    value = parameter_operand(call, tensor, set(range(tensor.dim())) - {dim})
     if not value.live or value.ids.shape[dim] == 1:
         return value
     if not _is_literal(call, index):
@@ -302,7 +305,7 @@ def _index(call: Call) -> Result:
             axes.extend(range(position, position + width))
         position += width
         _as_index(call, index)
-    value = held(call, tensor, set(range(tensor.dim())) - set(axes))
+    value = parameter_operand(call, tensor, set(range(tensor.dim())) - set(axes))
     if not value.live:
         return nothing(call.outs[0].dim(), value.origin, free=value.free)
     if varying(value.ids) & set(axes) and not all(_is_literal(call, i) for i in indices if i is not None):
@@ -323,7 +326,7 @@ def _bucketize(call: Call) -> Result:
     value = call.tracer.value(call.args[0])
     for tensor in call.tensors()[1:]:
         call.pin(call.tracer.value(tensor).ids, "compares channels with one another", FRONT_REMEDY)
-    return replace(value, paths=spoiled([value.paths]), source=None, linear=frozenset(), even={})
+    return replace(value, paths=drop_paths([value.paths]), source=None, linear=frozenset(), even={})
 
 
 def _checked(call: Call) -> Result:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from apoptosis.graph.trace.ids import Owner
+from apoptosis.graph.trace.ids import TensorInfo
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import IntArray, Normal
@@ -153,7 +153,7 @@ def normalised_copy(call: Call, weight: Tensor, out: Tensor, gain: Tensor | None
     return True
 
 
-def normal_of(call: Call, weight: Tensor, owner: Owner, dim_out: int, columns: IntArray) -> Normal | None:
+def normal_of(call: Call, weight: Tensor, owner: TensorInfo, dim_out: int, columns: IntArray) -> Normal | None:
     """Return how the rows of a computed weight are normalised; pin its columns where no gain makes up for it."""
     making = call.tracer.memory.making(weight)
     if making is None or not making.rows:

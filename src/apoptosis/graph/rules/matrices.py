@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apoptosis.graph.trace.ids import Owner, View
+from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.records import IntArray
 
 
@@ -21,7 +21,7 @@ class Matrix:
     select: the places along further axes of the parameter, of which the contraction reads this one slice.
     """
 
-    owner: Owner
+    owner: TensorInfo
     dim_in: int
     dim_out: int
     columns: IntArray

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apoptosis.graph.rules.broadcast import meet
-from apoptosis.graph.rules.normalization import held
+from apoptosis.graph.rules.broadcast import tie_broadcast
+from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.notes import note_axes, note_count, note_parts, note_split
 from apoptosis.graph.trace.tracer import Call, Result, Rule, no_rule
 from apoptosis.graph.trace.values import (
@@ -23,11 +23,11 @@ from apoptosis.graph.trace.values import (
     Value,
     align,
     collapse,
+    drop_paths,
     expand,
     joined,
     nothing,
     reshape,
-    spoiled,
     varying,
 )
 from apoptosis.records import IntArray
@@ -45,7 +45,7 @@ def moving(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
         if same_memory(call):
             return None
         tensor = call.args[0]
-        value = held(call, tensor)
+        value = parameter_operand(call, tensor)
         if not value.live:
             return Value(
                 np.zeros((1,) * call.outs[0].dim(), dtype=np.int64),
@@ -62,7 +62,7 @@ def _copy(call: Call) -> Result:
     """Copy in the same shape; one laid out as a parameter's view stands for the parameter."""
     if same_memory(call) or call.tracer.memory.adopt(call.outs[0], call.args[0]):
         return None
-    return held(call, call.args[0])
+    return parameter_operand(call, call.args[0])
 
 
 def _reshape(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
@@ -167,7 +167,7 @@ def _beside(call: Call, tensors: Sequence[Tensor]) -> list[Value]:
     """Return the values of operands laid side by side: parameters keep the axis that the others' channels lie along."""
     known = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]
     axes = frozenset().union(*(varying(v.ids) for v in known if v is not None))
-    return [held(call, t, axes or None) if v is None else v for t, v in zip(tensors, known, strict=True)]
+    return [parameter_operand(call, t, axes or None) if v is None else v for t, v in zip(tensors, known, strict=True)]
 
 
 def _extended(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: int) -> list[Value]:
@@ -259,7 +259,7 @@ def _pad(call: Call) -> Result:
         return value
     if not value.live:
         return nothing(tensor.dim(), value.origin, free=value.free and call.name != "constant_pad_nd")
-    paths = spoiled([value.paths]) if call.name == "constant_pad_nd" else value.paths
+    paths = drop_paths([value.paths]) if call.name == "constant_pad_nd" else value.paths
     return replace(value, ids=ids, paths=paths, source=None)
 
 
@@ -301,14 +301,14 @@ def _copy_into(call: Call) -> Result:
     """Overwrite: an empty place takes the ids, channels already there are tied to the new ones."""
     target, source = call.args[0], call.args[1]
     if call.tracer.view(target) is not None or call.tracer.value(target).live:
-        return meet(call, [target, source], target.dim())
+        return tie_broadcast(call, [target, source], target.dim())
     value = call.tracer.value(source)
     return replace(value, ids=align(value.ids, target.dim()), source=None)
 
 
 def _pack(call: Call) -> Result:
     """Lay the steps of sequences of several lengths one after the other; channels stay along the last axis."""
-    value, last = held(call, call.args[0]), call.args[0].dim() - 1
+    value, last = parameter_operand(call, call.args[0]), call.args[0].dim() - 1
     if varying(value.ids) - {last}:
         return no_rule(call, "packs sequences whose positions are channels")
     return [value.moved(value.ids.reshape(1, -1)), None]

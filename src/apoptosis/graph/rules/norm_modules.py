@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.graph.explain import NORM_REMEDY, ROWS_REMEDY, opt_in
-from apoptosis.graph.rules.broadcast import meet
-from apoptosis.graph.trace.findings import Findings, Norm
+from apoptosis.graph.rules.broadcast import tie_broadcast
+from apoptosis.graph.trace.findings import Norm, TraceResult
 from apoptosis.graph.trace.tracer import Call, Tracer
-from apoptosis.graph.trace.values import Value, nothing, spoiled, varying
-from apoptosis.modules.norms import is_shrunk, response_of, way_of
+from apoptosis.graph.trace.values import Value, drop_paths, nothing, varying
+from apoptosis.modules.norms import is_shrunk, norm_strategy_of, response_of
 from apoptosis.modules.response_norms import Response
-from apoptosis.records import NormWay
+from apoptosis.records import NormStrategy
 
 _TEXT = "normalises over channels"
 
@@ -31,7 +31,7 @@ class _Begun:
     module: nn.Module
     x: Tensor
     value: Value
-    way: NormWay
+    way: NormStrategy
     layout: Response | None = None
 
     @property
@@ -49,10 +49,10 @@ class _Begun:
         gains: list[Tensor] = [p for p in self.module._parameters.values() if p is not None]
         if self.axis == 1:
             gains = [p.view(-1, 1, 1) if p.dim() == 1 else p for p in gains]
-        met = meet(call, gains, output.dim(), [(self.x, self.value)])
-        return Value(met.ids, paths=spoiled([self.value.paths]))
+        met = tie_broadcast(call, gains, output.dim(), [(self.x, self.value)])
+        return Value(met.ids, paths=drop_paths([self.value.paths]))
 
-    def _note(self, call: Any, findings: Findings) -> None:
+    def _note(self, call: Any, findings: TraceResult) -> None:
         ids, last = self.value.ids, self.axis % self.value.ids.ndim
         if last not in varying(ids):
             call.pin(ids, _TEXT, NORM_REMEDY)  # one id all along, or none
@@ -87,15 +87,15 @@ class NormWatch:
     def enter(self, module: nn.Module, args: Any) -> None:
         """Note that a module's forward begins; of a norm no operator is followed."""
         tracer = self._tracer
-        if self._begun is not None or tracer.muted or not args or not isinstance(args[0], Tensor):
+        if self._begun is not None or tracer.suspended or not args or not isinstance(args[0], Tensor):
             return
         own = tracer.findings.compensated or is_shrunk(module)
         if not (own or _may_respond(module)) or not (value := tracer.value(args[0])).live:
             return
-        tracer.muted = True  # a norm that the model writes out is tried on numbers
+        tracer.suspended = True  # a norm that the model writes out is tried on numbers
         layout = response_of(module)
-        way: NormWay = "response" if layout is not None else way_of(module) if own else ""
-        tracer.muted = bool(way)
+        way: NormStrategy = "response" if layout is not None else norm_strategy_of(module) if own else ""
+        tracer.suspended = bool(way)
         if way:
             self._begun = _Begun(module, args[0], value, way, layout)
 
@@ -104,7 +104,7 @@ class NormWatch:
         begun = self._begun
         if begun is None or begun.module is not module:
             return
-        self._begun, self._tracer.muted = None, False
+        self._begun, self._tracer.suspended = None, False
         if isinstance(output, Tensor):
             self._tracer.memory.put(output, begun.ended(self._tracer, output))
 

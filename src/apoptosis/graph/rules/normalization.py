@@ -1,8 +1,8 @@
 """Normalisations of activations and of weights, and parameters that are computed with before they are used.
 
-Lives here: group, layer and RMS normalisation, weight normalisation, `held` (a parameter as an operand along one of its
-axes) and the remedies for parametrized weights. Does not live here: batch normalisation (rules/contraction.py); norms
-that the model writes out by hand are reductions (rules/reduction.py).
+Lives here: group, layer and RMS normalisation, weight normalisation, `parameter_operand` (a parameter as an operand
+along one of its axes) and the remedies for parametrized weights. Does not live here: batch normalisation
+(rules/contraction.py); norms that the model writes out by hand are reductions (rules/reduction.py).
 
 A norm is harmless where every set of elements that shares its statistics belongs to one channel; else removing a
 channel changes all others of its set.
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.explain import ROWS_REMEDY, layer_of, opt_in, parametrized
-from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.making import normalised_copy
 from apoptosis.graph.rules.notes import note_grid
-from apoptosis.graph.trace.ids import Owner, View
+from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.tracer import Call, Result, Rule, Tracer
-from apoptosis.graph.trace.values import Axis, Value, nothing, reshape, spoiled, varying
+from apoptosis.graph.trace.values import Axis, Value, drop_paths, nothing, reshape, varying
 from apoptosis.records import IntArray
 
 _LOOSE = "Contract the raw parameter (F.linear, nn.Linear), or freeze what is computed into one."
@@ -35,7 +35,7 @@ def remedy_of(tracer: Tracer) -> str:
     return parametrized((name, module) for name, module, *_ in reversed(tracer._stack))
 
 
-def held(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value:
+def parameter_operand(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value:
     """Return the value of an operand; of a parameter that runs along several axes, one stays a channel axis.
 
     What is computed from a parameter can be followed along one of its axes: the first, or the last of a table that
@@ -80,7 +80,7 @@ def _kept(call: Call, view: View, dim: int | None, ids: IntArray | None) -> Valu
     return Value(ids, origin=f"'{owner.name}'", paths={(owner.name, dim): None})
 
 
-def _flattened(call: Call, tensor: Tensor, owner: Owner) -> IntArray | None:
+def _flattened(call: Call, tensor: Tensor, owner: TensorInfo) -> IntArray | None:
     """Return the first axis' slots at each place of a view that runs over several of the other axes at once.
 
     None where some axis of the view runs over the first one and another.
@@ -142,8 +142,8 @@ def _result(call: Call, x: Tensor, value: Value, gains: Sequence[Tensor], shape:
         else:
             found = call.tracer.value(gain)
             given.append((laid, found.moved(reshape(found.ids, gain.shape, laid.shape))))
-    met = meet(call, operands, x.dim(), given)
-    return replace(met, paths=spoiled([one.paths for _, one in given]))
+    met = tie_broadcast(call, operands, x.dim(), given)
+    return replace(met, paths=drop_paths([one.paths for _, one in given]))
 
 
 def whole_channels(call: Call, value: Value) -> Value:
@@ -157,12 +157,12 @@ def whole_channels(call: Call, value: Value) -> Value:
     call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(ids, value.ids.shape)), value.ids)
     broken = (value.ids == 0).any(axis=tuple(inside), keepdims=True)
     call.pin(np.where(broken, value.ids, 0), "normalises channels together with values that are none")
-    return replace(value, ids=ids, paths=spoiled([value.paths]), source=None)
+    return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
 
 
 def _group_norm(call: Call) -> Result:
     x, (num, channels, positions, groups) = call.args[0], (int(n) for n in call.args[3:7])
-    value = whole_channels(call, held(call, x, [1]))
+    value = whole_channels(call, parameter_operand(call, x, [1]))
     block = channels // max(1, groups)
     sets = reshape(value.ids, x.shape, (num, groups, block * positions))
     remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
@@ -182,7 +182,7 @@ def _group_norm(call: Call) -> Result:
 
 def _layer_norm(call: Call) -> Result:
     x, shape = call.args[0], call.arg(1, "normalized_shape")
-    value = held(call, x, range(x.dim() - len(shape)))
+    value = parameter_operand(call, x, range(x.dim() - len(shape)))
     rest = varying(value.ids) & set(range(x.dim() - len(shape)))
     if varying(value.ids) - rest:  # of several rows each is normalised by itself, and may go as a whole
         remedy = ROWS_REMEDY if rest else opt_in(call.tracer.module)
@@ -198,10 +198,10 @@ def _weight_norm(call: Call) -> Result:
     for tensor in (v, g):
         if (view := call.tracer.view(tensor)) is not None:
             call.tracer.read(view.owner, "operator")
-    value = held(call, v, [dim])
+    value = parameter_operand(call, v, [dim])
     if varying(value.ids) - {dim}:
         call.pin(value.ids, "normalises each row of it", remedy_of(call.tracer))
-    met = meet(call, [g], v.dim(), [(v, value)])
+    met = tie_broadcast(call, [g], v.dim(), [(v, value)])
     return [replace(met, paths=value.paths), Value(met.ids)]
 
 

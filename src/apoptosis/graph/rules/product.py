@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from apoptosis.graph.trace.findings import Product, pairs_of, product_key
 from apoptosis.graph.trace.multiples import FUSED
 from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import Axis, Multiple, Path, Value, align, collapse, expand, nothing, spoiled, varying
+from apoptosis.graph.trace.values import (
+    Axis,
+    Multiple,
+    Path,
+    Value,
+    align,
+    collapse,
+    drop_paths,
+    expand,
+    nothing,
+    varying,
+)
 from apoptosis.records import IntArray
 
 _REMEDY = "Keep it out of the shrinking part with exclude=, or compute it from an nn.Linear's output."
@@ -200,7 +211,7 @@ def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
     """Sum over positions: what carries channels beside the summed axis goes through."""
     tracer, findings = call.tracer, call.tracer.findings
     ids = b.ids[..., :1].swapaxes(-1, -2)  # (batch axes..., 1, kept axis of b)
-    paths = spoiled([b.value.paths])
+    paths = drop_paths([b.value.paths])
     if weights is None:
         return Value(ids, paths=paths, linear=b.value.linear) if b.value.live else nothing(ids.ndim)
     if not b.value.live:

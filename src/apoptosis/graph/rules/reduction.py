@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.explain import FRONT_REMEDY, NORM_REMEDY, ROWS_REMEDY, opt_in
-from apoptosis.graph.rules.broadcast import meet
-from apoptosis.graph.rules.normalization import held
+from apoptosis.graph.rules.broadcast import tie_broadcast
+from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.product import sum_of_products
 from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import Paths, Value, spoiled, varying
+from apoptosis.graph.trace.values import Paths, Value, drop_paths, varying
 from apoptosis.records import IntArray
 
 _SUM_REMEDY = "An nn.Linear with one output in its place is a weighted sum that can be folded into."
@@ -71,7 +71,7 @@ def reduce(call: Call) -> Result:
     reduced = _axes(call, _REDUCTIONS[call.name], tensor.dim())
     if call.name == "sum" and len(reduced) == 1 and (sums := sum_of_products(call, min(reduced))) is not None:
         return sums
-    value = held(call, tensor, set(range(tensor.dim())) - reduced)
+    value = parameter_operand(call, tensor, set(range(tensor.dim())) - reduced)
     meeting, rest = reduced & varying(value.ids), varying(value.ids) - reduced
     inner = bool(meeting and rest) and min(meeting) > max(rest)
     if meeting and rest and (call.name in _EXTREMES or (call.name in _SUMS and not inner)):
@@ -87,7 +87,7 @@ def reduce(call: Call) -> Result:
             call.pin(value.ids, "reduces over channels", remedy, inner=rows is not None)
         if rows is None:
             return None
-        value = Value(rows, paths=spoiled([value.paths]))
+        value = Value(rows, paths=drop_paths([value.paths]))
     if not call.outs:
         return None
     keepdim = call.outs[0].dim() == tensor.dim()
@@ -132,12 +132,12 @@ def _place_by_place(call: Call, value: Value, reduced: frozenset[int]) -> Value:
     broken = (value.ids == 0).any(axis=axes, keepdims=True)
     verb = "chooses between" if call.name in _EXTREMES else "combines"
     call.pin(np.where(broken, value.ids, 0), f"{verb} channels and values that are none", FRONT_REMEDY)
-    return replace(value, ids=first, paths=spoiled([value.paths]), even={})
+    return replace(value, ids=first, paths=drop_paths([value.paths]), even={})
 
 
 def _pooled(paths: Paths, average: bool, largest: bool) -> Paths:
     if not average and not largest:
-        return spoiled([paths])
+        return drop_paths([paths])
     return {
         key: None if path is None else replace(path, pooled=True, max_pool=path.max_pool or largest)
         for key, path in paths.items()
@@ -147,7 +147,7 @@ def _pooled(paths: Paths, average: bool, largest: bool) -> Paths:
 def _ended(value: Value) -> Value:
     """Return the value after something that is no neuron type."""
     return replace(
-        value, paths=spoiled([value.paths]), dropout=0.0, source=None, keep=None, linear=frozenset(), even={}
+        value, paths=drop_paths([value.paths]), dropout=0.0, source=None, keep=None, linear=frozenset(), even={}
     )
 
 
@@ -155,7 +155,7 @@ def _along(call: Call) -> Result:
     """Mix the elements along axes without channels; along channels, pin them."""
     tensor = call.args[0]
     mixed = _axes(call, _ALONG[call.name], tensor.dim())
-    value = held(call, tensor, set(range(tensor.dim())) - mixed)
+    value = parameter_operand(call, tensor, set(range(tensor.dim())) - mixed)
     if mixed & varying(value.ids) and call.name in _LINEAR:
         value = replace(value, ids=_beside_zeros(value.ids, tensor, mixed))
     meeting, rest = mixed & varying(value.ids), varying(value.ids) - mixed
@@ -189,9 +189,9 @@ def _pool(call: Call) -> Result:
     tensor = call.args[0]
     num = next(int(c) for c in call.name if c in "123")
     if "unpool" in call.name:
-        value = meet(call, call.tensors()[:2], tensor.dim())
+        value = tie_broadcast(call, call.tensors()[:2], tensor.dim())
     else:
-        value = held(call, tensor, range(tensor.dim() - num))
+        value = parameter_operand(call, tensor, range(tensor.dim() - num))
     if call.name.startswith("grid_sampler"):
         call.pin(call.tracer.value(call.args[1]).ids, "samples at positions that are channels", FRONT_REMEDY)
     if any(axis >= tensor.dim() - num for axis in varying(value.ids)):
@@ -224,7 +224,7 @@ def _glu(call: Call) -> Result:
     call.tracer.findings.tie(first, second)
     lone = np.where((first == 0) != (second == 0), first + second, 0)
     call.pin(lone, "gates channels with values that are none", _GATE_REMEDY)
-    return Value(first, paths=spoiled([value.paths]))
+    return Value(first, paths=drop_paths([value.paths]))
 
 
 REDUCTIONS: dict[str, tuple[Rule, bool]] = {

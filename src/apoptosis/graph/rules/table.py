@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
 from apoptosis.graph.rules.batch_norm import BATCH_NORMS
-from apoptosis.graph.rules.broadcast import meet
+from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.contraction import CONTRACTIONS
 from apoptosis.graph.rules.convolution import CONVOLUTIONS
 from apoptosis.graph.rules.experts import EXPERTS
@@ -26,12 +26,12 @@ from apoptosis.graph.rules.layout import LAYOUTS
 from apoptosis.graph.rules.lookup import LOOKUPS
 from apoptosis.graph.rules.making import gains_of, scaled_copy, scaled_in_place
 from apoptosis.graph.rules.movement import MOVES
-from apoptosis.graph.rules.normalization import NORMS, held, held_together
+from apoptosis.graph.rules.normalization import NORMS, held_together, parameter_operand
 from apoptosis.graph.rules.product import PRODUCTS
 from apoptosis.graph.rules.reduction import REDUCTIONS, has_second_operand, reduce
 from apoptosis.graph.trace.scalars import scalar_operators
 from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import Path, Paths, Value, linear_after, nothing, spoiled, varying
+from apoptosis.graph.trace.values import Path, Paths, Value, drop_paths, linear_after, nothing, varying
 
 # Operators that are an activation of torch.nn by themselves: name of the neuron type, and how many of the operator's
 # scalar arguments belong to it.
@@ -116,7 +116,7 @@ def _elementwise(call: Call) -> Result:
     values = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]
     ndim = call.outs[0].dim()
     computed = held_together(call, tensors, ndim)
-    met = meet(call, [t for t in tensors if all(t is not c for c, _ in computed)], ndim, computed)
+    met = tie_broadcast(call, [t for t in tensors if all(t is not c for c, _ in computed)], ndim, computed)
     known = [*(v for _, v in computed), *(v for v in values if v is not None)]
     if _own_bias(call, tensors):
         for axis in known[0].paths:
@@ -138,7 +138,7 @@ def _elementwise(call: Call) -> Result:
     scalar = any(isinstance(a, int | float | complex) for a in call.args)
     result = replace(
         met,
-        paths=paths if paths is not None else spoiled([v.paths for v in known]),
+        paths=paths if paths is not None else drop_paths([v.paths for v in known]),
         linear=linear_after(call.name, values, scalar=scalar),
         gains=gains_of(call),
         scaled=call.name in ("mul", "div") and len(tensors) == 1 and known != [] and _plain(known[0]),
@@ -220,7 +220,7 @@ def _like(call: Call) -> Result:
     if not isinstance(first, Tensor):
         return _free(call)
     if any(isinstance(t, Tensor) for t in call.args[1:]):
-        return meet(call, call.tensors(), call.outs[0].dim())
+        return tie_broadcast(call, call.tensors(), call.outs[0].dim())
     if first.shape != call.outs[0].shape or call.tracer.view(first) is not None:
         return _free(call)
     value = call.tracer.value(first)
@@ -232,7 +232,7 @@ def _like(call: Call) -> Result:
 
 
 def _native_dropout(call: Call) -> Result:
-    value = held(call, call.args[0])
+    value = parameter_operand(call, call.args[0])
     rate = 1.0 - (1.0 - value.dropout) * (1.0 - float(call.args[1])) if call.arg(2, "train") in (True, None) else 0.0
     return [replace(value, dropout=rate, source=None), Value(value.ids, free=not value.live)]
 

@@ -138,11 +138,11 @@ def begin(tracer: Tracer, module: nn.Module, args: Any) -> Begun | None:
 @contextmanager
 def _unseen(tracer: Tracer) -> Iterator[None]:
     """Run operators and modules that are none of the model's."""
-    tracer.muted = True
+    tracer.suspended = True
     try:
         yield
     finally:
-        tracer.muted = False
+        tracer.suspended = False
 
 
 def _holds_numbers(x: Tensor) -> bool:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apoptosis.graph.trace.findings import Findings, Reason
+from apoptosis.graph.trace.findings import Reason, TraceResult
 from apoptosis.graph.trace.tracer import Tracer
-from apoptosis.graph.trace.values import SIZE_LIMIT, Value, nothing, spoiled, varying
+from apoptosis.graph.trace.values import SIZE_LIMIT, Value, drop_paths, nothing, varying
 from apoptosis.model.kept import (
     Known,
     Rows,
@@ -130,7 +130,7 @@ class Carried:
             if id(tensor) in before and not value.live:
                 continue
             ids, origin = _completed(value.ids), f"'{name_of(path)}' of the pass before"
-            mode.found[path] = Value(ids, free=value.free, origin=origin, paths=spoiled([value.paths]))
+            mode.found[path] = Value(ids, free=value.free, origin=origin, paths=drop_paths([value.paths]))
             rows = rows_of(tensor.shape, varying(ids), self._leaves)
             if rows is not None:
                 self._rows[path] = rows
@@ -189,7 +189,7 @@ class Carried:
             for path, value in mode.found.items()
         )
 
-    def settle(self, findings: Findings, signature: object) -> None:
+    def finish_round(self, findings: TraceResult, signature: object) -> None:
         """Tie what one mode leaves to what the other reads, and keep what is known for passes to come."""
         training, evaluation = (self._modes.get(mode, _Mode()) for mode in ("training", "evaluation"))
         for path in training.found.keys() & evaluation.found.keys():
@@ -229,7 +229,7 @@ def _is_of(ids: IntArray, tensor: Tensor) -> bool:
     return ids.ndim == tensor.dim() and all(n in (1, size) for n, size in zip(ids.shape, tensor.shape, strict=True))
 
 
-def _tie(findings: Findings, name: str, one: IntArray, other: IntArray) -> None:
+def _tie(findings: TraceResult, name: str, one: IntArray, other: IntArray) -> None:
     if not (bool(one.any()) and bool(other.any())):
         return
     if varying(one) == varying(other) and one.shape == other.shape:

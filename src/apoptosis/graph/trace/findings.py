@@ -13,7 +13,7 @@ import numpy as np
 
 from apoptosis.graph.trace.ids import Slots
 from apoptosis.graph.trace.values import Axis, Multiple, Paths
-from apoptosis.records import Convolution, IntArray, Normal, NormWay, ScalarOperands, SiteKind
+from apoptosis.records import Convolution, IntArray, Normal, NormStrategy, ScalarOperands, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Norm:
     module: str
     slots: IntArray
     weight: str
-    way: NormWay
+    way: NormStrategy
     dim: int = 0
     first: bool = False
 
@@ -110,7 +110,7 @@ class Grid:
 
 
 @dataclass(slots=True)
-class Findings:
+class TraceResult:
     """Everything that the rules found out. Arrays hold slots.
 
     ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for

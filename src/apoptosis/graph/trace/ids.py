@@ -19,7 +19,7 @@ from apoptosis.records import IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
+class TensorInfo:
     """One parameter or buffer: how its elements lie in memory, and the first slot of each axis.
 
     raw: set on the layout of a copy whose elements lie in another order: the parameter itself. looked_up: axes of which
@@ -31,7 +31,7 @@ class Owner:
     stride: tuple[int, ...]
     bases: tuple[int, ...]
     is_buffer: bool
-    raw: Owner | None = None
+    raw: TensorInfo | None = None
     looked_up: tuple[int, ...] = ()
     is_complex: bool = False
 
@@ -61,7 +61,7 @@ class View:
     are there, by numbers that are data.
     """
 
-    owner: Owner
+    owner: TensorInfo
     ndim: int
     shape: tuple[int, ...]
     dims: tuple[tuple[int, Mapping[int, int]], ...] | None
@@ -108,7 +108,7 @@ class View:
         return self.slots(found[0]).reshape(-1)
 
 
-def _locate(owner: Owner, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> View:
+def _locate(owner: TensorInfo, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> View:
     whole = shape == owner.shape and stride == owner.stride and offset == 0
     order = sorted((d for d in range(len(owner.shape)) if owner.shape[d] > 1), key=lambda d: -owner.stride[d])
     start = [0] * len(owner.shape)
@@ -134,7 +134,7 @@ def _locate(owner: Owner, offset: int, shape: tuple[int, ...], stride: tuple[int
 
 
 def _nested(
-    owner: Owner, start: Sequence[int], order: Sequence[int], shape: tuple[int, ...], stride: tuple[int, ...]
+    owner: TensorInfo, start: Sequence[int], order: Sequence[int], shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> tuple[tuple[int, Mapping[int, IntArray]], ...] | None:
     """Follow each axis of a view through the axes of its owner, one within the other; None where it leaves them."""
     found: list[dict[int, IntArray]] = [{} for _ in owner.shape]
@@ -153,7 +153,7 @@ def _nested(
     return tuple(zip(start, found, strict=True))
 
 
-def _of_copy(view: View, layout: Owner) -> View:
+def _of_copy(view: View, layout: TensorInfo) -> View:
     """Say of a view of a copy what it is of the parameter that was copied."""
     assert layout.raw is not None
     gone = layout.looked_up
@@ -171,7 +171,7 @@ class Slots:
     def __init__(
         self, tensors: Mapping[str, Tensor], buffers: Iterable[str], left_out: frozenset[str] = frozenset()
     ) -> None:
-        self.owners: dict[str, Owner] = {}
+        self.owners: dict[str, TensorInfo] = {}
         self.num_slots = 1
         names = frozenset(buffers)
         for name, tensor in tensors.items():
@@ -185,11 +185,13 @@ class Slots:
             # captures run on clones of the buffers, which are laid out densely
             layout = torch.empty_like(tensor, device="meta") if name in names else tensor
             shape, stride = tuple(tensor.shape), tuple(layout.stride())
-            self.owners[name] = Owner(name, shape, stride, tuple(bases), name in names, is_complex=tensor.is_complex())
+            self.owners[name] = TensorInfo(
+                name, shape, stride, tuple(bases), name in names, is_complex=tensor.is_complex()
+            )
         self._num_owned = self.num_slots
         self._starts: IntArray | None = None
         self._axis: list[tuple[str, int]] = []
-        self._cache: dict[tuple[Owner, int, tuple[int, ...], tuple[int, ...]], View] = {}
+        self._cache: dict[tuple[TensorInfo, int, tuple[int, ...], tuple[int, ...]], View] = {}
 
     def fresh(self, count: int) -> IntArray:
         """Give out slots that belong to no tensor: what is one thing without being a position (a head of scores)."""
@@ -215,7 +217,7 @@ class Slots:
         places = np.where(owned, np.searchsorted(self._starts, slots, side="right") - 1, -1)
         return [(*self._axis[int(place)], places == place) for place in np.unique(places) if place >= 0]
 
-    def view(self, owner: Owner, offset: int, tensor: Tensor) -> View:
+    def view(self, owner: TensorInfo, offset: int, tensor: Tensor) -> View:
         """Return `tensor` as a view of `owner`, `offset` elements after the owner's first."""
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         key = (owner, offset, shape, stride)

@@ -17,7 +17,7 @@ from torch import Tensor, dtype, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.scalars import ITEM, literal, numbers
 from apoptosis.graph.trace.values import CHANNELS, LITERAL, Multiple, Value
 from apoptosis.records import ScalarOperands
@@ -48,7 +48,7 @@ class Numbers:
     """Notes the plain numbers of one pass and what they scale. `recorded` says what is known of a tensor."""
 
     def __init__(
-        self, findings: Findings, mode: str, operators: frozenset[str], recorded: Callable[[Tensor], Value | None]
+        self, findings: TraceResult, mode: str, operators: frozenset[str], recorded: Callable[[Tensor], Value | None]
     ) -> None:
         self._noted = findings.scalars[mode]
         self._reads = findings.multiples[mode]

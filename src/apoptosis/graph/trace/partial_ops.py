@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from apoptosis.graph.trace.findings import Findings
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.records import Group, IntArray, Split, Structure, Worked
+from apoptosis.records import Group, IntArray, PartialOp, Split, Structure
 
 _FEW = 1 << 16  # ids of more elements are told by a part of them
 
@@ -36,7 +36,7 @@ def note_work(call: Call) -> None:
         tracer.findings.worked[tracer.mode].append((call.label, tracer.module_name, tracer.where(), slots))
 
 
-def _slots(findings: Findings, ids: IntArray) -> IntArray:
+def _slots(findings: TraceResult, ids: IntArray) -> IntArray:
     """Return the different ids, ascending; what moves through many operators unchanged is looked at once."""
     known = findings.distinct.get(id(ids))
     if known is None:
@@ -45,8 +45,8 @@ def _slots(findings: Findings, ids: IntArray) -> IntArray:
 
 
 def partial_work(
-    findings: Findings, groups: Sequence[Group], labels: IntArray, classes: Mapping[str, tuple[IntArray, ...]]
-) -> dict[str, tuple[Worked, ...]]:
+    findings: TraceResult, groups: Sequence[Group], labels: IntArray, classes: Mapping[str, tuple[IntArray, ...]]
+) -> dict[str, tuple[PartialOp, ...]]:
     """Return per mode the calls that worked on part of a group that may shrink."""
     group_of = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
     sizes: list[int] = []
@@ -55,7 +55,7 @@ def partial_work(
         if member is not None and not _is_coarse(classes[member.tensor][member.dim][member.positions]):
             group_of[classes[member.tensor][member.dim][member.positions[:, 0]]] = len(sizes)
             sizes.append(group.num_channels)
-    out: dict[str, tuple[Worked, ...]] = {}
+    out: dict[str, tuple[PartialOp, ...]] = {}
     for mode, calls in findings.worked.items():
         kept = []
         for operator, module, where, slots in calls:
@@ -65,7 +65,7 @@ def partial_work(
                 continue
             counts = np.bincount(group_of[found], minlength=len(sizes))
             if bool(((counts > 0) & (counts < np.array(sizes))).any()):
-                kept.append(Worked(operator=operator, classes=found, module=module, where=where))
+                kept.append(PartialOp(operator=operator, classes=found, module=module, where=where))
         out[mode] = tuple(kept)
     return out
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apoptosis.graph.trace.ids import Owner, Slots, View
-from apoptosis.graph.trace.values import SIZE_LIMIT, Value, collapse, nothing, spoiled
+from apoptosis.graph.trace.ids import Slots, TensorInfo, View
+from apoptosis.graph.trace.values import SIZE_LIMIT, Value, collapse, drop_paths, nothing
 from apoptosis.records import IntArray
 
 Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -57,7 +57,7 @@ class Memory:
         self._slots = slots
         self._pin = pin
         self._blocks: dict[int, _Block] = {}
-        self._owned: dict[int, list[tuple[int, Owner]]] = {}
+        self._owned: dict[int, list[tuple[int, TensorInfo]]] = {}
         self._keep: list[Any] = []
         self._element_sizes: dict[int, int] = {}
         self._made: dict[int, Any] = {}
@@ -81,7 +81,7 @@ class Memory:
             return id(tensor), tensor
         return storage._cdata, storage
 
-    def _own(self, tensor: Tensor, owner: Owner, start: int) -> None:
+    def _own(self, tensor: Tensor, owner: TensorInfo, start: int) -> None:
         key, storage = self._storage(tensor)
         self._keep.append(storage)
         self._element_sizes[key] = tensor.element_size()
@@ -160,7 +160,7 @@ class Memory:
             return None
         return tensors[1], tensors[2]
 
-    def raw_and_used(self, tensor: Tensor, owner: Owner) -> tuple[Tensor, Tensor]:
+    def raw_and_used(self, tensor: Tensor, owner: TensorInfo) -> tuple[Tensor, Tensor]:
         """Return a parameter, and what stands for it and `tensor` is a view of, both laid out as the parameter."""
         start = next(s for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
         return self._tensors[owner.name].detach(), tensor.detach().as_strided(owner.shape, owner.stride, start)
@@ -176,12 +176,12 @@ class Memory:
         self._own(copy, layout, int(copy.storage_offset()))
         return True
 
-    def start(self, tensor: Tensor, owner: Owner) -> int | None:
+    def start(self, tensor: Tensor, owner: TensorInfo) -> int | None:
         """Return where in its memory the parameter begins that a tensor is a view of; None in a copy in other order."""
         found = next((s, o) for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
         return found[0] if found[1].raw is None else None
 
-    def same(self, tensor: Tensor, owner: Owner) -> bool:
+    def same(self, tensor: Tensor, owner: TensorInfo) -> bool:
         """Whether the tensor lies in the memory of this parameter or buffer."""
         return any(o.name == owner.name for _, o in self._owned.get(self._storage(tensor)[0], ()))
 
@@ -252,7 +252,7 @@ class Memory:
         elif old is not None and np.array_equal(old.ids, value.ids):
             for other in others:
                 found = block.values[other]
-                paths = spoiled([found.paths])
+                paths = drop_paths([found.paths])
                 block.values[other] = Value(found.ids, origin=found.origin, paths=paths, multiple=value.multiple)
             block.values[at] = value
         else:
@@ -283,7 +283,7 @@ class Memory:
         for at, found in block.values.items():
             _strided(flat, at)[...] = found.ids
         _strided(flat, geometry(tensor))[...] = value.ids
-        paths = spoiled([found.paths for found in (*block.values.values(), value)])
+        paths = drop_paths([found.paths for found in (*block.values.values(), value)])
         for at, found in list(block.values.items()):
             ids = collapse(np.array(_strided(flat, at)))
             block.values[at] = Value(ids, free=found.free and value.free, origin=value.origin, paths=paths)

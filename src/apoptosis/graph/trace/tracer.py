@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from apoptosis.graph.explain import parametrized
 from apoptosis.graph.trace.activations import Begun, begin
 from apoptosis.graph.trace.entries import Entries, Mark, Pad
-from apoptosis.graph.trace.findings import Findings, Reason
-from apoptosis.graph.trace.ids import Owner, View
+from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
 from apoptosis.graph.trace.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
 from apoptosis.graph.trace.storage import Memory
@@ -71,7 +71,7 @@ class Call:
         if bool((slots != 0).any()):
             self.tracer.findings.pin(slots, self.reason(text, remedy), inner=inner)
 
-    def pin_owner(self, owner: Owner, text: str, remedy: str = "", dim: int = 0) -> None:
+    def pin_owner(self, owner: TensorInfo, text: str, remedy: str = "", dim: int = 0) -> None:
         """Pin every position of a parameter, and list it as a group of its own unless it has one."""
         self.pin(owner.slots(), text, remedy)
         if len(owner.shape) > 1 and not owner.is_buffer:
@@ -108,7 +108,7 @@ class Tracer:
 
     def __init__(
         self,
-        findings: Findings,
+        findings: TraceResult,
         model: nn.Module,
         tensors: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
@@ -125,7 +125,7 @@ class Tracer:
         self._works = works
         self._watch, self._note = watch, note
         self._fake = any(isinstance(tensor, FakeTensor) for tensor in tensors.values())
-        self.muted = False
+        self.suspended = False
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[tuple[str, nn.Module, Begun | None, Mark | None]] = []
@@ -190,14 +190,14 @@ class Tracer:
 
     def entered(self, module: nn.Module, args: Any) -> None:
         """Note that a module's forward begins."""
-        if not self.muted:
+        if not self.suspended:
             name = self._names.get(id(module), type(module).__name__)
             entry = self.entries.mark(args[0]) if isinstance(args, tuple) and args else None
             self._stack.append((name, module, begin(self, module, args), entry))
 
     def left(self, module: nn.Module, output: Any) -> None:
         """Note that a module's forward ended."""
-        if self.muted or not self._stack:
+        if self.suspended or not self._stack:
             return
         _, _, begun, _ = self._stack.pop()
         if begun is not None and isinstance(output, Tensor) and self.view(output) is None:
@@ -207,13 +207,13 @@ class Tracer:
         """Return what pads the innermost module's first argument into this tensor; None where it is another."""
         return self.entries.pads_from(self._stack[-1][3] if self._stack else None, tensor)
 
-    def owner_of(self, module: nn.Module, leaf: str) -> Owner | None:
+    def owner_of(self, module: nn.Module, leaf: str) -> TensorInfo | None:
         """Return the raw parameter or buffer that `module.leaf` is, or None (absent, or computed)."""
         tensor = getattr(module, leaf, None)
         view = self.view(tensor) if isinstance(tensor, Tensor) else None
         return view.owner if view is not None and view.whole else None
 
-    def read(self, owner: Owner, reader: str) -> None:
+    def read(self, owner: TensorInfo, reader: str) -> None:
         """Note who reads a parameter or buffer: its own module, or some operator."""
         self.findings.read_counts[owner.name, self.mode] += 1
         module = self.module
@@ -274,7 +274,7 @@ class Tracer:
 
     def executed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Send the ids through one operator that has just run."""
-        if not self.muted:
+        if not self.suspended:
             self._execute(self._kind(func), args, kwargs, out)
 
     def composite(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:

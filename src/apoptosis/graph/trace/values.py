@@ -103,7 +103,7 @@ def nothing(ndim: int, origin: str = "a constant", *, free: bool = False) -> Val
     return Value(np.zeros((1,) * ndim, dtype=np.int64), free=free, origin=origin)
 
 
-def spoiled(paths: Sequence[Paths]) -> Paths:
+def drop_paths(paths: Sequence[Paths]) -> Paths:
     """Return the producers of all operands, none of them simple any more."""
     return {key: None for part in paths for key in part}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph.groups.classes import Classes, own_readers
-from apoptosis.graph.trace.findings import Findings, pairs_of
+from apoptosis.graph.trace.findings import TraceResult, pairs_of
 from apoptosis.graph.trace.scalars import changed_numbers, changed_scalar
 from apoptosis.graph.trace.values import CHANNELS, LITERAL, Axis, weight_named
 from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, TensorEdit
@@ -39,7 +39,7 @@ _LEFT_OUT = "which only weights that are left out by exclude= could make up for"
 _NO_SIZE = "which scales a product of activations, but not with the root of a number of channels"
 
 
-def scalable(findings: Findings, classes: Classes) -> dict[str, Parts]:
+def scalable(findings: TraceResult, classes: Classes) -> dict[str, Parts]:
     """Return what scales the sums of each product, and nothing else: (tensor, dim, positions), by `pairs_of`.
 
     That is one operand's producers and their biases. Products without such an operand are left out.
@@ -70,7 +70,7 @@ def scalable(findings: Findings, classes: Classes) -> dict[str, Parts]:
     return out | _weights(findings)
 
 
-def _weights(findings: Findings) -> dict[str, Parts]:
+def _weights(findings: TraceResult) -> dict[str, Parts]:
     """Return the weights that are multiplied by numbers before every use of them, rows of whole parameters."""
     factors: dict[str, set[tuple[float, float]]] = {}
     for consumer in findings.consumers.values():
@@ -84,7 +84,7 @@ def _weights(findings: Findings) -> dict[str, Parts]:
     }
 
 
-def _readers(findings: Findings) -> tuple[IntArray, dict[str, int]]:
+def _readers(findings: TraceResult) -> tuple[IntArray, dict[str, int]]:
     """Return for every slot which site or product reads it, by number, and these numbers."""
     readers = np.full(findings.slots.num_slots, _NOBODY, dtype=np.int64)
     numbers: dict[str, int] = {}
@@ -96,7 +96,7 @@ def _readers(findings: Findings) -> tuple[IntArray, dict[str, int]]:
 
 
 def _parts(
-    findings: Findings,
+    findings: TraceResult,
     classes: Classes,
     slots: IntArray,
     axes: frozenset[Axis],
@@ -135,7 +135,7 @@ class _Reading:
     calls: frozenset[int]
 
 
-def make_up(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdit, ...]:
+def rescale_edits(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdit, ...]:
     """Return the edits, on the shapes after the event, that make up for numbers that changed with it.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph.trace.partial_ops import changed_split, changed_work
 from apoptosis.graph.trace.scalars import changed_scalar
-from apoptosis.graph.verify.factors import make_up
+from apoptosis.graph.verify.factors import rescale_edits
 from apoptosis.model.kept import labels_after
 from apoptosis.model.module_state import name_of
 from apoptosis.records import IntArray, Structure, TensorEdit
@@ -147,7 +147,7 @@ def verify_up_to_scale(
         StructureChangedError: as `verify`, for every other number.
     """
     _verify_structure(old, new, kept)
-    return make_up(old, new, kept)
+    return rescale_edits(old, new, kept)
 
 
 def _verify_structure(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:

@@ -28,7 +28,7 @@ from apoptosis.graph.trace.fakes import built_fake, make_fake
 from apoptosis.model.evaluate import as_call, num_rows
 from apoptosis.records import Structure
 from apoptosis.storage.plain_json import parse
-from apoptosis.surgery.operation import Patient
+from apoptosis.surgery.operation import Target
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import JsonFile, check_json_file, integers
@@ -37,7 +37,7 @@ from apoptosis.tools.recipes.folder import write_json
 from apoptosis.tools.recipes.networks import num_parameters
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-Place = Callable[[nn.Module, Call], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+ProcessInfo = Callable[[nn.Module, Call], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.',]|$)")  # of a module among others: layers.3.fc
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
@@ -76,7 +76,7 @@ def inspect(
             )
         network, args, named = place(unwrap(network).model, as_call(example))
         structure = rehearse(
-            Patient(model=network, optimizers=(), call=(args, named)), analyse(network, args, named), {}
+            Target(model=network, optimizers=(), call=(args, named)), analyse(network, args, named), {}
         )
     record = describe(structure, network, max(1, num_rows((args, named))))
     if json_file is not None:
@@ -85,7 +85,7 @@ def inspect(
 
 
 @contextmanager
-def placed(device: str) -> Iterator[Place]:
+def placed(device: str) -> Iterator[ProcessInfo]:
     """Build what is built inside on a device, or as fake tensors: shapes without numbers (but for what is small).
 
     Yields: a function that puts a model and the arguments of a call there, as far as they are not.

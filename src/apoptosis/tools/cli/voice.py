@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from apoptosis.errors import ApoptosisError, ArgumentError
-from apoptosis.tools.launch import Group, recognise, start_group
+from apoptosis.tools.launch import Group, detect_launcher, start_group
 from apoptosis.tools.launch.place import STARTERS
 
 
@@ -50,7 +50,7 @@ def works_alone(command: str) -> None:
     Raises: Failure: a launcher started several; one on each machine says so.
     """
     try:
-        place = recognise()
+        place = detect_launcher()
     except ArgumentError:  # a cluster's own variables, by which nobody could run as one of several
         return
     if place.size > 1:
@@ -72,6 +72,6 @@ def speaks_alone(argv: Sequence[str]) -> bool:
     if words[:1] != ["train"] or launcher == ["none"]:
         return True
     try:
-        return recognise().local_rank == 0
+        return detect_launcher().local_rank == 0
     except ApoptosisError:  # variables that contradict one another: each process has its own
         return True

@@ -9,6 +9,6 @@ place.py reads the environment, group.py begins the process group, mpi.py sums o
 """
 
 from apoptosis.tools.launch.group import Group, start_group
-from apoptosis.tools.launch.place import LAUNCHERS, Place, recognise
+from apoptosis.tools.launch.place import LAUNCHERS, ProcessInfo, detect_launcher
 
-__all__ = ["LAUNCHERS", "Group", "Place", "recognise", "start_group"]
+__all__ = ["LAUNCHERS", "Group", "ProcessInfo", "detect_launcher", "start_group"]

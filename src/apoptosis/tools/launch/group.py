@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from apoptosis.distributed.ranks import Ranks, TorchRanks
 from apoptosis.errors import ArgumentError, RankError
 from apoptosis.tools.launch.mpi import MpiRanks, average_gradients, load_mpi
-from apoptosis.tools.launch.place import Place, recognise
+from apoptosis.tools.launch.place import ProcessInfo, detect_launcher
 
 TIMEOUT = 1800.0  # seconds, as torch.distributed has it
 _DEFER = 0.5  # seconds
@@ -47,7 +47,7 @@ class Group:
 
     def __init__(
         self,
-        place: Place,
+        place: ProcessInfo,
         device: torch.device,
         ranks: Ranks,
         *,
@@ -170,7 +170,7 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
     """Begin the process group of this run, as whoever started the process says; alone where nobody did.
 
     Args:
-        launcher: as for `recognise`.
+        launcher: as for `detect_launcher`.
         device: "auto" (the GPU of the local rank where there is one), "cpu" or "cuda".
         timeout: seconds after which a rank that does not answer is an error.
 
@@ -188,7 +188,7 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
     """
     if not timeout > 0:
         raise ArgumentError(f"timeout={timeout}: a number of seconds above 0.")
-    place, comm, mpi = recognise(launcher), None, None
+    place, comm, mpi = detect_launcher(launcher), None, None
     if launcher == "mpi" or (place.launcher == "mpi" and place.size > 1):
         place, comm, mpi = _mpi_place(place)
     target = _device(device, place)
@@ -217,7 +217,7 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
     return Group(place, target, ranks, store=store, hosts=hosts, mpi=mpi)
 
 
-def _device(name: str, place: Place) -> torch.device:
+def _device(name: str, place: ProcessInfo) -> torch.device:
     """Return where this process trains.
 
     Raises: ArgumentError: no such device, several processes on one GPU, or GPUs under MPI.
@@ -246,7 +246,7 @@ def _device(name: str, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def _store(place: Place, timeout: float) -> tuple[Any, bool]:
+def _store(place: ProcessInfo, timeout: float) -> tuple[Any, bool]:
     """Meet the others at rank 0's address; torchrun keeps the meeting place itself, and hosts nothing here."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and place.launcher == "torchrun"
     assert place.address is not None
@@ -266,7 +266,7 @@ def _store(place: Place, timeout: float) -> tuple[Any, bool]:
     return _stores.PrefixStore(f"attempt-{place.restarts}", store), hosts
 
 
-def _mpi_place(told: Place) -> tuple[Place, Any, Any]:
+def _mpi_place(told: ProcessInfo) -> tuple[ProcessInfo, Any, Any]:
     """Ask MPI itself for the place.
 
     Raises: ArgumentError: MPI knows of another number of processes than whoever started them.
@@ -275,7 +275,7 @@ def _mpi_place(told: Place) -> tuple[Place, Any, Any]:
     mpi = load_mpi()
     comm = mpi.COMM_WORLD.Dup()
     near = comm.Split_type(mpi.COMM_TYPE_SHARED)
-    place = Place(
+    place = ProcessInfo(
         launcher="mpi",
         rank=comm.Get_rank(),
         size=comm.Get_size(),
@@ -324,7 +324,7 @@ def _mpi_store(comm: Any, timeout: float) -> tuple[Any, bool]:
     return store, comm.Get_rank() == 0
 
 
-def _not_come(place: Place, error: Exception) -> RankError:
+def _not_come(place: ProcessInfo, error: Exception) -> RankError:
     where = f" at {place.address}:{place.port}" if place.address else ""
     return RankError(
         f"rank {place.rank} of {place.size} did not meet the others{where} ({place.launcher}): "

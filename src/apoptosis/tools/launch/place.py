@@ -21,7 +21,7 @@ Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ProcessInfo:
     """One process among all.
 
     launcher: "none", "torchrun", "mpi" or "slurm". rank, size: of all processes; local_rank, local_size: of those on
@@ -44,7 +44,7 @@ class Place:
         return f"{self.told_by[0]}={self.rank}, {self.told_by[1]}={self.size}"
 
 
-def recognise(launcher: str = "auto", environ: Environment | None = None) -> Place:
+def detect_launcher(launcher: str = "auto", environ: Environment | None = None) -> ProcessInfo:
     """Say as which of how many processes this one was started.
 
     Args:
@@ -72,7 +72,7 @@ def recognise(launcher: str = "auto", environ: Environment | None = None) -> Pla
         raise ArgumentError(f"launcher '{launcher}' is unknown; there are {', '.join(LAUNCHERS)}.")
     environ = os.environ if environ is None else environ
     if launcher == "none":
-        return Place()
+        return ProcessInfo()
     if launcher == "auto":
         return _innermost([place for read in _READERS.values() if (place := read(environ)) is not None], environ)
     found = _READERS[launcher](environ)
@@ -81,7 +81,7 @@ def recognise(launcher: str = "auto", environ: Environment | None = None) -> Pla
     if found is None:
         others = [place for read in _READERS.values() if (place := read(environ)) is not None and place.size > 1]
         if launcher == "mpi" and not others:
-            return Place(launcher="mpi")
+            return ProcessInfo(launcher="mpi")
         wanted = " or ".join(" and ".join(names) for names in _NAMES[launcher])
         by = f" It was started by {STARTERS[others[0].launcher]} ({others[0]})." if others else ""
         raise ArgumentError(
@@ -102,13 +102,13 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else ""
 
 
-def _innermost(found: list[Place], environ: Environment) -> Place:
+def _innermost(found: list[ProcessInfo], environ: Environment) -> ProcessInfo:
     """Choose among launchers whose variables are all there: one may have started the other.
 
     Raises: ArgumentError: variables of torchrun that it did not set itself, and another launcher says otherwise.
     """
     if not found:
-        return Place()
+        return ProcessInfo()
     chosen = found[0]
     if chosen.launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in environ:  # set by hand, or by a script
         for other in found[1:]:
@@ -120,7 +120,7 @@ def _innermost(found: list[Place], environ: Environment) -> Place:
     return chosen
 
 
-def _torchrun(environ: Environment) -> Place | None:
+def _torchrun(environ: Environment) -> ProcessInfo | None:
     names = ("RANK", "WORLD_SIZE")
     pair = _pair(environ, *names)
     if pair is None:
@@ -139,7 +139,7 @@ def _torchrun(environ: Environment) -> Place | None:
                 "an open port of it are needed. Start with torchrun, which sets both."
             )
     elastic = "TORCHELASTIC_RUN_ID" in environ
-    return Place(
+    return ProcessInfo(
         launcher="torchrun",
         rank=rank,
         size=size,
@@ -153,13 +153,13 @@ def _torchrun(environ: Environment) -> Place | None:
     )
 
 
-def _mpirun(environ: Environment) -> Place | None:
+def _mpirun(environ: Environment) -> ProcessInfo | None:
     found = []
     for ranks, sizes, local_rank, local_size in _MPIRUNS:
         if ranks.startswith("PMI_") and local_rank not in environ:
             continue  # srun sets PMI_RANK as well, and is read by its own variables
         if (pair := _pair(environ, ranks, sizes)) is not None:
-            place = Place(
+            place = ProcessInfo(
                 launcher="mpi",
                 rank=pair[0],
                 size=pair[1],
@@ -175,7 +175,7 @@ def _mpirun(environ: Environment) -> Place | None:
     return found[0] if found else None
 
 
-def _slurm(environ: Environment) -> Place | None:
+def _slurm(environ: Environment) -> ProcessInfo | None:
     """Read srun's variables; a batch script's first shell has SLURM_PROCID and SLURM_NTASKS, but no step."""
     if "SLURM_STEP_NUM_TASKS" not in environ:
         return None
@@ -198,7 +198,7 @@ def _slurm(environ: Environment) -> Place | None:
         )
     job, step = (_number(environ, name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     node = _number(environ, "SLURM_NODEID", 0)
-    return Place(
+    return ProcessInfo(
         launcher="slurm",
         rank=pair[0],
         size=pair[1],
@@ -245,7 +245,7 @@ _MPIRUNS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-_READERS: Mapping[str, Callable[[Environment], Place | None]] = {
+_READERS: Mapping[str, Callable[[Environment], ProcessInfo | None]] = {
     "torchrun": _torchrun,
     "mpi": _mpirun,
     "slurm": _slurm,

@@ -26,7 +26,7 @@ from apoptosis.decide.ledger import Event
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import CheckpointError, NonFiniteError
-from apoptosis.tools.launch import Group, Place
+from apoptosis.tools.launch import Group, ProcessInfo
 from apoptosis.tools.recipes import several
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.datasets import Dataset
@@ -119,7 +119,7 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.device = config, data, device
         self.interrupt = interrupt or Interrupt()
-        self.group = group or Group(Place(), device, Ranks())
+        self.group = group or Group(ProcessInfo(), device, Ranks())
         self.stop = StopVote(self.group, self.interrupt)
         self.batch = min(config.batch, len(data.train))
         self._share = batch_share(self.group, self.batch)
