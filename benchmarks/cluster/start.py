@@ -37,8 +37,8 @@ _OVER_TCP = {
 
 def mpirun() -> str | None:
     """The mpirun of this Python environment, or the one on the path."""
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
+    num_static = Path(sys.executable).with_name("mpirun")
+    return str(num_static) if num_static.exists() else shutil.which("mpirun")
 
 
 def why_no_mpi() -> str:

@@ -40,7 +40,7 @@ from apoptosis.decide.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, deci
 from apoptosis.decide.state import (
     CORRUPT_STATE_ERRORS,
     UNDECIDED,
-    Memory,
+    RunState,
     Settings,
     check_fits,
     idle,
@@ -157,7 +157,7 @@ class Apoptosis:
         self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
         self._acceptance.check(readable=self._has_classes, named=logits is not None)
         full = num_parameters(model), structure.macs / max(1, num_rows(self._target.call))
-        self._memory = Memory(full=full, full_shapes=built_shapes(model, structure.shapes), overhead=overhead)
+        self._memory = RunState(full=full, full_shapes=built_shapes(model, structure.shapes), overhead=overhead)
         widest = max((g.num_channels for g in structure.groups), default=1)
         self._settings = Settings(
             criterion=chosen,
@@ -397,7 +397,7 @@ class Apoptosis:
         stale, self._structure = self._structure, refreshed(self._target, self._structure)
         try:
             fault = NOTHING_SEEN if observer.saw_nothing else CHANGED_BY_OTHERS if stale is not self._structure else ""
-            if fault := ranks.fault(UNFINISHED if observer.unfinished else fault):
+            if fault := ranks.first_error(UNFINISHED if observer.unfinished else fault):
                 raise NonFiniteError(fault)
             tried = attempt(self._run(), observer, start)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off

@@ -46,7 +46,7 @@ def test_a_reduction_that_changes_kept_channels_pays_for_them():
     found = SiteReduction(mix=mix, offset=offset)
     wrong = (z - z[:, keep] @ mix - offset) @ weight[:, :, 0].T
     for site in (SiteView(key="s", weight=weight, moments=moments),
-                 SiteView(key="s", weight=weight, moments=moments, felt=weight[:, :, 0].float())):  # fmt: skip
+                 SiteView(key="s", weight=weight, moments=moments, grad_factor=weight[:, :, 0].float())):  # fmt: skip
         scale = ((z - z.mean(0)) @ weight[:, :, 0].T).square().sum()
         expected = float((wrong.square().sum() / scale).sqrt())
         assert relative_error(site, keep, found) == pytest.approx(expected, rel=1e-5)

@@ -70,7 +70,7 @@ def check(group):
             raise NonFiniteError("bad")
 
     with pytest.raises(NonFiniteError, match=r"^rank 2: bad$"):
-        ranks.each(work)
+        ranks.run_collectively(work)
 
 
 def check_timeout(ranks):

@@ -163,19 +163,19 @@ def pooled_moments(rank, size):
     observer.pool()
     seen = net[:2](rows.reshape(-1, 12)).detach().double()
     own = next(o for (name, _), o in observer.observations().items() if name == "0")
-    return own.moments.mean, own.moments.covariance(), own.moments.num_rows, own.felt, seen
+    return own.moments.mean, own.moments.covariance(), own.moments.num_rows, own.grad_factor, seen
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_pooled_moments_are_those_of_all_rows(size):
     results, faults = together(pooled_moments, size=size)
     assert faults == [None] * size
-    for mean, covariance, num_rows, felt, seen in results:
+    for mean, covariance, num_rows, grad_factor, seen in results:
         assert num_rows == len(seen)
         torch.testing.assert_close(mean, seen.mean(0), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(covariance, torch.cov(seen.T, correction=0), rtol=1e-4, atol=1e-6)
         assert torch.equal(covariance, results[0][1])
-        assert torch.equal(felt, results[0][3])
+        assert torch.equal(grad_factor, results[0][3])
 
 
 def resumed(rank, size, folder):

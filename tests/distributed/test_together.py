@@ -21,7 +21,7 @@ def halfway(rank, size):
         return ranks.gathered("in the midst of it")
 
     try:
-        ranks.each(work)
+        ranks.run_collectively(work)
     except (ValueError, RankError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -201,7 +201,8 @@ def steps_of(groups: list[Group]) -> dict[str, int]:
     """How many channels per row may go at once, so that groups which keep the same share can."""
     lengths = {group.name: group.num_channels // group.rows for group in groups}
     return {
-        group.name: lengths[group.name] // gcd(lengths[group.name], *(lengths.get(name, 0) for name in group.equal))
+        group.name: lengths[group.name]
+        // gcd(lengths[group.name], *(lengths.get(name, 0) for name in group.tied_groups))
         for group in groups
     }
 
@@ -214,7 +215,7 @@ def cuts(network: Network, model: nn.Module, structure: Structure, seed: int) ->
     steps, drawn = steps_of(groups), dict[frozenset[str], int]()
     for group in groups:
         length, step = group.num_channels // group.rows, steps[group.name]
-        share = drawn.setdefault(frozenset((group.name, *group.equal)), dice.randrange(length // step))
+        share = drawn.setdefault(frozenset((group.name, *group.tied_groups)), dice.randrange(length // step))
         num = min(share * step, length - group.min_channels)
         places = [row * length + i for row in range(group.rows) for i in dice.sample(range(length), num)]
         if places:

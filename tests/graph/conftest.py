@@ -173,11 +173,11 @@ def removal() -> Callable[..., Structure]:
         kwargs, model = kwargs or {}, copy.deepcopy(model).double()
         args = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
         structure = analyse(model, args, kwargs)
-        free = {g.name: g for g in structure.groups if g.pin is None}
-        assert {name: g.num_channels for name, g in free.items()} == dict(widths)
+        open_groups = {g.name: g for g in structure.groups if g.pin is None}
+        assert {name: g.num_channels for name, g in open_groups.items()} == dict(widths)
         assert not any("could not be followed" in str(g.pin) for g in structure.groups)
-        for group in free.values():
-            groups = [group, *(free[name] for name in group.equal)]
+        for group in open_groups.values():
+            groups = [group, *(open_groups[name] for name in group.tied_groups)]
             removed = {g.name: _spread(g) for g in groups}
             assert all(removed.values()), "a row of one channel: too small for this oracle"
             full = suspended(model, groups, removed)

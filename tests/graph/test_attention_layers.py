@@ -47,7 +47,7 @@ class Cross(nn.Module):
         return self.b(self.mid(q, k, v, need_weights=self.weights)[0].tanh())
 
 
-def free(structure: Structure) -> dict[str, int]:
+def open_groups(structure: Structure) -> dict[str, int]:
     return {g.name: g.num_channels for g in structure.groups if g.pin is None}
 
 
@@ -98,7 +98,7 @@ def test_a_row_of_zeros_among_the_keys_is_refused_by_the_surgery(removal) -> Non
 
 def test_a_learned_row_among_the_keys_pins_by_name() -> None:
     structure = analyse(Self(weights=False, add_bias_kv=True), (X,), {})
-    assert free(structure) == {"a": 8, "mid.out_proj": 8}
+    assert open_groups(structure) == {"a": 8, "mid.out_proj": 8}
     pin = structure.groups[1].pin
     assert pin is not None
     assert "in 'mid'" in pin.reason

@@ -14,7 +14,7 @@ from torch import nn
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
 from apoptosis.graph.trace.findings import TraceResult
-from apoptosis.graph.trace.storage import Memory
+from apoptosis.graph.trace.storage import StorageMap
 from apoptosis.graph.trace.tracer import Tracer
 
 
@@ -161,7 +161,7 @@ def test_an_evaluation_flag_outside_is_no_matter() -> None:
 
 def test_nothing_of_a_pass_waits_for_the_garbage_collector() -> None:
     def alive() -> int:
-        return sum(type(o) in (Tracer, Memory, TraceResult) for o in gc.get_objects())
+        return sum(type(o) in (Tracer, StorageMap, TraceResult) for o in gc.get_objects())
 
     net, x = network(), torch.randn(4, 3, 8, 8)
     gc.collect()

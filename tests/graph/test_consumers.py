@@ -57,7 +57,7 @@ def test_recurrences_shrink(removal, kind: str, form: str) -> None:
     net = Net(outputs, width=wide, mid=KINDS[kind](6, 6, **FORMS[form]))
     structure = removal(net, (SEQ,), recurrent_widths(form), modes=(False,) if "two" in form else (True, False))
     hidden = [g for g in structure.groups if g.name.startswith("mid")]
-    assert all(set(g.equal) == {h.name for h in hidden} - {g.name} for g in hidden)
+    assert all(set(g.tied_groups) == {h.name for h in hidden} - {g.name} for g in hidden)
     assert all(site.functional == (site.module == "mid") for g in hidden for site in g.sites)
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
     assert {m.positions.shape for m in hidden[0].members} == {(6, gates)}

@@ -31,7 +31,7 @@ class Net(nn.Module):
         return self.b(self.between(self, self.a(x)))
 
 
-def free(structure: Structure) -> dict[str, int]:
+def open_groups(structure: Structure) -> dict[str, int]:
     return {g.name: g.num_channels for g in structure.groups if g.pin is None}
 
 
@@ -85,7 +85,7 @@ def test_halves_written_as_lengths_are_groups_of_their_own() -> None:
             return self.b(u.relu()), self.c(v.tanh())
 
     structure = analyse(Parts(), (X,), {})
-    assert free(structure) == {"a": 4, "a#2": 8}
+    assert open_groups(structure) == {"a": 4, "a#2": 8}
     assert [g.rows for g in structure.groups[:2]] == [1, 1]
     assert [g.members[0].positions.reshape(-1).tolist() for g in structure.groups[:2]] == [
         [0, 1, 2, 3],
@@ -112,7 +112,7 @@ def test_rows_within_rows_keep_the_finer_ones(removal) -> None:
     assert {split.classes.shape for split in structure.splits} == {(2, 6), (4, 3)}
     group = structure.groups[0]
     assert (group.num_channels, group.rows) in ((12, 4), (3, 1))  # tied place by place is narrower, but right
-    removal(Net(nested, 12), (X,), free(structure))
+    removal(Net(nested, 12), (X,), open_groups(structure))
 
 
 def test_rows_that_overlap_without_nesting_are_tied(removal) -> None:
@@ -136,7 +136,7 @@ def test_a_part_that_is_the_output_pins_the_other_part() -> None:
             return u, self.b(v)
 
     structure = analyse(Half(), (X,), {})
-    assert free(structure) == {}
+    assert open_groups(structure) == {}
     first, second = (g.pin for g in structure.groups[:2])
     assert first is not None
     assert second is not None

@@ -149,7 +149,7 @@ class Zeros(nn.Module):
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_is_as_wide_as_the_heads_of_two_layers_keeps_them_equally_many(shared: bool) -> None:
     structure = analyse(Zeros(shared=shared), (X,), {})
-    heads = {group.name: group.equal for group in structure.groups if group.name.startswith(":heads")}
+    heads = {group.name: group.tied_groups for group in structure.groups if group.name.startswith(":heads")}
     assert heads == {":heads": (":heads#2",) if shared else (), ":heads#2": (":heads",) if shared else ()}
 
 
@@ -165,4 +165,4 @@ def test_one_filled_tensor_added_to_two_layers_keeps_them_equally_wide(removal) 
             return self.c(torch.relu(self.b(torch.relu(self.a(x) + ones)) + ones))
 
     structure = removal(Shifted(), (X,), {"a": 6, "b": 6})
-    assert named(structure, "a").equal == ("b",)
+    assert named(structure, "a").tied_groups == ("b",)

@@ -61,15 +61,15 @@ def test_what_is_not_turned_makes_room_in_rows_as_wide_as_the_values() -> None:
     assert pin is not None
     assert "a part of rows" in pin.reason
     assert pin.remedy
-    assert (groups["q#2"].equal, groups["q#2"].beside) == (("v",), 4)
-    assert (groups["v"].equal, groups["v"].beside) == (("q#2",), 0)
+    assert (groups["q#2"].tied_groups, groups["q#2"].num_static) == (("v",), 4)
+    assert (groups["v"].tied_groups, groups["v"].num_static) == (("q#2",), 0)
 
 
 @pytest.mark.parametrize("number", ["own", ""])
 def test_rows_of_a_width_of_their_own_are_free(number: str) -> None:
     groups = by_name(analyse(Partial(number), (X,), {}))
     assert {name: groups[name].pin for name in ("q", "q#2", "v")} == {"q": None, "q#2": None, "v": None}
-    assert all(not groups[name].equal and not groups[name].beside for name in ("q", "q#2", "v"))
+    assert all(not groups[name].tied_groups and not groups[name].num_static for name in ("q", "q#2", "v"))
 
 
 def silence(net: Partial, structure: Structure, name: str, channels: list[int]) -> None:

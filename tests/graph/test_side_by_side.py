@@ -43,4 +43,4 @@ def test_channels_that_stand_place_by_place_go_together(way: str, removal) -> No
 
 def test_layers_laid_in_turn_keep_one_width(removal) -> None:
     structure = removal(Branches("in turn", 20), (X,), {"a": 10, "b": 10})
-    assert [g.equal for g in structure.groups[:2]] == [("b",), ("a",)]
+    assert [g.tied_groups for g in structure.groups[:2]] == [("b",), ("a",)]

@@ -127,7 +127,7 @@ class InDict(Net):
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class StorageMap:
     value: torch.Tensor
     steps: int
 
@@ -137,7 +137,7 @@ class InDataclass(Net):
         h = self.first(x)
         if self.hidden is not None:
             h = h + self.back(self.hidden.value)
-        self.hidden = Memory(torch.tanh(h).detach(), 1)
+        self.hidden = StorageMap(torch.tanh(h).detach(), 1)
         return self.last(torch.tanh(h))
 
 
@@ -441,7 +441,7 @@ def kept(net):
             todo.extend((name, part) for part in item)
         elif isinstance(item, dict):
             todo.extend(item.items())
-        elif isinstance(item, Memory):
+        elif isinstance(item, StorageMap):
             todo.append((name, item.value))
     return found
 

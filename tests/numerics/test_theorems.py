@@ -665,16 +665,19 @@ def test_numbers_that_follow_a_size(seed: int, size: int, kept: int, early: floa
 @quick
 def test_what_the_loss_sees(seed: int, channels: int, rows: int, ridge: float) -> None:
     g, r = correlated(seed, rows, channels), correlated(seed + 3, rows, channels)
-    felt, errors = g.T @ g / rows, r.T @ r / rows
-    for metric in (felt + ridge * torch.eye(channels, dtype=torch.float64), ridge * torch.eye(channels) + 0.0 * felt):
-        first = torch.linalg.solve(metric, felt).trace()
+    grad_factor, errors = g.T @ g / rows, r.T @ r / rows
+    for metric in (
+        grad_factor + ridge * torch.eye(channels, dtype=torch.float64),
+        ridge * torch.eye(channels) + 0.0 * grad_factor,
+    ):
+        first = torch.linalg.solve(metric, grad_factor).trace()
         bound = (first * (errors * metric).sum()).sqrt()
         assert float((g * r).sum(1).abs().mean()) <= float(bound) * (1 + 1e-9)
-    exact = felt + 1e-12 * felt.trace() * torch.eye(channels, dtype=torch.float64)
-    assert float(torch.linalg.solve(exact, felt).trace()) <= channels + 1e-6
+    exact = grad_factor + 1e-12 * grad_factor.trace() * torch.eye(channels, dtype=torch.float64)
+    assert float(torch.linalg.solve(exact, grad_factor).trace()) <= channels + 1e-6
     # every pair of a gradient and an error equally often: uncorrelated by construction
     pairs = (g @ r.T).square().mean()
-    torch.testing.assert_close(pairs, (errors * felt).sum(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(pairs, (errors * grad_factor).sum(), rtol=1e-9, atol=1e-12)
 
 
 @given(seed=seeds, channels=st.integers(1, 5), rows=st.integers(1, 30), size=st.integers(2, 12))

@@ -22,7 +22,7 @@ def window(net, example, **arguments):
 
 def felt_at(observer, group):
     """Rows of gradients."""
-    return next(o.felt for (name, _), o in observer.observations().items() if name == group)
+    return next(o.grad_factor for (name, _), o in observer.observations().items() if name == group)
 
 
 def test_second_moments_are_those_of_autograd():
@@ -73,8 +73,8 @@ def test_every_group_of_a_site_that_several_share_has_its_gradients():
         net(torch.randn(128, 5)).square().mean().backward()
         observer.end_step()
     observer.close()
-    felt = {name: o.felt for (name, _), o in observer.observations().items()}
-    assert sorted(x.shape[1] for x in felt.values()) == [16, 256]
+    grad_factor = {name: o.grad_factor for (name, _), o in observer.observations().items()}
+    assert sorted(x.shape[1] for x in grad_factor.values()) == [16, 256]
 
 
 def test_nothing_stays_on_tensors_of_the_users():
@@ -162,8 +162,8 @@ def test_blending_is_of_equal_sizes_and_nothing_without_gradients():
     assert blended(torch.zeros(4, 5), weight) is None
     mixed = blended(7.0 * rows, weight)
     torch.testing.assert_close(mixed.T @ mixed, plain / plain.diagonal().mean())
-    felt = torch.randn(9, 5)
-    mixed, own = blended(felt, weight), felt.T @ felt
+    grad_factor = torch.randn(9, 5)
+    mixed, own = blended(grad_factor, weight), grad_factor.T @ grad_factor
     expected = own / own.diagonal().mean() + OUTPUTS_SHARE * plain / plain.diagonal().mean()
     torch.testing.assert_close(mixed.T @ mixed, expected / (1.0 + OUTPUTS_SHARE))
     assert 0.0 <= OUTPUTS_SHARE < 1.0
@@ -181,6 +181,6 @@ def test_a_run_takes_gradients_only_where_its_criterion_asks(criterion):
         optimizer.step()
         optimizer.zero_grad()
         if apo._observer is not None:
-            asked.add(any(o.felt is not None for o in apo._observer.observations().values()))
+            asked.add(any(o.grad_factor is not None for o in apo._observer.observations().values()))
         apo.step()
     assert (True in asked) == (criterion == "interpolative")

@@ -180,7 +180,7 @@ def test_gradients_are_the_same_and_rows_without_any_do_not_count(ahead):
     again.load_state_dict(state)
     assert again._gradients.watches()[0].sketch.counted() == 12
     for one in (observer, again):
-        rows = next(iter(one.observations().values())).felt.double()
+        rows = next(iter(one.observations().values())).grad_factor.double()
         torch.testing.assert_close(rows.T @ rows, 2 * expected, rtol=1e-5, atol=1e-12)
         one.close()
 

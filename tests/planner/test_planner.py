@@ -123,13 +123,13 @@ def test_allowance_caps_and_ends(runs):
     net = runs.mlp(48)
     structure, observations = observe(net, runs.inputs(1000, 3))
     sites = {g.name: g.sites[0].key for g in structure.groups if g.sites}
-    plan = make_plan(net, structure, observations, request(tolerance=0.1, allowance={sites["0"]: 0.02}))
+    plan = make_plan(net, structure, observations, request(tolerance=0.1, remaining_error={sites["0"]: 0.02}))
     assert plan.errors["0"][sites["0"]] <= 0.02 < plan.errors["2"][sites["2"]]
-    spent = make_plan(net, structure, observations, request(tolerance=0.1, allowance={sites["0"]: 0.0}))
+    spent = make_plan(net, structure, observations, request(tolerance=0.1, remaining_error={sites["0"]: 0.0}))
     assert "0" not in spent.widths
     assert spent.left["0"].cause == "limit"
     assert "what all events together may still change at '2' (0) is below round-off" in spent.left["0"].text
-    spent = make_plan(net, structure, observations, request(tolerance=0.0, allowance={sites["0"]: 0.0}))
+    spent = make_plan(net, structure, observations, request(tolerance=0.0, remaining_error={sites["0"]: 0.0}))
     assert {why.cause for why in spent.left.values()} == {"limit", "tolerance"}
 
 

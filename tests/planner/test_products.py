@@ -349,7 +349,7 @@ def test_products_and_heads_enter_the_cost(runs):
 def of_one_width(structure, *names, also=()):
     """Say that the groups of these names are as wide as one another (and as others that are not there)."""
     groups = [
-        replace(g, equal=tuple(n for n in (*names, *also) if n != g.name)) if g.name in names else g
+        replace(g, tied_groups=tuple(n for n in (*names, *also) if n != g.name)) if g.name in names else g
         for g in structure.groups
     ]
     return replace(structure, groups=tuple(groups))
@@ -442,7 +442,7 @@ def test_several_positions_of_a_functional_consumer_are_measured_on_whole_inputs
 
 def test_whole_heads_that_go_along_with_one_another_are_one_choice() -> None:
     def group(name: str, conflicts_with: tuple[str, ...], equal: tuple[str, ...] = ()) -> Group:
-        return Group(name=name, num_channels=4, members=(), sites=(), conflicts_with=conflicts_with, equal=equal)
+        return Group(name=name, num_channels=4, members=(), sites=(), conflicts_with=conflicts_with, tied_groups=equal)
 
     groups = [group("q", ("a",)), group("p", ("b",)), group("a", ("q",), ("b",)), group("b", ("p",), ("a",))]
     sets = [[one.name for one in chosen] for chosen in compatible_sets(groups)]

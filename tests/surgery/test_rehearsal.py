@@ -237,7 +237,12 @@ def test_groups_of_one_number_shrink_alike_or_not_at_all(frozen):
             "they share the width that 'wide' of the model holds with 'b', which is pinned"
         )
     else:
-        assert {group.name: group.equal for group in apo.groups()} == {"a": ("b",), "b": ("a",), "out": (), "more": ()}
+        assert {group.name: group.tied_groups for group in apo.groups()} == {
+            "a": ("b",),
+            "b": ("a",),
+            "out": (),
+            "more": (),
+        }
         assert shrink_(net, x[:3], [x], tolerance=0.1)
         assert net.a.out_features == net.b.out_features == net.wide < 8
     assert net(x) is not None

@@ -27,7 +27,7 @@ from apoptosis.distributed.wrappers import parallel_in, rebuild, unwrapped
 from apoptosis.distributed.zero import rebuild_buckets
 from apoptosis.errors import CheckpointError
 from apoptosis.interrupts import restoring
-from apoptosis.model.built import built_shapes, note_built
+from apoptosis.model.built import built_shapes, is_known, note_built
 from apoptosis.model.passes import check_not_inference
 from apoptosis.modules.norms import is_shrunk
 from apoptosis.surgery.attributes import attributes_of
@@ -135,9 +135,14 @@ def _packed(
 
 
 def _full(model: nn.Module, apo: Resumable | None) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes that the model was built with: those the run knows, else those it had when it first shrank."""
+    """Return the shapes that the model was built with: those the run knows, else those it had when it first shrank.
+
+    Where it never shrank in this process nothing is known: it may have been built narrow, or cut by other means.
+    """
     known: Mapping[str, tuple[int, ...]] | None = getattr(apo, "full_shapes", None)
-    return built_shapes(model, {n: tuple(t.shape) for n, t in tensors_of(model).items()}) if known is None else known
+    if known is None and is_known(model):
+        return built_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()})
+    return known or {}
 
 
 def load(
@@ -250,7 +255,7 @@ def apply_checkpoint(
         for owner, state in states:
             journal.call(owner.set_extra_state, owner.get_extra_state(), state)
         torch.clear_autocast_cache()
-        note_built(model, {name: stored["full"].get(name, shape) for name, shape in before.items()})
+        note_built(model, {name: stored["full"].get(name, shape) for name, shape in built.items()})
         _set_up_again(wrappers, model, optimizer)
         if apo is not None:  # the last: it sets its wrappers up with the buckets that the run had
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))

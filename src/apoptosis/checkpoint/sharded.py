@@ -94,11 +94,11 @@ def save_sharded(
         _begin(target, writing)
         return tensors, manifest
 
-    tensors, manifest = ranks.each(prepare)
+    tensors, manifest = ranks.run_collectively(prepare)
     _call("written", target, "save", tensors, group, checkpoint_id=writing)
-    sums = ranks.gathered(ranks.each(lambda: _sums_of_own(target, writing, ranks)))
+    sums = ranks.gathered(ranks.run_collectively(lambda: _sums_of_own(target, writing, ranks)))
     files = {name: entry for found in sums for name, entry in found.items()}
-    ranks.each(lambda: _finish(target, writing, files, manifest) if not ranks.rank else None)
+    ranks.run_collectively(lambda: _finish(target, writing, files, manifest) if not ranks.rank else None)
 
 
 def _begin(target: Path, writing: Path) -> None:
@@ -179,7 +179,7 @@ def load_sharded(
     bare_model, (group, ranks) = unwrapped(model), _together(model)
     check_not_inference(bare_model, "loading")
     reshard(bare_model)
-    manifest, known = ranks.each(lambda: _read_checked(target, ranks))
+    manifest, known = ranks.run_collectively(lambda: _read_checked(target, ranks))
     if manifest is None:
         manifest = _manifest_of_version_1(target, known, group, ranks)
 
@@ -191,9 +191,9 @@ def load_sharded(
         parameters = dict(bare_model.named_parameters())
         return {name: _room(name, known, parameters) for name in names}
 
-    tensors = ranks.each(targets)
+    tensors = ranks.run_collectively(targets)
     _call("loaded", target, "load", tensors, group, storage_reader=_reader(target, known))
-    return ranks.each(lambda: apply_checkpoint(target, manifest, tensors, model, optimizer, apo))
+    return ranks.run_collectively(lambda: apply_checkpoint(target, manifest, tensors, model, optimizer, apo))
 
 
 def _old(target: Path) -> Path:
@@ -301,7 +301,7 @@ def _manifest_of_version_1(target: Path, known: Tensors, group: Any, ranks: Rank
         except (CheckpointError, TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint '{target}' is damaged: {error}") from error
 
-    manifest = ranks.each(read)
+    manifest = ranks.run_collectively(read)
     if not ranks.rank:
         warnings.warn(
             f"checkpoint '{target}' was written without checksums, so that damage to its numbers would go unnoticed; "

@@ -54,8 +54,10 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
     the condition stated at dropped_variance, over the estimated energy. A site whose output does not vary is a
     constant: 0.0 if the constant is kept to round-off, else infinity.
     """
-    if site.felt is not None:
-        error = float(_output_errors(site, site.felt, keep, reduction).sum())  # tr(V R Vᵀ), V what the loss feels
+    if site.grad_factor is not None:
+        error = float(
+            _output_errors(site, site.grad_factor, keep, reduction).sum()
+        )  # tr(V R Vᵀ), V what the loss feels
     elif site.measure is not None:
         error = site.measure(keep, reduction)
     else:
@@ -103,13 +105,10 @@ def choose(
     elsewhere it is found by bisection with the certificate formula. Either way the certificate of the result is
     computed from its actual mix and offset, and channels are added back until it holds.
 
-    Args:
-        criterion: how to order and to reduce.
-        view: the group.
-        limits: relative rms per site key, or one for all; a limit below round-off means that (views.exactness).
-        align: the number kept is rounded up to a multiple (of the rows, too: see demands.step_between).
-        min_keep: fewer are never kept.
-        ranking: what `interleaved` says for this criterion and view, where it is known already.
+    Args: criterion: how to order and to reduce. view: the group. limits: relative rms per site key, or one for all; a
+        limit below round-off means that (views.roundoff_tolerance). align: the number kept is rounded up to a multiple
+        (of the rows, too: see demands.step_between). min_keep: fewer are never kept. ranking: what `interleaved` says
+        for this criterion and view, where it is known already.
 
     Returns: None when nothing can go.
 
@@ -156,7 +155,7 @@ class _Search:
         if criterion.needs_data and any(site.moments is None for site in view.sites):
             raise ArgumentError(f"criterion '{criterion.name}' needs moments at every site of group '{view.name}'.")
         known = all(site.key in ranking.curves for site in view.sites)
-        exact = all(site.measure is None or site.felt is not None for site in view.sites)
+        exact = all(site.measure is None or site.grad_factor is not None for site in view.sites)
         self.curves_are_exact = known and exact
         if not known and not self.has_data:
             raise ArgumentError(f"criterion '{criterion.name}' gives no score without data for group '{view.name}'.")

@@ -45,8 +45,8 @@ from apoptosis.records import Reduction, SiteReduction
 
 def _column_norms(site: SiteView) -> Tensor:
     """‖W_j‖ over outputs and taps, or what the loss feels of a channel, (channels,) float64 on the CPU."""
-    if site.felt is not None:
-        return column_squares(site.felt[:, :, None]).sqrt()
+    if site.grad_factor is not None:
+        return column_squares(site.grad_factor[:, :, None]).sqrt()
     return column_squares(site.weight).sqrt()
 
 
@@ -143,7 +143,7 @@ INTERPOLATIVE = Criterion(
     summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation; errors count by what the "
     "loss makes of them",
     curves=_curves,
-    felt=True,
+    grad_factor=True,
     tolerance=0.01,
     neurons=False,
 )
@@ -151,7 +151,7 @@ RECONSTRUCTION = replace(
     INTERPOLATIVE,
     name="reconstruction",
     summary="the same, but every output of a consumer counts alike, whatever the loss makes of it",
-    felt=False,
+    grad_factor=False,
     tolerance=0.025,
 )
 GREEDY = Criterion(

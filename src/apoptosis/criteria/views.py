@@ -28,19 +28,17 @@ class SiteView:
     """One consumer site as a linear map with the moments of what it reads.
 
     key: of the site (records.Site). weight: (out, channels, P) float, the consumer's columns of every channel, kernel
-    taps and owned columns side by side (P = 1 for Linear and 1x1).
-    moments: of the channels, pooled over positions; None for a data-free criterion.
-    centred: an offset can be folded exactly here (a bias or a normalisation to take it, no zero padding).
-    dropout: p of an elementwise dropout that the moments were observed behind.
-    measure: exact error on sampled inputs, for sites with P > 1, where pooled moments give only an estimate.
-    scale: the energy that errors relate to, where it is not E‖W(z - μ)‖² by the moments; measure needs it.
-    blocks: (channels,) int64, or None for one block. Channels of different blocks never stand in for one another here
-    (products of activations: other heads).
+    taps and owned columns side by side (P = 1 for Linear and 1x1). moments: of the channels, pooled over positions;
+    None for a data-free criterion. centred: an offset can be folded exactly here (a bias or a normalisation to take it,
+    no zero padding). dropout: p of an elementwise dropout that the moments were observed behind. measure: exact error
+    on sampled inputs, for sites with P > 1, where pooled moments give only an estimate. scale: the energy that errors
+    relate to, where it is not E‖W(z - μ)‖² by the moments; measure needs it. blocks: (channels,) int64, or None for one
+    block. Channels of different blocks never stand in for one another here (products of activations: other heads).
     pairwise: a removed channel is a multiple of one kept channel, plus a constant (under a norm); never more than one.
-    mixes: False where nothing may stand in for a removed channel at all: what it contributes is lost.
-    note: what the errors speak of, for the certificate; "" for the output of a linear map.
-    felt: (rows, channels): what an error r of the channels costs is ‖felt r‖², in place of ‖W r‖². Gradients of the
-        loss; None where every output counts alike.
+    mixes: False where nothing may stand in for a removed channel at all: what it contributes is lost. note: what the
+    errors speak of, for the certificate; "" for the output of a linear map. grad_factor: (rows, channels): what an
+    error r of the channels costs is ‖felt r‖², in place of ‖W r‖². Gradients of the loss; None where every output
+    counts alike.
     """
 
     key: str
@@ -54,7 +52,7 @@ class SiteView:
     mixes: bool = True
     pairwise: bool = False
     note: str = ""
-    felt: Tensor | None = None
+    grad_factor: Tensor | None = None
     memo: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,8 +62,12 @@ class SiteView:
             raise ShapeError(f"site '{self.key}': moments of {self.moments.num_channels} channels, weight of others.")
         if self.measure is not None and self.scale is None:
             raise ArgumentError(f"site '{self.key}': give measure and scale together.")
-        if self.felt is not None and (self.felt.ndim != 2 or self.felt.shape[1] != self.weight.shape[1]):
-            raise ShapeError(f"site '{self.key}': felt of shape {tuple(self.felt.shape)} for its channels.")
+        if self.grad_factor is not None and (
+            self.grad_factor.ndim != 2 or self.grad_factor.shape[1] != self.weight.shape[1]
+        ):
+            raise ShapeError(
+                f"site '{self.key}': grad_factor of shape {tuple(self.grad_factor.shape)} for its channels."
+            )
 
     @property
     def num_taps(self) -> int:
@@ -146,7 +148,7 @@ class Criterion:
     reduce: Callable[[GroupView, Tensor], Reduction]
     summary: str = ""
     curves: Callable[[GroupView, Tensor, int], Mapping[str, Tensor]] | None = None
-    felt: bool = False
+    grad_factor: bool = False
     tolerance: float = 0.025
     neurons: bool = True
 
@@ -208,16 +210,16 @@ def flat_weight(site: SiteView, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def cost_weight(site: SiteView, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return V (rows, channels) with which an error r costs ‖V r‖²: the flat weight, or `felt`.
+    """Return V (rows, channels) with which an error r costs ‖V r‖²: the flat weight, or `grad_factor`.
 
     Costs of a site with several taps are then per tap; see cost_taps.
     """
-    return flat_weight(site, dtype) if site.felt is None else site.felt.detach().to(dtype)
+    return flat_weight(site, dtype) if site.grad_factor is None else site.grad_factor.detach().to(dtype)
 
 
 def cost_taps(site: SiteView) -> int:
     """Return how many costs of one position an error may amount to: P where outputs add up taps, else 1."""
-    return site.num_taps if site.felt is None else 1
+    return site.num_taps if site.grad_factor is None else 1
 
 
 def output_variance(site: SiteView) -> float:
@@ -230,7 +232,7 @@ def output_variance(site: SiteView) -> float:
 
     Raises: ArgumentError: the site has no moments.
     """
-    if site.scale is not None and site.felt is None:
+    if site.scale is not None and site.grad_factor is None:
         return site.scale
     if "energy" not in site.memo:
         moments = moments_of(site)

@@ -17,7 +17,7 @@ from apoptosis.decide.history import Attempt, Outcome
 from apoptosis.decide.ledger import Event
 from apoptosis.decide.overhead import device_of, overhead_macs
 from apoptosis.decide.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, is_due, loss_of, worth_waiting
-from apoptosis.decide.state import Memory, Settings, allowed, telemetry
+from apoptosis.decide.state import RunState, Settings, allowed, telemetry
 from apoptosis.distributed.fsdp import has_shards
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.zero import check_together
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
     target: Target
     structure: Structure
-    memory: Memory
+    memory: RunState
     settings: Settings
     acceptance: AcceptanceTest
 
@@ -96,7 +96,7 @@ def new_window(run: Run, groups: Sequence[Group]) -> Observer:
         keep_calls=settings.tolerance == 0,
         keep_inputs=not run.acceptance.held_out,
         replay=replay,
-        gradients=settings.criterion.felt and settings.tolerance != 0,
+        gradients=settings.criterion.grad_factor and settings.tolerance != 0,
         ranks=ranks,
         whole=run.memory.require_full_sample or settings.tolerance == 0,
     )
@@ -178,7 +178,7 @@ def left_out(run: Run, observer: Observer) -> dict[str, Why]:
 def kept_window(run: Run, window: Mapping[str, Any] | None) -> Observer | None:
     """Return the window that a checkpoint holds, as it was, or None: of several ranks every one saw other rows.
 
-    Raises: one of DAMAGES (state): it is of other groups or damaged.
+    Raises: one of CORRUPT_STATE_ERRORS (state): it is of other groups or damaged.
     """
     if window is None or run.target.ranks.size > 1:
         return None

@@ -43,11 +43,11 @@ class PastEvent:
 class Telemetry:
     """All the policy sees.
 
-    step: optimizer steps so far. total_steps: of the whole run, None if unknown. macs: of one forward pass per
-    example. batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
-    factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event.
-    tolerance: cap per site and event, relative rms. halvings: rollbacks so far. untried: share of the MACs that belong
-    to groups which the last event left for the next one.
+    step: optimizer steps so far. total_steps: of the whole run, None if unknown. macs: of one forward pass per example.
+    batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
+    factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event. tolerance: cap per
+    site and event, relative rms. num_backoffs: rollbacks so far. untried: share of the MACs that belong to groups which
+    the last event left for the next one.
     """
 
     step: int
@@ -90,7 +90,7 @@ def event_steps(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     of the last.
 
     Example:
-        >>> turns(1000, after=0)
+        >>> event_steps(1000, after=0)
         (150, 225, 300, 375, 450, 525, 600, 700)
     """
     first = warmup_steps(total_steps)
@@ -129,7 +129,7 @@ def allocate(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, 
         macs_by_group: what all channels of a group cost, multiply-adds.
 
     Example:
-        >>> allot(0.02, {"conv": 1600.0, "fc": 100.0})
+        >>> allocate(0.02, {"conv": 1600.0, "fc": 100.0})
         {'conv': 0.02, 'fc': 0.01}
     """
     most = max(macs_by_group.values(), default=0.0)

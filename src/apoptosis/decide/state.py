@@ -67,15 +67,14 @@ class Settings:
 
 
 @dataclass(slots=True, kw_only=True)
-class Memory:
+class RunState:
     """Everything of a run that is neither the model's structure, nor the window, nor the budget's account.
 
-    full: parameters and MACs per example at construction; full_shapes: of every tensor then. overhead: calibrated
-    fixed cost of an event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per
-    site. own_seconds, hook_seconds: wall time spent so far, the open window's hooks excluded. thorough: rows were
+    full: parameters and MACs per example at construction; full_shapes: of every tensor then. overhead: calibrated fixed
+    cost of an event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site.
+    own_seconds, hook_seconds: wall time spent so far, the open window's hooks excluded. require_full_sample: rows were
     too few for a width once, so that windows see all they ask for. history: what the policy counts; attempts:
-    everything that was tried.
-    behind: groups that the last event left out because they had seen too few rows.
+    everything that was tried. behind: groups that the last event left out because they had seen too few rows.
     """
 
     full: tuple[int, float]
@@ -112,12 +111,12 @@ class Memory:
         return found
 
 
-def read_memory(state: Mapping[str, Any]) -> Memory:
+def read_memory(state: Mapping[str, Any]) -> RunState:
     """Read what `Memory.as_dict` wrote.
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
-    names = (f.name for f in fields(Memory) if f.name not in ("attempts", "behind"))
+    names = (f.name for f in fields(RunState) if f.name not in ("attempts", "behind"))
     plain = {name: state[_STORED.get(name, name)] for name in names}
     parameters, macs = state["full"]
     plain |= {
@@ -129,10 +128,10 @@ def read_memory(state: Mapping[str, Any]) -> Memory:
         "site_cost": {str(key): _number(value, "float") for key, value in state["site_cost"].items()},
         "decision": _record(Decision, state["decision"]),
     }
-    return _record(Memory, plain)
+    return _record(RunState, plain)
 
 
-_R = TypeVar("_R", Memory, PastEvent, Decision, Attempt, Pin)
+_R = TypeVar("_R", RunState, PastEvent, Decision, Attempt, Pin)
 
 
 def _record(cls: type[_R], values: Mapping[str, Any]) -> _R:
@@ -191,7 +190,7 @@ def _differing(widths: Mapping[str, int], stored: Mapping[str, Any]) -> list[tup
 
 
 def write_state(
-    memory: Memory,
+    memory: RunState,
     settings: Settings,
     structure: Structure,
     acceptance: AcceptanceTest,
@@ -213,7 +212,7 @@ def write_state(
 
 def read_state(
     state: Mapping[str, Any], settings: Settings, structure: Structure, own: Sequence[Pin]
-) -> tuple[Structure, Memory, Mapping[str, Any] | None]:
+) -> tuple[Structure, RunState, Mapping[str, Any] | None]:
     """Read what `write_state` wrote: the structure with its pins, the memory, and the window.
 
     Under other settings than those of the state the decision is open again and the window is left out.
@@ -224,7 +223,7 @@ def read_state(
         structure: as just captured.
         own: the pins of this run, exclusions among them.
 
-    Raises: one of DAMAGES.
+    Raises: one of CORRUPT_STATE_ERRORS.
     """
     names = {group.name for group in structure.groups}
     found = [_record(Pin, entry) for entry in state["pins"]]
@@ -236,7 +235,7 @@ def read_state(
     return structure, memory, window
 
 
-def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:
+def telemetry(memory: RunState, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:
     """Gather what the policy sees. rows: examples in the example input, which `structure.macs` speaks of."""
     event = 0.0
     for group in structure.groups:
@@ -258,7 +257,7 @@ def telemetry(memory: Memory, settings: Settings, structure: Structure, *, rows:
 
 
 def allowed(
-    memory: Memory, settings: Settings, groups: Sequence[Group], waiting: Mapping[str, Why] | None = None
+    memory: RunState, settings: Settings, groups: Sequence[Group], waiting: Mapping[str, Why] | None = None
 ) -> Request:
     """Say what an event may do now: the decided tolerance, spread over groups, within what is left of every site.
 
@@ -269,7 +268,9 @@ def allowed(
         criterion=settings.criterion,
         tolerance=tolerance,
         allotted=allocate(tolerance, {g.name: g.num_channels * g.macs_per_channel for g in groups}),
-        allowance={s.key: settings.site_limit - memory.site_cost.get(s.key, 0.0) for g in groups for s in g.sites},
+        remaining_error={
+            s.key: settings.site_limit - memory.site_cost.get(s.key, 0.0) for g in groups for s in g.sites
+        },
         align=settings.align,
         max_drop=MAX_DROP,
         seed=settings.seed + memory.step,
@@ -277,7 +278,7 @@ def allowed(
     )
 
 
-def idle(memory: Memory, settings: Settings, *, watching: bool, num_open: int) -> str:
+def idle(memory: RunState, settings: Settings, *, watching: bool, num_open: int) -> str:
     """Say why a run has had no event so far, "" if it had one.
 
     watching: a window is open. num_open: unpinned groups.
@@ -297,7 +298,7 @@ def idle(memory: Memory, settings: Settings, *, watching: bool, num_open: int) -
 
 
 def make_ledger(
-    memory: Memory,
+    memory: RunState,
     acceptance: AcceptanceTest,
     *,
     parameters: int,

@@ -25,7 +25,10 @@ _CHUNK = 2**20  # words of a parameter that are multiplied at once for its check
 
 
 class _Ended(NamedTuple):
-    """How a rank's work inside `Ranks.each` ended: None, or (not finite, its repr, its text) of what it failed with."""
+    """How a rank's work inside `Ranks.run_collectively` ended.
+
+    fault: None, or (not finite, its repr, its text) of what it failed with.
+    """
 
     fault: tuple[bool, str, str] | None
 
@@ -89,7 +92,7 @@ class Ranks:
         """Whether one rank votes yes."""
         return not self.all(not vote)
 
-    def fault(self, what: str) -> str:
+    def first_error(self, what: str) -> str:
         """Return the first rank's fault with its number, "" where no rank has one."""
         faults = self.gathered(what)
         bad = next((rank for rank, fault in enumerate(faults) if fault), None)
@@ -97,7 +100,7 @@ class Ranks:
             return ""
         return faults[bad] if self.size == 1 else f"rank {bad}: {faults[bad]}"
 
-    def each(self, work: Callable[[], T]) -> T:
+    def run_collectively(self, work: Callable[[], T]) -> T:
         """Do the same on every rank; where it fails on one it fails on all, so that nobody waits for who is gone.
 
         Raises: NonFiniteError: on all ranks, where one raises it. Else the error itself on the rank that has it, and

@@ -100,7 +100,7 @@ def usual_hint(reason: str) -> str:
     """Return what usually unpins channels that are pinned for a reason like this, "" for a reason of no known kind.
 
     Example:
-        >>> usual("operator aten.mul in 'gate' spreads one channel over others")
+        >>> usual_hint("operator aten.mul in 'gate' spreads one channel over others")
         'Let a layer make as many gates as there are channels.'
     """
     return next((remedy for part, remedy in _USUAL if part in reason), "")

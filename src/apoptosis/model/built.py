@@ -31,6 +31,11 @@ def built_shapes(model: nn.Module, now: Shapes) -> dict[str, tuple[int, ...]]:
     return dict(found)
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether `model` shrank, or took over a checkpoint, in this process."""
+    return model in _BUILT
+
+
 def note_built(model: nn.Module, shapes: Shapes) -> None:
     """Note the shapes that a model which takes over a checkpoint was built with."""
     _BUILT[model] = {name: tuple(shape) for name, shape in shapes.items()}

@@ -65,7 +65,7 @@ def internal_passes(
     generators (see module_state). Buffers are clones meanwhile. An interrupt may come anywhere.
 
     Args:
-        model: parameters that are spread over processes have been gathered before (sharded.gathered).
+        model: parameters that are spread over processes have been gathered before (sharded.unsharded_forward).
         training: the mode of all modules.
         drop: whether dropout modules take part in training mode.
         as_is: every module but dropout keeps its own mode, as in the user's passes: parts may be frozen.

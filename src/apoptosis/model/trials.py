@@ -50,13 +50,13 @@ def check_runs(model: nn.Module, probe: Probe, read: ReadLogits | None = None, r
     """
     ranks, faults = ranks or Ranks(), list[str]()
     for way in ways_to_cut(probe):
-        fault = ranks.fault(ranks.each(partial(_fault_of_cut, model, way, read)))
+        fault = ranks.first_error(ranks.run_collectively(partial(_fault_of_cut, model, way, read)))
         if not fault:
             return way
         faults.append(fault)
     rows = probe.rows if probe.labels is None else len(probe.labels)
     whole = replace(probe, rows=rows, cut=None)
-    return ranks.each(lambda: _run_whole(model, whole, read, faults))
+    return ranks.run_collectively(lambda: _run_whole(model, whole, read, faults))
 
 
 def _fault_of_cut(model: nn.Module, probe: Probe, read: ReadLogits | None) -> str:
@@ -132,7 +132,7 @@ def warn_if_not_compared(
 ) -> None:
     """Warn, once per construction, where evaluation returns no numbers, so that events cannot be checked by them."""
     ranks, part = ranks or Ranks(), probe.take(0, min(2, probe.rows))
-    outs = ranks.each(lambda: outputs(model, part))
+    outs = ranks.run_collectively(lambda: outputs(model, part))
     if not ranks.any(not comparable(outs, read)):
         return
     trains = ranks.all(training_outputs(model, part, read) is not None)

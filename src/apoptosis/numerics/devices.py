@@ -32,7 +32,7 @@ def sample_rows(rows_NC: Tensor, good_N: Tensor, most: int, draws: torch.Generat
 
     Example:
         >>> rows = torch.tensor([[1.0], [float("nan")], [3.0]])
-        >>> foremost(rows, rows.isfinite().all(1), 3, torch.Generator().manual_seed(0)).sort(0).values.T
+        >>> sample_rows(rows, rows.isfinite().all(1), 3, torch.Generator().manual_seed(0)).sort(0).values.T
         tensor([[0., 1., 3.]])
     """
     # millions of draws are made where the rows are

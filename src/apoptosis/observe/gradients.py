@@ -99,7 +99,7 @@ class Gradients:
 
     def watch(self, key: tuple[str, str], site: Site, columns: IntArray, channels: int, device: torch.device) -> None:
         """Take gradients at a site; columns: (channels, P) along its input's channel axis."""
-        if not self._wanted or site.norm_way or len(columns) > WHOLE_COLUMNS:
+        if not self._wanted or site.norm_strategy or len(columns) > WHOLE_COLUMNS:
             return
         found = GradientWatch(site, columns, channels, device)
         self._watches[key] = found

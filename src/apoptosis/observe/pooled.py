@@ -35,7 +35,7 @@ def pool(watches: Sequence[Accumulator], sketches: Sequence[Sketch], samples: Se
     """
     if ranks.size == 1:
         return
-    found = ranks.each(lambda: [named_snapshot(watch) for watch in watches])
+    found = ranks.run_collectively(lambda: [named_snapshot(watch) for watch in watches])
     rates = ranks.gathered([watch.dropout for watch in watches])
     for number, watch in enumerate(watches):
         known = {one[number] for one in rates if one[number] is not None}

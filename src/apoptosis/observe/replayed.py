@@ -115,7 +115,7 @@ class Replayed:
         self._rates = {module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
 
     def watch(self, group: Group, site: Site) -> None:
-        """Watch one functional site of a group."""
+        """Accumulator one functional site of a group."""
         tensors: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         tensors |= dict(self._model.named_buffers(remove_duplicate=False))
         device = tensors[site.weight].device if site.weight in tensors else next(iter(tensors.values())).device
@@ -241,7 +241,7 @@ class Replayed:
                 seen.add(one.site)
 
             fault = self._fault_of(args, kwargs, watch)
-            if fault := self._ranks.fault(fault) if self._ranks is not None else fault:
+            if fault := self._ranks.first_error(fault) if self._ranks is not None else fault:
                 self._replay = None
                 warnings.warn(
                     "apoptosis cannot run the model again on its inputs, so groups that are read by no module's input "
@@ -272,7 +272,7 @@ class Replayed:
                 return str(error)
             return ""
 
-        return run() if self._ranks is None else self._ranks.each(run)
+        return run() if self._ranks is None else self._ranks.run_collectively(run)
 
     def _open_shares(self, rows: int) -> dict[tuple[str, str], _Share]:
         shares = {}

@@ -59,9 +59,8 @@ class Observation:
     sample: (examples, ...) whole inputs of the module, where one row is not enough; else None.
     whole: moments of every input column of the module, where others than the group's are read too and one position at
         a time; else None.
-    dropout: rate of a dropout that the rows were taken behind, 0.0 for none.
-    felt: (rows, channels) float32, rows that stand for the loss's gradients at the channels, in any unit; None where
-        no backward pass came by.
+    dropout: rate of a dropout that the rows were taken behind, 0.0 for none. grad_factor: (rows, channels) float32,
+    rows that stand for the loss's gradients at the channels, in any unit; None where no backward pass came by.
     """
 
     moments: Moments
@@ -69,7 +68,7 @@ class Observation:
     sample: Tensor | None = None
     whole: Moments | None = None
     dropout: float = 0.0
-    felt: Tensor | None = None
+    grad_factor: Tensor | None = None
 
 
 def in_both(one: Observation | None, other: Observation | None) -> Observation:

@@ -404,14 +404,16 @@ class Observer:
         roots, found = self._gradients.roots(needed, last=last), {}
         for group, site, key in places:
             whole, own = None, moments[key]
-            felt = roots.get(key) if rows[key] >= len(site.input_columns) else None
+            grad_factor = roots.get(key) if rows[key] >= len(site.input_columns) else None
             if not key[0]:
                 whole = own
                 picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
-                own, felt = whole.select(picks), None if felt is None else felt[:, picks]
+                own, grad_factor = whole.select(picks), None if grad_factor is None else grad_factor[:, picks]
             sample = samples.get(site.module) if needs_whole_inputs(site) else None
             dropout = self._watches[key].dropout or 0.0
-            found[group, site.key] = Observation(moments=own, sample=sample, whole=whole, dropout=dropout, felt=felt)
+            found[group, site.key] = Observation(
+                moments=own, sample=sample, whole=whole, dropout=dropout, grad_factor=grad_factor
+            )
         return found | self._replayed.observations(last=last)
 
     def state_dict(self) -> dict[str, Any]:

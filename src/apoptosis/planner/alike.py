@@ -22,8 +22,8 @@ def alike(groups: Sequence[Group]) -> list[list[Group]]:
         while len(names) > size:
             size = len(names)
             for group in left:
-                if group.name in names or names & set(group.equal):
-                    names |= {group.name, *group.equal}
+                if group.name in names or names & set(group.tied_groups):
+                    names |= {group.name, *group.tied_groups}
         found.append([group for group in left if group.name in names])
         left = [group for group in left if group.name not in names]
     return found
@@ -34,25 +34,25 @@ def with_equals(names: Iterable[str], groups: Sequence[Group]) -> set[str]:
     found, size = set(names), -1
     while len(found) > size:
         size = len(found)
-        found |= {group.name for group in groups if found & set(group.equal)}
-        found |= {name for group in groups if group.name in found for name in group.equal}
+        found |= {group.name for group in groups if found & set(group.tied_groups)}
+        found |= {name for group in groups if group.name in found for name in group.tied_groups}
     return found
 
 
 def missing(groups: Sequence[Group]) -> list[str]:
     """Return the names that these groups have to go along with but that are not among them."""
     names = {group.name for group in groups}
-    return sorted({name for group in groups for name in group.equal} - names)
+    return sorted({name for group in groups for name in group.tied_groups} - names)
 
 
 def share_of_row(group: Group, kept: int) -> float:
     """Return the share of a row that stays: the channels kept, and those of others that stand beside them."""
-    return (kept + group.beside) / (group.num_channels + group.beside)
+    return (kept + group.num_static) / (group.num_channels + group.num_static)
 
 
 def own_share(group: Group, share: float) -> float:
     """Return the share of a group's own channels that has to stay for this share of its rows."""
-    return max(0.0, share * (group.num_channels + group.beside) - group.beside) / group.num_channels
+    return max(0.0, share * (group.num_channels + group.num_static) - group.num_static) / group.num_channels
 
 
 def positions_per_channel(group: Group) -> int:
@@ -68,7 +68,7 @@ def steps(groups: Sequence[Group], views: Sequence[GroupView | Group], align: in
     Widths are multiples of `align` in positions of the tensors, of the rows, and of what the other groups need; where
     that leaves no step below all channels, align gives way to its largest divisor that does.
     """
-    channels = [group.num_channels + group.beside for group in groups]
+    channels = [group.num_channels + group.num_static for group in groups]
     parts = gcd(*channels)  # a share of all of them is a number of parts
     found = parts
     for divisor in (d for d in range(align, 0, -1) if align % d == 0):

@@ -31,21 +31,24 @@ def _exclude(a: Group, b: Group) -> bool:
 
 
 def _linked(a: Group, b: Group) -> bool:
-    return _exclude(a, b) or b.name in a.equal or a.name in b.equal
+    return _exclude(a, b) or b.name in a.tied_groups or a.name in b.tied_groups
 
 
 def compatible_sets(groups: Sequence[Group]) -> list[list[Group]]:
     """Return the sets of groups of which none excludes another and to which none could be added.
 
     Example:
-        >>> make = lambda name, *others: Group(name=name, num_channels=2, members=(), sites=(), alternative=others)
-        >>> sets = choices_of([make("qk", "heads"), make("v", "heads"), make("heads", "qk", "v")])
+        >>> make = lambda name, *others: Group(name=name, num_channels=2, members=(), sites=(), conflicts_with=others)
+        >>> sets = compatible_sets([make("qk", "heads"), make("v", "heads"), make("heads", "qk", "v")])
         >>> [[group.name for group in chosen] for chosen in sets]
         [['qk', 'v'], ['heads']]
     """
     found: list[list[Group]] = []
     for first in groups:
-        chosen = [first, *(g for g in groups if g is not first and g.name in first.equal and not _exclude(first, g))]
+        chosen = [
+            first,
+            *(g for g in groups if g is not first and g.name in first.tied_groups and not _exclude(first, g)),
+        ]
         for other in groups:
             if other not in chosen and not any(_exclude(other, one) for one in chosen):
                 chosen.append(other)

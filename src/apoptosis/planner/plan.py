@@ -34,7 +34,7 @@ class Request:
     """What an event may do.
 
     tolerance: relative rms per site. allotted: the part of it that a group gets, by name; all of it where missing.
-    allowance: what is left of a site's sum over all events, by site key.
+    remaining_error: what is left of a site's sum over all events, by site key.
     align: widths are rounded up to a multiple. max_drop: largest share of a group's channels one event removes.
     rows_per_channel: a width is only trusted when the window saw this many rows for every channel kept.
     waiting: groups that are left for a later event though they were observed, and why.
@@ -46,7 +46,7 @@ class Request:
     max_drop: float
     seed: int
     allotted: Mapping[str, float] = field(default_factory=dict)
-    allowance: Mapping[str, float] = field(default_factory=dict)
+    remaining_error: Mapping[str, float] = field(default_factory=dict)
     rows_per_channel: int = 3
     waiting: Mapping[str, Why] = field(default_factory=dict)
 
@@ -125,7 +125,7 @@ def make_plan(
     """Ask the criterion for as much as every unpinned group's sites allow.
 
     A site that reads several groups shares its tolerance out among them: the errors of all of them, added up, stay
-    within it. Of groups that only one event may change (Group.alternative) those are taken that save most.
+    within it. Of groups that only one event may change (Group.conflicts_with) those are taken that save most.
 
     Args:
         model: read only; its weights and the linear maps of its modules.
@@ -168,7 +168,7 @@ def make_plan(
         return desk.proposals, desk.certificates, desk.lost, own
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    told = ranks.gathered_tensors(ranks.each(mine), device)
+    told = ranks.gathered_tensors(ranks.run_collectively(mine), device)
     proposals = {name: p for found, *_ in told for name, p in found.items()}
     certificates = {name: c for _, found, *_ in told for name, c in found.items()}
     for *_, found in told:
@@ -297,12 +297,12 @@ class _ProposalBuilder:
                 group,
                 self._observations,
                 self._request.seed,
-                felt=self._request.criterion.felt,
+                grad_factor=self._request.criterion.grad_factor,
                 neurons=self._request.criterion.neurons,
             )
             for key in ((group.name, site.key) for site in group.sites):
                 if key in self._spent:  # the rows of gradients are in what is shown
-                    self._spent[key] = replace(self._spent[key], felt=None)
+                    self._spent[key] = replace(self._spent[key], grad_factor=None)
         return self._shown[group.name]
 
     def _settle(self, groups: Sequence[Group]) -> None:
@@ -363,13 +363,13 @@ def _propose(
     cap = request.allotted.get(group.name, request.tolerance)
     limits = {}
     for site in group.sites:
-        left = request.allowance.get(site.key, float("inf")) - spent.get(site.key, 0.0)
+        left = request.remaining_error.get(site.key, float("inf")) - spent.get(site.key, 0.0)
         if left < roundoff_floor(group.num_channels):
             return used_up(site, left)
         free = request.tolerance - spent.get(site.key, 0.0)
         limits[site.key] = shown.ratios[site.key] * min(cap, max(0.0, min(free, left)) / shares[site.key])
     criterion = request.criterion
-    if any(site.norm_way for site in group.sites):
+    if any(site.norm_strategy for site in group.sites):
         if not criterion.needs_data:
             return Why("criterion", f"criterion '{criterion.name}' does not see what a norm reads; others do")
         criterion = compensated(criterion)

@@ -75,7 +75,7 @@ def sample(
         )
         for mode in range(modes)
     ]
-    ranks.each(partial(_show, model, observers, calls, every=tolerance == 0))
+    ranks.run_collectively(partial(_show, model, observers, calls, every=tolerance == 0))
     found: dict[tuple[str, str], Any] = {}
     for observer in observers:
         observer.pool()

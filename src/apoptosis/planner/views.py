@@ -49,7 +49,13 @@ class GroupData:
 
 
 def make_view(
-    model: nn.Module, group: Group, observations: Observations, seed: int, *, felt: bool = False, neurons: bool = True
+    model: nn.Module,
+    group: Group,
+    observations: Observations,
+    seed: int,
+    *,
+    grad_factor: bool = False,
+    neurons: bool = True,
 ) -> GroupData:
     """Put together what a criterion sees of a group; every site of it was observed.
 
@@ -58,10 +64,10 @@ def make_view(
         group: to be shown.
         observations: by (group name, site key).
         seed: of random choices about it.
-        felt: let errors count by what the loss makes of them, where its gradients were seen.
+        grad_factor: let errors count by what the loss makes of them, where its gradients were seen.
         neurons: show how the channels are computed, too.
     """
-    felt = felt and not any(site.norm_way for site in group.sites)
+    grad_factor = grad_factor and not any(site.norm_strategy for site in group.sites)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     sites: list[SiteView] = []
     samples: dict[str, SampledSite] = {}
@@ -72,7 +78,7 @@ def make_view(
             sites.append(show_product(site, seen, group.rows))
             ratios[site.key] = 1.0
             continue
-        if site.norm_way:
+        if site.norm_strategy:
             sites.append(_show_norm(site, seen, model.get_submodule(site.module)))
             ratios[site.key] = 1.0
             continue
@@ -82,7 +88,7 @@ def make_view(
             sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
             samples[site.key] = sample
         gathered = gather_weight(site, weight)
-        rows = blended(seen.felt, gathered) if felt else None
+        rows = blended(seen.grad_factor, gathered) if grad_factor else None
         shown = SiteView(
             key=site.key,
             weight=gathered,
@@ -91,7 +97,7 @@ def make_view(
             dropout=seen.dropout,
             measure=None if sample is None else sample.error,
             scale=None if sample is None else sample.scale,
-            felt=rows,
+            grad_factor=rows,
             note=BY_THE_LOSS if rows is not None else "",
         )
         sites.append(shown)
@@ -122,24 +128,24 @@ def _with_constant(moments: Moments) -> Moments:
     return found.counted(rows, moments.num_examples)
 
 
-def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
+def blended(grad_factor: Tensor | None, weight: Tensor) -> Tensor | None:
     """Return V, VᵀV = E[g gᵀ] with a share of WᵀW, both of mean diagonal 1; None without gradients or where all are 0.
 
     Gradients of one window leave directions out that the loss comes to see later on; the weights know of these. A small
     share: of them, too, few rows tell enough.
 
-    Args: felt: (rows, channels). weight: (out, channels, P).
+    Args: grad_factor: (rows, channels). weight: (out, channels, P).
     Returns: (rows, channels) float32.
     """
-    if felt is None:
+    if grad_factor is None:
         return None
-    flat = weight.detach().to(felt.device).permute(0, 2, 1).reshape(-1, weight.shape[1])
+    flat = weight.detach().to(grad_factor.device).permute(0, 2, 1).reshape(-1, weight.shape[1])
     plain = sketched(flat, OUTPUTS_ROWS, 0)
-    size, share = (float(column_squares(rows[:, :, None]).mean()) for rows in (felt, plain))
+    size, share = (float(column_squares(rows[:, :, None]).mean()) for rows in (grad_factor, plain))
     if not (0 < size < math.inf and 0 < share < math.inf):
         return None
-    out, start = felt.new_empty(len(felt) + len(plain), felt.shape[1], dtype=torch.float32), 0
-    for rows, scale in ((felt, size**-0.5), (plain, (OUTPUTS_SHARE / share) ** 0.5)):
+    out, start = grad_factor.new_empty(len(grad_factor) + len(plain), grad_factor.shape[1], dtype=torch.float32), 0
+    for rows, scale in ((grad_factor, size**-0.5), (plain, (OUTPUTS_SHARE / share) ** 0.5)):
         for part in torch.split(rows, _ROWS):
             torch.mul(part.double(), scale * (1.0 + OUTPUTS_SHARE) ** -0.5, out=out[start : start + len(part)])
             start += len(part)
@@ -148,8 +154,8 @@ def blended(felt: Tensor | None, weight: Tensor) -> Tensor | None:
 
 def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
     """Show a norm as what it has to know of its input: every channel, weighted by how many it stands for."""
-    found, plain = statistics_of(module), site.norm_way in ("plain", "response")
-    counts = found.mean_weights if site.norm_way == "response" else found.square_weights.sqrt()
+    found, plain = statistics_of(module), site.norm_strategy in ("plain", "response")
+    counts = found.mean_weights if site.norm_strategy == "response" else found.square_weights.sqrt()
     counts = counts.to(seen.moments.device)
     return SiteView(
         key=site.key,
@@ -157,7 +163,7 @@ def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
         moments=seen.moments,
         centred=not plain,
         dropout=seen.dropout,
-        mixes=site.norm_way != "plain",
+        mixes=site.norm_strategy != "plain",
         pairwise=True,
         note="of the channels that a norm takes its statistics of",
     )
@@ -170,7 +176,7 @@ def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> fl
     moved = read_weight(site, weight)
     moved = moved if moved.dtype in (torch.float32, torch.float64) else moved.float()
     moved = moved.reshape(*moved.shape[:2], -1)
-    own = output_variance(replace(shown, felt=None))  # both by the weights alone
+    own = output_variance(replace(shown, grad_factor=None))  # both by the weights alone
     whole = output_variance(SiteView(key=site.key, weight=moved, moments=seen.whole, dropout=seen.dropout))
     return float((whole / own) ** 0.5) if own > 0.0 and whole > 0.0 else 1.0
 

@@ -127,7 +127,7 @@ class Site:
     operand, and the fold goes into `weight` (and `bias`), the producer of the right operand: its rows take over, so
     `dim` is its output axis, `columns` the rows of each pair, `num_columns` the size of that axis. weight is "" where
     something lies between that producer and the product (a rotation, a norm): only slicing is right there.
-    norm_way: the module is a norm over these channels, whose statistics have to stay. "class": it becomes one that
+    norm_strategy: the module is a norm over these channels, whose statistics have to stay. "class": it becomes one that
     knows what is gone; "plain": it stays as it is, and only what is always zero goes; "either"; "response": as "class",
         of a global response norm. weight: its gain.
     number: of the products that would have one key: a module may multiply the channels of queries more than once.
@@ -155,7 +155,7 @@ class Site:
     select: tuple[tuple[int, int], ...] = ()
     rescale: tuple[tuple[str, int, IntArray], ...] = ()
     per_sum: int = 0
-    norm_way: NormStrategy = ""
+    norm_strategy: NormStrategy = ""
     number: int = 0
     conv: Convolution | None = None
     factors: tuple[float, float] = (1.0, 1.0)
@@ -166,7 +166,7 @@ class Site:
     def key(self) -> str:
         """Name of the site within a structure: module, weight and contracted axis."""
         part = "".join(f"[{dim}={index}]" for dim, index in self.select)
-        kind = f":product{self.number or ''}" if self.kind == "product" else ":norm" if self.norm_way else ""
+        kind = f":product{self.number or ''}" if self.kind == "product" else ":norm" if self.norm_strategy else ""
         return f"{self.module}:{self.weight}:{self.dim}{part}{kind}"
 
 
@@ -196,14 +196,14 @@ class Group:
         unique). pin: set when the group may not shrink; groups without any site are pinned with that reason.
     rows: number of rows of equal length (heads, halves of a split) into which the channels fall, in order: channel c is
         in row c // (num_channels // rows). An event keeps equally many of every row (the granularity).
-    alternative: names of finer groups of the same channels, none of which an event may change together with this one
+    conflicts_with: names of finer groups of the same channels, none of which an event may change together with this one
         (whole heads beside the channels inside them); () for most.
-    equal: names of groups of which an event keeps the same share as of this one, because one number of the model is the
-        width of a row of all of them (the head size of queries and of values); () for most.
+    tied_groups: names of groups of which an event keeps the same share as of this one, because one number of the model
+        is the width of a row of all of them (the head size of queries and of values); () for most.
     min_channels: so many stay: a grouped convolution with one channel per block would be a depthwise one, whose outputs
         belong together in another way.
-    beside: channels that stand beside the group's in every row of that width and stay (those that a partial rotation
-        turns), as many as would fill their places: shares are of both together.
+    num_static: channels that stand beside the group's in every row of that width and stay (those that a partial
+        rotation turns), as many as would fill their places: shares are of both together.
     """
 
     name: str
@@ -214,9 +214,9 @@ class Group:
     pin: Pin | None = None
     rows: int = 1
     conflicts_with: tuple[str, ...] = ()
-    equal: tuple[str, ...] = ()
+    tied_groups: tuple[str, ...] = ()
     min_channels: int = 1
-    beside: int = 0
+    num_static: int = 0
 
     @property
     def macs_per_channel(self) -> float:

@@ -93,7 +93,7 @@ def build_edits(
             key = site.key
             if key not in reduction.sites:
                 raise ShapeError(f"the reduction of group '{group.name}' says nothing about its site '{key}'.")
-            if site.norm_way:
+            if site.norm_strategy:
                 add_norm(drafts, structure, site, reduction)
             elif site.kind == "product":
                 add_product(drafts, structure, group, site, reduction)

@@ -39,9 +39,9 @@ def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:
     gone = torch.ones(reduction.mix.shape[1], dtype=torch.bool, device="cpu")
     gone[keep.cpu()] = False
     moved = bool(reduction.mix.cpu()[:, gone].any()) or (reduction.offset is not None and bool(reduction.offset.any()))
-    if site.norm_way == "plain" and moved:
+    if site.norm_strategy == "plain" and moved:
         raise ShapeError(f"site '{site.key}': this norm can lose channels that are always zero, and no others.")
-    return site.norm_way in ("plain", "either") and not moved
+    return site.norm_strategy in ("plain", "either") and not moved
 
 
 def add_norm(drafts: dict[str, EditBuilder], structure: Structure, site: Site, reduction: Reduction) -> None:
@@ -76,7 +76,7 @@ def norm_edits(structure: Structure, reductions: Sequence[Reduction]) -> tuple[N
     for reduction in reductions:
         group = groups[reduction.group]
         for site in group.sites if reduction.keep.numel() < group.num_channels else ():
-            if site.norm_way:
+            if site.norm_strategy:
                 edits.append(_norm_edit(site, reduction.sites[site.key], reduction.keep))
     return tuple(edits)
 

@@ -296,8 +296,8 @@ def _tried(
             fault = str(error) or type(error).__name__
         except OutOfMemoryError as error:  # says nothing about a group; on one rank, it ends the event on all
             short = error
-        target.ranks.each(partial(_raise, short))
-        fault, again = target.ranks.fault(fault), target.ranks.any(again)
+        target.ranks.run_collectively(partial(_raise, short))
+        fault, again = target.ranks.first_error(fault), target.ranks.any(again)
         if fault or again:
             transaction.rollback()
             return None, fault
@@ -325,7 +325,7 @@ def _raise(error: Exception | None) -> None:
 def _measured(target: Target, probe: Probe, before: _Before, after: tuple[list[Any], list[Any] | None]) -> Change:
     """Compare outputs on the probes of all ranks. Raises: NonFiniteError: outputs before are not finite."""
     training = None if before.training is None or after[1] is None else (before.training, after[1])
-    change = target.ranks.each(
+    change = target.ranks.run_collectively(
         partial(compare, before.evaluation, after[0], probe.labels, target.read, probe=probe, training=training)
     )
     return together(target.ranks.gathered(change))
@@ -365,11 +365,11 @@ def _passes(target: Target, probe: Probe) -> int:
 def _outputs_before(target: Target, probe: Probe, *, training: bool = False) -> _Before:
     """Run a model on a probe: in evaluation mode, and in training mode if asked for or if that gives no numbers."""
     ranks, passes = target.ranks, _passes(target, probe)
-    found = ranks.each(lambda: outputs(target.model, probe, passes=passes))
+    found = ranks.run_collectively(lambda: outputs(target.model, probe, passes=passes))
     asked = training or ranks.any(not comparable(found, target.read))
     other = None
     if asked:
-        other = ranks.each(lambda: training_outputs(target.model, probe, target.read, passes=passes))
+        other = ranks.run_collectively(lambda: training_outputs(target.model, probe, target.read, passes=passes))
         other = other if ranks.all(other is not None) else None
     return _Before(found, other, asked)
 
@@ -399,10 +399,10 @@ def _guilty(
 ) -> dict[str, str]:
     """Which groups fail on their own, with the reason; every trial is rolled back.
 
-    Groups that one number of a module governs (Group.equal) can only be tried, and fail, together.
+    Groups that one number of a module governs (Group.tied_groups) can only be tried, and fail, together.
     """
     found: dict[str, str] = {}
-    equal = {group.name: group.equal for group in structure.groups}
+    equal = {group.name: group.tied_groups for group in structure.groups}
     for first in reductions:
         if first.group in found:
             continue

@@ -110,7 +110,7 @@ class _Rehearsal:
     def _fault(self, structure: Structure, names: Iterable[str]) -> str:
         """Say what goes wrong when these groups get narrower, "" for nothing; the model is as it was."""
         ranks = self._target.ranks
-        return ranks.fault(ranks.each(partial(self._own_fault, structure, frozenset(names))))
+        return ranks.first_error(ranks.run_collectively(partial(self._own_fault, structure, frozenset(names))))
 
     def _own_fault(self, structure: Structure, names: frozenset[str]) -> str:
         reductions = [r for groups in alike(_open(structure, names)) for r in _narrower(groups, self._align)]
@@ -156,7 +156,7 @@ class _Rehearsal:
     @staticmethod
     def _with_equal(structure: Structure, name: str) -> Names:
         group = next(g for g in structure.groups if g.name == name)
-        return (name, *(n for n in group.equal if n != name))
+        return (name, *(n for n in group.tied_groups if n != name))
 
     # ------------------------------------------------------------------ which number follows
 
@@ -257,8 +257,8 @@ def _narrower(groups: Sequence[Group], align: int) -> list[Reduction]:
         return []
     found = []
     for group, step in zip(groups, steps(groups, groups, align), strict=True):
-        wide = group.num_channels + group.beside
-        kept = -(-(wide // step) // 2) * step - group.beside
+        wide = group.num_channels + group.num_static
+        kept = -(-(wide // step) // 2) * step - group.num_static
         if not 0 < kept < group.num_channels or kept % group.rows:
             return []
         found.append(_reduction(group, kept))

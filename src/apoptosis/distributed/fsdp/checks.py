@@ -20,7 +20,7 @@ _NEEDED = (
     *("_init_sharded_param", "_init_sharded_post_forward_param_metadata", "reset_sharded_param", "_setattr_on_modules"),
     *("sharded_param", "_sharded_param_data", "_orig_size", "_orig_param_uid", "mesh_info", "post_forward_mesh_info"),
     *("all_gather_outputs", "is_dtensor", "offload_to_cpu", "fsdp_placement", "device"),
-)  # what `units.renew` reads and writes of fully_shard's records
+)  # what `units.reset_fsdp_state` reads and writes of fully_shard's records
 _ASKED = ("param", "device", "shard_placement_fn", "mesh_info")
 _PLAIN = "Shard with fully_shard alone, on one mesh, or train with DistributedDataParallel."
 

@@ -135,7 +135,7 @@ def _lumped(findings: TraceResult, classes: Classes, draft: _Draft) -> Reason | 
     """
     if draft.channels.size > 1:
         return None
-    reasons = (why for slot, why in findings.lumps if int(classes.labels[slot[0]]) == int(draft.channels[0]))
+    reasons = (why for slot, why in findings.atomic_blocks if int(classes.labels[slot[0]]) == int(draft.channels[0]))
     reason = next(reasons, None)
     num = next((p.shape[1] for axis, p in draft.positions.items() if axis in findings.producers), 1)
     if reason is not None and all(p.size % num == 0 for p in draft.positions.values()):
@@ -185,7 +185,7 @@ def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, Int
         least = max([_min_channels(c, site) for (c, _), site in zip(readers, sites, strict=False)], default=1)
         if reason is None and least >= draft.channels.size > 1:
             reason = Reason(_BLOCKS)
-        plain = reason is None and not any(site.kind == "product" or site.norm_way for site in sites)
+        plain = reason is None and not any(site.kind == "product" or site.norm_strategy for site in sites)
         groups.append(
             Group(
                 name=name,

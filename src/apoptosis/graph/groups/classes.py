@@ -58,14 +58,14 @@ def own_readers(consumer: Consumer) -> set[str | None]:
     return {consumer.module, f"@{consumer.module}"} if called else {consumer.module}
 
 
-def classify(findings: TraceResult, *, spreads: bool = True) -> Classes:
+def classify(findings: TraceResult, *, broadcast_ties: bool = True) -> Classes:
     """Unite tied slots and give every pinned class its first reason.
 
-    spreads: whether what meets several channels by broadcasting is tied to all of them, and pins inside heads count
-        (they do, but for whole heads).
+    broadcast_ties: whether what meets several channels by broadcasting is tied to all of them, and pins inside heads
+        count (they do, but for whole heads).
     """
     size = findings.slots.num_slots
-    ties = findings.ties + findings.spreads if spreads else findings.ties
+    ties = findings.ties + findings.broadcast_ties if broadcast_ties else findings.ties
     if ties:
         a = np.concatenate([t[0] for t in ties])
         b = np.concatenate([t[1] for t in ties])
@@ -75,7 +75,7 @@ def classify(findings: TraceResult, *, spreads: bool = True) -> Classes:
         labels = np.arange(size, dtype=np.int64)
     first = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
     for number in range(len(findings.pins) - 1, -1, -1):
-        if not spreads and number in findings.inner_pins:
+        if not broadcast_ties and number in findings.inner_pins:
             continue
         first[labels[findings.pins[number][0]]] = number
     return Classes(labels, first)

@@ -39,7 +39,7 @@ def with_follows(structure: Structure, follows: Iterable[Follow], values: Mappin
     if not follows:
         return structure
     names = _names(structure)
-    together: dict[str, set[str]] = {g.name: {g.name, *g.equal} for g in structure.groups}
+    together: dict[str, set[str]] = {g.name: {g.name, *g.tied_groups} for g in structure.groups}
     pins = {g.name: g.pin for g in structure.groups if g.pin is not None}
     for follow in follows:
         held = [_held(count, names) for count in structure.counts if count.is_of(follow, values[follow])]
@@ -51,7 +51,7 @@ def with_follows(structure: Structure, follows: Iterable[Follow], values: Mappin
         united = set[str]().union(*(together[name] for name in every))
         together.update(dict.fromkeys(united, united))
     groups = tuple(
-        replace(g, pin=_own(pins.get(g.name), g), equal=tuple(sorted(together[g.name] - {g.name})))
+        replace(g, pin=_own(pins.get(g.name), g), tied_groups=tuple(sorted(together[g.name] - {g.name})))
         for g in structure.groups
     )
     return replace(structure, groups=groups, follows=follows)

@@ -35,7 +35,7 @@ def head_drafts(findings: TraceResult) -> list[HeadDraft]:
     held = [*findings.heads, *findings.parts]
     if not held:
         return []
-    classes = classify(findings, spreads=False)
+    classes = classify(findings, broadcast_ties=False)
     outer = np.concatenate([classes.labels[a] for a, _, _ in held])
     inner = np.concatenate([classes.labels[b] for _, b, _ in held])
     size = classes.first_pin.size
@@ -69,9 +69,9 @@ def _with_spreads(
 
     head_of: number of the head per class. involved: classes that belong to heads. Returns: both, with what was added.
     """
-    if not findings.spreads:
+    if not findings.broadcast_ties:
         return head_of, involved
-    pairs = np.concatenate([labels[np.stack(tie)] for tie in findings.spreads], axis=1)
+    pairs = np.concatenate([labels[np.stack(tie)] for tie in findings.broadcast_ties], axis=1)
     pairs = np.unique(np.concatenate([pairs, pairs[::-1]], axis=1), axis=1)
     while True:
         inside = np.zeros(head_of.size, dtype=np.bool_)

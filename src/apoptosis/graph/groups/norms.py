@@ -45,5 +45,5 @@ def _site(norm: Norm, columns: IntArray) -> Site:
         columns=columns,
         input_columns=columns,
         num_columns=len(columns),
-        norm_way=norm.way,
+        norm_strategy=norm.way,
     )

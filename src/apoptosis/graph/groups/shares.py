@@ -33,7 +33,7 @@ def same_share(
     others: Iterable[set[str]] = (),
     rigid: Iterable[Split] = (),
 ) -> tuple[Group, ...]:
-    """Fill in `Group.equal`, and pin what has one width with a pinned group.
+    """Fill in `Group.tied_groups`, and pin what has one width with a pinned group.
 
     others: sets of groups of which something else is known to need the same share of each. rigid: splits of channels
     that are all pinned.
@@ -44,7 +44,7 @@ def same_share(
     modules = dict(model.named_modules())
     names = _names(groups, labels)
     governed = _governed(splits, modules, names)
-    beside, fixed = _mixed(governed.values(), {group.name: group.num_channels for group in groups})
+    num_static, fixed = _mixed(governed.values(), {group.name: group.num_channels for group in groups})
     sets = [set().union(*rows) - fixed for rows in governed.values() if any(row != rows[0] for row in rows)]
     together: dict[str, set[str]] = {}
     alike = [("in one tensor", part) for part in others]
@@ -55,8 +55,8 @@ def same_share(
     return tuple(
         replace(
             g,
-            equal=tuple(sorted(together.get(g.name, {g.name}) - {g.name})),
-            beside=beside.get(g.name, 0),
+            tied_groups=tuple(sorted(together.get(g.name, {g.name}) - {g.name})),
+            num_static=num_static.get(g.name, 0),
             pin=g.pin or held.get(g.name) or (_fixed_pin(g) if g.name in fixed else None),
         )
         for g in _held(groups, modules)
@@ -118,16 +118,16 @@ def _mixed(governed: Iterable[Sequence[Row]], widths: Mapping[str, int]) -> tupl
 
     Returns: by name, the channels beside a group; the names of the groups that stay.
     """
-    beside: dict[str, int] = {}
+    num_static: dict[str, int] = {}
     fixed: set[str] = set()
     for rows in governed:
         for row in rows if any(other != row for other in rows for row in rows) else ():
             first = max(row, key=lambda name: (widths[name] / row[name], row[name]))
             fill = widths[first] * (sum(row.values()) - row[first]) / row[first]
-            if fill.denominator != 1 or beside.setdefault(first, int(fill)) != fill:
+            if fill.denominator != 1 or num_static.setdefault(first, int(fill)) != fill:
                 fixed.add(first)
             fixed |= set(row) - {first}
-    return beside, fixed
+    return num_static, fixed
 
 
 def _recurrent(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> list[set[str]]:

@@ -56,7 +56,7 @@ def _even(call: Call, tensor: Tensor, ndim: int, value: Value) -> dict[int, obje
             out[axis] = None
         elif axis in value.even:
             out[axis] = value.even[axis]
-        elif value.free:
+        elif value.is_filler:
             out[axis] = (call.tracer.mode, call.tracer.memory.place(tensor), axis)
     return out
 
@@ -95,21 +95,21 @@ def tie_broadcast(
     dull: list[tuple[Tensor, Value]] = []
     filled: list[tuple[Tensor, Value]] = []
     views: list[tuple[Tensor, View]] = []
-    free = True
+    is_filler = True
     operands: list[tuple[Tensor, Value | None]] = [*given, *((tensor, None) for tensor in tensors)]
     for tensor, known in operands:
         view = tracer.view(tensor) if known is None else None
         if view is not None:
             tracer.read(view.owner, "operator")
             views.append((tensor, view))
-            free = free and tensor.numel() == 1
+            is_filler = is_filler and tensor.numel() == 1
             continue
         value = tracer.value(tensor) if known is None else known
-        free = free and (value.free or tensor.numel() == 1)
-        if value.live:
+        is_filler = is_filler and (value.is_filler or tensor.numel() == 1)
+        if value.has_channels:
             live.append((tensor, align(value.ids, ndim)))
         else:
-            (filled if value.free else dull).append((tensor, value))
+            (filled if value.is_filler else dull).append((tensor, value))
     axes = frozenset().union(*(varying(ids) for _, ids in live)) if live else None
     for tensor, view in views:
         bound = _bind(call, view, ndim, axes)
@@ -121,7 +121,7 @@ def tie_broadcast(
         origin = dull[0][1].origin if dull else "a constant"
         parts = [_even(call, t, ndim, value) for t, value in (*dull, *filled)]
         parts += [_even(call, tensor, ndim, nothing(ndim)) for tensor, _ in views]
-        return replace(nothing(ndim, origin, free=free), even={} if free else _all_even(parts))
+        return replace(nothing(ndim, origin, is_filler=is_filler), even={} if is_filler else _all_even(parts))
     result = live[0][1]
     for (left, _), (tensor, ids) in pairwise(live):
         result = _join(call, left, result, tensor, ids, ndim)

@@ -40,9 +40,9 @@ def consume(call: Call, weight: Matrix, tensor: Tensor, axis: int, columns: IntA
     value = tracer.value(tensor)
     tracer.findings.uses.append((np.unique(value.ids), f"{weight.owner.name}:{weight.dim_in}"))
     size = tensor.shape[axis]
-    if not value.live and _is_zero(value, tensor):
+    if not value.has_channels and _is_zero(value, tensor):
         pass  # a first hidden state, which says nothing of its channels
-    elif not value.live:
+    elif not value.has_channels:
         call.pin(columns, f"reads {value.origin}, which carries no channels")
     elif value.ids.size == 1:  # positions of one channel, the only one: flattened, they are read column by column
         tracer.findings.tie(np.broadcast_to(value.ids.reshape(1), columns.shape), columns)
@@ -61,7 +61,7 @@ def consume(call: Call, weight: Matrix, tensor: Tensor, axis: int, columns: IntA
 
 def _is_zero(value: Value, tensor: Tensor) -> bool:
     """Whether an operand was filled with zeros."""
-    return value.free and not tensor.is_meta and not isinstance(tensor, FakeTensor) and not bool(tensor.any())
+    return value.is_filler and not tensor.is_meta and not isinstance(tensor, FakeTensor) and not bool(tensor.any())
 
 
 def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: bool, macs: float) -> None:
@@ -216,7 +216,7 @@ def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
         other = call.tracer.value(bias)
         met = tie_broadcast(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition
         return replace(met, paths=drop_paths([value.paths, other.paths]))
-    if view.ndim == 1 and len(view.varied()) == 1 and value.live:
+    if view.ndim == 1 and len(view.varied()) == 1 and value.has_channels:
         slots = view.slots(view.varied()[0])
         call.tracer.findings.tie(value.ids.reshape(-1), slots.reshape(-1))
         call.tracer.findings.biases.add((view.owner.name, view.varied()[0]))

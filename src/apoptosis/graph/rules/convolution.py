@@ -138,7 +138,7 @@ def _alike(call: Call, w: Tensor, view: View | None) -> bool:
     """Whether a fixed filter is the same for every channel (a blur), so that it fits any number of them."""
     if view is not None and not view.owner.is_buffer:
         return False
-    if view is None and call.tracer.value(w).live:
+    if view is None and call.tracer.value(w).has_channels:
         return False
     return not w.is_meta and not isinstance(w, FakeTensor) and bool((w == w[:1]).all())
 

@@ -51,8 +51,8 @@ def _as_strided(call: Call) -> Result:
         return None
     tensor, out = call.args[0], call.outs[0]
     value = call.tracer.value(tensor)
-    if not value.live:
-        return nothing(out.dim(), value.origin, free=value.free)
+    if not value.has_channels:
+        return nothing(out.dim(), value.origin, is_filler=value.is_filler)
     start, size = out.storage_offset() - tensor.storage_offset(), 1 + _last(tensor)
     if max(size, out.numel()) > SIZE_LIMIT:
         return _refused(call, "reads memory that is too large to be followed", "Index or slice instead.")
@@ -79,10 +79,10 @@ def _triangle(call: Call) -> Result:
     if varying(value.ids) & {tensor.dim() - 2, tensor.dim() - 1}:
         call.pin(value.ids, "numbers channels along a diagonal", FRONT_REMEDY)
     even = (
-        {axis: object() for axis in range(-tensor.dim(), -2)} if value.free else {}
+        {axis: object() for axis in range(-tensor.dim(), -2)} if value.is_filler else {}
     )  # filled, now it tells places apart
     paths = drop_paths([value.paths])
-    return replace(value, paths=paths, source=None, linear=frozenset(), free=False, even=even)
+    return replace(value, paths=paths, source=None, linear=frozenset(), is_filler=False, even=even)
 
 
 def _im2col(call: Call) -> Result:
@@ -90,8 +90,8 @@ def _im2col(call: Call) -> Result:
     tensor, taps = call.args[0], math.prod(call.arg(1, "kernel_size"))
     value = call.tracer.value(tensor)
     lead = tensor.dim() - 3
-    if not value.live:
-        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    if not value.has_channels:
+        return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     if varying(value.ids) & {lead + 1, lead + 2}:
         return _refused(call, "cuts an axis that carries channels into windows", FRONT_REMEDY)
     ids = value.ids[..., 0]
@@ -104,8 +104,8 @@ def _col2im(call: Call) -> Result:
     tensor, taps = call.args[0], math.prod(call.arg(2, "kernel_size"))
     value = call.tracer.value(tensor)
     lead = tensor.dim() - 2
-    if not value.live:
-        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    if not value.has_channels:
+        return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     ids = value.ids
     if ids.shape[lead] > 1:
         split = ids.reshape(*ids.shape[:lead], -1, taps, ids.shape[-1])

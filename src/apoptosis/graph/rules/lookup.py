@@ -164,7 +164,7 @@ def _gather(call: Call) -> Result:
     dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
     value = parameter_operand(call, tensor, set(range(tensor.dim())) - {dim})
     _positions(call, index, value, dim, "picks")
-    if not value.live or dim in varying(value.ids):
+    if not value.has_channels or dim in varying(value.ids):
         return nothing(call.outs[0].dim(), value.origin)
     return replace(value, ids=collapse(_cropped(value.ids, index.shape, dim)), source=None)
 
@@ -220,12 +220,12 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
     """Ids `new` are written where `mask` is set (both broadcast to the target's ids)."""
     value = call.tracer.value(target)
     paths = drop_paths([value.paths, source.paths])
-    if not value.live:
-        if source.live and not value.free:
+    if not value.has_channels:
+        if source.has_channels and not value.is_filler:
             call.pin(new, f"writes channels into {value.origin}, which has none", _INDEX_REMEDY)
         written = np.where(mask, new, 0)
-        return Value(_without_gaps(written), paths=paths, free=value.free and source.free)
-    if source.free and not source.live:
+        return Value(_without_gaps(written), paths=paths, is_filler=value.is_filler and source.is_filler)
+    if source.is_filler and not source.has_channels:
         return replace(value, paths=paths, source=None, linear=frozenset(), even={})
     old, new, mask = np.broadcast_arrays(value.ids, new, mask)
     call.tracer.findings.tie(np.where(mask, old, 0), new)
@@ -242,10 +242,10 @@ def _index_put(call: Call) -> Result:
         call.tracer.value(target),
         parameter_operand(call, source, [source.dim() - 1] if source.dim() else []),
     )
-    if source.numel() == 1 and not brought.live:
-        brought = replace(brought, free=True)
-    if not value.live and not brought.live:
-        return nothing(target.dim(), brought.origin, free=value.free and brought.free)
+    if source.numel() == 1 and not brought.has_channels:
+        brought = replace(brought, is_filler=True)
+    if not value.has_channels and not brought.has_channels:
+        return nothing(target.dim(), brought.origin, is_filler=value.is_filler and brought.is_filler)
     width = sum(i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1 for i in indices)
     shape = [n if a < width or a in varying(value.ids) else 1 for a, n in enumerate(target.shape)]
     for axis in varying(brought.ids):  # an axis behind the indexed ones lies in the target as it lies in the source
@@ -285,7 +285,7 @@ def _index_select(call: Call) -> Result:
     dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
     _as_index(call, index)
     value = parameter_operand(call, tensor, set(range(tensor.dim())) - {dim})
-    if not value.live or value.ids.shape[dim] == 1:
+    if not value.has_channels or value.ids.shape[dim] == 1:
         return value
     if not _is_literal(call, index):
         call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
@@ -306,8 +306,8 @@ def _index(call: Call) -> Result:
         position += width
         _as_index(call, index)
     value = parameter_operand(call, tensor, set(range(tensor.dim())) - set(axes))
-    if not value.live:
-        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    if not value.has_channels:
+        return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     if varying(value.ids) & set(axes) and not all(_is_literal(call, i) for i in indices if i is not None):
         call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
         return None

@@ -100,7 +100,7 @@ def _number(call: Call, other: object) -> float | None:
     view = call.tracer.view(other)
     if other.numel() != 1 or other.is_complex():
         return None
-    if view is None and (call.tracer.value(other).live or call.tracer.value(other).origin != "a constant"):
+    if view is None and (call.tracer.value(other).has_channels or call.tracer.value(other).origin != "a constant"):
         return None  # computed from the weight, it may be
     if view is not None:
         call.tracer.read(view.owner, "operator")

@@ -46,10 +46,10 @@ def moving(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
             return None
         tensor = call.args[0]
         value = parameter_operand(call, tensor)
-        if not value.live:
+        if not value.has_channels:
             return Value(
                 np.zeros((1,) * call.outs[0].dim(), dtype=np.int64),
-                free=value.free,
+                is_filler=value.is_filler,
                 origin=value.origin,
                 keep=value.keep,
             )
@@ -142,8 +142,8 @@ def _unbind(call: Call) -> Result:
 
 def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: int) -> Value:
     """Lay values side by side along `dim`."""
-    if not any(v.live for v in values):
-        return nothing(values[0].ids.ndim, values[0].origin, free=all(v.free for v in values))
+    if not any(v.has_channels for v in values):
+        return nothing(values[0].ids.ndim, values[0].origin, is_filler=all(v.is_filler for v in values))
     ndim = values[0].ids.ndim
     axes = frozenset().union(*(varying(v.ids) for v in values)) - {dim}
     first = values[0].ids
@@ -154,7 +154,7 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
         return Value(first, paths=paths, dropout=dropout, linear=scaling)
     for tensor, value in zip(tensors, values, strict=True):
         fixed = {k for k in axes - varying(value.ids) if tensor.shape[k] > 1 and tensor.stride(k) != 0}
-        for other in values if fixed and (value.live or not value.free) else ():
+        for other in values if fixed and (value.has_channels or not value.is_filler) else ():
             if varying(other.ids) & fixed:
                 call.pin(other.ids, "lays channels along one axis beside values that have none along it")
     parts = [expand(v.ids, t.shape, [*axes, dim]) for t, v in zip(tensors, values, strict=True)]
@@ -172,15 +172,15 @@ def _beside(call: Call, tensors: Sequence[Tensor]) -> list[Value]:
 
 def _extended(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: int) -> list[Value]:
     """Tie parameters that are put in front of positions (a class token), whose channels lie along the same axes."""
-    live = [v for t, v in zip(tensors, values, strict=True) if v.live and call.tracer.view(t) is None]
+    live = [v for t, v in zip(tensors, values, strict=True) if v.has_channels and call.tracer.view(t) is None]
     if not live or any(dim in varying(v.ids) or not np.array_equal(v.ids, live[0].ids) for v in live):
         return values
     first, out = live[0].ids, []
     for tensor, value in zip(tensors, values, strict=True):
-        token = value.live and call.tracer.view(tensor) is not None and value.ids.shape == first.shape
+        token = value.has_channels and call.tracer.view(tensor) is not None and value.ids.shape == first.shape
         if token:
             call.tracer.findings.tie(first, value.ids)
-        fits = token or (value.free and not value.live)
+        fits = token or (value.is_filler and not value.has_channels)
         out.append(value.moved(first) if fits else value)
     return out
 
@@ -196,7 +196,7 @@ def _cat(call: Call) -> Result:
 
 def _one_width(call: Call, values: Sequence[Value], dim: int) -> None:
     """Let what is stacked keep one width: place by place where flattening would lay it out in turns, else as shares."""
-    live = [v for v in values if v.live]
+    live = [v for v in values if v.has_channels]
     if len({v.ids.tobytes() for v in live}) < 2:
         return
     if dim > min(min(varying(v.ids), default=dim) for v in live):
@@ -257,8 +257,8 @@ def _pad(call: Call) -> Result:
     _note_padded(call, tensor, pad)
     if not any(pad):
         return value
-    if not value.live:
-        return nothing(tensor.dim(), value.origin, free=value.free and call.name != "constant_pad_nd")
+    if not value.has_channels:
+        return nothing(tensor.dim(), value.origin, is_filler=value.is_filler and call.name != "constant_pad_nd")
     paths = drop_paths([value.paths]) if call.name == "constant_pad_nd" else value.paths
     return replace(value, ids=ids, paths=paths, source=None)
 
@@ -274,8 +274,8 @@ def _trailing(call: Call) -> Result:
     """Rearrangements of the last three axes, executed on fully expanded ids of those."""
     tensor = call.args[0]
     value = call.tracer.value(tensor)
-    if not value.live:
-        return nothing(call.outs[0].dim(), value.origin, free=value.free)
+    if not value.has_channels:
+        return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     keep = max(0, tensor.dim() - 3) if call.name.startswith("pixel") else 0
     if call.name == "pixel_shuffle" and value.ids.shape[keep] > 1:  # the operator takes whole blocks only
         ids = value.ids
@@ -300,7 +300,7 @@ def _channel_shuffle(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
 def _copy_into(call: Call) -> Result:
     """Overwrite: an empty place takes the ids, channels already there are tied to the new ones."""
     target, source = call.args[0], call.args[1]
-    if call.tracer.view(target) is not None or call.tracer.value(target).live:
+    if call.tracer.view(target) is not None or call.tracer.value(target).has_channels:
         return tie_broadcast(call, [target, source], target.dim())
     value = call.tracer.value(source)
     return replace(value, ids=align(value.ids, target.dim()), source=None)

@@ -90,7 +90,7 @@ class NormWatch:
         if self._begun is not None or tracer.suspended or not args or not isinstance(args[0], Tensor):
             return
         own = tracer.findings.compensated or is_shrunk(module)
-        if not (own or _may_respond(module)) or not (value := tracer.value(args[0])).live:
+        if not (own or _may_respond(module)) or not (value := tracer.value(args[0])).has_channels:
             return
         tracer.suspended = True  # a norm that the model writes out is tried on numbers
         layout = response_of(module)

@@ -118,7 +118,7 @@ def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tupl
     wide = [(t, view) for t, view in views if len(view.varied()) > 1]
     if all(view.owner.is_buffer for _, view in wide):
         return []
-    if any(call.tracer.view(t) is None and call.tracer.value(t).live for t in tensors):
+    if any(call.tracer.view(t) is None and call.tracer.value(t).has_channels for t in tensors):
         return []
     places = [frozenset(a + ndim - v.ndim for a in v.axes(v.varied()[0])) for _, v in views if len(v.varied()) == 1]
     first = next(view for _, view in wide if not view.owner.is_buffer)
@@ -170,7 +170,7 @@ def _group_norm(call: Call) -> Result:
     if 2 in varying(sets) and varying(value.ids) == {1} and bool((value.ids != 0).all()):
         blocks = value.ids.reshape(1, groups, block)  # which go as a whole
         call.tracer.findings.tie(blocks[..., 1:], blocks[..., :-1])
-        call.tracer.findings.lumps.append((blocks[0, 0, :1], reason))
+        call.tracer.findings.atomic_blocks.append((blocks[0, 0, :1], reason))
         note_grid(call, blocks, (1, 2))
     elif 2 in varying(sets):
         call.tracer.findings.pin(value.ids, reason)

@@ -213,8 +213,8 @@ def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
     ids = b.ids[..., :1].swapaxes(-1, -2)  # (batch axes..., 1, kept axis of b)
     paths = drop_paths([b.value.paths])
     if weights is None:
-        return Value(ids, paths=paths, linear=b.value.linear) if b.value.live else nothing(ids.ndim)
-    if not b.value.live:
+        return Value(ids, paths=paths, linear=b.value.linear) if b.value.has_channels else nothing(ids.ndim)
+    if not b.value.has_channels:
         call.pin(weights, "sums values that carry no channels, per head")
         return Value(collapse(weights), paths=paths)
     if np.array_equal(collapse(weights), collapse(ids)):
@@ -240,7 +240,7 @@ def lone_pair(call: Call, a: Tensor, b: Tensor) -> bool:
         return False
     for tensor in (a, b):
         value, last = call.tracer.value(tensor), {tensor.dim() - 2, tensor.dim() - 1}
-        if not value.live or varying(value.ids) & last or call.tracer.findings.slots.is_fresh(value.ids):
+        if not value.has_channels or varying(value.ids) & last or call.tracer.findings.slots.is_fresh(value.ids):
             return False
     return True
 
@@ -274,7 +274,7 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     if left.crossed:
         passed = _pass(call, None, left)
         return Value(_fit(passed.ids.swapaxes(-1, -2), a, b, ndim), paths=passed.paths, linear=passed.linear)
-    passed = _pass(call, left.ids if left.value.live else None, right)
+    passed = _pass(call, left.ids if left.value.has_channels else None, right)
     return Value(_fit(passed.ids, a, b, ndim), paths=passed.paths, linear=passed.linear, origin=passed.origin)
 
 

@@ -128,11 +128,11 @@ def _elementwise(call: Call) -> Result:
     masks = [v for v in known if v.keep is not None]
     others = [v for v in known if v.keep is None]
     if call.name in ("mul", "div") and len(tensors) == len(masks) == 1:
-        return replace(met, keep=masks[0].keep, free=masks[0].free)
+        return replace(met, keep=masks[0].keep, is_filler=masks[0].is_filler)
     if call.name == "mul" and len(tensors) == 2 and len(masks) == len(others) == 1:
         rate = round(1.0 - (1.0 - others[0].dropout) * float(masks[0].keep or 0.0), 12)
         return replace(met, paths=others[0].paths, dropout=rate)
-    if call.name == "mul" and len(others) == len(tensors) == 2 and not call.inplace and met.live:
+    if call.name == "mul" and len(others) == len(tensors) == 2 and not call.inplace and met.has_channels:
         call.tracer.memory.multiplied(call.outs[0], tensors[0], tensors[1])
     paths = _unary_paths(call, tensors, values)
     scalar = any(isinstance(a, int | float | complex) for a in call.args)
@@ -211,7 +211,7 @@ def _functional_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
 
 
 def _free(call: Call) -> Result:
-    return nothing(call.outs[0].dim(), "a constant", free=True) if call.outs else None
+    return nothing(call.outs[0].dim(), "a constant", is_filler=True) if call.outs else None
 
 
 def _like(call: Call) -> Result:
@@ -228,13 +228,13 @@ def _like(call: Call) -> Result:
     if call.name == "bernoulli":
         rate = call.arg(1, "p", 0.5)  # the dispatcher leaves defaults out
         keep = float(rate) if call.inplace and call.overload == "float" else None
-    return Value(value.ids, free=not value.live, origin=value.origin, keep=keep)
+    return Value(value.ids, is_filler=not value.has_channels, origin=value.origin, keep=keep)
 
 
 def _native_dropout(call: Call) -> Result:
     value = parameter_operand(call, call.args[0])
     rate = 1.0 - (1.0 - value.dropout) * (1.0 - float(call.args[1])) if call.arg(2, "train") in (True, None) else 0.0
-    return [replace(value, dropout=rate, source=None), Value(value.ids, free=not value.live)]
+    return [replace(value, dropout=rate, source=None), Value(value.ids, is_filler=not value.has_channels)]
 
 
 RULES: dict[str, tuple[Rule, bool]] = {

@@ -107,7 +107,7 @@ class Carried:
             value = entry_of(path, values)
             if value is None or not _is_of(value.ids, tensor):
                 value = nothing(tensor.dim(), "a constant" if value is None else value.origin)
-            elif value.live:
+            elif value.has_channels:
                 mode.given[path] = value
             tracer.memory.put(tensor, value)
             tracer.memory.kept[tracer.memory.at(tensor)] = path
@@ -127,14 +127,14 @@ class Carried:
                     self._copies[path] = view.owner.name
                 continue
             value = tracer.memory.recorded(tensor) or nothing(tensor.dim())
-            if id(tensor) in before and not value.live:
+            if id(tensor) in before and not value.has_channels:
                 continue
             ids, origin = _completed(value.ids), f"'{name_of(path)}' of the pass before"
-            mode.found[path] = Value(ids, free=value.free, origin=origin, paths=drop_paths([value.paths]))
+            mode.found[path] = Value(ids, is_filler=value.is_filler, origin=origin, paths=drop_paths([value.paths]))
             rows = rows_of(tensor.shape, varying(ids), self._leaves)
             if rows is not None:
                 self._rows[path] = rows
-            if path in mode.given and path in mode.read and value.live:
+            if path in mode.given and path in mode.read and value.has_channels:
                 _tie(findings, name_of(path), mode.given[path].ids, ids)
 
     def _rewritten(self, tracer: Tracer) -> frozenset[str]:
@@ -151,7 +151,7 @@ class Carried:
                 written = name in tracer.memory.written
             else:
                 value = tracer.memory.recorded(tensor)
-                written = value is not None and (value.live or shape != before)
+                written = value is not None and (value.has_channels or shape != before)
             if written and (shape != before or (len(shape) > 1 and _has_rows(shape, self._leaves))):
                 found.append(name)
         return frozenset(found)
@@ -184,7 +184,7 @@ class Carried:
         if self.rounds == 1:
             new = new or bool(self._rows)  # a later pass may go another way because it is there
         return new or any(
-            value.live and entry_of(path, mode.given) is None
+            value.has_channels and entry_of(path, mode.given) is None
             for mode in self._modes.values()
             for path, value in mode.found.items()
         )
@@ -210,7 +210,7 @@ class Carried:
         found: dict[Path, Kept] = {}
         for mode in self._modes.values():
             for path, value in mode.found.items():
-                if value.live:
+                if value.has_channels:
                     found.setdefault(path, Kept(path=path, labels=np.where(value.ids > 0, labels[value.ids], -1)))
         none = np.zeros(0, dtype=np.int64)
         return (*found.values(), *(Kept(path=path, labels=none, copy_of=name) for path, name in self._copies.items()))

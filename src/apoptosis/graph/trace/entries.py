@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apoptosis.graph.trace.storage import Geometry, Memory, geometry
+from apoptosis.graph.trace.storage import Geometry, StorageMap, geometry
 
 Mark = tuple[int, Geometry, int]
 """A tensor as it is now: its memory, its place there, and how often it was written to."""
@@ -21,7 +21,7 @@ Pad = tuple[tuple[int, ...], str]
 class Entries:
     """Marks of tensors, and of what was padded."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: StorageMap) -> None:
         self._memory = memory
         self._pads: dict[Mark, tuple[Mark, Pad]] = {}
 

@@ -113,23 +113,21 @@ class Grid:
 class TraceResult:
     """Everything that the rules found out. Arrays hold slots.
 
-    ties: removed together. spreads: ties in which one slot meets several along an axis of the other side; they hold for
-    channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added to what a
-    weight axis makes. uses: (slots, key of the site that reads them).
-    distinct: by address, an array of ids and the different ones of it. ran: the modules that were called; fed:
-    those that had any rows. compensated: channels under norms may go, and norms are sites. lumps: (a slot of what goes
-    as a whole, why).
-    inner_pins: places in `pins` of those that hold for channels, not for whole heads.
-    parts: as heads, of what is computed row by row (a norm over each head).
-    made: by place in `pins` of an output, the axes of the producers that it is made of.
-    joins: where channels of different axes meet: the first slots of both, the operator in words, the line.
-    counts: by (modules, line, number, slots), the numbers of places that operators were given, with their slots.
-    extents: by token of what is of one size, without channels and all alike along that axis, the slots that it meets.
+    ties: removed together. broadcast_ties: ties in which one slot meets several along an axis of the other side; they
+    hold for channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added
+    to what a weight axis makes. uses: (slots, key of the site that reads them). distinct: by address, an array of ids
+    and the different ones of it. ran: the modules that were called; fed: those that had any rows. compensated: channels
+    under norms may go, and norms are sites. atomic_blocks: (a slot of what goes as a whole, why). inner_pins: places in
+    `pins` of those that hold for channels, not for whole heads. parts: as heads, of what is computed row by row (a norm
+    over each head). made: by place in `pins` of an output, the axes of the producers that it is made of. joins: where
+    channels of different axes meet: the first slots of both, the operator in words, the line. counts: by (modules,
+    line, number, slots), the numbers of places that operators were given, with their slots. extents: by token of what
+    is of one size, without channels and all alike along that axis, the slots that it meets.
     """
 
     slots: Slots
     compensated: bool = False
-    lumps: list[tuple[IntArray, Reason]] = field(default_factory=list)
+    atomic_blocks: list[tuple[IntArray, Reason]] = field(default_factory=list)
     norms: dict[str, Norm] = field(default_factory=dict)
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     pins: list[tuple[IntArray, Reason]] = field(default_factory=list)
@@ -138,7 +136,7 @@ class TraceResult:
     producers: dict[Axis, str] = field(default_factory=dict)
     owners: dict[Axis, str] = field(default_factory=dict)
     biases: set[Axis] = field(default_factory=set)
-    spreads: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    broadcast_ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     consumers: dict[tuple[str | None, str, int, tuple[tuple[int, int], ...]], Consumer] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
     grids: list[Grid] = field(default_factory=list)
@@ -176,7 +174,7 @@ class TraceResult:
         if not bool(both.all()):
             a, b = a[both], b[both]
         if a.size:
-            (self.spreads if spread else self.ties).append((a, b))
+            (self.broadcast_ties if spread else self.ties).append((a, b))
 
     def contain(self, heads: IntArray, slots: IntArray, module: str, *, part: bool = False) -> None:
         """Record that each of these heads consists of the channels at the same place of `slots` (broadcast).

@@ -87,7 +87,7 @@ class Numbers:
 
     @property
     def at(self) -> int:
-        """Place of the note of the call that runs, -1 where there is none."""
+        """ProcessInfo of the note of the call that runs, -1 where there is none."""
         return self._at
 
     def read(self, multiple: Multiple) -> None:

@@ -29,7 +29,7 @@ def note_work(call: Call) -> None:
     found = []
     for tensor in call.tensors():
         value = tracer.memory.recorded(tensor) if tracer.view(tensor) is None else None
-        if value is not None and value.live and value.ids.size <= _FEW:
+        if value is not None and value.has_channels and value.ids.size <= _FEW:
             found.append(_slots(tracer.findings, value.ids))
     if found:
         slots = found[0] if len(found) == 1 else np.unique(np.concatenate(found))

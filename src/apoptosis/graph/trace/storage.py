@@ -40,7 +40,7 @@ def _strided(flat: IntArray, at: Geometry) -> IntArray:
     return np.lib.stride_tricks.as_strided(flat[offset:], shape, [8 * s for s in stride])
 
 
-class Memory:
+class StorageMap:
     """Values and parameters by storage. `pin(slots, text)` is called for what cannot be followed.
 
     Attributes: kept: the way to what the model keeps from pass to pass, by its place; read_kept: those that the pass
@@ -217,7 +217,7 @@ class Memory:
         if (key, at) in self.kept:
             self.read_kept.add(self.kept[key, at])
         found = block.values.get(at)
-        if found is None and key in self._inputs and not any(value.live for value in block.values.values()):
+        if found is None and key in self._inputs and not any(value.has_channels for value in block.values.values()):
             return nothing(tensor.dim(), "the network input")
         if found is None:
             for value in block.values.values():
@@ -267,7 +267,7 @@ class Memory:
         if kept == key:
             return
         view = self.view(tensor)
-        if view is not None and value.live:
+        if view is not None and value.has_channels:
             self.written.add(view.owner.name)
         if view is not None and not (view.owner.is_buffer and key in self._originals):
             self._pin(view.owner.slots(), f"overwrites '{view.owner.name}' during the forward pass")
@@ -286,5 +286,7 @@ class Memory:
         paths = drop_paths([found.paths for found in (*block.values.values(), value)])
         for at, found in list(block.values.items()):
             ids = collapse(np.array(_strided(flat, at)))
-            block.values[at] = Value(ids, free=found.free and value.free, origin=value.origin, paths=paths)
+            block.values[at] = Value(
+                ids, is_filler=found.is_filler and value.is_filler, origin=value.origin, paths=paths
+            )
         block.values[geometry(tensor)] = replace(value, ids=collapse(np.array(_strided(flat, geometry(tensor)))))

@@ -26,7 +26,7 @@ from apoptosis.graph.trace.findings import Reason, TraceResult
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
 from apoptosis.graph.trace.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
-from apoptosis.graph.trace.storage import Memory
+from apoptosis.graph.trace.storage import StorageMap
 from apoptosis.graph.trace.values import TooLargeError, Value, nothing
 from apoptosis.records import IntArray, Seen
 
@@ -131,7 +131,7 @@ class Tracer:
         self._stack: list[tuple[str, nn.Module, Begun | None, Mark | None]] = []
         self._label = ""
         here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
-        self.memory = Memory(findings.slots, tensors, inputs, lambda slots, text: here._pin(slots, text))
+        self.memory = StorageMap(findings.slots, tensors, inputs, lambda slots, text: here._pin(slots, text))
         self.entries = Entries(self.memory)
         self.numbers = Numbers(findings, mode, scalars, self.memory.recorded)
 
@@ -346,7 +346,7 @@ class Tracer:
                 continue
             value = self.value(tensor)
             self.findings.pin(value.ids, Reason(f"they are the network's output{which}"))
-            if value.live:
+            if value.has_channels:
                 self.findings.made[len(self.findings.pins) - 1] = frozenset(value.paths)
             if value.source is not None:
                 self.findings.readers[value.source].add("output")

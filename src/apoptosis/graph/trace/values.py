@@ -63,20 +63,20 @@ Paths = Mapping[Axis, Path | None]
 class Value:
     """Ids of an activation and what led to it.
 
-    free: no ids, and the values say nothing of their position (fills, independent noise): meets channels harmlessly.
-    origin: what values without ids are, for messages. paths: per producer, the steps since it; None: not simple.
-    dropout: rate of a dropout with nothing but data movement since. keep: set on a Bernoulli mask, its keep rate.
-    source: module whose contraction this is the untouched output of.
-    linear: the producers that this is homogeneous in: it scales with their weights and biases, by positive numbers.
-    scaled: nothing but movement and plain factors, the same for all channels, since the producer that `linear` names.
-    even: without ids: the axes, counted from the last (-1), along which all elements are alike though laid out apart;
-        what is of one size along them has one token (see Findings.extents).
+    is_filler: no ids, and the values say nothing of their position (fills, independent noise): meets channels
+    harmlessly. origin: what values without ids are, for messages. paths: per producer, the steps since it; None: not
+    simple. dropout: rate of a dropout with nothing but data movement since. keep: set on a Bernoulli mask, its keep
+    rate. source: module whose contraction this is the untouched output of. linear: the producers that this is
+    homogeneous in: it scales with their weights and biases, by positive numbers. scaled: nothing but movement and plain
+    factors, the same for all channels, since the producer that `linear` names. even: without ids: the axes, counted
+    from the last (-1), along which all elements are alike though laid out apart; what is of one size along them has one
+    token (see TraceResult.extents).
     gains: the parameter that this is, times plain numbers; () for anything else.
     multiple: the plain numbers that this was scaled with, where they are followed (multiples.py alone sets it).
     """
 
     ids: IntArray
-    free: bool = False
+    is_filler: bool = False
     origin: str = "a constant"
     paths: Paths = field(default_factory=dict)
     dropout: float = 0.0
@@ -89,7 +89,7 @@ class Value:
     gains: tuple[Axis, ...] = ()
 
     @property
-    def live(self) -> bool:
+    def has_channels(self) -> bool:
         """Whether any element is a channel."""
         return self.ids.size > 1 or (self.ids.size == 1 and int(self.ids.flat[0]) != 0)
 
@@ -98,9 +98,9 @@ class Value:
         return replace(self, ids=ids, even={})
 
 
-def nothing(ndim: int, origin: str = "a constant", *, free: bool = False) -> Value:
+def nothing(ndim: int, origin: str = "a constant", *, is_filler: bool = False) -> Value:
     """Return a value that carries no channel."""
-    return Value(np.zeros((1,) * ndim, dtype=np.int64), free=free, origin=origin)
+    return Value(np.zeros((1,) * ndim, dtype=np.int64), is_filler=is_filler, origin=origin)
 
 
 def drop_paths(paths: Sequence[Paths]) -> Paths:

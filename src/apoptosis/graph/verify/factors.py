@@ -58,11 +58,11 @@ def scalable(findings: TraceResult, classes: Classes) -> dict[str, Parts]:
         both, counts = np.unique(np.concatenate([np.unique(slots) for slots, _ in found.values()]), return_counts=True)
         if int(counts.max()) > 1:
             continue
-        free = np.isin(readers, (_NOBODY, numbers[key]))
+        unread = np.isin(readers, (_NOBODY, numbers[key]))
         parts = (
             _parts(findings, classes, slots, axes, (both, readers))
             for slots, axes in found.values()
-            if bool(free[slots].all())
+            if bool(unread[slots].all())
         )
         first = next((part for part in parts if part), ())
         if first:

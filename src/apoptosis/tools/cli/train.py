@@ -76,7 +76,7 @@ def _run(group: Group, config: RunConfig, path: Path, resume: str, *, quiet: boo
     first, shown = group.rank == 0, console()
     if first and resume == "folder":
         shown.print(f"'{path}' holds no checkpoint yet: the run begins anew", soft_wrap=True, markup=False)
-    opened = group.ranks.each(lambda: RunFolder(path, resume=resume != "", writes=first))
+    opened = group.ranks.run_collectively(lambda: RunFolder(path, resume=resume != "", writes=first))
     with opened as folder, display(shown, quiet or not first) as watch:
         summary = run_train(folder, config, resume=resume == "checkpoint", watch=watch, group=group)
     if first:

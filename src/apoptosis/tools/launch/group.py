@@ -38,11 +38,9 @@ _stores: Any = dist  # its stubs leave out the stores
 class Group:
     """The processes of a run; use it as a context.
 
-    Attributes:
-        place: how this process was started. rank, size, launcher: of it.
-        device: where this process trains.
-        ranks: sums, votes and exchanges over all processes; `ranks.each(work)` fails on all where it fails on one.
-        silent: after an error left the context: whether another rank was the first to fail, and has told it.
+    Attributes: place: how this process was started. rank, size, launcher: of it. device: where this process trains.
+        ranks: sums, votes and exchanges over all processes; `ranks.run_collectively(work)` fails on all where it fails
+        on one. silent: after an error left the context: whether another rank was the first to fail, and has told it.
     """
 
     def __init__(
@@ -105,7 +103,7 @@ class Group:
         """Return this rank's share of `rows` rows; the first ranks have one more where it does not divide.
 
         Example:
-            >>> Group(Place(rank=1, size=3), torch.device("cpu"), Ranks()).share(8)
+            >>> Group(ProcessInfo(rank=1, size=3), torch.device("cpu"), Ranks()).share(8)
             slice(3, 6, None)
         """
         each, more = divmod(rows, self.size)

@@ -60,10 +60,10 @@ def detect_launcher(launcher: str = "auto", environ: Environment | None = None) 
         that did not start this process.
 
     Example:
-        >>> place = recognise("auto", {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
+        >>> place = detect_launcher("auto", {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
         >>> place.launcher, place.rank, place.size
         ('mpi', 3, 4)
-        >>> recognise("auto", {"RANK": "4", "WORLD_SIZE": "4"})
+        >>> detect_launcher("auto", {"RANK": "4", "WORLD_SIZE": "4"})
         Traceback (most recent call last):
         ...
         apoptosis.errors.ArgumentError: RANK=4, WORLD_SIZE=4: a rank is a number from 0 to 3. Unset them, or ...

@@ -232,7 +232,7 @@ class Trainer:
         def value_of_rank_0() -> float:  # whose running averages of BatchNorm are those of the run
             return evaluate(self.model, part, self.data.metric, self.device) if ranks.rank == 0 else 0.0
 
-        value = ranks.first(ranks.each(value_of_rank_0))
+        value = ranks.first(ranks.run_collectively(value_of_rank_0))
         self.evaluation_seconds += time.perf_counter() - started
         return value
 

@@ -79,7 +79,7 @@ def write_checkpoint(folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -
                 config=trainer.config.model_dump(mode="json"),
             )
 
-    trainer.group.ranks.each(write)
+    trainer.group.ranks.run_collectively(write)
 
 
 def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
@@ -87,7 +87,7 @@ def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
 
     Raises: CheckpointError: none is there, or it is damaged or of another run.
     """
-    trainer.group.ranks.each(lambda: _check_there(folder))  # loading talks to the other ranks
+    trainer.group.ranks.run_collectively(lambda: _check_there(folder))  # loading talks to the other ranks
     extra = load(folder.checkpoint, trainer.parallel, trainer.optimizer, trainer.apo)
     try:
         if extra["config"] != trainer.config.model_dump(mode="json"):
@@ -124,7 +124,7 @@ def train(
             process is gone or failed.
         ArgumentError, DataError, CheckpointError: before anything is trained.
     """
-    each = Ranks().each if group is None else group.ranks.each
+    each = Ranks().run_collectively if group is None else group.ranks.run_collectively
     data, device = each(lambda: prepare(config, group))
     contestant = "apoptosis" if config.apoptosis else "dense"
     several = group is not None and group.size > 1
