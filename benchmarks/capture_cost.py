@@ -3,7 +3,7 @@
     python benchmarks/capture_cost.py                     all networks, each in a process of its own
     python benchmarks/capture_cost.py --only ResNet-101
 
-Lives here: the networks and this measurement. Does not live here: tables (table.py).
+Holds: the networks and this measurement. Elsewhere: tables (table.py).
 The Llama configuration has 1.1 billion parameters, of which none is made: it is built as fake tensors, on which the
 forward pass runs without numbers. It needs the package transformers.
 """

@@ -8,7 +8,7 @@ The page ends with what benchmarks/zoo measures.
 
 The families are those of tests/families: small random networks, redundancy planted in the groups that are listed there,
 removed at tolerance 0 in float32 and float64. A second, fresh network is shrunk once at tolerance 0.05 on random data.
-Lives here: this measurement and its page. Does not live here: what must hold (tests/families/oracle.py).
+Holds: this measurement and its page. Elsewhere: what must hold (tests/families/oracle.py).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m benchmarks.event_cost                 all widths, each in a process of its own
     python -m benchmarks.event_cost --width 1024    one of them, in this process
 
-Lives here: a multilayer perceptron with two hidden layers of equal width, trained until its first event, and the same
-network shrunk in one shot. Does not live here: whole runs (benchmarks.paper), the table (table.py).
+Holds: a multilayer perceptron with two hidden layers of equal width, trained until its first event, and the same
+network shrunk in one shot. Elsewhere: whole runs (benchmarks.paper), the table (table.py).
 Memory is the peak resident size beyond that of training, sampled every 2 ms; times are processor seconds of one thread,
 in units of the median step of the same run outside its window. Figures are medians of
 three processes.

@@ -6,7 +6,7 @@
 bf16 autocast, channels last, widths in multiples of 64, fused AdamW. Data are made up: classes of smooth random
 pictures with noise, and characters of a Markov chain. So losses only say that both twins learn; what counts are
 milliseconds per step before and after, and what an event costs in dense steps.
-Lives here: these networks and the clock. Does not live here: accuracy on real data (paper).
+Holds: these networks and the clock. Elsewhere: accuracy on real data (paper).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ of the widths that A had, a fresh copy after every event; who goes first alterna
 planning, surgery and the first capture took together, whatever apoptosis' own clock says. Where that clock stood still
 there was no more than a counter, so those chunks enter by the median of their differences: other programs' noise, in
 all of them, would drown the few in which something happened. Copying is not timed; evaluation does not happen.
-Lives here: this measurement. Does not live here: speed-ups (paper).
+Holds: this measurement. Elsewhere: speed-ups (paper).
 """
 
 from __future__ import annotations

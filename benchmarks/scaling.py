@@ -5,7 +5,7 @@
     python -m benchmarks.scaling --backend mpi      sums by MPI alone; gloo and MPI without, where there is an mpirun
     python -m benchmarks.scaling --whole --data-dir DIR     whole runs: benchmarks/results/scaling-whole.json
 
-Lives here: worlds of processes one after the other, their figures put together. Does not live here: how processes are
+Holds: worlds of processes one after the other, their figures put together. Elsewhere: how processes are
 started (cluster/start.py), what a rank measures (cluster/rank.py), the cost model (cluster/model.py), tables
 (cluster/tables.py).
 

@@ -7,7 +7,7 @@
 DIR holds tinyshakespeare/input.txt and cifar-10-batches-bin/. Figures are of validation splits alone: of Shakespeare
 the first 90 % train, the next 5 % validate, the rest is never read; of CIFAR-10 the last 5,000 training images
 validate.
-Lives here: these networks, their tasks and the comparison. Does not live here: what docs/research.md makes of it.
+Holds: these networks, their tasks and the comparison. Elsewhere: what docs/research.md makes of it.
 """
 
 from __future__ import annotations

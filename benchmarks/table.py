@@ -3,7 +3,7 @@
     python -m benchmarks.table --write      fill the text between the markers of these files
     python -m benchmarks.table --check      exit status 1 if a file does not say what the JSON says
 
-Lives here: JSON to Markdown; no figure of a table is typed by hand. Does not live here: any measuring.
+Holds: JSON to Markdown; no figure of a table is typed by hand. Elsewhere: any measuring.
 A marker pair is `<!-- NAME:begin -->` ... `<!-- NAME:end -->` with NAME one of the keys of TABLES.
 """
 

@@ -1,6 +1,6 @@
 """Processes that see one another over links of their own, in network namespaces of this machine.
 
-Lives here: namespaces joined by a bridge, links cut and mended, slowed down by tc. Does not live here: what runs there.
+Holds: namespaces joined by a bridge, links cut and mended, slowed down by tc. Elsewhere: what runs there.
 
 No rights are needed where the system lets anybody make user namespaces; `why_not` says what is missing elsewhere.
 """

@@ -1,6 +1,6 @@
 """A cost model of data-parallel steps, fitted on measured ones, and what it says of more nodes.
 
-Lives here: the formulas, pure. Does not live here: measuring (rank.py), JSON and tables.
+Holds: the formulas, pure. Elsewhere: measuring (rank.py), JSON and tables.
 
 A step of one process with M multiply-adds per example, B examples and P parameters takes
     c0 + c1 * 3 M B + c2 * P

@@ -1,7 +1,7 @@
 """One process of a scaling run: python -m benchmarks.cluster.rank SPEC.json [RANK]
 
-Lives here: what one rank measures: plain sums, steps of the dense and of the shrunk network, one event. Does not live
-here: starting ranks (start.py; gloo's are given their number, MPI tells its own), what follows from the figures
+Holds: what one rank measures: plain sums, steps of the dense and of the shrunk network, one event.
+Elsewhere: starting ranks (start.py; gloo's are given their number, MPI tells its own), what follows from the figures
 (model.py).
 """
 

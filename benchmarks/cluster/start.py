@@ -1,6 +1,6 @@
 """The processes of a world, started and waited for: each by itself for gloo, all by mpirun for MPI.
 
-Lives here: commands, environments, what is missing for MPI. Does not live here: namespaces (links.py), what ranks
+Holds: commands, environments, what is missing for MPI. Elsewhere: namespaces (links.py), what ranks
 measure.
 
 mpirun is MPICH's (Hydra): it enters the namespaces by a launcher of its own choice, where others call ssh. Ranks then

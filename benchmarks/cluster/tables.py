@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md, made from benchmarks/results/scaling.json.
 
-Lives here: JSON to Markdown. Does not live here: measuring, the model.
+Holds: JSON to Markdown. Elsewhere: measuring, the model.
 """
 
 from __future__ import annotations

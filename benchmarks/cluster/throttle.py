@@ -1,6 +1,6 @@
 """A communication hook that takes as long as links of a given rate would, where the machine has none to bound.
 
-Lives here: the real sum, and the sleep after it. Does not live here: links that are bounded (links.py).
+Holds: the real sum, and the sleep after it. Elsewhere: links that are bounded (links.py).
 """
 
 # No `from __future__ import annotations`: DistributedDataParallel compares the hook's annotations with classes.

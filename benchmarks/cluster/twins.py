@@ -2,8 +2,8 @@
 
     python -m benchmarks.cluster.twins --data-dir DIR     benchmarks/results/scaling-vgg.json, scaling-residual.json
 
-Lives here: two grounds on CIFAR-10 beside those of the comparison, trained dense and with apoptosis by its recipe. Does
-not live here: the recipe (benchmarks/paper), what follows for larger networks (model.py).
+Holds: two grounds on CIFAR-10 beside those of the comparison, trained dense and with apoptosis by its recipe.
+Elsewhere: the recipe (benchmarks/paper), what follows for larger networks (model.py).
 References: Simonyan, Zisserman, arXiv 1409.1556; He, Zhang, Ren, Sun, arXiv 1512.03385.
 """
 

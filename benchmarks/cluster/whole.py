@@ -1,7 +1,7 @@
 """Whole runs of several processes and of one; a rank of them is python -m benchmarks.cluster.whole SPEC.json RANK
 
-Lives here: training by the comparison's recipe with every batch shared out over the ranks, and the start of such ranks.
-Does not live here: single steps and events (rank.py), options (benchmarks/scaling.py).
+Holds: training by the comparison's recipe with every batch shared out over the ranks, and the start of such ranks.
+Elsewhere: single steps and events (rank.py), options (benchmarks/scaling.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One cell of the table: all contestants of one ground and seed, trained epoch by epoch in turn, in one process.
 
-Lives here: who trains when, and the cell's JSON. Does not live here: methods, tables.
+Holds: who trains when, and the cell's JSON. Elsewhere: methods, tables.
 Interleaving keeps it fair: whatever else the machine does meets all alike. Two rounds: what needs no result first; then
 what needs the widths that apoptosis found or the trained dense network, so that its seconds are of a later time than
 dense's (processor time is told beside).

@@ -1,6 +1,6 @@
 """What a user would pick: dense, apoptosis, small from the start, Torch-Pruning, group lasso.
 
-Lives here: each method as a `Contestant`. Does not live here: the training loop (training), the order (cells).
+Holds: each method as a `Contestant`. Elsewhere: the training loop (training), the order (cells).
 
 At equal final multiply-adds: after every epoch a pruning rival cuts to at most the multiply-adds that apoptosis has
 after the same epoch. Within an epoch apoptosis is ahead, so what the whole run multiplied is told beside (spent_macs).

@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper --event-time --data-dir DIR
 
-Lives here: which functions make up a part. Does not live here: the share of whole runs (cells have it).
+Holds: which functions make up a part. Elsewhere: the share of whole runs (cells have it).
 """
 
 from __future__ import annotations

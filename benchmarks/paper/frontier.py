@@ -1,6 +1,6 @@
 """The frontier of one ground: parameters against metric over tolerances, and rivals at the same multiply-adds.
 
-Lives here: which settings are run. Does not live here: methods, the table of default settings.
+Holds: which settings are run. Elsewhere: methods, the table of default settings.
 """
 
 from __future__ import annotations

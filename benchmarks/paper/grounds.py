@@ -1,6 +1,6 @@
 """The ground: data sets, networks and schedules that every contestant shares.
 
-Lives here: `GROUNDS`, one entry per data set and network, and what loss and metric mean there. Does not live here:
+Holds: `GROUNDS`, one entry per data set and network, and what loss and metric mean there. Elsewhere:
 contestants. One configuration for all: Adam, learning rate 1e-3, batch 128 (gpt: 32), one-cycle schedule; nothing is
 tuned per set. Metrics are "higher is better".
 """

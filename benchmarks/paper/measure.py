@@ -1,6 +1,6 @@
 """Measurements of a finished network: latency and the memory of a training step.
 
-Lives here: clocks and counters. Does not live here: training, tables.
+Holds: clocks and counters. Elsewhere: training, tables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Networks of the comparison that the recipes do not have: small CNN, ViT, GPT, AlexNet for 64 pixels, autoencoder.
 
-Lives here: plain torch.nn modules. Does not live here: data, training.
+Holds: plain torch.nn modules. Elsewhere: data, training.
 References: Dosovitskiy et al., arXiv 2010.11929; Radford et al., 2019; Krizhevsky, Sutskever, Hinton, NIPS 2012;
 Hinton, Salakhutdinov, Science 313 (2006).
 """

@@ -1,6 +1,6 @@
 """Pictures of the cells: metric against time, widths over time, parameters against metric, certificates, events.
 
-Lives here: drawing. Does not live here: any figure that the cells' JSON does not hold.
+Holds: drawing. Elsewhere: any figure that the cells' JSON does not hold.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From cells to the table and to what was asked of it.
 
-Lives here: means, paired intervals, geometric means, targets. Does not live here: training, pictures.
+Holds: means, paired intervals, geometric means, targets. Elsewhere: training, pictures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Markdown of the cells for README.md and docs/results.md.
 
-Lives here: which columns a page shows. Does not live here: means and intervals (summary), files and markers (table.py).
+Holds: which columns a page shows. Elsewhere: means and intervals (summary), files and markers (table.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One contestant's training: the same batches, schedule and fused optimizer for all.
 
-Lives here: `Contestant`, its clocks and its curve. Does not live here: what a method does between steps or epochs
+Holds: `Contestant`, its clocks and its curve. Elsewhere: what a method does between steps or epochs
 (contestants), the order in which contestants train (cells).
 """
 

@@ -6,7 +6,7 @@
     python -m benchmarks.zoo --resume                   go on with a run that was interrupted, of the same code
     python -m benchmarks.zoo --page                     make the page again from the JSON
 
-Lives here: the command. It needs the extra `zoo`: pip install 'torch-apoptosis[zoo]'.
+Holds: the command. It needs the extra `zoo`: pip install 'torch-apoptosis[zoo]'.
 """
 
 from __future__ import annotations

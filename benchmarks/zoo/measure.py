@@ -1,6 +1,6 @@
 """One network: captured or not, the share of its multiply-adds that may shrink, and what pins the rest.
 
-Lives here: building without filling weights, fake tensors, the share. Does not live here: which networks there are.
+Holds: building without filling weights, fake tensors, the share. Elsewhere: which networks there are.
 
 An operator's multiply-adds count by the largest share of any one axis of its weight or operands whose channels are in
 groups that may shrink: a product with a weight of which all rows, or all columns, may go counts in full. The share is

@@ -1,6 +1,6 @@
 """The zoo's part of docs/coverage.md, from the JSON alone.
 
-Lives here: tables and the summary. Does not live here: any measurement.
+Holds: tables and the summary. Elsewhere: any measurement.
 """
 
 from __future__ import annotations

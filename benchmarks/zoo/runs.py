@@ -1,6 +1,6 @@
 """Where rows come from: code, versions, machine, and the rows of a run that is not finished yet.
 
-Lives here: the record of a run and its log. Does not live here: any measurement, the page.
+Holds: the record of a run and its log. Elsewhere: any measurement, the page.
 """
 
 from __future__ import annotations

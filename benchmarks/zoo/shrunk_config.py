@@ -1,6 +1,6 @@
 """Configurations of transformers made small, from the names of their fields alone.
 
-Lives here: which field is a number of layers, a width, a vocabulary. Does not live here: models, inputs.
+Holds: which field is a number of layers, a width, a vocabulary. Elsewhere: models, inputs.
 """
 
 from __future__ import annotations

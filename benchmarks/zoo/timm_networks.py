@@ -1,6 +1,6 @@
 """One network of each of timm's modules: usually the smallest of those that are trained with, and a few more.
 
-Lives here: their names, and how one is built. Does not live here: any measurement.
+Holds: their names, and how one is built. Elsewhere: any measurement.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every model type of transformers, built small, with an example input found from its signature.
 
-Lives here: which class stands for a type, what its forward pass is given. Does not live here: configurations made small
+Holds: which class stands for a type, what its forward pass is given. Elsewhere: configurations made small
 (shrunk_config.py), any measurement.
 """
 

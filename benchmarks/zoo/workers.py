@@ -1,6 +1,6 @@
 """Each network in a process of its own, forked with the libraries loaded: a crash or a hang costs one row.
 
-Lives here: processes and their limit. Does not live here: what they do.
+Holds: processes and their limit. Elsewhere: what they do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Redundant neurons are removed while a PyTorch network trains.
 
-Lives here: the public face, imported when it is asked for, so that the command can say in a line of its own why torch
+Holds: the public face, imported when it is asked for, so that the command can say in a line of its own why torch
 could not be loaded. Source of the idea: Siegel, Daily, Vishnu, "Adaptive Neuron Apoptosis for Accelerating Deep
 Learning on Large Scale Systems", IEEE Big Data 2016 (arXiv 1610.00790).
 """

@@ -1,7 +1,7 @@
 """Apoptosis: the only conductor. One call per training step; shrinks model and optimizer in place when it pays.
 
-Lives here: the order of the one-way path (observe -> moments -> policy -> planner -> certificates -> transaction ->
-record) and what survives between steps. Does not live here: any formula.
+Holds: the order of the one-way path (observe -> moments -> policy -> planner -> certificates -> transaction ->
+record) and what survives between steps. Elsewhere: any formula.
 """
 
 from __future__ import annotations

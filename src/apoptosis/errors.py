@@ -1,6 +1,6 @@
 """The error tree: who, what, why and the remedy, in one line each.
 
-Lives here: every exception the library raises on purpose. Does not live here: any decision to raise one.
+Holds: every exception the library raises on purpose. Elsewhere: any decision to raise one.
 """
 
 
@@ -41,7 +41,7 @@ class NonFiniteError(ApoptosisError, ValueError):
 
 
 class BudgetError(ApoptosisError, ValueError):
-    """The budget cannot be granted: no classes to read, or a probe that is too small."""
+    """The budget cannot be kept: no classes to read, or a probe that is too small."""
 
 
 class CheckpointError(ApoptosisError):

@@ -1,7 +1,7 @@
 """Putting things back although interrupts may come anywhere, and lack of memory.
 
-Lives here: holding an interrupt back until a few lines are through, undoing at the end of a block, hooks on all modules
-for a while, telling lack of memory from other errors. Does not live here: what is put back (module_state, surgery).
+Holds: holding an interrupt back until a few lines are through, undoing at the end of a block, hooks on all modules
+for a while, telling lack of memory from other errors. Elsewhere: what is put back (module_state, surgery).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """shrink_: one surgery on a trained network.
 
-Lives here: observing on batches that the user hands over, then one transaction. Does not live here: a schedule.
+Holds: observing on batches that the user hands over, then one transaction. Elsewhere: a schedule.
 """
 
 from __future__ import annotations

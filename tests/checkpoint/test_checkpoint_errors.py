@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from apoptosis.checkpoint import load, save
-from apoptosis.checkpoint.container import FORMAT
+from apoptosis.checkpoint.file import FORMAT
 from apoptosis.errors import CheckpointError
 from distributed.launched import ran
 

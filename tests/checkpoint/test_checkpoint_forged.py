@@ -17,7 +17,7 @@ from torch import nn
 
 from apoptosis import Apoptosis
 from apoptosis.checkpoint import load, save
-from apoptosis.checkpoint.container import FORMAT
+from apoptosis.checkpoint.file import FORMAT
 from apoptosis.errors import CheckpointError
 from apoptosis.storage.plain_json import MAX_DEPTH
 

@@ -49,59 +49,59 @@ def test_limits_add_up_and_attempts_spend_confidence():
         (certificate,) = acceptance.record()
         assert certificate.value == clopper_pearson_upper(0, part.rows, alpha_for_attempt(attempt, ALPHA))
         total += certificate.value
-    assert acceptance.account.spent == pytest.approx(total)
+    assert acceptance.error_budget.spent == pytest.approx(total)
 
 
 def test_fresh_rows_first_then_all():
-    account = ErrorBudget(0.05, 3000)
-    first = account.next_rows()
-    account.attempt(*first, losses=0)
-    second = account.next_rows()
+    error_budget = ErrorBudget(0.05, 3000)
+    first = error_budget.next_rows()
+    error_budget.attempt(*first, losses=0)
+    second = error_budget.next_rows()
     assert second[0] == first[1]
-    assert not account.reused
-    while not account.reused:
-        account.attempt(*account.next_rows(), losses=0)
-    assert account.next_rows() == (0, 3000)
+    assert not error_budget.reused
+    while not error_budget.reused:
+        error_budget.attempt(*error_budget.next_rows(), losses=0)
+    assert error_budget.next_rows() == (0, 3000)
 
 
 def test_rows_judged_before_cost_confidence():
-    account = ErrorBudget(0.05, 3000)
-    while not account.reused:
-        attempt = account.attempts
-        limit = account.attempt(*account.next_rows(), losses=0)
+    error_budget = ErrorBudget(0.05, 3000)
+    while not error_budget.reused:
+        attempt = error_budget.attempts
+        limit = error_budget.attempt(*error_budget.next_rows(), losses=0)
     fresh = clopper_pearson_upper(0, 3000, alpha_for_attempt(attempt + 1, ALPHA))
-    assert limit == clopper_pearson_upper(0, 3000, alpha_for_attempt(attempt + 1, ALPHA, earlier_verdicts=attempt))
+    assert limit == clopper_pearson_upper(0, 3000, alpha_for_attempt(attempt + 1, ALPHA, earlier_results=attempt))
     assert limit > fresh
 
 
 def test_without_a_budget_every_attempt_has_its_own_block():
-    account = ErrorBudget(None, 800)
+    error_budget = ErrorBudget(None, 800)
     blocks = []
     for _ in range(8):
-        blocks.append(account.next_rows())
-        account.attempt(*blocks[-1], losses=0)
+        blocks.append(error_budget.next_rows())
+        error_budget.attempt(*blocks[-1], losses=0)
     assert blocks == [(100 * i, 100 * (i + 1)) for i in range(8)]
-    assert not account.reused
-    assert account.next_rows() == (0, 800)
+    assert not error_budget.reused
+    assert error_budget.next_rows() == (0, 800)
 
 
 def test_rows_divided_anew_count_as_judged_by_all():
-    account = ErrorBudget(0.05, 3000, ranks=2)
+    error_budget = ErrorBudget(0.05, 3000, ranks=2)
     for _ in range(2):
-        account.spent += account.attempt(*account.next_rows(), losses=0, rows=900)
-    spent = account.spent
-    account.reshard_probe()
-    assert (account.spent, account.attempts, account.next_rows()) == (spent, 2, (0, 3000))
-    limit = account.attempt(0, 3000, losses=0, rows=6000)
-    assert limit == clopper_pearson_upper(0, 6000, alpha_for_attempt(3, ALPHA, earlier_verdicts=2))
+        error_budget.spent += error_budget.attempt(*error_budget.next_rows(), losses=0, rows=900)
+    spent = error_budget.spent
+    error_budget.reshard_probe()
+    assert (error_budget.spent, error_budget.attempts, error_budget.next_rows()) == (spent, 2, (0, 3000))
+    limit = error_budget.attempt(0, 3000, losses=0, rows=6000)
+    assert limit == clopper_pearson_upper(0, 6000, alpha_for_attempt(3, ALPHA, earlier_results=2))
 
 
 def test_refused_attempt_is_not_booked_but_spends_confidence():
     acceptance = AcceptanceTest(0.005, probe(4000))
     acceptance.begin(None)
     assert "exceeds the budget" in acceptance.evaluate(change(flips=300))
-    assert acceptance.account.spent == 0.0
-    assert acceptance.account.attempts == 1
+    assert acceptance.error_budget.spent == 0.0
+    assert acceptance.error_budget.attempts == 1
 
 
 def test_sanity_limit_without_budget():
@@ -124,7 +124,7 @@ def test_state_round_trip():
     other = AcceptanceTest(0.02, probe(4000))
     other.load_state_dict(acceptance.state_dict())
     assert other.state_dict() == acceptance.state_dict()
-    assert other.account.next_rows() == acceptance.account.next_rows()
+    assert other.error_budget.next_rows() == acceptance.error_budget.next_rows()
     changed = acceptance.state_dict()
     changed["account"]["judged"] = [["x"]]
     with pytest.raises(ValueError, match="unpack"):

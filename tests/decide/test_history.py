@@ -27,7 +27,7 @@ def started(runs, net, **arguments):
 
 def test_epochs_given_as_steps_are_told_at_construction_and_once_beyond_the_end(runs):
     net = runs.mlp()
-    with pytest.warns(RuntimeWarning, match=r"total_steps=3 leaves no room.*not epochs: give epochs \* len\(loader\)"):
+    with pytest.warns(RuntimeWarning, match=r"total_steps=3 is too short.*not epochs: give epochs \* len\(loader\)"):
         apo, optimizer, log = started(runs, net, total_steps=3)
     with pytest.warns(RuntimeWarning, match=r"step 4 is beyond total_steps=3.*not epochs") as told:
         run(runs, net, apo, optimizer, 40, rows=16)

@@ -18,7 +18,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save
-from apoptosis.checkpoint import container
+from apoptosis.checkpoint import file as container
 from apoptosis.observe import pooled
 from apoptosis.surgery import operation as operate
 from distributed.processes import mark, together, wait_for

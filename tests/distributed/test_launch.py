@@ -14,7 +14,7 @@ from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli.app import run
 from apoptosis.tools.launch import LAUNCHERS, Group, ProcessInfo, detect_launcher, group, start_group
-from apoptosis.tools.launch.place import first_host
+from apoptosis.tools.launch.detect import first_host
 from apoptosis.tools.recipes.several import batch_share, probe_share
 from distributed.launched import Launched, environment, mpirun
 

@@ -90,7 +90,7 @@ def test_limits_are_carried_to_another_number_of_ranks(tmp_path):
             assert carried.accuracy_cost == spent[budget]
             assert carried.attempts == 1
             assert limit.rows == ROWS  # all of them: which were judged before is not known
-            least = clopper_pearson_upper(0, ROWS, alpha_for_attempt(2, ALPHA, earlier_verdicts=1))
+            least = clopper_pearson_upper(0, ROWS, alpha_for_attempt(2, ALPHA, earlier_results=1))
             assert limit.value >= least > clopper_pearson_upper(0, ROWS, alpha_for_attempt(2, ALPHA))
             assert ledger.accuracy_cost == pytest.approx(spent[budget] + limit.value)
             assert any("count as if they had" in note for note in ledger.notes)

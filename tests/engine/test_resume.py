@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apoptosis import Apoptosis, load, save
-from apoptosis.checkpoint.container import read_file
+from apoptosis.checkpoint.file import read_file
 from apoptosis.errors import CheckpointError
 
 SHAPE = (2, 6, 6)

@@ -6,7 +6,7 @@
 
 Every decision takes one number from the list; when the list is used up, every decision takes the first, simplest
 option. So deleting or lowering numbers makes a network simpler: hypothesis cuts failures down by itself, and so does
-`reduce`. Lives here: decisions, source, building. Does not live here: blocks (blocks.py), what is asked (trial.py).
+`reduce`. Holds: decisions, source, building. Elsewhere: blocks (blocks.py), what is asked (trial.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
         check(operation)
 
 Every check is a property of its own, so that a failure says which one broke. `oracle(family)` runs all of them. None
-changes the operation, so it can be shared. Does not live here: the models (registry.py), planting (plant.py).
+changes the operation, so it can be shared. Elsewhere: the models (registry.py), planting (plant.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Channels made exactly redundant: a duplicate, a positive multiple, the negative or nothing at all of another one.
 
-Lives here: what is written where, from the structure alone. Does not live here: which groups, and what is asked of the
+Holds: what is written where, from the structure alone. Elsewhere: which groups, and what is asked of the
 library afterwards (oracle.py).
 """
 

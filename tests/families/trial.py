@@ -3,7 +3,7 @@
 Two oracles. `shrinks`: redundancy is planted in every open group, removed at tolerance 0, and the properties of the
 families' oracle are checked. `cuts`: random channels of all open groups are cut out, with nothing in their place, and
 the small network computes what the whole one computes when nobody reads these channels; no data, no criterion.
-Does not live here: the networks (generator.py, blocks.py).
+Elsewhere: the networks (generator.py, blocks.py).
 """
 
 from __future__ import annotations

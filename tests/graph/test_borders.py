@@ -1,6 +1,6 @@
 """Removals in front of padded convolutions, looked at where the padding is read: float64, the borders alone.
 
-Lives here: the whole way from a network to the smaller one. The theorem is tests/numerics/test_theorems.py.
+Holds: the whole way from a network to the smaller one. The theorem is tests/numerics/test_theorems.py.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def test_attempts_spend_alpha_and_no_more() -> None:
     spent = [bounds.alpha_for_attempt(i, 0.05) for i in range(1, 20_001)]
     assert 0.0499 < sum(spent) < 0.05
     assert spent == sorted(spent, reverse=True)
-    assert bounds.alpha_for_attempt(3, 0.05, earlier_verdicts=2) == pytest.approx(spent[2] / 4)
+    assert bounds.alpha_for_attempt(3, 0.05, earlier_results=2) == pytest.approx(spent[2] / 4)
 
 
 @given(seed=seeds, rows=st.integers(0, 40), classes=st.integers(2, 6), size=st.floats(0, 2))
@@ -96,7 +96,7 @@ def test_worst_case_of_a_site() -> None:
         lambda: bounds.required_probe_rows(0.1, 1.0),
         lambda: bounds.alpha_for_attempt(0, 0.05),
         lambda: bounds.alpha_for_attempt(1, math.nan),
-        lambda: bounds.alpha_for_attempt(1, 0.05, earlier_verdicts=-1),
+        lambda: bounds.alpha_for_attempt(1, 0.05, earlier_results=-1),
     ],
 )
 def test_bad_arguments(call) -> None:

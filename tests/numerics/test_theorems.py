@@ -319,7 +319,7 @@ def test_alpha_spending(p: float, reuse: int) -> None:
     alpha, rows = 0.2, 60
     assert sum(bounds.alpha_for_attempt(i, alpha) for i in range(1, 2000)) <= alpha
     # The worst adversary: among 2^reuse removals, try the one whose rows look best. All must be covered at once.
-    level = bounds.alpha_for_attempt(1, alpha, earlier_verdicts=reuse)
+    level = bounds.alpha_for_attempt(1, alpha, earlier_results=reuse)
     miss = sum(
         float(stats.binom.pmf(k, rows, p)) for k in range(rows + 1) if p > bounds.clopper_pearson_upper(k, rows, level)
     )
@@ -339,7 +339,7 @@ def test_ledger_sum(seed: int, removals: int, size: float) -> None:
         for verdict, truth in ((on_training, None), (on_probe, labels)):
             part = verdict.begin(((inputs,), {}))
             assert part is not None
-            rows = slice(0, 80) if truth is None else slice(*verdict.account.next_rows())
+            rows = slice(0, 80) if truth is None else slice(*verdict.error_budget.next_rows())
             found = compare([logits[rows]], [after[rows]], part.labels, None)
             verdict.evaluate(replace(found, rms=0.0))  # the sanity limit is another matter
             verdict.settle()
@@ -349,7 +349,7 @@ def test_ledger_sum(seed: int, removals: int, size: float) -> None:
         logits = after + draw(seed + i + 50, 80, 4)  # training goes on in between
     assert lost == pytest.approx(spent[on_training])
     assert spent[on_training] <= on_training.training_flips + 1e-12
-    assert spent[on_probe] <= on_probe.account.spent + 1e-12
+    assert spent[on_probe] <= on_probe.error_budget.spent + 1e-12
 
 
 @given(seed=seeds, least_squares=st.booleans())

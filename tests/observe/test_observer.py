@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from apoptosis.errors import NonFiniteError
 from apoptosis.graph import analyse
 from apoptosis.observe import MIN_EXAMPLES, Observer
-from apoptosis.observe.watch import MIN_ROWS
+from apoptosis.observe.accumulators import MIN_ROWS
 
 
 def window(net, example, **arguments):

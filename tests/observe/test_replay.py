@@ -12,7 +12,7 @@ from apoptosis import Apoptosis, is_own_pass
 from apoptosis.errors import CaptureError, NonFiniteError, OutOfMemoryError
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import MIN_EXAMPLES, Observer
-from apoptosis.observe.replayed import LAST_PASS, MAX_PASSES
+from apoptosis.observe.replay import LAST_PASS, MAX_PASSES
 from apoptosis.records import Group, Seen, Site
 
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apoptosis.graph import analyse
 from apoptosis.numerics.devices import sample_rows
-from apoptosis.observe import Observer, gradients, watch
+from apoptosis.observe import Observer, gradients
+from apoptosis.observe import accumulators as watch
 
 #: Operators that bring numbers to the program, or whose output has as many rows as numbers say.
 WAIT = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}

@@ -13,8 +13,8 @@ from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, macs_after, make_plan
-from apoptosis.planner.alike import alike, steps
-from apoptosis.planner.entangled import compatible_sets
+from apoptosis.planner.conflicts import compatible_sets
+from apoptosis.planner.tied import alike, steps
 from apoptosis.planner.views import make_view
 from apoptosis.records import Group, Member, Seen, Site, Structure
 

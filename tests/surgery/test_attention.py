@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apoptosis.checkpoint import load, save
-from apoptosis.checkpoint.container import read_file, write_file
+from apoptosis.checkpoint.file import read_file, write_file
 from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.modules.attention import ShrunkMultiheadAttention, shrunk_attributes
 from apoptosis.records import TensorEdit

@@ -56,20 +56,20 @@ def test_a_refused_change_leaves_everything_bitwise(runs, how):
     before = runs.everything(net, optimizer)
     probe = make_probe(runs.inputs(50, 1), torch.zeros(4, 6))
 
-    def judge(change):
+    def accept(change):
         assert net[0].out_features == 8
         if how == "refused":
             return "too much"
         raise ZeroDivisionError
 
     if how == "refused":
-        outcome = apply_reductions(target, structure, cut(structure, "0", "2"), {}, probe, judge)
+        outcome = apply_reductions(target, structure, cut(structure, "0", "2"), {}, probe, accept)
         assert not outcome.committed
         assert outcome.refused == "too much"
         assert outcome.structure is structure
     else:
         with pytest.raises(ZeroDivisionError):
-            apply_reductions(target, structure, cut(structure, "0", "2"), {}, probe, judge)
+            apply_reductions(target, structure, cut(structure, "0", "2"), {}, probe, accept)
     assert runs.same(runs.everything(net, optimizer), before)
     assert net[0].out_features == net[2].in_features == 16
 

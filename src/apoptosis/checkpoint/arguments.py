@@ -1,6 +1,6 @@
-"""What a user may hand to save and load: checked once, at the door, with one clear line.
+"""Arguments of save and load, checked before anything else happens, with one clear line each.
 
-Lives here: the types of their arguments, and that these belong together. Does not live here: what a file holds
+Holds: the types of their arguments, and that these belong together. Elsewhere: what a file holds
 (checkpoint/save_load.py), the arguments of Apoptosis and shrink_ (apoptosis.model.arguments).
 """
 

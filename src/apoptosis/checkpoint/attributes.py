@@ -1,7 +1,7 @@
 """A checkpoint's module attributes beside the modules that are to have them.
 
-Lives here: whether stored attributes can be those of a module after removals, and what is to be set. Does not live
-here: which attributes there are (attributes.py, attention.py, norms.py), and the tensors (checkpoint/tensors.py).
+Holds: whether stored attributes can be those of a module after removals, and what is to be set.
+Elsewhere: which attributes there are (attributes.py, attention.py, norms.py), and the tensors (checkpoint/tensors.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a checkpoint's manifest has to look like, whatever its checksum says.
 
-Lives here: the types of its entries, the tensors that it names, and their sizes beside the file's. Does not live here:
+Holds: the types of its entries, the tensors that it names, and their sizes beside the file's. Elsewhere:
 whether it is of the given model and optimizer (checkpoint/save_load.py, checkpoint/tensors.py, optimizer_state.py).
 
 A right checksum says that nothing was damaged on the way, not that a program wrote what this library would write.

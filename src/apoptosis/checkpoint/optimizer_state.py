@@ -1,6 +1,6 @@
 """The optimizers' part of a checkpoint: hyperparameters per group and state per parameter, by name.
 
-Lives here: what is saved of one optimizer and how it is checked and taken up again. Does not live here: how state
+Holds: what is saved of one optimizer and how it is checked and taken up again. Elsewhere: how state
 follows an edit (optimizers.py), and the checkpoint as a whole (checkpoint/save_load.py).
 """
 

@@ -1,7 +1,7 @@
 """Checkpoints of shrunk networks: saved by name with their widths, loaded into a freshly built full-width model.
 
-Lives here: what a checkpoint holds, the checks before anything is loaded, and the loading. Does not live here: the
-file (container.py), nested values (tree.py), the tensors' checks (checkpoint/tensors.py), and the optimizers' part
+Holds: what a checkpoint holds, the checks before anything is loaded, and the loading. Elsewhere: the
+file (file.py), nested values (tree.py), the tensors' checks (checkpoint/tensors.py), and the optimizers' part
 (optimizer_state.py).
 """
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from apoptosis.checkpoint.arguments import check_given
 from apoptosis.checkpoint.attributes import check_attributes
-from apoptosis.checkpoint.container import read_file, write_file
+from apoptosis.checkpoint.file import read_file, write_file
 from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
 from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of

@@ -1,7 +1,7 @@
 """Checkpoints of sharded networks: a folder that all ranks write, and any number of ranks reads again.
 
-Lives here: the folder (torch.distributed.checkpoint), its manifest with the checksums of all files, and what of it a
-rank reads. Does not live here: what a checkpoint holds and how it is taken over (checkpoint/save_load.py), which is the
+Holds: the folder (torch.distributed.checkpoint), its manifest with the checksums of all files, and what of it a
+rank reads. Elsewhere: what a checkpoint holds and how it is taken over (checkpoint/save_load.py), which is the
 same as in one file; torch's list of the tensors (tensor_list.py).
 
 Every rank writes its own shards. What is the same on all ranks (the manifest with its widths, buffers, the state of the
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.checkpoint.arguments import check_given
-from apoptosis.checkpoint.container import library_version
+from apoptosis.checkpoint.file import library_version
 from apoptosis.checkpoint.save_load import Resumable, apply_checkpoint, check_shapes, packed
 from apoptosis.checkpoint.tensor_list import Tensors
 from apoptosis.checkpoint.tensors import PREFIX

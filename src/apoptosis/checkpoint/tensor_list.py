@@ -1,7 +1,7 @@
 """The list of tensors that torch.distributed.checkpoint keeps in its folder, read as data.
 
-Lives here: reading that pickle without running anything, checking it against the files, and building torch's records
-anew. Does not live here: the folder and its manifest (checkpoint/sharded.py).
+Holds: reading that pickle without running anything, checking it against the files, and building torch's records
+anew. Elsewhere: the folder and its manifest (checkpoint/sharded.py).
 
 The file `.metadata` is a pickle, which may call what it likes. Here every name in it is looked up in a short table of
 plain holders; what torch gets afterwards are records of its own classes, made of numbers and names that were checked.

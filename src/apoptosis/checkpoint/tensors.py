@@ -1,7 +1,7 @@
 """A checkpoint's tensors beside those of the model that is to have them.
 
-Lives here: the model's tensors by name, whether stored ones can be theirs after removals, and their new values. Does
-not live here: files (container.py, checkpoint/sharded.py), the rest of a checkpoint (checkpoint/save_load.py).
+Holds: the model's tensors by name, whether stored ones can be theirs after removals, and their new values.
+Elsewhere: files (file.py, checkpoint/sharded.py), the rest of a checkpoint (checkpoint/save_load.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Nested values as JSON plus tensors, and back: one way for optimizer state, apoptosis state and the user's extras.
 
-Lives here: `pack`, `unpack`, and what a skeleton is made of. Does not live here: files
-(container.py) and what a checkpoint holds (checkpoint/save_load.py).
+Holds: `pack`, `unpack`, and what a skeleton is made of. Elsewhere: files
+(file.py) and what a checkpoint holds (checkpoint/save_load.py).
 """
 
 from __future__ import annotations

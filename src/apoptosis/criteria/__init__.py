@@ -1,12 +1,12 @@
 """Criteria: which channels of a group can go and how the rest makes up for them.
 
 A criterion orders the channels (rank) and says how the kept ones stand in for the others (reduce); every one answers
-with the same Reduction and is judged by the same certificate formula. Does not live here: modules, budgets, edits.
+with the same Reduction and is measured by the same certificate formula. Elsewhere: modules, budgets, edits.
 """
 
 from apoptosis.criteria.certificate import Proposal, choose, dropped_variance, relative_error
 from apoptosis.criteria.compensated import compensated
-from apoptosis.criteria.demands import interleaved
+from apoptosis.criteria.constraints import interleaved
 from apoptosis.criteria.registry import criteria, get_criterion, register_criterion
 from apoptosis.criteria.views import Criterion, GroupView, NeuronView, Ranking, SiteView
 

@@ -1,6 +1,6 @@
 """Criteria that drop channels and put at most a constant in their place: constant, magnitude, random.
 
-Lives here: these three and their exact error curve. Does not live here: anything that mixes channels.
+Holds: these three and their exact error curve. Elsewhere: anything that mixes channels.
 """
 
 from __future__ import annotations

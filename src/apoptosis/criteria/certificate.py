@@ -1,6 +1,6 @@
 """The one certificate formula, and the search for how many channels a tolerance lets go.
 
-Lives here: relative_error, dropped_variance, choose. Does not live here: the order of the channels (each criterion's
+Holds: relative_error, dropped_variance, choose. Elsewhere: the order of the channels (each criterion's
 own), budgets over events, alignment to hardware beyond rounding up.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from apoptosis.criteria.demands import allowed, interleaved, step_between
+from apoptosis.criteria.constraints import allowed, interleaved, step_between
 from apoptosis.criteria.exact import below_roundoff
 from apoptosis.criteria.views import (
     Criterion,
@@ -107,8 +107,8 @@ def choose(
 
     Args: criterion: how to order and to reduce. view: the group. limits: relative rms per site key, or one for all; a
         limit below round-off means that (views.roundoff_tolerance). align: the number kept is rounded up to a multiple
-        (of the rows, too: see demands.step_between). min_keep: fewer are never kept. ranking: what `interleaved` says
-        for this criterion and view, where it is known already.
+        (of the rows, too: see constraints.step_between). min_keep: fewer are never kept. ranking: what `interleaved`
+        says for this criterion and view, where it is known already.
 
     Returns: None when nothing can go.
 

@@ -1,6 +1,6 @@
 """Channels under norms: what goes is a multiple of one kept channel, or a constant, wherever a norm reads it.
 
-Lives here: the criterion for groups that norms read, made of another one. Does not live here: what the norms make of it
+Holds: the criterion for groups that norms read, made of another one. Elsewhere: what the norms make of it
 (apoptosis.modules.norms), when it is asked for (planner).
 """
 

@@ -1,6 +1,6 @@
 """Tolerance 0 in double precision: what a site sees of a removal is below the round-off it is computed with anyway.
 
-Lives here: the root that least squares works on, the verdict per output. Does not live here: how roots are taken
+Holds: the root that least squares works on, the decision per output. Elsewhere: how roots are taken
 (numerics.moments), what else a removal must meet (certificate.py).
 """
 

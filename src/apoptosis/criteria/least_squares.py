@@ -1,7 +1,7 @@
 """The interpolative decomposition: keep channels that explain the rest, and mix the rest from them.
 
-Lives here: "interpolative" and "reconstruction" (order by one weighted pivoted Cholesky), "greedy" (order by forward
-selection on the consumers' full error). Does not live here: the linear algebra (numerics), how many to keep
+Holds: "interpolative" and "reconstruction" (order by one weighted pivoted Cholesky), "greedy" (order by forward
+selection on the consumers' full error). Elsewhere: the linear algebra (numerics), how many to keep
 (certificate.py).
 """
 

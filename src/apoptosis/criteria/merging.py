@@ -1,7 +1,7 @@
 """One channel stands in for another: pairwise on incoming weights (data-free) and duplicate in activations.
 
-Lives here: the costs of replacing channel j by channel k or by a constant, and the greedy order over such costs.
-Does not live here: the symmetries themselves (numerics.activations), certificates.
+Holds: the costs of replacing channel j by channel k or by a constant, and the greedy order over such costs.
+Elsewhere: the symmetries themselves (numerics.activations), certificates.
 """
 
 from __future__ import annotations

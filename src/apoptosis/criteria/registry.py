@@ -1,7 +1,7 @@
 """The criteria by name.
 
-Lives here: the registry, filled from one literal tuple, and the check of what a criterion of the user's own answers.
-Does not live here: any criterion.
+Holds: the registry, filled from one literal tuple, and the check of what a criterion of the user's own answers.
+Elsewhere: any criterion.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a criterion sees of a group, and what it answers: names, numbers and tensors, never modules.
 
-Lives here: SiteView, NeuronView, GroupView (in), Ranking and Criterion (out), and the plain statistics of a site.
-Does not live here: any choice of channels; how a view is made from modules and moments (planner).
+Holds: SiteView, NeuronView, GroupView (in), Ranking and Criterion (out), and the plain statistics of a site.
+Elsewhere: any choice of channels; how a view is made from modules and moments (planner).
 """
 
 from __future__ import annotations

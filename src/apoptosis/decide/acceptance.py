@@ -1,6 +1,6 @@
-"""Whether a measured change of the outputs is granted, and the certificate it earns.
+"""Whether a measured change of the outputs is accepted, and the certificate for it.
 
-Lives here: the accuracy budget over a run's attempts and the sanity limit. Does not live here: measuring (probe), the
+Holds: the accuracy budget over a run's attempts and the sanity limit. Elsewhere: measuring (probe), the
 arithmetic of limits (budget, numerics.bounds).
 """
 
@@ -31,7 +31,7 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
     """Return the relative rms change of the outputs beyond which an event is rolled back, without a budget.
 
-    At tolerance 0 it is the round-off of the parameters' type, with room for several layers.
+    At tolerance 0 it is the round-off of the parameters' type, with a margin for several layers.
     """
     if tolerance != 0:
         return SANITY_RMS
@@ -41,12 +41,12 @@ def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
 
 
 class AcceptanceTest:
-    """Judge of one run: `begin` an attempt, `evaluate` what was measured, `record` when it was committed.
+    """The acceptance test of one run: `begin` an attempt, `evaluate` what was measured, `record` when it was committed.
 
     Args:
         budget: share of accuracy for all removals together, or None for the sanity limit alone.
         probe: held-out examples, or None to measure on training inputs.
-        ranks: that judge together, each on its own share of the held-out examples.
+        ranks: that decide together, each on its own share of the held-out examples.
 
     Raises: ArgumentError: two ranks have the same probe, or only some have one.
     """
@@ -60,10 +60,10 @@ class AcceptanceTest:
         self._marks = (ranks or Ranks()).gathered(self._mark)
         _check_shares(self._marks)
         rows = [0 if mark is None else int(mark["rows"]) for mark in self._marks]
-        self.account = ErrorBudget(budget, min(rows), len(rows))
+        self.error_budget = ErrorBudget(budget, min(rows), len(rows))
         self.training_flips = 0.0
         self.named = probe is not None and probe.labels is not None
-        self._judged = 0  # attempts whose outputs could be read
+        self._tested = 0  # attempts whose outputs could be read
         self._rows = (0, 0)
         self._pending: Certificate | None = None
 
@@ -73,7 +73,7 @@ class AcceptanceTest:
         return self.probe is not None
 
     def check(self, *, readable: bool, named: bool = False) -> None:
-        """Refuse a budget that can never be granted, before anything starts.
+        """Refuse a budget that can never be kept, before anything starts.
 
         Args:
             readable: whether the outputs have two columns or more.
@@ -83,7 +83,7 @@ class AcceptanceTest:
         Raises: BudgetError: no probe, no classes to read, or too few probe rows (the number needed is named).
         """
         self.named = self.named or named
-        if self.account.budget is None:
+        if self.error_budget.budget is None:
             return
         if self.probe is None:
             raise BudgetError(
@@ -99,13 +99,13 @@ class AcceptanceTest:
             raise BudgetError(
                 "budget= bounds accuracy, but the outputs may be no classes: give labels with the probe or logits=."
             )
-        self.account.check()
+        self.error_budget.check()
 
     def begin(self, inputs: Call | None) -> Probe | None:
         """Examples for the next attempt: held-out ones, else the last training inputs, else nothing."""
         self._pending = None
         if self.probe is not None:
-            self._rows = (0, self.probe.rows) if self.probe.cut is None else self.account.next_rows()
+            self._rows = (0, self.probe.rows) if self.probe.cut is None else self.error_budget.next_rows()
             return self.probe.take(*self._rows)
         if inputs is None:
             return None
@@ -114,13 +114,13 @@ class AcceptanceTest:
         return found
 
     def evaluate(self, change: Change) -> str:
-        """Why a change is refused, "" when it is granted. Every attempt on a probe spends confidence."""
+        """Why a change is refused, "" when it is accepted. Every attempt on a probe spends confidence."""
         first, last = self._rows
-        budget = self.account.budget
-        self._judged += change.readable
+        budget = self.error_budget.budget
+        self._tested += change.readable
         what = "" if self.named else "share of examples whose largest output changed, no claim about accuracy; "
         if self.held_out and change.readable:
-            limit = self.account.attempt(first, last, change.losses, rows=change.rows)
+            limit = self.error_budget.attempt(first, last, change.losses, rows=change.rows)
             note = f"{what}part of the ledger's sum: the confidence is that of all attempts of the run together"
             self._pending = Certificate(
                 kind="accuracy",
@@ -131,8 +131,9 @@ class AcceptanceTest:
                 population=True,
                 note=note,
             )
-            if not self.account.grants(limit):
-                return f"accuracy limit {limit:.3g} on top of {self.account.spent:.3g} exceeds the budget {budget:g}"
+            if not self.error_budget.allows(limit):
+                spent = self.error_budget.spent
+                return f"accuracy limit {limit:.3g} on top of {spent:.3g} exceeds the budget {budget:g}"
         elif change.readable:
             value, note = (
                 change.flips / change.rows,
@@ -140,7 +141,7 @@ class AcceptanceTest:
             )
             self._pending = Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
         if budget is not None and not change.readable:
-            return "the outputs on the probe have no row of classes for every example, so that no limit can be granted"
+            return "the outputs on the probe have no row of classes for every example, so that no limit can be given"
         return self._beyond_sanity(change) if budget is None or self.sanity < SANITY_RMS else ""
 
     def _beyond_sanity(self, change: Change) -> str:
@@ -161,7 +162,7 @@ class AcceptanceTest:
         if certificate is None:
             return ()
         if certificate.population:
-            self.account.spent += certificate.value
+            self.error_budget.spent += certificate.value
         else:
             self.training_flips += certificate.value
         return (certificate,)
@@ -169,9 +170,9 @@ class AcceptanceTest:
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "account": self.account.state_dict(),
+            "account": self.error_budget.state_dict(),
             "training_flips": self.training_flips,
-            "judged": self._judged,
+            "judged": self._tested,
             "probe": self._marks,
         }
 
@@ -179,21 +180,21 @@ class AcceptanceTest:
         """Take over what `state_dict` wrote, or raise and change nothing.
 
         On another number of ranks the rows held out are divided anew, and no rank can tell its own from before: limits
-        go on with every row counted as judged by every attempt so far.
+        go on with every row counted as tested by every attempt so far.
 
-        Raises: CheckpointError: attempts were judged on another probe; what differs is named.
+        Raises: CheckpointError: attempts were tested on another probe; what differs is named.
         """
-        account = ErrorBudget(self.account.budget, self.account.rows, self.account.ranks)
-        account.load_state_dict(state["account"])
-        flips, judged = float(state["training_flips"]), int(state["judged"])
-        if judged or account.judged or account.spent > 0:
+        error_budget = ErrorBudget(self.error_budget.budget, self.error_budget.rows, self.error_budget.ranks)
+        error_budget.load_state_dict(state["account"])
+        flips, tested = float(state["training_flips"]), int(state["judged"])
+        if tested or error_budget.tested or error_budget.spent > 0:
             stored = state["probe"]
             divided_anew = len(stored) != len(self._marks)
             for was, own in zip(stored[:1] if divided_anew else stored, self._marks, strict=False):
                 _check_same(was, own, as_shares=divided_anew)
             if divided_anew:
-                account.reshard_probe()
-        self.account, self.training_flips, self._judged = account, flips, judged
+                error_budget.reshard_probe()
+        self.error_budget, self.training_flips, self._tested = error_budget, flips, tested
 
 
 def _check_shares(marks: Sequence[Mapping[str, Any] | None]) -> None:

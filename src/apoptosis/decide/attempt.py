@@ -1,6 +1,6 @@
-"""One attempt of a run to shrink: plan, transaction, verdict, and what is booked of it.
+"""One attempt of a run to shrink: plan, transaction, acceptance test, and what is recorded of it.
 
-Lives here: the order of these within one event. Does not live here: the loop (engine), the surgery
+Holds: the order of these within one event. Elsewhere: the loop (engine), the surgery
 (operate).
 """
 
@@ -35,7 +35,7 @@ _FEW_STEPS = 3  # of a window, after which its pace is known
 
 
 class Run(NamedTuple):
-    """All that an attempt needs to know of a run; it books in `memory` and `acceptance`."""
+    """All that an attempt needs to know of a run; it writes to `memory` and `acceptance`."""
 
     target: Target
     structure: Structure

@@ -1,6 +1,6 @@
 """What one surgery is told as: sizes before and after, and the event.
 
-Lives here: counting parameters and bytes, putting an Event together. Does not live here: the surgery (operate).
+Holds: counting parameters and bytes, putting an Event together. Elsewhere: the surgery (operate).
 """
 
 from __future__ import annotations

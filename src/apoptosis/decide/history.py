@@ -1,6 +1,6 @@
 """What became of every attempt of a run, and why a run in which nothing happened was idle.
 
-Lives here: the record of an attempt and its wording. Does not live here: the attempt itself (attempt.py), what a plan
+Holds: the record of an attempt and its wording. Elsewhere: the attempt itself (attempt.py), what a plan
 says of a group (planner/reasons.py), what the policy remembers (policy.PastEvent).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-FEWEST_STEPS = 6  # a run of fewer has no room for a window
+FEWEST_STEPS = 6  # a run of fewer is too short for a window
 STEPS_NOT_EPOCHS = (
     "total_steps= counts optimizer steps, not epochs: give epochs * len(loader), or leave it out where it is not known."
 )
@@ -132,7 +132,7 @@ def why_idle(
 def warn_if_few(total_steps: int | None) -> None:
     """Warn of a run of so few steps that epochs must have been given."""
     if total_steps is not None and total_steps < FEWEST_STEPS:
-        what = f"apoptosis: total_steps={total_steps} leaves no room for an event. {STEPS_NOT_EPOCHS}"
+        what = f"apoptosis: total_steps={total_steps} is too short for an event. {STEPS_NOT_EPOCHS}"
         warnings.warn(what, RuntimeWarning, stacklevel=3)
 
 

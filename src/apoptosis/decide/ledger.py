@@ -1,6 +1,6 @@
 """What an event did and what all events together cost at most: the records a user prints.
 
-Lives here: Event, Ledger and their wording. Does not live here: how a number in them was measured (probe, numerics).
+Holds: Event, Ledger and their wording. Elsewhere: how a number in them was measured (probe, numerics).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The run's memory: an append-only JSONL log and its reader.
 
-Lives here: one line per record, written at once and read back strictly. Does not live here: what the records mean
+Holds: one line per record, written at once and read back strictly. Elsewhere: what the records mean
 (`report` reads them, the command and the engine write them).
 
 File format, version 1: the first line is `{"kind": "schema", "format": "apoptosis-events", "version": 1}`; every other

@@ -1,7 +1,7 @@
 """What decisions rest on that only a clock can tell: what an event costs beside its arithmetic, in multiply-adds.
 
-Lives here: turning seconds of this machine into MACs, rounded so coarsely that a busy machine gives the same figure.
-Does not live here: any other timing; those are reported and never decide.
+Holds: turning seconds of this machine into MACs, rounded so coarsely that a busy machine gives the same figure.
+Elsewhere: any other timing; those are reported and never decide.
 """
 
 from __future__ import annotations

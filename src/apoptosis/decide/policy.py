@@ -1,6 +1,6 @@
 """When to look, when to remove and how much at most: a pure function of telemetry.
 
-Lives here: the schedule, the tolerance of an event, the question whether an event pays. Does not live here: clocks,
+Holds: the schedule, the tolerance of an event, the question whether an event pays. Elsewhere: clocks,
 models, random numbers. Costs are multiply-adds (MACs); what an event costs beside its arithmetic enters as
 `overhead_macs`, calibrated once per run, so that the same seed and calibration give the same widths.
 """

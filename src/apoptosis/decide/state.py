@@ -1,7 +1,7 @@
 """What a run of apoptosis remembers between steps, how it is written down and read again, and what is told from it.
 
-Lives here: the Memory of a run as plain values, what the policy sees of it (telemetry), what an event may do, and the
-ledger. Does not live here: files (surgery.checkpoint), windows (observe), the structure of the model (graph).
+Holds: the Memory of a run as plain values, what the policy sees of it (telemetry), what an event may do, and the
+ledger. Elsewhere: files (surgery.checkpoint), windows (observe), the structure of the model (graph).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Settings:
 
 @dataclass(slots=True, kw_only=True)
 class RunState:
-    """Everything of a run that is neither the model's structure, nor the window, nor the budget's account.
+    """Everything of a run that is neither the model's structure, nor the window, nor the error budget.
 
     full: parameters and MACs per example at construction; full_shapes: of every tensor then. overhead: calibrated fixed
     cost of an event in MACs. batch_rows: examples per step in the last window. site_cost: errors summed per site.
@@ -313,8 +313,10 @@ def make_ledger(
     parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. idle: why no
     event happened, or "".
     """
-    account, held_out = acceptance.account, acceptance.held_out
-    cost = min(1.0, account.spent if held_out else acceptance.training_flips)  # a share, though limits add up to more
+    error_budget, held_out = acceptance.error_budget, acceptance.held_out
+    cost = min(
+        1.0, error_budget.spent if held_out else acceptance.training_flips
+    )  # a share, though limits add up to more
     return Ledger(
         events=memory.num_events,
         attempts=sum(one.outcome != "skipped" for one in memory.attempts),
@@ -324,8 +326,8 @@ def make_ledger(
         accuracy_cost=cost if has_classes else None,
         confidence=1.0 - ALPHA if held_out else 1.0,
         population=held_out,
-        probe_rows=account.rows * account.ranks,
-        budget=account.budget,
+        probe_rows=error_budget.rows * error_budget.ranks,
+        budget=error_budget.budget,
         classes=acceptance.named,
         site_cost=dict(memory.site_cost),
         site_limit=site_limit,
@@ -333,5 +335,5 @@ def make_ledger(
         hook_seconds=hook_seconds,
         history=memory.attempts,
         idle=idle,
-        notes=("some probe rows served more than one attempt, or count as if they had",) if account.reused else (),
+        notes=("some probe rows served more than one attempt, or count as if they had",) if error_budget.reused else (),
     )

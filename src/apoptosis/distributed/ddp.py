@@ -1,6 +1,6 @@
 """Helpers for training loops of several processes.
 
-Lives here: setting DistributedDataParallel up again for new shapes, looking inside wrappers. Does not live here: how
+Holds: setting DistributedDataParallel up again for new shapes, looking inside wrappers. Elsewhere: how
 ranks talk (ranks), which wrappers there are (unwrap).
 
 `Apoptosis` and `load` do this by themselves; it is for shapes that were changed by other means.

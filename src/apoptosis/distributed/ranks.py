@@ -1,7 +1,7 @@
 """The processes that train one network together, and how they come to one decision.
 
-Lives here: sums, votes and exchanges over all ranks, with one clear error when a rank is gone, fails or disagrees. Does
-not live here: what is summed or decided (observe, planner, operate).
+Holds: sums, votes and exchanges over all ranks, with one clear error when a rank is gone, fails or disagrees.
+Elsewhere: what is summed or decided (observe, planner, operate).
 
 Everything here is collective: all ranks call the same functions in the same order. Alone, each is the identity.
 """

@@ -1,6 +1,6 @@
 """ZeroRedundancyOptimizer: every rank holds the state of its own share of the parameters, in an optimizer inside.
 
-Lives here: where the state is, what is refused, setting up buckets for new shapes. Does not live here: how state
+Holds: where the state is, what is refused, setting up buckets for new shapes. Elsewhere: how state
 follows an edit (optimizers.py), which is the same as for the optimizer inside.
 
 Which rank holds which parameter stays as it was for the full widths: no state travels at an event.

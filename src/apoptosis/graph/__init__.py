@@ -1,6 +1,6 @@
 """A model's structure, measured by sending channel ids through one real forward pass.
 
-Lives here: model in, groups, sites and pins out. Does not live here: statistics, decisions, edits.
+Holds: model in, groups, sites and pins out. Elsewhere: statistics, decisions, edits.
 """
 
 from apoptosis.graph.analysis import analyse, layout_of, replay

@@ -1,6 +1,6 @@
 """analyse(): two captures, one structure.
 
-Lives here: the order of the steps, and the notes. Does not live here: any step.
+Holds: the order of the steps, and the notes. Elsewhere: any step.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from apoptosis.graph.groups.build import build_groups
 from apoptosis.graph.groups.classes import close
 from apoptosis.graph.groups.copies import keep_copied
 from apoptosis.graph.groups.counts import counts
-from apoptosis.graph.groups.extents import same_extent
 from apoptosis.graph.groups.frozen import frozen_names, keep_frozen
 from apoptosis.graph.groups.grids import classify_rectangular, splits
-from apoptosis.graph.groups.shares import same_share
-from apoptosis.graph.groups.unread import pin_unreached
+from apoptosis.graph.groups.ratio_constraints import same_share
+from apoptosis.graph.groups.size_constraints import same_extent
+from apoptosis.graph.groups.unused import pin_unreached
 from apoptosis.graph.trace.carried import Carried, recall
 from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import Slots, named_tensors

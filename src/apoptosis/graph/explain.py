@@ -1,7 +1,7 @@
 """What would unpin: the remedies that belong to reasons.
 
-Lives here: one remedy for every kind of reason, and the recognition of torch's own parametrizations, pruning masks and
-norm hooks. Does not live here: remedies that name numbers of the case, which stand beside their reasons.
+Holds: one remedy for every kind of reason, and the recognition of torch's own parametrizations, pruning masks and
+norm hooks. Elsewhere: remedies that name numbers of the case, which stand beside their reasons.
 """
 
 from __future__ import annotations

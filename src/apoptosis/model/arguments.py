@@ -1,6 +1,6 @@
-"""What a user may pass: checked once, at the door, with one clear line each.
+"""Arguments that users pass, checked before anything else happens, with one clear line each.
 
-Lives here: validation of the arguments of Apoptosis and shrink_. Does not live here: anything that needs a capture.
+Holds: validation of the arguments of Apoptosis and shrink_. Elsewhere: anything that needs a capture.
 """
 
 from __future__ import annotations

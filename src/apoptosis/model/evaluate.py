@@ -1,8 +1,8 @@
 """The network's outputs before and after surgery, compared on probe examples.
 
-Lives here: reading classes off outputs, slicing a probe, running the model on it, comparing outputs. Does not live
-here: what an output holds (outputs), leaving no trace (passes), counting and what follows from it (numerics.bounds),
-who rolls back (engine).
+Holds: reading classes off outputs, slicing a probe, running the model on it, comparing outputs. Elsewhere: what an
+output holds (outputs), leaving no trace (passes), counting and what follows from it (numerics.bounds), who rolls back
+(engine).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a network keeps in attributes from one forward pass to the next: hidden states, membrane potentials, caches.
 
-Lives here: which tensors those are, rows that fit another batch, and cutting removed channels out of them. Does not
-live here: which of their positions are channels (graph), putting back what a pass changed (module_state).
+Holds: which tensors those are, rows that fit another batch, and cutting removed channels out of them.
+Elsewhere: which of their positions are channels (graph), putting back what a pass changed (module_state).
 
 A tensor is known by the way to it. Of a list, entries that were not there at capture are taken for what its others are.
 """

@@ -1,7 +1,7 @@
 """What a forward pass may change beside its outputs, taken down before it and put back after it.
 
-Lives here: attributes of modules and what is reached through them (lists, dicts, sets, deques, plain objects, arrays,
-random generators), tensors written in place, gradients, global random states. Does not live here: running the pass
+Holds: attributes of modules and what is reached through them (lists, dicts, sets, deques, plain objects, arrays,
+random generators), tensors written in place, gradients, global random states. Elsewhere: running the pass
 (passes.py).
 
 Containers are copied shallowly, tensors only once something writes to them. What is put back is put back in place, so

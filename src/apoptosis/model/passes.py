@@ -1,8 +1,8 @@
 """Forward passes that the library runs by itself, and compiled models.
 
-Lives here: the one context in which they run and which leaves no trace on the model, telling such a pass from the
+Holds: the one context in which they run and which leaves no trace on the model, telling such a pass from the
 user's own, keeping it from waiting for other processes, running compiled parts eagerly where they must be watched,
-forgetting what was compiled for other shapes. Does not live here: what a pass is run for (graph, probe, observe), what
+forgetting what was compiled for other shapes. Elsewhere: what a pass is run for (graph, probe, observe), what
 it may change (module_state).
 """
 

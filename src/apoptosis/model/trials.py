@@ -1,7 +1,7 @@
 """Passes at construction, which find out what a model does with its inputs.
 
-Lives here: which dimension counts examples, whether classes can be read off the outputs, whether outputs before and
-after an event can be compared, and the warning where not. Does not live here: running and comparing (probe).
+Holds: which dimension counts examples, whether classes can be read off the outputs, whether outputs before and
+after an event can be compared, and the warning where not. Elsewhere: running and comparing (probe).
 """
 
 from __future__ import annotations

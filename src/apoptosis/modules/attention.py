@@ -1,7 +1,7 @@
 """nn.MultiheadAttention with heads narrower than its own forward pass allows.
 
-Lives here: the class that a narrowed nn.MultiheadAttention becomes, and what an event makes of its attributes. Does not
-live here: attributes of any other module (attributes.py, splits.py), exchanging the class (transaction.py,
+Holds: the class that a narrowed nn.MultiheadAttention becomes, and what an event makes of its attributes.
+Elsewhere: attributes of any other module (attributes.py, splits.py), exchanging the class (transaction.py,
 checkpoint/save_load.py).
 
 torch reads the size of a head off `embed_dim`, which is also the width of what goes in and out, and hands modules of

@@ -1,7 +1,7 @@
 """Normalisations whose channels may go: what is known of the channels that are gone, kept beside those that stay.
 
-Lives here: the classes that nn.LayerNorm and nn.RMSNorm become when channels go, their statistics, and which modules
-can lose channels in which way. Does not live here: finding them in a forward pass (graph), deciding what goes
+Holds: the classes that nn.LayerNorm and nn.RMSNorm become when channels go, their statistics, and which modules
+can lose channels in which way. Elsewhere: finding them in a forward pass (graph), deciding what goes
 (criteria, planner), exchanging classes (surgery).
 
 A norm divides by a statistic over its full width C. Where each channel j that went was x_j = s_j x_k + c_j for one kept

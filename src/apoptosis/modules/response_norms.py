@@ -1,7 +1,7 @@
 """Global response normalisation, whose channels may go: which modules compute it, and what they become.
 
-Lives here: recognising a module that computes it, by its numbers, and the class that knows what is gone. Does not live
-here: norms that divide by a mean square or a variance (norms.py), finding it in a forward pass (graph).
+Holds: recognising a module that computes it, by its numbers, and the class that knows what is gone.
+Elsewhere: norms that divide by a mean square or a variance (norms.py), finding it in a forward pass (graph).
 
 Every channel x_j of an image is scaled by its share of what all channels respond:
 y = gain x g / (mean of g + ε) + bias + x, g_j the root of the sum of squares of x_j over positions. Where each channel

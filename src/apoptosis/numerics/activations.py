@@ -1,7 +1,7 @@
 """Neuron types: for every elementwise activation of torch.nn its formula, Lipschitz constant and symmetry.
 
-Lives here: one table of scalar functions φ with their scalar arguments, named as in torch.nn.functional, arguments in
-the order of the torch.nn constructor, and the check of what a type added to it claims. Does not live here: nn.Module
+Holds: one table of scalar functions φ with their scalar arguments, named as in torch.nn.functional, arguments in
+the order of the torch.nn constructor, and the check of what a type added to it claims. Elsewhere: nn.Module
 classes (the table names them in strings; graph.neurons knows the user's own), merging.
 """
 

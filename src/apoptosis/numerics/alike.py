@@ -1,6 +1,6 @@
 """Whether one weight looks like an average or an old copy of another.
 
-Lives here: their direction. Does not live here: where copies are looked for.
+Holds: their direction. Elsewhere: where copies are looked for.
 """
 
 from __future__ import annotations

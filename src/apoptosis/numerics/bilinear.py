@@ -1,7 +1,7 @@
 """Products of two activations, y = Σ_c l_c r_c in sums that run side by side (heads): what a reduction of l costs.
 
-Lives here: second moments that are summed over pairs, the error of a product, square roots by blocks. Does not live
-here: rows and where they come from, modules.
+Holds: second moments that are summed over pairs, the error of a product, square roots by blocks.
+Elsewhere: rows and where they come from, modules.
 
 Positions come channel by channel: (channels, P), flattened to channels * P, each in one sum. Left and right operands
 are taken at independent positions (any query meets any key), so with e = l - l_hat

@@ -1,6 +1,6 @@
 """How exactly products are taken, and the thread that scipy's BLAS may use.
 
-Lives here: `true_float32`, `one_thread`. Does not live here: factorisations (decompose.py), sums over batches
+Holds: `true_float32`, `one_thread`. Elsewhere: factorisations (decompose.py), sums over batches
 (moments.py).
 """
 

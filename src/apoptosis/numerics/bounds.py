@@ -1,7 +1,7 @@
 """Bounds on what a removal costs: worst case from weights, changed predictions, accuracy with confidence.
 
-Lives here: pure arithmetic on outputs, counts and weights. Does not live here: running a network, deciding anything,
-certificates (verdict, criteria), the account over a run (budget). The theorems named below are proved in
+Holds: pure arithmetic on outputs, counts and weights. Elsewhere: running a network, deciding anything, certificates
+(decide.acceptance, criteria), the sum over a run (decide.error_budget). The theorems named below are proved in
 docs/theory.md.
 """
 
@@ -59,7 +59,7 @@ def required_probe_rows(budget: float, alpha: float) -> int:
     return rows
 
 
-def alpha_for_attempt(attempt: int, alpha: float, *, earlier_verdicts: int = 0) -> float:
+def alpha_for_attempt(attempt: int, alpha: float, *, earlier_results: int = 0) -> float:
     """Return what attempt 1, 2, 3 ... may spend of the error probability: 6 alpha / (π² attempt²).
 
     These sum to alpha over all attempts, so that all limits of a run, rolled back attempts included, hold together
@@ -68,18 +68,18 @@ def alpha_for_attempt(attempt: int, alpha: float, *, earlier_verdicts: int = 0) 
     Args:
         attempt: counts all attempts of a run, from 1.
         alpha: error probability of the whole run.
-        earlier_verdicts: how many earlier attempts were judged on some of the same rows. What is tried now may depend
-            on each of these yes-or-no answers, so that one of 2^earlier_verdicts possible attempts is being judged:
+        earlier_results: how many earlier attempts were tested on some of the same rows. What is tried now may depend
+            on each of these yes-or-no answers, so that one of 2^earlier_results possible attempts is being tested:
             each gets its share.
 
-    Raises: ArgumentError: attempt below 1, verdicts below 0, or alpha not in (0, 1).
+    Raises: ArgumentError: attempt below 1, results below 0, or alpha not in (0, 1).
     """
     if attempt < 1:
         raise ArgumentError(f"alpha_for_attempt: attempts count from 1, not {attempt}.")
-    if earlier_verdicts < 0:
-        raise ArgumentError(f"alpha_for_attempt: {earlier_verdicts} earlier verdicts.")
+    if earlier_results < 0:
+        raise ArgumentError(f"alpha_for_attempt: {earlier_results} earlier results.")
     _check_alpha(alpha)
-    return math.ldexp(6.0 * alpha / (math.pi**2 * attempt**2), -earlier_verdicts)
+    return math.ldexp(6.0 * alpha / (math.pi**2 * attempt**2), -earlier_results)
 
 
 def _check_alpha(alpha: float) -> None:

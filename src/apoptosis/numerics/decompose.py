@@ -1,7 +1,7 @@
 """Which channels to keep, how the kept ones stand in for the rest, and what that costs a consumer.
 
-Lives here: pivoted Cholesky, least-squares mixing, the joint residual and its error curve.
-Does not live here: where the moments come from, tolerances, groups of sites (criteria.py), the fold (surgery).
+Holds: pivoted Cholesky, least-squares mixing, the joint residual and its error curve.
+Elsewhere: where the moments come from, tolerances, groups of sites (criteria.py), the fold (surgery).
 All of it is float64, but for a curve that may be asked for in float32. G is a Gram matrix over channels: the covariance
 where an offset can be folded, else the uncentred second moment.
 """

@@ -1,6 +1,6 @@
 """How steps go on while an accelerator works: nothing is read from it, and what it is given comes from pinned memory.
 
-Lives here: `to_async`, `is_async`, `sample_rows`. Does not live here: which rows are taken (observe).
+Holds: `to_async`, `is_async`, `sample_rows`. Elsewhere: which rows are taken (observe).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reductions that store no more than what stands in for the removed channels.
 
-Lives here: CompactReduction, and how a plain one becomes such. Does not live here: who computes mixes (criteria), who
+Holds: CompactReduction, and how a plain one becomes such. Elsewhere: who computes mixes (criteria), who
 folds them (surgery).
 """
 

@@ -1,6 +1,6 @@
 """Streaming moments: count, mean and Gram matrix of C channels, mergeable across batches, windows and ranks.
 
-Lives here: the arithmetic on rows that somebody else collected. Does not live here: hooks, modules, any decision.
+Holds: the arithmetic on rows that somebody else collected. Elsewhere: hooks, modules, any decision.
 """
 
 from __future__ import annotations

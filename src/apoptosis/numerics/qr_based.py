@@ -1,8 +1,8 @@
 """Which channels to keep and how they stand in for the rest, from a root of the Gram matrix: F with FᵀF = G.
 
-Lives here: the twins of decompose's pivoted Cholesky and least squares that work on rows. They know a remainder to
+Holds: the twins of decompose's pivoted Cholesky and least squares that work on rows. They know a remainder to
 round-off of the rms, where G itself knows it to round-off of the variance: a signal of 1e-8 is lost in G.
-Does not live here: where roots come from (moments.py), what is asked of them (criteria).
+Elsewhere: where roots come from (moments.py), what is asked of them (criteria).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a reduction costs the outputs of a linear map, without writing the residual's second moment out.
 
-Lives here: output_errors. Does not live here: the formula written out (decompose.residual_gram), who asks (criteria).
+Holds: output_errors. Elsewhere: the formula written out (decompose.residual_gram), who asks (criteria).
 """
 
 from __future__ import annotations

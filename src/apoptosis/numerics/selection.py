@@ -1,6 +1,6 @@
 """Forward selection on a consumer's own error, an alternative order to pivoted Cholesky.
 
-Lives here: greedy_order. Does not live here: least squares and curves (decompose.py), tolerances.
+Holds: greedy_order. Elsewhere: least squares and curves (decompose.py), tolerances.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Few rows that stand for many: a sum of rows with random signs, which keeps second moments in the mean.
 
-Lives here: `Sketch` (streaming) and `sketched` (of a matrix at hand). Does not live here: where rows come from.
+Holds: `Sketch` (streaming) and `sketched` (of a matrix at hand). Elsewhere: where rows come from.
 References: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams" (2002), with buckets drawn evenly.
 """
 

@@ -1,6 +1,6 @@
 """A symmetric matrix of which one half is stored: strips of rows, each from its diagonal block on.
 
-Lives here: sums of products into it, and what is read off it without writing the whole of it out. Does not live here:
+Holds: sums of products into it, and what is read off it without writing the whole of it out. Elsewhere:
 what it is the second moment of (moments.py).
 """
 

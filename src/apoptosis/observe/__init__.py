@@ -1,8 +1,6 @@
 """Observation windows: the user's own forward passes become moments at consumer sites."""
 
-from apoptosis.observe.hooks import CHANGED_BY_OTHERS, NOTHING_SEEN
-from apoptosis.observe.unfinished import UNFINISHED
-from apoptosis.observe.watch import (
+from apoptosis.observe.accumulators import (
     MIN_EXAMPLES,
     ROWS_PER_CHANNEL,
     Observation,
@@ -10,6 +8,8 @@ from apoptosis.observe.watch import (
     needs_float64,
     needs_whole_inputs,
 )
+from apoptosis.observe.hooks import CHANGED_BY_OTHERS, NOTHING_SEEN
+from apoptosis.observe.unfinished import UNFINISHED
 from apoptosis.observe.window import Observer
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Looking in front of a dropout module: behind it the covariance carries the noise of its masks.
 
-Lives here: what went into every dropout of a pass, and the same view of it. Does not live here: other hooks
+Holds: what went into every dropout of a pass, and the same view of it. Elsewhere: other hooks
 (window.py), what a known rate means for moments (numerics).
 """
 

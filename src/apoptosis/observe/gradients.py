@@ -1,10 +1,10 @@
 """What the loss makes of a change at the input of a site: its gradients there, taken in backward and kept sketched.
 
-Lives here: hooks on tensors of the user's passes, and the rows of gradients they take. Does not live here: which passes
+Holds: hooks on tensors of the user's passes, and the rows of gradients they take. Elsewhere: which passes
 count and when a window is over (window.py), what the planner makes of the moments.
 
 A change r of what a site reads changes the loss by g · r to first order, g the loss's gradient there (theory, "What the
-loss sees"). Scale is of no account: gradients of scaled losses and of means over batches serve as they are.
+loss sees"). Scale does not matter: gradients of scaled losses and of means over batches serve as they are.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from apoptosis.numerics.devices import is_async, sample_rows
 from apoptosis.numerics.sketch import Sketch
+from apoptosis.observe.accumulators import WHOLE_COLUMNS, Accumulator
 from apoptosis.observe.hooks import is_wrapped
-from apoptosis.observe.watch import WHOLE_COLUMNS, Accumulator
 from apoptosis.records import IntArray, Site
 
 _SURELY = 8  # times the rows that are needed, where nobody knows how many of them are zero

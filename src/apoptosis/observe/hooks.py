@@ -1,7 +1,7 @@
 """The one thing a window puts on the user's modules, and where it finds itself when called.
 
-Lives here: a hook that does not travel with copies; whether a call comes from a backward pass or a transform; what a
-checkpoint can hold; what is told when a window saw nothing of use. Does not live here: what hooks do (window.py).
+Holds: a hook that does not travel with copies; whether a call comes from a backward pass or a transform; what a
+checkpoint can hold; what is told when a window saw nothing of use. Elsewhere: what hooks do (window.py).
 """
 
 from __future__ import annotations

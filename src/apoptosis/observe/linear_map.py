@@ -1,7 +1,7 @@
 """Consumer sites as linear maps: a weight gathered per channel, and the exact response to whole inputs.
 
-Lives here: what turns a Site and its module's weight into matrices, and the response of a site that reads several
-positions of a channel at once (kernels, flattened maps). Does not live here: moments or any choice.
+Holds: what turns a Site and its module's weight into matrices, and the response of a site that reads several
+positions of a channel at once (kernels, flattened maps). Elsewhere: moments or any choice.
 """
 
 from __future__ import annotations

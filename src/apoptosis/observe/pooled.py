@@ -1,7 +1,7 @@
 """What the windows of all ranks saw, as if one rank had seen it all.
 
-Lives here: two sums over all ranks per window, of counts and means first, then of scatter around the common mean, a
-few sites at a time; whole inputs are exchanged. Does not live here: what is watched (window.py), ranks (ranks.py).
+Holds: two sums over all ranks per window, of counts and means first, then of scatter around the common mean, a
+few sites at a time; whole inputs are exchanged. Elsewhere: what is watched (window.py), ranks (ranks.py).
 
 The scatter of all rows is Σ_r [S_r + n_r (m_r - m)(m_r - m)ᵀ], m the mean of all (Chan, Golub, LeVeque): nothing
 cancels, and every rank gets the same bits. Sketches add up: their signs are drawn apart on every rank. Triangles of
@@ -19,7 +19,7 @@ from apoptosis.distributed.ranks import SUM_NUMBERS, Ranks
 from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import Sketch
-from apoptosis.observe.watch import Accumulator, Sample, named_snapshot
+from apoptosis.observe.accumulators import Accumulator, Sample, named_snapshot
 
 
 def share_out(watches: Iterable[Accumulator], ranks: Ranks) -> None:
@@ -90,13 +90,13 @@ def _root(own: Moments, mean: Tensor, ranks: Ranks) -> Tensor | None:
 def _buckets(sizes: Sequence[int]) -> list[list[int]]:
     """Return places of consecutive sizes that add up to SUM_NUMBERS at most; a larger one is alone."""
     buckets: list[list[int]] = []
-    room = 0
+    free = 0
     for place, size in enumerate(sizes):
-        if not buckets or size > room:
+        if not buckets or size > free:
             buckets.append([])
-            room = SUM_NUMBERS
+            free = SUM_NUMBERS
         buckets[-1].append(place)
-        room -= size
+        free -= size
     return buckets
 
 

@@ -1,7 +1,7 @@
 """Whether a training pass still waits for its backward pass: shapes cannot change then.
 
-Lives here: marks on the graph of the user's last training pass, and what tells that backward has come by. Does not live
-here: which passes count (window.py), what follows (engine).
+Holds: marks on the graph of the user's last training pass, and what tells that backward has come by.
+Elsewhere: which passes count (window.py), what follows (engine).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hooks that exist only during a window and turn the user's own forward passes into moments at consumer sites.
 
-Lives here: which forward passes count, when a window has seen enough. Does not live here: which rows are taken
-(watch.py), sites that no hook can see (replayed.py), what is done with the moments (planner), when a window opens
+Holds: which forward passes count, when a window has seen enough. Elsewhere: which rows are taken
+(accumulators.py), sites that no hook can see (replay.py), what is done with the moments (planner), when a window opens
 (policy). Nothing here changes a tensor of the user's, draws from a global generator or raises inside the user's
 forward pass.
 """
@@ -22,13 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.interrupts import uninterrupted
 from apoptosis.model.passes import Eager
-from apoptosis.observe.dropouts import DROPOUTS, Dropped
-from apoptosis.observe.gradients import Gradients
-from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped, take_off
-from apoptosis.observe.pooled import pool, share_out
-from apoptosis.observe.replayed import Replay, Replayed
-from apoptosis.observe.unfinished import Unfinished
-from apoptosis.observe.watch import (
+from apoptosis.observe.accumulators import (
     LEAST_SHARE,
     MIN_EXAMPLES,
     WHOLE_COLUMNS,
@@ -38,6 +32,12 @@ from apoptosis.observe.watch import (
     named_snapshot,
     needs_whole_inputs,
 )
+from apoptosis.observe.dropouts import DROPOUTS, Dropped
+from apoptosis.observe.gradients import Gradients
+from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped, take_off
+from apoptosis.observe.pooled import pool, share_out
+from apoptosis.observe.replay import Replay, Replayed
+from apoptosis.observe.unfinished import Unfinished
 from apoptosis.records import Group, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up

@@ -1,6 +1,6 @@
 """What a forward pass costs once groups have other widths.
 
-Lives here: multiply-adds of contractions along edited axes. Does not live here: what they cost now (graph).
+Holds: multiply-adds of contractions along edited axes. Elsewhere: what they cost now (graph).
 """
 
 from __future__ import annotations

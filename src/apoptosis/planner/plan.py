@@ -1,7 +1,7 @@
 """Moments become a plan with certificates; nothing of the user's is touched.
 
-Lives here: how the tolerance of a site is shared out, and how one event's proposals become a plan. Does not live here:
-how a criterion sees a group (views.py), which groups exclude one another (entangled.py) or go along (alike.py), what
+Holds: how the tolerance of a site is shared out, and how one event's proposals become a plan. Elsewhere:
+how a criterion sees a group (views.py), which groups exclude one another (conflicts.py) or go along (tied.py), what
 widths cost (costs.py), when an event happens (policy), the surgery.
 """
 
@@ -20,11 +20,11 @@ from apoptosis.distributed.fsdp import summon_full_params
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import Observation
-from apoptosis.planner.alike import alike, missing, own_share, share_of_row, steps
+from apoptosis.planner.assignment import owners
+from apoptosis.planner.conflicts import compatible_sets, entangled, most_readers
 from apoptosis.planner.costs import macs_after
-from apoptosis.planner.entangled import compatible_sets, entangled, most_readers
-from apoptosis.planner.owners import owners
 from apoptosis.planner.reasons import Why, missed_tolerance, too_few_rows, unseen, used_up
+from apoptosis.planner.tied import alike, missing, own_share, share_of_row, steps
 from apoptosis.planner.views import GroupData, Observations, dropped, make_view, worst_case
 from apoptosis.records import Certificate, Group, Reduction, Structure
 
@@ -308,7 +308,7 @@ class _ProposalBuilder:
     def _settle(self, groups: Sequence[Group]) -> None:
         """Book every bound on what chosen groups' reductions do, and let go of what was shown of all.
 
-        Of outputs that a BatchNorm reads it is also booked what their variance loses.
+        Of outputs that a BatchNorm reads the loss of variance is noted, too.
         """
         for group in groups:
             shown = self._show(group)

@@ -1,6 +1,6 @@
 """How a product of two activations (queries times keys) is shown to a criterion.
 
-Lives here: the site view of a product, what its errors relate to. Does not live here: the second moments' arithmetic
+Holds: the site view of a product, what its errors relate to. Elsewhere: the second moments' arithmetic
 (numerics.pairs), sites with a weight of their own (views.py).
 """
 

@@ -1,6 +1,6 @@
 """Why a plan leaves a group as it is: a cause that code can ask for, and a line that a user can act on.
 
-Lives here: causes and their wording. Does not live here: the decision (plan.py), why channels are pinned (graph).
+Holds: causes and their wording. Elsewhere: the decision (plan.py), why channels are pinned (graph).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from apoptosis.criteria import GroupView
-from apoptosis.criteria.demands import step_between
+from apoptosis.criteria.constraints import step_between
 from apoptosis.records import Group, Site
 
 Cause = Literal["rows", "unseen", "waiting", "tolerance", "align", "shared", "limit", "another", "tied", "criterion"]

@@ -1,6 +1,6 @@
 """A model run on batches that are there, in place of those that training brings.
 
-Lives here: which modes it is run in, and when enough of them were read. Does not live here: hooks and rows (observe),
+Holds: which modes it is run in, and when enough of them were read. Elsewhere: hooks and rows (observe),
 whose batches these are (oneshot, attempt).
 """
 

@@ -1,6 +1,6 @@
 """How a group with its statistics is shown to a criterion, and what a proposal means for its sites.
 
-Lives here: views, the scale that errors of a shared site relate to, worst cases, dropped variances. Does not live here:
+Holds: views, the scale that errors of a shared site relate to, worst cases, dropped variances. Elsewhere:
 how many channels go (plan.py), what a criterion does (criteria).
 """
 

@@ -1,6 +1,6 @@
 """The frozen records that travel the one-way path; they hold names, numbers and tensors, never live modules.
 
-Lives here: data without behaviour (a few derived properties at most). Does not live here: anything that computes.
+Holds: data without behaviour (a few derived properties at most). Elsewhere: anything that computes.
 Names of parameters, buffers and modules are qualified names in the user's model; a tied tensor goes by its first name.
 """
 

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all.
 
-Lives here: putting a new file in the place of an old one, which kinds of file are taken, and what killed writers have
-left. Does not live here: what is in the files.
+Holds: putting a new file in the place of an old one, which kinds of file are taken, and what killed writers have
+left. Elsewhere: what is in the files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """JSON from files that may be damaged or forged, read with one kind of error.
 
-Lives here: parsing within limits. Does not live here: what the values have to be.
+Holds: parsing within limits. Elsewhere: what the values have to be.
 """
 
 from __future__ import annotations

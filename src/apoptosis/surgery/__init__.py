@@ -1,4 +1,4 @@
-"""Surgery: the only room that changes the user's objects."""
+"""Edits of model and optimizers as one transaction; the only package that changes the user's objects."""
 
 from apoptosis.surgery.attributes import check_registered, register_attributes
 from apoptosis.surgery.averaged_models import as_follower, warn_of_averages

@@ -1,6 +1,6 @@
 """The table of plain module attributes that must stay true to the tensors' shapes, and its extension by the user.
 
-Lives here: one literal table, `register_attributes`, and what both say of one module. Does not live here: numbers that
+Holds: one literal table, `register_attributes`, and what both say of one module. Elsewhere: numbers that
 a forward pass splits channels by (splits.py), nn.MultiheadAttention (attention.py), any writing (transaction.py).
 """
 

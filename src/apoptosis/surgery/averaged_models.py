@@ -1,7 +1,7 @@
 """Averages of a model that are kept as bare tensors: a dict by name, a list in the order of the parameters.
 
-Lives here: reading them off what a user hands over, showing them as modules, which surgery edits, and averages that
-nobody handed over. Does not live here: the edits.
+Holds: reading them off what a user hands over, showing them as modules, which surgery edits, and averages that
+nobody handed over. Elsewhere: the edits.
 """
 
 from __future__ import annotations

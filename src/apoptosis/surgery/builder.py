@@ -1,6 +1,6 @@
 """What an event does to one tensor, while it is being gathered group by group.
 
-Lives here: the draft of an edit, checks that the parts of it agree, and the finished edit. Does not live here: which
+Holds: the draft of an edit, checks that the parts of it agree, and the finished edit. Elsewhere: which
 parts a reduction has (build.py, products.py).
 """
 

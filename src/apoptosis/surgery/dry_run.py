@@ -1,7 +1,7 @@
 """What an optimizer of another library does is tried on a copy before anything depends on it.
 
-Lives here: the check of optimizers before anything changes, and dry runs: a copy with a few small synthetic parameters
-makes some steps, loses channels, and makes some more. Does not live here: the rules (optimizers.py).
+Holds: the check of optimizers before anything changes, and dry runs: a copy with a few small synthetic parameters
+makes some steps, loses channels, and makes some more. Elsewhere: the rules (optimizers.py).
 
 Classes of torch.optim have their table and are not tried. The user's optimizer, its state, its parameters and all
 random generators are untouched.

@@ -1,6 +1,6 @@
 """Optimizers inside of optimizers: Lookahead, SAM, accelerate's and others wrap one that makes the step.
 
-Lives here: which optimizers an optimizer is made of, and what it keeps where no edit reaches it. Does not live here:
+Holds: which optimizers an optimizer is made of, and what it keeps where no edit reaches it. Elsewhere:
 how state follows an edit (optimizers.py), trying that on a copy (dry_run.py).
 """
 

@@ -1,7 +1,7 @@
 """What an event does to the norms that read the channels it takes.
 
-Lives here: the scale of a weight that follows the width, the edits of norms, and what they make of a module's
-attributes, its class included. Does not live here: the classes (apoptosis.modules.norms), the rows of weight and bias,
+Holds: the scale of a weight that follows the width, the edits of norms, and what they make of a module's
+attributes, its class included. Elsewhere: the classes (apoptosis.modules.norms), the rows of weight and bias,
 which are members of the group (build.py).
 """
 

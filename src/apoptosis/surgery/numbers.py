@@ -1,6 +1,6 @@
 """Plain numbers of modules that were found to be widths: what an event makes of them, and their way into a checkpoint.
 
-Lives here: reading and writing them, whatever they are called. Does not live here: finding them (rehearsal), the
+Holds: reading and writing them, whatever they are called. Elsewhere: finding them (rehearsal), the
 attributes of known types and names (attributes.py, splits.py).
 """
 

@@ -1,7 +1,7 @@
 """One surgery as a transaction: edit, capture again, follow the ids, measure on the probe, commit or roll back.
 
-Lives here: the order of these steps and what ends in a rollback. Does not live here: what to remove (planner), how a
-tensor is edited (surgery), what a change may cost (the caller's judge).
+Holds: the order of these steps and what ends in a rollback. Elsewhere: what to remove (planner), how a
+tensor is edited (surgery), what a change may cost (the caller's `accept`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the gro
 _RESIZED = "outputs whose size varies"  # no fault: they are compared in training mode instead
 _SHOWN_PINS = 3  # of a network that cannot shrink at all
 _LONG_CAPTURE = 0.5  # seconds; a longer one is not repeated just to be timed
-Judge = Callable[[Change], str]  # why the change is refused, "" when it is granted
+Accept = Callable[[Change], str]  # why the change is refused, "" when it is accepted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,12 +196,12 @@ def apply_reductions(
     reductions: Sequence[Reduction],
     dropped_variance: Mapping[str, Tensor],
     probe: Probe | None,
-    judge: Judge,
+    accept: Accept,
 ) -> Outcome:
     """Carry out reductions in place, or leave everything bitwise as it was.
 
     A group whose edit breaks the forward pass or changes which channel a column reads is rolled back and pinned, and
-    the others are tried again without it. A change the judge refuses rolls everything back.
+    the others are tried again without it. A change that `accept` refuses rolls everything back.
     """
     pins: dict[str, Pin] = {}
     todo, ranks = list(reductions), target.ranks
@@ -210,7 +210,7 @@ def apply_reductions(
         before = None if probe is None else _outputs_before(target, probe)
         old_numbers = True  # the training loop may have set a temperature, say, since they were captured
         while todo:
-            outcome, fault = _attempt(target, structure, todo, dropped_variance, probe, before, judge, old_numbers)
+            outcome, fault = _attempt(target, structure, todo, dropped_variance, probe, before, accept, old_numbers)
             if outcome is not None:
                 break
             if probe is not None and fault == _RESIZED:
@@ -257,7 +257,7 @@ def _attempt(
     dropped_variance: Mapping[str, Tensor],
     probe: Probe | None,
     before: _Before | None,
-    judge: Judge,
+    accept: Accept,
     old_numbers: bool,
 ) -> tuple[Outcome | None, str]:
     """One try with all of `reductions`: an outcome, or None and what went wrong with the structure.
@@ -267,7 +267,7 @@ def _attempt(
     """
     transaction = Transaction(target.model, target.optimizers, target.followers)
     with restoring(transaction.close):
-        tried = _tried(transaction, target, structure, reductions, dropped_variance, probe, before, judge, old_numbers)
+        tried = _tried(transaction, target, structure, reductions, dropped_variance, probe, before, accept, old_numbers)
     if tried[0] is not None and tried[0].committed:
         set_up_again(target)
         forget_compiled()
@@ -282,7 +282,7 @@ def _tried(
     dropped_variance: Mapping[str, Tensor],
     probe: Probe | None,
     before: _Before | None,
-    judge: Judge,
+    accept: Accept,
     old_numbers: bool,
 ) -> tuple[Outcome | None, str]:
     fault, again, after, short = "", False, None, None
@@ -307,7 +307,7 @@ def _tried(
             if (change.resized or not change.mode) and not before.asked:
                 transaction.rollback()
                 return None, _RESIZED
-            refused = judge(change)
+            refused = accept(change)
             if refused:
                 transaction.rollback()
                 return Outcome(committed=False, structure=structure, change=change, refused=refused), ""

@@ -1,7 +1,7 @@
 """The same edits on optimizer state: which rule each state tensor follows.
 
-Lives here: one table of rules per optimizer class, rules by shape for classes that are not in it, and the new state
-values. Does not live here: writing them (transaction.py), saving them (checkpoint/save_load.py), the check before
+Holds: one table of rules per optimizer class, rules by shape for classes that are not in it, and the new state
+values. Elsewhere: writing them (transaction.py), saving them (checkpoint/save_load.py), the check before
 anything changes and what is learnt of a class by trying it (dry_run.py).
 """
 

@@ -1,6 +1,6 @@
 """What an event does at a product of activations: queries times keys, pair by pair.
 
-Lives here: the fold into the right operand's producer, the scale of the left one's. Does not live here: the rows that
+Holds: the fold into the right operand's producer, the scale of the left one's. Elsewhere: the rows that
 both lose, which are members of the group (build.py).
 """
 

@@ -1,7 +1,7 @@
 """Trying, before anything is removed, whether the model runs with fewer channels, and which of its numbers follow.
 
-Lives here: forward passes at smaller widths, the search for the numbers of modules that hold widths, pins for groups
-whose widths the model does not give up. Does not live here: what the numbers become in an event (surgery), numbers of
+Holds: forward passes at smaller widths, the search for the numbers of modules that hold widths, pins for groups
+whose widths the model does not give up. Elsewhere: what the numbers become in an event (surgery), numbers of
 known names (surgery/splits.py).
 
 A size in a forward pass that is no size of a tensor (`x.split((self.c, self.c), 1)`, `x.view(-1, 512)`) breaks it once
@@ -26,7 +26,7 @@ from apoptosis.errors import CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import verify_up_to_scale
 from apoptosis.graph.groups.counts import groups_of, with_follows
 from apoptosis.interrupts import restoring
-from apoptosis.planner.alike import alike, missing, steps
+from apoptosis.planner.tied import alike, missing, steps
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
 from apoptosis.surgery.numbers import number_of, value_of

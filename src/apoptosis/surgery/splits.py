@@ -1,6 +1,6 @@
 """Numbers that a module's forward pass splits channels by: how they change, and the plain attributes that hold them.
 
-Lives here: the vocabulary of attribute names, and what an event makes of `Structure.splits`. Does not live here:
+Holds: the vocabulary of attribute names, and what an event makes of `Structure.splits`. Elsewhere:
 attributes that follow a tensor's dim (attributes.py), noticing splits (graph), any writing (transaction.py).
 """
 

@@ -1,7 +1,7 @@
 """The transaction: edits reach model, optimizers and followers together, or not at all.
 
-Lives here: computing all new values first, exchanging them under every tensor's identity, commit and rollback.
-Does not live here: the values themselves (values.py, optimizers.py), measuring what a surgery did, and its budget.
+Holds: computing all new values first, exchanging them under every tensor's identity, commit and rollback.
+Elsewhere: the values themselves (values.py, optimizers.py), measuring what a surgery did, and its budget.
 """
 
 from __future__ import annotations

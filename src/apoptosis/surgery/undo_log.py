@@ -1,7 +1,7 @@
 """A journal of changes to the user's objects that can be undone bitwise.
 
-Lives here: the exchange of a tensor's content under its identity, attribute and dictionary writes, and their undoing.
-Does not live here: what to write (values.py, optimizers.py, checkpoint/save_load.py).
+Holds: the exchange of a tensor's content under its identity, attribute and dictionary writes, and their undoing.
+Elsewhere: what to write (values.py, optimizers.py, checkpoint/save_load.py).
 """
 
 from __future__ import annotations

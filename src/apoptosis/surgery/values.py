@@ -1,6 +1,6 @@
 """What an edit makes of a tensor, of a second moment and of a first moment: pure functions of tensors.
 
-Lives here: `apply_edit`, `slice_like`, `merge_like`. Does not live here: how edits come about (build.py), where the
+Holds: `apply_edit`, `slice_like`, `merge_like`. Elsewhere: how edits come about (build.py), where the
 values go (transaction.py) and which rule an optimizer's state follows (optimizers.py).
 """
 

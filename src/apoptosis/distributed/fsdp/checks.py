@@ -1,6 +1,6 @@
 """Which sharded models apoptosis works on; the others are refused by name before anything has changed.
 
-Lives here: the checks, and the processes that shard a model. Does not live here: wrappers (unwrap).
+Holds: the checks, and the processes that shard a model. Elsewhere: wrappers (unwrap).
 """
 
 from __future__ import annotations

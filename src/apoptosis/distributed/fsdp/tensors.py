@@ -1,7 +1,7 @@
 """What a sharded tensor (DTensor) is in full and back.
 
-Lives here: gathering one tensor, spreading it as another one is spread, exchanging its content under its identity. Does
-not live here: which tensors are gathered when (units.py).
+Holds: gathering one tensor, spreading it as another one is spread, exchanging its content under its identity.
+Elsewhere: which tensors are gathered when (units.py).
 
 Gathering is collective: all ranks call it in the same order.
 """

@@ -1,7 +1,7 @@
-"""Parameters that fully_shard has spread over processes: lent in full one unit at a time, and set up for new shapes.
+"""Parameters that fully_shard has spread over processes, gathered one unit at a time and set up for new shapes.
 
-Lives here: passes of the library's own over a sharded model, parameters lent by name, fully_shard's own records for new
-shapes. Does not live here: one tensor (tensors.py), what is refused (checks.py), what is cut (surgery).
+Holds: passes of the library's own over a sharded model, parameters gathered by name, fully_shard's own records for new
+shapes. Elsewhere: one tensor (tensors.py), what is refused (checks.py), what is cut (surgery).
 
 A unit is what one call of fully_shard wrapped. Everything here is collective: all ranks call it in the same order.
 """

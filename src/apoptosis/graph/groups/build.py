@@ -1,6 +1,6 @@
 """From ties and pins to coupled channel groups and consumer sites.
 
-Lives here: channels with the same signature as groups, members, neurons, names. Does not live here: how they were
+Holds: channels with the same signature as groups, members, neurons, names. Elsewhere: how they were
 found, which channels are one (classes.py), sites (consumers.py).
 """
 
@@ -16,7 +16,7 @@ from apoptosis.graph.groups.classes import Classes, all_axes, numbered
 from apoptosis.graph.groups.consumers import per_forward, product_sites, products_of, site_of
 from apoptosis.graph.groups.heads import HeadDraft, head_drafts
 from apoptosis.graph.groups.norms import norm_sites
-from apoptosis.graph.groups.through import through
+from apoptosis.graph.groups.output_paths import through
 from apoptosis.graph.trace.findings import Consumer, Reason, TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import Group, IntArray, Member, Neuron, Pin, Site

@@ -1,7 +1,7 @@
 """Channels: sets of slots that are removed together, and which of them are alike.
 
-Lives here: the union of ties, the first pin of every channel, what only the whole picture pins, and the number of the
-group that every channel belongs to. Does not live here: what a group consists of (groups/build.py).
+Holds: the union of ties, the first pin of every channel, what only the whole picture pins, and the number of the
+group that every channel belongs to. Elsewhere: what a group consists of (groups/build.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Consumer sites: what the contractions that were found become.
 
-Lives here: sites of weights and of products of activations. Does not live here: which channels are one (classes.py).
+Holds: sites of weights and of products of activations. Elsewhere: which channels are one (classes.py).
 """
 
 from __future__ import annotations

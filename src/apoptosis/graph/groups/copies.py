@@ -1,6 +1,6 @@
 """Copies of trained weights that the model itself holds: averages, momentum encoders, old weights of a penalty.
 
-Lives here: recognising them by shape and direction, and pinning what they are copies of. Does not live here: copies
+Holds: recognising them by shape and direction, and pinning what they are copies of. Elsewhere: copies
 outside of the model, of which nothing can be seen.
 """
 

@@ -1,7 +1,7 @@
 """Numbers of places along axes of channels that operators are given, and plain numbers of modules that hold them.
 
-Lives here: noticing such numbers (sizes of views, ends of slices, sizes of parts), what they become when channels go,
-and which groups one number of a module is the width of. Does not live here: which numbers of a module follow
+Holds: noticing such numbers (sizes of views, ends of slices, sizes of parts), what they become when channels go,
+and which groups one number of a module is the width of. Elsewhere: which numbers of a module follow
 (rehearsal), writing them (surgery).
 
 An operator is handed an int, which may come from a shape, from an attribute or from a literal; a pass does not show

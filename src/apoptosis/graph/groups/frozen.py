@@ -1,6 +1,6 @@
 """Parameters that require no gradient while others do: what is trained beside them reads them in the shape they have.
 
-Lives here: which ones stay, by pins. Does not live here: what else pins (rules, unread.py, copies.py).
+Holds: which ones stay, by pins. Elsewhere: what else pins (rules, groups/unused.py, copies.py).
 
 A network of which nothing requires a gradient is simply a trained one, and nothing of it is frozen.
 """

@@ -1,7 +1,7 @@
 """What has to stay rectangular: axes of channels that the model splits into rows, or cuts into parts, of equal length.
 
-Lives here: noticing such splits, and what follows from them once channels are known: equally many per row where one
-group fills the rows, else rows that shrink alike. Does not live here: the ids themselves (values.py,
+Holds: noticing such splits, and what follows from them once channels are known: equally many per row where one
+group fills the rows, else rows that shrink alike. Elsewhere: the ids themselves (values.py,
 rules/movement.py).
 """
 
@@ -30,8 +30,8 @@ def classify_rectangular(findings: TraceResult) -> tuple[Classes, dict[int, IntA
         sizes = np.bincount(group[group >= 0]) if bool((group >= 0).any()) else np.zeros(0, dtype=np.int64)
         rows: dict[int, IntArray] = {}
         hard = hard_pins(findings, classes)
-        verdicts = [_rectangular(findings, grid, classes, (group, sizes, hard), rows) for grid in findings.grids]
-        if all(verdicts):
+        results = [_rectangular(findings, grid, classes, (group, sizes, hard), rows) for grid in findings.grids]
+        if all(results):
             return classes, rows
 
 

@@ -1,6 +1,6 @@
 """Whole heads as channels of their own, coarser than the channels inside them.
 
-Lives here: which positions of which tensors go with every head. Does not live here: groups and sites (groups/build.py).
+Holds: which positions of which tensors go with every head. Elsewhere: groups and sites (groups/build.py).
 """
 
 from __future__ import annotations

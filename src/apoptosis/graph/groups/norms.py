@@ -1,7 +1,7 @@
 """Norms over channels as consumer sites: what a forward pass shows of them, and the sites that they become.
 
-Lives here: modules that are followed as one norm, whatever operators they run, where channels under norms may go. Does
-not live here: which modules these are and what becomes of them (apoptosis.modules.norms), the rules of the operators
+Holds: modules that are followed as one norm, whatever operators they run, where channels under norms may go.
+Elsewhere: which modules these are and what becomes of them (apoptosis.modules.norms), the rules of the operators
 that norms are else made of (rules/normalization.py, rules/reduction.py).
 """
 

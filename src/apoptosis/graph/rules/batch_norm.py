@@ -1,6 +1,6 @@
 """Batch normalisation: statistics per channel, and whether it belongs to the producer or the consumer before it.
 
-Lives here: one rule. Does not live here: norms that mix channels (rules/normalization.py).
+Holds: one rule. Elsewhere: norms that mix channels (rules/normalization.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from apoptosis.graph.rules.broadcast import tie_broadcast
-from apoptosis.graph.rules.making import normalised_copy
+from apoptosis.graph.rules.computed_weights import normalised_copy
 from apoptosis.graph.rules.normalization import parameter_operand, whole_channels
 from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Path, Paths, Value, varying

@@ -1,6 +1,6 @@
 """What happens where the elements of several tensors meet one another.
 
-Lives here: the one procedure behind all elementwise operators, biases and masks. Does not live here: which operator
+Holds: the one procedure behind all elementwise operators, biases and masks. Elsewhere: which operator
 is elementwise (rules/table.py).
 """
 

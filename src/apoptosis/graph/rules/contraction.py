@@ -1,6 +1,6 @@
 """Contractions: the few operators with rules of their own.
 
-Lives here: matrix products with a parameter (consumer sites and producers). Does not live here: convolutions
+Holds: matrix products with a parameter (consumer sites and producers). Elsewhere: convolutions
 (rules/convolution.py), products of activations with one another (rules/product.py), batch normalisation
 (rules/batch_norm.py).
 """
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.explain import layer_of
 from apoptosis.graph.rules.broadcast import tie_broadcast
-from apoptosis.graph.rules.making import normal_of
+from apoptosis.graph.rules.computed_weights import normal_of
 from apoptosis.graph.rules.matrices import Matrix, as_matrix, as_stack
 from apoptosis.graph.rules.product import lone_pair, multiply
 from apoptosis.graph.trace.findings import Consumer, site_key

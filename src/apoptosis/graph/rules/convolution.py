@@ -1,6 +1,6 @@
 """Convolutions: of layers, and called as functions on any parameter.
 
-Lives here: full, grouped, depthwise and transposed convolutions as consumer sites and producers. Does not live here:
+Holds: full, grouped, depthwise and transposed convolutions as consumer sites and producers. Elsewhere:
 what contractions have in common (rules/contraction.py), weights that are computed first (rules/normalization.py).
 
 A stock layer's input is seen by a hook, and so is that of any module whose forward convolves its first argument, padded
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvNd
 
+from apoptosis.graph.rules.computed_weights import normal_of
 from apoptosis.graph.rules.contraction import biased, consume, factors_of, register, site_bias
-from apoptosis.graph.rules.making import normal_of
 from apoptosis.graph.rules.matrices import Matrix, as_kernel
 from apoptosis.graph.trace.findings import Consumer, site_key
 from apoptosis.graph.trace.ids import View

@@ -1,7 +1,7 @@
 """Grouped matrix products: rows of one operand, each with its own matrix of a stack of experts.
 
-Lives here: the operator that mixtures of experts come down to, and matrices picked from a stack for every token.
-Does not live here: an expert at a time, or all of them at once, which is a product with one slice or all of the stack
+Holds: the operator that mixtures of experts come down to, and matrices picked from a stack for every token.
+Elsewhere: an expert at a time, or all of them at once, which is a product with one slice or all of the stack
 (rules/contraction.py); the router, whose channels pin.
 """
 

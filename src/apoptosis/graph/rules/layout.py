@@ -1,7 +1,7 @@
 """Operators that lay elements out anew: windows, strides, diagonals, complex numbers.
 
-Lives here: movements of which the channels of one element have to agree, and those along fixed positions.
-Does not live here: plain movements (rules/movement.py).
+Holds: movements of which the channels of one element have to agree, and those along fixed positions.
+Elsewhere: plain movements (rules/movement.py).
 """
 
 from __future__ import annotations

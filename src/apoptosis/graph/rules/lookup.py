@@ -1,8 +1,8 @@
 """Operators that look things up or put them somewhere by position: embeddings, gather, scatter, indexing.
 
-Lives here: what reads or writes along an axis by numbers held in a tensor. Channels beside that axis pass and tie;
+Holds: what reads or writes along an axis by numbers held in a tensor. Channels beside that axis pass and tie;
 channels along it are executed where the numbers are literal (indexing), and pinned where they are data.
-Does not live here: movements without such numbers (rules/movement.py).
+Elsewhere: movements without such numbers (rules/movement.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A parameter as the matrix of a contraction.
 
-Lives here: which axes of the parameter are contracted and put out, and their slots. Does not live here: what a
+Holds: which axes of the parameter are contracted and put out, and their slots. Elsewhere: what a
 contraction does to channels (rules/contraction.py).
 """
 

@@ -1,6 +1,6 @@
 """Operators that only move data: executed on the ids.
 
-Lives here: one short function per family of movement. Does not live here: arithmetic.
+Holds: one short function per family of movement. Elsewhere: arithmetic.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Modules that are followed as one norm, whatever operators they run, where channels under norms may go.
 
-Lives here: what a forward pass shows of them. Does not live here: which modules these are and what becomes of them
+Holds: what a forward pass shows of them. Elsewhere: which modules these are and what becomes of them
 (modules.norms), the sites that they become (groups.norms), the rules of the operators that other norms are made of.
 """
 

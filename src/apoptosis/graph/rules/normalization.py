@@ -1,7 +1,7 @@
 """Normalisations of activations and of weights, and parameters that are computed with before they are used.
 
-Lives here: group, layer and RMS normalisation, weight normalisation, `parameter_operand` (a parameter as an operand
-along one of its axes) and the remedies for parametrized weights. Does not live here: batch normalisation
+Holds: group, layer and RMS normalisation, weight normalisation, `parameter_operand` (a parameter as an operand
+along one of its axes) and the remedies for parametrized weights. Elsewhere: batch normalisation
 (rules/contraction.py); norms that the model writes out by hand are reductions (rules/reduction.py).
 
 A norm is harmless where every set of elements that shares its statistics belongs to one channel; else removing a
@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.explain import ROWS_REMEDY, layer_of, opt_in, parametrized
 from apoptosis.graph.rules.broadcast import tie_broadcast
-from apoptosis.graph.rules.making import normalised_copy
+from apoptosis.graph.rules.computed_weights import normalised_copy
 from apoptosis.graph.rules.notes import note_grid
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.tracer import Call, Result, Rule, Tracer

@@ -1,6 +1,6 @@
 """What operators show about the layout of channels: counts of places, and axes that are split into rows or parts.
 
-Lives here: taking such numbers and grids down while a pass runs. Does not live here: what follows from them once
+Holds: taking such numbers and grids down while a pass runs. Elsewhere: what follows from them once
 channels are known (groups.counts, groups.grids).
 """
 

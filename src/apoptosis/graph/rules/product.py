@@ -1,7 +1,7 @@
 """Products of activations with one another: queries times keys, probabilities times values, a graph's adjacency.
 
-Lives here: channels multiplied and summed in pairs (which tie), sums over positions (which channels pass), and
-scaled-dot-product attention as the two in a row. Does not live here: contractions with a parameter
+Holds: channels multiplied and summed in pairs (which tie), sums over positions (which channels pass), and
+scaled-dot-product attention as the two in a row. Elsewhere: contractions with a parameter
 (rules/contraction.py).
 
 Scores have no channels, but where every head of a query has its own, the scores carry one fresh id per head: whatever

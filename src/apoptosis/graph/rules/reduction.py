@@ -1,6 +1,6 @@
 """Operators that reduce, order, transform or pool along some axes.
 
-Lives here: what lets channels through while the axes it works along carry none, and pins them else. Does not live here:
+Holds: what lets channels through while the axes it works along carry none, and pins them else. Elsewhere:
 normalisations that torch knows as one operator (rules/normalization.py), contractions.
 """
 

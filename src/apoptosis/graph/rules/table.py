@@ -1,6 +1,6 @@
 """The registry of operators that have a rule, and the rules of elementwise operators and fills.
 
-Lives here: what ties channels that meet element by element. Does not live here: data movement (rules/movement.py,
+Holds: what ties channels that meet element by element. Elsewhere: data movement (rules/movement.py,
 rules/layout.py), lookups (rules/lookup.py), reductions (rules/reduction.py), normalisations (rules/normalization.py),
 contractions (rules/contraction.py, rules/convolution.py, rules/product.py, rules/experts.py). What is not in the
 registry pins whatever reaches it.
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from apoptosis.errors import ArgumentError
 from apoptosis.graph.rules.batch_norm import BATCH_NORMS
 from apoptosis.graph.rules.broadcast import tie_broadcast
+from apoptosis.graph.rules.computed_weights import gains_of, scaled_copy, scaled_in_place
 from apoptosis.graph.rules.contraction import CONTRACTIONS
 from apoptosis.graph.rules.convolution import CONVOLUTIONS
 from apoptosis.graph.rules.experts import EXPERTS
 from apoptosis.graph.rules.layout import LAYOUTS
 from apoptosis.graph.rules.lookup import LOOKUPS
-from apoptosis.graph.rules.making import gains_of, scaled_copy, scaled_in_place
 from apoptosis.graph.rules.movement import MOVES
 from apoptosis.graph.rules.normalization import NORMS, held_together, parameter_operand
 from apoptosis.graph.rules.product import PRODUCTS

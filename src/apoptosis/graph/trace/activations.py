@@ -1,7 +1,7 @@
 """Modules that are one neuron type though they are computed by several operators: Softsign, Tanhshrink, the user's own.
 
-Lives here: module type -> neuron type, and what the passing of such a module means for the steps of a Value. Does not
-live here: the neuron types (numerics.activations), activations that are one operator (rules/table.py).
+Holds: module type -> neuron type, and what the passing of such a module means for the steps of a Value.
+Elsewhere: the neuron types (numerics.activations), activations that are one operator (rules/table.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Channels that cross from one forward pass to the next in attributes of the model.
 
-Lives here: what tensors in attributes are known to carry when a pass begins, what they carry when it ends, and whether
-another round of captures is needed to know both. Does not live here: the tensors themselves (kept), operators.
+Holds: what tensors in attributes are known to carry when a pass begins, what they carry when it ends, and whether
+another round of captures is needed to know both. Elsewhere: the tensors themselves (kept), operators.
 
 A round is one capture in each mode. In the first, what a model keeps is a constant. In every further one the model has
 run once more before the pass that is followed, so that this finds what passes leave, and what they leave is known from

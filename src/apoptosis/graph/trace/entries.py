@@ -1,7 +1,7 @@
 """What a running module was called with, and what it pads before an operator reads it.
 
-Lives here: whether an operator reads the very input of its module, so that a hook on the module sees what it reads.
-Does not live here: operators.
+Holds: whether an operator reads the very input of its module, so that a hook on the module sees what it reads.
+Elsewhere: operators.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What to tell a user whose model fails while it is captured: where, at which operator, and the way out.
 
-Lives here: reading a traceback, hints for common errors. Does not live here: running the model (capture.py).
+Holds: reading a traceback, hints for common errors. Elsewhere: running the model (capture.py).
 """
 
 from __future__ import annotations

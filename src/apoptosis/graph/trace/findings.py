@@ -1,6 +1,6 @@
 """What the captures of a model add up to, before channels are counted: ties, pins, roles and reads.
 
-Lives here: the store that rules write to (one for all captures of a model). Does not live here: any decision about
+Holds: the store that rules write to (one for all captures of a model). Elsewhere: any decision about
 what becomes of it (groups/build.py).
 """
 

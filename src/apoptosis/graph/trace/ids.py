@@ -1,7 +1,7 @@
 """Slots: one integer for every position along every axis of every parameter and buffer.
 
-Lives here: the numbering, and the answer to "which positions of which parameter is this tensor a view of".
-Does not live here: activations, operators.
+Holds: the numbering, and the answer to "which positions of which parameter is this tensor a view of".
+Elsewhere: activations, operators.
 
 A view is recognised by its storage and its strides, so that any chain of views of a parameter needs no rule.
 """

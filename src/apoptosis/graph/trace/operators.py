@@ -1,6 +1,6 @@
 """Operators that the tracer treats apart, by name.
 
-Lives here: names. Does not live here: rules (rules*.py).
+Holds: names. Elsewhere: rules (rules*.py).
 """
 
 # Operators that write to a buffer of the module or to noise beside their result.

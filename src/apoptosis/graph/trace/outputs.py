@@ -1,6 +1,6 @@
 """The tensors inside what a model takes and returns, each with the way to it.
 
-Lives here: tensors by name. Does not live here: what containers and objects consist of (outputs), what becomes of the
+Holds: tensors by name. Elsewhere: what containers and objects consist of (outputs), what becomes of the
 tensors.
 """
 

@@ -1,6 +1,6 @@
 """Which channels every operator works on, and whether an edit made it work on others.
 
-Lives here: the record of calls, and the comparison of calls and of splits before and after an edit. Does not live here:
+Holds: the record of calls, and the comparison of calls and of splits before and after an edit. Elsewhere:
 which channel a column reads (verification.py), plain numbers (scalars.py).
 
 Code that picks channels by literal positions and treats them apart (`gelu(h[:, :5])`, `h[:, 0] *= 2`) keeps valid

@@ -1,6 +1,6 @@
 """The plain numbers that a model's arithmetic uses, and whether an edit changed one.
 
-Lives here: which numbers of an operator call count, and the comparison of two passes. Does not live here: channels.
+Holds: which numbers of an operator call count, and the comparison of two passes. Elsewhere: channels.
 
 A number that the model computes from a width (`h / h.shape[1] ** 0.5`) changes with the edit while every column still
 meets its channel; only the numbers themselves show it. Sizes, dims and indices change rightly and are no such numbers.
@@ -64,13 +64,13 @@ def changed_numbers(old: Sequence[ScalarOperands], new: Sequence[ScalarOperands]
 def changed_scalar(
     old: Sequence[ScalarOperands],
     new: Sequence[ScalarOperands],
-    granted: Set[int] = frozenset(),
+    exempt: Set[int] = frozenset(),
     why: Mapping[int, str] = MappingProxyType({}),
 ) -> str | None:
     """Say which number of one pass is another one in the other pass, or None.
 
     A number read from data (`tensor.item()`) moves with any edit, and what comes after it may follow from it: the
-    comparison ends there. granted: calls whose numbers may change; why: what is known of those of others.
+    comparison ends there. exempt: calls whose numbers may change; why: what is known of those of others.
     """
     for at, (a, b) in enumerate(zip(old, new, strict=False)):
         if a.operator != b.operator:
@@ -78,7 +78,7 @@ def changed_scalar(
         if not _same(a.values, b.values):
             if a.operator.endswith(ITEM):
                 return None
-            if at in granted:
+            if at in exempt:
                 continue
             before, after = (", ".join(f"{v:.6g}" for v in s.values) or "none" for s in (a, b))
             known = f", {why[at]} (a scale that is an attribute, set once, would stay)" if at in why else ""

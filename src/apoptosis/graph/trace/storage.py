@@ -1,7 +1,7 @@
 """What is known of the tensors of the running pass, by the memory they lie in.
 
-Lives here: from a tensor to the parameter it is a view of, or to the value on record; in-place writes and the views
-that share their memory. Does not live here: operators.
+Holds: from a tensor to the parameter it is a view of, or to the value on record; in-place writes and the views
+that share their memory. Elsewhere: operators.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Tracer: which channels every tensor of the running pass carries.
 
-Lives here: the stack of running modules, who reads what, reasons with the user's line, and handing each executed
-operator to its rule. Does not live here: the rules; the record of values (trace/storage.py).
+Holds: the stack of running modules, who reads what, reasons with the user's line, and handing each executed
+operator to its rule. Elsewhere: the rules; the record of values (trace/storage.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is known about one activation: the channel ids of its elements, and how simply they were computed.
 
-Lives here: the Value record and pure index arithmetic on id arrays. Does not live here: tensors, operators, the model.
+Holds: the Value record and pure index arithmetic on id arrays. Elsewhere: tensors, operators, the model.
 
 An id array has the number of axes of its tensor; an axis along which the ids are constant has size 1, whatever the
 tensor's size is there. Id 0 means "not a channel".

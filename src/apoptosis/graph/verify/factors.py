@@ -1,7 +1,7 @@
 """Numbers that follow a size and scale a product of activations, and what makes up for them after an edit.
 
-Lives here: which weights scale the sums of a product and nothing else, and the comparison of the plain numbers of two
-structures. Does not live here: following numbers through a pass (multiples.py), the tensors (surgery).
+Holds: which weights scale the sums of a product and nothing else, and the comparison of the plain numbers of two
+structures. Elsewhere: following numbers through a pass (multiples.py), the tensors (surgery).
 
 `scores / k.size(-1) ** 0.5` divides by another number once channels are gone. Where all that reads the scores reads
 them times such numbers, and weights of their own make an operand, these take the factor that is missing.
@@ -147,7 +147,7 @@ def rescale_edits(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdi
         power of a width, or nothing can make up for it. Names the operator and its numbers.
     """
     readings = list(_readings(old, new))
-    ratios, odd = _judged(old, readings, kept)
+    ratios, odd = _tested(old, readings, kept)
     for mode, calls in old.scalars.items():
         covered = frozenset().union(*(r.calls for r in readings if r.mode == mode))
         why = {at: text for (where, at), text in odd.items() if where == mode}
@@ -183,7 +183,7 @@ def _ratio(number: tuple[int, int, float], before: Sequence[ScalarOperands], aft
     return ratio**power if ratio > 0.0 else math.nan
 
 
-def _judged(
+def _tested(
     old: Structure, readings: Sequence[_Reading], kept: Kept
 ) -> tuple[dict[str, float], dict[tuple[str, int], str]]:
     """Return the ratio of each product that has to be made up for, and why calls cannot be: (mode, call) -> text."""

@@ -1,6 +1,6 @@
 """Checking, after an edit, that every column still meets the channel it was folded for.
 
-Lives here: the comparison of two structures through the positions that were kept. Does not live here: rolling back.
+Holds: the comparison of two structures through the positions that were kept. Elsewhere: rolling back.
 """
 
 from __future__ import annotations

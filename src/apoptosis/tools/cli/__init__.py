@@ -1,7 +1,7 @@
 """The command `apoptosis`: train, compare, inspect, plan, report.
 
-Lives here: the entry point, which needs none of the optional packages, and what keeps torch from being loaded. Does not
-live here: any command.
+Holds: the entry point, which needs none of the optional packages, and what keeps torch from being loaded.
+Elsewhere: any command.
 """
 
 from __future__ import annotations

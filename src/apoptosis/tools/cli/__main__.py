@@ -1,6 +1,6 @@
 """`python -m apoptosis.cli`, which is what torchrun -m takes.
 
-Lives here: that call. Does not live here: anything else.
+Holds: that call. Elsewhere: anything else.
 """
 
 from apoptosis.tools.cli import main

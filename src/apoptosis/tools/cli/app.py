@@ -1,6 +1,6 @@
 """The commands put together, and every foreseen failure turned into one line.
 
-Lives here: registration, exit statuses. Does not live here: what a command does.
+Holds: registration, exit statuses. Elsewhere: what a command does.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from apoptosis.errors import ApoptosisError
 from apoptosis.tools.cli.compare import compare
 from apoptosis.tools.cli.inspect import inspect
 from apoptosis.tools.cli.plan import plan
+from apoptosis.tools.cli.rank_errors import Failure, speaks_alone
 from apoptosis.tools.cli.report import report
 from apoptosis.tools.cli.train import train
-from apoptosis.tools.cli.voice import Failure, speaks_alone
 
 BAD_INPUT, INTERRUPTED, UNREAD = 2, 130, 141
 

@@ -1,6 +1,6 @@
 """`apoptosis compare`: the same network with and without apoptosis, side by side.
 
-Lives here: arguments to run, and the table. Does not live here: the run (recipes.compare).
+Holds: arguments to run, and the table. Elsewhere: the run (recipes.compare).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rich.table import Table
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli import options as o
 from apoptosis.tools.cli.display import console, display, metric_words
+from apoptosis.tools.cli.rank_errors import works_alone
 from apoptosis.tools.cli.train import default_folder
-from apoptosis.tools.cli.voice import works_alone
 from apoptosis.tools.recipes.compare import compare as run_compare
 from apoptosis.tools.recipes.folder import RunFolder, write_json
 

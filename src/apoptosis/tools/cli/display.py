@@ -1,6 +1,6 @@
 """What a person sees while a network trains, and the numbers' wording.
 
-Lives here: progress bars on a terminal, one plain line per epoch elsewhere. Does not live here: results' tables.
+Holds: progress bars on a terminal, one plain line per epoch elsewhere. Elsewhere: results' tables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`apoptosis inspect`: what may shrink in a network, and what may not, and why.
 
-Lives here: importing the user's network, the tables. Does not live here: the analysis (graph).
+Holds: importing the user's network, the tables. Elsewhere: the analysis (graph).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from apoptosis.surgery.operation import Target
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import JsonFile, check_json_file, integers
-from apoptosis.tools.cli.voice import works_alone
+from apoptosis.tools.cli.rank_errors import works_alone
 from apoptosis.tools.recipes.folder import write_json
 from apoptosis.tools.recipes.networks import num_parameters
 

@@ -1,6 +1,6 @@
 """Options that several commands share, and how they become a RunConfig.
 
-Lives here: names, help texts, parsing. Does not live here: defaults and limits (RunConfig).
+Holds: names, help texts, parsing. Elsewhere: defaults and limits (RunConfig).
 """
 
 from __future__ import annotations

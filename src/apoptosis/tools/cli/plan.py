@@ -1,7 +1,7 @@
 """`apoptosis plan`: what apoptosis would remove from the network of a checkpoint now.
 
-Lives here: the dry run. It shrinks a copy in memory, measures what that does, and writes nothing.
-Does not live here: planning and surgery (the library).
+Holds: the dry run. It shrinks a copy in memory, measures what that does, and writes nothing.
+Elsewhere: planning and surgery (the library).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance, check_json_file, path_of
-from apoptosis.tools.cli.voice import works_alone
+from apoptosis.tools.cli.rank_errors import works_alone
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.datasets import Dataset
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, write_json

@@ -1,6 +1,6 @@
 """`apoptosis report`: a run's log as one page.
 
-Lives here: the command. Does not live here: page and plots (apoptosis.tools.report).
+Holds: the command. Elsewhere: page and plots (apoptosis.tools.report).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import typer
 
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import path_of
-from apoptosis.tools.cli.voice import works_alone
+from apoptosis.tools.cli.rank_errors import works_alone
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run of train or compare.", parser=path_of)]) -> None:

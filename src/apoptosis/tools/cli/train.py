@@ -1,6 +1,6 @@
 """`apoptosis train`: one run in a folder.
 
-Lives here: arguments to run and back to words. Does not live here: the run (recipes.train).
+Holds: arguments to run and back to words. Elsewhere: the run (recipes.train).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli import options as o
 from apoptosis.tools.cli.display import console, display, metric_words, widths_words
-from apoptosis.tools.cli.voice import one_voice
+from apoptosis.tools.cli.rank_errors import one_voice
 from apoptosis.tools.launch import Group
 from apoptosis.tools.recipes.config import RunConfig, resolve_device
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, RunFolder, has_results

@@ -5,10 +5,10 @@
     ...     (group.rank, group.size, group.launcher)
     (0, 1, 'none')
 
-place.py reads the environment, group.py begins the process group, mpi.py sums over MPI.
+detect.py reads the environment, group.py begins the process group, mpi.py sums over MPI.
 """
 
+from apoptosis.tools.launch.detect import LAUNCHERS, ProcessInfo, detect_launcher
 from apoptosis.tools.launch.group import Group, start_group
-from apoptosis.tools.launch.place import LAUNCHERS, ProcessInfo, detect_launcher
 
 __all__ = ["LAUNCHERS", "Group", "ProcessInfo", "detect_launcher", "start_group"]

@@ -1,7 +1,7 @@
 """The group of processes that train one network together: begun, used by a loop, and ended.
 
-Lives here: `start_group`, the torch.distributed process group behind it, which of several failing ranks speaks. Does
-not live here: the environment (place), sums over MPI (mpi), what is trained.
+Holds: `start_group`, the torch.distributed process group behind it, which of several failing ranks speaks.
+Elsewhere: the environment (place), sums over MPI (mpi), what is trained.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis.distributed.ranks import Ranks, TorchRanks
 from apoptosis.errors import ArgumentError, RankError
+from apoptosis.tools.launch.detect import ProcessInfo, detect_launcher
 from apoptosis.tools.launch.mpi import MpiRanks, average_gradients, load_mpi
-from apoptosis.tools.launch.place import ProcessInfo, detect_launcher
 
 TIMEOUT = 1800.0  # seconds, as torch.distributed has it
 _DEFER = 0.5  # seconds

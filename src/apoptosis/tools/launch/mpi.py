@@ -1,7 +1,7 @@
 """Sums over MPI: gradients while backward still runs, and moments, votes and exchanges of events.
 
-Lives here: `MpiRanks`, the thread that speaks MPI, and the communication hook of DistributedDataParallel. Does not live
-here: how processes are started and found (place, group).
+Holds: `MpiRanks`, the thread that speaks MPI, and the communication hook of DistributedDataParallel.
+Elsewhere: how processes are started and found (place, group).
 
 MPI is spoken by one thread alone, which starts reductions without blocking and looks after all that are under way. So
 calls have the order in which they were asked for, the same on every rank, backward goes on meanwhile, no core spins,

@@ -1,6 +1,6 @@
 """Twins: the same network with and without apoptosis, epoch by epoch in one process.
 
-Lives here: the order in which twins train, and the record of all seeds. Does not live here: steps (loop), tables.
+Holds: the order in which twins train, and the record of all seeds. Elsewhere: steps (loop), tables.
 Interleaving keeps the comparison fair: whatever else the machine does meets both contestants alike, and which of them
 goes first alternates.
 """

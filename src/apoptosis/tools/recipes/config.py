@@ -1,6 +1,6 @@
 """What one run is: every choice that decides its course, checked, and written into its folder.
 
-Lives here: `RunConfig`. Does not live here: what is done with it.
+Holds: `RunConfig`. Elsewhere: what is done with it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The folder of a run: what lies where, and the guard against writing over another run.
 
-Lives here: names, the configuration, the log, the summary, TensorBoard scalars. Does not live here: training.
+Holds: names, the configuration, the log, the summary, TensorBoard scalars. Elsewhere: training.
 """
 
 from __future__ import annotations

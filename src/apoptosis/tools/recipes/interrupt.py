@@ -1,6 +1,6 @@
 """Stopping between two steps instead of inside one.
 
-Lives here: a flag that SIGINT and SIGTERM raise. Does not live here: what is saved then.
+Holds: a flag that SIGINT and SIGTERM raise. Elsewhere: what is saved then.
 """
 
 from __future__ import annotations

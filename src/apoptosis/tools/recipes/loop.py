@@ -1,7 +1,7 @@
 """The training loop behind the command: one contestant, epoch by epoch.
 
-Lives here: `Trainer`, the same for a network with and without apoptosis, used by train and compare alike.
-Does not live here: folders, logs, displays; which contestant goes when.
+Holds: `Trainer`, the same for a network with and without apoptosis, used by train and compare alike.
+Elsewhere: folders, logs, displays; which contestant goes when.
 Everything random in an epoch follows from (seed, epoch): the order of the examples, and the generator that dropout
 draws from. So twins see the same, and a run can be continued in the middle of an epoch.
 

@@ -1,6 +1,6 @@
 """What a run ran on: versions and hardware, as plain values for logs and results.
 
-Lives here: reading them. Does not live here: any decision made from them.
+Holds: reading them. Elsewhere: any decision made from them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How well a network does: accuracy, and the area under the ROC curve.
 
-Lives here: metrics of scores, and the pass over a part that collects them. Does not live here: training.
+Holds: metrics of scores, and the pass over a part that collects them. Elsewhere: training.
 """
 
 from __future__ import annotations

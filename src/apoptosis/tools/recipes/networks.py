@@ -1,6 +1,6 @@
 """Reference networks, scaled for small images: mlp, cnn, vgg, resnet, alexnet.
 
-Lives here: plain torch.nn modules without a word about apoptosis. Does not live here: their training.
+Holds: plain torch.nn modules without a word about apoptosis. Elsewhere: their training.
 References: Simonyan, Zisserman, arXiv 1409.1556 (VGG); He, Zhang, Ren, Sun, arXiv 1512.03385 (ResNet);
 Krizhevsky, Sutskever, Hinton, NIPS 2012 (AlexNet).
 """

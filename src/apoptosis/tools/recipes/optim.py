@@ -1,6 +1,6 @@
 """Optimizers and learning rates of the recipes.
 
-Lives here: the choice by name, and each step's learning rate as a pure function of the step. Does not live here: loops.
+Holds: the choice by name, and each step's learning rate as a pure function of the step. Elsewhere: loops.
 """
 
 from __future__ import annotations

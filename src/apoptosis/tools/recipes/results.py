@@ -1,6 +1,6 @@
 """What a run amounts to: the numbers of one contestant, of a pair of twins, and of all seeds together.
 
-Lives here: these records and their arithmetic. Does not live here: any measuring.
+Holds: these records and their arithmetic. Elsewhere: any measuring.
 """
 
 from __future__ import annotations

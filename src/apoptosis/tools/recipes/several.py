@@ -1,7 +1,7 @@
 """What the training loop does otherwise when several processes train one network.
 
-Lives here: each process's rows, the random state of its dropout, the buckets of its gradients, and the vote on
-stopping. Does not live here: the steps (loop), the processes themselves (apoptosis.tools.launch).
+Holds: each process's rows, the random state of its dropout, the buckets of its gradients, and the vote on
+stopping. Elsewhere: the steps (loop), the processes themselves (apoptosis.tools.launch).
 """
 
 from __future__ import annotations

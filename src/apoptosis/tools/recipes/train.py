@@ -1,6 +1,6 @@
 """One run, with or without apoptosis, in a folder: train, checkpoint, resume, evaluate once.
 
-Lives here: the order of things in `apoptosis train`. Does not live here: steps (loop), files' names (folder).
+Holds: the order of things in `apoptosis train`. Elsewhere: steps (loop), files' names (folder).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run's log as one self-contained page and PNG plots.
 
-Lives here: the one verb, `write_report`. Does not live here: reading the log (`run`), drawing (`figures`), markup
+Holds: the one verb, `write_report`. Elsewhere: reading the log (`run`), drawing (`figures`), markup
 (`page`) and looks (`theme`). The report reads `events.jsonl` alone; it never imports the training side.
 """
 

@@ -1,6 +1,6 @@
 """The plots: widths, size, loss and metric, certificates, time.
 
-Lives here: drawing with matplotlib's object interface (no pyplot, no global state is left changed). Does not live here:
+Holds: drawing with matplotlib's object interface (no pyplot, no global state is left changed). Elsewhere:
 numbers that the log does not hold. Every plot comes as PNG bytes, as themed inline SVG, or as a sentence why not.
 """
 

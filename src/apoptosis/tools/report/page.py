@@ -1,6 +1,6 @@
 """The page: one HTML document with everything inside.
 
-Lives here: the order of the page and its sentences. Does not live here: tables (`tables`), plots, CSS.
+Holds: the order of the page and its sentences. Elsewhere: tables (`tables`), plots, CSS.
 """
 
 from __future__ import annotations

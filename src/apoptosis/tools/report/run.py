@@ -1,6 +1,6 @@
 """From the log's records to what the page tells: curves, events, widths, times.
 
-Lives here: pure reading and sorting of records. Does not live here: any drawing or markup.
+Holds: pure reading and sorting of records. Elsewhere: any drawing or markup.
 """
 
 from __future__ import annotations

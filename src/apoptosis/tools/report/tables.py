@@ -1,6 +1,6 @@
 """The page's tables: ledger, events, epochs, and plain pairs.
 
-Lives here: rows and cells. Does not live here: the order of the page.
+Holds: rows and cells. Elsewhere: the order of the page.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Looks: the palette shared by plots and page, and the page's style sheet.
 
-Lives here: colours and CSS. Does not live here: any content. Colours follow Okabe and Ito's set, which people with
+Holds: colours and CSS. Elsewhere: any content. Colours follow Okabe and Ito's set, which people with
 colour-vision deficiencies can tell apart; no meaning rests on colour alone (markers and dashes differ too).
 """
 

@@ -1,6 +1,6 @@
 """Numbers and names as words for plots and page.
 
-Lives here: formatting. Does not live here: layout.
+Holds: formatting. Elsewhere: layout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data sets by name: `load_dataset("digits")` and the like.
 
-Lives here: the registry and the common way from a publisher's files to three standardised parts.
-Does not live here: the formats themselves (images, higgs, digits) or downloads (fetch).
+Holds: the registry and the common way from a publisher's files to three standardised parts.
+Elsewhere: the formats themselves (images, higgs, digits) or downloads (fetch).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scikit-learn's handwritten digits: 1797 grey images of 8x8 that come with the package, so no network is needed.
 
-Lives here: the split, and the enlargement of the *training* part by small shifts and rotations, so that an epoch takes
+Holds: the split, and the enlargement of the *training* part by small shifts and rotations, so that an epoch takes
 long enough to be timed. Validation and test images are split off before, and stay as they are.
 Reference: Alpaydin, Kaynak, "Optical recognition of handwritten digits", UCI Machine Learning Repository, 1998.
 """

@@ -1,6 +1,6 @@
 """Where a publisher's file lies, and how it gets there.
 
-Lives here: addresses, published checksums, downloads. Does not live here: file formats.
+Holds: addresses, published checksums, downloads. Elsewhere: file formats.
 A file that is there already is used whatever its checksum (people re-pack); only downloads are checked.
 """
 

@@ -1,7 +1,7 @@
 """HIGGS: one comma-separated, gzipped file of a label and 28 features per row, 11 million rows as published.
 
-Lives here: its conversion, once and in bounded memory, to a float32 array that is mapped from disk; its test split.
-Does not live here: batches. Reference: Baldi, Sadowski, Whiteson, Nature Communications 5, 4308 (2014).
+Holds: its conversion, once and in bounded memory, to a float32 array that is mapped from disk; its test split.
+Elsewhere: batches. Reference: Baldi, Sadowski, Whiteson, Nature Communications 5, 4308 (2014).
 """
 
 from __future__ import annotations

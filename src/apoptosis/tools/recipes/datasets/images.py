@@ -1,6 +1,6 @@
 """Image files as their publishers lay them out: MNIST's idx format and the binary version of CIFAR.
 
-Lives here: reading and checking those formats. Does not live here: splits, batches.
+Holds: reading and checking those formats. Elsewhere: splits, batches.
 References: LeCun, Cortes, Burges, "The MNIST database of handwritten digits"; Xiao, Rasul, Vollgraf,
 arXiv 1708.07747 (Fashion-MNIST); Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 """

@@ -1,6 +1,6 @@
 """What every data set turns into: tensors in memory (or mapped from a file) and how a batch is taken from them.
 
-Lives here: `Part` (examples with labels) and `Dataset` (training, validation and test parts). Does not live here:
+Holds: `Part` (examples with labels) and `Dataset` (training, validation and test parts). Elsewhere:
 file formats, downloads, or anything random.
 """
 

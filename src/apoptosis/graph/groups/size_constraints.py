@@ -1,7 +1,7 @@
 """Tensors of one size that meet channels in several places: zeros as wide as the heads of all layers, say.
 
-Lives here: which groups therefore keep the same share. Does not live here: noticing such tensors (rules/broadcast.py),
-other numbers that govern several groups (shares.py).
+Holds: which groups therefore keep the same share. Elsewhere: noticing such tensors (rules/broadcast.py),
+other numbers that govern several groups (groups/ratio_constraints.py).
 
 The elements of such a tensor are all the same along the axis, so that it matters how many there are, but not which.
 """

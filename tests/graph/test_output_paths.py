@@ -43,7 +43,7 @@ def test_a_residual_sum_is_named_with_its_output():
 
     pin = pins(Plain(), torch.randn(3, 4))["first"]
     assert pin.reason.startswith("they are the network's output 'picture', tied to it by operator aten.add")
-    assert pin.where.startswith("test_through.py:")
+    assert pin.where.startswith("test_output_paths.py:")
     assert "A layer behind it would free it" in pin.remedy
 
 

@@ -1,7 +1,7 @@
 """Groups that exclude one another, and the sets of them that one event may change.
 
-Lives here: choices between alternatives (whole heads, or the channels inside them), readers of a site. Does not live
-here: which choice is best (plan.py), which groups exclude one another (graph).
+Holds: choices between alternatives (whole heads, or the channels inside them), readers of a site.
+Elsewhere: which choice is best (plan.py), which groups exclude one another (graph).
 """
 
 from __future__ import annotations

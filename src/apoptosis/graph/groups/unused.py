@@ -1,6 +1,6 @@
 """What the example input does not reach: modules that never run, parameters that nothing reads.
 
-Lives here: leaving them alone, by pins, and saying so. Does not live here: the captures that show what is reached.
+Holds: leaving them alone, by pins, and saying so. Elsewhere: the captures that show what is reached.
 
 How a module that never runs would read the channels of others is not known. What can be seen is pinned: its own
 parameters, those that it shares with modules that do run, and what an unread parameter lies along.

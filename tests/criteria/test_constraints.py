@@ -19,7 +19,7 @@ from apoptosis.criteria import (
     get_criterion,
     relative_error,
 )
-from apoptosis.criteria.demands import allowed, balanced, interleaved, step_between
+from apoptosis.criteria.constraints import allowed, balanced, interleaved, step_between
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction

@@ -1,6 +1,6 @@
 """Rows of sites that no module's input shows: the model is run again on the user's own inputs, after the step.
 
-Lives here: which passes are kept and run again, which rows of them are taken. Does not live here: the second run itself
+Holds: which passes are kept and run again, which rows of them are taken. Elsewhere: the second run itself
 (handed in as a callable), sites that a module's hook can see (window.py).
 """
 
@@ -19,8 +19,7 @@ from apoptosis.distributed.fsdp import has_shards
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ApoptosisError, OutOfMemoryError, RankError
 from apoptosis.numerics.devices import to_async
-from apoptosis.observe.linear_map import sums_of
-from apoptosis.observe.watch import (
+from apoptosis.observe.accumulators import (
     MIN_EXAMPLES,
     SAMPLE_ELEMENTS,
     SAMPLE_ROWS,
@@ -31,6 +30,7 @@ from apoptosis.observe.watch import (
     named_snapshot,
     needs_whole_inputs,
 )
+from apoptosis.observe.linear_map import sums_of
 from apoptosis.records import Group, Seen, Site
 
 MAX_PASSES = 16  # passes after which fewer than MIN_EXAMPLES examples will do: each costs a forward pass

@@ -1,7 +1,7 @@
 """Rows and whole inputs of one consumer site, as they come by.
 
-Lives here: which rows are taken from one input of a module, their moments, and when these are enough. Does not live
-here: hooks and which passes count (window.py).
+Holds: which rows are taken from one input of a module, their moments, and when these are enough.
+Elsewhere: hooks and which passes count (window.py).
 """
 
 from __future__ import annotations
@@ -343,10 +343,10 @@ class Sample:
         if self.kept and x.shape[1:] != self.kept[0].shape[1:]:
             return
         size = max(1, x[0].numel())
-        room = self._missing() if self.kept else max(1, min(self._most, SAMPLE_ELEMENTS // size))
+        free = self._missing() if self.kept else max(1, min(self._most, SAMPLE_ELEMENTS // size))
         device = self.kept[0].device if self.kept else x.device
         dtype = self._dtype.to_complex() if x.is_complex() else self._dtype
-        self.kept.append(x[:room].to(device, dtype, copy=True))
+        self.kept.append(x[:free].to(device, dtype, copy=True))
 
     def joined(self) -> Tensor | None:
         """All that was kept, (examples, ...); None before anything was."""

@@ -1,7 +1,7 @@
 """What a view demands of any criterion's answer: equally many channels of every row, no mixing where none is right.
 
-Lives here: the rearranged order with its curves, the reduction cut down to what its sites allow, the step between
-numbers kept. Does not live here: any criterion, the search for the number kept (certificate.py).
+Holds: the rearranged order with its curves, the reduction cut down to what its sites allow, the step between
+numbers kept. Elsewhere: any criterion, the search for the number kept (certificate.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Groups of which an event keeps the same share: one number of the model is the width of a row of all of them.
 
-Lives here: which groups these are, and the numbers kept that suit all of them. Does not live here: how many go
+Holds: which groups these are, and the numbers kept that suit all of them. Elsewhere: how many go
 (plan.py), who finds out that groups are of one width (graph).
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from math import gcd, lcm
 
 from apoptosis.criteria import GroupView
-from apoptosis.criteria.demands import step_between
+from apoptosis.criteria.constraints import step_between
 from apoptosis.records import Group
 
 

@@ -1,6 +1,6 @@
 """Groups of which an event has to keep the same share, because one number of a module is the width of a row of all.
 
-Lives here: finding them from the splits and the module's own numbers. Does not live here: noticing splits
+Holds: finding them from the splits and the module's own numbers. Elsewhere: noticing splits
 (groups/grids.py), following the numbers (surgery), choosing a share (planner).
 """
 

@@ -1,6 +1,6 @@
 """Weights that are computed from one parameter before they are used, and stay as easy to fold into as the parameter.
 
-Lives here: factors of a whole weight. Does not live here: weights of which only the rows can be followed
+Holds: factors of a whole weight. Elsewhere: weights of which only the rows can be followed
 (rules/normalization.py, `held`).
 """
 

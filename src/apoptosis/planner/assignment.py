@@ -1,6 +1,6 @@
 """Which rank plans which groups.
 
-Lives here: parts of a plan that know nothing of one another, and their distribution by cost. Does not live here: the
+Holds: parts of a plan that know nothing of one another, and their distribution by cost. Elsewhere: the
 planning (plan.py), the exchange (ranks).
 """
 

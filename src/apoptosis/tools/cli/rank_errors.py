@@ -1,6 +1,6 @@
 """One line for one failure, however many processes fail.
 
-Lives here: which process of a run speaks, and the refusal of several. Does not live here: the line itself (app).
+Holds: which process of a run speaks, and the refusal of several. Elsewhere: the line itself (app).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from apoptosis.errors import ApoptosisError, ArgumentError
 from apoptosis.tools.launch import Group, detect_launcher, start_group
-from apoptosis.tools.launch.place import STARTERS
+from apoptosis.tools.launch.detect import STARTERS
 
 
 class Failure(Exception):

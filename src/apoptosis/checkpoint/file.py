@@ -1,6 +1,6 @@
 """One safetensors file with a JSON manifest in its header: written atomically, read with every byte checked.
 
-Lives here: the file. Does not live here: what is in it (checkpoint/save_load.py). There is no pickle on either side.
+Holds: the file. Elsewhere: what is in it (checkpoint/save_load.py). There is no pickle on either side.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who started this process, and as which of how many: read off the environment.
 
-Lives here: the variables of torchrun, mpirun (Open MPI, MPICH and other Hydra launchers) and srun, and what is refused
-about them. Does not live here: anything that talks to another process (group, mpi).
+Holds: the variables of torchrun, mpirun (Open MPI, MPICH and other Hydra launchers) and srun, and what is refused
+about them. Elsewhere: anything that talks to another process (group, mpi).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which output pins channels that are not themselves put out, and what ties them to it.
 
-Lives here: the way from a network's output through sums and other meetings of channels, or through a weight that serves
-twice, to the layer that a group is named after. Does not live here: noticing the meetings (rules/broadcast.py), what is
+Holds: the way from a network's output through sums and other meetings of channels, or through a weight that serves
+twice, to the layer that a group is named after. Elsewhere: noticing the meetings (rules/broadcast.py), what is
 pinned.
 """
 
