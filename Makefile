@@ -10,10 +10,9 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 JOBS ?= 2
 
-# What needs no extra of pyproject.toml: neither the command nor benchmarks.
-NEEDS_EXTRAS := $(foreach name,cli report paper scaling docs floors zoo,tests/test_$(name).py)
-CORE := $(foreach name,numerics criteria graph surgery families,tests/$(name)) \
-	$(filter-out $(NEEDS_EXTRAS),$(wildcard tests/test_*.py))
+# What needs no extra of pyproject.toml: neither the command nor benchmarks nor examples.
+CORE := $(foreach name,checkpoint criteria decide engine families graph model modules numerics observe planner \
+	storage surgery,tests/$(name))
 
 .PHONY: help setup demo test test-floor networks check format clean
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from apoptosis import load_sharded, save_sharded
 from apoptosis.checkpoint.save_load import packed
+from apoptosis.checkpoint.sharded import _alone
 from apoptosis.errors import CheckpointError
 
 FILES = (".metadata", "__0_0.distcp", "apoptosis.json")
@@ -66,7 +67,7 @@ def of_version_1(folder, nets, change=lambda manifest: None):
     text = torch.frombuffer(bytearray(json.dumps(manifest).encode()), dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({**tensors, "manifest": text}, checkpoint_id=folder, no_dist=True)
+        dcp.save({**tensors, "manifest": text}, checkpoint_id=folder, **_alone(True))
     return model
 
 

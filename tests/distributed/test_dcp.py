@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from apoptosis import Apoptosis, load_sharded, save_sharded
+from apoptosis.checkpoint.sharded import _alone
 from apoptosis.errors import ApoptosisError, CheckpointError
 from distributed.processes import together
 from distributed.sharding import perceptron, shard, train, whole
@@ -176,7 +177,7 @@ def damaged(folder, manifest):
 def test_damaged_manifests_are_told_of(tmp_path, manifest, told):
     net = perceptron()
     save_sharded(tmp_path / "net", net)
-    dcp.save(damaged(tmp_path / "net", manifest), checkpoint_id=tmp_path / "bad", no_dist=True)
+    dcp.save(damaged(tmp_path / "net", manifest), checkpoint_id=tmp_path / "bad", **_alone(True))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     with pytest.raises(CheckpointError, match=told):
         load_sharded(tmp_path / "bad", net)

@@ -189,6 +189,8 @@ def points(name, most):
 @pytest.mark.parametrize("by_signal", [False, True], ids=["raised", "signal"])
 @pytest.mark.parametrize("name", WORK)
 def test_an_interrupt_anywhere_leaves_all_as_before_or_all_as_after(name, by_signal):
+    if name == "shrink_" and not by_signal and not hasattr(torch, "accelerator"):
+        pytest.skip("what a trace function raises crashes torch 2.6 itself")  # a signal does not
     net, optimizer = trained()
     torch.manual_seed(1)
     WORK[name](net, optimizer)
@@ -278,9 +280,10 @@ def test_the_harness_finds_what_is_not_put_back(monkeypatch):
 
 # ------------------------------------------------------------------ lack of memory
 
+_CORE = getattr(np, "_core", None) or np.core  # of numpy 2, of numpy 1
 ERRORS = {
     "MemoryError": MemoryError("no"),
-    "numpy": np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("f8")),
+    "numpy": _CORE._exceptions._ArrayMemoryError((1 << 40,), np.dtype("f8")),
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
 }

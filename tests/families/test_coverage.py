@@ -8,6 +8,8 @@ import pytest
 
 from families.registry import FAMILIES
 
+pytest.importorskip("pydantic", reason="the benchmarks need the extra cli")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -11,6 +11,7 @@ run) is rank 0's.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -215,11 +216,26 @@ def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], group:
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is the intent
-            getattr(dcp, name)(tensors, process_group=group, no_dist=group is None, **place)
+            warnings.filterwarnings("ignore", message="torch.distributed is ")  # alone, that is the intent
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own, of older versions
+            getattr(dcp, name)(tensors, process_group=group, **_alone(group is None), **place)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"checkpoint '{target}' cannot be {what}: {lines[-1]}") from error
+
+
+def _alone(alone: bool) -> dict[str, bool]:
+    """Return what tells torch.distributed.checkpoint that this process acts alone; older ones see it for themselves."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    if "no_dist" in inspect.signature(vars(dcp)["save"]).parameters:
+        return {"no_dist": alone}
+    if alone and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "with this version of torch all processes have to take part; a newer one lets a process act alone"
+        )
+    return {}
 
 
 def _reader(target: Path, known: Tensors) -> Any:

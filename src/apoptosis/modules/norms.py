@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -208,11 +208,19 @@ class ShrunkLayerNorm(_Compensated, nn.LayerNorm):
         return (y if self.bias is None else y + self.bias).to(input.dtype)
 
 
+def _takes_eps_of_input() -> bool:
+    """Whether an nn.RMSNorm without an eps takes that of a short input type, as torch 2.6 does, or float32's."""
+    x = torch.full((1, 1), 2.0**-10, dtype=torch.float16, device="cpu")  # far below the root of the short type's eps
+    return float(nn.functional.rms_norm(x, (1,))) < 0.5
+
+
 class ShrunkRMSNorm(_Compensated, nn.RMSNorm):
     """What an nn.RMSNorm over one axis becomes when channels go: the mean square stays that of the full width.
 
     Modules get this class from an event or from `load`; there is no reason to construct one.
     """
+
+    _eps_of_input: Final[bool] = _takes_eps_of_input()
 
     def forward(self, x: Tensor) -> Tensor:
         """Divide by the root of the mean square over the last axis."""
@@ -220,8 +228,12 @@ class ShrunkRMSNorm(_Compensated, nn.RMSNorm):
         _, by_square, by_cross = self._sums(wide)
         total = (wide * (wide * by_square + 2.0 * by_cross)).sum(-1, keepdim=True) + self.constant_square
         eps = self.eps
-        if eps is None:  # torch's: of the type that computes
-            eps = 2.0**-52 if wide.dtype == torch.float64 else 2.0**-23  # torch.finfo, which no script knows
+        if eps is None:  # torch's own; torch.finfo is what no script knows
+            eps = 2.0**-52 if wide.dtype == torch.float64 else 2.0**-23
+            if self._eps_of_input and x.dtype == torch.float16:
+                eps = 2.0**-10
+            elif self._eps_of_input and x.dtype == torch.bfloat16:
+                eps = 2.0**-7
         y = wide * (total / self.full_width).clamp_min(0.0).add(eps).rsqrt()
         return (y if self.weight is None else y * self.weight).to(x.dtype)
 
