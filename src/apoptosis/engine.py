@@ -427,9 +427,9 @@ class Apoptosis:
         if tried.attempt.outcome in ("nothing", "skipped"):
             self._log({"kind": "attempt", **tried.attempt.as_dict(), "groups": dict(tried.left)})
             return
-        told = {"step": self._memory.step} if tried.event is None else tried.event.as_dict()
+        reported = {"step": self._memory.step} if tried.event is None else tried.event.as_dict()
         reason = tried.attempt.reason
-        self._log({"kind": "event", "rolled_back": tried.event is None, "reason": reason, **told})
+        self._log({"kind": "event", "rolled_back": tried.event is None, "reason": reason, **reported})
 
     # ------------------------------------------------------------------ small things
 

@@ -44,7 +44,7 @@ def test_at_tolerance_0_every_batch_is_read(build):
     assert not event
     event = shrink_(net, quiet[:2], [quiet], tolerance=0)  # what no batch shows cannot be known
     assert list(event.groups.values()) == [(8, 7)]
-    assert "on 600 rows" in str(event)
+    assert "(600 rows)" in str(event)
 
 
 class Residual(nn.Module):

@@ -189,7 +189,7 @@ def points(name, most):
 @pytest.mark.parametrize("by_signal", [False, True], ids=["raised", "signal"])
 @pytest.mark.parametrize("name", WORK)
 def test_an_interrupt_anywhere_leaves_all_as_before_or_all_as_after(name, by_signal):
-    if name == "shrink_" and not by_signal and not hasattr(torch, "accelerator"):
+    if name == "shrink_" and not by_signal and torch.__version__ < "2.8":
         pytest.skip("what a trace function raises crashes torch 2.6 itself")  # a signal does not
     net, optimizer = trained()
     torch.manual_seed(1)

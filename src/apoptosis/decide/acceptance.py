@@ -237,8 +237,10 @@ def _check_same(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None,
     if stored is None or own is None:
         if stored is own:
             return
-        told = ("no probe", "one") if stored is None else (f"a probe of {stored['rows']} rows", "none")
-        raise CheckpointError(f"apoptosis state: its limits were measured with {told[0]}, this run has {told[1]}.")
+        reported = ("no probe", "one") if stored is None else (f"a probe of {stored['rows']} rows", "none")
+        raise CheckpointError(
+            f"apoptosis state: its limits were measured with {reported[0]}, this run has {reported[1]}."
+        )
     if as_shares:
         stored, own = _of_every_share(stored), _of_every_share(own)
     for name, value in own.items():

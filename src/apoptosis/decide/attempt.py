@@ -146,13 +146,13 @@ def _worth_waiting(run: Run, observer: Observer, *, gradients: bool) -> float:
     """Return the steps until some group that is worth waiting for has seen its rows, 0 if none is."""
     groups = [group for group in run.structure.groups if group.pin is None]
     late = _late(groups, observer, gradients=gradients)
-    told = replace(seen_by_policy(run), batch_rows=observer.examples / observer.steps)
+    reported = replace(seen_by_policy(run), batch_rows=observer.examples / observer.steps)
     macs = {g.name: g.num_channels * g.macs_per_channel for g in groups if not g.conflicts_with}  # no channel twice
     ready = sum(macs[name] for name in macs if name not in late)
     waiting = [(macs.get(name, 0.0), steps) for name, steps in late.items()]
-    due = any(is_due(told, steps) for name, steps in late.items() if name in run.memory.behind)
+    due = any(is_due(reported, steps) for name, steps in late.items() if name in run.memory.behind)
     due = due or any(steps <= SOON_SHARE * observer.steps for steps in late.values())
-    if due or worth_waiting(ready, waiting, delay_of(told, observer.steps)):
+    if due or worth_waiting(ready, waiting, delay_of(reported, observer.steps)):
         return max(1.0, min(late.values()))
     return 0.0
 
@@ -170,8 +170,8 @@ def left_out(run: Run, observer: Observer) -> dict[str, Why]:
     late = _late(groups, observer, gradients=True) if observer.cut_short else {}
     own = {name: observer.seen_by(name) for name in late}
     found: dict[str, Why] = {}
-    for told in run.target.ranks.gathered(own):
-        found |= {name: waits(sites) for name, sites in told.items() if name not in found}
+    for reported in run.target.ranks.gathered(own):
+        found |= {name: waits(sites) for name, sites in reported.items() if name not in found}
     return found
 
 

@@ -5,12 +5,44 @@ Holds: Event, Ledger and their wording. Elsewhere: how a number in them was meas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apoptosis.decide.history import Attempt, lines_of
 from apoptosis.records import Certificate
+
+_LINE = 120  # characters of a line of an event's text
+_SHOWN = 3  # groups in it
+_NAME = 12  # characters of a name at least, before fewer groups are shown
+
+
+def _nothing(step: int, notes: Sequence[str]) -> str:
+    """Say why nothing was removed, in two lines."""
+    most, text, said = 2 * _LINE - 44, f"step {step}: nothing removed", 0
+    for note in notes:
+        if said and len(text) + len(note) + 2 > most:
+            break
+        text, said = f"{text}; {_shortened(note, max(_LINE // 2, most - len(text) - 2))}", said + 1
+    if said < len(notes):
+        text += f" (and {len(notes) - said} more in event.notes)"
+    return "\n  ".join(textwrap.wrap(text, _LINE - 2, break_on_hyphens=False))
+
+
+def _count(number: int) -> str:
+    """Return a number in full below a hundred million, else in four digits with its unit."""
+    if number < 10**8:
+        return f"{number:,}"
+    unit = next(unit for unit in (10**12, 10**9, 10**6) if number >= unit or unit == 10**6)
+    return f"{number / unit:.4g}{'MBT'[(len(str(unit)) - 7) // 3]}"
+
+
+def _shortened(text: str, most: int, *, end: bool = False) -> str:
+    """Return the text in at most so many characters; end: of its end, which tells names apart."""
+    if len(text) <= most:
+        return text
+    return "…" + text[len(text) - most + 1 :] if end else text[: most - 1] + "…"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,21 +77,40 @@ class Event:
         return any(before != after for before, after in self.groups.values())
 
     def __str__(self) -> str:
+        """Return at most two lines of 120 characters; `as_dict` and the log have all groups and notes."""
         if not self:
-            return f"step {self.step}: nothing removed" + "".join(f"; {note}" for note in self.notes)
-        widths = ", ".join(f"{name} {a}->{b}" for name, (a, b) in self.groups.items() if a != b)
+            return _nothing(self.step, self.notes)
+        freed = f"{self.bytes_freed / 1e6:,.3g} MB freed in {self.seconds:.2g} s"
+        rest = f"; parameters {_count(self.parameters[0])}->{_count(self.parameters[1])}; {freed}"
+        start = f"step {self.step}: "
+        return f"{start}{self._widths(_LINE - len(start) - len(rest))}{rest}\n  {self._changes()}"
+
+    def _widths(self, most: int) -> str:
+        """Say the widths of the groups that lost most, in at most so many characters."""
+        changed = sorted(((name, *pair) for name, pair in self.groups.items()), key=lambda g: g[2] - g[1])
+        changed = [group for group in changed if group[1] != group[2]]
+        for count in range(len(changed) if len(changed) <= _SHOWN + 1 else _SHOWN, 0, -1):
+            more = f" and {len(changed) - count} more" if len(changed) > count else ""
+            numbers = [f" {before:,}->{after:,}" for _, before, after in changed[:count]]
+            left = (most - len(more) - sum(len(number) + 2 for number in numbers) + 2) // count
+            if left >= min(_NAME, max(len(name) for name, *_ in changed[:count])) or count == 1:
+                break
+        names = [_shortened(name, max(left, 2), end=True) for name, *_ in changed[:count]]
+        return ", ".join(name + number for name, number in zip(names, numbers, strict=True)) + more
+
+    def _changes(self) -> str:
+        """Say how far sites and outputs moved, and on what that was measured."""
         empirical = [c for c in self.certificates if c.kind == "empirical"]
-        worst = ""
+        said = []
         if empirical:
             error, rows = max(c.value for c in empirical), min(c.rows for c in empirical)
-            worst = f", site error <= {error:.3g} (relative rms, on {rows:,} rows)"
-        measured = ", outputs not compared" if self.outputs == "not compared" else ""
-        measured += "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in self.measured.items())
-        measured += " in training mode" if self.outputs == "training mode" else ""
-        return (
-            f"step {self.step}: {widths}; parameters {self.parameters[0]:,}->{self.parameters[1]:,}"
-            f"{worst}{measured} {self.measured_on}; {self.bytes_freed:,} bytes freed in {self.seconds:.3f} s"
-        )
+            said.append(f"site error <= {error:.3g} ({rows:,} rows)")
+        found = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in self.measured.items()]
+        if self.outputs == "not compared":
+            found.insert(0, "outputs not compared")
+        mode = " in training mode" if self.outputs == "training mode" else ""
+        said.append(f"{', '.join(found) or 'nothing measured'} {self.measured_on}{mode}")
+        return _shortened("; ".join(said), _LINE - 2)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""

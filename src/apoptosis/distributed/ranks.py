@@ -113,12 +113,12 @@ class Ranks:
         try:
             found.append(work())
         except Exception as caught:
-            if getattr(caught, "told", False):  # by who has failed in this same work, and has gone on
+            if getattr(caught, "reported", False):  # by who has failed in this same work, and has gone on
                 raise
             error = caught
         fault = None if error is None else (isinstance(error, NonFiniteError), repr(error), str(error))
-        told = self.gathered(_Ended(fault))
-        ended = [(rank, one.fault) for rank, one in enumerate(told) if isinstance(one, _Ended)]
+        reported = self.gathered(_Ended(fault))
+        ended = [(rank, one.fault) for rank, one in enumerate(reported) if isinstance(one, _Ended)]
         for rank, fault in ended:
             if fault is not None and fault[0]:
                 raise NonFiniteError(f"rank {rank}: {fault[2]}") from error
@@ -140,7 +140,7 @@ class Ranks:
             if isinstance(other, _Ended):
                 why = "" if other.fault is None else f": {other.fault[1]}"
                 error = RankError(f"rank {rank} of {self.size} failed, so rank {self.rank} cannot go on{why}")
-                error.told = True
+                error.reported = True
                 raise error
         return found
 

@@ -173,15 +173,15 @@ def layout_of(parallel: Any) -> dict[str, Any] | None:
 
     Returns: None where the buckets follow from the shapes, or torch does not tell.
     """
-    names, told = _names(parallel), _told(parallel)
-    if told.get("num_parameter_tensors") != len(names):  # some were frozen since it was set up
+    names, reported = _names(parallel), _told(parallel)
+    if reported.get("num_parameter_tensors") != len(names):  # some were frozen since it was set up
         return None
     found = _BEGUN_WITH.get(parallel)
-    if rebuilt := told.get("rebuilt_per_bucket_param_indices"):
+    if rebuilt := reported.get("rebuilt_per_bucket_param_indices"):
         found = [_numbers(bucket, " ") for bucket in rebuilt.split(",")]
-    elif told.get("iteration", 0) > 1 if parallel.static_graph else not parallel.find_unused_parameters:
+    elif reported.get("iteration", 0) > 1 if parallel.static_graph else not parallel.find_unused_parameters:
         # a static graph's first gradients are summed in the order of the parameters, and count for nothing
-        found = _to_come(parallel, _numbers(told.get("prev_iteration_grad_ready_order_indices", ""), ",")) or found
+        found = _to_come(parallel, _numbers(reported.get("prev_iteration_grad_ready_order_indices", ""), ",")) or found
     if found is None:
         return None
     return {"ranks": parallel.process_group.size(), "buckets": [[names[i] for i in bucket] for bucket in found]}
@@ -204,11 +204,11 @@ def _told(parallel: Any) -> dict[str, Any]:
     """Return what torch tells of the gradient buffers; of a step it does when the next one begins, or is asked for."""
     if parallel.logger is None:
         return {}
-    told: dict[str, Any] = parallel._get_ddp_logging_data()
-    if not told.get("has_rebuilt_buckets"):
+    reported: dict[str, Any] = parallel._get_ddp_logging_data()
+    if not reported.get("has_rebuilt_buckets"):
         parallel.logger.set_runtime_stats_and_log()
-        told = parallel._get_ddp_logging_data()
-    return told
+        reported = parallel._get_ddp_logging_data()
+    return reported
 
 
 def _to_come(parallel: Any, order: list[int]) -> list[list[int]] | None:
@@ -313,9 +313,9 @@ def _check_hooks(module: Any) -> None:
                 "the model is wrapped in DistributedDataParallel with a communication hook whose state keeps tensors "
                 "of the old buckets (PowerSGD). Use a hook without memory, such as fp16_compress_hook."
             )
-    told = module._get_ddp_logging_data().get("comm_hook", "") if module.logger is not None else ""
+    reported = module._get_ddp_logging_data().get("comm_hook", "") if module.logger is not None else ""
     known = {hook.__qualname__ for hook, _ in module._comm_hooks}
-    if (told and told not in known) or getattr(module, "mixed_precision", None) is not None:
+    if (reported and reported not in known) or getattr(module, "mixed_precision", None) is not None:
         raise ArgumentError(
             "the model is wrapped in DistributedDataParallel with mixed_precision= or a built-in communication hook, "
             "which would be lost when its buffers are set up for new shapes. Wrap it without, or register the hook of "

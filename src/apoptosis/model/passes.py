@@ -221,8 +221,8 @@ def compile_seconds() -> float:
 
     Torch counts it itself, for all that is compiled in the process.
     """
-    told = getattr(sys.modules.get(f"{_DYNAMO}.utils"), "calculate_time_spent", None)
-    return float(told().get("total_wall_time", 0.0)) if told is not None else 0.0
+    reported = getattr(sys.modules.get(f"{_DYNAMO}.utils"), "calculate_time_spent", None)
+    return float(reported().get("total_wall_time", 0.0)) if reported is not None else 0.0
 
 
 def forget_compiled() -> None:

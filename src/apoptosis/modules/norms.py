@@ -157,8 +157,10 @@ class _Compensated(nn.Module):
         else:
             found = dict(state) if isinstance(state, Mapping) else {}
         if set(found) != set(_FIELDS):
-            told = tuple(state.shape) if isinstance(state, Tensor) else sorted(map(str, found)) or type(state).__name__
-            raise ShapeError(f"this is no state of a {type(self).__name__}: {told}.")
+            reported = (
+                tuple(state.shape) if isinstance(state, Tensor) else sorted(map(str, found)) or type(state).__name__
+            )
+            raise ShapeError(f"this is no state of a {type(self).__name__}: {reported}.")
         device = self.mean_weights.device
         for name in _FIELDS:
             setattr(self, name, found[name].to(device) if isinstance(found[name], Tensor) else found[name])

@@ -357,11 +357,11 @@ class Moments:
         return f"Moments({self.num_channels} channels, {self.num_rows} rows, {self.num_examples} examples)"
 
 
-def _check(mean_C: Tensor, squares_C: Tensor, told: str = "") -> None:
+def _check(mean_C: Tensor, squares_C: Tensor, where: str = "") -> None:
     if not bool(torch.isfinite(mean_C.sum() + squares_C.sum(dtype=torch.float64))):
         raise NonFiniteError(
-            f"the rows hold NaN or infinity (or overflow when squared){told}. Leave out steps that the gradient scaler "
-            "skips, or lower the learning rate."
+            f"the rows hold NaN or infinity (or overflow when squared){where}. Leave out steps that the gradient "
+            "scaler skips, or lower the learning rate."
         )
 
 

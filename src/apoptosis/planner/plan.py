@@ -168,10 +168,10 @@ def make_plan(
         return desk.proposals, desk.certificates, desk.lost, own
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    told = ranks.gathered_tensors(ranks.run_collectively(mine), device)
-    proposals = {name: p for found, *_ in told for name, p in found.items()}
-    certificates = {name: c for _, found, *_ in told for name, c in found.items()}
-    for *_, found in told:
+    reported = ranks.gathered_tensors(ranks.run_collectively(mine), device)
+    proposals = {name: p for found, *_ in reported for name, p in found.items()}
+    certificates = {name: c for _, found, *_ in reported for name, c in found.items()}
+    for *_, found in reported:
         left |= found
     keeps = {name: len(p.reduction.keep) for name, p in proposals.items()}
     ordered = [g for g in seen if g.name in keeps]
@@ -184,7 +184,7 @@ def make_plan(
         macs_before=structure.macs,
         macs_after=macs_after(structure, keeps),
         errors={g.name: proposals[g.name].errors for g in ordered},
-        dropped_variance={key: lost for _, _, found, _ in told for key, lost in found.items()},
+        dropped_variance={key: lost for _, _, found, _ in reported for key, lost in found.items()},
         left=left,
     )
 

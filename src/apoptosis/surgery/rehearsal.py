@@ -135,8 +135,8 @@ class _Rehearsal:
 
     def _suspects(self, structure: Structure, names: Names, fault: str) -> Iterator[str]:
         """Yield groups that may be to blame: those the fault speaks of, then those that a search by halves finds."""
-        places, told = set(_PLACE.findall(fault)), _GROUP.findall(fault)
-        found = dict.fromkeys(name for name in told if name in names)
+        places, reported = set(_PLACE.findall(fault)), _GROUP.findall(fault)
+        found = dict.fromkeys(name for name in reported if name in names)
         for count in structure.counts:
             if count.where in places:
                 found.update(dict.fromkeys(sorted(groups_of(structure, count))))

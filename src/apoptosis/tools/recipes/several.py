@@ -132,10 +132,10 @@ class StopVote:
             return False
         before, began = self._last
         took = (time.perf_counter() - began) / max(1, step - before)
-        told = torch.tensor(
+        reported = torch.tensor(
             [float(self._interrupt.requested), took / self._group.size], dtype=torch.float64, device="cpu"
         )
-        asked, seconds = self._group.ranks.total(told).tolist()
+        asked, seconds = self._group.ranks.total(reported).tolist()
         pause = min(MOST_STEPS_BETWEEN_VOTES, int(VOTE_SECONDS / max(seconds, 1e-9)))
         self._next, self._last = step + max(1, pause), (step, time.perf_counter())
         self._asked = bool(asked)

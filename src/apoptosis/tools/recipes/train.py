@@ -132,10 +132,10 @@ def train(
         log = folder.event_logger(config.seed)
         trainer = Trainer(config, data, device, log=log, interrupt=interrupt, group=group)
         epochs = each(lambda: read_checkpoint(folder, trainer)) if resume else []
-        told: dict[str, Any] = {"resumed_at_step": trainer.step} if resume else {}
+        reported: dict[str, Any] = {"resumed_at_step": trainer.step} if resume else {}
         if trainer.group.size > 1:
-            told |= {"ranks": trainer.group.size, "launcher": trainer.group.launcher}
-        each(lambda: folder.begin(config, device, **told))
+            reported |= {"ranks": trainer.group.size, "launcher": trainer.group.launcher}
+        each(lambda: folder.begin(config, device, **reported))
         checkpoints = _Checkpoints(folder, trainer, epochs)
         try:
             while not trainer.finished:
