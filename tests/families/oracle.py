@@ -297,7 +297,7 @@ def check_training(operation: Operation) -> None:
 
 def shares(groups: Mapping[str, Group], name: str) -> int:
     """Into how many equal parts a group falls, of each of which an event can take one out of all that go along."""
-    along = [group for group in (groups[name], *(groups[n] for n in groups[name].equal if n in groups))]
+    along = [group for group in (groups[name], *(groups[n] for n in groups[name].tied_groups if n in groups))]
     return math.gcd(*(group.num_channels // group.rows for group in along))
 
 

@@ -168,7 +168,7 @@ def test_gradients_that_are_still_to_come_are_waited_for(runs):
 
 def test_groups_of_one_width_wait_together(runs):
     groups = [g for g in analyse(Pooled(), (batch(0)[0],)).groups if g.pin is None]
-    tied = [replace(groups[0], equal=("pooler",)), *groups[1:]]
+    tied = [replace(groups[0], tied_groups=("pooler",)), *groups[1:]]
     assert with_equals(["pooler"], tied) == {"first", "pooler"}
     assert with_equals(["first"], tied) == {"first", "pooler"}
     assert with_equals(["first"], groups) == {"first"}

@@ -274,7 +274,7 @@ def register_rule(operator: str, rule: Rule) -> None:
       out by the dispatcher, so give them again; `call.outs`: the tensors that came out, in order;
     - `call.tensors()`: all tensors among the arguments, those in lists included;
     - `call.tracer.value(tensor)`: the Value of an operand. `.ids` is an integer array with as many axes as the tensor
-      has, 0 for no channel; an axis along which the ids are constant has size 1. `.live`: any channel at all;
+      has, 0 for no channel; an axis along which the ids are constant has size 1. `.has_channels`: any channel at all;
     - `call.tracer.view(tensor)`: the parameter or buffer that an operand is (a view of), else None;
     - `call.pin(ids, text, remedy)`: these channels are never removed. `text` goes on "operator aten.name in 'module'";
     - `call.tracer.findings.tie(ids, ids)`: the channels at the same places, after broadcasting, are removed together.
