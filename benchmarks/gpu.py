@@ -206,7 +206,7 @@ def main() -> int:
         return 1
     device = torch.device(given.device)
     runs = [run(name, device, given.steps, given.tiny) for name in given.only.split(",")]
-    reported = {
+    told = {
         "kind": "gpu",
         "runs": runs,
         "seed": 0,
@@ -215,7 +215,7 @@ def main() -> int:
         "machine": machine(device),
     }
     if given.json is not None:
-        given.json.write_text(json.dumps(reported, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

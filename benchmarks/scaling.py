@@ -117,9 +117,9 @@ def grounds() -> dict[str, Record]:
             cell = json.loads(path.read_text(encoding="utf-8"))
             dense, apoptosis = (cell["contestants"][name] for name in ("dense", "apoptosis"))
             shares = {key: apoptosis[key] / dense[key] for key in ("parameters", "macs")}
-            reported = {"network": (GROUNDS | TWINS)[ground].network, "epochs": cell["epochs"]}
-            reported["rows"] = cell["train_rows"]
-            found[ground] = reported | shares | {"dense": dense["test"], "apoptosis": apoptosis["test"]}
+            told = {"network": (GROUNDS | TWINS)[ground].network, "epochs": cell["epochs"]}
+            told["rows"] = cell["train_rows"]
+            found[ground] = told | shares | {"dense": dense["test"], "apoptosis": apoptosis["test"]}
     return found
 
 
@@ -169,10 +169,10 @@ def targets(worlds: list[Record], fitted: Record) -> list[dict[str, str]]:
     single = model.taken(worlds[0], step_of(one, "dense")) / model.taken(worlds[0], step_of(one, "shrunk"))
     gains = {"1000 Mbit/s": (single, one["run"]["speed_up"]), "100 Mbit/s": (5.0, 5.0)}
     return [
-        reported
+        told
         for place in worlds
         for link in (place["links"] if place["size"] == 4 else ())
-        for reported in _targets(place, link, fitted, gains.get(link["link"]))
+        for told in _targets(place, link, fitted, gains.get(link["link"]))
     ]
 
 
@@ -183,7 +183,7 @@ def _targets(
     name, cores = link["link"], f"on {place['cores']} core{'s' * (place['cores'] > 1)}"
     costs = fitted["links"][model.name_of(place, link)]
 
-    def reported(target: str, measured: str, met: bool) -> dict[str, str]:
+    def told(target: str, measured: str, met: bool) -> dict[str, str]:
         where = f"4 processes, {model.name_of(place, link)}"
         return {"target": f"{where}: {target}", "measured": measured, "met": "yes" if met else "no"}
 
@@ -197,15 +197,15 @@ def _targets(
         what = "as one process alone" if name == "1000 Mbit/s" else "where communication bounds"
         ratio, whole = dense["seconds"] / shrunk["seconds"], link["run"]["speed_up"]
         own = f"{by_model[0] / by_model[1]:.1f}x by the model with a core for each"
-        yield reported(f"steps after apoptosis at least {least[0]:.1f}x faster, {what}",
+        yield told(f"steps after apoptosis at least {least[0]:.1f}x faster, {what}",
                    f"{ratio:.1f}x {cores}; {own}", ratio >= least[0])  # fmt: skip
-        yield reported(f"the whole run at least {least[1]:.1f}x faster",
+        yield told(f"the whole run at least {least[1]:.1f}x faster",
                    f"{whole:.1f}x at the measured steps", whole >= least[1])  # fmt: skip
     event = link["event"]
     if event is not None:
         sent = (event["bytes_on_link"] or 0.0) * costs["beta"]
         own = f"{(event['cpu_seconds'] / 4 + sent) / by_model[0]:.1f} by the model with a core for each"
-        yield reported("an event under 10 dense steps of the same layout",
+        yield told("an event under 10 dense steps of the same layout",
                    f"{event['dense_steps']:.1f} {cores}, with the watching before it; {own}",
                    event["dense_steps"] < 10)  # fmt: skip
 

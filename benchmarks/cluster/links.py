@@ -28,7 +28,7 @@ def why_not() -> str:
         with Links(2):
             return ""
     except (subprocess.SubprocessError, OSError, TimeoutError) as error:
-        reported = str(getattr(error, "stderr", "") or error).strip()
+        told = str(getattr(error, "stderr", "") or error).strip()
         return f"this machine allows no network namespaces: {told.splitlines()[-1] if told else error!r}"
 
 
@@ -106,8 +106,8 @@ class Links:
         end = time.monotonic() + _START
         while _program(holder.pid) != "cat":
             if holder.poll() is not None:
-                reported = holder.stderr.read() if holder.stderr is not None else b""
-                raise subprocess.CalledProcessError(holder.returncode, words, stderr=reported.decode())
+                told = holder.stderr.read() if holder.stderr is not None else b""
+                raise subprocess.CalledProcessError(holder.returncode, words, stderr=told.decode())
             if time.monotonic() > end:
                 raise TimeoutError(f"{words[0]} did not start within {_START:.0f} s")
             time.sleep(0.01)

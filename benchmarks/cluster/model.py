@@ -111,8 +111,8 @@ def errors(worlds: Sequence[Record], compute: Mapping[str, float], links: Mappin
         for link in world["links"]:
             name = "one process" if world["size"] == 1 else name_of(world, link)
             for step in link["steps"]:
-                reported = step_seconds(compute, None if world["size"] == 1 else links[name], world, step)
-                found.setdefault(name, []).append(reported / taken(world, step) - 1.0)
+                told = step_seconds(compute, None if world["size"] == 1 else links[name], world, step)
+                found.setdefault(name, []).append(told / taken(world, step) - 1.0)
     return {
         name: {"points": len(e), "median": statistics.median(map(abs, e)), "worst": max(e, key=abs)}
         for name, e in found.items()

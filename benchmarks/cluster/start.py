@@ -52,8 +52,8 @@ def why_no_mpi() -> str:
 
 def why_no_links_for_mpi() -> str:
     """Say why mpirun cannot enter namespaces, "" where it can; `why_no_mpi` has said that there is one."""
-    reported = subprocess.run([str(mpirun()), "--version"], capture_output=True, text=True, timeout=60).stdout
-    return "" if "HYDRA" in reported.upper() else "this mpirun is not MPICH's, whose launcher enters the namespaces"
+    told = subprocess.run([str(mpirun()), "--version"], capture_output=True, text=True, timeout=60).stdout
+    return "" if "HYDRA" in told.upper() else "this mpirun is not MPICH's, whose launcher enters the namespaces"
 
 
 def run_ranks(

@@ -166,13 +166,13 @@ def model(result: Record) -> str:
     c = found["compute"]
     for name, error in found["errors"].items():
         link = found["links"].get(name)
-        reported = (
+        told = (
             f"{1e3 * c['c0']:.2f} ms + {_rate(1e-9, c['c1'])} GMAC/s + {1e9 * c['c2']:.2f} ns per parameter"
             if link is None
             else f"alpha {1e6 * link['alpha']:.0f} µs, {_rate(8e-6, link['beta'])} Mbit/s"
         )
         rows.append(
-            (name, reported, str(error["points"]), f"{100 * error['median']:.0f} %", f"{100 * error['worst']:+.0f} %")
+            (name, told, str(error["points"]), f"{100 * error['median']:.0f} %", f"{100 * error['worst']:+.0f} %")
         )
     return markdown(("steps of", "fitted", "measured points", "median error", "worst error"), rows)
 

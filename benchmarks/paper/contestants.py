@@ -154,12 +154,12 @@ class EarlyStopping:
         """Read the test part once with the weights that were kept; the dense run's own are untouched."""
         last = copy.deepcopy(self.dense.model.state_dict())
         self.dense.model.load_state_dict(self.weights)
-        reported = self.dense.record()
+        told = self.dense.record()
         self.dense.model.load_state_dict(last)
-        reported["seconds"], reported["cpu_seconds"], reported["run_seconds"] = self.clocks
-        reported["points"] = reported["points"][: self.stopped]
-        reported["spent_macs"] = reported["spent_macs"] * self.stopped // len(self.dense.points)
-        return reported
+        told["seconds"], told["cpu_seconds"], told["run_seconds"] = self.clocks
+        told["points"] = told["points"][: self.stopped]
+        told["spent_macs"] = told["spent_macs"] * self.stopped // len(self.dense.points)
+        return told
 
 
 def small(name: str, shrunk: Shrinking, *, epochs: float | None = None) -> Contestant:

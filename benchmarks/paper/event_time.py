@@ -21,9 +21,9 @@ from benchmarks.paper.grounds import Ground, Task
 PARTS = {
     "moments": (("window.py", "observations"),),
     "plan": (("plan.py", "make_plan"),),
-    "surgery": (("edits.py", "build_edits"), ("modules.py", "apply")),
+    "surgery": (("build.py", "build_edits"), ("transaction.py", "apply")),
     "capture": (("analysis.py", "analyse"),),
-    "probe": (("probe.py", "outputs"), ("probe.py", "compare")),
+    "probe": (("evaluate.py", "outputs"), ("evaluate.py", "compare")),
 }
 EVENT_TIME = "event-time.json"
 EPOCHS = 4  # of the run's schedule: later events are small

@@ -49,8 +49,8 @@ def run_frontier(ground: Ground, task: Task, seed: int, say: Say) -> dict[str, A
 
 def _point(method: str, tolerance: float | None, run: Contestant) -> dict[str, Any]:
     """Tell one run, the validation metric after its last epoch included."""
-    reported = {key: value for key, value in run.record().items() if key in TOLD}
-    return {"method": method, "tolerance": tolerance, "validation": run.points[-1].validation} | reported
+    told = {key: value for key, value in run.record().items() if key in TOLD}
+    return {"method": method, "tolerance": tolerance, "validation": run.points[-1].validation} | told
 
 
 def frontier_path(folder: Path, ground: str) -> Path:

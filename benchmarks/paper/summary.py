@@ -200,7 +200,7 @@ def _speed_and_loss(own: Mapping[str, Row]) -> list[Aim]:
     """AUC counts as points, too: 0.001 is a tenth of one."""
     least = min(own.values(), key=lambda r: r.speedup)
     speed = geometric([r.speedup for r in own.values()])
-    reported: list[Aim] = [
+    told: list[Aim] = [
         (f"whole run at least 3x faster (geometric mean of {', '.join(own)})", f"{speed:.2f}x", speed >= 3),
         ("each at least 2x", f"least: {least.ground} {least.speedup:.2f}x", least.speedup >= 2),
     ]
@@ -210,26 +210,26 @@ def _speed_and_loss(own: Mapping[str, Row]) -> list[Aim]:
     ):
         if chosen and all(r.seeds > 1 for r in chosen):
             middle, width = pooled([[100 / r.unit * d for d in r.differences] for r in chosen])
-            reported.append((f"mean difference of {what} at least -0.1 points", f"{middle:+.2f}", middle >= -0.1))
-            reported.append(
+            told.append((f"mean difference of {what} at least -0.1 points", f"{middle:+.2f}", middle >= -0.1))
+            told.append(
                 (
                     f"lower end of the 95 % interval of the mean of {what} above -0.2",
                     f"{middle - width:+.2f}",
                     middle - width > -0.2,
                 )
             )
-    reported += [(f"{r.ground}: mean difference at least {-0.001 * r.unit:g}", r.difference_text,
+    told += [(f"{r.ground}: mean difference at least {-0.001 * r.unit:g}", r.difference_text,
               r.difference >= -0.001 * r.unit) for r in own.values()]  # fmt: skip
     if higgs := own.get("higgs"):
         good = higgs.difference > 0 and higgs.parameters >= 3
-        reported.append(("HIGGS: AUC above dense at 3x fewer parameters or less",
+        told.append(("HIGGS: AUC above dense at 3x fewer parameters or less",
                      f"{higgs.difference_text} at {higgs.parameters:.1f}x fewer", good))  # fmt: skip
-    return reported
+    return told
 
 
 def _sizes(own: Mapping[str, Row], frontiers: Sequence[Cell]) -> list[Aim]:
     size = geometric([r.parameters for r in own.values()])
-    reported: list[Aim] = [("at least 8x fewer parameters (geometric mean)", f"{size:.1f}x", size >= 8)]
+    told: list[Aim] = [("at least 8x fewer parameters (geometric mean)", f"{size:.1f}x", size >= 8)]
     for one in frontiers:
         dense = next(p for p in one["points"] if p["method"] == "dense")
         within = [p for p in one["points"] if p["method"] == "interpolative"
@@ -237,25 +237,25 @@ def _sizes(own: Mapping[str, Row], frontiers: Sequence[Cell]) -> list[Aim]:
         if within:
             small = min(within, key=lambda p: p["parameters"])
             ratio, lost = dense["parameters"] / small["parameters"], 100 * (dense["test"] - small["test"])
-            reported.append((f"{one['ground']}: the smallest network within 1 point on validation examples "
+            told.append((f"{one['ground']}: the smallest network within 1 point on validation examples "
                          "has at least 30x fewer parameters, within 1 point",
                          f"tolerance {small['tolerance']:g}: {ratio:.1f}x, {-lost:+.2f} points",
                          ratio >= 30 and lost <= 1.0))  # fmt: skip
-    return reported
+    return told
 
 
 def _clock(own: Mapping[str, Row], rows: Sequence[Row]) -> list[Aim]:
-    reported: list[Aim] = []
+    told: list[Aim] = []
     for row in (r for r in rows if r.contestant == "apoptosis" and r.dense_step > LONG_STEP):
         got = row.speedup / row.spent_macs
-        reported.append((f"{row.ground} (dense step {1000 * row.dense_step:.0f} ms): at least 85 % of what the "
+        told.append((f"{row.ground} (dense step {1000 * row.dense_step:.0f} ms): at least 85 % of what the "
                      "multiply-adds of the run promise", f"{100 * got:.0f} %", got >= 0.85))  # fmt: skip
     shares = {r.ground: r.own_share or 0.0 for r in own.values()}
     worst = max(shares, key=lambda g: shares[g])
-    reported.append(
+    told.append(
         ("own share at most 1 % of the run", f"most: {worst} {100 * shares[worst]:.1f} %", shares[worst] <= 0.01)
     )
-    return reported
+    return told
 
 
 RIVALS = ("torch-pruning", "group lasso", "train-prune-fine-tune", "same widths", "same widths, longer",
@@ -264,7 +264,7 @@ RIVALS = ("torch-pruning", "group lasso", "train-prune-fine-tune", "same widths"
 
 def _rivals(own: Mapping[str, Row], rows: Sequence[Row]) -> list[Aim]:
     """Paired by seed. Ahead with confidence, ahead on average, or behind: only the first is a yes."""
-    reported: list[Aim] = []
+    told: list[Aim] = []
     for rival in RIVALS:
         both = [(own[r.ground], r) for r in rows if r.contestant == rival and r.ground in own]
         ahead = []
@@ -278,9 +278,9 @@ def _rivals(own: Mapping[str, Row], rows: Sequence[Row]) -> list[Aim]:
             text = ", ".join(f"{g} {m:+.2f}" + ("" if w == math.inf else f" ± {w:.2f}") for g, m, w in ahead)
             least = min(m for _, m, _ in ahead)
             sure = all(m - w > 0 for _, m, w in ahead)
-            reported.append((f"ahead of {rival} on every ground, points", text, "not told apart" if least > 0 and not sure
+            told.append((f"ahead of {rival} on every ground, points", text, "not told apart" if least > 0 and not sure
                          else sure))  # fmt: skip
-    return reported
+    return told
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -97,7 +97,7 @@ def run(wanted: Mapping[tuple[str, str], str], known: Mapping[str, Any], given: 
     return result
 
 
-def reported(row: Mapping[str, Any]) -> str:
+def told(row: Mapping[str, Any]) -> str:
     """One line about a row."""
     if not row["built"]:
         return f"not built: {row.get('error', '')}"

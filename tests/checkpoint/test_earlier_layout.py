@@ -7,7 +7,7 @@ from torch import nn
 
 from apoptosis import Apoptosis, load
 
-STORED = Path(__file__).with_name("data") / "earlier_layout.safetensors"
+STORED = Path(__file__).with_name("stored") / "earlier_layout.safetensors"
 
 
 class Net(nn.Module):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import apoptosis.records
+import apoptosis.errors
 from apoptosis import Apoptosis, shrink_
 
-SRC = Path(apoptosis.records.__file__).parent
+SRC = Path(apoptosis.errors.__file__).parent
 FLOATING = {"zeros", "ones", "empty", "full", "eye", "rand", "randn", "linspace", "logspace", "normal", "tensor"}
 FLOATING |= {"scalar_tensor", "empty_strided", "complex", "hann_window", "hamming_window"}  # by the default dtype
 WHOLE = {"arange", "randint", "randperm", "triu_indices", "tril_indices", "as_tensor", "asarray"}  # integers, as used

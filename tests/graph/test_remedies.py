@@ -27,7 +27,7 @@ def _text(node: ast.expr) -> str | None:
 def reasons() -> list[tuple[str, str]]:
     """(place, text) of every reason in the sources that is given without a remedy of its own."""
     found = []
-    for path in sorted(HERE.glob("*.py")):
+    for path in sorted(HERE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             place = f"{path.name}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in (

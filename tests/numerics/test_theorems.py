@@ -342,7 +342,7 @@ def test_ledger_sum(seed: int, removals: int, size: float) -> None:
             rows = slice(0, 80) if truth is None else slice(*verdict.error_budget.next_rows())
             found = compare([logits[rows]], [after[rows]], part.labels, None)
             verdict.evaluate(replace(found, rms=0.0))  # the sanity limit is another matter
-            verdict.settle()
+            verdict.record()
             fell = (logits.argmax(1) == labels)[rows].double() - (after.argmax(1) == labels)[rows].double()
             spent[verdict] = spent.get(verdict, 0.0) + float(fell.mean())
         lost += float((logits.argmax(1) == labels).double().mean() - (after.argmax(1) == labels).double().mean())

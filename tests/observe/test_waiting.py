@@ -25,7 +25,7 @@ WAIT = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"
 def ahead(monkeypatch):
     """What is done for accelerators, on the CPU."""
     for module in (gradients, watch):
-        monkeypatch.setattr(module, "waits", lambda device: True)
+        monkeypatch.setattr(module, "is_async", lambda device: True)
 
 
 class Waits(TorchDispatchMode):

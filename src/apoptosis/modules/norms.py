@@ -222,6 +222,7 @@ class ShrunkRMSNorm(_Compensated, nn.RMSNorm):
     Modules get this class from an event or from `load`; there is no reason to construct one.
     """
 
+    __constants__ = [*nn.RMSNorm.__constants__, "_eps_of_input"]  # noqa: RUF012 - as torch declares it
     _eps_of_input: Final[bool] = _takes_eps_of_input()
 
     def forward(self, x: Tensor) -> Tensor:

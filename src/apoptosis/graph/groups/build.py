@@ -159,7 +159,7 @@ def _list_left_over(findings: TraceResult, classes: Classes) -> None:
 def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
     """Put the groups together, in forward order; whole heads come last.
 
-    rows: by group number, the classes of the rows that keep equally many channels (see granularity.settle).
+    rows: by group number, the classes of the rows that keep equally many channels (see grids.classify_rectangular).
     """
     _list_left_over(findings, classes)
     by_axis: dict[Axis, list[Consumer]] = {}
