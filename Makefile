@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
-JOBS ?= 2
+# One more than cores: tests of several processes wait for one another.
+JOBS ?= $(shell expr $$(nproc) + 1)
 
 # What needs no extra of pyproject.toml: neither the command nor benchmarks nor examples.
 CORE := $(foreach name,checkpoint criteria decide engine families graph model modules numerics observe planner \
