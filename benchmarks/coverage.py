@@ -34,9 +34,9 @@ from apoptosis.tools.recipes.machine import machine, versions
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where the zoo and the families live, imported after it
 
-from benchmarks.zoo import page as zoo  # noqa: E402
-from families.family import Family  # noqa: E402
-from families.oracle import build, difference, inputs, operate, run, structure_of  # noqa: E402
+from benchmarks.zoo import page as zoo  # noqa: E402 - the path is set first
+from families.family import Family  # noqa: E402 - likewise
+from families.oracle import build, difference, inputs, operate, run, structure_of  # noqa: E402 - likewise
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "coverage.md"
 SEED, TOLERANCE = 0, 0.05

@@ -52,7 +52,7 @@ def test_the_reasons_are_found() -> None:
 
 @pytest.mark.parametrize(("place", "text"), reasons())
 def test_every_reason_has_its_remedy(place: str, text: str) -> None:
-    assert usual_hint(text), f"{place}: add what unpins '{text}' to graph/remedies.py"
+    assert usual_hint(text), f"{place}: add what unpins '{text}' to graph/explain.py"
 
 
 def test_an_unknown_reason_has_none() -> None:

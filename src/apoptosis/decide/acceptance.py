@@ -1,6 +1,6 @@
 """Whether a measured change of the outputs is accepted, and the certificate for it.
 
-Holds: the accuracy budget over a run's attempts and the sanity limit. Elsewhere: measuring (probe), the
+Holds: the accuracy budget over a run's attempts and the sanity limit. Elsewhere: measuring (model.evaluate), the
 arithmetic of limits (budget, numerics.bounds).
 """
 

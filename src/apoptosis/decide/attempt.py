@@ -1,7 +1,7 @@
 """One attempt of a run to shrink: plan, transaction, acceptance test, and what is recorded of it.
 
 Holds: the order of these within one event. Elsewhere: the loop (engine), the surgery
-(operate).
+(surgery.operation).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What all removals together may cost in accuracy: which probe rows an attempt uses, at which confidence.
 
 Holds: the arithmetic of spending the budget (Theorem "Ledger sum" of docs/theory.md). Elsewhere: running
-the network (probe) or the limits themselves (numerics.bounds).
+the network (model.evaluate) or the limits themselves (numerics.bounds).
 """
 
 from __future__ import annotations

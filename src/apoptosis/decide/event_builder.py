@@ -1,6 +1,6 @@
 """What one surgery is told as: sizes before and after, and the event.
 
-Holds: counting parameters and bytes, putting an Event together. Elsewhere: the surgery (operate).
+Holds: counting parameters and bytes, putting an Event together. Elsewhere: the surgery (surgery.operation).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Helpers for training loops of several processes.
 
 Holds: setting DistributedDataParallel up again for new shapes, looking inside wrappers. Elsewhere: how
-ranks talk (ranks), which wrappers there are (unwrap).
+ranks talk (ranks), which wrappers there are (wrappers).
 
 `Apoptosis` and `load` do this by themselves; it is for shapes that were changed by other means.
 """

@@ -1,7 +1,7 @@
 """What a user's model is wrapped in: taken off where surgery reaches through it, refused by name where it does not.
 
 Holds: compiled models, DistributedDataParallel and the buckets of its gradients, scripted and exported ones, the
-older FSDP. Elsewhere: fully_shard (sharded), the other checks of arguments.
+older FSDP. Elsewhere: fully_shard (fsdp), the other checks of arguments.
 
 Classes are known by name, so that nothing of torch is loaded that the user has not loaded.
 """

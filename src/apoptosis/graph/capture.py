@@ -1,7 +1,7 @@
 """One real forward pass, watched operator by operator.
 
 Holds: running the model without leaving a trace in it, and the Tracer, which knows for every tensor of that pass
-which channels it carries. Elsewhere: what an operator does to channels (rules*.py), what follows
+which channels it carries. Elsewhere: what an operator does to channels (graph.rules), what follows
 (groups/build.py).
 
 The pass is watched by a TorchDispatchMode that sends the ids along with the values, operator after operator. Recording

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from apoptosis.errors import ShapeError
+from apoptosis.interrupts import is_out_of_memory
 from apoptosis.model.module_state import Exchange, Path, Walk, name_of
 from apoptosis.records import IntArray, Kept
 
@@ -154,8 +155,8 @@ def run_fitted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     except Exception as error:  # the user's forward may raise anything
         for setter, old, _ in made:
             setter(old)
-        if not made and not fit(model, *copies):
-            raise
+        if is_out_of_memory(error) or (not made and not fit(model, *copies)):
+            raise  # lack of memory says nothing about what is kept
         try:
             return model(*copies[0], **copies[1])
         except Exception:  # noqa: BLE001 - the first one is of the model as it is

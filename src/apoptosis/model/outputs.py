@@ -1,7 +1,7 @@
 """What a model returns, read as numbers: nested containers, objects and plain Python values, and two passes compared.
 
 Holds: walking what a forward pass returns, and how far two of them lie apart. Elsewhere: running a model
-(probe), what a difference is allowed to be (decide.acceptance).
+(evaluate), what a difference is allowed to be (decide.acceptance).
 """
 
 from __future__ import annotations

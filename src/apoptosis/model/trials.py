@@ -1,7 +1,7 @@
 """Passes at construction, which find out what a model does with its inputs.
 
 Holds: which dimension counts examples, whether classes can be read off the outputs, whether outputs before and
-after an event can be compared, and the warning where not. Elsewhere: running and comparing (probe).
+after an event can be compared, and the warning where not. Elsewhere: running and comparing (evaluate).
 """
 
 from __future__ import annotations

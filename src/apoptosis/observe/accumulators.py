@@ -353,3 +353,27 @@ class Sample:
         if not self.kept:
             return None
         return self.kept[0] if len(self.kept) == 1 else torch.cat(self.kept)
+
+
+def state_of(watches: Mapping[tuple[str, str], Accumulator], samples: Mapping[str, Sample]) -> dict[str, Any]:
+    """Return what was seen by (group, site) and by name, exactly."""
+    return {
+        "watches": [{"group": g, "site": k, **watch.state_dict()} for (g, k), watch in watches.items()],
+        "samples": {name: list(sample.kept) for name, sample in samples.items()},
+    }
+
+
+def load_state_of(
+    watches: Mapping[tuple[str, str], Accumulator],
+    samples: Mapping[str, Sample],
+    state: Mapping[str, Any],
+    device: torch.device,
+) -> None:
+    """Take over what `state_of` wrote. Raises: KeyError: it is of other groups; nothing has changed then."""
+    entries = {(entry["group"], entry["site"]): entry for entry in state["watches"]}
+    if set(entries) != set(watches) or set(state["samples"]) != set(samples):
+        raise KeyError("the window is of other groups")
+    for key, entry in entries.items():
+        watches[key].load_state_dict(entry)
+    for name, kept in state["samples"].items():
+        samples[name].kept = [x.to(device) for x in kept]

@@ -27,8 +27,10 @@ from apoptosis.observe.accumulators import (
     Accumulator,
     Observation,
     Sample,
+    load_state_of,
     named_snapshot,
     needs_whole_inputs,
+    state_of,
 )
 from apoptosis.observe.linear_map import sums_of
 from apoptosis.records import Group, Seen, Site
@@ -345,22 +347,15 @@ class Replayed:
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""
         return {
-            "watches": [{"group": g, "site": k, **watch.state_dict()} for (g, k), watch in self._watches.items()],
-            "samples": {name: list(sample.kept) for name, sample in self._samples.items()},
+            **state_of(self._watches, self._samples),
             "passes": self._passes,
             "examples": self.examples,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote. Raises: KeyError: it is of other groups."""
-        watches = {(entry["group"], entry["site"]): entry for entry in state["watches"]}
-        if set(watches) != set(self._watches) or set(state["samples"]) != set(self._samples):
-            raise KeyError("the window is of other groups")
-        for key, entry in watches.items():
-            self._watches[key].load_state_dict(entry)
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        for name, kept in state["samples"].items():
-            self._samples[name].kept = [x.to(device) for x in kept]
+        load_state_of(self._watches, self._samples, state, device)
         self._passes, self.examples = int(state["passes"]), int(state["examples"])
 
 

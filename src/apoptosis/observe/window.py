@@ -29,8 +29,10 @@ from apoptosis.observe.accumulators import (
     Accumulator,
     Observation,
     Sample,
+    load_state_of,
     named_snapshot,
     needs_whole_inputs,
+    state_of,
 )
 from apoptosis.observe.dropouts import DROPOUTS, Dropped
 from apoptosis.observe.gradients import Gradients
@@ -418,10 +420,8 @@ class Observer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the half-filled window, exactly."""
-        watches = [{"group": g, "site": k, **watch.state_dict()} for (g, k), watch in self._watches.items()]
         return {
-            "watches": watches,
-            "samples": {name: list(sample.kept) for name, sample in self._samples.items()},
+            **state_of(self._watches, self._samples),
             "replayed": self._replayed.state_dict(),
             "gradients": self._gradients.state_dict(),
             "generator": self._generator.get_state(),
@@ -436,14 +436,8 @@ class Observer:
 
         Raises: KeyError, TypeError, ValueError, ApoptosisError: it is of other groups or damaged.
         """
-        watches = {(entry["group"], entry["site"]): entry for entry in state["watches"]}
-        if set(watches) != set(self._watches) or set(state["samples"]) != set(self._samples):
-            raise KeyError("the window is of other groups")
-        for key, entry in watches.items():
-            self._watches[key].load_state_dict(entry)
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        for name, kept in state["samples"].items():
-            self._samples[name].kept = [x.to(device) for x in kept]
+        load_state_of(self._watches, self._samples, state, device)
         self._replayed.load_state_dict(state["replayed"])
         self._gradients.load_state_dict(state["gradients"])
         self._generator.set_state(state["generator"].cpu())

@@ -1,6 +1,6 @@
 """Which sharded models apoptosis works on; the others are refused by name before anything has changed.
 
-Holds: the checks, and the processes that shard a model. Elsewhere: wrappers (unwrap).
+Holds: the checks, and the processes that shard a model. Elsewhere: wrappers (distributed.wrappers).
 """
 
 from __future__ import annotations

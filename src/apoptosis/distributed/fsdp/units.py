@@ -55,7 +55,7 @@ class _Loan:
             self.plain.untyped_storage().resize_(0)
 
 
-def _held(unit: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def _held(unit: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Yield (module, leaf, parameter) of a unit's sharded parameters, without those of units inside it."""
     todo, seen = [unit], set()
     while todo:
@@ -90,7 +90,7 @@ def unsharded_forward(model: nn.Module) -> Iterator[None]:
         yield
         return
     loans: dict[int, _Loan] = {}
-    places: list[tuple[nn.Module, str, Tensor]] = []
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
     by_unit: dict[int, list[_Loan]] = {}
     for unit in units:
         for module, leaf, parameter in _held(unit):
@@ -115,7 +115,7 @@ def unsharded_forward(model: nn.Module) -> Iterator[None]:
                 for table in (unit._forward_hooks_always_called, unit._forward_hooks):
                     table.pop(key, None)
         for module, leaf, parameter in places:
-            module._parameters[leaf] = parameter  # type: ignore[assignment]  # it is one
+            module._parameters[leaf] = parameter
         put_back()
 
     with restoring(undo):

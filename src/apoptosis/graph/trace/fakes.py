@@ -1,7 +1,7 @@
 """Passes over fake tensors, in which what no parameter or input goes into keeps its numbers.
 
 Holds: which operators run on numbers although the weights have none, and models with fake tensors in the places of
-real ones. Elsewhere: what a rule does where numbers are missing (rules*.py).
+real ones. Elsewhere: what a rule does where numbers are missing (graph.rules).
 
 Networks read numbers off tensors that they make themselves: rates of dropped layers, positions in windows, masks. Such
 tensors stay real as long as nothing fake is written into them, so that these passes run without data.

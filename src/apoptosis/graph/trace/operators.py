@@ -1,6 +1,6 @@
 """Operators that the tracer treats apart, by name.
 
-Holds: names. Elsewhere: rules (rules*.py).
+Holds: names. Elsewhere: rules (graph.rules).
 """
 
 # Operators that write to a buffer of the module or to noise beside their result.
