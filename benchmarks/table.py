@@ -1,4 +1,5 @@
-"""Make the tables of README.md, docs/results.md and docs/scaling.md from benchmarks/results/*.json.
+"""Make the tables of README.md, docs/results.md and docs/scaling.md from benchmarks/results/*.json, and that of the
+command's options in docs/cli.md from its configuration model.
 
     python -m benchmarks.table --write      fill the text between the markers of these files
     python -m benchmarks.table --check      exit status 1 if a file does not say what the JSON says
@@ -24,7 +25,7 @@ from benchmarks.paper.summary import table as markdown
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER = RESULTS / "paper"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "scaling.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/scaling.md", "docs/cli.md"))
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."
 
@@ -116,6 +117,20 @@ def machines_table(results: Mapping[str, Record]) -> str:
     return markdown(("result", "machine", "cores, threads", "torch", "torch-apoptosis"), rows) if rows else ""
 
 
+def options_table(results: Mapping[str, Record]) -> str:
+    """The options of the command `train`, from the fields of its configuration and its own."""
+    import typer
+
+    from apoptosis.tools.cli.app import app
+
+    rows = []
+    for option in typer.main.get_command(app).commands["train"].params:
+        names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts) if name.startswith("--"))
+        default = "" if option.default is None or option.default is False else f"`{option.default}`"
+        rows.append((names, option.help.replace("|", "\\|"), default))
+    return markdown(("option", "meaning", "default"), rows)
+
+
 def _one_of_each(cells: Sequence[Record]) -> list[tuple[str, Record]]:
     return list({f"{cell['ground']} and its rivals": cell for cell in cells}.items())
 
@@ -135,6 +150,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "capture": capture_table,
     "event-cost": event_cost_table,
     "machines": machines_table,
+    "options": options_table,
     **scaling.TABLES,
 }
 

@@ -14,56 +14,30 @@ from rich.console import Console
 from rich.table import Table
 
 from apoptosis.errors import ArgumentError
-from apoptosis.tools.cli import options as o
 from apoptosis.tools.cli.display import console, display, metric_words
+from apoptosis.tools.cli.options import JsonFile, Out, Quiet, check_json_file, integers, with_run_options
 from apoptosis.tools.cli.rank_errors import works_alone
 from apoptosis.tools.cli.train import default_folder
 from apoptosis.tools.recipes.compare import compare as run_compare
+from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.folder import RunFolder, write_json
 
-D = o.DEFAULTS
 
-
+@with_run_options(instead={"seed": "seeds", "apoptosis": None})
 def compare(
-    ctx: typer.Context,
-    data: o.Data = D.data,
-    data_dir: o.DataDir = None,
-    train_rows: o.TrainRows = None,
-    test_rows: o.TestRows = None,
-    validation: o.Validation = D.validation,
-    network: o.Network = D.network,
-    widths: o.Widths = None,
-    activation: o.Activation = D.activation,
-    dropout: o.Dropout = D.dropout,
-    epochs: o.Epochs = D.epochs,
-    batch: o.Batch = D.batch,
-    optimizer: o.OptimizerName = D.optimizer,
-    lr: o.Lr = D.lr,
-    weight_decay: o.WeightDecay = D.weight_decay,
-    schedule: o.Schedule = D.schedule,
+    typed: Mapping[str, Any],
     seeds: Annotated[str, typer.Option(help="Seeds, 0,1,2: one pair of twins each.")] = "0",
-    device: o.Device = D.device,
-    precision: o.Precision = D.precision,
-    threads: o.Threads = None,
-    tolerance: o.Tolerance = None,
-    criterion: o.Criterion = D.criterion,
-    budget: o.Budget = None,
-    probe_rows: o.ProbeRows = D.probe_rows,
-    align: o.Align = D.align,
-    exclude: o.Exclude = None,
-    calibration: o.Calibration = None,
-    tensorboard: o.TensorBoard = False,
-    out: o.Out = None,
-    json_file: o.JsonFile = None,
-    quiet: o.Quiet = False,
+    out: Out = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train twins, with and without apoptosis, epoch by epoch in turn; print and write what differs."""
     works_alone("compare")
-    config = o.to_config(ctx)
-    numbers = o.integers("--seeds", seeds)
+    config = RunConfig.checked(**typed)
+    numbers = integers("--seeds", seeds)
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise ArgumentError(f"--seeds: '{seeds}' must be different whole numbers, 0 or more.")
-    o.check_json_file(json_file)
+    check_json_file(json_file)
     path = out or default_folder(config)
     shown = console()
     with RunFolder(path) as folder, display(shown, quiet) as watch:

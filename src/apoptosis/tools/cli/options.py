@@ -1,85 +1,27 @@
-"""Options that several commands share, and how they become a RunConfig.
+"""Options of the commands: those of a run, made from the fields of RunConfig, and the few that are none of its fields.
 
-Holds: names, help texts, parsing. Elsewhere: defaults and limits (RunConfig).
+Holds: how a field becomes an option, how what was typed becomes a RunConfig. Elsewhere: names, types, defaults, limits
+and help texts of the fields (RunConfig).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
 from apoptosis.errors import ArgumentError
 from apoptosis.storage.files import check_regular
 from apoptosis.tools.recipes.config import RunConfig
-from apoptosis.tools.recipes.datasets import DATASETS
-from apoptosis.tools.recipes.networks import ACTIVATIONS, NETWORKS
-
-DEFAULTS = RunConfig()
-
-
-def _option(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text)
-
-
-Data = Annotated[str, _option(f"Data set: {', '.join(DATASETS)}.", "--data")]
-DataDir = Annotated[
-    str | None, _option("Where the publisher's files lie or are downloaded to. Default: $APOPTOSIS_DATA or the cache.")
-]
-TrainRows = Annotated[int | None, _option("Use only so many training rows (digits: enlarge to so many).")]
-TestRows = Annotated[int | None, _option("higgs: rows at the end of the file that are the test split.")]
-Validation = Annotated[float, _option("Share of the training rows held out for validation and certificates.")]
-Network = Annotated[str, _option(f"Network: {', '.join(NETWORKS)}.", "--network")]
-Widths = Annotated[
-    str | None, _option("Widths of hidden layers or stages, 1024,1024,1024. Default: the network's own.")
-]
-Activation = Annotated[str, _option(f"Activation: {', '.join(ACTIVATIONS)}.")]
-Dropout = Annotated[float, _option("Dropout after every hidden linear layer.")]
-Epochs = Annotated[int, _option("Passes over the training rows.")]
-Batch = Annotated[int, _option("Rows per step.")]
-OptimizerName = Annotated[str, _option("Optimizer: adam, adamw, sgd.", "--optimizer")]
-Lr = Annotated[float, _option("Largest learning rate of the schedule.")]
-WeightDecay = Annotated[float, _option("Weight decay.")]
-Schedule = Annotated[str, _option("Learning rate over time: one-cycle, cosine, constant.")]
-Device = Annotated[str, _option("auto, cpu, cuda, cuda:1 ...")]
-Precision = Annotated[str, _option("fp32, or bf16 (autocast).")]
-Threads = Annotated[int | None, _option("Threads of one operator. Default: torch's own choice.")]
-Tolerance = Annotated[
-    float | None,
-    _option("Cap per consumer site and event on the relative rms change. Default: the library's schedule."),
-]
-Criterion = Annotated[
-    str,
-    _option(
-        "interpolative, reconstruction, greedy, pairwise, constant, duplicate, magnitude or random: how to choose."
-    ),
-]
-Budget = Annotated[
-    float | None, _option("What all removals may cost in accuracy, a share (0.002 is 0.2 points), on validation rows.")
-]
-ProbeRows = Annotated[int, _option("Validation rows that an event is measured on (with --budget: all of them).")]
-Align = Annotated[int, _option("Widths are rounded up to a multiple of this.")]
-Exclude = Annotated[list[str] | None, _option("Group to leave alone, by name or wildcard; may be repeated.")]
-Calibration = Annotated[
-    float | None,
-    typer.Option(help="Fixed cost of an event in MACs, from an earlier run's summary. Default: measured once."),
-]
-TensorBoard = Annotated[bool, _option("Write TensorBoard scalars into the run folder.", "--tensorboard")]
-Launcher = Annotated[
-    str,
-    _option(
-        "Who starts the processes of one run: auto, none, torchrun, mpi or slurm; auto looks at the environment. "
-        "Under mpi gradients and moments are summed by MPI.",
-        "--launcher",
-    ),
-]
-Quiet = Annotated[bool, _option("Print nothing but the result.", "--quiet", "-q")]
 
 
 def path_of(text: str) -> Path:
-    """Take a path that was typed; an empty one would be the folder one is in.
+    """Take a path that was typed; an empty one would be the current folder.
 
     Raises: ArgumentError: it is empty, or holds a character that no name can.
     """
@@ -92,25 +34,44 @@ Out = Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-N
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file.", parser=path_of, metavar="FILE")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result.")]
 
 
-def given(ctx: typer.Context) -> dict[str, Any]:
-    """Return the options that were typed on the command line, by RunConfig field, parsed."""
-    names = [name for name in ctx.params if name in RunConfig.model_fields]
-    typed = {}
-    for name in names:
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            typed[name] = _parse(name, ctx.params[name])
-    return typed
+def with_run_options(
+    *, fields: Sequence[str] | None = None, instead: Mapping[str, str | None] = MappingProxyType({})
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per field of RunConfig.
 
+    The command is `command(typed, ...)`: `typed` are the fields that were typed, parsed; its other parameters become
+    options of its own, after those of the fields.
 
-def to_config(ctx: typer.Context, **more: Any) -> RunConfig:
-    """Make the configuration of what was typed; everything else keeps RunConfig's default.
-
-    Raises: ArgumentError: the first thing that is wrong, as one line.
+    Args:
+        fields: only these, and without defaults, for a command that changes a configuration which it reads.
+        instead: field -> the command's own parameter that takes its place in the help, None for no option.
     """
-    return RunConfig.checked(**{**given(ctx), **more})
+    names = tuple(RunConfig.model_fields if fields is None else fields)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = dict(list(inspect.signature(command, eval_str=True).parameters.items())[1:])
+        placed = {"ctx": inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)}
+        placed |= {name: p for name, p in own.items() if p.default is inspect.Parameter.empty}
+        for name in names:
+            shown = instead.get(name, name)
+            if shown is not None:
+                placed[shown] = own.get(shown) or _parameter(name, default=fields is None)
+        placed |= own
+
+        @functools.wraps(command)
+        def run(ctx: typer.Context, **values: Any) -> None:
+            given = [n for n in names if n in values and n not in own and _was_typed(ctx, n)]
+            command({n: _parsed(n, values[n]) for n in given}, **{n: values[n] for n in own})
+
+        order = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in placed.values()]
+        run.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in order}
+        return run
+
+    return decorate
 
 
 def same_config(stored: RunConfig, typed: Mapping[str, Any], run: Path) -> RunConfig:
@@ -121,10 +82,9 @@ def same_config(stored: RunConfig, typed: Mapping[str, Any], run: Path) -> RunCo
     asked = RunConfig.checked(**{**stored.model_dump(), **typed})
     for name in typed:
         if getattr(asked, name) != getattr(stored, name):
-            option = "--" + name.replace("_", "-")
             raise ArgumentError(
-                f"{option}: the run in '{run}' has {getattr(stored, name)}, not {getattr(asked, name)}; a resumed run "
-                "keeps its configuration."
+                f"{option_name(name)}: the run in '{run}' has {getattr(stored, name)}, not "
+                f"{getattr(asked, name)}; a resumed run keeps its configuration."
             )
     return stored
 
@@ -159,9 +119,45 @@ def integers(option: str, text: str) -> tuple[int, ...]:
         raise ArgumentError(f"{option}: '{text}' is not whole numbers separated by commas.") from error
 
 
-def _parse(name: str, value: Any) -> Any:
-    if name == "widths" and isinstance(value, str):
-        return integers("--widths", value)
-    if name == "exclude":
-        return tuple(value or ())
-    return value
+def option_name(field: str) -> str:
+    """Return how a field is written on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def _parameter(name: str, *, default: bool) -> inspect.Parameter:
+    """Make the option of a field; typer reads type and default off it."""
+    field, option = RunConfig.model_fields[name], option_name(name)
+    kind, value = _kind(field.annotation), field.default if default and field.default != () else None
+    names = (f"{option}/--no-{name}",) if kind is bool and value else (option,)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=kind | None if value is None else kind,
+        default=typer.Option(value, *names, help=field.description),
+    )
+
+
+def _kind(annotation: Any) -> Any:
+    """Return the type of what is typed for a field: numbers of a list are one word; RunConfig checks choices."""
+    inner = _unwrapped(annotation)
+    if get_origin(inner) is tuple:
+        return list[str] if get_args(inner)[0] is str else str
+    return str if get_origin(inner) is Literal else inner
+
+
+def _unwrapped(annotation: Any) -> Any:
+    """Return a field's type without `| None` and limits."""
+    if get_origin(annotation) in (Union, UnionType):
+        (annotation,) = (a for a in get_args(annotation) if a is not NoneType)
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _was_typed(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _parsed(name: str, value: Any) -> Any:
+    if isinstance(value, str) and get_origin(_unwrapped(RunConfig.model_fields[name].annotation)) is tuple:
+        return integers(option_name(name), value)
+    return tuple(value) if isinstance(value, list) else value

@@ -6,9 +6,9 @@ Elsewhere: planning and surgery (the library).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,7 +19,7 @@ from apoptosis.checkpoint import load
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.tools.cli.display import console
-from apoptosis.tools.cli.options import Criterion, DataDir, Device, JsonFile, Tolerance, check_json_file, path_of
+from apoptosis.tools.cli.options import JsonFile, check_json_file, path_of, with_run_options
 from apoptosis.tools.cli.rank_errors import works_alone
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.datasets import Dataset
@@ -28,20 +28,17 @@ from apoptosis.tools.recipes.loop import make_network
 from apoptosis.tools.recipes.train import prepare
 
 
+@with_run_options(fields=("tolerance", "criterion", "data_dir", "device"))
 def plan(
+    typed: Mapping[str, Any],
     checkpoint: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint file in it.", parser=path_of)],
-    tolerance: Tolerance = None,
-    criterion: Criterion = "",
-    data_dir: DataDir = None,
-    device: Device = "",
     json_file: JsonFile = None,
 ) -> None:
     """Say what would be removed from the network of a checkpoint, and what that would change. Nothing is written."""
     works_alone("plan")
     check_json_file(json_file)
     path, config = _find(checkpoint)
-    asked = {"tolerance": tolerance, "criterion": criterion or None, "data_dir": data_dir, "device": device or None}
-    config = RunConfig.checked(**{**config.model_dump(), **{k: v for k, v in asked.items() if v is not None}})
+    config = RunConfig.checked(**{**config.model_dump(), **typed})
     data, place = prepare(config)
     model = make_network(config, data, place)
     load(path, model)

@@ -7,65 +7,43 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from apoptosis.errors import ArgumentError
-from apoptosis.tools.cli import options as o
 from apoptosis.tools.cli.display import console, display, metric_words, widths_words
+from apoptosis.tools.cli.options import Out, Quiet, path_of, same_config, with_run_options
 from apoptosis.tools.cli.rank_errors import one_voice
 from apoptosis.tools.launch import Group
 from apoptosis.tools.recipes.config import RunConfig, resolve_device
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, RunFolder, has_results
 from apoptosis.tools.recipes.train import train as run_train
 
-D = o.DEFAULTS
 
-
+@with_run_options()
 def train(
-    ctx: typer.Context,
-    data: o.Data = D.data,
-    data_dir: o.DataDir = None,
-    train_rows: o.TrainRows = None,
-    test_rows: o.TestRows = None,
-    validation: o.Validation = D.validation,
-    network: o.Network = D.network,
-    widths: o.Widths = None,
-    activation: o.Activation = D.activation,
-    dropout: o.Dropout = D.dropout,
-    epochs: o.Epochs = D.epochs,
-    batch: o.Batch = D.batch,
-    optimizer: o.OptimizerName = D.optimizer,
-    lr: o.Lr = D.lr,
-    weight_decay: o.WeightDecay = D.weight_decay,
-    schedule: o.Schedule = D.schedule,
-    seed: Annotated[int, typer.Option(help="Decides initialisation, order of the rows, dropout.")] = D.seed,
-    device: o.Device = D.device,
-    precision: o.Precision = D.precision,
-    threads: o.Threads = None,
-    apoptosis: Annotated[bool, typer.Option("--apoptosis/--no-apoptosis", help="Shrink while training.")] = True,
-    tolerance: o.Tolerance = None,
-    criterion: o.Criterion = D.criterion,
-    budget: o.Budget = None,
-    probe_rows: o.ProbeRows = D.probe_rows,
-    align: o.Align = D.align,
-    exclude: o.Exclude = None,
-    calibration: o.Calibration = None,
-    tensorboard: o.TensorBoard = False,
-    out: o.Out = None,
-    launcher: o.Launcher = "auto",
+    typed: Mapping[str, Any],
+    out: Out = None,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            help="What starts the processes of one run: auto, none, torchrun, mpi or slurm; auto looks at the "
+            "environment. Under mpi gradients and moments are summed by MPI."
+        ),
+    ] = "auto",
     resume: Annotated[
-        Path | None, typer.Option(help="Continue the run in this folder exactly.", parser=o.path_of)
+        Path | None, typer.Option(help="Continue the run in this folder exactly.", parser=path_of)
     ] = None,
-    quiet: o.Quiet = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train one network; with apoptosis unless told otherwise."""
     if resume is not None and out is not None:
         raise ArgumentError(f"--out: a run that is resumed goes on in its own folder, '{resume}'; leave --out out.")
-    config = o.to_config(ctx) if resume is None else o.same_config(_stored(resume), o.given(ctx), resume)
-    if config.device not in ("auto", "cuda"):  # which is whose, the launcher says
+    config = RunConfig.checked(**typed) if resume is None else same_config(_stored(resume), typed, resume)
+    if config.device not in ("auto", "cuda"):  # the launcher says which process has which
         resolve_device(config.device)
     with one_voice(launcher, config.device) as group:
         where = _where(group, config, out, resume)

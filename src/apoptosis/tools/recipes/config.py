@@ -1,6 +1,6 @@
-"""What one run is: every choice that decides its course, checked, and written into its folder.
+"""The configuration of a run: every choice that decides its course, checked, and written into its folder.
 
-Holds: `RunConfig`. Elsewhere: what is done with it.
+Holds: `RunConfig`, whose fields are the options of the command. Elsewhere: what is done with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from apoptosis.criteria import criteria
 from apoptosis.errors import ArgumentError, DataError
 from apoptosis.storage.files import check_regular, replacing
 from apoptosis.storage.plain_json import parse
@@ -24,40 +25,69 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 class RunConfig(BaseModel):
     """One run; all fields have defaults, unknown ones are refused.
 
-    Units: `lr` per step at the schedule's peak; `validation` a share of the training split; `tolerance` relative rms;
-    `budget` a share of accuracy; `threads` of torch's intra-operator pool, None for torch's own choice.
+    A field is all it takes to have an option: type and default become those of the command line, the description its
+    help, the rest what is refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: str = "digits"
-    data_dir: str | None = None
-    train_rows: Positive | None = None
-    test_rows: Positive | None = None
-    validation: Annotated[float, Field(ge=0, le=0.9)] = 0.1
-    network: str = "mlp"
-    widths: tuple[Positive, ...] | None = None
-    activation: str = "relu"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    epochs: Positive = 10
-    batch: Annotated[int, Field(ge=2, lt=2**31)] = 128
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    apoptosis: bool = True
-    tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
-    criterion: str = "interpolative"
-    budget: Annotated[float, Field(gt=0, lt=1)] | None = None
-    probe_rows: Annotated[int, Field(ge=0, lt=2**31)] = 4096
-    align: Positive = 8
-    exclude: tuple[str, ...] = ()
-    calibration: Annotated[float, Field(gt=0)] | None = None
-    tensorboard: bool = False
+    data: str = Field("digits", description=f"Data set: {', '.join(DATASETS)}.")
+    data_dir: str | None = Field(
+        None,
+        description="Where the publisher's files lie or are downloaded to. Default: $APOPTOSIS_DATA or the cache.",
+    )
+    train_rows: Positive | None = Field(
+        None, description="Use only so many training rows (digits: enlarge to so many)."
+    )
+    test_rows: Positive | None = Field(None, description="higgs: rows at the end of the file that are the test split.")
+    validation: float = Field(
+        0.1, ge=0, le=0.9, description="Share of the training rows held out for validation and certificates."
+    )
+    network: str = Field("mlp", description=f"Network: {', '.join(NETWORKS)}.")
+    widths: tuple[Positive, ...] | None = Field(
+        None, description="Widths of hidden layers or stages, 1024,1024,1024. Default: the network's own."
+    )
+    activation: str = Field("relu", description=f"Activation: {', '.join(ACTIVATIONS)}.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout after every hidden linear layer.")
+    epochs: Positive = Field(10, description="Passes over the training rows.")
+    batch: int = Field(128, ge=2, lt=2**31, description="Rows per step.")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer: adam, adamw, sgd.")
+    lr: float = Field(1e-3, gt=0, description="Largest learning rate of the schedule.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    schedule: Literal["one-cycle", "cosine", "constant"] = Field(
+        "one-cycle", description="Learning rate over time: one-cycle, cosine, constant."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Decides initialisation, order of the rows, dropout.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16 (autocast).")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="Threads of one operator. Default: torch's own choice."
+    )
+    apoptosis: bool = Field(True, description="Shrink while training.")
+    tolerance: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Cap per consumer site and event on the relative rms change. Default: the library's schedule.",
+    )
+    criterion: str = Field("interpolative", description=f"Criterion: {', '.join(criteria())}.")
+    budget: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="What all removals may cost in accuracy, a share (0.002 is 0.2 points), on validation rows.",
+    )
+    probe_rows: int = Field(
+        4096, ge=0, lt=2**31, description="Validation rows that an event is measured on (with --budget: all of them)."
+    )
+    align: Positive = Field(8, description="Widths are rounded up to a multiple of this.")
+    exclude: tuple[str, ...] = Field((), description="Group to leave alone, by name or wildcard; may be repeated.")
+    calibration: float | None = Field(
+        None,
+        gt=0,
+        description="Fixed cost of an event in MACs, from an earlier run's summary. Default: measured once.",
+    )
+    tensorboard: bool = Field(False, description="Write TensorBoard scalars into the run folder.")
 
     @classmethod
     def checked(cls, **values: Any) -> Self:
