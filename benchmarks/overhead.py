@@ -30,7 +30,7 @@ from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.folder import write_json
 from apoptosis.tools.recipes.loop import Trainer
 from apoptosis.tools.recipes.machine import machine, versions
-from apoptosis.tools.recipes.optim import learning_rate, make_optimizer
+from apoptosis.tools.recipes.optim import learning_rates, make_optimizer
 from apoptosis.tools.recipes.train import prepare
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,6 +80,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     clock = Clock(device)
     seconds = {"with": trainer.seconds, "without": 0.0}  # the first capture is apoptosis' own
     batches: list[tuple[Tensor, Tensor]] = []
+    rates = learning_rates(config.schedule, config.lr, trainer.total_steps)
     step = num_events = turn = 0
     idle_differences: list[float] = []
     busy_differences: list[float] = []
@@ -93,10 +94,10 @@ def measure(config: RunConfig) -> dict[str, Any]:
     while step < trainer.total_steps:
         batches = batches or epoch_batches(trainer, step)
         now = batches[:CHUNK]
-        rates = [learning_rate(config.schedule, config.lr, step + i, trainer.total_steps) for i in range(len(now))]
+        pairs = list(zip(now, rates[step:], strict=False))
         both: dict[str, list[Step]] = {
-            "with": [partial(full, b, lr) for b, lr in zip(now, rates, strict=True)],
-            "without": [partial(train_step, *twin, b, lr) for b, lr in zip(now, rates, strict=True)],
+            "with": [partial(full, *pair) for pair in pairs],
+            "without": [partial(train_step, *twin, *pair) for pair in pairs],
         }
         own = apo.seconds
         order = ("with", "without") if turn % 2 == 0 else ("without", "with")

@@ -30,7 +30,7 @@ from apoptosis import Apoptosis
 from apoptosis.distributed.ranks import Ranks, TorchRanks
 from apoptosis.tools.launch import Group, start_group
 from apoptosis.tools.launch.mpi import MpiRanks
-from apoptosis.tools.recipes.datasets.images import load_idx
+from apoptosis.tools.recipes.datasets import DATASETS
 from benchmarks.cluster import links
 from benchmarks.cluster.throttle import ring_seconds, throttled
 
@@ -89,7 +89,7 @@ def examples(spec: Spec) -> tuple[Tensor, Tensor]:
     """MNIST's training images, or numbers of the same shape where it is not at hand."""
     folder, file = Path(spec.data_dir or "."), "train-images-idx3-ubyte.gz"
     if spec.data_dir and any((place / file).exists() for place in (folder / "mnist", folder)):
-        x, y = load_idx("mnist", folder)[0].between(0, ROWS)
+        x, y = DATASETS["mnist"].read(folder, None)[0].between(0, ROWS)
         return x.reshape(len(x), -1) / x.max(), y
     draws = torch.Generator().manual_seed(spec.seed)
     x = torch.randn(ROWS, 30, generator=draws) @ torch.randn(30, 784, generator=draws)

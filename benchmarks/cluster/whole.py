@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from apoptosis import Apoptosis
 from apoptosis.tools.recipes.machine import machine, versions
-from apoptosis.tools.recipes.optim import learning_rate
+from apoptosis.tools.recipes.optim import learning_rates
 from benchmarks.cluster.links import Links, why_not
 from benchmarks.cluster.rank import Job, Record, World, name_of, num_parameters, run
 from benchmarks.cluster.start import run_ranks
@@ -93,13 +93,13 @@ def _loop(world: World, ground: Ground, task: Task, net: nn.Module) -> tuple[lis
         apo = Apoptosis(model, optimizer, task.train.between(0, 2)[0], total_steps=total,
                         probe=task.validation.between(probe.start, probe.stop), seed=spec.seed,
                         calibration=1.0 if spec.quick else None)  # fmt: skip
-    own = part(ground.batch, world)
+    own, rates = part(ground.batch, world), learning_rates("one-cycle", ground.lr, total)
     for epoch in range(spec.epochs):
         draws = torch.Generator().manual_seed(2 * (spec.seed * 100_003 + epoch))
         order = torch.randperm(len(task.train), generator=draws)[: per_epoch * ground.batch]
         for rows in order.view(per_epoch, ground.batch):
             x, y = task.train.take(rows[own])
-            optimizer.param_groups[0]["lr"] = learning_rate("one-cycle", ground.lr, step, total)
+            optimizer.param_groups[0]["lr"] = rates[step]
             loss = task.loss(model(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apoptosis.tools.recipes.datasets import Part, load_dataset
-from apoptosis.tools.recipes.metrics import auc
+from apoptosis.tools.recipes.metrics import METRICS
 from apoptosis.tools.recipes.networks import build_network
 from benchmarks.paper.networks import GPT, ViT, alexnet, autoencoder, small_cnn
 
@@ -66,18 +66,9 @@ def _classes(name: str) -> Callable[[Path | None, int | None], Task]:
         data = load_dataset(name, data_dir=data_dir, validation=0.25 if name == "digits" else 0.1, train_rows=rows)
         device = torch.device("cpu")
         parts = {part: getattr(data, part).resident(device, 2**30) for part in ("train", "validation", "test")}
-        score = _auc if data.metric == "auc" else _accuracy
-        return Task(**parts, loss=F.cross_entropy, score=score)
+        return Task(**parts, loss=F.cross_entropy, score=METRICS[data.metric])
 
     return load
-
-
-def _accuracy(outputs: Tensor, labels: Tensor) -> float:
-    return float((outputs.argmax(1) == labels).double().mean())
-
-
-def _auc(outputs: Tensor, labels: Tensor) -> float:
-    return auc(outputs[:, 1] - outputs[:, 0], labels)
 
 
 def _mlp(*widths: int) -> Callable[[Task, float], nn.Module]:

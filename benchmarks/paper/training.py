@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apoptosis.tools.recipes.datasets import Part
 from apoptosis.tools.recipes.networks import num_parameters
-from apoptosis.tools.recipes.optim import learning_rate
+from apoptosis.tools.recipes.optim import learning_rates
 from benchmarks.paper.grounds import Ground, Task
 
 
@@ -63,6 +63,7 @@ class Contestant:
         self.batch = min(ground.batch, len(task.train))
         self.steps_per_epoch = len(task.train) // self.batch
         self.total_steps = max(1, round(self.steps_per_epoch * (ground.epochs if epochs is None else epochs)))
+        self._rates = (*learning_rates("one-cycle", ground.lr, self.total_steps), 0.0)
         self.step = self.epoch = 0
         self.seconds = self.cpu_seconds = self.run_seconds = 0.0
         self.points: list[Point] = []
@@ -105,7 +106,7 @@ class Contestant:
 
     def rate(self) -> float:
         """Return the learning rate of the coming step."""
-        return learning_rate("one-cycle", self.ground.lr, self.step, self.total_steps)
+        return self._rates[self.step]
 
     def run_epoch(self) -> None:
         """Train one epoch, let the method act, evaluate on the validation part.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apoptosis.errors import DataError
-from apoptosis.tools.recipes.datasets import fetch, higgs, images
+from apoptosis.tools.recipes.datasets import DATASETS, fetch, higgs, images
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here, which is quick")
 
@@ -39,7 +39,7 @@ def at_once(work, processes=6):
 
 def archived(publisher, name):
     folder = publisher.cifar(name)
-    archive = publisher.root / images.CIFAR_SOURCES[name].filename
+    archive = publisher.root / DATASETS[name].sources[0].filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)
     shutil.rmtree(folder)
@@ -50,14 +50,14 @@ def archived(publisher, name):
 def test_an_archive_is_unpacked_by_several_processes(publisher, name):
     folder, archive = archived(publisher, name)
     for _ in range(5):
-        assert at_once(lambda: images.load_cifar(name, publisher.root)) == 0
+        assert at_once(lambda: DATASETS[name].read(publisher.root, None)) == 0
         assert sorted(p.name for p in publisher.root.iterdir()) == sorted((folder.name, archive.name))
         shutil.rmtree(folder)
 
 
 def test_a_folder_made_meanwhile_is_taken(publisher):
     folder, archive = archived(publisher, "cifar10")
-    images.load_cifar("cifar10", publisher.root)
+    DATASETS["cifar10"].read(publisher.root, None)
     (own,) = {p.name for p in publisher.root.iterdir()} - {archive.name}
     assert own == folder.name
     assert images._unpack(archive, folder, ["data_batch_1.bin"]) == folder  # another process was quicker
@@ -90,27 +90,23 @@ def test_a_file_is_downloaded_by_several_at_once(tmp_path, http_folder):
 
 
 def test_all_sources_are_fetched_over_https():
-    sources = [
-        *(s for found in images.IDX_SOURCES.values() for s in found),
-        *images.CIFAR_SOURCES.values(),
-        higgs.SOURCE,
-    ]
+    sources = [source for recipe in DATASETS.values() for source in recipe.sources]
     assert len(sources) == 11
     assert all(source.url.startswith("https://") for source in sources)
 
 
 def test_pipes_in_the_place_of_data_are_refused_and_not_waited_for(publisher):
     publisher.idx()
-    first = publisher.root / "mnist" / images.IDX_SOURCES["mnist"][0].filename
+    first = publisher.root / "mnist" / DATASETS["mnist"].sources[0].filename
     first.unlink()
     os.mkfifo(first)
     with pytest.raises(DataError, match="named pipe"):
-        images.load_idx("mnist", publisher.root)
+        DATASETS["mnist"].read(publisher.root, None)
     folder = publisher.cifar()
     (folder / "test_batch.bin").unlink()
     os.mkfifo(folder / "test_batch.bin")
     with pytest.raises(DataError, match="named pipe"):
-        images.load_cifar("cifar10", publisher.root)
+        DATASETS["cifar10"].read(publisher.root, None)
 
 
 def test_an_image_file_that_announces_more_than_it_holds_is_not_read_into_memory(tmp_path):

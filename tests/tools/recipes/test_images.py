@@ -12,20 +12,24 @@ import pytest
 import torch
 
 from apoptosis.errors import DataError
-from apoptosis.tools.recipes.datasets import fetch, images, load_dataset
+from apoptosis.tools.recipes.datasets import DATASETS, fetch, load_dataset
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+
+
+def load(name, folder):
+    return DATASETS[name].read(folder, None)
 
 
 def test_idx_values_arrive_and_layout_is_either_folder(publisher):
     folder = publisher.idx("mnist")
     raw = gzip.decompress((folder / TRAIN_IMAGES).read_bytes())
-    train, test = images.load_idx("mnist", publisher.root)
+    train, test = load("mnist", publisher.root)
     assert train.inputs.shape == (60, 1, 6, 6)
     assert len(test) == 20
     assert train.inputs.numpy().tobytes() == raw[16:]
     assert train.labels.tolist() == [i % 10 for i in range(60)]
-    again, _ = images.load_idx("fashion-mnist", folder)  # DIR/*.gz without a folder of its own
+    again, _ = load("fashion-mnist", folder)  # DIR/*.gz without a folder of its own
     assert torch.equal(again.inputs, train.inputs)
 
 
@@ -72,7 +76,7 @@ def test_damaged_idx_is_refused_by_name(publisher, file, damage):
     path = publisher.idx() / file
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=file):
-        images.load_idx("mnist", publisher.root)
+        load("mnist", publisher.root)
 
 
 def test_idx_counts_and_labels_are_checked(publisher):
@@ -80,12 +84,12 @@ def test_idx_counts_and_labels_are_checked(publisher):
     good = (folder / TRAIN_LABELS).read_bytes()
     (folder / TRAIN_LABELS).write_bytes(gzip.compress(struct.pack(">4BI", 0, 0, 8, 1, 59) + bytes(59)))
     with pytest.raises(DataError, match=r"60 images.*59 labels"):
-        images.load_idx("mnist", publisher.root)
+        load("mnist", publisher.root)
     data = bytearray(gzip.decompress(good))
     data[-1] = 10
     (folder / TRAIN_LABELS).write_bytes(gzip.compress(bytes(data)))
     with pytest.raises(DataError, match="label 10"):
-        images.load_idx("mnist", publisher.root)
+        load("mnist", publisher.root)
 
 
 @pytest.mark.parametrize(("name", "rows", "classes"), [("cifar10", 40, 10), ("cifar100", 8, 100)])
@@ -110,13 +114,13 @@ def test_damaged_cifar_is_refused_by_name(publisher):
     good = path.read_bytes()
     path.write_bytes(good[:-1])
     with pytest.raises(DataError, match=r"data_batch_3\.bin.*cut off"):
-        images.load_cifar("cifar10", publisher.root)
+        load("cifar10", publisher.root)
     path.write_bytes(b"\x0a" + good[1:])
     with pytest.raises(DataError, match=r"data_batch_3\.bin.*label 10"):
-        images.load_cifar("cifar10", publisher.root)
+        load("cifar10", publisher.root)
     path.unlink()
     with pytest.raises(DataError, match=r"data_batch_3\.bin.*missing"):
-        images.load_cifar("cifar10", publisher.root)
+        load("cifar10", publisher.root)
 
 
 def test_cifar_archive_is_unpacked_once_and_whole_or_not_at_all(publisher):
@@ -134,10 +138,10 @@ def test_cifar_archive_is_unpacked_once_and_whole_or_not_at_all(publisher):
     good = archive.read_bytes()
     archive.write_bytes(good[: len(good) // 2])
     with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz.*cut off"):
-        images.load_cifar("cifar10", publisher.root)
+        load("cifar10", publisher.root)
     assert sorted(path.name for path in publisher.root.iterdir()) == [archive.name]
     archive.write_bytes(good)
-    train, _ = images.load_cifar("cifar10", publisher.root)
+    train, _ = load("cifar10", publisher.root)
     assert len(train) == 40
     assert (folder / "data_batch_1.bin").read_bytes() == kept
     assert not (publisher.root.parent / "escape.txt").exists()

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from apoptosis.errors import ArgumentError
-from apoptosis.tools.cli.display import console, display, metric_words
+from apoptosis.tools.cli.display import console, display
 from apoptosis.tools.cli.options import JsonFile, Out, Quiet, check_json_file, integers, with_run_options
 from apoptosis.tools.cli.rank_errors import works_alone
 from apoptosis.tools.cli.train import default_folder
 from apoptosis.tools.recipes.compare import compare as run_compare
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.folder import RunFolder, write_json
+from apoptosis.tools.report.words import metric_value
 
 
 @with_run_options(instead={"seed": "seeds", "apoptosis": None})
@@ -76,7 +77,7 @@ def _overall_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("training alone, s", *(f"{value:.1f}" for value in training), faster[1])
     table.add_row("one step, ms", *(f"{1000 * value:.2f}" for value in steps), f"{steps[0] / steps[1]:.2f}x")
     metrics = pair("test_metric")
-    words = (metric_words(name, value) for value in metrics)
+    words = (metric_value(name, value) for value in metrics)
     table.add_row(f"test {name}", *words, _difference(name, total["test_metric_difference"]))
     for key in ("parameters", "macs"):
         sizes = (f"{value:,.0f}" for value in pair(key))
@@ -92,7 +93,7 @@ def _seeds_table(summary: Mapping[str, Any]) -> Table:
     for head in ("seed", "faster", f"test {name}", "difference", "parameters", "MACs", "share"):
         table.add_column(head, justify="right")
     for run in summary["runs"]:
-        metrics = (metric_words(name, run[side]["test_metric"]) for side in ("dense", "apoptosis"))
+        metrics = (metric_value(name, run[side]["test_metric"]) for side in ("dense", "apoptosis"))
         table.add_row(
             str(run["seed"]),
             f"{run['speedup_run']:.2f}x",

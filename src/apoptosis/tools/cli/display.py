@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from apoptosis.decide.ledger import Event
 from apoptosis.tools.recipes.loop import Epoch, Trainer, Watcher
+from apoptosis.tools.report.words import metric_value
 
 PLAIN_WIDTH = 140
 
@@ -88,7 +89,7 @@ class Bars(Lines):
     def epoch(self, trainer: Trainer, epoch: Epoch) -> None:
         """Show the epoch's metric from now on."""
         if epoch.metric is not None:
-            self._metric[id(trainer)] = f"{trainer.data.metric} {metric_words(trainer.data.metric, epoch.metric)}  "
+            self._metric[id(trainer)] = f"{trainer.data.metric} {metric_value(trainer.data.metric, epoch.metric)}  "
         self.step(trainer, epoch.loss)
         self.progress.refresh()
 
@@ -122,21 +123,11 @@ def epoch_words(trainer: Trainer, epoch: Epoch) -> str:
     """Put an epoch's numbers in one line."""
     metric = ""
     if epoch.metric is not None:
-        metric = f"validation {trainer.data.metric} {metric_words(trainer.data.metric, epoch.metric)}  "
+        metric = f"validation {trainer.data.metric} {metric_value(trainer.data.metric, epoch.metric)}  "
     return (
         f"epoch {epoch.epoch}/{trainer.config.epochs}  loss {epoch.loss:.4f}  {metric}"
         f"parameters {epoch.parameters:,}  {widths_words(epoch.widths)}{epoch.seconds:.1f} s"
     )
-
-
-def metric_words(name: str, value: float) -> str:
-    """Write accuracy in percent, AUC as it is.
-
-    Example:
-        >>> metric_words("accuracy", 0.98765), metric_words("auc", 0.7881)
-        ('98.77 %', '0.7881')
-    """
-    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"
 
 
 def widths_words(widths: Mapping[str, int]) -> str:

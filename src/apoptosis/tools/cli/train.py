@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from apoptosis.errors import ArgumentError
-from apoptosis.tools.cli.display import console, display, metric_words, widths_words
+from apoptosis.tools.cli.display import console, display, widths_words
 from apoptosis.tools.cli.options import Out, Quiet, path_of, same_config, with_run_options
 from apoptosis.tools.cli.rank_errors import one_voice
 from apoptosis.tools.launch import Group
 from apoptosis.tools.recipes.config import RunConfig, resolve_device
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, RunFolder, has_results
 from apoptosis.tools.recipes.train import train as run_train
+from apoptosis.tools.report.words import metric_value
 
 
 @with_run_options()
@@ -95,7 +96,7 @@ def _stored(path: Path) -> RunConfig:
 def _words(summary: dict[str, Any]) -> str:
     result = summary["result"]
     lines = [
-        f"test {result.metric_name} {metric_words(result.metric_name, result.test_metric)}, "
+        f"test {result.metric_name} {metric_value(result.metric_name, result.test_metric)}, "
         f"{result.parameters:,} parameters, {widths_words(result.widths)}{result.seconds_training:.1f} s of training "
         f"({1000 * result.step_seconds:.2f} ms per step), {result.seconds_run:.1f} s in all"
     ]

@@ -33,7 +33,7 @@ from apoptosis.tools.recipes.datasets import Dataset
 from apoptosis.tools.recipes.interrupt import Interrupt, Stopped
 from apoptosis.tools.recipes.metrics import evaluate
 from apoptosis.tools.recipes.networks import build_network, num_macs, num_parameters
-from apoptosis.tools.recipes.optim import learning_rate, make_optimizer
+from apoptosis.tools.recipes.optim import learning_rates, make_optimizer
 from apoptosis.tools.recipes.several import (
     StopVote,
     batch_share,
@@ -129,6 +129,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.model)
         self.steps_per_epoch = len(data.train) // self.batch
         self.total_steps = self.steps_per_epoch * config.epochs
+        self._rates = learning_rates(config.schedule, config.lr, self.total_steps)
         self.step = 0
         self.put_off: Callable[[], None] | None = None
         self.seconds = self.evaluation_seconds = 0.0
@@ -271,7 +272,7 @@ class Trainer:
 
     def _train(self, watch: Watcher | None) -> None:
         """Run the steps that are left of the current epoch."""
-        config, data, model, optimizer, apo = self.config, self.data.train, self.parallel, self.optimizer, self.apo
+        data, model, optimizer, apo = self.data.train, self.parallel, self.optimizer, self.apo
         own, alone = self._share, self.group.size == 1
         weight = (own.stop - own.start) * self.group.size / self.batch
         epoch, first = divmod(self.step, self.steps_per_epoch)
@@ -281,7 +282,7 @@ class Trainer:
         for position in range(first, self.steps_per_epoch):
             inputs, labels = data.take(batches[position][own])
             inputs, labels = inputs.to(self.device), labels.to(self.device)
-            group["lr"] = learning_rate(config.schedule, config.lr, self.step, self.total_steps)
+            group["lr"] = self._rates[self.step]
             with self.group.step():
                 with precision:
                     loss = F.cross_entropy(model(inputs), labels)

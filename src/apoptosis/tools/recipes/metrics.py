@@ -1,11 +1,13 @@
 """How well a network does: accuracy, and the area under the ROC curve.
 
-Holds: metrics of scores, and the pass over a part that collects them. Elsewhere: training.
+Holds: metrics of a network's outputs by name, and the pass over a part that collects these. Elsewhere: training.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -18,34 +20,26 @@ def accuracy(logits_NC: Tensor, labels_N: Tensor) -> float:
     return float((logits_NC.argmax(1) == labels_N).double().mean())
 
 
-def auc(scores_N: Tensor, labels_N: Tensor) -> float:
-    """Area under the ROC curve by the rank statistic; ties count one half.
+def auc(logits_N2: Tensor, labels_N: Tensor) -> float:
+    """Area under the ROC curve of the difference of two logits, in 0..1; ties count one half.
 
-        AUC = (sum of the ranks of the positives - n1 (n1 + 1) / 2) / (n0 n1)
-
-    Args:
-        scores_N: (rows,), larger means positive.
-        labels_N: (rows,), 0 or 1, both present.
-
-    Raises: DataError: only one class is present. NonFiniteError: a score is NaN or infinite.
+    Raises: DataError: only one class is present. NonFiniteError: a logit is NaN or infinite.
 
     Example:
-        >>> auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1]))
+        >>> auc(torch.tensor([[0.0, 0.1], [0.0, 0.4], [0.0, 0.35], [0.0, 0.8]]), torch.tensor([0, 0, 1, 1]))
         0.75
-
-    References: Hanley, McNeil, Radiology 143 (1982).
     """
-    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
 
-    scores, positive = scores_N.double().numpy(force=True), labels_N.numpy(force=True) == 1
-    num_positive = int(positive.sum())
-    num_negative = len(positive) - num_positive
-    if num_positive == 0 or num_negative == 0:
+    scores_N = (logits_N2[:, 1] - logits_N2[:, 0]).double()
+    if labels_N.min() == labels_N.max():
         raise DataError("the area under the ROC curve needs rows of both classes.")
-    if not np.isfinite(scores).all():
+    if not bool(torch.isfinite(scores_N).all()):
         raise NonFiniteError("the network's outputs hold NaN or infinity; lower the learning rate.")
-    ranks = rankdata(scores)
-    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+    return float(roc_auc_score(labels_N.numpy(force=True), scores_N.numpy(force=True)))
+
+
+METRICS: Mapping[MetricName, Callable[[Tensor, Tensor], float]] = MappingProxyType({"accuracy": accuracy, "auc": auc})
 
 
 @torch.no_grad()
@@ -55,7 +49,7 @@ def evaluate(model: nn.Module, part: Part, metric: MetricName, device: torch.dev
     Args:
         model: maps (rows, *shape) to logits (rows, classes).
         part: at least one row.
-        metric: "accuracy", or "auc" of the difference of two logits.
+        metric: a key of METRICS.
         device: where the model lives.
         batch: rows per forward pass.
     """
@@ -69,5 +63,4 @@ def evaluate(model: nn.Module, part: Part, metric: MetricName, device: torch.dev
     finally:
         for module, mode in training.items():
             module.training = mode
-    outputs, labels = torch.cat(logits), part.labels.to(device)
-    return accuracy(outputs, labels) if metric == "accuracy" else auc(outputs[:, 1] - outputs[:, 0], labels)
+    return METRICS[metric](torch.cat(logits), part.labels.to(device))

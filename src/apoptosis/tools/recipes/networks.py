@@ -1,12 +1,14 @@
 """Reference networks, scaled for small images: mlp, cnn, vgg, resnet, alexnet.
 
-Holds: plain torch.nn modules without a word about apoptosis. Elsewhere: their training.
+Holds: plain torch.nn modules without a word about apoptosis; a function with `@network(...)` is all it takes to add
+one. Elsewhere: their training.
 References: Simonyan, Zisserman, arXiv 1409.1556 (VGG); He, Zhang, Ren, Sun, arXiv 1512.03385 (ResNet);
 Krizhevsky, Sutskever, Hinton, NIPS 2012 (AlexNet).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -47,6 +49,31 @@ class Design:
         return ACTIVATIONS[self.activation]()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A builder and what it takes: default widths, the least number of them, and whether it reads images."""
+
+    build: Callable[[Design], nn.Sequential]
+    widths: tuple[int, ...]
+    least: int
+    images: bool
+
+
+NETWORKS: dict[str, Network] = {}
+
+
+def network(
+    *widths: int, least: int = 1, images: bool = True
+) -> Callable[[Callable[[Design], nn.Sequential]], Callable[[Design], nn.Sequential]]:
+    """Add a builder to NETWORKS under its own name, with its default widths and the least number of them."""
+
+    def add(build: Callable[[Design], nn.Sequential]) -> Callable[[Design], nn.Sequential]:
+        NETWORKS[build.__name__] = Network(build=build, widths=widths, least=least, images=images)
+        return build
+
+    return add
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions beside a shortcut: identity, or 1x1 convolution where the shape changes."""
 
@@ -73,56 +100,33 @@ class Residual(nn.Module):
         return out
 
 
+@network(1024, 1024, 1024, images=False)
 def mlp(design: Design) -> nn.Sequential:
     """Flatten, then Linear and activation per width, then the classifier."""
     layers: list[nn.Module] = [nn.Flatten()] if len(design.shape) > 1 else []
-    num_in = _numel(design.shape)
+    num_in = math.prod(design.shape)
     for width in design.widths:
         layers += [nn.Linear(num_in, width), design.act(), *_dropout(design)]
         num_in = width
     return nn.Sequential(*layers, nn.Linear(num_in, design.num_classes))
 
 
+@network(64, 128, 256, 256, least=2)
 def cnn(design: Design) -> nn.Sequential:
     """Per width but the last: 3x3 convolution, BatchNorm, activation, 2x2 max-pooling; then one hidden Linear."""
-    planes, height, width = design.shape
-    layers: list[nn.Module] = []
-    for channels in design.widths[:-1]:
-        layers += _conv(planes, channels, design)
-        if min(height, width) >= 2:
-            layers.append(nn.MaxPool2d(2))
-            height, width = height // 2, width // 2
-        planes = channels
-    return nn.Sequential(*layers, nn.Flatten(), *_head(planes * height * width, design.widths[-1:], design))
+    layers, size = _stages(design, 1)
+    return nn.Sequential(*layers, nn.Flatten(), *_head(design.widths[-2] * size, design.widths[-1:], design))
 
 
+@network(64, 128, 256, 512, least=2)
 def vgg(design: Design) -> nn.Sequential:
     """Two 3x3 convolutions with BatchNorm per width but the last, max-pooled; then one hidden Linear."""
-    planes, height, width = design.shape
-    layers: list[nn.Module] = []
-    for channels in design.widths[:-1]:
-        layers += _conv(planes, channels, design) + _conv(channels, channels, design)
-        if min(height, width) >= 2:
-            layers.append(nn.MaxPool2d(2))
-            height, width = height // 2, width // 2
-        planes = channels
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, *_head(planes, design.widths[-1:], design))
+    layers, _ = _stages(design, 2)
+    head = _head(design.widths[-2], design.widths[-1:], design)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
 
 
-def alexnet(design: Design) -> nn.Sequential:
-    """Five convolutions without normalisation, three poolings, two hidden Linear with dropout."""
-    planes, height, width = design.shape
-    layers: list[nn.Module] = []
-    for index, channels in enumerate(design.widths[:-2]):
-        layers += [nn.Conv2d(planes, channels, 5 if index == 0 else 3, padding=2 if index == 0 else 1), design.act()]
-        if index in (0, 1, len(design.widths) - 3) and min(height, width) >= 2:
-            layers.append(nn.MaxPool2d(2))
-            height, width = height // 2, width // 2
-        planes = channels
-    return nn.Sequential(*layers, nn.Flatten(), *_head(planes * height * width, design.widths[-2:], design))
-
-
+@network(32, 64, 128)
 def resnet(design: Design) -> nn.Sequential:
     """Stem, two residual blocks per width (each stage but the first halves the image), average pooling, classifier."""
     stem = design.widths[0]
@@ -137,25 +141,18 @@ def resnet(design: Design) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *_head(num_in, (), design))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
-    """A builder and what it takes: default widths, the least number of them, and whether it reads images."""
-
-    build: Callable[[Design], nn.Sequential]
-    widths: tuple[int, ...]
-    least: int = 1
-    images: bool = True
-
-
-NETWORKS: Mapping[str, Network] = MappingProxyType(
-    {
-        "mlp": Network(build=mlp, widths=(1024, 1024, 1024), images=False),
-        "cnn": Network(build=cnn, widths=(64, 128, 256, 256), least=2),
-        "vgg": Network(build=vgg, widths=(64, 128, 256, 512), least=2),
-        "resnet": Network(build=resnet, widths=(32, 64, 128)),
-        "alexnet": Network(build=alexnet, widths=(64, 192, 256, 256, 192, 512, 512), least=3),
-    }
-)
+@network(64, 192, 256, 256, 192, 512, 512, least=3)
+def alexnet(design: Design) -> nn.Sequential:
+    """Five convolutions without normalisation, three poolings, two hidden Linear with dropout."""
+    planes, height, width = design.shape
+    layers: list[nn.Module] = []
+    for index, channels in enumerate(design.widths[:-2]):
+        layers += [nn.Conv2d(planes, channels, 5 if index == 0 else 3, padding=2 if index == 0 else 1), design.act()]
+        if index in (0, 1, len(design.widths) - 3) and min(height, width) >= 2:
+            layers.append(nn.MaxPool2d(2))
+            height, width = height // 2, width // 2
+        planes = channels
+    return nn.Sequential(*layers, nn.Flatten(), *_head(planes * height * width, design.widths[-2:], design))
 
 
 def build_network(
@@ -186,17 +183,17 @@ def build_network(
     """
     if name not in NETWORKS:
         raise ArgumentError(f"unknown network '{name}'; there are {', '.join(NETWORKS)}.")
-    network = NETWORKS[name]
-    widths = network.widths if widths is None else widths
-    if len(widths) < network.least or min(widths) < 1:
-        what = f"at least {network.least} widths, each at least 1"
+    entry = NETWORKS[name]
+    widths = entry.widths if widths is None else widths
+    if len(widths) < entry.least or min(widths) < 1:
+        what = f"at least {entry.least} widths, each at least 1"
         raise ArgumentError(f"network {name} takes {what}; given: {','.join(map(str, widths)) or 'none'}.")
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"unknown activation '{activation}'; there are {', '.join(ACTIVATIONS)}.")
-    if network.images and len(shape) != 3:
-        raise ArgumentError(f"network {name} reads images; these data have {_numel(shape)} features: use mlp.")
+    if entry.images and len(shape) != 3:
+        raise ArgumentError(f"network {name} reads images; these data have {math.prod(shape)} features: use mlp.")
     design = Design(shape=shape, num_classes=num_classes, widths=widths, activation=activation, dropout=dropout)
-    return network.build(design)
+    return entry.build(design)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -229,6 +226,20 @@ def num_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+def _stages(design: Design, num_convolutions: int) -> tuple[list[nn.Module], int]:
+    """Return stages of convolutions and max-pooling for all widths but the last, and the pixels that are left."""
+    planes, height, width = design.shape
+    layers: list[nn.Module] = []
+    for channels in design.widths[:-1]:
+        for num_in in (planes, *[channels] * (num_convolutions - 1)):
+            layers += _conv(num_in, channels, design)
+        if min(height, width) >= 2:
+            layers.append(nn.MaxPool2d(2))
+            height, width = height // 2, width // 2
+        planes = channels
+    return layers, height * width
+
+
 def _conv(num_in: int, num_out: int, design: Design) -> list[nn.Module]:
     return [nn.Conv2d(num_in, num_out, 3, padding=1), nn.BatchNorm2d(num_out), design.act()]
 
@@ -243,10 +254,3 @@ def _head(num_in: int, widths: tuple[int, ...], design: Design) -> list[nn.Modul
 
 def _dropout(design: Design) -> list[nn.Module]:
     return [nn.Dropout(design.dropout)] if design.dropout > 0 else []
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

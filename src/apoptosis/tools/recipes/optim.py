@@ -1,6 +1,6 @@
 """Optimizers and learning rates of the recipes.
 
-Holds: the choice by name, and each step's learning rate as a pure function of the step. Elsewhere: loops.
+Holds: the choice by name. Elsewhere: loops.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import math
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from apoptosis.tools.recipes.config import RunConfig
 
 ONE_CYCLE_RISE = 0.3
-ONE_CYCLE_START = 1 / 25
 SGD_MOMENTUM = 0.9
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer, fused where the device supports it; every contestant gets the same kind."""
+    """Build the optimizer, fused where the device supports it; with and without apoptosis it is of the same kind."""
     params = list(model.parameters())
     try:
         return _make(config, params, fused=True)
@@ -35,28 +35,38 @@ def _make(config: RunConfig, params: list[nn.Parameter], fused: bool | None) -> 
     return torch.optim.SGD(params, lr=lr, weight_decay=decay, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
 
 
-def learning_rate(schedule: str, peak: float, step: int, total_steps: int) -> float:
-    """Learning rate of a step.
+def learning_rates(schedule: str, peak: float, total_steps: int) -> tuple[float, ...]:
+    """Return the learning rate of every step of a run, by torch's schedulers.
 
-    "constant"; "cosine": half a cosine from the peak to 0; "one-cycle": half a cosine up from peak / 25 over the first
-    30 % of the steps, then half a cosine down to 0 (momentum stays as it is).
+    All at once: a run that goes on in the middle needs no state of a scheduler then.
 
     Args:
-        schedule: one of the three.
+        schedule: "constant"; "cosine": half a cosine from the peak to 0; "one-cycle": half a cosine up from peak / 25
+            over the first 30 % of the steps, then half a cosine down to 0 (momentum stays as it is).
         peak: largest rate.
-        step: 0..total_steps - 1.
-        total_steps: of the whole run.
+        total_steps: of the whole run; 0 would come after the last.
 
     Example:
-        >>> [round(learning_rate("one-cycle", 1.0, s, 100), 2) for s in (0, 30, 65, 99)]
+        >>> rates = learning_rates("one-cycle", 1.0, 100)
+        >>> [round(rates[step], 2) for step in (0, 30, 65, 99)]
         [0.04, 1.0, 0.5, 0.0]
 
     References: Smith, Topin, arXiv 1708.07120; Loshchilov, Hutter, arXiv 1608.03983.
     """
-    if schedule == "constant":
-        return peak
-    rise = ONE_CYCLE_RISE * total_steps if schedule == "one-cycle" else 0.0
-    if step < rise:
-        share = 0.5 - 0.5 * math.cos(math.pi * step / rise)
-        return peak * (ONE_CYCLE_START + (1 - ONE_CYCLE_START) * share)
-    return peak * (0.5 + 0.5 * math.cos(math.pi * (step - rise) / (total_steps - rise)))
+    optimizer = torch.optim.SGD([torch.zeros((), device="cpu", dtype=torch.float32)], lr=peak)
+    scheduler: LRScheduler
+    if schedule == "one-cycle":  # OneCycleLR counts from 1 where the rise ends, and has its 0 at the last step
+        rise = (ONE_CYCLE_RISE * total_steps + 1) / (total_steps + 1)
+        scheduler = OneCycleLR(
+            optimizer, peak, total_steps + 1, pct_start=rise, cycle_momentum=False, final_div_factor=math.inf
+        )
+    elif schedule == "cosine":
+        scheduler = CosineAnnealingLR(optimizer, total_steps)
+    else:
+        scheduler = ConstantLR(optimizer, factor=1.0)
+    optimizer.step()  # a scheduler warns where its optimizer has taken no step
+    rates = []
+    for _ in range(total_steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        scheduler.step()
+    return tuple(rates)

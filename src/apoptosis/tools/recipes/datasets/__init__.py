@@ -1,47 +1,58 @@
 """Data sets by name: `load_dataset("digits")` and the like.
 
-Holds: the registry and the common way from a publisher's files to three standardised parts.
-Elsewhere: the formats themselves (images, higgs, digits) or downloads (fetch).
+Holds: the table of data sets and the common way from a publisher's files to three standardised parts. A data set in a
+format that is known already is one entry of the table. Elsewhere: formats (images, higgs, digits), downloads (fetch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from apoptosis.errors import ArgumentError
-from apoptosis.tools.recipes.datasets import digits, higgs, images
+from apoptosis.tools.recipes.datasets import digits, higgs
 from apoptosis.tools.recipes.datasets.fetch import default_data_dir
-from apoptosis.tools.recipes.datasets.parts import Dataset, MetricName, Part, hold_out, standardised
+from apoptosis.tools.recipes.datasets.images import cifar, idx
+from apoptosis.tools.recipes.datasets.parts import Dataset, Part, Recipe, hold_out, standardised
 
 __all__ = ["DATASETS", "Dataset", "Part", "default_data_dir", "load_dataset"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How one data set is read: files -> (training, test), and what is known of it."""
-
-    name: str
-    read: Callable[[Path, int | None], tuple[Part, Part]]
-    num_classes: int
-    metric: MetricName = "accuracy"
-    enlarged_rows: int | None = None
-
-
 _RECIPES = (
-    Recipe(
-        name="digits",
-        read=lambda folder, rows: digits.load_digits(),
-        num_classes=10,
-        enlarged_rows=digits.ENLARGED_ROWS,
+    digits.RECIPE,
+    idx(
+        "mnist",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
     ),
-    Recipe(name="mnist", read=lambda folder, rows: images.load_idx("mnist", folder), num_classes=10),
-    Recipe(name="fashion-mnist", read=lambda folder, rows: images.load_idx("fashion-mnist", folder), num_classes=10),
-    Recipe(name="cifar10", read=lambda folder, rows: images.load_cifar("cifar10", folder), num_classes=10),
-    Recipe(name="cifar100", read=lambda folder, rows: images.load_cifar("cifar100", folder), num_classes=100),
-    Recipe(name="higgs", read=higgs.load_higgs, num_classes=2, metric="auc"),
+    idx(
+        "fashion-mnist",
+        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",  # its former address has no https
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+    cifar(
+        "cifar10",
+        "cifar-10-batches-bin",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+        files=(*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"),
+    ),
+    cifar(
+        "cifar100",
+        "cifar-100-binary",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8",
+        files=("train.bin", "test.bin"),
+        label_bytes=2,
+        num_classes=100,
+    ),
+    higgs.RECIPE,
 )
 DATASETS: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _RECIPES})
 
@@ -72,15 +83,14 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise ArgumentError(f"unknown data set '{name}'; there are {', '.join(DATASETS)}.")
-    if test_rows is not None and name != "higgs":
-        raise ArgumentError(f"test_rows is for higgs; the test split of {name} is fixed by its publisher.")
     recipe = DATASETS[name]
+    if test_rows is not None and not recipe.takes_test_rows:
+        takers = ", ".join(r.name for r in _RECIPES if r.takes_test_rows)
+        raise ArgumentError(f"test_rows is for {takers}; the test split of {name} is fixed by its publisher.")
     train, test = recipe.read(default_data_dir() if data_dir is None else data_dir, test_rows)
-    if recipe.enlarged_rows is None:
-        train, held_out = hold_out(train, validation, train_rows)
-    else:
-        train, held_out = hold_out(train, validation)
-        train = digits.enlarge(train, train_rows or recipe.enlarged_rows)
+    train, held_out = hold_out(train, validation, None if recipe.enlarge else train_rows)
+    if recipe.enlarge is not None:
+        train = recipe.enlarge(train, train_rows)
     shape = tuple(train.inputs.shape[1:])
     dims = (0,) if len(shape) == 1 else (0, 2, 3)
     train, held_out, test = standardised(train, held_out, test, dims=dims)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from apoptosis.tools.recipes.datasets.parts import Part
+from apoptosis.tools.recipes.datasets.parts import Part, Recipe
 
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
@@ -73,3 +73,11 @@ def move(images: Tensor, generator: torch.Generator) -> Tensor:
     )
     grid = torch.nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
     return torch.nn.functional.grid_sample(images, grid, align_corners=False)
+
+
+RECIPE = Recipe(
+    name="digits",
+    read=lambda folder, test_rows: load_digits(),
+    num_classes=10,
+    enlarge=lambda part, num_rows: enlarge(part, num_rows or ENLARGED_ROWS),
+)

@@ -20,7 +20,7 @@ import torch
 from apoptosis.errors import DataError
 from apoptosis.storage.files import check_regular, reason, replacing
 from apoptosis.tools.recipes.datasets.fetch import Source, cache_dir, obtain
-from apoptosis.tools.recipes.datasets.parts import Part
+from apoptosis.tools.recipes.datasets.parts import Part, Recipe
 
 SOURCE = Source(
     filename="HIGGS.csv.gz",
@@ -157,3 +157,6 @@ def _first_bad_line(lines: list[bytes], first_row: int) -> str:
             except ValueError:
                 return f"line {number}: {field[:20].decode('latin-1')!r} is not a number"
     return f"lines {first_row + 1} to {first_row + len(lines)}: not a table of numbers"
+
+
+RECIPE = Recipe(name="higgs", read=load_higgs, num_classes=2, metric="auc", sources=(SOURCE,), takes_test_rows=True)

@@ -22,61 +22,69 @@ import torch
 from apoptosis.errors import DataError
 from apoptosis.storage.files import check_regular, placing_folder, reason
 from apoptosis.tools.recipes.datasets.fetch import Source, find, obtain
-from apoptosis.tools.recipes.datasets.parts import Part
+from apoptosis.tools.recipes.datasets.parts import Part, Recipe
 
 ByteArray = npt.NDArray[np.uint8]
 
-_MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-# The publisher's own repository: its former address answers on http alone.
-_FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 _IDX_FILES = (
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
-_IDX_MD5 = {
-    "mnist": (
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3",
-        "ec29112dd5afa0611ce80d1b7f02629c",
-    ),
-    "fashion-mnist": (
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "25c81989df183df01b3e8a0aad5dffbe",
-        "bef4ecab320f06d8554ea6380940ec79",
-        "bb300cfdad3c16e7a12a480ee83cd310",
-    ),
-}
-IDX_SOURCES = {
-    name: tuple(
-        Source(
-            filename=file,
-            url=(_MNIST_URL if name == "mnist" else _FASHION_URL) + file,
-            checksum=f"md5:{_IDX_MD5[name][i]}",
-        )
-        for i, file in enumerate(_IDX_FILES)
-    )
-    for name in _IDX_MD5
-}
-CIFAR_SOURCES = {
-    "cifar10": Source(
-        filename="cifar-10-binary.tar.gz",
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        checksum="md5:c32a1d4ab5d03f1284b67883e8d87530",
-    ),
-    "cifar100": Source(
-        filename="cifar-100-binary.tar.gz",
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        checksum="md5:03b5dce01913d631647c71ecec9e9cb8",
-    ),
-}
-_CIFAR_FOLDER = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
-_CIFAR_TRAIN = {"cifar10": tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "cifar100": ("train.bin",)}
-_CIFAR_TEST = {"cifar10": "test_batch.bin", "cifar100": "test.bin"}
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 2**31
+
+
+def idx(name: str, url: str, *md5: str, num_classes: int = 10) -> Recipe:
+    """Return a data set in MNIST's format.
+
+    Args:
+        name: of the data set, and of a folder in which its files may lie.
+        url: of the folder that holds the four files.
+        md5: their published checksums, in MNIST's order.
+        num_classes: labels are below it.
+    """
+    sources = tuple(
+        Source(filename=file, url=url + file, checksum=f"md5:{own}") for file, own in zip(_IDX_FILES, md5, strict=True)
+    )
+
+    def read(data_dir: Path, test_rows: int | None) -> tuple[Part, Part]:
+        return load_idx(sources, num_classes, (data_dir / name, data_dir))
+
+    return Recipe(name=name, read=read, num_classes=num_classes, sources=sources)
+
+
+def cifar(
+    name: str,
+    folder: str,
+    url: str,
+    md5: str,
+    *,
+    files: Sequence[str],
+    label_bytes: int = 1,
+    num_classes: int = 10,
+) -> Recipe:
+    """Return a data set in the binary format of CIFAR.
+
+    Args:
+        name: of the data set.
+        folder: in the publisher's archive.
+        url: of the archive.
+        md5: its published checksum.
+        files: in the folder, the test split last.
+        label_bytes: before each image, of which the last counts.
+        num_classes: labels are below it.
+    """
+    source = Source(filename=url.rpartition("/")[2], url=url, checksum=f"md5:{md5}")
+
+    def read(data_dir: Path, test_rows: int | None) -> tuple[Part, Part]:
+        found = find(folder, (data_dir, data_dir / name))
+        if found is None:
+            found = _unpack(obtain(source, (data_dir, data_dir / name)), data_dir / folder, files)
+        return load_cifar(found, files, label_bytes, num_classes)
+
+    return Recipe(name=name, read=read, num_classes=num_classes, sources=(source,))
 
 
 def read_idx(path: Path, num_dims: int) -> ByteArray:
@@ -113,18 +121,18 @@ def read_idx(path: Path, num_dims: int) -> ByteArray:
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
-def load_idx(name: str, data_dir: Path) -> tuple[Part, Part]:
-    """Training and test part of "mnist" or "fashion-mnist" from DIR/name/*.gz or DIR/*.gz, downloaded when absent.
+def load_idx(sources: Sequence[Source], num_classes: int, folders: Sequence[Path]) -> tuple[Part, Part]:
+    """Training and test part from the files of MNIST's format, downloaded into the first folder when absent.
 
     Raises: DataError: a file is missing, damaged, or does not fit the others; the message names it.
     """
-    paths = [obtain(source, (data_dir / name, data_dir)) for source in IDX_SOURCES[name]]
+    paths = [obtain(source, folders) for source in sources]
     parts = []
     for images_path, labels_path in (paths[:2], paths[2:]):
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
         if len(images) != len(labels):
             raise DataError(f"'{images_path}' holds {len(images)} images, '{labels_path}' {len(labels)} labels.")
-        parts.append(_part(images[:, None], labels, 10, labels_path))
+        parts.append(_part(images[:, None], labels, num_classes, labels_path))
     if parts[0].inputs.shape[1:] != parts[1].inputs.shape[1:]:
         raise DataError(f"'{paths[0]}' and '{paths[2]}' hold images of different sizes.")
     return parts[0], parts[1]
@@ -148,18 +156,11 @@ def read_cifar(path: Path, label_bytes: int, num_classes: int) -> Part:
     return _part(images, table[:, label_bytes - 1], num_classes, path)
 
 
-def load_cifar(name: str, data_dir: Path) -> tuple[Part, Part]:
-    """Training and test part of "cifar10" or "cifar100", binary version, from its folder or its archive.
+def load_cifar(folder: Path, files: Sequence[str], label_bytes: int, num_classes: int) -> tuple[Part, Part]:
+    """Training and test part from a folder of CIFAR's binary files, the last of which is the test split.
 
     Raises: DataError: a file is missing, cut off, or holds a label out of range; the message names it.
     """
-    folder_name = _CIFAR_FOLDER[name]
-    files = (*_CIFAR_TRAIN[name], _CIFAR_TEST[name])
-    folder = find(folder_name, (data_dir, data_dir / name))
-    if folder is None:
-        archive = obtain(CIFAR_SOURCES[name], (data_dir, data_dir / name))
-        folder = _unpack(archive, data_dir / folder_name, files)
-    label_bytes, num_classes = (1, 10) if name == "cifar10" else (2, 100)
     for file in files:
         if not (folder / file).exists():
             raise DataError(f"'{folder / file}' is missing. Remove '{folder}' to have it fetched again.")

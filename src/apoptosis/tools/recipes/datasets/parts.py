@@ -1,18 +1,21 @@
 """What every data set turns into: tensors in memory (or mapped from a file) and how a batch is taken from them.
 
-Holds: `Part` (examples with labels) and `Dataset` (training, validation and test parts). Elsewhere:
-file formats, downloads, or anything random.
+Holds: `Part` (examples with labels), `Dataset` (training, validation and test parts), and `Recipe` (how the former are
+read). Elsewhere: file formats, downloads, or anything random.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from apoptosis.errors import DataError
+from apoptosis.tools.recipes.datasets.fetch import Source
 
 MetricName = Literal["accuracy", "auc"]
 
@@ -82,6 +85,23 @@ class Dataset:
     train: Part
     validation: Part
     test: Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one data set is read.
+
+    read: (data folder, rows of the test split or None) -> (training, test). takes_test_rows: whether the test split may
+    have another number of rows. sources: the publisher's files. enlarge: (training part, rows or None) -> a larger one.
+    """
+
+    name: str
+    read: Callable[[Path, int | None], tuple[Part, Part]]
+    num_classes: int
+    metric: MetricName = "accuracy"
+    sources: tuple[Source, ...] = ()
+    takes_test_rows: bool = False
+    enlarge: Callable[[Part, int | None], Part] | None = None
 
 
 def standardised(train: Part, *others: Part, dims: tuple[int, ...]) -> tuple[Part, ...]:
