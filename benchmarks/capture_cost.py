@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from apoptosis.decide.event_builder import num_parameters
+from apoptosis.engine.event_builder import num_parameters
 from apoptosis.graph import analyse
 from apoptosis.tools.recipes.folder import write_json
 from apoptosis.tools.recipes.machine import machine, versions

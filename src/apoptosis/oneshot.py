@@ -1,4 +1,4 @@
-"""shrink_: one surgery on a trained network.
+"""shrink_: one pruning step on a trained network.
 
 Holds: observing on batches that the user hands over, then one transaction. Elsewhere: a schedule.
 """
@@ -9,16 +9,18 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.criteria import Ranking, get_criterion
-from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
-from apoptosis.decide.event_builder import make_event, size_of
+from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest, sanity_limit
 from apoptosis.decide.ledger import Event
 from apoptosis.distributed.wrappers import check_alone
+from apoptosis.engine.event_builder import make_event, size_of
+from apoptosis.engine.step import Check, Outcome, apply_reductions
 from apoptosis.errors import ArgumentError
 from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.model.evaluate import Probe, as_call, as_probe, make_probe
@@ -27,16 +29,16 @@ from apoptosis.model.trials import looked_at
 from apoptosis.observe import Observer
 from apoptosis.planner import Observations, Plan, Request, make_plan
 from apoptosis.planner.sampling import has_modes, sample
-from apoptosis.records import Certificate, Frozen, NormWidths, Pin, Structure
+from apoptosis.records import Frozen, NormWidths, Pin, Reduction, Structure
 from apoptosis.surgery import check_optimizers
-from apoptosis.surgery.operation import Outcome, Target, apply_reductions, exclude_pins, new_pins, with_pins
 from apoptosis.surgery.rehearsal import rehearse
+from apoptosis.surgery.target import Target, exclude_pins, new_pins, with_pins
 
 _TRIES = 6  # surgeries beyond the sanity limit before it is given up
 _OCTAVES = 12  # halvings of the tolerance in search of one within the limit
 _STEPS = 32  # of the grid of tolerances between one power of two and the next
 
-Result = tuple[Plan, Outcome, tuple[Certificate, ...]]
+Result = tuple[Plan, Outcome]
 
 
 def shrink_(
@@ -110,7 +112,7 @@ def shrink_(
     request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed)
     job = _Job(target, structure, request, observer, observations, acceptance)
     before = size_of(target, structure)
-    plan, outcome, certificates = job.exactly() if given == 0 else job.within_limit()
+    plan, outcome = job.exactly() if given == 0 else job.within_limit()
     notes = [*(str(pin) for pin in new_pins(with_pins(captured, left_out), structure)), *job.notes]
     structure = job.structure
     pinned = [text for g in structure.groups if g.pin is not None and (text := str(g.pin)) not in notes]
@@ -121,7 +123,6 @@ def shrink_(
         outcome=outcome,
         before=before,
         after=size_of(target, outcome.structure),
-        certificates=certificates,
         measured_on="held-out examples" if acceptance.held_out else "of the given inputs",
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
@@ -157,8 +158,7 @@ class _Job:
             result, refused = self._try(0.0)
             if not refused:
                 break
-            stay = _at_fault(self._target, self.structure, result[0], self._acceptance, self._observer)
-            self.structure = with_pins(self.structure, stay)
+            self.structure = with_pins(self.structure, self._pins_of_failing(result[0]))
         return result
 
     def within_limit(self) -> Result:
@@ -167,17 +167,18 @@ class _Job:
         Tolerances below the given one are powers of two and, from the first that is within, the steps of a grid up to
         the one before: the same for every given tolerance, so that a larger one never removes less.
         """
-        given, limit = self._request.tolerance, self._acceptance.sanity
+        given, sanity = self._request.tolerance, self._acceptance.sanity
+        limit = sanity
         result, refused = self._try(given)
         for _ in range(_TRIES):
-            change = result[1].change
-            if not refused or change is None:
+            tested = result[1].result
+            if not refused or tested is None:
                 break
             tolerance = self._largest_below(given, limit)
             measured = self._measured(tolerance)
             result, refused = self._try(tolerance)
             # held-out examples may change more than the given inputs do
-            limit = min(0.999 * measured, limit * self._acceptance.sanity / max(change.rms, self._acceptance.sanity))
+            limit = min(0.999 * measured, limit * sanity / max(tested.change.rms, sanity))
         return result
 
     def _largest_below(self, given: float, limit: float) -> float:
@@ -202,63 +203,61 @@ class _Job:
     def _try(self, tolerance: float) -> tuple[Result, bool]:
         """Carry out what one tolerance allows; and whether that was rolled back because the outputs changed."""
         plan, acceptance = self._plan(tolerance), self._acceptance
-        probe = acceptance.begin(self._observer.inputs)
-        outcome = apply_reductions(
-            self._target, self.structure, plan.reductions, plan.dropped_variance, probe, acceptance.evaluate
-        )
+        examples = acceptance.examples(self._observer.inputs)
+        outcome = self._apply(plan, plan.reductions, examples.probe, partial(acceptance.check, examples))
         self.structure = outcome.structure
-        refused = bool(plan.reductions) and not outcome.committed and outcome.change is not None
+        if outcome.committed and outcome.result is not None:
+            acceptance.record(outcome.result)
+        refused = bool(plan.reductions) and not outcome.committed and outcome.result is not None
         if refused:
             self.notes.append(f"rolled back at tolerance {tolerance:.3g}: {outcome.refused}")
-        return (plan, outcome, acceptance.record() if outcome.committed else ()), refused
+        return (plan, outcome), refused
+
+    def _apply(self, plan: Plan, reductions: Sequence[Reduction], probe: Probe | None, check: Check) -> Outcome:
+        return apply_reductions(self._target, self.structure, reductions, plan.dropped_variance, probe, check)
 
     def _measured(self, tolerance: float) -> float:
         """Return the relative rms change of the outputs on the given inputs, which is undone again."""
         if tolerance not in self._changes:
-            plan, probe = self._plan(tolerance), _given_inputs(self._observer, self._acceptance)
-            change: Change | None = None
+            plan, probe, result = self._plan(tolerance), self._given_inputs(), None
             if plan.reductions and probe is not None:
-                outcome = apply_reductions(
-                    self._target, self.structure, plan.reductions, plan.dropped_variance, probe, lambda _: "measured"
-                )
-                self.structure, change = outcome.structure, outcome.change
-            self._changes[tolerance] = 0.0 if change is None else change.rms
+                outcome = self._apply(plan, plan.reductions, probe, _measure_only)
+                self.structure, result = outcome.structure, outcome.result
+            self._changes[tolerance] = 0.0 if result is None else result.change.rms
         return self._changes[tolerance]
 
+    def _given_inputs(self) -> Probe | None:
+        """Return the largest given batch to measure on, so that no confidence of held-out examples is spent."""
+        inputs = self._observer.inputs
+        return self._acceptance.probe if inputs is None else as_probe(inputs)
 
-def _given_inputs(observer: Observer, acceptance: AcceptanceTest) -> Probe | None:
-    """Return the largest given batch to measure on, so that no confidence of held-out examples is spent."""
-    if observer.inputs is None:
-        return acceptance.probe
-    return as_probe(observer.inputs)
+    def _pins_of_failing(self, plan: Plan) -> dict[str, Pin]:
+        """Return pins for the groups that change the outputs too much, each tried by itself and rolled back.
+
+        All that are beyond the limit alone; where none is, the one that changes most, and the first if none runs alone.
+        Measured on the given inputs, so that no confidence of held-out ones is spent.
+        """
+        probe, found = self._given_inputs(), {plan.reductions[0].group: 0.0}
+        for reduction in plan.reductions:
+            result = self._apply(plan, [reduction], probe, _measure_only).result
+            if result is not None:
+                found[reduction.group] = result.change.rms
+        failing = [name for name, rms in found.items() if not rms <= self._acceptance.sanity]
+        failing = failing or sorted(found, key=found.__getitem__)[-1:]
+        widths = {group.name: group.num_channels for group in self.structure.groups}
+        return {
+            name: Pin(
+                group=name,
+                num_channels=widths[name],
+                reason=f"its removals alone change the outputs by {found[name]:.3g} (relative rms)",
+                remedy="Run the network in float64, or allow a tolerance above 0.",
+            )
+            for name in failing
+        }
 
 
-def _at_fault(
-    target: Target, structure: Structure, plan: Plan, acceptance: AcceptanceTest, observer: Observer
-) -> dict[str, Pin]:
-    """Return pins for the groups that change the outputs too much, each tried by itself and rolled back.
-
-    All that are beyond the limit alone; where none is, the one that changes most, and the first if none runs alone.
-    Measured on the given inputs, so that no confidence of held-out ones is spent.
-    """
-    probe = _given_inputs(observer, acceptance)
-    found = {plan.reductions[0].group: 0.0}
-    for reduction in plan.reductions:
-        trial = apply_reductions(target, structure, [reduction], plan.dropped_variance, probe, lambda _: "measured")
-        if trial.change is not None:
-            found[reduction.group] = trial.change.rms
-    failing_groups = [name for name, rms in found.items() if not rms <= acceptance.sanity]
-    failing_groups = failing_groups or sorted(found, key=found.__getitem__)[-1:]
-    widths = {group.name: group.num_channels for group in structure.groups}
-    return {
-        name: Pin(
-            group=name,
-            num_channels=widths[name],
-            reason=f"its removals alone change the outputs by {found[name]:.3g} (relative rms)",
-            remedy="Run the network in float64, or allow a tolerance above 0.",
-        )
-        for name in failing_groups
-    }
+def _measure_only(change: Change) -> AcceptanceResult:
+    return AcceptanceResult(change=change, refused="measured only")
 
 
 def _call_of(batch: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

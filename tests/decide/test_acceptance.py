@@ -21,34 +21,56 @@ def change(flips=0, rows=1000, rms=0.01, losses=None, readable=True):
     )
 
 
+INPUTS = ((torch.zeros(4, 3),), {})
+
+
+def checked(acceptance, inputs=None, *, rows=1000, **found):
+    """Return the result of a check of what was found on the next examples; rows None: as many as these are."""
+    examples = acceptance.examples(inputs)
+    return acceptance.check(examples, change(rows=examples.probe.rows if rows is None else rows, **found))
+
+
+def test_a_check_keeps_nothing_between_its_steps():
+    """Two attempts may be measured in turn: a result says by itself what is recorded."""
+    acceptance = AcceptanceTest(None, None)
+    kept, other = checked(acceptance, INPUTS, flips=3), checked(acceptance, INPUTS, flips=500)
+    acceptance.record(kept)
+    assert acceptance.training_flips == pytest.approx(0.003)
+    assert (kept.change.flips, other.change.flips) == (3, 500)
+    with pytest.raises(AttributeError):
+        kept.refused = "no"
+
+
 def probe(rows):
     return make_probe((torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.long)), torch.zeros(2, 3))
 
 
 def test_a_probe_too_small_names_the_number_needed():
     needed = required_probe_rows(0.002, alpha_for_attempt(1, ALPHA))
-    AcceptanceTest(0.002, probe(needed)).check(readable=True)
+    AcceptanceTest(0.002, probe(needed)).check_budget(readable=True)
     with pytest.raises(BudgetError, match=str(needed)):
-        AcceptanceTest(0.002, probe(needed - 1)).check(readable=True)
+        AcceptanceTest(0.002, probe(needed - 1)).check_budget(readable=True)
 
 
 def test_budget_needs_probe_and_classes():
     with pytest.raises(BudgetError, match="probe="):
-        AcceptanceTest(0.01, None).check(readable=True)
+        AcceptanceTest(0.01, None).check_budget(readable=True)
     with pytest.raises(BudgetError, match="logits="):
-        AcceptanceTest(0.01, probe(5000)).check(readable=False)
-    AcceptanceTest(None, None).check(readable=False)
+        AcceptanceTest(0.01, probe(5000)).check_budget(readable=False)
+    AcceptanceTest(None, None).check_budget(readable=False)
 
 
 def test_limits_add_up_and_attempts_spend_confidence():
     acceptance = AcceptanceTest(0.02, probe(20_000))
     total = 0.0
     for attempt in (1, 2, 3):
-        part = acceptance.begin(None)
-        assert acceptance.evaluate(change(rows=part.rows)) == ""
-        (certificate,) = acceptance.record()
-        assert certificate.value == clopper_pearson_upper(0, part.rows, alpha_for_attempt(attempt, ALPHA))
-        total += certificate.value
+        result = checked(acceptance, rows=None)
+        assert result.refused == ""
+        acceptance.record(result)
+        assert result.certificate.value == clopper_pearson_upper(
+            0, result.change.rows, alpha_for_attempt(attempt, ALPHA)
+        )
+        total += result.certificate.value
     assert acceptance.error_budget.spent == pytest.approx(total)
 
 
@@ -98,29 +120,27 @@ def test_rows_divided_anew_count_as_judged_by_all():
 
 def test_refused_attempt_is_not_booked_but_spends_confidence():
     acceptance = AcceptanceTest(0.005, probe(4000))
-    acceptance.begin(None)
-    assert "exceeds the budget" in acceptance.evaluate(change(flips=300))
+    assert "exceeds the budget" in checked(acceptance, flips=300).refused
     assert acceptance.error_budget.spent == 0.0
     assert acceptance.error_budget.attempts == 1
 
 
 def test_sanity_limit_without_budget():
     acceptance = AcceptanceTest(None, None)
-    acceptance.begin(((torch.zeros(4, 3),), {}))
-    assert "sanity" in acceptance.evaluate(change(rms=2 * SANITY_RMS))
-    assert "sanity" in acceptance.evaluate(change(rms=float("inf")))
-    assert acceptance.evaluate(change(rms=SANITY_RMS / 2, flips=3)) == ""
-    (certificate,) = acceptance.record()
-    assert not certificate.population
-    assert "training inputs" in certificate.note
+    assert "sanity" in checked(acceptance, INPUTS, rms=2 * SANITY_RMS).refused
+    assert "sanity" in checked(acceptance, INPUTS, rms=float("inf")).refused
+    assert acceptance.training_flips == 0.0  # what is not kept costs nothing
+    result = checked(acceptance, INPUTS, rms=SANITY_RMS / 2, flips=3)
+    assert result.refused == ""
+    acceptance.record(result)
+    assert not result.certificate.population
+    assert "training inputs" in result.certificate.note
     assert acceptance.training_flips == pytest.approx(0.003)
 
 
 def test_state_round_trip():
     acceptance = AcceptanceTest(0.02, probe(4000))
-    acceptance.begin(None)
-    acceptance.evaluate(change(rows=4000))
-    acceptance.record()
+    acceptance.record(checked(acceptance, rows=4000))
     other = AcceptanceTest(0.02, probe(4000))
     other.load_state_dict(acceptance.state_dict())
     assert other.state_dict() == acceptance.state_dict()
@@ -135,19 +155,17 @@ def test_state_round_trip():
 def test_budget_needs_to_know_that_outputs_are_classes():
     unlabelled = make_probe(torch.zeros(5000, 3), torch.zeros(2, 3))
     with pytest.raises(BudgetError, match="may be no classes: give labels with the probe or logits="):
-        AcceptanceTest(0.01, unlabelled).check(readable=True)
-    AcceptanceTest(0.01, unlabelled).check(readable=True, named=True)
-    AcceptanceTest(0.01, probe(5000)).check(readable=True)
+        AcceptanceTest(0.01, unlabelled).check_budget(readable=True)
+    AcceptanceTest(0.01, unlabelled).check_budget(readable=True, named=True)
+    AcceptanceTest(0.01, probe(5000)).check_budget(readable=True)
 
 
 def test_without_labels_or_logits_nothing_is_called_accuracy():
     unlabelled = make_probe(torch.zeros(800, 3), torch.zeros(2, 3))
     for given, named in ((unlabelled, False), (unlabelled, True), (probe(800), False)):
         acceptance = AcceptanceTest(None, given)
-        acceptance.check(readable=True, named=named)
-        part = acceptance.begin(None)
-        acceptance.evaluate(change(rows=part.rows))
-        (certificate,) = acceptance.record()
+        acceptance.check_budget(readable=True, named=named)
+        certificate = checked(acceptance, rows=None).certificate
         assert ("largest output changed" in certificate.note) == (given is unlabelled and not named)
 
 
@@ -172,9 +190,7 @@ def test_limits_go_on_only_with_their_own_probe(budget):
     for given in others.values():  # nothing was judged yet: any probe will do
         if given is not None or budget is None:
             AcceptanceTest(budget, given).load_state_dict(fresh)
-    part = acceptance.begin(None)
-    acceptance.evaluate(change(rows=part.rows))
-    acceptance.record()
+    acceptance.record(checked(acceptance, rows=None))
     for cases in (others, order):
         for name, given in cases.items():
             run = AcceptanceTest(budget, given)
@@ -187,9 +203,7 @@ def test_limits_go_on_only_with_their_own_probe(budget):
 
 def test_limits_on_training_inputs_do_not_go_on_with_a_probe():
     acceptance = AcceptanceTest(None, None)
-    acceptance.begin(((torch.zeros(4, 3),), {}))
-    acceptance.evaluate(change(flips=3))
-    acceptance.record()
+    acceptance.record(checked(acceptance, INPUTS, flips=3))
     with pytest.raises(CheckpointError, match="no probe"):
         AcceptanceTest(None, probe(4000)).load_state_dict(acceptance.state_dict())
     AcceptanceTest(None, None).load_state_dict(acceptance.state_dict())

@@ -15,12 +15,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save, shrink_
-from apoptosis.decide import attempt
 from apoptosis.distributed.ranks import TorchRanks
+from apoptosis.engine import step as pruning
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
 from apoptosis.observe import Observer
-from apoptosis.surgery import operation as operate
 from distributed.processes import together
 
 
@@ -238,9 +237,9 @@ def dying(rank, size, where):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1 and where == "planning":
-        attempt.make_plan = die
+        pruning.make_plan = die
     if rank == 1 and where == "surgery":
-        operate.compare = die
+        pruning.compare = die
     train(rank, size)
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from apoptosis import Apoptosis, load, save
 from apoptosis.checkpoint import file as container
 from apoptosis.observe import pooled
-from apoptosis.surgery import operation as operate
+from apoptosis.surgery import Transaction
 from distributed.processes import mark, together, wait_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks are modules of the repository
@@ -113,13 +113,13 @@ def in_a_sum(then):
 
 
 def in_surgery():
-    inner = operate.Transaction.apply
+    inner = Transaction.apply
 
     def outer(*args):
         inner(*args)
         die()
 
-    operate.Transaction.apply = outer
+    Transaction.apply = outer
 
 
 def killed(rank, size, folder, where):

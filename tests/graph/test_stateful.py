@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from apoptosis import Apoptosis, load, save, shrink_
+from apoptosis.decide.acceptance import AcceptanceResult
+from apoptosis.engine.step import apply_reductions
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import as_probe
 from apoptosis.records import Reduction, SiteReduction
-from apoptosis.surgery.operation import Target, apply_reductions
+from apoptosis.surgery.target import Target
 
 ROWS = 24
 
@@ -519,7 +521,10 @@ def test_a_rollback_leaves_the_state_bitwise_and_its_objects(kind):
             mix = torch.zeros(keep.numel(), group.num_channels)
             sites = {site.key: SiteReduction(mix=mix, offset=None) for site in group.sites}
             reductions.append(Reduction(group=group.name, keep=keep, sites=sites))
-    outcome = apply_reductions(target, structure, reductions, {}, as_probe(target.call), lambda change: "refused")
+    probe = as_probe(target.call)
+    outcome = apply_reductions(
+        target, structure, reductions, {}, probe, lambda change: AcceptanceResult(change=change, refused="refused")
+    )
     assert outcome.refused == "refused"
     assert all(a is b and torch.equal(a, old) for a, (b, old) in zip(kept(net), before, strict=True))
     net(inputs(kind))

@@ -336,15 +336,14 @@ def test_ledger_sum(seed: int, removals: int, size: float) -> None:
     spent: dict[AcceptanceTest, float] = {}
     for i in range(removals):
         after = logits + size * draw(seed + i + 1, 80, 4)
-        for verdict, truth in ((on_training, None), (on_probe, labels)):
-            part = verdict.begin(((inputs,), {}))
-            assert part is not None
-            rows = slice(0, 80) if truth is None else slice(*verdict.error_budget.next_rows())
-            found = compare([logits[rows]], [after[rows]], part.labels, None)
-            verdict.evaluate(replace(found, rms=0.0))  # the sanity limit is another matter
-            verdict.record()
+        for test, truth in ((on_training, None), (on_probe, labels)):
+            part = test.examples(((inputs,), {}))
+            assert part.probe is not None
+            rows = slice(0, 80) if truth is None else slice(*test.error_budget.next_rows())
+            found = compare([logits[rows]], [after[rows]], part.probe.labels, None)
+            test.record(test.check(part, replace(found, rms=0.0)))  # the sanity limit is another matter
             fell = (logits.argmax(1) == labels)[rows].double() - (after.argmax(1) == labels)[rows].double()
-            spent[verdict] = spent.get(verdict, 0.0) + float(fell.mean())
+            spent[test] = spent.get(test, 0.0) + float(fell.mean())
         lost += float((logits.argmax(1) == labels).double().mean() - (after.argmax(1) == labels).double().mean())
         logits = after + draw(seed + i + 50, 80, 4)  # training goes on in between
     assert lost == pytest.approx(spent[on_training])

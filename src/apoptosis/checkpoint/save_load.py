@@ -22,9 +22,9 @@ from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
 from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
-from apoptosis.distributed.fsdp import has_shards, reset_fsdp_state, reshard
-from apoptosis.distributed.wrappers import parallel_in, rebuild, unwrapped
-from apoptosis.distributed.zero import rebuild_buckets
+from apoptosis.distributed.fsdp import has_shards, reshard
+from apoptosis.distributed.rebuild import rebuild_wrappers
+from apoptosis.distributed.wrappers import parallel_in, unwrapped
 from apoptosis.errors import CheckpointError
 from apoptosis.interrupts import restoring
 from apoptosis.model.built import built_shapes, is_known, note_built
@@ -242,7 +242,7 @@ def apply_checkpoint(
         if todo:
             journal.undo()
             note_built(model, built)
-            _set_up_again(wrappers, model, optimizer)
+            rebuild_wrappers(wrappers, model, _several(optimizer))
             todo.clear()
 
     with restoring(undo):
@@ -256,7 +256,7 @@ def apply_checkpoint(
             journal.call(owner.set_extra_state, owner.get_extra_state(), state)
         torch.clear_autocast_cache()
         note_built(model, {name: stored["full"].get(name, shape) for name, shape in built.items()})
-        _set_up_again(wrappers, model, optimizer)
+        rebuild_wrappers(wrappers, model, _several(optimizer))
         if apo is not None:  # the last: it sets its wrappers up with the buckets that the run had
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
         journal.forget()
@@ -264,21 +264,8 @@ def apply_checkpoint(
     return extra
 
 
-def _set_up_again(
-    wrappers: Sequence[nn.Module], model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None
-) -> None:
-    """Let wrappers and sharded optimizers take the tensors as they are.
-
-    A tensor that got another storage has lost DistributedDataParallel's listener, whatever its shape.
-    """
-    for wrapper in wrappers:
-        rebuild(wrapper)
-    reset_fsdp_state(model)
-    rebuild_buckets(() if optimizer is None else _several(optimizer))
-
-
-def _several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
-    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+def _several(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:

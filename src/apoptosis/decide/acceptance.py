@@ -1,13 +1,14 @@
 """Whether a measured change of the outputs is accepted, and the certificate for it.
 
-Holds: the accuracy budget over a run's attempts and the sanity limit. Elsewhere: measuring (model.evaluate), the
-arithmetic of limits (budget, numerics.bounds).
+Holds: which examples an attempt is measured on, the test against error budget and sanity limit, and its result as a
+value. Elsewhere: measuring (model.evaluate), the arithmetic of limits (error_budget, numerics.bounds).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,8 +41,30 @@ def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
     return min(SANITY_RMS, max(least, 8 * coarsest))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """What one attempt is measured on: examples start..stop of the run's probe, or all of some training inputs."""
+
+    probe: Probe | None
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceResult:
+    """What one acceptance test measured and decided.
+
+    change: how far the outputs moved. refused: why that is not accepted, "" if it is. certificate: the limit on the
+    share of predictions that changed, None where no classes can be read off the outputs.
+    """
+
+    change: Change
+    refused: str = ""
+    certificate: Certificate | None = None
+
+
 class AcceptanceTest:
-    """The acceptance test of one run: `begin` an attempt, `evaluate` what was measured, `record` when it was committed.
+    """The acceptance test of a run: `examples` to measure on, `check` of what was measured, `record` if it is kept.
 
     Args:
         budget: share of accuracy for all removals together, or None for the sanity limit alone.
@@ -64,15 +87,13 @@ class AcceptanceTest:
         self.training_flips = 0.0
         self.named = probe is not None and probe.labels is not None
         self._tested = 0  # attempts whose outputs could be read
-        self._rows = (0, 0)
-        self._pending: Certificate | None = None
 
     @property
     def held_out(self) -> bool:
         """Whether limits speak of a population."""
         return self.probe is not None
 
-    def check(self, *, readable: bool, named: bool = False) -> None:
+    def check_budget(self, *, readable: bool, named: bool = False) -> None:
         """Refuse a budget that can never be kept, before anything starts.
 
         Args:
@@ -101,46 +122,42 @@ class AcceptanceTest:
             )
         self.error_budget.check()
 
-    def begin(self, inputs: Call | None) -> Probe | None:
-        """Examples for the next attempt: held-out ones, else the last training inputs, else nothing."""
-        self._pending = None
-        if self.probe is not None:
-            self._rows = (0, self.probe.rows) if self.probe.cut is None else self.error_budget.next_rows()
-            return self.probe.take(*self._rows)
-        if inputs is None:
-            return None
-        found = as_probe(inputs)
-        self._rows = (0, found.rows)
-        return found
+    def examples(self, inputs: Call | None) -> Examples:
+        """Return what the next attempt is measured on: held-out examples, else these training inputs, if any."""
+        if self.probe is None:
+            return Examples(probe=None if inputs is None else as_probe(inputs))
+        start, stop = (0, self.probe.rows) if self.probe.cut is None else self.error_budget.next_rows()
+        return Examples(probe=self.probe.take(start, stop), start=start, stop=stop)
 
-    def evaluate(self, change: Change) -> str:
-        """Why a change is refused, "" when it is accepted. Every attempt on a probe spends confidence."""
-        first, last = self._rows
-        budget = self.error_budget.budget
-        self._tested += change.readable
+    def check(self, examples: Examples, change: Change) -> AcceptanceResult:
+        """Decide about a change that was measured. On held-out examples every check spends confidence."""
+        certificate = self._certificate(examples, change) if change.readable else None
+        return AcceptanceResult(change=change, refused=self._refused(change, certificate), certificate=certificate)
+
+    def _certificate(self, examples: Examples, change: Change) -> Certificate:
+        """Return the limit on the share of predictions that changed; the error budget counts the attempt."""
+        self._tested += 1
         what = "" if self.named else "share of examples whose largest output changed, no claim about accuracy; "
-        if self.held_out and change.readable:
-            limit = self.error_budget.attempt(first, last, change.losses, rows=change.rows)
-            note = f"{what}part of the ledger's sum: the confidence is that of all attempts of the run together"
-            self._pending = Certificate(
-                kind="accuracy",
-                subject="outputs",
-                value=limit,
-                rows=change.rows,
-                confidence=1.0 - ALPHA,
-                population=True,
-                note=note,
-            )
-            if not self.error_budget.allows(limit):
-                spent = self.error_budget.spent
-                return f"accuracy limit {limit:.3g} on top of {spent:.3g} exceeds the budget {budget:g}"
-        elif change.readable:
-            value, note = (
-                change.flips / change.rows,
-                f"{what}on training inputs: nothing is claimed about the population",
-            )
-            self._pending = Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
-        if budget is not None and not change.readable:
+        if not self.held_out:
+            note = f"{what}on training inputs: no held-out data, so no bound"
+            value = change.flips / change.rows
+            return Certificate(kind="accuracy", subject="outputs", value=value, rows=change.rows, note=note)
+        return Certificate(
+            kind="accuracy",
+            subject="outputs",
+            value=self.error_budget.attempt(examples.start, examples.stop, change.losses, rows=change.rows),
+            rows=change.rows,
+            confidence=1.0 - ALPHA,
+            population=True,
+            note=f"{what}part of the ledger's sum: the confidence is that of all attempts of the run together",
+        )
+
+    def _refused(self, change: Change, certificate: Certificate | None) -> str:
+        """Say why a change is not accepted, "" if it is."""
+        budget, spent = self.error_budget.budget, self.error_budget.spent
+        if certificate is not None and certificate.population and not self.error_budget.allows(certificate.value):
+            return f"accuracy limit {certificate.value:.3g} on top of {spent:.3g} exceeds the budget {budget:g}"
+        if budget is not None and certificate is None:
             return "the outputs on the probe have no row of classes for every example, so that no limit can be given"
         return self._beyond_sanity(change) if budget is None or self.sanity < SANITY_RMS else ""
 
@@ -156,16 +173,14 @@ class AcceptanceTest:
             return f"{share}, beyond the sanity limit of {100 * self.sanity:g} %"
         return ""
 
-    def record(self) -> tuple[Certificate, ...]:
-        """Book the limit of an attempt that was committed, and return its certificate."""
-        certificate, self._pending = self._pending, None
-        if certificate is None:
-            return ()
-        if certificate.population:
-            self.error_budget.spent += certificate.value
+    def record(self, result: AcceptanceResult) -> None:
+        """Add the limit of a change that is kept to what all changes cost."""
+        if result.certificate is None:
+            return
+        if result.certificate.population:
+            self.error_budget.spent += result.certificate.value
         else:
-            self.training_flips += certificate.value
-        return (certificate,)
+            self.training_flips += result.certificate.value
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from apoptosis.criteria import Criterion
 from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.error_budget import ALPHA
-from apoptosis.decide.history import Attempt, read_attempts, why_idle
+from apoptosis.decide.history import Attempt, Outcome, read_attempts, why_idle
 from apoptosis.decide.ledger import Ledger
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
 from apoptosis.errors import ApoptosisError, CheckpointError
@@ -22,7 +22,7 @@ from apoptosis.graph.groups.frozen import FROZEN
 from apoptosis.observe import ROWS_PER_CHANNEL
 from apoptosis.planner import Request, Why
 from apoptosis.records import Group, Pin, Structure
-from apoptosis.surgery.operation import with_pins
+from apoptosis.surgery.target import with_pins
 
 VERSION = 3
 _STORED = {"num_backoffs": "halvings", "require_full_sample": "thorough"}  # names that checkpoints have for fields
@@ -95,6 +95,17 @@ class RunState:
     behind: tuple[str, ...] = ()
     site_cost: dict[str, float] = field(default_factory=dict)
     decision: Decision = UNDECIDED
+
+    def attempt(self, considered: int, outcome: Outcome, cause: str = "", reason: str = "") -> Attempt:
+        """Return the record of an attempt that ends at this step; see `Attempt`."""
+        return Attempt(
+            step=self.step,
+            opened=self.window_start,
+            outcome=outcome,
+            considered=considered,
+            cause=cause,
+            reason=reason,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""

@@ -341,6 +341,11 @@ class Structure:
     follows: tuple[Follow, ...] = ()
     kept: tuple[Kept, ...] = ()
 
+    @property
+    def open_groups(self) -> tuple[Group, ...]:
+        """Groups without a pin, in forward order."""
+        return tuple(group for group in self.groups if group.pin is None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kept:

@@ -30,8 +30,8 @@ from apoptosis.planner.tied import alike, missing, steps
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
 from apoptosis.surgery.numbers import number_of, value_of
-from apoptosis.surgery.operation import Target, broken_pin, kept_positions, set_up_again, with_pins
 from apoptosis.surgery.splits import reads_attribute
+from apoptosis.surgery.target import Target, broken_pin, kept_positions, with_pins
 
 _ROUNDS = 40  # faults looked for one after the other; beyond it events find out
 _MULTIPLES = 4  # of what an operator is given may be what the module keeps: split(x, self.width // 2)
@@ -64,7 +64,7 @@ def rehearse(target: Target, structure: Structure, left_out: Mapping[str, Pin], 
         return _Rehearsal(target, align).settled(structure)
     finally:
         if target.parallel:
-            set_up_again(target)
+            target.rebuild_wrappers()
 
 
 class _Rehearsal:

@@ -28,8 +28,8 @@ from apoptosis.graph.trace.fakes import built_fake, make_fake
 from apoptosis.model.evaluate import as_call, num_rows
 from apoptosis.records import Structure
 from apoptosis.storage.plain_json import parse
-from apoptosis.surgery.operation import Target
 from apoptosis.surgery.rehearsal import rehearse
+from apoptosis.surgery.target import Target
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import JsonFile, check_json_file, integers
 from apoptosis.tools.cli.rank_errors import works_alone

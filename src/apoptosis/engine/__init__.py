@@ -1,7 +1,7 @@
-"""Apoptosis: the only conductor. One call per training step; shrinks model and optimizer in place when it pays.
+"""Apoptosis: one call per training step; shrinks model and optimizer in place when it pays.
 
-Holds: the order of the one-way path (observe -> moments -> policy -> planner -> certificates -> transaction ->
-record) and what survives between steps. Elsewhere: any formula.
+Holds: the class that users make, when windows open and end, and what survives between steps. Elsewhere: one pruning
+step from plan to rollback (step.py), how long a window waits (window.py), any formula.
 """
 
 from __future__ import annotations
@@ -19,50 +19,44 @@ from torch.optim import Optimizer
 
 from apoptosis.criteria import get_criterion
 from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
-from apoptosis.decide.attempt import (
-    Run,
-    Tried,
-    agree,
-    attempt,
-    comes_too_late,
-    ends,
-    kept_window,
-    new_window,
-    plan_now,
-    record,
-    seen_by_policy,
-)
-from apoptosis.decide.event_builder import num_parameters
 from apoptosis.decide.history import warn_at_end, warn_if_few
 from apoptosis.decide.ledger import Event, Ledger
 from apoptosis.decide.overhead import device_of, overhead_macs
-from apoptosis.decide.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, decide, site_limit
+from apoptosis.decide.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, Telemetry, decide, site_limit
 from apoptosis.decide.state import (
     CORRUPT_STATE_ERRORS,
     UNDECIDED,
     RunState,
     Settings,
+    allowed,
     check_fits,
     idle,
     make_ledger,
     read_state,
+    telemetry,
     write_state,
 )
 from apoptosis.distributed.fsdp import group_of
 from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layout_of, read_layouts, rebuild
+from apoptosis.distributed.zero import check_together
+from apoptosis.engine.event_builder import num_parameters
+from apoptosis.engine.step import PruningStep, StepResult
+from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
+from apoptosis.graph import replay
 from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.model.built import built_shapes
-from apoptosis.model.evaluate import as_call, make_probe, num_rows
+from apoptosis.model.evaluate import as_call, make_probe
 from apoptosis.model.outputs import ReadLogits
 from apoptosis.model.trials import has_classes, looked_at
 from apoptosis.numerics.decompose import roundoff_floor
-from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer
-from apoptosis.planner import Plan
+from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer, needs_float64
+from apoptosis.planner import Plan, make_plan
 from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
 from apoptosis.surgery import as_follower, check_followers, check_optimizers, warn_of_averages
-from apoptosis.surgery.operation import (
+from apoptosis.surgery.rehearsal import rehearse
+from apoptosis.surgery.target import (
     Target,
     exclude_pins,
     refreshed,
@@ -71,7 +65,6 @@ from apoptosis.surgery.operation import (
     with_known,
     without_pins,
 )
-from apoptosis.surgery.rehearsal import rehearse
 
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
 _FOLLOW_LATER = "Load the run's checkpoint first, and then register averaged copies, or load their own files before."
@@ -155,8 +148,8 @@ class Apoptosis:
         self._has_classes = has_classes(model, self._target.call, logits)
         held_out = looked_at(model, held_out, target.call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
         self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
-        self._acceptance.check(readable=self._has_classes, named=logits is not None)
-        full = num_parameters(model), structure.macs / max(1, num_rows(self._target.call))
+        self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)
+        full = num_parameters(model), structure.macs / target.num_examples
         self._memory = RunState(full=full, full_shapes=built_shapes(model, structure.shapes), overhead=overhead)
         widest = max((g.num_channels for g in structure.groups), default=1)
         self._settings = Settings(
@@ -169,7 +162,7 @@ class Apoptosis:
             calibrated=known is not None,
         )
         warn_if_few(total_steps)
-        agree(self._run(), budget)
+        self._check_agreed(budget)
         self._memory.decision = self._decide()
         self._memory.own_seconds += time.perf_counter() - start
 
@@ -177,7 +170,7 @@ class Apoptosis:
 
     def groups(self) -> tuple[Group, ...]:
         """Coupled channel groups that may shrink, in forward order."""
-        return tuple(g for g in self._structure.groups if g.pin is None)
+        return self._structure.open_groups
 
     def pins(self) -> tuple[Pin, ...]:
         """Channels that are never removed, each with its reason."""
@@ -233,8 +226,9 @@ class Apoptosis:
         Its multiply-adds are per example.
         """
         observations = {} if self._observer is None else self._observer.observations()
-        plan, rows = plan_now(self._run(), observations), max(1, num_rows(self._target.call))
-        return replace(plan, macs_before=plan.macs_before / rows, macs_after=plan.macs_after / rows)
+        request, examples = allowed(self._memory, self._settings, self.groups()), self._target.num_examples
+        plan = make_plan(self._target.model, self._structure, observations, request)
+        return replace(plan, macs_before=plan.macs_before / examples, macs_after=plan.macs_after / examples)
 
     def ledger(self) -> Ledger:
         """Sum up what all removals so far cost at most, and with what confidence."""
@@ -242,7 +236,7 @@ class Apoptosis:
             self._memory,
             self._acceptance,
             parameters=num_parameters(self._target.model),
-            macs=self._structure.macs / max(1, num_rows(self._target.call)),
+            macs=self._structure.macs / self._target.num_examples,
             has_classes=self._has_classes,
             site_limit=self._settings.site_limit,
             hook_seconds=self.hook_seconds,
@@ -308,7 +302,10 @@ class Apoptosis:
             ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
             ranks.same_parameters("in the checkpoint that they load", self._target.model)
             layouts = ranks.first(layouts)[: len(self._target.parallel)]
-            observer = kept_window(self._run()._replace(memory=memory, structure=structure), window)
+            observer = None
+            if window is not None and ranks.size == 1:  # of several ranks every one saw other rows
+                observer = self._new_window(structure, memory)
+                observer.load_state_dict(window)
             self._acceptance.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except (CheckpointError, RankError):  # say themselves what differs
             raise
@@ -337,16 +334,18 @@ class Apoptosis:
         observer, due = self._observer, self._memory.decision.at_step
         if observer is None and (due is None or self._memory.step < due):
             return None
-        if observer is not None and not ends(self._run(), observer):
+        if observer is not None and not self._is_over(observer):
+            text = ""
             if self._memory.step == self._settings.total_steps:  # the run is over
-                if observer.saw_nothing:
-                    warnings.warn(f"apoptosis saw nothing of this run: {NOTHING_SEEN}", RuntimeWarning, stacklevel=2)
+                text = f"apoptosis saw nothing of this run: {NOTHING_SEEN}" if observer.saw_nothing else ""
                 reason = NOTHING_SEEN if observer.saw_nothing else f"the run was over before {observer.lacks()}"
                 self._drop_window()
                 self._memory.decision = self._decide()
-                cause = "unseen" if observer.saw_nothing else "rows"
-                self._book(Tried(self._structure, record(self._run(), "skipped", cause, reason)))
-            elif text := comes_too_late(self._run(), observer):
+                self._book(self._skipped("unseen" if observer.saw_nothing else "rows", reason))
+            elif not self._memory.attempts and not self._target.ranks.rank:
+                total = self._settings.total_steps
+                text = comes_too_late(observer, self.groups(), step=self._memory.step, total_steps=total)
+            if text:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             return None
         start = time.perf_counter()
@@ -371,7 +370,7 @@ class Apoptosis:
             warn_of_averages(self._target.model, self._target.followers)
             self._looked = True
         self._memory.window_start = self._memory.step
-        observer = new_window(self._run(), self.groups())
+        observer = self._new_window(self._structure, self._memory)
         try:
             observer.open()
             self._observer = observer
@@ -379,6 +378,33 @@ class Apoptosis:
             observer.close()
             self._observer = None
             raise
+
+    def _new_window(self, structure: Structure, memory: RunState) -> Observer:
+        """Return a window that sees other positions than the one before, and on every rank others."""
+        settings, ranks = self._settings, self._target.ranks
+        return Observer(
+            self._target.model,
+            structure.open_groups,
+            seed=settings.seed * 1_000_003 + len(memory.history) + 500_009 * ranks.rank,
+            exact=needs_float64(settings.tolerance),
+            keep_calls=settings.tolerance == 0,
+            keep_inputs=not self._acceptance.held_out,
+            replay=replay,
+            gradients=settings.criterion.grad_factor and settings.tolerance != 0,
+            ranks=ranks,
+            whole=memory.require_full_sample or settings.tolerance == 0,
+        )
+
+    def _is_over(self, observer: Observer) -> bool:
+        """Note that a step of the open window has passed; return whether the window is over, on all ranks alike.
+
+        It is when every group has seen its rows, or is given up; or when the others are not worth waiting for.
+        """
+        over = observer.end_step()
+        observer.cut_short = False
+        if not over and may_be_cut_short(observer):
+            over = is_cut_short(observer, self.groups(), self._telemetry(), self._memory.behind)
+        return self._target.ranks.all(over)
 
     def _drop_window(self) -> None:
         if self._observer is not None:
@@ -399,9 +425,17 @@ class Apoptosis:
             fault = NOTHING_SEEN if observer.saw_nothing else CHANGED_BY_OTHERS if stale is not self._structure else ""
             if fault := ranks.first_error(UNFINISHED if observer.unfinished else fault):
                 raise NonFiniteError(fault)
-            tried = attempt(self._run(), observer, start)
+            tried = PruningStep(
+                target=self._target,
+                structure=self._structure,
+                memory=self._memory,
+                settings=self._settings,
+                acceptance=self._acceptance,
+                observer=observer,
+                start=start,
+            ).run()
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
-            tried = Tried(self._structure, record(self._run(), "skipped", "fault", str(error)))
+            tried = self._skipped("fault", str(error))
             warnings.warn(
                 f"apoptosis skipped an event at step {self._memory.step}: {error}", RuntimeWarning, stacklevel=3
             )
@@ -419,8 +453,11 @@ class Apoptosis:
         self._book(tried)
         return tried.event
 
-    def _book(self, tried: Tried) -> None:
-        """Keep the record of an attempt, and tell the user's log of it."""
+    def _skipped(self, cause: str, reason: str) -> StepResult:
+        return StepResult(self._structure, self._memory.attempt(len(self.groups()), "skipped", cause, reason))
+
+    def _book(self, tried: StepResult) -> None:
+        """Keep the record of an attempt, and pass it to the user's log."""
         self._memory.attempts += (tried.attempt,)
         if self._log is None or self._target.ranks.rank:
             return
@@ -433,11 +470,26 @@ class Apoptosis:
 
     # ------------------------------------------------------------------ small things
 
-    def _run(self) -> Run:
-        return Run(self._target, self._structure, self._memory, self._settings, self._acceptance)
+    def _telemetry(self) -> Telemetry:
+        return telemetry(self._memory, self._settings, self._structure, rows=self._target.num_examples)
+
+    def _check_agreed(self, budget: float | None) -> None:
+        """Check that all ranks were asked for the same of the same network.
+
+        Raises: RankError: they were not; what differs is named. UnsupportedOptimizerError: an optimizer steps over
+        others.
+        """
+        target, settings, structure = self._target, self._settings, self._structure
+        check_together(target.optimizers, target.ranks.size)
+        asked = settings.as_dict() | {"seed": settings.seed, "budget": budget, "probe": self._acceptance.held_out}
+        asked |= {"whether calibration= is given": settings.calibrated}
+        asked |= {"example input, multiply-adds": structure.macs, "example input, rows": target.num_examples}
+        widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
+                  for g in structure.groups}  # fmt: skip
+        target.ranks.same("arguments or groups of Apoptosis", asked | widths)
 
     def _decide(self) -> Decision:
         if not self.groups():
             again = 2 * self._memory.step + 1 if self._structure.frozen else None  # it may be unfrozen by then
             return Decision(at_step=again, tolerance=0.0, reason="every group is pinned")
-        return decide(seen_by_policy(self._run()))
+        return decide(self._telemetry())

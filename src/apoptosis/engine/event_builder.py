@@ -1,22 +1,26 @@
-"""What one surgery is told as: sizes before and after, and the event.
+"""Builds the Event that reports one pruning step.
 
-Holds: counting parameters and bytes, putting an Event together. Elsewhere: the surgery (surgery.operation).
+Holds: counting parameters and bytes before and after, putting an Event together. Elsewhere: the step (step.py), how an
+event prints itself (decide.ledger).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from apoptosis.decide.ledger import Event
-from apoptosis.model.evaluate import num_rows
 from apoptosis.model.outputs import Change
 from apoptosis.planner import Plan, merged
-from apoptosis.records import Certificate, Structure
+from apoptosis.records import Structure
 from apoptosis.surgery import layers
-from apoptosis.surgery.operation import Outcome, Target
+from apoptosis.surgery.target import Target
+
+if TYPE_CHECKING:
+    from apoptosis.engine.step import Outcome
 
 _SHOWN = 3  # outputs that are named
 
@@ -32,8 +36,8 @@ class Size:
 
 def size_of(target: Target, structure: Structure) -> Size:
     """Measure a target."""
-    examples = max(1, num_rows(target.call))
-    return Size(parameters=num_parameters(target.model), bytes=state_bytes(target), macs=structure.macs / examples)
+    parameters, macs = num_parameters(target.model), structure.macs / target.num_examples
+    return Size(parameters=parameters, bytes=state_bytes(target), macs=macs)
 
 
 def make_event(
@@ -43,23 +47,15 @@ def make_event(
     outcome: Outcome,
     before: Size,
     after: Size,
-    certificates: tuple[Certificate, ...],
     measured_on: str,
     seconds: float,
     notes: tuple[str, ...] = (),
 ) -> Event:
-    """Put together the record of one surgery, from what was planned and what came of it."""
+    """Put together the report of one pruning step, from what was planned, what was measured and what came of it."""
     done = [reduction.group for reduction in outcome.done]
     promised = merged(certificate for name in done for certificate in plan.certificates[name])
-    measured: dict[str, float] = {}
-    change = outcome.change
-    if change is not None:
-        if change.mode:
-            measured["output_rms"] = change.rms
-        if change.changed is not None:
-            measured["integers_changed"] = change.changed
-        if change.readable:
-            measured |= {"flips": change.flips / change.rows, "margin_share": change.margin_share}
+    change = None if outcome.result is None else outcome.result.change
+    limit = None if outcome.result is None or not outcome.committed else outcome.result.certificate
     return Event(
         step=step,
         tolerance=plan.tolerance,
@@ -68,13 +64,25 @@ def make_event(
         parameters=(before.parameters, after.parameters),
         macs=(before.macs, after.macs),
         bytes_freed=before.bytes - after.bytes,
-        certificates=(*promised, *certificates),
-        measured=measured,
+        certificates=promised if limit is None else (*promised, limit),
+        measured={} if change is None else measured(change),
         measured_on=f"on {change.rows if change is not None else 0} {measured_on}",
         outputs="not compared" if change is None or not change.mode else f"{change.mode} mode",
         seconds=seconds,
         notes=(*notes, *_resized(change), *(str(pin) for pin in outcome.pins)),
     )
+
+
+def measured(change: Change) -> dict[str, float]:
+    """Return what was measured of a change, by the names that events and the log have for it."""
+    found: dict[str, float] = {}
+    if change.mode:
+        found["output_rms"] = change.rms
+    if change.changed is not None:
+        found["integers_changed"] = change.changed
+    if change.readable:
+        found |= {"flips": change.flips / change.rows, "margin_share": change.margin_share}
+    return found
 
 
 def _resized(change: Change | None) -> tuple[str, ...]:

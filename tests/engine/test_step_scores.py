@@ -9,10 +9,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis import Apoptosis, shrink_
+from apoptosis.decide.acceptance import AcceptanceResult
+from apoptosis.engine.step import apply_reductions
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import make_probe
 from apoptosis.records import Reduction, SiteReduction
-from apoptosis.surgery.operation import Target, apply_reductions, exclude_pins, with_pins
+from apoptosis.surgery.target import Target, exclude_pins, with_pins
 
 HEADS, SIZE = 2, 6
 
@@ -35,6 +37,10 @@ class Net(nn.Module):
             scores = scores.tanh() * (k.size(-1) + 1)
         h = h + self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return self.out(torch.tanh(self.up(h))).mean(1)
+
+
+def accepted(change):
+    return AcceptanceResult(change=change)
 
 
 def data(rows, seed):
@@ -127,7 +133,7 @@ def test_averaged_copies_take_the_factor():
         average.module.enter.weight.mul_(1.1)
     expected = [copy.deepcopy(m)(data(7, 4)) for m in (net, average)]
     target, structure = target_of(net, followers=(average,))
-    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, accepted)
     assert outcome.committed
     assert net.q.out_features == average.module.q.weight.shape[0] == 8
     for m, before in zip((net, average), expected, strict=True):
@@ -142,9 +148,11 @@ def test_a_refused_change_takes_the_factor_back(runs):
     target, structure = target_of(net, (optimizer,))
     before = runs.everything(net, optimizer)
     probe = make_probe(data(20, 5), data(3, 9))
-    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, probe, lambda change: "no")
+    outcome = apply_reductions(
+        target, structure, cut(structure, "q"), {}, probe, lambda change: AcceptanceResult(change=change, refused="no")
+    )
     assert (outcome.committed, outcome.refused) == (False, "no")
-    assert outcome.change is not None
+    assert outcome.result is not None
     assert runs.same(runs.everything(net, optimizer), before)
 
 
@@ -152,14 +160,14 @@ def test_another_number_at_the_same_time_is_refused_and_pinned(runs):
     net = Net(bad=True).double()
     target, structure = target_of(net)
     before = runs.everything(net)
-    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, accepted)
     assert not outcome.committed
     (pin,) = outcome.pins
     assert pin.group == "q"
     assert "uses the number" in pin.reason
-    assert "test_operation_scores.py:" in pin.reason
+    assert "test_step_scores.py:" in pin.reason
     assert runs.same(runs.everything(net), before)
-    outcome = apply_reductions(target, structure, cut(structure, "q", "up"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "q", "up"), {}, None, accepted)
     assert [r.group for r in outcome.done] == ["up"]
     assert torch.equal(net.q.weight, before["tensors"]["q.weight"])
 
@@ -169,7 +177,7 @@ def test_weights_that_are_left_out_are_not_scaled():
     target, structure = target_of(net)
     structure = with_pins(structure, exclude_pins(structure, ["q"]))
     weight = net.q.weight.detach().clone()
-    outcome = apply_reductions(target, structure, cut(structure, "v"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "v"), {}, None, accepted)
     assert not outcome.committed
     assert "left out by exclude= could make up for" in outcome.refused
     assert torch.equal(net.q.weight, weight)
@@ -183,6 +191,6 @@ def test_a_number_that_the_training_loop_sets_is_looked_at_again():
     target, structure = target_of(net)
     temperature[0] = 0.5
     expected = net(data(7, 4)).detach()
-    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, accepted)
     assert outcome.committed
     torch.testing.assert_close(net(data(7, 4)).detach(), expected, rtol=1e-10, atol=1e-12)

@@ -1,20 +1,26 @@
-"""One surgery as a transaction: whatever fails, model and optimizer are bitwise as before."""
+"""Reductions applied and tested: whatever fails, model and optimizer are bitwise as before."""
 
 import pytest
 import torch
 from torch import nn
 
 from apoptosis import Apoptosis, shrink_
+from apoptosis.decide.acceptance import AcceptanceResult
+from apoptosis.engine.step import apply_reductions
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import make_probe
 from apoptosis.records import Pin, Reduction, SiteReduction
-from apoptosis.surgery.operation import Target, apply_reductions, exclude_pins, with_pins
+from apoptosis.surgery.target import Target, exclude_pins, with_pins
 
 
 def target_of(net, optimizers=(), example=None):
     call = ((torch.zeros(4, 6) if example is None else example,), {})
     return Target(model=net, optimizers=optimizers, followers=(), call=call), analyse(net, *call)
+
+
+def accepted(change):
+    return AcceptanceResult(change=change)
 
 
 def cut(structure, *names, keep=8):
@@ -35,16 +41,16 @@ def test_a_granted_change_is_committed_and_measured(runs):
     seen = []
     probe = make_probe(runs.inputs(50, 1), torch.zeros(4, 6))
     outcome = apply_reductions(
-        target, structure, cut(structure, "0"), {}, probe, lambda change: seen.append(change) or ""
+        target, structure, cut(structure, "0"), {}, probe, lambda change: seen.append(accepted(change)) or seen[-1]
     )
     assert outcome.committed
     assert outcome.refused == ""
     assert [r.group for r in outcome.done] == ["0"]
     assert net[0].out_features == 8
     assert {g.name: g.num_channels for g in outcome.structure.groups}["0"] == 8
-    assert outcome.change is seen[0]
-    assert seen[0].rms > 0
-    assert seen[0].rows == 50
+    assert outcome.result is seen[0]
+    assert seen[0].change.rms > 0
+    assert seen[0].change.rows == 50
 
 
 @pytest.mark.parametrize("how", ["refused", "judge raises"])
@@ -59,7 +65,7 @@ def test_a_refused_change_leaves_everything_bitwise(runs, how):
     def accept(change):
         assert net[0].out_features == 8
         if how == "refused":
-            return "too much"
+            return AcceptanceResult(change=change, refused="too much")
         raise ZeroDivisionError
 
     if how == "refused":
@@ -99,7 +105,7 @@ def test_a_number_that_the_training_loop_set_is_no_width(runs, follows):
         net.out.weight[:, 8:] = 0.0
     net.heat = 1.0
     expected, queries = net(x), net.q.weight.clone()
-    outcome = apply_reductions(target, structure, cut(structure, "wide"), {}, make_probe(x, x[:2]), lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "wide"), {}, make_probe(x, x[:2]), accepted)
     assert outcome.committed
     assert outcome.pins == ()
     assert net.wide.out_features == 8
@@ -123,7 +129,7 @@ def test_a_forward_that_breaks_on_the_probe_alone_is_rolled_back_and_pinned(runs
     target, structure = target_of(net)
     before = {name: p.clone() for name, p in net.named_parameters()}
     probe = make_probe(runs.inputs(50, 1), torch.zeros(4, 6))
-    outcome = apply_reductions(target, structure, cut(structure, "a", "b"), {}, probe, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "a", "b"), {}, probe, accepted)
     assert outcome.committed
     assert [r.group for r in outcome.done] == ["b"]
     assert [pin.group for pin in outcome.pins] == ["a"]
@@ -144,12 +150,12 @@ def test_nothing_left_to_edit(runs):
     net = Fixed()
     target, structure = target_of(net)
     before = runs.everything(net)
-    outcome = apply_reductions(target, structure, cut(structure, "a"), {}, None, lambda change: "")
+    outcome = apply_reductions(target, structure, cut(structure, "a"), {}, None, accepted)
     assert not outcome.committed
     assert "no group can be edited" in outcome.refused
     assert [g.pin is not None for g in outcome.structure.groups] == [True, True]
     assert runs.same(runs.everything(net), before)
-    assert apply_reductions(target, structure, [], {}, None, lambda change: "").refused == "nothing to remove"
+    assert apply_reductions(target, structure, [], {}, None, accepted).refused == "nothing to remove"
 
 
 def test_state_without_a_rule_raises_before_anything_changes(runs):

@@ -1,0 +1,411 @@
+"""One pruning step from top to bottom: plan, apply, test, keep or roll back.
+
+Holds: the order of these for one event, and what ends in a rollback. Elsewhere: when a window opens and ends
+(engine, window.py), what to remove (planner), how a tensor is edited (surgery), what a change may cost (decide).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest
+from apoptosis.decide.history import Attempt
+from apoptosis.decide.ledger import Event
+from apoptosis.decide.overhead import device_of, overhead_macs
+from apoptosis.decide.policy import loss_of
+from apoptosis.decide.state import RunState, Settings, allowed, telemetry
+from apoptosis.distributed.fsdp import has_shards
+from apoptosis.engine.event_builder import make_event, size_of
+from apoptosis.engine.window import left_out
+from apoptosis.errors import (
+    ArgumentError,
+    CaptureError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RankError,
+    ShapeError,
+    StructureChangedError,
+)
+from apoptosis.graph import gains, verify_up_to_scale
+from apoptosis.interrupts import restoring
+from apoptosis.model.evaluate import Probe, comparable, compare, like_example, outputs, training_outputs
+from apoptosis.model.outputs import Change, together
+from apoptosis.model.passes import compile_seconds, forget_compiled
+from apoptosis.observe import Observer, in_both
+from apoptosis.planner import Observations, make_plan, summary
+from apoptosis.planner.sampling import sample
+from apoptosis.records import Pin, Reduction, Structure
+from apoptosis.surgery import Transaction, build_edits, norm_edits
+from apoptosis.surgery.target import Target, broken_pin, kept_positions, with_known, with_pins
+
+_BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
+Check = Callable[[Change], AcceptanceResult]
+
+
+class StepResult(NamedTuple):
+    """What came of a pruning step.
+
+    structure: as it is now. attempt: its record. event: if shapes changed. left: what the plan leaves as it is, a line
+    by group.
+    """
+
+    structure: Structure
+    attempt: Attempt
+    event: Event | None = None
+    left: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruningStep:
+    """One event of a run, once its window is over. It writes to memory and acceptance, and to the target if it is kept.
+
+    observer: the closed window. start: `time.perf_counter()` at the beginning of the event.
+    """
+
+    target: Target
+    structure: Structure
+    memory: RunState
+    settings: Settings
+    acceptance: AcceptanceTest
+    observer: Observer
+    start: float
+
+    def run(self) -> StepResult:
+        """Take the step, or leave everything as it was.
+
+        Returns: what came of it, with its reason; after a rollback the tolerance is halved for the rest of the run.
+
+        Raises: NonFiniteError: statistics, weights or outputs hold NaN or infinity; nothing was tried.
+        """
+        target, memory, acceptance, ranks = self.target, self.memory, self.acceptance, self.target.ranks
+        groups, sent, compiling = self.structure.open_groups, ranks.bytes_sent, self._count_compiling()
+        record = partial(memory.attempt, len(groups))
+        # observe: what this window saw, on all ranks together
+        waiting = left_out(self.observer, groups, ranks)
+        self.observer.pool()
+        ranks.same_parameters("before an event", target.model)
+        # plan: which channels go, if that pays
+        request = allowed(memory, self.settings, groups, waiting)
+        plan = make_plan(target.model, self.structure, self._seen_again(), request, ranks, last=True)
+        memory.behind = tuple(sorted(waiting))
+        memory.require_full_sample |= any(why.cause == "rows" for why in plan.left.values())
+        left = {name: why.text for name, why in plan.left.items()}
+        seen = telemetry(memory, self.settings, self.structure, rows=target.num_examples)
+        cause, reason = "gain", loss_of(seen, plan.macs_after / target.num_examples)
+        if not plan.reductions:
+            cause, reason = summary(plan.left)
+        if not ranks.all(bool(plan.reductions) and not reason):
+            return StepResult(self.structure, record("nothing", cause, reason), left=left)
+        # apply and test: edits in a transaction, which an outcome that is not accepted has rolled back
+        before = size_of(target, self.structure)
+        examples = acceptance.examples(like_example(self.observer.inputs or target.call, target.call))
+        check = partial(acceptance.check, examples)
+        outcome = apply_reductions(
+            target, self.structure, plan.reductions, plan.dropped_variance, examples.probe, check
+        )
+        if not outcome.committed:
+            memory.rolled_back += 1
+            memory.num_backoffs += outcome.result is not None
+            return StepResult(outcome.structure, record("rolled back", "measured", outcome.refused), left=left)
+        # keep: what it cost is added up, and reported
+        if outcome.result is not None:
+            acceptance.record(outcome.result)
+        memory.num_events += 1
+        for reduction in outcome.done:
+            for key, error in plan.errors[reduction.group].items():
+                memory.site_cost[key] = memory.site_cost.get(key, 0.0) + error
+        event = make_event(
+            step=memory.step,
+            plan=plan,
+            outcome=outcome,
+            before=before,
+            after=size_of(target, outcome.structure),
+            measured_on="held-out examples" if acceptance.held_out else "training inputs",
+            seconds=time.perf_counter() - self.start,
+            notes=(*(f"{name}: {why.text}" for name, why in waiting.items()), *self._notes(sent, compiling)),
+        )
+        return StepResult(outcome.structure, record("event"), event, left)
+
+    def _seen_again(self) -> Observations:
+        """Return what the window saw; at tolerance 0 joined with what its inputs show under today's weights.
+
+        Rows of a few steps ago are of other weights: what is redundant in them to round-off need not be so now. They
+        count all the same, so that a channel that was alive a few steps ago is not taken for dead.
+        """
+        found, model, ranks = self.observer.observations(last=True), self.target.model, self.target.ranks
+        if self.settings.tolerance != 0 or has_shards(model):  # ranks would have to make equally many passes
+            return found
+        if not ranks.all(bool(self.observer.calls)):
+            return found
+        groups, calls = self.structure.open_groups, [like_example(c, self.target.call) for c in self.observer.calls]
+        try:
+            _, again = sample(model, groups, calls, tolerance=0.0, modes=2, seed=self.settings.seed, ranks=ranks)
+        except ArgumentError:  # the model does not run on them in evaluation mode
+            return found
+        return found | {key: in_both(found.get(key), seen) for key, seen in again.items()}
+
+    def _count_compiling(self) -> float:
+        """Let events cost what compiling took, which they make necessary again; return its seconds."""
+        first, memory = self.target.ranks.first, self.memory
+        seconds: float = first(compile_seconds())
+        if seconds > 0 and not self.settings.calibrated:
+            found = first(overhead_macs(0, compile_seconds=seconds, device=device_of(self.target.model)))
+            memory.overhead = max(memory.overhead, found)
+        return seconds
+
+    def _notes(self, sent: int, compiling: float) -> tuple[str, ...]:
+        ranks = self.target.ranks
+        summed = f"{ranks.bytes_sent - sent:,} bytes summed over {ranks.size} ranks" if ranks.size > 1 else ""
+        again = f"what torch.compile took {compiling:.1f} s for is compiled again" if compiling > 0 else ""
+        return tuple(note for note in (summed, again) if note)
+
+
+# ---------------------------------------------------------------------- apply and test
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What came of applying reductions.
+
+    structure: as it is now (new after a commit). result: of the acceptance test, None if it never came to that.
+    refused: why nothing has changed, "" after a commit. pins: of groups whose edits failed. done: what was applied.
+    """
+
+    committed: bool
+    structure: Structure
+    result: AcceptanceResult | None = None
+    refused: str = ""
+    pins: tuple[Pin, ...] = ()
+    done: tuple[Reduction, ...] = ()
+
+
+def apply_reductions(
+    target: Target,
+    structure: Structure,
+    reductions: Sequence[Reduction],
+    dropped_variance: Mapping[str, Tensor],
+    probe: Probe | None,
+    check: Check,
+) -> Outcome:
+    """Carry out reductions in place, or leave everything bitwise as it was.
+
+    A group whose edit breaks the forward pass or changes which channel a column reads is rolled back and pinned, and
+    the others are tried again without it. A change that `check` refuses rolls everything back.
+    """
+    pins: dict[str, Pin] = {}
+    trial = _Trial(target, structure, dropped_variance, probe, check)
+    todo, outcome = list(reductions), None
+    try:
+        trial.run_before()
+        while todo:
+            tried = trial.attempt(todo)
+            if isinstance(tried, Outcome):
+                outcome = tried
+                break
+            if tried.compare_training:
+                trial.run_before(training=True)
+                continue
+            if trial.old_numbers and (trial.renew_numbers() or not tried.reason):
+                continue  # nothing is pinned, and no weight takes a factor, for what the user has changed
+            failing_groups = trial.failing_groups(todo) or {todo[0].group: tried.reason}
+            pins |= {name: broken_pin(trial.structure, name, reason) for name, reason in failing_groups.items()}
+            todo = [r for r in todo if r.group not in pins]
+    except BaseException as error:
+        if target.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
+            target.rebuild_wrappers()
+        raise
+    if outcome is None:
+        broken = "no group can be edited: " + "; ".join(str(p) for p in pins.values())
+        outcome = Outcome(committed=False, structure=trial.structure, refused=broken if pins else "nothing to remove")
+    if not outcome.committed:
+        target.rebuild_wrappers()
+    return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
+
+
+class _Outputs(NamedTuple):
+    """What the network returns on a probe: in evaluation mode, and in training mode where that is to be compared.
+
+    asked: whether training mode was asked for, whatever came of it.
+    """
+
+    evaluation: list[Any]
+    training: list[Any] | None
+    asked: bool
+
+
+class _Failure(NamedTuple):
+    """What a rolled back try failed with: the fault of the structure, "" for none.
+
+    None was found where numbers need a factor and those they are compared with may be old, and where outputs of
+    training mode have to be compared too, because sizes vary in evaluation mode.
+    """
+
+    reason: str = ""
+    compare_training: bool = False
+
+
+@dataclass(slots=True)
+class _Trial:
+    """What the tries of one `apply_reductions` have in common.
+
+    before: what the network returned before any edit. old_numbers: the plain numbers in the structure may be those of
+    an earlier step: the training loop may have set a temperature, say, since they were captured.
+    """
+
+    target: Target
+    structure: Structure
+    dropped_variance: Mapping[str, Tensor]
+    probe: Probe | None
+    check: Check
+    before: _Outputs | None = None
+    old_numbers: bool = True
+
+    def run_before(self, *, training: bool = False) -> None:
+        """Run the model on the probe: in evaluation mode; in training mode if asked or if that gives no numbers."""
+        if self.probe is None:
+            return
+        model, read, ranks, probe = self.target.model, self.target.read, self.target.ranks, self.probe
+        passes = self._passes(probe)
+        found = ranks.run_collectively(lambda: outputs(model, probe, passes=passes))
+        asked = training or ranks.any(not comparable(found, read))
+        other = None
+        if asked:
+            other = ranks.run_collectively(lambda: training_outputs(model, probe, read, passes=passes))
+            other = other if ranks.all(other is not None) else None
+        self.before = _Outputs(found, other, asked)
+
+    def attempt(self, reductions: list[Reduction]) -> Outcome | _Failure:
+        """Apply all of these reductions, test, and keep them or roll back."""
+        target, ranks, before = self.target, self.target.ranks, self.before
+        transaction = self._transaction()
+        fault, again, after, short = "", False, None, None
+        with restoring(transaction.close), transaction:
+            try:
+                new, scaled = self._edit(transaction, reductions)
+                again = scaled and self.old_numbers
+                if not again and before is not None:
+                    after = self._outputs_after(training=before.training is not None)
+            except _BROKEN as error:
+                fault = str(error) or type(error).__name__
+            except OutOfMemoryError as error:  # says nothing about a group; on one rank, it ends the event on all
+                short = error
+            ranks.run_collectively(partial(_raise, short))
+            fault, again = ranks.first_error(fault), ranks.any(again)
+            if fault or again:
+                transaction.rollback()
+                return _Failure(fault)
+            result = None
+            if before is not None and after is not None:
+                change = self._change(before, after)
+                if (change.resized or not change.mode) and not before.asked:
+                    transaction.rollback()
+                    return _Failure(compare_training=True)
+                result = self.check(change)
+                if result.refused:
+                    transaction.rollback()
+                    return Outcome(committed=False, structure=self.structure, result=result, refused=result.refused)
+            ranks.same_parameters("after an event", target.model)
+            known = with_known(target, self.structure, new)
+            transaction.commit()
+        target.rebuild_wrappers()
+        forget_compiled()
+        return Outcome(committed=True, structure=known, result=result, done=tuple(reductions))
+
+    def renew_numbers(self) -> bool:
+        """Put the plain numbers of today's forward pass into the structure; return whether they are others."""
+        self.old_numbers, now, old = False, self.target.capture(), self.structure
+        self.structure = replace(old, scalars=now.scalars, multiples=now.multiples, scalable=now.scalable)
+        return self.target.ranks.any(now.scalars != old.scalars)
+
+    def failing_groups(self, reductions: list[Reduction]) -> dict[str, str]:
+        """Return the groups that fail on their own, with the reason; every trial is rolled back.
+
+        Groups that one number of a module governs (Group.tied_groups) can only be tried, and fail, together.
+        """
+        found: dict[str, str] = {}
+        tied = {group.name: group.tied_groups for group in self.structure.groups}
+        for first in reductions:
+            if first.group in found:
+                continue
+            together_with = [first, *(r for r in reductions if r.group in tied[first.group])]
+            transaction = self._transaction()
+            with restoring(transaction.close):
+                try:
+                    self._edit(transaction, together_with)
+                    if self.probe is not None:
+                        self._outputs_after(training=False)
+                except _BROKEN as error:
+                    found.update((reduction.group, str(error)) for reduction in together_with)
+        return {name: reason for own in self.target.ranks.gathered(found) for name, reason in own.items()}
+
+    def _transaction(self) -> Transaction:
+        return Transaction(self.target.model, self.target.optimizers, self.target.followers)
+
+    def _edit(self, transaction: Transaction, reductions: Sequence[Reduction]) -> tuple[Structure, bool]:
+        """Edit, capture again, compare channels, and multiply by factors where scores are divided by a size.
+
+        Returns: the new structure, and whether there were such factors.
+
+        Raises: what is in _BROKEN, where the edit is wrong for the model; the caller then pins the group.
+        """
+        structure, target = self.structure, self.target
+        edits = build_edits(structure, reductions, self.dropped_variance)
+        normalised = any(site.normal is not None for group in structure.groups for site in group.sites)
+        today = target.capture() if normalised else structure
+        transaction.apply(edits, structure, norm_edits(structure, reductions))
+        new = target.capture()
+        scales = verify_up_to_scale(structure, new, kept_positions(edits))
+        sizes = gains(today, new, kept_positions(edits)) if normalised else ()
+        transaction.rescale((*scales, *sizes))
+        return target.capture() if sizes else new, bool(scales)
+
+    def _passes(self, probe: Probe) -> int:
+        """Return how many passes every rank makes over its probe, where ranks gather parameters together in each."""
+        own = len(probe.pieces())
+        if not has_shards(self.target.model):
+            return own
+        return int(self.target.ranks.range_of(torch.tensor([own], dtype=torch.int64, device="cpu"))[1])
+
+    def _outputs_after(self, *, training: bool) -> _Outputs | None:
+        """Return what the edited network returns on examples that the network before took, in one mode or both.
+
+        Raises: CaptureError: it fails on them. OutOfMemoryError: memory runs out.
+        """
+        model, probe = self.target.model, self.probe
+        if probe is None:
+            return None
+        passes = self._passes(probe)
+        try:
+            found = outputs(model, probe, passes=passes)
+        except (OutOfMemoryError, RankError):
+            raise
+        except Exception as error:  # the user's forward may raise anything
+            raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error
+        other = None
+        if training:
+            other = training_outputs(model, probe, self.target.read, passes=passes, checked=False)
+        return _Outputs(found, other, training)
+
+    def _change(self, before: _Outputs, after: _Outputs) -> Change:
+        """Compare outputs on the probes of all ranks. Raises: NonFiniteError: outputs before are not finite."""
+        probe, ranks = self.probe, self.target.ranks
+        labels = None if probe is None else probe.labels
+        both = None
+        if before.training is not None and after.training is not None:
+            both = before.training, after.training
+        change = ranks.run_collectively(
+            partial(compare, before.evaluation, after.evaluation, labels, self.target.read, probe=probe, training=both)
+        )
+        return together(ranks.gathered(change))
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

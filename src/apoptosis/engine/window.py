@@ -1,0 +1,84 @@
+"""How long a window stays open, and what it leaves out.
+
+Holds: whether groups that have seen too few rows are waited for, and the warning where they cannot see enough before
+the run ends. Elsewhere: what is observed (observe), when a window opens (decide.policy, engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from apoptosis.decide.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, is_due, worth_waiting
+from apoptosis.distributed.ranks import Ranks
+from apoptosis.observe import Observer
+from apoptosis.planner import Why, waits, with_equals
+from apoptosis.records import Group
+
+_FEW_STEPS = 3  # of a window, after which its pace is known
+
+
+def may_be_cut_short(observer: Observer) -> bool:
+    """Whether a window has lasted long enough to ask if it should go on."""
+    return observer.steps >= max(PATIENCE_STEPS, observer.patience)
+
+
+def is_cut_short(observer: Observer, groups: Sequence[Group], seen: Telemetry, behind: Collection[str]) -> bool:
+    """Whether a window ends although some groups have not seen their rows.
+
+    It does where those do not hold enough of the multiply-adds to be waited for (policy.worth_waiting). What the last
+    event left out (behind) is waited for, unless turns follow one another so closely that a later one will do
+    (policy.is_due).
+    """
+    seen = replace(seen, batch_rows=observer.examples / observer.steps)
+    steps = _steps_to_wait(observer, groups, seen, behind, gradients=False)
+    steps = steps or _steps_to_wait(observer, groups, seen, behind, gradients=True)
+    observer.patience = observer.steps + min(int(steps / 2), PATIENCE_STEPS)
+    observer.cut_short = steps == 0.0
+    return observer.cut_short
+
+
+def _steps_to_wait(
+    observer: Observer, groups: Sequence[Group], seen: Telemetry, behind: Collection[str], *, gradients: bool
+) -> float:
+    """Return the steps until some group that is worth waiting for has seen its rows, 0 if none is."""
+    late = _late(groups, observer, gradients=gradients)
+    macs = {g.name: g.num_channels * g.macs_per_channel for g in groups if not g.conflicts_with}  # no channel twice
+    ready = sum(macs[name] for name in macs if name not in late)
+    waiting = [(macs.get(name, 0.0), steps) for name, steps in late.items()]
+    due = any(is_due(seen, steps) for name, steps in late.items() if name in behind)
+    due = due or any(steps <= SOON_SHARE * observer.steps for steps in late.values())
+    if due or worth_waiting(ready, waiting, delay_of(seen, observer.steps)):
+        return max(1.0, min(late.values()))
+    return 0.0
+
+
+def _late(groups: Sequence[Group], observer: Observer, *, gradients: bool) -> dict[str, float]:
+    """Return the groups that cannot change yet, with the steps they still need; those of one width wait together."""
+    lacking = observer.lacking(gradients=gradients)
+    longest, tied = max(lacking.values(), default=0.0), with_equals(lacking, groups)
+    return {group.name: lacking.get(group.name, longest) for group in groups if group.name in tied}
+
+
+def left_out(observer: Observer, groups: Sequence[Group], ranks: Ranks) -> dict[str, Why]:
+    """Return the groups that an event leaves for the next one, the same on all ranks: what some rank lacks rows for."""
+    late = _late(groups, observer, gradients=True) if observer.cut_short else {}
+    own = {name: observer.seen_by(name) for name in late}
+    found: dict[str, Why] = {}
+    for reported in ranks.gathered(own):
+        found |= {name: waits(sites) for name, sites in reported.items() if name not in found}
+    return found
+
+
+def comes_too_late(observer: Observer, groups: Sequence[Group], *, step: int, total_steps: int | None) -> str:
+    """Say of the first window, once it has lasted a few steps, that the run will be over before any group is ready."""
+    if total_steps is None or observer.steps != _FEW_STEPS or observer.saw_nothing:
+        return ""
+    late, left = _late(groups, observer, gradients=False), total_steps - step
+    if len(late) < len(groups) or min(late.values()) <= left:
+        return ""
+    return (
+        f"apoptosis: after {observer.steps} steps of the first window {observer.lacks()}; at this pace too few come in "
+        f"the {left:,} steps that remain of total_steps={total_steps:,} for an event. Larger batches, or a longer run, "
+        "show more rows."
+    )

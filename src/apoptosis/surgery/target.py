@@ -1,0 +1,166 @@
+"""What a pruning step works on: the model with its optimizers, how it is called, and what captures of it found.
+
+Holds: capturing the model again, pins from outside (the user's, those of failed edits) and from before. Elsewhere: what
+to remove (planner), how a tensor is edited (transaction.py), the step itself (engine.step).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apoptosis.distributed.fsdp import reshard
+from apoptosis.distributed.ranks import Ranks
+from apoptosis.distributed.rebuild import rebuild_wrappers
+from apoptosis.errors import ArgumentError, CaptureError
+from apoptosis.graph import analyse, layout_of
+from apoptosis.graph.groups.counts import with_follows
+from apoptosis.graph.groups.frozen import FROZEN, frozen_names
+from apoptosis.graph.trace.failures import after_failure, without_hint
+from apoptosis.graph.verify.factors import LEFT_OUT
+from apoptosis.model.evaluate import num_rows
+from apoptosis.model.outputs import ReadLogits
+from apoptosis.records import Frozen, NormWidths, Pin, Structure, TensorEdit
+from apoptosis.surgery.numbers import value_of
+
+_SHOWN_PINS = 3  # of a network that cannot shrink at all
+_LONG_CAPTURE = 0.5  # seconds; a longer one is not repeated just to be timed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a pruning step changes (the model, its optimizers, averaged copies), and how to call and read the model.
+
+    parallel: the DistributedDataParallel modules around the model, which is without its wrappers here. norm_widths:
+    whether channels under norms may go. ranks: that take the same step at the same time.
+    """
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    followers: tuple[nn.Module, ...] = ()
+    read: ReadLogits | None = None
+    parallel: tuple[nn.Module, ...] = ()
+    ranks: Ranks = field(default_factory=Ranks)
+    norm_widths: NormWidths = "pinned"
+    frozen: Frozen = "keep"
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the example input."""
+        return max(1, num_rows(self.call))
+
+    def capture(self) -> Structure:
+        """Capture the model as it is now."""
+        return analyse(self.model, *self.call, norm_widths=self.norm_widths, frozen=self.frozen)
+
+    def rebuild_wrappers(self) -> None:
+        """Let wrappers and sharded optimizers take the tensors as they are now, after a rollback too."""
+        rebuild_wrappers(self.parallel, self.model, self.optimizers)
+
+
+def timed_capture(target: Target) -> tuple[Structure, float]:
+    """Capture a model and say what that takes in seconds: the better of two, the first of which meets cold caches."""
+    found = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        structure = target.capture()
+        found.append(time.perf_counter() - begin)
+        if target.ranks.any(found[-1] > _LONG_CAPTURE):
+            break
+    return structure, min(found)
+
+
+def refreshed(target: Target, structure: Structure) -> Structure:
+    """Return the structure, captured again if other hands have changed the model: shapes, types or layers.
+
+    Or if the user froze or unfroze parameters: pins that spoke of frozen ones go where they do not hold any more.
+    """
+    reshard(target.model)
+    frozen = frozen_names(target.model) if target.frozen == "keep" else frozenset()
+    if frozen == structure.frozen and layout_of(target.model) == structure.layout:
+        return structure
+    try:
+        new = target.capture()
+    except CaptureError as error:
+        raise CaptureError(
+            f"the model was changed in the course of the run (layers, shapes or types), and what it is now cannot be "
+            f"captured: {error} Make Apoptosis anew with what it takes now, and a new optimizer."
+        ) from error
+    return with_known(target, structure, new)
+
+
+def with_known(target: Target, old: Structure, new: Structure) -> Structure:
+    """Return a new structure with what is known from before: pins set from outside, numbers that follow widths."""
+    pins = {g.name: g.pin for g in old.groups if g.pin is not None and FROZEN not in g.pin.reason}
+    kept = with_pins(new, pins)
+    return with_follows(kept, old.follows, {follow: value_of(target.model, follow) for follow in old.follows})
+
+
+def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
+    """Return the structure with further groups pinned (by name); groups pinned already keep their own reason."""
+    if not pins:
+        return structure
+    groups = tuple(
+        replace(group, pin=pins[group.name]) if group.name in pins and group.pin is None else group
+        for group in structure.groups
+    )
+    return replace(structure, groups=groups)
+
+
+def new_pins(before: Structure, after: Structure) -> tuple[Pin, ...]:
+    """Return the pins of groups that were open before."""
+    open_groups = {group.name for group in before.groups if group.pin is None}
+    return tuple(group.pin for group in after.groups if group.pin is not None and group.name in open_groups)
+
+
+def without_pins(structure: Structure, before: Structure, names: Iterable[str]) -> Structure:
+    """Return the structure with the pins of these groups as they were before."""
+    old = {group.name: group.pin for group in before.groups if group.name in set(names)}
+    groups = tuple(replace(g, pin=old[g.name]) if g.name in old else g for g in structure.groups)
+    return replace(structure, groups=groups)
+
+
+def exclude_pins(structure: Structure, patterns: Sequence[str]) -> dict[str, Pin]:
+    """Pins for the groups that the user left out; a pattern is a group's name or a wildcard.
+
+    Raises: ArgumentError: a pattern that matches no group (a typing error would silently exclude nothing).
+    """
+    pins: dict[str, Pin] = {}
+    for pattern in patterns:
+        hits = [g for g in structure.groups if fnmatchcase(g.name, pattern)]
+        if not hits:
+            names = ", ".join(g.name for g in structure.groups[:20])
+            raise ArgumentError(f"exclude={pattern!r} matches no group; the groups are: {names}.")
+        for group in hits:
+            pins[group.name] = Pin(group=group.name, num_channels=group.num_channels, reason=LEFT_OUT)
+    return pins
+
+
+def warn_if_fixed(structure: Structure, name: str) -> None:
+    """Warn, once per construction, when nothing of a network may shrink; the first reasons come along."""
+    pins = [group.pin for group in structure.groups if group.pin is not None]
+    if len(pins) < len(structure.groups):
+        return
+    shown = "; ".join(str(pin).rstrip(".") for pin in pins[:_SHOWN_PINS]) or "its forward pass reads no weight"
+    more = f"; and {len(pins) - _SHOWN_PINS} more, see pins()" if len(pins) > _SHOWN_PINS else ""
+    warnings.warn(f"nothing can be removed from {name}: {shown}{more}.", UserWarning, stacklevel=3)
+
+
+def kept_positions(edits: Sequence[TensorEdit]) -> dict[str, Mapping[int, Tensor]]:
+    """Tensor name -> dim -> positions that stay, as verify() wants them."""
+    return {edit.tensor: edit.keep for edit in edits}
+
+
+def broken_pin(structure: Structure, name: str, reason: str) -> Pin:
+    """Return the pin of a group without some of whose channels the model computes something else, or nothing."""
+    num = next(g.num_channels for g in structure.groups if g.name == name)
+    text = f"removing channels broke the forward pass: {without_hint(reason).rstrip('.')}"
+    return Pin(group=name, num_channels=num, reason=text, remedy=after_failure(reason))
