@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from apoptosis.checkpoint import load, load_sharded, save, save_sharded
     from apoptosis.criteria import register_criterion
     from apoptosis.decide.ledger import Event, Ledger
+    from apoptosis.distributed.protocol import register_wrapper
     from apoptosis.engine import Apoptosis
     from apoptosis.graph.rules.table import register_rule
     from apoptosis.graph.trace.activations import register_activation
@@ -34,6 +35,7 @@ __all__ = [
     "register_attributes",
     "register_criterion",
     "register_rule",
+    "register_wrapper",
     "save",
     "save_sharded",
     "shrink_",
@@ -49,6 +51,7 @@ _HOMES = {
     "register_attributes": "surgery.attributes",
     "register_criterion": "criteria",
     "register_rule": "graph.rules.table",
+    "register_wrapper": "distributed.protocol",
     "shrink_": "oneshot",
 }
 _MODULES = frozenset(("errors", "events", "distributed", "launch", "graph", "surgery", "criteria", "records"))

@@ -88,7 +88,7 @@ def shrink_(
         {'0': (8, 4)}
     """
     start = time.perf_counter()
-    model, parallel = check_alone(check_model(model))
+    model, wrappers = check_alone(check_model(model))
     optimizers = check_optimizers_given(optimizer, trains=model if optimizer is not None else None)
     given, align, _, _ = check_numbers(tolerance=tolerance, align=align)
     options: dict[str, Any] = {"norm_widths": norm_widths, "frozen": frozen}
@@ -99,7 +99,7 @@ def shrink_(
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
     call = as_call(example_input)
-    target = Target(model=model, optimizers=optimizers, call=call, parallel=parallel, **options)
+    target = Target(model=model, optimizers=optimizers, call=call, wrappers=wrappers, **options)
     held_out = None if probe is None else make_probe(probe, example_input)
     captured = target.capture()
     held_out = looked_at(model, held_out, call, None, remedy="Give a probe= on whose inputs it returns some.")

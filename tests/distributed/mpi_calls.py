@@ -55,7 +55,7 @@ def check(group):
     mixed = nn.parallel.DistributedDataParallel(nn.Linear(2, 2), process_group=pair)
     mixed.register_comm_hook(ranks, average_gradients)
     with pytest.raises(ArgumentError, match=f"is over 2 processes, and its communication hook sums over {ranks.size}"):
-        ranks_of([mixed])
+        ranks_of([mixed], mixed.module)
 
     if ranks.rank:
         until_there("asked")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save
-from apoptosis.distributed.wrappers import layout_of, rebuild
+from apoptosis.distributed.wrappers import layouts_of, rebuild_wrappers
 from apoptosis.errors import CheckpointError
 from distributed.processes import together
 from distributed.test_faults import batch, network
@@ -105,20 +105,20 @@ def step(parallel):
 @pytest.mark.usefixtures("alone")
 def test_a_layout_is_told_of_when_it_is_another_one_and_taken_up():
     parallel = DistributedDataParallel(network(), bucket_cap_mb=0.01)
-    assert layout_of(parallel) is None
+    assert layouts_of([parallel])[0] is None
     step(parallel)
-    to_come = layout_of(parallel)
+    to_come = layouts_of([parallel])[0]
     step(parallel)
-    assert to_come == layout_of(parallel)
+    assert to_come == layouts_of([parallel])[0]
     assert to_come == {"ranks": 1, "buckets": [["4.bias", "4.weight", "2.bias", "2.weight"], ["0.bias", "0.weight"]]}
     assert len(sizes(parallel)) == 1  # what it began with
-    rebuild(parallel, to_come)
+    rebuild_wrappers([parallel], parallel.module, layouts=[to_come])
     assert sizes(parallel) == [4 * (3 + 3 * 64 + 64 + 64 * 96), 4 * (96 + 96 * 12)]
-    assert layout_of(parallel) == to_come
+    assert layouts_of([parallel])[0] == to_come
     step(parallel)
-    rebuild(parallel)
+    rebuild_wrappers([parallel], parallel.module)
     assert len(sizes(parallel)) == 1
-    assert layout_of(parallel) is None
+    assert layouts_of([parallel])[0] is None
 
 
 BUCKETS = [["4.bias", "4.weight", "2.bias", "2.weight"], ["0.bias", "0.weight"]]
@@ -131,7 +131,7 @@ BUCKETS = [["4.bias", "4.weight", "2.bias", "2.weight"], ["0.bias", "0.weight"]]
 )
 def test_a_layout_of_other_ranks_or_parameters_is_left_alone(ranks, buckets):
     parallel = DistributedDataParallel(network(), bucket_cap_mb=0.01)
-    rebuild(parallel, {"ranks": ranks, "buckets": buckets})
+    rebuild_wrappers([parallel], parallel.module, layouts=[{"ranks": ranks, "buckets": buckets}])
     assert len(sizes(parallel)) == 1
     step(parallel)
 
@@ -142,7 +142,7 @@ def test_a_layout_that_would_mix_types_is_left_alone():
     net[4].double()
     parallel = DistributedDataParallel(net, bucket_cap_mb=0.01)
     before = sizes(parallel)
-    rebuild(parallel, {"ranks": 1, "buckets": BUCKETS})
+    rebuild_wrappers([parallel], parallel.module, layouts=[{"ranks": 1, "buckets": BUCKETS}])
     assert sizes(parallel) == before
 
 

@@ -6,6 +6,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis
+from apoptosis.distributed.protocol import kind_of
 from apoptosis.distributed.ranks import Ranks, TorchRanks, ranks_of
 from apoptosis.errors import ArgumentError, RankError
 from distributed.processes import together
@@ -59,10 +60,11 @@ def joined(rank, size):
     others = Others()
     others.rank, others.size = rank, size
     model.register_comm_hook(others, average)
-    ranks, told = ranks_of([model]), ""
+    told = ""
+    assert ranks_of([model], model.module) is others
     with Join([model]):
         try:
-            ranks.check_even()
+            kind_of(model).check_step(model)
         except ArgumentError as error:
             told = str(error)
         model(torch.zeros(2, 12)).sum().backward()

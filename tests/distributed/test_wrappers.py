@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from apoptosis import Apoptosis, load, save, shrink_
-from apoptosis.distributed.wrappers import check_alone, rebuild, unwrap, unwrapped
+from apoptosis.distributed.wrappers import check_alone, rebuild_wrappers, unwrap, unwrapped
 from apoptosis.errors import ArgumentError, CheckpointError
 
 
@@ -239,9 +239,9 @@ def test_a_wrapper_keeps_its_communication_hooks(runs, tmp_path):
 def test_a_wrapper_keeps_its_own_process_group(runs):
     group = dist.new_group([0])
     parallel = DistributedDataParallel(runs.mlp(), process_group=group, find_unused_parameters=True)
-    assert unwrap(parallel).parallel == (parallel,)
+    assert unwrap(parallel).wrappers == (parallel,)
     old = parallel.reducer
-    rebuild(parallel)
+    rebuild_wrappers([parallel], parallel.module)
     assert parallel.process_group is group
     assert parallel.reducer is not old
     assert parallel.find_unused_parameters
@@ -264,7 +264,9 @@ def test_sharded_models_are_refused_by_name_where_one_process_acts_alone():
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     sharded = fully_shard(copy.deepcopy(net), mesh=mesh)
-    with pytest.raises(ArgumentError, match=r"spread over several processes \(fully_shard\).*before it is sharded"):
+    with pytest.raises(
+        ArgumentError, match=r"several processes \(fully_shard over 1\).*before it is wrapped or sharded"
+    ):
         check_alone(unwrap(sharded))
     with pytest.raises(CheckpointError, match=r"spread over processes.*save_sharded"):
         save("nowhere.safetensors", sharded)

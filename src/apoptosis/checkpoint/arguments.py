@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from apoptosis.distributed.fsdp import has_shards
+from apoptosis.distributed.sharded import has_shards
 from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.errors import ArgumentError
 

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from apoptosis.checkpoint.tensors import PREFIX
 from apoptosis.checkpoint.tree import pack, unpack
-from apoptosis.distributed.zero import inside, whole_state
+from apoptosis.distributed.protocol import kind_of
+from apoptosis.distributed.wrappers import inner_optimizer
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery.nested_optimizers import layers
 from apoptosis.surgery.optimizers import rules_of
@@ -37,7 +38,7 @@ class LoadedOptimizer:
         """Write hyperparameters and state through a journal."""
         for group, stored in zip(self.optimizer.param_groups, self.groups, strict=True):
             journal.replace_items(group, {**group, **stored})
-        holder = inside(self.optimizer)
+        holder = inner_optimizer(self.optimizer)
         held = {id(p) for group in holder.param_groups for p in group["params"]}
         journal.replace_items(holder.state, {p: state for p, state in self.state.items() if id(p) in held})
         for part in self.wrapped:
@@ -58,7 +59,7 @@ def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: d
 
 def _wrapped(optimizer: Optimizer) -> list[Optimizer]:
     """Return the optimizers in another one that have a state of their own."""
-    return [layer for layer in layers(optimizer) if layer.state is not inside(optimizer).state]
+    return [layer for layer in layers(optimizer) if layer.state is not inner_optimizer(optimizer).state]
 
 
 def _pack_one(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -70,12 +71,12 @@ def _pack_one(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[s
         packed = pack(settings, f"{name}.groups.{i}", tensors)
         groups.append({"parameters": [known for known, _ in members], "settings": packed})
     state: dict[str, Any] = {}
-    for p, entries in whole_state(optimizer).items():
+    for p, entries in kind_of(optimizer).full_state(optimizer).items():
         if id(p) not in by_id:
             raise CheckpointError(f"cannot save {type(optimizer).__name__}: it holds state of no parameter of its own.")
         known = by_id[id(p)]
         state[known] = pack(dict(entries), f"{name}.state.{known}", tensors)
-    return {"class": type(inside(optimizer)).__qualname__, "groups": groups, "state": state}
+    return {"class": type(inner_optimizer(optimizer)).__qualname__, "groups": groups, "state": state}
 
 
 def unpack_optimizer(
@@ -98,7 +99,7 @@ def unpack_optimizer(
 def _unpack_one(
     stored: Mapping[str, Any], optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> LoadedOptimizer:
-    kind = type(inside(optimizer)).__qualname__
+    kind = type(inner_optimizer(optimizer)).__qualname__
     if stored["class"] != kind:
         raise CheckpointError(f"it holds the state of {stored['class']}, the optimizer given is {kind}.")
     names = _names(optimizer, model)
@@ -155,7 +156,7 @@ def check_state_shapes(
     """
     for entry, inner in zip(stored.get("wrapped", ()), _wrapped(optimizer), strict=False):
         check_state_shapes(entry, inner, model, shapes)
-    holder = inside(optimizer)
+    holder = inner_optimizer(optimizer)
     kind = type(holder).__qualname__
     if not type(holder).__module__.startswith("torch.optim") or stored["class"] != kind:
         return

@@ -22,9 +22,8 @@ from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
 from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
-from apoptosis.distributed.fsdp import has_shards, reshard
-from apoptosis.distributed.rebuild import rebuild_wrappers
-from apoptosis.distributed.wrappers import parallel_in, unwrapped
+from apoptosis.distributed.sharded import has_shards, reshard
+from apoptosis.distributed.wrappers import rebuild_wrappers, unwrapped, wrappers_of
 from apoptosis.errors import CheckpointError
 from apoptosis.interrupts import restoring
 from apoptosis.model.built import built_shapes, is_known, note_built
@@ -219,7 +218,7 @@ def apply_checkpoint(
     apo: Resumable | None,
 ) -> dict[str, Any]:
     """Check a checkpoint that was read and take it over, as `load` says."""
-    wrappers, model = parallel_in(model), unwrapped(model)
+    wrappers, model = wrappers_of(model), unwrapped(model)
     reshard(model)
     try:
         stored = manifest["model"]

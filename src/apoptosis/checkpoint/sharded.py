@@ -31,9 +31,10 @@ from apoptosis.checkpoint.file import library_version
 from apoptosis.checkpoint.save_load import Resumable, apply_checkpoint, check_shapes, packed
 from apoptosis.checkpoint.tensor_list import Tensors
 from apoptosis.checkpoint.tensors import PREFIX
-from apoptosis.distributed.fsdp import group_of, has_shards, is_sharded, reshard
+from apoptosis.distributed.protocol import kind_of_tensor
 from apoptosis.distributed.ranks import Ranks, ranks_of
-from apoptosis.distributed.wrappers import parallel_in, unwrapped
+from apoptosis.distributed.sharded import has_shards, is_sharded, reshard
+from apoptosis.distributed.wrappers import group_of, unwrapped, wrappers_of
 from apoptosis.errors import CheckpointError
 from apoptosis.model.passes import check_not_inference
 from apoptosis.storage.files import check_regular, reason, replacing
@@ -203,10 +204,9 @@ def _old(target: Path) -> Path:
 
 def _together(model: nn.Module) -> tuple[Any, Ranks]:
     """Return the process group that a model is spread over, None for none or one process, and its ranks."""
-    parallel: tuple[Any, ...] = parallel_in(model)
-    group = parallel[0].process_group if parallel else group_of(unwrapped(model))
-    ranks = ranks_of(parallel, group, next(model.parameters()).device)
-    return None if ranks.size == 1 else group, ranks
+    wrappers, inner = wrappers_of(model), unwrapped(model)
+    ranks = ranks_of(wrappers, inner)
+    return None if ranks.size == 1 else group_of(wrappers, inner), ranks
 
 
 def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], group: Any, **place: Any) -> None:
@@ -337,11 +337,6 @@ def _room(name: str, known: Tensors, parameters: Mapping[str, Tensor]) -> Tensor
     own = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
     if name.startswith(_OPTIMIZER) and ".state." in name:
         own = name.split(".state.", 1)[1].rpartition(".")[0]
-    like: Any = parameters.get(own)
-    dtype, size = known.dtypes[name], known.shapes[name]
-    if like is None or not is_sharded(like) or len(size) != like.ndim:
-        return torch.empty(size, dtype=dtype, device="cpu")
-    from torch.distributed.tensor import empty
-
-    found: Tensor = empty(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
-    return found
+    size, like = known.shapes[name], parameters.get(own)
+    kind = kind_of_tensor(like if like is not None and len(size) == like.ndim else None)
+    return kind.empty_like(size, known.dtypes[name], like)

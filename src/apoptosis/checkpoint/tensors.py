@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from apoptosis.distributed.fsdp import is_sharded
+from apoptosis.distributed.sharded import is_sharded
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery.values import memory_format
 

@@ -208,7 +208,7 @@ def write_state(
     window: Mapping[str, Any] | None,
     buckets: Sequence[Mapping[str, Any] | None] = (),
 ) -> dict[str, Any]:
-    """Write a run down as plain values and tensors. buckets: of every wrapper, as `unwrap.layout_of` told of them."""
+    """Write a run down as plain values and tensors. buckets: what `layouts_of` returns for the wrappers."""
     return {
         "version": VERSION,
         "widths": {g.name: g.num_channels for g in structure.groups},

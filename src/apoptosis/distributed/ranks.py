@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apoptosis.errors import ArgumentError, NonFiniteError, RankError
+from apoptosis.distributed.protocol import kind_of
+from apoptosis.distributed.sharded import is_sharded
+from apoptosis.distributed.wrappers import group_of
+from apoptosis.errors import NonFiniteError, RankError
 
 T = TypeVar("T")
 SUM_NUMBERS = 2**22  # float64 that travel in one sum at most, 32 MiB: what a process holds twice meanwhile
@@ -42,22 +45,6 @@ class Ranks:
     rank = 0
     size = 1
     bytes_sent = 0
-    parallel: tuple[Any, ...] = ()  # the DistributedDataParallel modules of the run
-
-    def check_even(self) -> None:
-        """Refuse a loop in which some ranks may have stopped stepping while others wait for their votes.
-
-        Raises: ArgumentError: the loop runs in torch's Join, unless that ends all ranks with the first that is out of
-        batches.
-        """
-        for wrapper in self.parallel:
-            join = wrapper._join_config
-            if join.enable and not join.throw_on_early_termination:
-                raise ArgumentError(
-                    "step() is called inside torch.distributed.algorithms.join.Join: a rank that is out of batches "
-                    "answers gradient sums there, takes no part in an event, and its answers would be taken for votes. "
-                    "Give every rank the same number of steps, or Join(..., throw_on_early_termination=True)."
-                )
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum a float64 tensor over all ranks, bit for bit the same on every one; the result is a new tensor."""
@@ -176,14 +163,13 @@ class Ranks:
 class TorchRanks(Ranks):
     """The ranks of a torch.distributed process group.
 
-    Args: group: the process group, of DistributedDataParallel for one. device: where the model lies. parallel: the
-    DistributedDataParallel modules of the run.
+    Args: group: the process group, of DistributedDataParallel for one. device: where the model lies.
     """
 
-    def __init__(self, group: Any, device: torch.device, parallel: Sequence[Any] = ()) -> None:
+    def __init__(self, group: Any, device: torch.device) -> None:
         import torch.distributed as dist
 
-        self._dist, self._group, self.parallel = dist, group, tuple(parallel)
+        self._dist, self._group = dist, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl, host = "nccl" in str(dist.get_backend(group)), torch.device("cpu")
         self._device = device if nccl else host
@@ -242,10 +228,10 @@ class TorchRanks(Ranks):
 def checksums(model: nn.Module) -> dict[str, int]:
     """Return one number per parameter that says which bits it holds, and where.
 
-    Of one that is spread over processes (DTensor) it says the shape alone: every rank holds other bits of it.
+    Of a sharded one it says the shape alone: every rank holds other bits of it.
     """
     return {
-        name: checksum(torch.tensor(p.shape, dtype=torch.int64, device="cpu") if type(p).__name__ == "DTensor" else p)
+        name: checksum(torch.tensor(p.shape, dtype=torch.int64, device="cpu") if is_sharded(p) else p)
         for name, p in model.named_parameters()
     }
 
@@ -263,26 +249,15 @@ def checksum(tensor: Tensor) -> int:
     return (found + 2**63) % 2**64 - 2**63
 
 
-def ranks_of(parallel: Sequence[Any], group: Any = None, device: torch.device | None = None) -> Ranks:
-    """Return the ranks that train together; alone where nothing speaks of any.
+def ranks_of(wrappers: Iterable[nn.Module], model: nn.Module) -> Ranks:
+    """Return the ranks that train a model together; alone where it has no process group.
 
-    A communication hook whose state are ranks (of MPI, say) has its gradients summed by them: events use them too.
+    Where a wrapper has its gradients summed by other ranks (of MPI, say), events use them too.
 
-    Args:
-        parallel: the DistributedDataParallel modules around a model.
-        group: without any, the process group that the model is sharded over.
-        device: where the model lies.
+    Args: wrappers: around the model, outermost first. model: without them.
     """
-    group = parallel[0].process_group if parallel else group
+    group = group_of(wrappers, model)
     if group is None or group.size() == 1:
         return Ranks()
-    for _, state in parallel[0]._comm_hooks if parallel else ():
-        if isinstance(state, Ranks):
-            if state.size != group.size():
-                raise ArgumentError(
-                    f"DistributedDataParallel is over {group.size()} processes, and its communication hook sums over "
-                    f"{state.size}: gradients of other networks would be mixed in. Give both the same processes."
-                )
-            state.parallel = tuple(parallel)
-            return state
-    return TorchRanks(group, device or next(parallel[0].parameters()).device, parallel)
+    other = next((found for each in wrappers if (found := kind_of(each).ranks(each)) is not None), None)
+    return other or TorchRanks(group, next(model.parameters()).device)

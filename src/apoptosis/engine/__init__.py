@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -36,10 +35,9 @@ from apoptosis.decide.state import (
     telemetry,
     write_state,
 )
-from apoptosis.distributed.fsdp import group_of
+from apoptosis.distributed.protocol import kind_of
 from apoptosis.distributed.ranks import ranks_of
-from apoptosis.distributed.wrappers import layout_of, read_layouts, rebuild
-from apoptosis.distributed.zero import check_together
+from apoptosis.distributed.wrappers import layouts_of, read_layouts
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.engine.step import PruningStep, StepResult
 from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short
@@ -127,7 +125,7 @@ class Apoptosis:
         calibration: float | None = None,
     ) -> None:
         start = time.perf_counter()
-        model, parallel = check_model(model)
+        model, wrappers = check_model(model)
         optimizers = check_optimizers_given(optimizer, trains=model)
         tolerance, align, total_steps, budget = check_numbers(
             tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
@@ -137,9 +135,9 @@ class Apoptosis:
         patterns, chosen = check_exclude(exclude), get_criterion(criterion)
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
-        ranks = ranks_of(parallel, group_of(model), next(model.parameters()).device)
+        ranks = ranks_of(wrappers, model)
         target = Target(model=model, optimizers=optimizers, call=as_call(example_input), ranks=ranks)
-        self._target, self._log = replace(target, read=logits, parallel=parallel, **options), log
+        self._target, self._log = replace(target, read=logits, wrappers=wrappers, **options), log
         held_out = None if probe is None else make_probe(probe, example_input)
         structure, seconds = timed_capture(self._target)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
@@ -268,7 +266,7 @@ class Apoptosis:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
         alone = self._target.ranks.size == 1  # else a resumed run opens its window anew
         window = self._observer.state_dict() if self._observer is not None and alone else None
-        buckets = [layout_of(wrapper) for wrapper in self._target.parallel]
+        buckets = layouts_of(self._target.wrappers)
         return write_state(self._memory, self._settings, self._structure, self._acceptance, window, buckets)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -298,10 +296,10 @@ class Apoptosis:
         check_followers(self._target.followers, self._target.model, _FOLLOW_LATER)
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
-            layouts = read_layouts(state.get("buckets", ()))  # older checkpoints, and one process, have none
+            layouts = read_layouts(self._target.wrappers, state.get("buckets", ()))  # older ones have none
             ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
             ranks.same_parameters("in the checkpoint that they load", self._target.model)
-            layouts = ranks.first(layouts)[: len(self._target.parallel)]
+            layouts = ranks.first(layouts)
             observer = None
             if window is not None and ranks.size == 1:  # of several ranks every one saw other rows
                 observer = self._new_window(structure, memory)
@@ -312,8 +310,7 @@ class Apoptosis:
         except CORRUPT_STATE_ERRORS as error:
             raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
         self._drop_window()
-        for wrapper, layout in zip_longest(self._target.parallel, layouts):
-            rebuild(wrapper, layout)  # the model may have got the widths of a checkpoint
+        self._target.rebuild_wrappers(layouts)  # the model may have got the widths of a checkpoint
         self._structure, self._memory = structure, memory
         if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule
             memory.decision = self._decide()
@@ -327,7 +324,8 @@ class Apoptosis:
         """Call once after optimizer.step(). Returns an Event if shapes changed, else None."""
         if self._memory.closed:
             return None
-        self._target.ranks.check_even()
+        for wrapper in self._target.wrappers:
+            kind_of(wrapper).check_step(wrapper)
         self._memory.step += 1
         if self._memory.step - 1 == self._settings.total_steps:
             warn_at_end(self._memory.step)
@@ -480,7 +478,8 @@ class Apoptosis:
         others.
         """
         target, settings, structure = self._target, self._settings, self._structure
-        check_together(target.optimizers, target.ranks.size)
+        for optimizer in target.optimizers:
+            kind_of(optimizer).check_ranks(optimizer, target.ranks.size)
         asked = settings.as_dict() | {"seed": settings.seed, "budget": budget, "probe": self._acceptance.held_out}
         asked |= {"whether calibration= is given": settings.calibrated}
         asked |= {"example input, multiply-adds": structure.macs, "example input, rows": target.num_examples}

@@ -21,7 +21,7 @@ from apoptosis.decide.ledger import Event
 from apoptosis.decide.overhead import device_of, overhead_macs
 from apoptosis.decide.policy import loss_of
 from apoptosis.decide.state import RunState, Settings, allowed, telemetry
-from apoptosis.distributed.fsdp import has_shards
+from apoptosis.distributed.sharded import has_shards
 from apoptosis.engine.event_builder import make_event, size_of
 from apoptosis.engine.window import left_out
 from apoptosis.errors import (

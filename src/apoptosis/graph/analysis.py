@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from apoptosis.distributed.fsdp import is_unit
+from apoptosis.distributed.wrappers import kind_in_place
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
 from apoptosis.graph.groups.build import build_groups
@@ -160,7 +160,7 @@ def layout_of(model: nn.Module) -> int:
     have another in use, so that theirs does not count.
     """
     modules = tuple((name, id(module)) for name, module in model.named_modules())
-    sharded = any(is_unit(module) for module in model.modules())
+    sharded = any(kind_in_place(module) for module in model.modules())
     named = model.named_parameters(remove_duplicate=False)
     return hash((modules, tuple((name, tuple(p.shape), None if sharded else p.dtype) for name, p in named)))
 

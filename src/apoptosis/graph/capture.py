@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from apoptosis.distributed.fsdp import unsharded_forward
+from apoptosis.distributed.sharded import unsharded_forward
 from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
 from apoptosis.graph.rules.norm_modules import NormWatch
 from apoptosis.graph.rules.table import RULES, SCALARS, WORKS

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from apoptosis.distributed.fsdp import check_sharded
 from apoptosis.distributed.wrappers import Unwrapped, unwrap
 from apoptosis.errors import ArgumentError
 from apoptosis.model.passes import check_not_inference
@@ -33,7 +32,6 @@ def check_model(model: object) -> Unwrapped:
         remedy = " Give the module that was exported." if type(model).__name__ == "ExportedProgram" else ""
         raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module.{remedy}")
     unwrapped = unwrap(model)
-    check_sharded(unwrapped.model)
     for name, module in unwrapped.model.named_modules():
         forward = vars(module).get("forward")
         if "make_graphed_callables" in str(getattr(forward, "__qualname__", "")):

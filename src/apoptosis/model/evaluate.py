@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from apoptosis.distributed.fsdp import unsharded_forward
+from apoptosis.distributed.sharded import unsharded_forward
 from apoptosis.errors import ArgumentError, NonFiniteError, OutOfMemoryError, RankError
 from apoptosis.interrupts import is_out_of_memory
 from apoptosis.model.kept import run_fitted

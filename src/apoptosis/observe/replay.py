@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from apoptosis.distributed.fsdp import has_shards
 from apoptosis.distributed.ranks import Ranks
+from apoptosis.distributed.sharded import has_shards
 from apoptosis.errors import ApoptosisError, OutOfMemoryError, RankError
 from apoptosis.numerics.devices import to_async
 from apoptosis.observe.accumulators import (

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.criteria import Criterion, Proposal, Ranking, choose, compensated, interleaved
-from apoptosis.distributed.fsdp import summon_full_params
 from apoptosis.distributed.ranks import Ranks
+from apoptosis.distributed.sharded import summon_full_params
 from apoptosis.numerics.decompose import roundoff_floor
 from apoptosis.observe import Observation
 from apoptosis.planner.assignment import owners

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from apoptosis.distributed.zero import inside
+from apoptosis.distributed.wrappers import inner_optimizer
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.model.passes import own_pass
 from apoptosis.records import TensorEdit
@@ -88,7 +88,7 @@ def _try(optimizer: Optimizer, names: Mapping[int, str]) -> None:
 
     Raises: UnsupportedOptimizerError: state without a rule, or a step that fails after channels went.
     """
-    outer = inside(optimizer)
+    outer = inner_optimizer(optimizer)
     found = tuple(dict.fromkeys((*layers(optimizer), outer)))
     if all(_known(layer) or layer in LEARNT for layer in found):
         return

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from apoptosis.distributed.zero import inside
+from apoptosis.distributed.wrappers import inner_optimizer
 from apoptosis.errors import UnsupportedOptimizerError
 
 _DEPTH = 4  # of lists and dictionaries in an attribute, in which tensors are looked for
@@ -35,7 +35,7 @@ def layers(optimizer: Optimizer) -> tuple[Optimizer, ...]:
         ['Adam', 'Wrapper']
     """
     found: list[Optimizer] = []
-    _gather(inside(optimizer), found, [])
+    _gather(inner_optimizer(optimizer), found, [])
     unique: dict[int, Optimizer] = {}
     for each in found:
         unique.setdefault(id(each.state), each)
@@ -48,7 +48,7 @@ def _gather(optimizer: Optimizer, found: list[Optimizer], seen: list[Optimizer])
     seen.append(optimizer)
     for name, value in vars(optimizer).items():
         for inner in () if name in _OWN else _leaves(value, Optimizer, _DEPTH):
-            _gather(inside(inner), found, seen)
+            _gather(inner_optimizer(inner), found, seen)
     found.append(optimizer)
 
 
@@ -68,7 +68,7 @@ def check_kept(optimizer: Optimizer, names: Mapping[int, str]) -> None:
     """
     every = layers(optimizer)
     states = [each.state for each in every]
-    for each in dict.fromkeys((*every, inside(optimizer))):
+    for each in dict.fromkeys((*every, inner_optimizer(optimizer))):
         members = [p for group in each.param_groups for p in group["params"]]
         if members and not any(id(p) in names for p in members):
             raise UnsupportedOptimizerError(

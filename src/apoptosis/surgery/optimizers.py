@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from apoptosis.distributed.fsdp import Whole, part, whole
+from apoptosis.distributed.sharded import FullTensors, full_tensor, shard_like
 from apoptosis.errors import UnsupportedOptimizerError
 from apoptosis.records import TensorEdit
 from apoptosis.surgery.nested_optimizers import layers, parameters_of
@@ -101,14 +101,14 @@ def state_changes(
                 rule = rule_of(layer, name, p, key, value)
                 if rule is None:
                     continue
-                full, flat = whole(value), not isinstance(rule, tuple) and value.ndim == 1 < p.ndim
+                full, flat = full_tensor(value), not isinstance(rule, tuple) and value.ndim == 1 < p.ndim
                 full = full.reshape(p.shape) if flat else full
                 if rule == "value":
-                    averages.setdefault(key, Whole(_averages(layer, parameters, key)))
+                    averages.setdefault(key, FullTensors(_averages(layer, parameters, key)))
                     new = apply_edit(edit, full, averages[key])
                 else:
                     new = _changed(rule, edit, state, key, full)
-                changes.append(StateChange(state, key, part(new.flatten() if flat else new, value)))
+                changes.append(StateChange(state, key, shard_like(new.flatten() if flat else new, value)))
     return changes
 
 
@@ -230,7 +230,7 @@ def _factor(edit: TensorEdit, factor: Tensor, partner: Tensor | None, *, last: i
     """
     ndim = factor.ndim
     averaged = edit.keep.get(ndim + last)
-    partner = None if partner is None else whole(partner)
+    partner = None if partner is None else full_tensor(partner)
     own = {dim: keep for dim, keep in edit.keep.items() if dim != ndim + last}
     value = factor.detach()
     if averaged is not None and partner is not None:

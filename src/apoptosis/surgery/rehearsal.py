@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from apoptosis.distributed.fsdp import has_shards
+from apoptosis.distributed.sharded import has_shards
 from apoptosis.errors import CaptureError, ShapeError, StructureChangedError
 from apoptosis.graph import verify_up_to_scale
 from apoptosis.graph.groups.counts import groups_of, with_follows
@@ -63,7 +63,7 @@ def rehearse(target: Target, structure: Structure, left_out: Mapping[str, Pin], 
     try:
         return _Rehearsal(target, align).settled(structure)
     finally:
-        if target.parallel:
+        if target.wrappers:
             target.rebuild_wrappers()
 
 

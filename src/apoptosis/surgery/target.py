@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.distributed.fsdp import reshard
+from apoptosis.distributed.protocol import Layout
 from apoptosis.distributed.ranks import Ranks
-from apoptosis.distributed.rebuild import rebuild_wrappers
+from apoptosis.distributed.sharded import reshard
+from apoptosis.distributed.wrappers import rebuild_wrappers
 from apoptosis.errors import ArgumentError, CaptureError
 from apoptosis.graph import analyse, layout_of
 from apoptosis.graph.groups.counts import with_follows
@@ -38,8 +39,8 @@ _LONG_CAPTURE = 0.5  # seconds; a longer one is not repeated just to be timed
 class Target:
     """What a pruning step changes (the model, its optimizers, averaged copies), and how to call and read the model.
 
-    parallel: the DistributedDataParallel modules around the model, which is without its wrappers here. norm_widths:
-    whether channels under norms may go. ranks: that take the same step at the same time.
+    wrappers: around the model, which is without them here. norm_widths: whether channels under norms may go. ranks:
+    that take the same step at the same time.
     """
 
     model: nn.Module
@@ -47,7 +48,7 @@ class Target:
     call: tuple[tuple[Any, ...], dict[str, Any]]
     followers: tuple[nn.Module, ...] = ()
     read: ReadLogits | None = None
-    parallel: tuple[nn.Module, ...] = ()
+    wrappers: tuple[nn.Module, ...] = ()
     ranks: Ranks = field(default_factory=Ranks)
     norm_widths: NormWidths = "pinned"
     frozen: Frozen = "keep"
@@ -61,9 +62,9 @@ class Target:
         """Capture the model as it is now."""
         return analyse(self.model, *self.call, norm_widths=self.norm_widths, frozen=self.frozen)
 
-    def rebuild_wrappers(self) -> None:
+    def rebuild_wrappers(self, layouts: Sequence[Layout | None] = ()) -> None:
         """Let wrappers and sharded optimizers take the tensors as they are now, after a rollback too."""
-        rebuild_wrappers(self.parallel, self.model, self.optimizers)
+        rebuild_wrappers(self.wrappers, self.model, self.optimizers, layouts)
 
 
 def timed_capture(target: Target) -> tuple[Structure, float]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from apoptosis.distributed.fsdp import Whole, is_unit, part, whole
+from apoptosis.distributed.sharded import FullTensors, full_tensor, shard_like
+from apoptosis.distributed.wrappers import kind_in_place
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.interrupts import restoring
 from apoptosis.model.built import built_shapes
@@ -276,7 +277,7 @@ def _plan_targets(
     plans = []
     for number, target in enumerate(targets):
         tensors = named_tensors(target)
-        plan, full = _Plan(), Whole(named_tensors(targets[0]) | tensors if number in bare else tensors)
+        plan, full = _Plan(), FullTensors(named_tensors(targets[0]) | tensors if number in bare else tensors)
         edited: dict[int, TensorEdit] = {}
         for name, edit in edits.items():
             if name not in tensors and number in bare:
@@ -291,8 +292,9 @@ def _plan_targets(
                 plan.tensors.append((tensor, _part_of_memory(tensor, edit), None))
                 continue
             grad = tensor.grad if tensor.is_leaf else None
-            new_grad = None if grad is None else part(merge_like(edit, whole(grad)), grad)
-            plan.tensors.append((tensor, part(apply_edit(edit, whole(tensor), full), tensor), new_grad))
+            new_grad = None if grad is None else shard_like(merge_like(edit, full_tensor(grad)), grad)
+            edited_tensor = shard_like(apply_edit(edit, full_tensor(tensor), full), tensor)
+            plan.tensors.append((tensor, edited_tensor, new_grad))
         if number in bare:
             plans.append(plan)
             continue
@@ -327,7 +329,7 @@ def _plan_attributes(
             if id(tensor) in edited:
                 merged.update(attribute_changes(module, leaf, edited[id(tensor)].keep, tuple(tensor.shape)))
         merged.update(around.numbers.get(qualified, {}))
-        if "__class__" in merged and is_unit(module):
-            raise ShapeError(f"module '{qualified}' gets another class, and fully_shard has wrapped it by itself.")
+        if "__class__" in merged and (wrapper := kind_in_place(module)):
+            raise ShapeError(f"module '{qualified}' gets another class, and {wrapper} has wrapped it by itself.")
         changes.extend((module, name, value) for name, value in merged.items())
     return changes

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apoptosis.distributed.fsdp import is_sharded, swap_local
+from apoptosis.distributed.protocol import kind_of_tensor
+from apoptosis.distributed.sharded import is_sharded
 from apoptosis.interrupts import uninterrupted
 from apoptosis.model.module_state import set_version
 
@@ -98,10 +99,7 @@ def _exchange(tensor: Tensor, value: Tensor, grad: Tensor | None, version: int |
     with torch.no_grad():
         if tensor.is_leaf:
             tensor.grad = None
-        if is_sharded(tensor):
-            swap_local(tensor, value)
-        else:
-            tensor.set_(value)  # type: ignore[call-overload]  # torch's stub knows storages alone
+        kind_of_tensor(tensor).swap_local_(tensor, value)
         if grad is not None:
             tensor.grad = grad
     if version is not None:

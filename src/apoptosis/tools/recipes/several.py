@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apoptosis.distributed.wrappers import layout_of, parallel_in, rebuild
+from apoptosis.distributed.wrappers import layouts_of, read_layouts, rebuild_wrappers, unwrapped, wrappers_of
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.launch import Group
 from apoptosis.tools.recipes.interrupt import Interrupt
@@ -95,13 +95,13 @@ def threads_of_one(processes: int) -> int:
 
 def bucket_layouts(parallel: nn.Module) -> list[dict[str, Any] | None]:
     """Say in which buckets the gradients of a run without apoptosis are summed, for `take_layouts`."""
-    return [layout_of(wrapper) for wrapper in parallel_in(parallel)]
+    return layouts_of(wrappers_of(parallel))
 
 
 def take_layouts(parallel: nn.Module, layouts: Sequence[dict[str, Any] | None]) -> None:
     """Sum gradients in the buckets that a checkpoint tells of, the same on all processes."""
-    for wrapper, layout in zip(parallel_in(parallel), layouts, strict=False):
-        rebuild(wrapper, layout)
+    wrappers = wrappers_of(parallel)
+    rebuild_wrappers(wrappers, unwrapped(parallel), layouts=read_layouts(wrappers, layouts))
 
 
 class StopVote:

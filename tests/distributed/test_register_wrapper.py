@@ -1,0 +1,152 @@
+"""A wrapper of the user's own: one file that implements the protocol, and the model inside shrinks."""
+
+import pytest
+import torch
+from torch import nn
+
+from apoptosis import Apoptosis, load, register_wrapper, save
+from apoptosis.distributed import Wrapper, protocol
+from apoptosis.distributed.wrappers import unwrap
+from apoptosis.errors import ArgumentError
+
+
+class Accumulated(nn.Module):
+    """Adds gradients up in one flat buffer, laid out by the parameters, as communication libraries do."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.set_up()
+
+    def set_up(self):
+        parameters = list(self.net.parameters())
+        self.flat = torch.zeros(sum(p.numel() for p in parameters))
+        self.starts = {}
+        place = 0
+        for p in parameters:
+            self.starts[id(p)] = place
+            place += p.numel()
+
+    def collect(self):
+        for p in self.net.parameters():
+            start = self.starts[id(p)]
+            self.flat[start : start + p.numel()] += p.grad.flatten()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class AccumulatedKind(Wrapper):
+    name = "Accumulated"
+
+    def matches(self, candidate):
+        return isinstance(candidate, Accumulated)
+
+    def unwrap(self, wrapped):
+        return wrapped.net
+
+    def check(self, wrapped, name):
+        super().check(wrapped, name)
+        if wrapped.flat.dtype != torch.float32:
+            raise ArgumentError("Accumulated keeps float32 alone.")
+
+    def rebuild(self, wrapped, layout=None):
+        wrapped.set_up()
+
+
+@pytest.fixture(autouse=True)
+def kinds(monkeypatch):
+    monkeypatch.setattr(protocol, "_REGISTERED", list(protocol._REGISTERED))
+
+
+def train(runs, model, inside, apo, optimizer, steps=60):
+    events = []
+    for step in range(steps):
+        x = runs.inputs(64, step)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        model.collect()
+        optimizer.step()
+        event = apo.step()
+        events += [event] if event else []
+    return events
+
+
+def test_a_registered_wrapper_is_set_up_again_after_events_and_after_load(runs, tmp_path):
+    register_wrapper(AccumulatedKind())
+    inside = runs.mlp()
+    runs.doubled(inside, 0)
+    model, optimizer = Accumulated(inside), runs.adam(inside)
+    before = model.flat.numel()
+    apo = runs.start(model, optimizer)
+    assert apo.model is inside
+    assert train(runs, model, inside, apo, optimizer)
+    assert model.flat.numel() == sum(p.numel() for p in inside.parameters()) < before
+    assert {g.name for g in apo.structure.groups} == {"0", "2", "4"}  # names of the model inside
+    save(tmp_path / "net.safetensors", model, optimizer, apo)
+    fresh = Accumulated(runs.mlp(seed=1))
+    again = Apoptosis(fresh, adam := runs.adam(fresh.net), runs.inputs(4, 99), total_steps=60, tolerance=0.1, align=1)
+    load(tmp_path / "net.safetensors", fresh, adam, again)
+    assert fresh.flat.numel() == model.flat.numel()
+    assert [tuple(p.shape) for p in fresh.net.parameters()] == [tuple(p.shape) for p in inside.parameters()]
+
+
+def test_unregistered_it_is_a_module_like_any_other(runs):
+    model = Accumulated(runs.mlp())
+    assert unwrap(model).model is model
+    assert {g.name for g in runs.start(model, runs.adam(model)).structure.groups} == {"net.0", "net.2", "net.4"}
+
+
+def test_its_own_check_and_one_inside_the_model_are_refused(runs):
+    register_wrapper(AccumulatedKind())
+    model = Accumulated(runs.mlp())
+    with pytest.raises(ArgumentError, match=r"module '0' is wrapped in Accumulated by itself.*Wrap the whole model"):
+        unwrap(nn.Sequential(model, nn.Linear(4, 4)))
+    model.flat = model.flat.double()
+    with pytest.raises(ArgumentError, match="float32 alone"):
+        unwrap(model)
+
+
+def test_what_is_no_kind_of_wrapper_and_names_that_are_taken_are_refused():
+    for bad in (object(), AccumulatedKind, Wrapper()):
+        with pytest.raises(ArgumentError, match="register_wrapper"):
+            register_wrapper(bad)
+    register_wrapper(AccumulatedKind())
+    with pytest.raises(ArgumentError, match="'Accumulated' is there already.*fully_shard"):
+        register_wrapper(AccumulatedKind())
+
+
+class Halved(torch.Tensor):
+    """Every rank holds half of the rows; here both halves are at hand."""
+
+
+def test_a_kind_of_sharded_tensors_is_asked_for_them():
+    class HalvedKind(Wrapper):
+        name = "halved"
+
+        def matches(self, candidate):
+            return False
+
+        def is_sharded(self, tensor):
+            return isinstance(tensor, Halved)
+
+        def full_tensor(self, tensor):
+            return tensor.as_subclass(torch.Tensor).repeat_interleave(2, 0)
+
+        def shard_like(self, value, like):
+            return value[::2].as_subclass(Halved)
+
+    from apoptosis.distributed.sharded import FullTensors, full_tensor, has_shards, shard_like, summon_full_params
+
+    net = nn.Linear(2, 3)
+    net.weight = nn.Parameter(torch.ones(3, 2).as_subclass(Halved))
+    assert not has_shards(net)
+    register_wrapper(HalvedKind())
+    assert has_shards(net)
+    assert full_tensor(net.weight).shape == FullTensors(dict(net.named_parameters()))["weight"].shape == (6, 2)
+    assert isinstance(shard_like(torch.zeros(6, 2), net.weight), Halved)
+    assert full_tensor(net.bias) is net.bias
+    with summon_full_params(net, ["weight", "bias"]):
+        assert net.weight.shape == (6, 2)
+        assert type(net.weight) is nn.Parameter
+    assert net.weight.shape == (3, 2)
