@@ -10,7 +10,7 @@ from apoptosis.distributed.wrappers import unwrap
 from apoptosis.errors import ArgumentError
 
 
-class Accumulated(nn.Module):
+class FlatSums(nn.Module):
     """Adds gradients up in one flat buffer, laid out by the parameters, as communication libraries do."""
 
     def __init__(self, net):
@@ -36,11 +36,11 @@ class Accumulated(nn.Module):
         return self.net(x)
 
 
-class AccumulatedKind(Wrapper):
-    name = "Accumulated"
+class FlatSumsKind(Wrapper):
+    name = "FlatSums"
 
     def matches(self, candidate):
-        return isinstance(candidate, Accumulated)
+        return isinstance(candidate, FlatSums)
 
     def unwrap(self, wrapped):
         return wrapped.net
@@ -48,7 +48,7 @@ class AccumulatedKind(Wrapper):
     def check(self, wrapped, name):
         super().check(wrapped, name)
         if wrapped.flat.dtype != torch.float32:
-            raise ArgumentError("Accumulated keeps float32 alone.")
+            raise ArgumentError("FlatSums keeps float32 alone.")
 
     def rebuild(self, wrapped, layout=None):
         wrapped.set_up()
@@ -73,10 +73,10 @@ def train(runs, model, inside, apo, optimizer, steps=60):
 
 
 def test_a_registered_wrapper_is_set_up_again_after_events_and_after_load(runs, tmp_path):
-    register_wrapper(AccumulatedKind())
+    register_wrapper(FlatSumsKind())
     inside = runs.mlp()
     runs.doubled(inside, 0)
-    model, optimizer = Accumulated(inside), runs.adam(inside)
+    model, optimizer = FlatSums(inside), runs.adam(inside)
     before = model.flat.numel()
     apo = runs.start(model, optimizer)
     assert apo.model is inside
@@ -84,7 +84,7 @@ def test_a_registered_wrapper_is_set_up_again_after_events_and_after_load(runs, 
     assert model.flat.numel() == sum(p.numel() for p in inside.parameters()) < before
     assert {g.name for g in apo.structure.groups} == {"0", "2", "4"}  # names of the model inside
     save(tmp_path / "net.safetensors", model, optimizer, apo)
-    fresh = Accumulated(runs.mlp(seed=1))
+    fresh = FlatSums(runs.mlp(seed=1))
     again = Apoptosis(fresh, adam := runs.adam(fresh.net), runs.inputs(4, 99), total_steps=60, tolerance=0.1, align=1)
     load(tmp_path / "net.safetensors", fresh, adam, again)
     assert fresh.flat.numel() == model.flat.numel()
@@ -92,15 +92,15 @@ def test_a_registered_wrapper_is_set_up_again_after_events_and_after_load(runs, 
 
 
 def test_unregistered_it_is_a_module_like_any_other(runs):
-    model = Accumulated(runs.mlp())
+    model = FlatSums(runs.mlp())
     assert unwrap(model).model is model
     assert {g.name for g in runs.start(model, runs.adam(model)).structure.groups} == {"net.0", "net.2", "net.4"}
 
 
 def test_its_own_check_and_one_inside_the_model_are_refused(runs):
-    register_wrapper(AccumulatedKind())
-    model = Accumulated(runs.mlp())
-    with pytest.raises(ArgumentError, match=r"module '0' is wrapped in Accumulated by itself.*Wrap the whole model"):
+    register_wrapper(FlatSumsKind())
+    model = FlatSums(runs.mlp())
+    with pytest.raises(ArgumentError, match=r"module '0' is wrapped in FlatSums by itself.*Wrap the whole model"):
         unwrap(nn.Sequential(model, nn.Linear(4, 4)))
     model.flat = model.flat.double()
     with pytest.raises(ArgumentError, match="float32 alone"):
@@ -108,12 +108,12 @@ def test_its_own_check_and_one_inside_the_model_are_refused(runs):
 
 
 def test_what_is_no_kind_of_wrapper_and_names_that_are_taken_are_refused():
-    for bad in (object(), AccumulatedKind, Wrapper()):
+    for bad in (object(), FlatSumsKind, Wrapper()):
         with pytest.raises(ArgumentError, match="register_wrapper"):
             register_wrapper(bad)
-    register_wrapper(AccumulatedKind())
-    with pytest.raises(ArgumentError, match="'Accumulated' is there already.*fully_shard"):
-        register_wrapper(AccumulatedKind())
+    register_wrapper(FlatSumsKind())
+    with pytest.raises(ArgumentError, match=r"'FlatSums' is there already.*fully_shard"):
+        register_wrapper(FlatSumsKind())
 
 
 class Halved(torch.Tensor):
