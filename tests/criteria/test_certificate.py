@@ -18,7 +18,7 @@ from apoptosis.criteria import (
     relative_error,
 )
 from apoptosis.criteria.views import roundoff_tolerance
-from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import SiteReduction
 

@@ -20,7 +20,7 @@ from apoptosis.criteria import (
     relative_error,
 )
 from apoptosis.criteria.constraints import allowed, balanced, interleaved, step_between
-from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
 

@@ -25,7 +25,7 @@ from apoptosis.criteria import (
 from apoptosis.criteria.baselines import dropping_curve
 from apoptosis.criteria.views import output_variance
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
-from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
-from apoptosis.numerics.blas import true_float32
+from apoptosis.numerics.linalg import true_float32
 from apoptosis.numerics.moments import Moments
 
 seeds = st.integers(0, 2**32 - 1)

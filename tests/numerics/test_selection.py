@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoptosis.errors import NonFiniteError, ShapeError
-from apoptosis.numerics.decompose import joint_error_curve, ordered_cholesky, pivoted_cholesky
-from apoptosis.numerics.selection import greedy_order
+from apoptosis.numerics.decompose import joint_error_curve
+from apoptosis.numerics.linalg import greedy_order, ordered_cholesky, pivoted_cholesky
 
 
 def gram_of(seed: int, channels: int, rank: int) -> torch.Tensor:

@@ -21,19 +21,14 @@ from apoptosis.modules.response_norms import Response, response
 from apoptosis.numerics import bounds
 from apoptosis.numerics.activations import NEURON_TYPES, neuron_type
 from apoptosis.numerics.bilinear import joint, product_error
-from apoptosis.numerics.decompose import (
-    joint_error_curve,
-    ordered_cholesky,
-    pivoted_cholesky,
-    residual_gram,
-    site_diag,
-    solve_mix,
-)
+from apoptosis.numerics.decompose import joint_error_curve, solve_mix
+from apoptosis.numerics.linalg import ordered_cholesky, pivoted_cholesky
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
 from apoptosis.surgery import apply_edit, merge_like
 from apoptosis.surgery.norms import norm_changes
+from numerics.twins import residual_gram, site_diag
 
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=40, deadline=None)

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoptosis.errors import NonFiniteError
-from apoptosis.numerics.decompose import residual_gram, site_diag
-from apoptosis.numerics.mixes import CompactReduction, compact
+from apoptosis.numerics.mixes import CompactReduction, compact, output_errors
 from apoptosis.numerics.moments import Moments
-from apoptosis.numerics.residuals import output_errors
 from apoptosis.numerics.triangle import Triangle
 from apoptosis.records import SiteReduction
+from numerics.twins import residual_gram, site_diag
 
 SIZES = st.sampled_from([1, 3, 127, 128, 129, 300])
 

@@ -9,7 +9,7 @@ from torch import nn
 from apoptosis import shrink_
 from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse
-from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, make_plan, merged
 from apoptosis.records import Certificate

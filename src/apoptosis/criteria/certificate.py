@@ -25,8 +25,7 @@ from apoptosis.criteria.views import (
     roundoff_tolerance,
 )
 from apoptosis.errors import ArgumentError
-from apoptosis.numerics.mixes import compact
-from apoptosis.numerics.residuals import output_errors
+from apoptosis.numerics.mixes import compact, output_errors
 from apoptosis.records import Certificate, CertificateKind, Reduction, SiteReduction
 
 

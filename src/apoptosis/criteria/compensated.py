@@ -15,8 +15,8 @@ from torch import Tensor
 from apoptosis.criteria.exact import gram_root
 from apoptosis.criteria.merging import Pairs, merge_order, moment_pairs
 from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, device_of, gram, moments_of, selection
-from apoptosis.numerics.decompose import complement, roundoff_floor, solve_mix
-from apoptosis.numerics.qr_based import solve_mix_rooted
+from apoptosis.numerics.decompose import complement, solve_mix, solve_mix_of_root
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.records import Reduction, SiteReduction
 
 _SHARE_OF_READERS = 1e-3  # what norms lose cannot be made up for elsewhere, so readers only tell equals apart
@@ -100,7 +100,9 @@ def _reduce_site(site: SiteView, keep: Tensor, gone: Tensor, to: Tensor, fixed: 
         inexact = left > roundoff_floor(num) ** 2 * own
         if bool(inexact.any()):
             ridge, root = None if site.moments is None else site.moments.resolution, gram_root(site)
-            fitted = solve_mix(matrix, keep_here, ridge=ridge)[0] if root is None else solve_mix_rooted(root, keep_here)
+            fitted = (
+                solve_mix(matrix, keep_here, ridge=ridge)[0] if root is None else solve_mix_of_root(root, keep_here)
+            )
             mix[:, gone[inexact]] = fitted[:, gone[inexact]]
     offset = None
     if site.centred:

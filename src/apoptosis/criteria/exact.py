@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from apoptosis.criteria.views import SiteView
-from apoptosis.numerics.decompose import EPS, complement
+from apoptosis.numerics.decompose import complement
+from apoptosis.numerics.linalg import EPS
 from apoptosis.records import SiteReduction
 
 ROUNDINGS = 32.0  # of an output: what reproduces a channel goes through a few products, and through the fold

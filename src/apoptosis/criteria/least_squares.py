@@ -30,16 +30,8 @@ from apoptosis.criteria.views import (
     selection,
     working_dtype,
 )
-from apoptosis.numerics.decompose import (
-    Factor,
-    complement,
-    joint_error_curve,
-    ordered_cholesky,
-    pivoted_cholesky,
-    solve_blocks,
-)
-from apoptosis.numerics.qr_based import pivoted_qr, solve_mix_rooted
-from apoptosis.numerics.selection import greedy_order
+from apoptosis.numerics.decompose import complement, joint_error_curve, solve_blocks, solve_mix_of_root
+from apoptosis.numerics.linalg import Factor, greedy_order, ordered_cholesky, pivoted_cholesky, pivoted_qr
 from apoptosis.records import Reduction, SiteReduction
 
 
@@ -114,7 +106,7 @@ def _reduce(view: GroupView, keep: Tensor) -> Reduction:
             sites[site.key] = SiteReduction(mix=selection(keep, view.num_channels, device_of(site)), offset=None)
             continue
         root, mean = gram_root(site), moments_of(site).mean
-        mix = _fitted(site, keep) if root is None else solve_mix_rooted(root, keep)
+        mix = _fitted(site, keep) if root is None else solve_mix_of_root(root, keep)
         offset = None
         if site.centred:
             offset = mean - mean[keep.to(mean.device)] @ mix

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, ShapeError
-from apoptosis.numerics.decompose import Blocks, roundoff_floor
+from apoptosis.numerics.decompose import Blocks
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
 

@@ -48,7 +48,7 @@ from apoptosis.model.built import built_shapes
 from apoptosis.model.evaluate import as_call, make_probe
 from apoptosis.model.outputs import ReadLogits
 from apoptosis.model.trials import has_classes, looked_at
-from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer, needs_float64
 from apoptosis.planner import Plan, make_plan
 from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
-from apoptosis.numerics.blas import true_float32
+from apoptosis.numerics.linalg import true_float32
 from apoptosis.numerics.triangle import Triangle
 
 _STATE_KEYS = ("num_rows", "num_examples", "exact", "mean", "scatter")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from apoptosis.criteria import Criterion, Proposal, Ranking, choose, compensated, interleaved
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.sharded import summon_full_params
-from apoptosis.numerics.decompose import roundoff_floor
+from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.observe import Observation
 from apoptosis.planner.assignment import owners
 from apoptosis.planner.conflicts import compatible_sets, entangled, most_readers

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoptosis.errors import NonFiniteError
-from apoptosis.numerics.decompose import pivoted_cholesky
+from apoptosis.numerics.decompose import solve_mix_of_root
+from apoptosis.numerics.linalg import pivoted_cholesky, pivoted_qr
 from apoptosis.numerics.moments import Moments
-from apoptosis.numerics.qr_based import pivoted_qr, solve_mix_rooted
 
 
 def rows_of(seed: int, count: int, channels: int, mean: float = 0.0) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_a_signal_below_the_root_of_round_off_is_seen_and_kept(mean: float) -> N
     assert float(left[5]) < 1e-12 * max(1.0, mean)
     assert pivoted_cholesky(moments.covariance()).rank < 6
     keep = factor.order[:5].sort().values
-    mix = solve_mix_rooted(root, keep)
+    mix = solve_mix_of_root(root, keep)
     assert float((root - root[:, keep] @ mix).norm()) < 1e-12 * max(1.0, mean)
 
 
