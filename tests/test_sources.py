@@ -17,7 +17,7 @@ EXTRAS = {"typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "tensor
 MORE = {
     "tools.recipes": EXTRAS,
     "tools.cli": EXTRAS,
-    "tools.report": {"matplotlib"},
+    "tools.report": {"matplotlib", "jinja2"},
     "tools.launch": {"mpi4py"},
 }
 

@@ -97,10 +97,7 @@ def altered(lines, rng, where):
 def test_any_place_of_a_log_may_hold_anything(lines, tmp_path, monkeypatch):
     """Everything but the rendering of the canvas, which takes most of the time and sees numbers and names alone."""
 
-    def undrawn(key, title, caption, alt, fig):
-        return figures.Plot(key=key, title=title, caption=caption, alt=alt, png=b"x", svg="<svg></svg>")
-
-    monkeypatch.setattr(figures, "_plot", undrawn)
+    monkeypatch.setattr(figures, "_rendered", lambda fig, key: (b"x", "<svg></svg>"))
     rng, pages = random.Random(0), 0
     where = [path for path in places(lines) if path[0] > 0]
     for _ in range(25):

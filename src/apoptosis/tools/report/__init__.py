@@ -36,11 +36,10 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
     run = read_run(Path(run_dir))
     try:
         from apoptosis.tools.report.figures import draw_all
+        from apoptosis.tools.report.page import render
     except ImportError as error:
         remedy = 'pip install "torch-apoptosis[cli]"'
-        raise ApoptosisError(f"the report needs matplotlib ({error}); install it with: {remedy}") from None
-    from apoptosis.tools.report.page import render
-
+        raise ApoptosisError(f"the report needs matplotlib and jinja2 ({error}); install them with: {remedy}") from None
     page = Path(out) if out is not None else Path(run_dir) / PAGE
     plots = draw_all(run)
     try:

@@ -10,9 +10,9 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -90,19 +90,52 @@ class Plot:
     svg: str = ""
 
 
+class Drawn(NamedTuple):
+    """What a function of PLOTS returns: the figure, its alternative text, and what it adds to the caption."""
+
+    figure: Figure
+    alt: str
+    more: str = ""
+
+
+#: Key -> function that draws one plot of the page, or says why it cannot; in the order of the page.
+PLOTS: dict[str, Callable[[RunData], Plot]] = {}
+Draw = Callable[[RunData], Drawn | str]
+
+
+def plot(key: str, title: str, caption: str) -> Callable[[Draw], Draw]:
+    """Add a function to PLOTS, which is all it takes to have one more plot.
+
+    The function returns what it drew, or a sentence that says why the log does not have the data for it.
+    """
+
+    def add(draw: Draw) -> Draw:
+        def made(run: RunData) -> Plot:
+            drawn = draw(run)
+            if isinstance(drawn, str):
+                return Plot(key=key, title=title, caption=caption, missing=drawn)
+            png, svg = _rendered(drawn.figure, key)
+            return Plot(key=key, title=title, caption=caption + drawn.more, alt=drawn.alt, png=png, svg=svg)
+
+        PLOTS[key] = made
+        return draw
+
+    return add
+
+
 def draw_all(run: RunData) -> tuple[Plot, ...]:
     """Draw every plot that the log has the data for, in the order of the page."""
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the page has them
-        return tuple(draw(run) for draw in (_widths, _size, _learning, _certificates, _time))
+        return tuple(draw(run) for draw in PLOTS.values())
 
 
-def _plot(key: str, title: str, caption: str, alt: str, fig: Figure) -> Plot:
+def _rendered(fig: Figure, key: str) -> tuple[bytes, str]:
     FigureCanvasAgg(fig)
     png, svg = io.BytesIO(), io.StringIO()
     fig.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
     fig.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return Plot(key=key, title=title, caption=caption, alt=alt, png=png.getvalue(), svg=_inline(svg.getvalue(), key))
+    return png.getvalue(), _inline(svg.getvalue(), key)
 
 
 def _inline(svg: str, key: str) -> str:
@@ -120,8 +153,8 @@ def _inline(svg: str, key: str) -> str:
     return svg.strip()
 
 
-def _axes(num: int, title: str = "", width: float = 9.6) -> tuple[Figure, list[Axes]]:
-    fig = Figure(figsize=(width, 3.7))
+def _axes(num: int) -> tuple[Figure, list[Axes]]:
+    fig = Figure(figsize=(9.6, 3.7))
     axes = [fig.add_subplot(1, num, i + 1) for i in range(num)]
     for ax in axes:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
@@ -130,13 +163,17 @@ def _axes(num: int, title: str = "", width: float = 9.6) -> tuple[Figure, list[A
     return fig, axes
 
 
-def _widths(run: RunData) -> Plot:
-    key, title = "widths", "Widths over steps"
-    caption = "Channels of each coupled channel group. Every fall is an event; widths hold in between."
+@plot(
+    "widths",
+    "Widths over steps",
+    "Channels of each coupled channel group. Every fall is an event; widths hold in between.",
+)
+def _widths(run: RunData) -> Drawn | str:
+    more = ""
     seed = run.seeds[0] if run.seeds else 0
     lines = run.width_steps(seed)
     if not lines:
-        return Plot(key=key, title=title, caption=caption, missing="The log has no widths yet: no epoch and no event.")
+        return "The log has no widths yet: no epoch and no event."
     fig, (ax,) = _axes(1)
     order = sorted(lines, key=lambda g: -lines[g][0][1])
     labelled = set(order[:MAX_LABELLED]) if len(order) > MAX_LABELLED else set(order)
@@ -149,58 +186,74 @@ def _widths(run: RunData) -> Plot:
     rolled_back = [step_of(e) for e in run.events.get(seed, ()) if e.get("rolled_back")]
     if rolled_back:
         ax.plot(rolled_back, [0.0] * len(rolled_back), "x", color=MUTED, label="rolled back", clip_on=False)
-        caption += " A cross on the axis is an attempt that was rolled back."
+        more += " A cross on the axis is an attempt that was rolled back."
     if len(lines) > MAX_LABELLED:
-        caption += f" {len(lines) - MAX_LABELLED} narrower groups are thin grey lines; the events table has all."
+        more += f" {len(lines) - MAX_LABELLED} narrower groups are thin grey lines; the events table has all."
     if len(run.seeds) > 1:
-        caption += f" Shown is seed {seed}, one of {len(run.seeds)}."
+        more += f" Shown is seed {seed}, one of {len(run.seeds)}."
     ax.set(xlabel="step", ylabel="channels", ylim=(0, None), xlim=(0, None))
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="group", alignment="left")
     ends = "; ".join(f"{g} from {int(line[0][1])} to {int(line[-1][1])}" for g, line in lines.items())
-    return _plot(key, title, caption, f"Staircase plot of {len(lines)} group widths over steps: {ends}.", fig)
+    return Drawn(fig, f"Staircase plot of {len(lines)} group widths over steps: {ends}.", more)
 
 
-def _size(run: RunData) -> Plot:
-    key, title = "size", "Parameters and multiply-adds over time"
-    caption = "Parameters of the network, and multiply-adds (MACs) of a forward pass per example."
-    panels = [p for p in (("parameters", "parameters"), ("macs", "MACs")) if _has(run, p[0])]
-    if not panels:
-        return Plot(key=key, title=title, caption=caption, missing="The log has no sizes yet: no finished epoch.")
-    fig, axes = _axes(len(panels))
-    said = []
-    for ax, (column, label) in zip(axes, panels, strict=True):
-        for contestant, seed in _lines(run):
-            x, y = run.size_over_time(contestant, seed, column)
-            if x:
-                look = LOOKS[contestant] | {"marker": ""}
-                ax.step(x, y, where="post", label=_once(ax, _name(contestant)), **look)
-                said.append(f"{_name(contestant)}, {label}: from {short_number(y[0])} to {short_number(y[-1])}")
-        ax.set(title=label, xlabel="training seconds", ylim=(0, None), xlim=(0, None))
-        ax.legend(loc="best")
-    return _plot(key, title, caption, f"Staircase plots over training time. {'; '.join(said)}.", fig)
+@plot(
+    "size",
+    "Parameters and multiply-adds over time",
+    "Parameters of the network, and multiply-adds (MACs) of a forward pass per example.",
+)
+def _size(run: RunData) -> Drawn | str:
+    def draw(ax: Axes, method: str, seed: int, column: str) -> str:
+        x, y = run.size_over_time(method, seed, column)
+        if not x:
+            return ""
+        ax.step(x, y, where="post", label=_once(ax, _name(method)), **LOOKS[method] | {"marker": ""})
+        return f"from {short_number(y[0])} to {short_number(y[-1])}"
+
+    drawn = _over_time(run, {"parameters": "parameters", "macs": "MACs"}, draw, ylim=(0, None))
+    if drawn is None:
+        return "The log has no sizes yet: no finished epoch."
+    return Drawn(drawn[0], f"Staircase plots over training time. {drawn[1]}.")
 
 
-def _learning(run: RunData) -> Plot:
-    key, title = "learning", "Loss and metric over time"
+@plot(
+    "learning",
+    "Loss and metric over time",
+    "Training loss of each epoch, and the metric on the validation part after it, over training seconds.",
+)
+def _learning(run: RunData) -> Drawn | str:
+    def draw(ax: Axes, method: str, seed: int, column: str) -> str:
+        curve = run.curve(method, seed)
+        x, y = curve.points("seconds", column) if curve else ([], [])
+        if not x:
+            return ""
+        ax.plot(x, y, label=_once(ax, _name(method)), markersize=4, **LOOKS[method])
+        return f"{short_number(y[-1])} after {short_number(x[-1])} s"
+
     metric = METRIC_WORDS.get(run.metric_name, shown_name(run.metric_name))
-    caption = f"Training loss of each epoch and {metric} on the validation part after it, over training seconds."
-    panels = [p for p in (("loss", "training loss"), ("metric", f"validation {metric}")) if _has(run, p[0])]
-    if not panels:
-        return Plot(key=key, title=title, caption=caption, missing="The log has no finished epoch yet.")
-    if run.curve(DENSE) is None:
-        caption += " This run has no twin without apoptosis; the command apoptosis compare trains one beside it."
-    fig, axes = _axes(len(panels))
-    said = []
-    for ax, (column, label) in zip(axes, panels, strict=True):
-        for contestant, seed in _lines(run):
-            curve = run.curve(contestant, seed)
-            x, y = curve.points("seconds", column) if curve else ([], [])
-            if x:
-                ax.plot(x, y, label=_once(ax, _name(contestant)), markersize=4, **LOOKS[contestant])
-                said.append(f"{_name(contestant)}, {label}: {short_number(y[-1])} after {short_number(x[-1])} s")
-        ax.set(title=label, xlabel="training seconds", xlim=(0, None))
+    drawn = _over_time(run, {"loss": "training loss", "metric": f"validation {metric}"}, draw)
+    if drawn is None:
+        return "The log has no finished epoch yet."
+    alone = " This run has no twin without apoptosis; the command apoptosis compare trains one beside it."
+    return Drawn(drawn[0], f"Line plots over training time. {drawn[1]}.", alone if run.curve(DENSE) is None else "")
+
+
+def _over_time(
+    run: RunData, columns: Mapping[str, str], draw: Callable[[Axes, str, int, str], str], **limits: Any
+) -> tuple[Figure, str] | None:
+    """Draw a panel for every column that the epochs have, over training seconds; return them in words, too."""
+    found = {column: label for column, label in columns.items() if _has(run, column)}
+    if not found:
+        return None
+    fig, axes = _axes(len(found))
+    words = []
+    for ax, (column, label) in zip(axes, found.items(), strict=True):
+        for method, seed in _lines(run):
+            if said := draw(ax, method, seed, column):
+                words.append(f"{_name(method)}, {label}: {said}")
+        ax.set(title=label, xlabel="training seconds", xlim=(0, None), **limits)
         ax.legend(loc="best")
-    return _plot(key, title, caption, f"Line plots over training time. {'; '.join(said)}.", fig)
+    return fig, "; ".join(words)
 
 
 CERTIFICATE_WORDS = {
@@ -215,25 +268,25 @@ MEASURED: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4, "co
 MARGINS: dict[str, Any] = {"linestyle": "", "marker": "s", "markerfacecolor": "none", "color": SERIES[2]}
 
 
-def _certificates(run: RunData) -> Plot:
-    key, title = "certificates", "Certificates against measurements"
-    caption = (
-        "Triangles are bounds; dots are what was measured of the same quantity on the event's probe rows and belong at "
-        "or below their triangle. Squares: the share of these rows whose margin is too small to rule out a change."
-    )
+@plot(
+    "certificates",
+    "Certificates against measurements",
+    "Triangles are bounds; dots are what was measured of the same quantity on the event's probe rows and belong at "
+    "or below their triangle. Squares: the share of these rows whose margin is too small to rule out a change.",
+)
+def _certificates(run: RunData) -> Drawn | str:
     attempts = [e for seed in run.seeds for e in run.events.get(seed, ())]
     kinds = [k for k in CERTIFICATE_WORDS if any(c.get("kind") == k for e in attempts for c in certificates(e))]
     if not kinds:
-        why = "No event carries a certificate." if attempts else "There has been no event yet."
-        return Plot(key=key, title=title, caption=caption, missing=why)
+        return "No event carries a certificate." if attempts else "There has been no event yet."
     outputs = measured_points(attempts, "output_rms")
     fig, axes = _axes(len(kinds) + bool(outputs))
-    said = [_certificate_panel(ax, attempts, kind) for ax, kind in zip(axes, kinds, strict=False)]
+    more, said = "", [_certificate_panel(ax, attempts, kind) for ax, kind in zip(axes, kinds, strict=False)]
     if outputs:
         axes[-1].plot([s for s, _ in outputs], [v for _, v in outputs], label="measured", **MEASURED)
         _finish_panel(axes[-1], "outputs: relative rms change", [v for _, v in outputs])
-        caption += " The change of the outputs comes from all sites of an event together and has no bound of its own."
-    return _plot(key, title, caption, f"Points over steps. {'; '.join(said)}.", fig)
+        more = " The change of the outputs comes from all sites of an event together and has no bound of its own."
+    return Drawn(fig, f"Points over steps. {'; '.join(said)}.", more)
 
 
 def _certificate_panel(ax: Axes, attempts: Sequence[Record], kind: str) -> str:
@@ -261,9 +314,8 @@ def _finish_panel(ax: Axes, title: str, values: Sequence[float]) -> None:
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, columnspacing=1.0, handletextpad=0.3)
 
 
-def _time(run: RunData) -> Plot:
-    key, title = "time", "Time saved"
-    caption = "Cumulative training seconds at the end of each epoch; the gap is the time saved so far."
+@plot("time", "Time saved", "Cumulative training seconds at the end of each epoch; the gap is the time saved so far.")
+def _time(run: RunData) -> Drawn | str:
     pairs = [(run.curve(DENSE, s), run.curve(APOPTOSIS, s), s) for s in run.seeds]
     both = [
         (d, a, s)
@@ -272,7 +324,7 @@ def _time(run: RunData) -> Plot:
     ]
     if not both:
         why = "This run has no twin without apoptosis, so no time saved can be told."
-        return Plot(key=key, title=title, caption=caption, missing=why if run.curves else "The log has no epoch yet.")
+        return why if run.curves else "The log has no epoch yet."
     fig, (ax,) = _axes(1)
     said = []
     for dense, apo, seed in both:
@@ -292,7 +344,7 @@ def _time(run: RunData) -> Plot:
     ax.set(xlabel="epoch", ylabel="training seconds", ylim=(0, None), xlim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.legend(loc="upper left")
-    return _plot(key, title, caption, f"Line plot of cumulative seconds by epoch. {'; '.join(said)}.", fig)
+    return Drawn(fig, f"Line plot of cumulative seconds by epoch. {'; '.join(said)}.")
 
 
 def _shared(apo: Curve, dense: Curve) -> tuple[list[float], list[float], list[float]]:

@@ -1,64 +1,62 @@
 """The page: one HTML document with everything inside.
 
-Holds: the order of the page and its sentences. Elsewhere: tables (`tables`), plots, CSS.
+Holds: its sentences and key figures. Elsewhere: its order and markup (templates/report.html), tables, plots.
 """
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from apoptosis.tools.report.figures import Plot
 from apoptosis.tools.report.run import APOPTOSIS, DENSE, RunData, number, summary_value
 from apoptosis.tools.report.tables import epochs_table, events_table, ledger_table, pairs_table
-from apoptosis.tools.report.theme import style_sheet
+from apoptosis.tools.report.theme import VARIABLES
 from apoptosis.tools.report.words import METRIC_WORDS, metric_value, short_number, times
 
 HIDDEN = frozenset({"kind", "time", "config", "versions", "machine"})
-TOLD = HIDDEN | {"epochs", "events", "ledger_text"}  # of the summary: what the page has in its own sections
+OWN_SECTIONS = HIDDEN | {"epochs", "events", "ledger_text"}  # of the summary: what the page has in its own sections
 
 
 def render(run: RunData, plots: Sequence[Plot]) -> str:
     """Return the whole page as HTML text."""
-    sections = [_figure(plot) for plot in plots]
-    sections += [_ledger(run), _events(run), _epochs(run), _config(run)]
-    if run.summary is not None:
-        sections.append(_section("summary", "Summary", _json(_without_told(run.summary))))
-    title = html.escape(run.name)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}: apoptosis report</title>\n<style>{style_sheet()}</style>\n</head>\n<body>\n"
-        f"<header>\n<h1>{title}</h1>\n{_lead(run)}\n{_tiles(run)}\n</header>\n"
-        f"<main>\n{''.join(sections)}</main>\n"
-        "<footer>Made from this run's log, events.jsonl. One multiply-add counts as one MAC; seconds are wall time of "
-        "training, without evaluation, unless said otherwise.</footer>\n</body>\n</html>\n"
+    many = len(run.ledgers) > 1
+    about = [(run.run[key], key.capitalize()) for key in ("versions", "machine") if isinstance(run.run.get(key), dict)]
+    environment = Environment(
+        loader=PackageLoader("apoptosis.tools.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-
-
-def _section(key: str, title: str, body: str) -> str:
-    return f'<section aria-labelledby="h-{key}">\n<h2 id="h-{key}">{html.escape(title)}</h2>\n{body}\n</section>\n'
-
-
-def _missing(sentence: str) -> str:
-    return f'<p class="missing">{html.escape(sentence)}</p>'
-
-
-def _figure(plot: Plot) -> str:
-    if plot.missing:
-        return _section(plot.key, plot.title, _missing(plot.missing))
-    alt, caption = html.escape(plot.alt, quote=True), html.escape(plot.caption)
-    svg = plot.svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
-    scrolled = f'<div class="scroll">{svg}</div>'
-    return _section(plot.key, plot.title, f"<figure>\n{scrolled}\n<figcaption>{caption}</figcaption>\n</figure>")
+    environment.filters["split"] = str.splitlines
+    environment.filters["as_json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
+    return environment.get_template("report.html").render(
+        run=run,
+        plots=plots,
+        colours=VARIABLES.values(),
+        lead=_lead(run),
+        tiles=_tiles(run),
+        ledger_texts=[str(ledger["text"]) for ledger in run.ledgers if ledger.get("text")],
+        ledgers=[
+            ledger_table(ledger, f"Seed {int(number(ledger.get('seed')) or 0)}" if many else "")
+            for ledger in run.ledgers
+        ],
+        events=events_table(run),
+        epochs=epochs_table(run),
+        config=run.run.get("config", {k: v for k, v in run.run.items() if k not in HIDDEN}),
+        about=[pairs_table(values, title) for values, title in about],
+        summary=None if run.summary is None else _without_own_sections(run.summary),
+    )
 
 
 def _lead(run: RunData) -> str:
     """Say what happened, in sentences."""
     if not run.num_records:
-        return '<p class="lead">The log is empty: the run has only begun, or ended before its first record.</p>'
+        return "The log is empty: the run has only begun, or ended before its first record."
     config = run.run.get("config")
     said = []
     if isinstance(config, dict):
@@ -78,11 +76,11 @@ def _lead(run: RunData) -> str:
         said += ["The run has no twin without apoptosis, so there is nothing to compare its time and metric with."]
     if run.summary is None and not run.ledgers:
         said += ["The log has no ledger and no summary: the run goes on, or it was interrupted."]
-    return f'<p class="lead">{html.escape(" ".join(s for s in said if s))}</p>'
+    return " ".join(s for s in said if s)
 
 
-def _tiles(run: RunData) -> str:
-    """Key figures; sums and means over the seeds."""
+def _tiles(run: RunData) -> list[tuple[str, str, str]]:
+    """Key figures as (name, value, note); sums and means over the seeds."""
     metric = METRIC_WORDS.get(run.metric_name, run.metric_name)
     tiles: list[tuple[str, str, str]] = []
     dense, apo = run.shared_seconds()
@@ -118,56 +116,13 @@ def _tiles(run: RunData) -> str:
             )
         elif (mean := _mean(values)) is not None:
             tiles.append((f"validation {metric}, {words}", metric_value(run.metric_name, mean), f"{over}last epoch"))
-    items = "".join(
-        f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)}<small>{html.escape(c)}</small></dd></div>\n"
-        for a, b, c in tiles
-    )
-    return f'<dl class="tiles">\n{items}</dl>' if items else ""
+    return tiles
 
 
-def _ledger(run: RunData) -> str:
-    if not run.ledgers:
-        return _section("ledger", "Ledger", _missing("The log has no ledger: it is written when the run ends."))
-    many = len(run.ledgers) > 1
-    texts = [str(ledger["text"]) for ledger in run.ledgers if ledger.get("text")]
-    said = "".join(f"<p>{'<br>'.join(html.escape(line) for line in text.splitlines())}</p>\n" for text in texts)
-    body = said + "".join(ledger_table(ledger, f"Seed {int(number(ledger.get('seed')) or 0)}" if many else "")
-                   for ledger in run.ledgers)  # fmt: skip
-    return _section("ledger", "Ledger: what all removals together cost", body)
-
-
-def _events(run: RunData) -> str:
-    if not any(run.events.values()) and not any(run.attempts.values()):
-        return _section("events", "Events", _missing("There has been no event."))
-    return _section("events", "Events", events_table(run))
-
-
-def _epochs(run: RunData) -> str:
-    if not run.curves:
-        return _section("epochs", "Epochs", _missing("There is no finished epoch in the log."))
-    return _section("epochs", "Epochs", epochs_table(run))
-
-
-def _config(run: RunData) -> str:
-    if not run.run:
-        return _section("config", "Configuration", _missing("The log does not say how the run was configured."))
-    body = ""
-    for key, title in (("versions", "Versions"), ("machine", "Machine")):
-        if isinstance(run.run.get(key), dict):
-            body += pairs_table(run.run[key], title)
-    config = run.run.get("config", {k: v for k, v in run.run.items() if k not in HIDDEN})
-    return _section("config", "Configuration", _json(config) + body)
-
-
-def _json(value: Any) -> str:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return f'<details><summary>as JSON</summary><pre tabindex="0">{html.escape(text)}</pre></details>\n'
-
-
-def _without_told(value: Any) -> Any:
+def _without_own_sections(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_told(v) for k, v in value.items() if k not in TOLD}
-    return [_without_told(v) for v in value] if isinstance(value, list) else value
+        return {k: _without_own_sections(v) for k, v in value.items() if k not in OWN_SECTIONS}
+    return [_without_own_sections(v) for v in value] if isinstance(value, list) else value
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

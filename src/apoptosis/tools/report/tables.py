@@ -1,13 +1,12 @@
 """The page's tables: ledger, events, epochs, and plain pairs.
 
-Holds: rows and cells. Elsewhere: the order of the page.
+Holds: rows and cells, as text. Elsewhere: the order of the page, markup (templates/report.html).
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from apoptosis.tools.report.run import (
     APOPTOSIS,
@@ -42,29 +41,21 @@ LEDGER_WORDS = {
 CERTIFICATE_ORDER = {"accuracy": 0, "empirical": 1, "worst_case": 2}
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], numeric: frozenset[int]) -> str:
-    """Return a table; cells are HTML already, the first cell of a row is its heading, `numeric` columns align right."""
-    mark = [' class="num"' if i in numeric else "" for i in range(len(head))]
-    top = "".join(f'<th scope="col"{m}>{html.escape(h)}</th>' for h, m in zip(head, mark, strict=True))
-    body = []
-    for first, *rest in rows:
-        cells = "".join(f"<td{m}>{c}</td>" for c, m in zip(rest, mark[1:], strict=True))
-        body.append(f'<tr><th scope="row"{mark[0]}>{first}</th>{cells}</tr>\n')
-    said = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    label = html.escape(caption or ", ".join(head), quote=True)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>{said}'
-        f"<thead><tr>{top}</tr></thead>\n<tbody>\n{''.join(body)}</tbody></table></div>\n"
-    )
+class Table(NamedTuple):
+    r"""Cells are plain text, "\n" between their lines; the first of a row is its heading, `numeric` align right."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: frozenset[int] = frozenset()
 
 
-def pairs_table(values: Mapping[str, Any], caption: str) -> str:
+def pairs_table(values: Mapping[str, Any], caption: str) -> Table:
     """Return names and values."""
-    rows = [(html.escape(str(k)), cell(v)) for k, v in values.items()]
-    return table(caption, ("name", "value"), rows, frozenset())
+    return Table(caption, ("name", "value"), [(str(k), cell(v)) for k, v in values.items()])
 
 
-def ledger_table(ledger: Record, caption: str) -> str:
+def ledger_table(ledger: Record, caption: str) -> Table:
     """Return the ledger's entries, known ones in words, unknown ones under their own name."""
     inner = ledger.get("ledger")
     entries = (
@@ -74,62 +65,60 @@ def ledger_table(ledger: Record, caption: str) -> str:
     )
     entries = {k: v for k, v in entries.items() if k != "history" and (k, v) != ("idle", "")}  # the events table has it
     order = [k for k in LEDGER_WORDS if k in entries] + [k for k in entries if k not in LEDGER_WORDS]
-    rows = [(html.escape(LEDGER_WORDS.get(k, k.replace("_", " "))), cell(entries[k])) for k in order]
-    return table(caption or "All events of the run", ("entry", "value"), rows, frozenset())
+    rows = [(LEDGER_WORDS.get(k, k.replace("_", " ")), cell(entries[k])) for k in order]
+    return Table(caption or "All events of the run", ("entry", "value"), rows)
 
 
-def events_table(run: RunData) -> str:
+def events_table(run: RunData) -> Table:
     """Return one row per attempt, with what was certified and measured."""
-    many = len(run.seeds) > 1
-    head = [
-        *(["seed"] if many else []),
-        "step",
-        "widths",
-        "parameters",
-        "MACs (example input)",
-        "certified",
-        "measured",
-        "seconds",
-        "outcome",
-    ]
+    head = ("step", "widths", "parameters", "MACs (example input)", "certified", "measured", "seconds", "outcome")
     rows = []
     for seed in run.seeds:
-        tried = sorted((*run.events.get(seed, ()), *run.attempts.get(seed, ())), key=step_of)
-        for event in tried:
-            widths = [f"{html.escape(g)}&nbsp;{a}→{b}" for g, (a, b) in event_groups(event).items() if a != b]
-            reason = f": {html.escape(str(event['reason']))}" if event.get("reason") else ""
-            outcome = f"rolled back{reason}" if event.get("rolled_back") else f"committed{reason}"
-            if event["kind"] == "attempt":
-                outcome = f"nothing removed{reason}"
-            row = [cell(event.get("step")), "<br>".join(widths) or "none", _sizes(event, "parameters")]
-            row += [_sizes(event, "macs"), _certified(event), _measured(event), cell(event.get("seconds")), outcome]
-            rows.append([*([str(seed)] if many else []), *row])
-    shift = int(many)
-    numeric = frozenset({0, 2 + shift, 3 + shift, 6 + shift} | ({1} if many else set()))
-    return table("Every attempt, in order", head, rows, numeric)
+        for event in sorted((*run.events.get(seed, ()), *run.attempts.get(seed, ())), key=step_of):
+            widths = [f"{g}\u00a0{a}→{b}" for g, (a, b) in event_groups(event).items() if a != b]
+            outcome = "nothing removed" if event["kind"] == "attempt" else "committed"
+            outcome = "rolled back" if event.get("rolled_back") else outcome
+            reason = f": {event['reason']}" if event.get("reason") else ""
+            row = [cell(event.get("step")), "\n".join(widths) or "none", _sizes(event, "parameters")]
+            row += [_sizes(event, "macs"), _certified(event), _measured(event), cell(event.get("seconds"))]
+            rows.append((seed, [*row, outcome + reason]))
+    return _by_seed(run, "Every attempt, in order", head, rows, {0, 2, 3, 6}, at=0)
 
 
-def epochs_table(run: RunData) -> str:
-    """Return one row per epoch and contestant."""
-    many = len(run.seeds) > 1
+def epochs_table(run: RunData) -> Table:
+    """Return one row per epoch, of the runs with and without apoptosis."""
     columns = ("epoch", "step", "seconds", "loss", "metric", "parameters", "macs")
+    head = ("contestant", "epoch", "step", "training seconds", "training loss", run.metric_name, "parameters", "MACs")
     rows = []
     for curve in run.curves:
         name = "with apoptosis" if curve.contestant == APOPTOSIS else "without"
-        for epoch in curve.epochs:
-            rows.append([name, *([str(curve.seed)] if many else []), *(cell(epoch.get(c)) for c in columns)])
-    words = ("epoch", "step", "training seconds", "training loss", run.metric_name, "parameters", "MACs")
-    head = ["contestant", *(["seed"] if many else []), *words]
-    inner = table("After every epoch", head, rows, frozenset(range(1, len(head))))
-    return f"<details><summary>{len(rows)} rows</summary>\n{inner}</details>\n"
+        rows += [(curve.seed, [name, *(cell(epoch.get(c)) for c in columns)]) for epoch in curve.epochs]
+    return _by_seed(run, "After every epoch", head, rows, set(range(1, len(head))), at=1)
+
+
+def _by_seed(
+    run: RunData,
+    caption: str,
+    head: Sequence[str],
+    rows: Sequence[tuple[int, Sequence[str]]],
+    numeric: set[int],
+    *,
+    at: int,
+) -> Table:
+    """Return a table with a column for the seed at position `at`, where there are several."""
+    if len(run.seeds) < 2:
+        return Table(caption, head, [row for _, row in rows], frozenset(numeric))
+    wider = [(*row[:at], str(seed), *row[at:]) for seed, row in rows]
+    shifted = frozenset({at, *(i + (i >= at) for i in numeric)})
+    return Table(caption, (*head[:at], "seed", *head[at:]), wider, shifted)
 
 
 def cell(value: Any) -> str:
-    """Return a JSON value as HTML text; null is a dash.
+    r"""Return a JSON value as text; null is a dash.
 
     Example:
-        >>> cell(1234567), cell(None), cell(True), cell([3, 2]), cell("<b>")
-        ('1,234,567', '–', 'yes', '3 → 2', '&lt;b&gt;')
+        >>> cell(1234567), cell(None), cell(True), cell([3, 2]), cell(["a", "b"])
+        ('1,234,567', '–', 'yes', '3 → 2', 'a\nb')
     """
     if value is None:
         return "–"
@@ -140,10 +129,10 @@ def cell(value: Any) -> str:
         return exact_number(plain)
     if isinstance(value, list):
         pair = len(value) == 2 and all(number(v) is not None for v in value)
-        return (" → " if pair else "<br>").join(cell(v) for v in value) or "none"
+        return (" → " if pair else "\n").join(cell(v) for v in value) or "none"
     if isinstance(value, dict):
-        return "<br>".join(f"{html.escape(str(k))}: {cell(v)}" for k, v in value.items()) or "none"
-    return html.escape(str(value))
+        return "\n".join(f"{k}: {cell(v)}" for k, v in value.items()) or "none"
+    return " ".join(str(value).split("\n"))
 
 
 def _sizes(event: Record, key: str) -> str:
@@ -161,8 +150,8 @@ def _certified(event: Record) -> str:
         sure = f", {100 * confidence:.4g} %" if confidence is not None and confidence < 1 else ""
         where = "" if kind != "accuracy" or largest.get("population") else ", on these rows only"
         text = f"{kind.replace('_', ' ')} ≤ {exact_number(float(largest['value']))}{about}{sure}{where}"
-        lines.append(html.escape(text))
-    return "<br>".join(lines) or "–"
+        lines.append(text)
+    return "\n".join(lines) or "–"
 
 
 def _measured(event: Record) -> str:
@@ -171,4 +160,4 @@ def _measured(event: Record) -> str:
         cell({str(k).replace("_", " "): v for k, v in values.items()}) if isinstance(values, dict) and values else "–"
     )
     where = event.get("measured_on")
-    return f"{said}<br>{html.escape(str(where))}" if where and said != "–" else said
+    return f"{said}\n{where}" if where and said != "–" else said
