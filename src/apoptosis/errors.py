@@ -16,7 +16,33 @@ class ShapeError(ApoptosisError, ValueError):
     """Tensors whose shapes do not fit together."""
 
 
-class CaptureError(ApoptosisError):
+class _ForwardError(ApoptosisError):
+    """About a forward pass of the user's model, with what is known of the place.
+
+    module: qualified name of the module that was running. places: lines of the user's code, "net.py:7". group: the
+    group concerned. brief: the text without what it says of the example input. remedy: what to do where an edit brought
+    it about.
+    """
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        module: str = "",
+        places: tuple[str, ...] = (),
+        group: str = "",
+        brief: str = "",
+        remedy: str = "",
+    ) -> None:
+        super().__init__(text)
+        self.module, self.places, self.group, self.brief, self.remedy = module, places, group, brief, remedy
+
+
+class WidthsError(ShapeError):
+    """These widths do not go together, because one number of the model would have to be two; others may."""
+
+
+class CaptureError(_ForwardError):
     """The model's forward pass could not be captured on the example input."""
 
 
@@ -24,7 +50,7 @@ class OutOfMemoryError(ApoptosisError, MemoryError):
     """Memory ran out in a forward pass of the library's own; says nothing about the model's structure."""
 
 
-class StructureChangedError(ApoptosisError):
+class StructureChangedError(_ForwardError):
     """After an edit, a consumer column meets another channel than the one it was folded for."""
 
 

@@ -22,6 +22,7 @@ from apoptosis.distributed.wrappers import check_alone
 from apoptosis.engine.event_builder import make_event, size_of
 from apoptosis.engine.step import Check, Outcome, apply_reductions
 from apoptosis.errors import ArgumentError
+from apoptosis.graph.explain import Code
 from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
 from apoptosis.model.evaluate import Probe, as_call, as_probe, make_probe
 from apoptosis.model.outputs import Change
@@ -245,15 +246,7 @@ class _Job:
         failing = [name for name, rms in found.items() if not rms <= self._acceptance.sanity]
         failing = failing or sorted(found, key=found.__getitem__)[-1:]
         widths = {group.name: group.num_channels for group in self.structure.groups}
-        return {
-            name: Pin(
-                group=name,
-                num_channels=widths[name],
-                reason=f"its removals alone change the outputs by {found[name]:.3g} (relative rms)",
-                remedy="Run the network in float64, or allow a tolerance above 0.",
-            )
-            for name in failing
-        }
+        return {name: Code.CHANGES_OUTPUTS(rms=found[name]).pin(name, widths[name]) for name in failing}
 
 
 def _measure_only(change: Change) -> AcceptanceResult:

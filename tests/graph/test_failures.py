@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.trace.failures import after_failure
+from apoptosis.graph.trace.failures import after_edit
 
 X = torch.randn(3, 8)
 
@@ -131,6 +131,6 @@ def test_without_data_the_structure_is_the_same(device) -> None:
 
 
 def test_a_failed_edit_gets_the_remedy_that_fits() -> None:
-    assert "align=8" in after_failure("at operator aten._grouped_mm: strides should be multiple of 16 bytes")
-    assert "register_attributes" in after_failure("at operator aten.split_with_sizes: expects split_sizes to sum to 8")
-    assert "literal width" in after_failure("at operator aten.view: invalid shape")
+    assert "align=8" in after_edit(RuntimeError("strides should be multiple of 16 bytes"))
+    assert "register_attributes" in after_edit(RuntimeError("expects split_sizes to sum to 8"), split=True)
+    assert "literal width" in after_edit(RuntimeError("invalid shape"))

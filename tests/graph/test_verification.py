@@ -200,6 +200,6 @@ def test_a_part_that_is_gone_does_not_leave_its_place_to_halves_of_another() -> 
     wide = Split(module="", classes=np.array([[1, 1, 1, 1], [2, 2, 2, 2]]))
     old = Structure(groups=(), macs=0.0, shapes={}, splits=(wide,))
     after = Split(module="", classes=np.array([[5, 5], [5, 5]]))
-    text = changed_split(old, Structure(groups=(), macs=0.0, shapes={}, splits=(after,)), {5: 2})
-    assert text is not None
-    assert "hold others than before" in text
+    error = changed_split(old, Structure(groups=(), macs=0.0, shapes={}, splits=(after,)), {5: 2})
+    assert error is not None
+    assert "hold others than before" in str(error)

@@ -18,7 +18,7 @@ from apoptosis.decide.history import Attempt, Outcome, read_attempts, why_idle
 from apoptosis.decide.ledger import Ledger
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
 from apoptosis.errors import ApoptosisError, CheckpointError
-from apoptosis.graph.groups.frozen import FROZEN
+from apoptosis.graph.explain import Code
 from apoptosis.observe import ROWS_PER_CHANNEL
 from apoptosis.planner import Request, Why
 from apoptosis.records import Group, Pin, Structure
@@ -238,7 +238,7 @@ def read_state(
     """
     names = {group.name for group in structure.groups}
     found = [_record(Pin, entry) for entry in state["pins"]]
-    pins = {pin.group: pin for pin in found if FROZEN not in pin.reason}
+    pins = {pin.group: pin for pin in found if pin.code != Code.FROZEN.code}
     structure = with_pins(with_pins(structure, pins), {pin.group: pin for pin in own if pin.group in names})
     memory, window = read_memory(state["memory"]), state["window"]
     if state["settings"] != settings.as_dict():

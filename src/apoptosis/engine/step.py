@@ -34,6 +34,7 @@ from apoptosis.errors import (
     StructureChangedError,
 )
 from apoptosis.graph import gains, verify_up_to_scale
+from apoptosis.graph.trace.failures import Fault, after_edit, fault_of
 from apoptosis.interrupts import restoring
 from apoptosis.model.evaluate import Probe, comparable, compare, like_example, outputs, training_outputs
 from apoptosis.model.outputs import Change, together
@@ -43,7 +44,7 @@ from apoptosis.planner import Observations, make_plan, summary
 from apoptosis.planner.sampling import sample
 from apoptosis.records import Pin, Reduction, Structure
 from apoptosis.surgery import Transaction, build_edits, norm_edits
-from apoptosis.surgery.target import Target, broken_pin, kept_positions, with_known, with_pins
+from apoptosis.surgery.target import Target, broken_pin, first_fault, kept_positions, with_known, with_pins
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
 Check = Callable[[Change], AcceptanceResult]
@@ -212,10 +213,10 @@ def apply_reductions(
             if tried.compare_training:
                 trial.run_before(training=True)
                 continue
-            if trial.old_numbers and (trial.renew_numbers() or not tried.reason):
+            if (trial.old_numbers and trial.renew_numbers()) or tried.fault is None:
                 continue  # nothing is pinned, and no weight takes a factor, for what the user has changed
-            failing_groups = trial.failing_groups(todo) or {todo[0].group: tried.reason}
-            pins |= {name: broken_pin(trial.structure, name, reason) for name, reason in failing_groups.items()}
+            failing_groups = trial.failing_groups(todo) or {todo[0].group: tried.fault}
+            pins |= {name: broken_pin(trial.structure, name, fault) for name, fault in failing_groups.items()}
             todo = [r for r in todo if r.group not in pins]
     except BaseException as error:
         if target.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
@@ -241,13 +242,13 @@ class _Outputs(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """What a rolled back try failed with: the fault of the structure, "" for none.
+    """What a rolled back try failed with: the fault of the structure, or None.
 
     None was found where numbers need a factor and those they are compared with may be old, and where outputs of
     training mode have to be compared too, because sizes vary in evaluation mode.
     """
 
-    reason: str = ""
+    fault: Fault | None = None
     compare_training: bool = False
 
 
@@ -285,7 +286,8 @@ class _Trial:
         """Apply all of these reductions, test, and keep them or roll back."""
         target, ranks, before = self.target, self.target.ranks, self.before
         transaction = self._transaction()
-        fault, again, after, short = "", False, None, None
+        fault: Fault | None = None
+        again, after, short = False, None, None
         with restoring(transaction.close), transaction:
             try:
                 new, scaled = self._edit(transaction, reductions)
@@ -293,11 +295,11 @@ class _Trial:
                 if not again and before is not None:
                     after = self._outputs_after(training=before.training is not None)
             except _BROKEN as error:
-                fault = str(error) or type(error).__name__
+                fault = fault_of(error)
             except OutOfMemoryError as error:  # says nothing about a group; on one rank, it ends the event on all
                 short = error
             ranks.run_collectively(partial(_raise, short))
-            fault, again = ranks.first_error(fault), ranks.any(again)
+            fault, again = first_fault(ranks, fault), ranks.any(again)
             if fault or again:
                 transaction.rollback()
                 return _Failure(fault)
@@ -324,12 +326,12 @@ class _Trial:
         self.structure = replace(old, scalars=now.scalars, multiples=now.multiples, scalable=now.scalable)
         return self.target.ranks.any(now.scalars != old.scalars)
 
-    def failing_groups(self, reductions: list[Reduction]) -> dict[str, str]:
+    def failing_groups(self, reductions: list[Reduction]) -> dict[str, Fault]:
         """Return the groups that fail on their own, with the reason; every trial is rolled back.
 
         Groups that one number of a module governs (Group.tied_groups) can only be tried, and fail, together.
         """
-        found: dict[str, str] = {}
+        found: dict[str, Fault] = {}
         tied = {group.name: group.tied_groups for group in self.structure.groups}
         for first in reductions:
             if first.group in found:
@@ -342,8 +344,8 @@ class _Trial:
                     if self.probe is not None:
                         self._outputs_after(training=False)
                 except _BROKEN as error:
-                    found.update((reduction.group, str(error)) for reduction in together_with)
-        return {name: reason for own in self.target.ranks.gathered(found) for name, reason in own.items()}
+                    found.update((reduction.group, fault_of(error)) for reduction in together_with)
+        return {name: fault for own in self.target.ranks.gathered(found) for name, fault in own.items()}
 
     def _transaction(self) -> Transaction:
         return Transaction(self.target.model, self.target.optimizers, self.target.followers)
@@ -387,7 +389,8 @@ class _Trial:
         except (OutOfMemoryError, RankError):
             raise
         except Exception as error:  # the user's forward may raise anything
-            raise CaptureError(f"the forward pass fails on the probe: {type(error).__name__}: {error}") from error
+            text = f"the forward pass fails on the probe: {type(error).__name__}: {error}"
+            raise CaptureError(text, remedy=after_edit(error)) from error
         other = None
         if training:
             other = training_outputs(model, probe, self.target.read, passes=passes, checked=False)

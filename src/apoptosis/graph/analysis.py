@@ -121,11 +121,12 @@ def _followed(
         try:
             returned = _captures(model, args, kwargs, findings, carried)
         except CaptureError as error:
-            if carried.tries_again(str(error)):
+            first = carried.after(error)
+            if first is None:
                 continue
-            if str(error) == carried.fault:
+            if not first:
                 raise
-            raise CaptureError(carried.fault) from error
+            raise CaptureError(**first) from error
         if not carried.goes_on():
             break
     if not returned:

@@ -190,8 +190,8 @@ def capture(
             raise
         except Exception as error:  # the user's forward may raise anything
             if is_out_of_memory(error):
-                raise OutOfMemoryError(failure(error, model, mode, _operator.__code__)) from error
-            raise CaptureError(failure(error, model, mode, _operator.__code__)) from error
+                raise OutOfMemoryError(str(failure(error, model, mode, _operator.__code__))) from error
+            raise failure(error, model, mode, _operator.__code__) from error
         outputs = list(named_in(output))
         tracer.finished(outputs)
         carried.end(tracer)

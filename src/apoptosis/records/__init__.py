@@ -28,7 +28,9 @@ CertificateKind = Literal["worst_case", "empirical", "accuracy"]
 class Pin:
     """Why channels are never removed.
 
-    `reason` is one sentence that names the operator and, where known, `where` = "file.py:line" of the user's code.
+    reason: one sentence that names the operator. where: "file.py:line" of the user's code, where known. remedy: what
+    would change it, "" for nothing. code: the kind of reason, for programs (graph.explain.Code lists them; "" in files
+    of earlier versions); sentences may change from version to version, codes do not.
     """
 
     group: str
@@ -36,6 +38,7 @@ class Pin:
     reason: str
     where: str = ""
     remedy: str = ""
+    code: str = ""
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from apoptosis.errors import CheckpointError, ShapeError
+from apoptosis.errors import CheckpointError, ShapeError, WidthsError
 from apoptosis.records import Follow, IntArray, Structure, TensorEdit, places_left
 from apoptosis.surgery.splits import removed_classes
 
@@ -45,7 +45,7 @@ def value_of(model: nn.Module, follow: Follow) -> int:
 def number_changes(model: nn.Module, structure: Structure, edits: Iterable[TensorEdit]) -> dict[str, dict[str, Any]]:
     """Say what the numbers that follow become, by module and attribute.
 
-    Raises: ShapeError: a number would have to be two at once, or is not there any more.
+    Raises: WidthsError: a number would have to be two at once, or is not there any more.
     """
     if not structure.follows:
         return {}
@@ -55,7 +55,7 @@ def number_changes(model: nn.Module, structure: Structure, edits: Iterable[Tenso
         news = _wanted(structure, follow, value, removed)
         if len(news) > 1:
             wanted = " and ".join(str(new) for new in sorted(news))
-            raise ShapeError(
+            raise WidthsError(
                 f"attribute '{follow.attribute}' of '{follow.module}' ({value}) would have to be {wanted} at once."
             )
         new = next(iter(news), value)

@@ -11,7 +11,6 @@ channels are gone. Tensors show a part of their own memory during a trial, so th
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,22 +21,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.distributed.sharded import has_shards
-from apoptosis.errors import CaptureError, ShapeError, StructureChangedError
+from apoptosis.errors import CaptureError, ShapeError, StructureChangedError, WidthsError
 from apoptosis.graph import verify_up_to_scale
 from apoptosis.graph.groups.counts import groups_of, with_follows
+from apoptosis.graph.trace.failures import Fault, fault_of
 from apoptosis.interrupts import restoring
 from apoptosis.planner.tied import alike, missing, steps
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
 from apoptosis.surgery.numbers import number_of, value_of
 from apoptosis.surgery.splits import reads_attribute
-from apoptosis.surgery.target import Target, broken_pin, kept_positions, with_pins
+from apoptosis.surgery.target import Target, broken_pin, first_fault, kept_positions, with_pins
 
 _ROUNDS = 40  # faults looked for one after the other; beyond it events find out
 _MULTIPLES = 4  # of what an operator is given may be what the module keeps: split(x, self.width // 2)
 _CANDIDATES = 12  # numbers tried for one group
-_PLACE = re.compile(r"\(([^()\s]+:\d+)\)")
-_GROUP = re.compile(r"group '([^']+)'")
 
 Names = tuple[str, ...]
 
@@ -80,7 +78,7 @@ class _Rehearsal:
         for names in (fine, whole):
             for _ in range(_ROUNDS):
                 fault = self._fault(structure, names)
-                if not fault:
+                if fault is None:
                     break
                 better = self._without(structure, names, fault)
                 if better is None:
@@ -88,57 +86,58 @@ class _Rehearsal:
                 structure = better
         return structure
 
-    def _without(self, structure: Structure, names: Names, fault: str) -> Structure | None:
+    def _without(self, structure: Structure, names: Names, fault: Fault) -> Structure | None:
         """Return the structure with a fault less; None where it cannot be told which group brings it about."""
         for most in (1, _MULTIPLES):
             named = self._following(structure, self._named(structure.counts, most))
-            if named is not None and not self._fault(named, names):
+            if named is not None and self._fault(named, names) is None:
                 return named
         for name in self._suspects(structure, names, fault):
             alone = self._with_equal(structure, name)
-            text = self._fault(structure, alone)
-            if not text:
+            own = self._fault(structure, alone)
+            if own is None:
                 continue
-            for candidate in self._candidates(structure, name, text):
-                if not self._fault(candidate, self._with_equal(candidate, name)):
+            for candidate in self._candidates(structure, name, own):
+                if self._fault(candidate, self._with_equal(candidate, name)) is None:
                     return candidate
-            return with_pins(structure, {n: broken_pin(structure, n, text) for n in alone})
+            return with_pins(structure, {n: broken_pin(structure, n, own) for n in alone})
         return None
 
     # ------------------------------------------------------------------ one trial
 
-    def _fault(self, structure: Structure, names: Iterable[str]) -> str:
-        """Say what goes wrong when these groups get narrower, "" for nothing; the model is as it was."""
+    def _fault(self, structure: Structure, names: Iterable[str]) -> Fault | None:
+        """Return what goes wrong when these groups get narrower, None for nothing; the model is as it was."""
         ranks = self._target.ranks
-        return ranks.first_error(ranks.run_collectively(partial(self._own_fault, structure, frozenset(names))))
+        return first_fault(ranks, ranks.run_collectively(partial(self._own_fault, structure, frozenset(names))))
 
-    def _own_fault(self, structure: Structure, names: frozenset[str]) -> str:
+    def _own_fault(self, structure: Structure, names: frozenset[str]) -> Fault | None:
         reductions = [r for groups in alike(_open(structure, names)) for r in _narrower(groups, self._align)]
         if not reductions:
-            return ""
+            return None
         target = self._target
         transaction = Transaction(target.model)
         with restoring(transaction.close):
             try:
                 edits = build_edits(structure, reductions)
                 transaction.rehearse(edits, structure, norm_edits(structure, reductions))
-            except ShapeError as error:  # these widths do not go together, others may; one number is never two
-                return str(error) if "at once" in str(error) else ""
+            except WidthsError as error:
+                return fault_of(error)
+            except ShapeError:  # these widths do not go together, others may
+                return None
             try:
                 new = target.capture()
                 verify_up_to_scale(structure, new, kept_positions(edits))
             except (CaptureError, StructureChangedError) as error:
-                return str(error) or type(error).__name__
-        return ""
+                return fault_of(error)
+        return None
 
     # ------------------------------------------------------------------ who is to blame
 
-    def _suspects(self, structure: Structure, names: Names, fault: str) -> Iterator[str]:
+    def _suspects(self, structure: Structure, names: Names, fault: Fault) -> Iterator[str]:
         """Yield groups that may be to blame: those the fault speaks of, then those that a search by halves finds."""
-        places, reported = set(_PLACE.findall(fault)), _GROUP.findall(fault)
-        found = dict.fromkeys(name for name in reported if name in names)
+        found = dict.fromkeys(name for name in (fault.group,) if name in names)
         for count in structure.counts:
-            if count.where in places:
+            if count.where in fault.places:
                 found.update(dict.fromkeys(sorted(groups_of(structure, count))))
         open_names = {g.name for g in _open(structure, names)}
         seen = [name for name in found if name in open_names]
@@ -206,7 +205,7 @@ class _Rehearsal:
                     if number_of(module, attribute, index) == value:
                         yield name, attribute, index
 
-    def _candidates(self, structure: Structure, name: str, fault: str) -> Iterator[Structure]:
+    def _candidates(self, structure: Structure, name: str, fault: Fault) -> Iterator[Structure]:
         """Yield structures in which further numbers follow the width of a group, likely ones first."""
         counts = [count for count in structure.counts if name in groups_of(structure, count)]
         named, multiples = list(self._named(counts, 1)), list(self._named(counts, _MULTIPLES))
@@ -219,7 +218,9 @@ class _Rehearsal:
                 single[holder] = Follow(module=holder[0], attribute=holder[1], index=holder[2], places=places)
         by_width = [
             Follow(module=module, attribute=attribute, index=index, groups=(name,))
-            for module, attribute, index in self._holders(_lineage(self._target.model, fault), group.num_channels)
+            for module, attribute, index in self._holders(
+                _lineage(self._target.model, fault.module), group.num_channels
+            )
         ]
         tried = [
             named,
@@ -243,11 +244,10 @@ def _open(structure: Structure, names: Iterable[str]) -> list[Group]:
     return [group for group in structure.groups if group.pin is None and group.name in wanted]
 
 
-def _lineage(model: nn.Module, fault: str) -> list[str]:
-    """Return the module that a failed pass speaks of, and those around it."""
-    names = {name for name, _ in model.named_modules()}
-    inside = next((name for name in re.findall(r"in '([^']*)'", fault) if name in names), "")
-    parts = inside.split(".") if inside else []
+def _lineage(model: nn.Module, module: str) -> list[str]:
+    """Return the module in which a pass failed, and those around it."""
+    inside = module in {name for name, _ in model.named_modules()}
+    parts = module.split(".") if module and inside else []
     return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from apoptosis.errors import ShapeError
+from apoptosis.errors import ShapeError, WidthsError
 from apoptosis.modules.attention import is_attention
 from apoptosis.records import IntArray, Split, Structure, TensorEdit
 
@@ -207,7 +207,7 @@ def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, Any
         module: the module whose forward pass makes the grids.
         changes: all its grids, unchanged ones included.
 
-    Raises: ShapeError: an attribute would have to be two numbers at once.
+    Raises: WidthsError: an attribute would have to be two numbers at once.
 
     Example:
         >>> block = nn.Module()
@@ -239,7 +239,7 @@ def _settled(module: nn.Module, name: str, value: int, votes: Sequence[tuple[int
         news = named or news - {value}
     if len(news) > 1:
         wanted = " and ".join(str(new) for new in sorted(news))
-        raise ShapeError(f"attribute '{name}' of {type(module).__name__} ({value}) would have to be {wanted} at once.")
+        raise WidthsError(f"attribute '{name}' of {type(module).__name__} ({value}) would have to be {wanted} at once.")
     return next(iter(news))
 
 

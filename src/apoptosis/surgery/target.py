@@ -22,10 +22,10 @@ from apoptosis.distributed.sharded import reshard
 from apoptosis.distributed.wrappers import rebuild_wrappers
 from apoptosis.errors import ArgumentError, CaptureError
 from apoptosis.graph import analyse, layout_of
+from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.counts import with_follows
-from apoptosis.graph.groups.frozen import FROZEN, frozen_names
-from apoptosis.graph.trace.failures import after_failure, without_hint
-from apoptosis.graph.verify.factors import LEFT_OUT
+from apoptosis.graph.groups.frozen import frozen_names
+from apoptosis.graph.trace.failures import Fault
 from apoptosis.model.evaluate import num_rows
 from apoptosis.model.outputs import ReadLogits
 from apoptosis.records import Frozen, NormWidths, Pin, Structure, TensorEdit
@@ -100,7 +100,7 @@ def refreshed(target: Target, structure: Structure) -> Structure:
 
 def with_known(target: Target, old: Structure, new: Structure) -> Structure:
     """Return a new structure with what is known from before: pins set from outside, numbers that follow widths."""
-    pins = {g.name: g.pin for g in old.groups if g.pin is not None and FROZEN not in g.pin.reason}
+    pins = {g.name: g.pin for g in old.groups if g.pin is not None and g.pin.code != Code.FROZEN.code}
     kept = with_pins(new, pins)
     return with_follows(kept, old.follows, {follow: value_of(target.model, follow) for follow in old.follows})
 
@@ -141,7 +141,7 @@ def exclude_pins(structure: Structure, patterns: Sequence[str]) -> dict[str, Pin
             names = ", ".join(g.name for g in structure.groups[:20])
             raise ArgumentError(f"exclude={pattern!r} matches no group; the groups are: {names}.")
         for group in hits:
-            pins[group.name] = Pin(group=group.name, num_channels=group.num_channels, reason=LEFT_OUT)
+            pins[group.name] = Code.EXCLUDED().pin(group.name, group.num_channels)
     return pins
 
 
@@ -160,8 +160,14 @@ def kept_positions(edits: Sequence[TensorEdit]) -> dict[str, Mapping[int, Tensor
     return {edit.tensor: edit.keep for edit in edits}
 
 
-def broken_pin(structure: Structure, name: str, reason: str) -> Pin:
+def first_fault(ranks: Ranks, fault: Fault | None) -> Fault | None:
+    """Return the first rank's fault with its number, None where no rank has one."""
+    found = ((rank, fault) for rank, fault in enumerate(ranks.gathered(fault)) if fault is not None)
+    rank, first = next(found, (0, None))
+    return first if first is None or ranks.size == 1 else first._replace(brief=f"rank {rank}: {first.brief}")
+
+
+def broken_pin(structure: Structure, name: str, fault: Fault) -> Pin:
     """Return the pin of a group without some of whose channels the model computes something else, or nothing."""
     num = next(g.num_channels for g in structure.groups if g.name == name)
-    text = f"removing channels broke the forward pass: {without_hint(reason).rstrip('.')}"
-    return Pin(group=name, num_channels=num, reason=text, remedy=after_failure(reason))
+    return replace(Code.BROKEN(fault=fault.brief), remedy=fault.remedy).pin(name, num)

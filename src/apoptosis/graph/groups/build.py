@@ -11,18 +11,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from apoptosis.graph.explain import usual_hint
+from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes, all_axes, numbered
 from apoptosis.graph.groups.consumers import per_forward, product_sites, products_of, site_of
 from apoptosis.graph.groups.heads import HeadDraft, head_drafts
 from apoptosis.graph.groups.norms import norm_sites
 from apoptosis.graph.groups.output_paths import through
-from apoptosis.graph.trace.findings import Consumer, Reason, TraceResult
+from apoptosis.graph.trace.findings import Consumer, TraceResult
 from apoptosis.graph.trace.values import Axis
-from apoptosis.records import Group, IntArray, Member, Neuron, Pin, Site
-
-_BLOCKS = "a grouped convolution reads them, in blocks of two channels: with one each it would be a depthwise one"
-_NO_SITE = Reason("no consumer site reads these channels")
+from apoptosis.records import Group, IntArray, Member, Neuron, Site
 
 
 @dataclass(slots=True)
@@ -123,11 +120,6 @@ def _base_name(findings: TraceResult, draft: _Draft) -> str:
     return axis[0].rpartition(".")[0] or axis[0]
 
 
-def _pin(name: str, num_channels: int, reason: Reason) -> Pin:
-    remedy = reason.remedy or usual_hint(reason.text)
-    return Pin(group=name, num_channels=num_channels, reason=reason.text, where=reason.where, remedy=remedy)
-
-
 def _lumped(findings: TraceResult, classes: Classes, draft: _Draft) -> Reason | None:
     """Return why a group is one channel that cannot go, though it owns many positions; None for any other group.
 
@@ -178,13 +170,13 @@ def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, Int
         reason = through(findings, number, draft.positions) if number >= 0 else lumped
         if reason is None:
             products, why = product_sites(findings, classes, draft.channels, pairs)
-            sites, reason = (*sites, *products), why or (None if sites or products else _NO_SITE)
+            sites, reason = (*sites, *products), why or (None if sites or products else Code.NO_SITE())
             norms, why = norm_sites(findings, classes, draft.channels)
             sites, reason = (*sites, *norms), reason or why
         members = _members(findings, draft.positions, consumed)
         least = max([_min_channels(c, site) for (c, _), site in zip(readers, sites, strict=False)], default=1)
         if reason is None and least >= draft.channels.size > 1:
-            reason = Reason(_BLOCKS)
+            reason = Code.DEPTHWISE()
         plain = reason is None and not any(site.kind == "product" or site.norm_strategy for site in sites)
         groups.append(
             Group(
@@ -193,7 +185,7 @@ def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, Int
                 members=members,
                 sites=sites,
                 neuron=_neuron(members, [c for c, _ in readers]) if plain else None,
-                pin=None if reason is None else _pin(name, draft.channels.size, reason),
+                pin=None if reason is None else reason.pin(name, draft.channels.size),
                 rows=len(rows.get(index, draft.channels[None])),
                 min_channels=least,
             )

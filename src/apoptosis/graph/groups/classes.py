@@ -13,13 +13,10 @@ import numpy.typing as npt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from apoptosis.graph.trace.findings import Consumer, Reason, TraceResult
+from apoptosis.graph.explain import Code
+from apoptosis.graph.trace.findings import Consumer, TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import IntArray
-
-_BOTH = "'{}' is producer and consumer along the same axis"
-_GAIN = "'{}' is the gain of rows that are normalised, and is read elsewhere too"
-_SHARED = "'{}' is the weight of '{}' and is read elsewhere too"
 
 
 @dataclass(slots=True)
@@ -40,16 +37,17 @@ def close(findings: TraceResult) -> None:
     consumed = {(c.weight, c.dim) for c in findings.consumers.values()}
     owners = findings.slots.owners
     for name, dim in sorted(consumed & findings.producers.keys()):
-        findings.pin(owners[name].axis(dim), Reason(_BOTH.format(name)))
+        findings.pin(owners[name].axis(dim), Code.BOTH_ENDS(name=name))
     for consumer in findings.consumers.values():
         others = findings.reads[consumer.weight] - own_readers(consumer)
         if consumer.module is not None and others:
-            text = _SHARED.format(consumer.weight, consumer.module)
-            findings.pin(owners[consumer.weight].axis(consumer.dim), Reason(text))
+            why = Code.SHARED_WEIGHT(name=consumer.weight, module=consumer.module)
+            findings.pin(owners[consumer.weight].axis(consumer.dim), why)
         if consumer.normal is not None:
             counts = [n for (name, _), n in findings.read_counts.items() if name == consumer.normal.gain]
             if max(counts, default=1) > 1:
-                findings.pin(owners[consumer.weight].axis(consumer.dim), Reason(_GAIN.format(consumer.normal.gain)))
+                why = Code.SHARED_GAIN(name=consumer.normal.gain)
+                findings.pin(owners[consumer.weight].axis(consumer.dim), why)
 
 
 def own_readers(consumer: Consumer) -> set[str | None]:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes, own_readers
-from apoptosis.graph.trace.findings import Consumer, Product, Reason, TraceResult, pairs_of
+from apoptosis.graph.trace.findings import Consumer, Product, TraceResult, pairs_of
 from apoptosis.records import IntArray, Site
-
-_UNEVEN = "some of their channels are multiplied in more places than others"
 
 
 def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> IntArray:
@@ -107,7 +106,7 @@ def product_sites(
             continue
         counts = np.bincount(index[inside], minlength=channels.size)
         if bool((counts != counts[0]).any()):
-            return (), Reason(_UNEVEN)
+            return (), Code.UNEVEN()
         order = inside[np.argsort(index[inside], kind="stable")].reshape(channels.size, -1)
         found.append(_product_site(findings, products, product, order))
     return tuple(found), None

@@ -10,13 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.graph.explain import Code
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.numerics.alike import alike
 
-_AVERAGED = "is followed by the {kind} copy '{copy}', which a training loop updates place by place"
-_KEPT = "has a copy in {place}, which would keep the shape it has"
-_OUTSIDE = "Keep the copy outside the model and call apo.follow(copy); else frozen='cut', where nothing ties the two."
-_ANEW = "Keep it outside the model, where apo.follow() takes it; or frozen='cut', and make it anew after every event."
 _DEPTH = 3  # of lists and dictionaries in an attribute, in which tensors are looked for
 
 
@@ -28,13 +25,12 @@ def keep_copied(findings: TraceResult, model: nn.Module, frozen: frozenset[str])
     owners, reads = findings.slots.owners, findings.reads
     unread = frozenset(name for name in owners if not reads.get(name))
     for copy, kind, origin in _averages(model, frozen, unread):
-        own = Reason(_AVERAGED.format(kind=kind, copy=copy), remedy=_OUTSIDE)
         for name in (f"{origin}.{name}" for name, _ in model.get_submodule(origin).named_parameters()):
             if name in owners:
-                findings.pin(owners[name].slots(), Reason(f"'{name}' {own.text}", remedy=own.remedy))
+                findings.pin(owners[name].slots(), Code.COPIED_MODULE(name=name, kind=kind, copy=copy))
     for place, name in _kept(model, frozen, unread):
         if name in owners:
-            findings.pin(owners[name].slots(), Reason(f"'{name}' {_KEPT.format(place=place)}", remedy=_ANEW))
+            findings.pin(owners[name].slots(), Code.COPIED(name=name, place=place))
 
 
 def _averages(model: nn.Module, frozen: frozenset[str], unread: frozenset[str]) -> Iterator[tuple[str, str, str]]:

@@ -15,11 +15,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes
 from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.records import Count, Follow, Group, Pin, Structure
-
-_SHARED = "they share the width that '{}' of {} holds with '{}', which is pinned: {}"
 
 
 def counts(findings: TraceResult, classes: Classes) -> tuple[Count, ...]:
@@ -67,9 +66,9 @@ def _pin_all(names: frozenset[str], follow: Follow, pins: dict[str, Pin], groups
         return
     why = pins[pinned]
     holder = f"'{follow.module}'" if follow.module else "the model"
+    reason = Code.SHARED_NUMBER(attribute=follow.attribute, holder=holder, other=pinned, cause=why.reason)
     for name in names - pins.keys():
-        text = _SHARED.format(follow.attribute, holder, pinned, why.reason)
-        pins[name] = replace(why, reason=text)
+        pins[name] = replace(why, reason=reason.text, code=reason.code.code)
 
 
 def _held(count: Count, names: Mapping[int, str]) -> frozenset[str]:

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.graph.explain import Code
+from apoptosis.graph.trace.findings import TraceResult
 
-FROZEN = "requires no gradient"  # in the reason of every such pin
-_REMEDY = "frozen='cut' lets it shrink where nothing else needs its old shape."
-_ADAPTER = "belongs to an adapter of peft, whose configuration and base model hold the shape it has"
 _TUNERS = frozenset(("BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"))  # of peft
 
 
@@ -42,11 +40,10 @@ def keep_frozen(findings: TraceResult, model: nn.Module, frozen: frozenset[str])
     axes = {*findings.producers, *((c.weight, c.dim) for c in findings.consumers.values())}
     for name, dim in sorted(axes):
         if name in frozen:
-            own = f"'{name}' {FROZEN}, while other parameters are trained beside it"
-            findings.pin(owners[name].axis(dim), Reason(own, remedy=_REMEDY))
+            findings.pin(owners[name].axis(dim), Code.FROZEN(name=name))
     for name in _of_adapters(model):
         if name in owners:
-            findings.pin(owners[name].slots(), Reason(f"'{name}' {_ADAPTER}", remedy=_REMEDY))
+            findings.pin(owners[name].slots(), Code.ADAPTER(name=name))
 
 
 def _of_adapters(model: nn.Module) -> Iterator[str]:

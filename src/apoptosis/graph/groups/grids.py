@@ -10,12 +10,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes, classify, hard_pins, numbered
-from apoptosis.graph.trace.findings import Grid, Reason, TraceResult
+from apoptosis.graph.trace.findings import Grid, TraceResult
 from apoptosis.records import IntArray, Split
-
-_TOGETHER = "they are split into rows together with channels that are never removed"
-_MIXED = "they are split into rows together with values that are no channels"
 
 
 def classify_rectangular(findings: TraceResult) -> tuple[Classes, dict[int, IntArray]]:
@@ -56,7 +54,7 @@ def _rectangular(
         return True
     if bool(pinned.any()):  # rows that may go as a whole leave the others their width
         whole = not bool(hard[classes.labels[grid.slots[pinned]]].any())
-        findings.pin(grid.slots[~pinned], Reason(_TOGETHER, grid.where), inner=whole)
+        findings.pin(grid.slots[~pinned], Code.SPLIT_WITH_PINNED(where=grid.where), inner=whole)
         return False
     number = int(group[labels[0, 0]])
     alone = number >= 0 and bool((group[labels] == number).all()) and labels.size == sizes[number]

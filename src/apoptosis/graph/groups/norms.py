@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes
-from apoptosis.graph.trace.findings import Norm, Reason, TraceResult
+from apoptosis.graph.trace.findings import Norm, TraceResult
 from apoptosis.records import IntArray, Site
-
-_SEVERAL = "a norm's statistics run over these channels together with others, or over some of them twice"
 
 
 def norm_sites(findings: TraceResult, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
@@ -29,7 +28,7 @@ def norm_sites(findings: TraceResult, classes: Classes, channels: IntArray) -> t
         if bool((index < 0).all()):
             continue
         if index.size != channels.size or bool((np.sort(index) != np.arange(channels.size)).any()):
-            return (), Reason(_SEVERAL)
+            return (), Code.NORM_SEVERAL()
         columns = np.argsort(index, kind="stable").astype(np.int64)[:, None]
         found.append(_site(norm, columns))
     return tuple(found), None

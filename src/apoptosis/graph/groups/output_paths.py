@@ -12,11 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.graph.explain import Code, Reason
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import IntArray
-
-_OUTPUT = ("they are the network's output", "the model returns it")
 
 
 def through(findings: TraceResult, pin: int, axes: Iterable[Axis]) -> Reason:
@@ -30,7 +29,7 @@ def through(findings: TraceResult, pin: int, axes: Iterable[Axis]) -> Reason:
     slots, reason = findings.pins[pin]
     own = set(axes)
     base = next((axis for axis in findings.producers if axis in own), None)
-    if base is None or not reason.text.startswith(_OUTPUT):
+    if base is None or reason.code not in (Code.OUTPUT, Code.RETURNED_PARAMETER):
         return reason
     begin, made = _axes(findings, slots) & own, findings.made.get(pin, frozenset())
     if base in begin and len(made & own) < 2:

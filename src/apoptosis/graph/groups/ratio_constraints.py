@@ -13,16 +13,14 @@ from fractions import Fraction
 
 from torch import nn
 
+from apoptosis.graph.explain import Code
 from apoptosis.records import Group, IntArray, Pin, Split
 
 Labels = Mapping[str, tuple[IntArray, ...]]
 Row = dict[str, Fraction]
 """What share of the places of a row each group fills."""
 
-_PART = "they fill a part of rows whose width is one number, which other channels have as well"
-_PINNED = "which is pinned: "
 _SIZES = ("dim", "size", "width", "d_k", "d_v", "d_q", "d_head", "dk", "dv")
-_PART_REMEDY = "Give these rows a number of their own, or leave their width to torch (-1)."
 
 
 def same_share(
@@ -49,6 +47,7 @@ def same_share(
     together: dict[str, set[str]] = {}
     alike = [("in one tensor", part) for part in others]
     held = _with_pinned(groups, [*_by_number(_governed([*splits, *rigid], modules, names), modules), *alike])
+    parts = {g.name: Code.PART_OF_WIDTH().pin(g.name, g.num_channels) for g in groups if g.name in fixed}
     for part in (*sets, *_recurrent(groups, modules), *(part for _, part in alike)):
         united = set(part).union(*(together.get(name, ()) for name in part))
         together.update(dict.fromkeys(united, united))
@@ -57,7 +56,7 @@ def same_share(
             g,
             tied_groups=tuple(sorted(together.get(g.name, {g.name}) - {g.name})),
             num_static=num_static.get(g.name, 0),
-            pin=g.pin or held.get(g.name) or (_fixed_pin(g) if g.name in fixed else None),
+            pin=g.pin or held.get(g.name) or parts.get(g.name),
         )
         for g in _held(groups, modules)
     )
@@ -89,6 +88,7 @@ def _with_pinned(groups: Sequence[Group], sets: Iterable[tuple[str, set[str]]]) 
     """Pin groups that have one width with a group that is pinned; sets: where it is one, and the names."""
     pins = {group.name: group.pin for group in groups if group.pin is not None}
     widths = {group.name: group.num_channels for group in groups}
+    causes = {name: pin.reason for name, pin in pins.items()}
     found: dict[str, Pin] = {}
     waiting = list(sets)
     while True:
@@ -97,17 +97,15 @@ def _with_pinned(groups: Sequence[Group], sets: Iterable[tuple[str, set[str]]]) 
             return found
         place, names = ready[0]
         first = min(names & pins.keys())
-        why = pins[first]
-        cause = why.reason.rpartition(_PINNED)[2]
         for name in names - pins.keys():
-            reason = f"they share the width of '{first}' {place}, {_PINNED}{cause}"
-            pins[name] = found[name] = Pin(
-                group=name, num_channels=widths[name], reason=reason, where=why.where, remedy=why.remedy
-            )
+            causes[name] = causes[first]
+            pins[name] = found[name] = _shared(pins[first], causes[first], place, name, widths[name])
 
 
-def _fixed_pin(group: Group) -> Pin:
-    return Pin(group=group.name, num_channels=group.num_channels, reason=_PART, remedy=_PART_REMEDY)
+def _shared(why: Pin, cause: str, place: str, name: str, num_channels: int) -> Pin:
+    """Return the pin of a group that has one width with the group of another pin. cause: where that one's lies."""
+    reason = Code.SHARED_WIDTH(other=why.group, place=place, cause=cause)
+    return replace(reason, where=why.where, remedy=why.remedy).pin(name, num_channels)
 
 
 def _mixed(governed: Iterable[Sequence[Row]], widths: Mapping[str, int]) -> tuple[dict[str, int], set[str]]:
@@ -149,10 +147,8 @@ def _held(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> tuple[Gr
     for names in _recurrent(groups, modules):
         pinned = min(names & pins.keys(), default="")
         for name in names - pins.keys() if pinned else ():
-            why = pins[pinned]
-            shared = f"they share the width of '{pinned}' in one recurrence, which is pinned: {why.reason}"
-            num = next(g.num_channels for g in groups if g.name == name)
-            held[name] = Pin(group=name, num_channels=num, reason=shared, where=why.where, remedy=why.remedy)
+            why, num = pins[pinned], next(g.num_channels for g in groups if g.name == name)
+            held[name] = _shared(why, why.reason, "in one recurrence", name, num)
     return tuple(replace(g, pin=held[g.name], neuron=None) if g.name in held else g for g in groups)
 
 

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from torch import nn
 
+from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import classify
-from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import TensorInfo
 
-_REMEDY = "Give an example_input that takes this way, or delete it."
-_MORE = "Give a larger example_input, of which some rows come here."
 _LISTS = (nn.ParameterList, nn.ParameterDict)  # which no pass could run
 
 
@@ -38,12 +37,10 @@ def pin_unreached(findings: TraceResult, model: nn.Module, aliases: Mapping[str,
     notes = [_module_note(name, count) for name, count in idle.items()]
     for name, owner in unread.items():
         above = next((module for module in _lineage(name) if module in idle), None)
-        text = f"parameter '{name}' is not read by the forward pass on example_input"
+        reason = Code.UNREAD(name=name) if above is None else Code.NOT_RUN(module=above)
         if above is None:
-            notes.append(text)
-        else:
-            text = f"the forward pass on example_input does not run '{above}'"
-        _pin(findings, owner, Reason(text, remedy=_REMEDY))
+            notes.append(reason.text)
+        _pin(findings, owner, reason)
     lists = {name for name, module in modules.items() if isinstance(module, _LISTS)}
     _pin_shared(findings, {name: held for name, held in own.items() if name not in lists})
     _pin_beside(findings, own, unread)
@@ -51,7 +48,7 @@ def pin_unreached(findings: TraceResult, model: nn.Module, aliases: Mapping[str,
     for name, count in starved.items():
         notes.append(_starved_note(name, count))
         for owner in _inside(own, name):
-            _pin(findings, owner, Reason(f"'{name}' runs on no rows of example_input", remedy=_MORE))
+            _pin(findings, owner, Code.NO_ROWS(module=name))
     _pin_siblings(findings, modules, own, idle)
     return tuple(notes)
 
@@ -102,10 +99,7 @@ def _pin_siblings(
         outside = np.ones(labels.size, dtype=bool)
         outside[slots] = False
         shared = slots[np.isin(labels[slots], labels[outside])]
-        text = (
-            f"'{name}', which may read or make them as '{twin}' does, is not run by the forward pass on example_input"
-        )
-        findings.pin(shared, Reason(text, remedy=_MORE))
+        findings.pin(shared, Code.TWIN_NOT_RUN(module=name, twin=twin))
 
 
 def _own(
@@ -164,8 +158,8 @@ def _pin_shared(findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo
     for tensor, names in homes.items():
         idle = [name for name in names if name not in findings.ran]
         if idle and len(idle) < len(names):
-            text = f"'{tensor}' belongs to '{idle[0]}' too, which the forward pass on example_input does not run"
-            findings.pin(findings.slots.owners[tensor].slots(), Reason(text, remedy=_REMEDY))
+            why = Code.NOT_RUN_TOO(name=tensor, module=idle[0])
+            findings.pin(findings.slots.owners[tensor].slots(), why)
 
 
 def _pin_beside(
@@ -176,5 +170,4 @@ def _pin_beside(
         for lost in held.values():
             for owner in held.values():
                 if lost.name in unread and owner.name not in unread and owner.shape[:1] == lost.shape[:1] != ():
-                    text = f"'{lost.name}' lies along them and is not read by the forward pass on example_input"
-                    findings.pin(owner.axis(0), Reason(text, remedy=_REMEDY))
+                    findings.pin(owner.axis(0), Code.BESIDE_UNREAD(name=lost.name))

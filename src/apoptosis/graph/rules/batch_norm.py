@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.computed_weights import normalised_copy
 from apoptosis.graph.rules.normalization import parameter_operand, whole_channels
@@ -32,7 +33,7 @@ def _batch_norm(call: Call) -> Result:
     shape = [-1 if i == 1 else 1 for i in range(ndim)]
     over = bool(varying(value.ids) - {1})
     if over:
-        call.pin(value.ids, "normalises over channels")
+        call.pin(value.ids, Code.NORM)
     owners = tracer.findings.slots.owners
     # behind a permutation of channels its entries are not in the order of the rows that made them
     stock = stock and all(np.array_equal(value.ids.reshape(-1), owners[name].axis(dim)) for name, dim in value.paths)

@@ -13,10 +13,11 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.notes import note_count
 from apoptosis.graph.trace.ids import View
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import Value, align, nothing, varying
+from apoptosis.graph.trace.values import CONSTANT, Origin, Value, align, nothing, varying
 from apoptosis.records import IntArray
 
 
@@ -27,7 +28,7 @@ def _bind(call: Call, view: View, ndim: int, axes: frozenset[int] | None) -> Int
     """
     lead = ndim - view.ndim
     if view.dims is None:
-        call.pin_owner(view.owner, "uses several axes of it as one")
+        call.pin_owner(view.owner, Code.SEVERAL_AS_ONE)
         return None
     runs = view.varied()
     if axes is not None:
@@ -35,7 +36,7 @@ def _bind(call: Call, view: View, ndim: int, axes: frozenset[int] | None) -> Int
     if len(runs) == 1:
         return align(view.slots(runs[0]), ndim)
     if runs:
-        call.pin_owner(view.owner, "meets several axes of it at once")
+        call.pin_owner(view.owner, Code.SEVERAL_AXES)
     return None
 
 
@@ -116,9 +117,9 @@ def tie_broadcast(
         if bound is not None:
             live.append((tensor, bound))
         elif view.dims is None and axes is not None and tensor.numel() > 1:
-            dull.append((tensor, nothing(tensor.dim(), f"'{view.owner.name}'")))
+            dull.append((tensor, nothing(tensor.dim(), Origin(f"'{view.owner.name}'"))))
     if not live:
-        origin = dull[0][1].origin if dull else "a constant"
+        origin = dull[0][1].origin if dull else CONSTANT
         parts = [_even(call, t, ndim, value) for t, value in (*dull, *filled)]
         parts += [_even(call, tensor, ndim, nothing(ndim)) for tensor, _ in views]
         return replace(nothing(ndim, origin, is_filler=is_filler), even={} if is_filler else _all_even(parts))
@@ -129,7 +130,7 @@ def tie_broadcast(
         _note_extents(call, tensor, value, result)
     for tensor, value in dull:
         if _spans(tensor, ndim, varying(result) - {ndim + axis for axis in value.even}):
-            call.pin(result, f"combines channels with {value.origin}, which has none")
+            call.pin(result, (Code.MEETS_KEPT if value.origin.kept else Code.MEETS_NONE)(origin=value.origin))
             break
     return Value(result)
 
@@ -140,14 +141,14 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
         return a
     along_a, along_b = varying(a), varying(b)
     if not along_a and along_b:
-        call.pin(a, "spreads one channel over others")
+        call.pin(a, Code.SPREADS)
         if _spans(left, ndim, along_b):
-            call.pin(b, "combines channels with positions of another channel")
+            call.pin(b, Code.MEETS_POSITIONS)
         return b
     if along_a and not along_b:
-        call.pin(b, "spreads one channel over others")
+        call.pin(b, Code.SPREADS)
         if _spans(right, ndim, along_a):
-            call.pin(a, "combines channels with positions of another channel")
+            call.pin(a, Code.MEETS_POSITIONS)
         return a
     if not (along_a <= along_b or along_b <= along_a):
         return _crossed(call, left, a, right, b, ndim)
@@ -157,7 +158,7 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
     wide_a, wide_b = np.broadcast_arrays(a, b)
     lone = (wide_a == 0) != (wide_b == 0)
     if bool(lone.any()):
-        call.pin(np.where(lone, wide_a + wide_b, 0), "combines channels with values that are none")
+        call.pin(np.where(lone, wide_a + wide_b, 0), Code.MEETS_VALUES)
     return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)
 
 
@@ -183,10 +184,9 @@ def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, n
 
 def _crossed(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:
     """Channels along one axis meet channels along another: the fewer are never removed, the others go on."""
-    text = "combines channels that lie along different axes"
     if np.unique(a).size < np.unique(b).size:
         left, a, right, b = right, b, left, a
-    call.pin(b, text)
+    call.pin(b, Code.CROSSES)
     if varying(a) & varying(b) or _spans(right, ndim, varying(a)):
-        call.pin(a, text)
+        call.pin(a, Code.CROSSES)
     return a

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.ids import TensorInfo
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import Axis
+from apoptosis.graph.trace.values import CONSTANT, Axis
 from apoptosis.records import IntArray, Normal
-
-_STANDARD = "normalises each row of '{}' over them: rows of a given size cannot take over for inputs that go"
-GAIN_REMEDY = "A gain per output channel that is learned (as in scaled weight standardisation) frees them."
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ def _number(call: Call, other: object) -> float | None:
     view = call.tracer.view(other)
     if other.numel() != 1 or other.is_complex():
         return None
-    if view is None and (call.tracer.value(other).has_channels or call.tracer.value(other).origin != "a constant"):
+    if view is None and (call.tracer.value(other).has_channels or call.tracer.value(other).origin != CONSTANT):
         return None  # computed from the weight, it may be
     if view is not None:
         call.tracer.read(view.owner, "operator")
@@ -159,10 +157,10 @@ def normal_of(call: Call, weight: Tensor, owner: TensorInfo, dim_out: int, colum
     if making is None or not making.rows:
         return None
     if dim_out != 0:
-        call.pin(columns, f"normalises '{owner.name}' along the channels that it reads")
+        call.pin(columns, Code.ROWS_ALONG_INPUTS(name=owner.name))
         return None
     if making.gain is None:
-        call.pin(columns, _STANDARD.format(owner.name), GAIN_REMEDY)
+        call.pin(columns, Code.ROWS_STANDARDISED(name=owner.name))
         return None
     raw, used = call.tracer.memory.raw_and_used(weight, owner)
     if raw.is_meta or isinstance(used, FakeTensor) or isinstance(raw, FakeTensor):

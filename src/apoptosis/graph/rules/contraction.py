@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from apoptosis.graph.explain import layer_of
+from apoptosis.graph.explain import Code, layer_of
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.computed_weights import normal_of
 from apoptosis.graph.rules.matrices import Matrix, as_matrix, as_stack
@@ -24,10 +24,6 @@ from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Multiple, Path, Value, drop_paths, nothing, varying, weight_named
 from apoptosis.records import IntArray
-
-REMEDY = "Let an nn.Linear or nn.Conv module compute it."
-_TIED = "Give each use a parameter of its own."
-_STACK_REMEDY = "The widths inside the matrices may shrink; their number may not."
 
 
 def _stock_linear(module: nn.Module | None) -> bool:
@@ -43,19 +39,18 @@ def consume(call: Call, weight: Matrix, tensor: Tensor, axis: int, columns: IntA
     if not value.has_channels and _is_zero(value, tensor):
         pass  # a first hidden state, which says nothing of its channels
     elif not value.has_channels:
-        call.pin(columns, f"reads {value.origin}, which carries no channels")
+        call.pin(columns, Code.READS_NONE(origin=value.origin))
     elif value.ids.size == 1:  # positions of one channel, the only one: flattened, they are read column by column
         tracer.findings.tie(np.broadcast_to(value.ids.reshape(1), columns.shape), columns)
     elif value.ids.shape[axis] != size:
-        text = "mixes the positions of single channels"
-        call.pin(value.ids, text)
-        call.pin(columns, text)
+        call.pin(value.ids, Code.MIXES_POSITIONS)
+        call.pin(columns, Code.MIXES_POSITIONS)
     else:
         ids = np.moveaxis(value.ids, axis, -1).reshape(-1, size)
         wide = np.broadcast_to(columns, ids.shape)
         tracer.findings.tie(ids, wide)
         if bool((ids == 0).any()):
-            call.pin(np.where(ids == 0, wide, 0), "reads channels beside values that are none")
+            call.pin(np.where(ids == 0, wide, 0), Code.READS_BESIDE_NONE)
     return value
 
 
@@ -69,7 +64,7 @@ def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: b
     tracer, findings = call.tracer, call.tracer.findings
     name = tracer.module_name
     if site.functional and weight.rows.size != weight.owner.shape[weight.dim_out]:
-        call.pin(weight.columns, f"reads part of the rows of '{weight.owner.name}'", REMEDY)
+        call.pin(weight.columns, Code.PART_OF_ROWS(name=weight.owner.name))
     known = findings.consumers.setdefault(site.key, site)
     if known.bias != site.bias or known.factors != site.factors:
         known.bias = None  # not added each time: nothing may be folded into it
@@ -87,9 +82,9 @@ def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: b
 def _in_several_ways(call: Call, weight: Matrix, known: Consumer, site: Consumer) -> None:
     """Let the pass be run again where one weight convolves what a hook sees and what it does not see."""
     if known.conv is None or site.conv is None:
-        call.pin(weight.columns, f"uses '{weight.owner.name}' as a layer does and in another way", _TIED)
+        call.pin(weight.columns, Code.LAYER_AND_OTHER(name=weight.owner.name))
     elif replace(known.conv, padded=()) != replace(site.conv, padded=()):
-        call.pin(weight.columns, f"convolves with '{weight.owner.name}' in several ways", _TIED)
+        call.pin(weight.columns, Code.SEVERAL_CONVOLUTIONS(name=weight.owner.name))
     else:
         known.conv, known.functional = replace(known.conv, padded=()), True
 
@@ -137,13 +132,12 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
     elif view_a is None and view_b is None:
         value = multiply(call, a, b, out.dim(), macs)
     if value is None:
-        text = "contracts channels with values that are not a parameter"
         for tensor, view in ((a, view_a), (b, view_b)):
             if view is not None:
-                call.pin_owner(view.owner, "does not use it as a plain matrix")
+                call.pin_owner(view.owner, Code.NO_MATRIX)
             else:
-                call.pin(tracer.value(tensor).ids, text)
-        value = nothing(out.dim(), f"the result of {call.label}")
+                call.pin(tracer.value(tensor).ids, Code.NO_PARAMETER)
+        value = nothing(out.dim(), call.made())
     return value if bias is None else biased(call, value, bias, out)
 
 
@@ -173,7 +167,7 @@ def _apply(
         if stack is None:
             return None
         weight = stack.matrix
-        call.pin(stack.others, "numbers matrices of a stack", _STACK_REMEDY)
+        call.pin(stack.others, Code.MATRIX_NUMBERS)
     direct = (
         _stock_linear(module)
         and module is not None
@@ -226,8 +220,8 @@ def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
     if (added := _stacked_bias(call, value, view, out)) is not None:
         return added
     if view.varied():
-        call.pin_owner(view.owner, "adds it across channels")
-        call.pin(value.ids, "adds a parameter across channels")
+        call.pin_owner(view.owner, Code.BIAS_ACROSS)
+        call.pin(value.ids, Code.ADDED_ACROSS)
     return value
 
 
@@ -243,7 +237,7 @@ def _stacked_bias(call: Call, value: Value, view: View, out: Tensor) -> Value | 
     call.tracer.findings.biases.add((view.owner.name, along[0]))
     for dim in view.varied():
         if dim != along[0]:
-            call.pin(view.owner.axis(dim), "numbers matrices of a stack", _STACK_REMEDY)
+            call.pin(view.owner.axis(dim), Code.MATRIX_NUMBERS)
     return replace(value, paths=drop_paths([value.paths]), linear=frozenset())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvNd
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.computed_weights import normal_of
 from apoptosis.graph.rules.contraction import biased, consume, factors_of, register, site_bias
 from apoptosis.graph.rules.matrices import Matrix, as_kernel
@@ -26,12 +27,8 @@ from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Path, Value, drop_paths, nothing, varying
 from apoptosis.records import Convolution, IntArray, SiteKind
 
-_COMPLEX_REMEDY = "Write it as convolutions of real and imaginary part, with a real weight for each."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _STOCK: dict[Any, Any] = {cls.forward: getattr(cls, "_conv_forward", None) for cls in _CONVS}
-_SLIDES = (
-    "A gate from two linear layers (squeeze and excitation) in its place frees them; widths inside a block shrink."
-)
 
 
 def _stock_conv(module: nn.Module | None) -> bool:
@@ -68,12 +65,11 @@ def _convolution(call: Call) -> Result:
 
 def _slides_over_channels(call: Call, x: Tensor, w: Tensor) -> Value:
     """Pin channels that lie along positions (efficient channel attention): each one's neighbours are mixed with it."""
-    text = "slides over channels: without one of them its neighbours would meet others"
-    call.pin(call.tracer.value(x).ids, text, _SLIDES)
+    call.pin(call.tracer.value(x).ids, Code.SLIDES)
     view = call.tracer.view(w)
     if view is not None:
-        call.pin_owner(view.owner, "slides over channels")
-    return nothing(call.outs[0].dim(), f"the result of {call.label}")
+        call.pin_owner(view.owner, Code.SLIDES)
+    return nothing(call.outs[0].dim(), call.made())
 
 
 def _with_parameter(call: Call, w: Tensor, view: View, axes: tuple[int, ...], x: Tensor, macs: float) -> Value:
@@ -150,20 +146,15 @@ def _computed(call: Call, x: Tensor, w: Tensor, involved: bool) -> Value:
     """
     tracer, ndim = call.tracer, call.outs[0].dim()
     view = tracer.view(w)
-    text = "contracts channels with values that are not a parameter"
-    if view is not None and view.owner.is_buffer:
-        text = f"convolves channels with the buffer '{view.owner.name}', into which nothing is folded"
-    call.pin(tracer.value(x).ids, text)
-    if view is not None:
-        text, remedy = "does not use it whole", ""
-        if view.owner.is_complex:  # torch runs it as several real ones
-            text, remedy = "is part of a complex convolution, which cannot be followed", _COMPLEX_REMEDY
-        call.pin_owner(view.owner, text, remedy)
-        return nothing(ndim, f"the result of {call.label}")
+    fixed = Code.BUFFER_KERNEL(name=view.owner.name) if view is not None and view.owner.is_buffer else None
+    call.pin(tracer.value(x).ids, fixed or Code.NO_PARAMETER)
+    if view is not None:  # torch runs a complex one as several real ones
+        call.pin_owner(view.owner, Code.COMPLEX_CONVOLUTION if view.owner.is_complex else Code.NOT_WHOLE)
+        return nothing(ndim, call.made())
     value = tracer.value(w)
     if involved or varying(value.ids) - {0} or value.ids.shape[0] != w.shape[0]:
-        call.pin(value.ids, "convolves with what is computed from it")
-        return nothing(ndim, f"the result of {call.label}")
+        call.pin(value.ids, Code.COMPUTED_KERNEL)
+        return nothing(ndim, call.made())
     for axis in value.paths:
         tracer.findings.axis_macs[axis][tracer.mode] += float(call.outs[0].numel()) * math.prod(w.shape[1:])
     return Value(_channels_first(value.ids.reshape(-1), ndim), paths=value.paths)

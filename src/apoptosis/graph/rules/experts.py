@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.contraction import consume, register
 from apoptosis.graph.rules.matrices import Matrix
 from apoptosis.graph.trace.findings import Consumer, site_key
-from apoptosis.graph.trace.tracer import Call, Result, Rule, no_rule
+from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Value
-
-_REMEDY = "Multiply with one parameter of shape (experts, out, in), or one expert at a time."
-_EXPERT_REMEDY = "The widths inside the experts may shrink; their number may not."
 
 
 def _grouped_mm(call: Call) -> Result:
@@ -31,14 +29,16 @@ def _grouped_mm(call: Call) -> Result:
     tracer.findings.macs[tracer.mode] += macs
     view = tracer.view(w)
     if view is None or tracer.view(x) is not None or (x.dim(), w.dim()) != (2, 3):
-        return no_rule(call, "multiplies with what is no stack of matrices")
+        call.pin_all(Code.NO_STACK)
+        return None
     columns, rows = view.sole(1), view.sole(2)
     if columns is None or rows is None:
-        return no_rule(call, "multiplies with a stack that is laid out in another way")
+        call.pin_all(Code.OTHER_STACK)
+        return None
     dims = {axis: next(dim for dim in view.varied() if axis in view.axes(dim)) for axis in (1, 2)}
     weight = Matrix(view.owner, dims[1], dims[2], columns, rows)
     for dim in set(view.varied()) - set(dims.values()):
-        call.pin(view.slots(dim), "names experts by their number", _EXPERT_REMEDY)
+        call.pin(view.slots(dim), Code.EXPERT_NUMBERS)
     value = consume(call, weight, x, 1, columns)
     site = Consumer(tracer.module_name, "linear", view.owner.name, dims[1], None, functional=True)
     register(call, weight, value, site, False, macs)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from apoptosis.graph.explain import FRONT_REMEDY
+from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.movement import moving, same_memory
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.trace.tracer import Call, Result, Rule
@@ -20,8 +20,8 @@ from apoptosis.graph.trace.values import SIZE_LIMIT, collapse, drop_paths, expan
 from apoptosis.records import IntArray
 
 
-def _refused(call: Call, text: str, remedy: str) -> Result:
-    call.pin(call.tracer.value(call.args[0]).ids, text, remedy)
+def _refused(call: Call, why: Code) -> Result:
+    call.pin(call.tracer.value(call.args[0]).ids, why)
     return None
 
 
@@ -55,11 +55,11 @@ def _as_strided(call: Call) -> Result:
         return nothing(out.dim(), value.origin, is_filler=value.is_filler)
     start, size = out.storage_offset() - tensor.storage_offset(), 1 + _last(tensor)
     if max(size, out.numel()) > SIZE_LIMIT:
-        return _refused(call, "reads memory that is too large to be followed", "Index or slice instead.")
+        return _refused(call, Code.READS_LARGE)
     flat = np.full(size, -1, dtype=np.int64)  # what lies between the operand's elements is not known
     _strided(flat, tensor)[...] = expand(value.ids, tensor.shape)
     if start < 0 or start + _last(out) >= size or bool((strided := _strided(flat[start:], out)).min(initial=0) < 0):
-        return _refused(call, "reads memory beyond its operand", "Index or slice instead.")
+        return _refused(call, Code.READS_BEYOND)
     return value.moved(collapse(np.array(strided)))
 
 
@@ -77,7 +77,7 @@ def _triangle(call: Call) -> Result:
     tensor = call.args[0]
     value = parameter_operand(call, tensor)
     if varying(value.ids) & {tensor.dim() - 2, tensor.dim() - 1}:
-        call.pin(value.ids, "numbers channels along a diagonal", FRONT_REMEDY)
+        call.pin(value.ids, Code.DIAGONAL)
     even = (
         {axis: object() for axis in range(-tensor.dim(), -2)} if value.is_filler else {}
     )  # filled, now it tells places apart
@@ -93,7 +93,7 @@ def _im2col(call: Call) -> Result:
     if not value.has_channels:
         return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     if varying(value.ids) & {lead + 1, lead + 2}:
-        return _refused(call, "cuts an axis that carries channels into windows", FRONT_REMEDY)
+        return _refused(call, Code.WINDOWS)
     ids = value.ids[..., 0]
     ids = np.repeat(ids, taps, axis=lead) if ids.shape[lead] > 1 else ids
     return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
@@ -111,10 +111,10 @@ def _col2im(call: Call) -> Result:
         split = ids.reshape(*ids.shape[:lead], -1, taps, ids.shape[-1])
         call.tracer.findings.tie(split, split[..., :1, :])  # a kernel's positions go together
         lone = np.where((split == 0) != (split[..., :1, :] == 0), split + split[..., :1, :], 0)
-        call.pin(lone, "adds values that are none to channels", FRONT_REMEDY)
+        call.pin(lone, Code.ADDS_NONE)
         ids = split[..., 0, :]
     if ids.shape[-1] > 1:
-        return _refused(call, "adds up windows along an axis that carries channels", FRONT_REMEDY)
+        return _refused(call, Code.SUMS_WINDOWS)
     return replace(
         value, ids=collapse(ids[..., None]), paths=drop_paths([value.paths]), source=None, linear=frozenset()
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from apoptosis.graph.explain import FRONT_REMEDY
+from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.experts import of_stack
 from apoptosis.graph.rules.normalization import parameter_operand
@@ -23,57 +23,42 @@ from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Path, Value, align, collapse, drop_paths, expand, nothing, varying
 from apoptosis.records import IntArray
 
-_INDEX_REMEDY = "Compute the positions from something that is not removed."
-_NUMBER_REMEDY = "Number positions along another axis than the channels."
-_DEVICE_REMEDY = "Inspect the network on a device that holds numbers."
-_TABLE_REMEDY = "Its columns may go; its rows are what the input names."
-
-# What literal positions are the result of; positions that come of anything else may be others for another input.
-_LITERAL = frozenset(
-    ("a constant", *(f"the result of aten.{name}" for name in ("arange", "linspace", "tril_indices", "triu_indices")))
-)
-
 # Operators that see all channels at once, and in which words.
 _MIXERS = {
-    "_cdist_forward": "measures distances over all channels at once",
-    "_euclidean_dist": "measures distances over all channels at once",
-    "_pdist_forward": "measures distances over all channels at once",
-    "pdist": "measures distances over all channels at once",
-    "dist": "measures distances over all channels at once",
-    "cosine_similarity": "normalises over channels",
-    "_trilinear": "multiplies all channels with one another",
-    "linalg_cross": "multiplies channels with one another",
-    "renorm": "normalises over channels",
-    "masked_select": "drops elements by their value",
-    "nonzero": "makes positions of channels",
-    "unique_dim": "orders channels by their value",
-    "_unique2": "orders channels by their value",
-    "unique_consecutive": "drops elements by their value",
-    "searchsorted": "compares channels with one another",
-    "equal": "compares channels with one another",
-    "affine_grid_generator": "makes positions of channels",
-    "linalg_householder_product": "multiplies channels with one another",
-    "linalg_qr": "multiplies channels with one another",
-    "linalg_matrix_exp": "multiplies channels with one another",
-    "linalg_inv_ex": "multiplies channels with one another",
-    "linalg_lu_factor_ex": "multiplies channels with one another",
-    "_linalg_svd": "multiplies channels with one another",
-    "_linalg_eigh": "multiplies channels with one another",
-    "_linalg_solve_ex": "multiplies channels with one another",
-    "linalg_cholesky_ex": "multiplies channels with one another",
-    "take": "reads elements by their number",
-    "put": "writes elements by their number",
-    "repeat_interleave": "makes positions of channels",
+    "_cdist_forward": Code.DISTANCES,
+    "_euclidean_dist": Code.DISTANCES,
+    "_pdist_forward": Code.DISTANCES,
+    "pdist": Code.DISTANCES,
+    "dist": Code.DISTANCES,
+    "cosine_similarity": Code.NORMALISES,
+    "_trilinear": Code.MULTIPLIES_ALL,
+    "linalg_cross": Code.MULTIPLIES,
+    "renorm": Code.NORMALISES,
+    "masked_select": Code.DROPS_BY_VALUE,
+    "nonzero": Code.MAKES_POSITIONS,
+    "unique_dim": Code.ORDERS_BY_VALUE,
+    "_unique2": Code.ORDERS_BY_VALUE,
+    "unique_consecutive": Code.DROPS_BY_VALUE,
+    "searchsorted": Code.COMPARES,
+    "equal": Code.COMPARES,
+    "affine_grid_generator": Code.MAKES_POSITIONS,
+    "linalg_householder_product": Code.MULTIPLIES,
+    "linalg_qr": Code.MULTIPLIES,
+    "linalg_matrix_exp": Code.MULTIPLIES,
+    "linalg_inv_ex": Code.MULTIPLIES,
+    "linalg_lu_factor_ex": Code.MULTIPLIES,
+    "_linalg_svd": Code.MULTIPLIES,
+    "_linalg_eigh": Code.MULTIPLIES,
+    "_linalg_solve_ex": Code.MULTIPLIES,
+    "linalg_cholesky_ex": Code.MULTIPLIES,
+    "take": Code.ELEMENTS_READ,
+    "put": Code.ELEMENTS_WRITTEN,
+    "repeat_interleave": Code.MAKES_POSITIONS,
 }
 
 
 def _mixed(call: Call) -> Result:
-    for tensor in call.tensors():
-        view = call.tracer.view(tensor)
-        if view is not None:
-            call.pin_owner(view.owner, _MIXERS[call.name], FRONT_REMEDY)
-        else:
-            call.pin(call.tracer.value(tensor).ids, _MIXERS[call.name], FRONT_REMEDY)
+    call.pin_all(_MIXERS[call.name])
     return None
 
 
@@ -92,13 +77,13 @@ def _is_literal(call: Call, index: Tensor) -> bool:
     if not _has_data(index):
         return False
     view = call.tracer.view(index)
-    return view.owner.is_buffer if view is not None else call.tracer.value(index).origin in _LITERAL
+    return view.owner.is_buffer if view is not None else call.tracer.value(index).origin.literal
 
 
 def _as_index(call: Call, tensor: object) -> None:
     """Pin channels that serve as positions."""
     if isinstance(tensor, Tensor) and call.tracer.view(tensor) is None:
-        call.pin(call.tracer.value(tensor).ids, "uses them as an index", _INDEX_REMEDY)
+        call.pin(call.tracer.value(tensor).ids, Code.INDEX)
 
 
 def _embedding(call: Call) -> Result:
@@ -107,20 +92,20 @@ def _embedding(call: Call) -> Result:
     _as_index(call, index)
     for weights in call.tensors()[2:]:
         if tracer.view(weights) is None:
-            call.pin(tracer.value(weights).ids, "weighs the rows of a table with them", _INDEX_REMEDY)
+            call.pin(tracer.value(weights).ids, Code.WEIGHS_ROWS)
     out = call.outs[0]
     view = tracer.view(table)
     rest: list[Value | None] = [None] * (len(call.outs) - 1)
     if view is None or view.dims is None or len(view.owner.shape) != 2:
         value = parameter_operand(call, table, [table.dim() - 1])
         if 0 in varying(value.ids):
-            call.pin(value.ids, "looks channels up by number", _NUMBER_REMEDY)
+            call.pin(value.ids, Code.LOOKED_UP)
         ids = align(value.ids[:1].reshape(-1), out.dim())
         return [Value(ids, paths=drop_paths([value.paths]), origin=value.origin), *rest]
     owner, dim = view.owner, next((d for d in view.varied() if 1 in view.axes(d)), 1)
     columns = view.slots(dim)[:1].reshape(-1)
     rows = view.slots(1 - dim)
-    call.pin(rows, f"looks the rows of '{owner.name}' up by number", _TABLE_REMEDY)
+    call.pin(rows, Code.TABLE_ROWS(name=owner.name))
     axis = (owner.name, dim)
     tracer.findings.producers.setdefault(axis, tracer.module_name or owner.name.rpartition(".")[0])
     simple = call.name == "embedding"
@@ -136,21 +121,21 @@ def _constant_along(tensor: Tensor, axis: int) -> bool:
     return _has_data(tensor) and bool((tensor == tensor.narrow(axis, 0, 1)).all())
 
 
-def _positions(call: Call, index: Tensor, value: Value, dim: int, text: str) -> None:
+def _positions(call: Call, index: Tensor, value: Value, dim: int, verb: str) -> None:
     """Pin what an index of the operand's own shape tells apart by number."""
     own = call.tracer.value(index).ids if call.tracer.view(index) is None else None
     if dim in varying(value.ids):
         _as_index(call, index)
-        call.pin(value.ids, f"{text} channels by number", _NUMBER_REMEDY)
+        call.pin(value.ids, Code.BY_NUMBER(verb=verb))
         return
     if own is not None and own.shape == value.ids.shape and np.array_equal(own, value.ids):
         return  # every channel has positions that were computed from itself, as a sort gives them
     _as_index(call, index)
     axes = varying(value.ids)
     if any(not _constant_along(index, axis) for axis in axes):
-        call.pin(value.ids, f"{text} each channel at positions of its own", _INDEX_REMEDY)
+        call.pin(value.ids, Code.OWN_POSITIONS(verb=verb))
     elif call.name != "gather" and any(index.shape[axis] != call.args[0].shape[axis] for axis in axes):
-        call.pin(value.ids, f"{text} the first of the channels", _NUMBER_REMEDY)  # what gather reads is seen in its ids
+        call.pin(value.ids, Code.FIRST_CHANNELS(verb=verb))  # what gather reads is seen in its ids
 
 
 def _cropped(ids: IntArray, shape: Sequence[int], dim: int) -> IntArray:
@@ -179,8 +164,8 @@ def _scatter(call: Call) -> Result:
         brought = parameter_operand(call, source, set(range(source.dim())) - {dim})
         given.append((source, brought))
         if any(source.shape[a] != target.shape[a] for a in varying(brought.ids) | varying(value.ids) if a != dim):
-            call.pin(brought.ids, "writes them into a part of other channels", _NUMBER_REMEDY)
-            call.pin(value.ids, "writes others into a part of them", _NUMBER_REMEDY)
+            call.pin(brought.ids, Code.INTO_PART)
+            call.pin(value.ids, Code.PART_WRITTEN)
             return None
     for _, one in given:
         if index.dim() == target.dim() and call.name.startswith("scatter"):
@@ -188,7 +173,7 @@ def _scatter(call: Call) -> Result:
         else:
             _as_index(call, index)
             if dim in varying(one.ids):
-                call.pin(one.ids, "writes channels by number", _NUMBER_REMEDY)
+                call.pin(one.ids, Code.BY_NUMBER(verb="writes"))
     if any(dim in varying(one.ids) for _, one in given):
         return None
     met = tie_broadcast(call, [], target.dim(), given)
@@ -200,7 +185,7 @@ def _filled(call: Call) -> Result:
     target, dim = call.args[0], int(call.arg(1, "dim")) % max(1, call.args[0].dim())
     value = call.tracer.value(target)
     if dim in varying(value.ids):
-        call.pin(value.ids, "writes channels by number", _NUMBER_REMEDY)
+        call.pin(value.ids, Code.BY_NUMBER(verb="writes"))
     return replace(value, paths=drop_paths([value.paths]), source=None, linear=frozenset(), even={})
 
 
@@ -222,7 +207,7 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
     paths = drop_paths([value.paths, source.paths])
     if not value.has_channels:
         if source.has_channels and not value.is_filler:
-            call.pin(new, f"writes channels into {value.origin}, which has none", _INDEX_REMEDY)
+            call.pin(new, Code.INTO_NONE(origin=value.origin))
         written = np.where(mask, new, 0)
         return Value(_without_gaps(written), paths=paths, is_filler=value.is_filler and source.is_filler)
     if source.is_filler and not source.has_channels:
@@ -230,7 +215,7 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
     old, new, mask = np.broadcast_arrays(value.ids, new, mask)
     call.tracer.findings.tie(np.where(mask, old, 0), new)
     lone = np.where(mask & ((old == 0) != (new == 0)), old + new, 0)
-    call.pin(lone, "writes channels over values that are none", _INDEX_REMEDY)
+    call.pin(lone, Code.OVER_NONE)
     return Value(value.ids, paths=paths)
 
 
@@ -267,7 +252,7 @@ def _masked_scatter(call: Call) -> Result:
     brought = call.tracer.value(source)
     if not _has_data(mask):
         for ids in (brought.ids, call.tracer.value(target).ids):
-            call.pin(ids, "writes at positions that are not known on this device", _DEVICE_REMEDY)
+            call.pin(ids, Code.UNKNOWN_POSITIONS)
         return None
     wide = np.array(np.broadcast_to(mask.cpu().numpy(), target.shape))
     new = np.zeros(expand(np.zeros((1,) * target.dim(), dtype=np.int64), target.shape).shape, dtype=np.int64)
@@ -275,7 +260,7 @@ def _masked_scatter(call: Call) -> Result:
     axes = varying(collapse(_without_gaps(new))) | varying(call.tracer.value(target).ids)
     if any(bool((wide != wide.take([0], axis=axis)).any()) for axis in axes):
         for ids in (brought.ids, call.tracer.value(target).ids):
-            call.pin(ids, "writes each channel at positions of its own", _INDEX_REMEDY)
+            call.pin(ids, Code.OWN_POSITIONS(verb="writes"))
         return None
     return _overlaid(call, target, new, wide, brought)
 
@@ -288,7 +273,7 @@ def _index_select(call: Call) -> Result:
     if not value.has_channels or value.ids.shape[dim] == 1:
         return value
     if not _is_literal(call, index):
-        call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
+        call.pin(value.ids, Code.BY_DATA)
         return None
     return value.moved(collapse(value.ids.take(index.reshape(-1).cpu().numpy(), axis=dim)))
 
@@ -309,7 +294,7 @@ def _index(call: Call) -> Result:
     if not value.has_channels:
         return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     if varying(value.ids) & set(axes) and not all(_is_literal(call, i) for i in indices if i is not None):
-        call.pin(value.ids, "picks channels by numbers that are data", _NUMBER_REMEDY)
+        call.pin(value.ids, Code.BY_DATA)
         return None
     places = tuple(slice(None) if i is None else _some(_readable(i)) for i in indices)
     return value.moved(collapse(torch.from_numpy(np.array(expand(value.ids, tensor.shape, axes)))[places].numpy()))
@@ -325,7 +310,7 @@ def _some(index: Tensor) -> Tensor:
 def _bucketize(call: Call) -> Result:
     value = call.tracer.value(call.args[0])
     for tensor in call.tensors()[1:]:
-        call.pin(call.tracer.value(tensor).ids, "compares channels with one another", FRONT_REMEDY)
+        call.pin(call.tracer.value(tensor).ids, Code.COMPARES)
     return replace(value, paths=drop_paths([value.paths]), source=None, linear=frozenset(), even={})
 
 

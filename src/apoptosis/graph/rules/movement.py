@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.notes import note_axes, note_count, note_parts, note_split
-from apoptosis.graph.trace.tracer import Call, Result, Rule, no_rule
+from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import (
     SIZE_LIMIT,
     TooLargeError,
@@ -75,7 +76,8 @@ def _reshape(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
 
 def _view(call: Call) -> Result:
     if call.overload == "dtype" and call.outs[0].shape != call.args[0].shape:
-        return no_rule(call)
+        call.pin_all(Code.NO_RULE)
+        return None
     return moving(_reshape)(call)
 
 
@@ -156,7 +158,7 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
         fixed = {k for k in axes - varying(value.ids) if tensor.shape[k] > 1 and tensor.stride(k) != 0}
         for other in values if fixed and (value.has_channels or not value.is_filler) else ():
             if varying(other.ids) & fixed:
-                call.pin(other.ids, "lays channels along one axis beside values that have none along it")
+                call.pin(other.ids, Code.BESIDE_NONE)
     parts = [expand(v.ids, t.shape, [*axes, dim]) for t, v in zip(tensors, values, strict=True)]
     if ndim and sum(p.size for p in parts) > SIZE_LIMIT:
         raise TooLargeError
@@ -282,7 +284,7 @@ def _trailing(call: Call) -> Result:
         blocks = ids.reshape(*ids.shape[:keep], -1, int(call.arg(1, "upscale_factor")) ** 2, *ids.shape[keep + 1 :])
         call.tracer.findings.tie(blocks, np.broadcast_to(blocks.take([0], axis=keep + 1), blocks.shape))
         broken = (blocks == 0).any(axis=keep + 1, keepdims=True)
-        call.pin(np.where(broken, blocks, 0), "lays channels out beside values that are none")
+        call.pin(np.where(broken, blocks, 0), Code.LAID_OUT_WITH_NONE)
     wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, range(keep, tensor.dim()))))
     moved = getattr(torch.ops.aten, call.name)(wide, *call.args[1:], **call.kwargs)
     return value.moved(collapse(moved.numpy()))
@@ -310,7 +312,8 @@ def _pack(call: Call) -> Result:
     """Lay the steps of sequences of several lengths one after the other; channels stay along the last axis."""
     value, last = parameter_operand(call, call.args[0]), call.args[0].dim() - 1
     if varying(value.ids) - {last}:
-        return no_rule(call, "packs sequences whose positions are channels")
+        call.pin_all(Code.PACKS)
+        return None
     return [value.moved(value.ids.reshape(1, -1)), None]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from apoptosis.graph.explain import NORM_REMEDY, ROWS_REMEDY, opt_in
+from apoptosis.graph.explain import ROWS_REMEDY, Code, opt_in
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.trace.findings import Norm, TraceResult
 from apoptosis.graph.trace.tracer import Call, Tracer
@@ -20,8 +20,6 @@ from apoptosis.graph.trace.values import Value, drop_paths, nothing, varying
 from apoptosis.modules.norms import is_shrunk, norm_strategy_of, response_of
 from apoptosis.modules.response_norms import Response
 from apoptosis.records import NormStrategy
-
-_TEXT = "normalises over channels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +41,8 @@ class _Begun:
         """Return what is known of the norm's output: the channels of its input, scaled one by one."""
         call = Call(tracer, "layer_norm", type(self.module).__name__, "", (self.x,), {}, [output])
         if output.shape != self.x.shape:
-            call.pin(self.value.ids, "normalises to another shape than that of its input", NORM_REMEDY)
-            return nothing(output.dim(), f"the result of {type(self.module).__name__}")
+            call.pin(self.value.ids, Code.NORM_SHAPE)
+            return nothing(output.dim(), call.made())
         self._note(call, tracer.findings)
         gains: list[Tensor] = [p for p in self.module._parameters.values() if p is not None]
         if self.axis == 1:
@@ -55,7 +53,7 @@ class _Begun:
     def _note(self, call: Any, findings: TraceResult) -> None:
         ids, last = self.value.ids, self.axis % self.value.ids.ndim
         if last not in varying(ids):
-            call.pin(ids, _TEXT, NORM_REMEDY)  # one id all along, or none
+            call.pin(ids, Code.NORM)  # one id all along, or none
             return
         gain = self.module._parameters.get("weight" if self.layout is None else self.layout.gain)
         view = None if gain is None else call.tracer.view(gain)
@@ -63,15 +61,14 @@ class _Begun:
         name = call.tracer.module_name
         known = findings.norms.get(name)
         if not findings.compensated and self.way != "response":
-            call.pin(ids, _TEXT, opt_in(self.module))
+            call.pin(ids, Code.NORM, opt_in(self.module))
         elif varying(ids) != {last} or bool((slots == 0).any()):
             rows = varying(ids) > {last} and not bool((slots == 0).any())  # each normalised by itself
-            text = f"{_TEXT} that lie along several axes, or with values that are none"
-            call.pin(ids, text, ROWS_REMEDY if rows else NORM_REMEDY, inner=rows)
+            call.pin(ids, Code.NORM_AXES, ROWS_REMEDY if rows else "", inner=rows)
         elif view is None or not view.whole:
-            call.pin(ids, f"{_TEXT} with a weight that is not its own", NORM_REMEDY)
+            call.pin(ids, Code.NORM_WEIGHT)
         elif known is not None and not np.array_equal(known.slots, slots):
-            call.pin(ids, f"{_TEXT} and is used several times, on other channels each", NORM_REMEDY)
+            call.pin(ids, Code.NORM_TWICE)
         else:
             dim = next((d for d, size in enumerate(view.owner.shape) if size > 1), 0)
             findings.norms[name] = Norm(name, slots, view.owner.name, self.way, dim, self.axis == 1)

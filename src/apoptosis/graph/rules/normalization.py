@@ -18,21 +18,14 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from apoptosis.graph.explain import ROWS_REMEDY, layer_of, opt_in, parametrized
+from apoptosis.graph.explain import ROWS_REMEDY, Code, layer_of, opt_in
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.computed_weights import normalised_copy
 from apoptosis.graph.rules.notes import note_grid
 from apoptosis.graph.trace.ids import TensorInfo, View
-from apoptosis.graph.trace.tracer import Call, Result, Rule, Tracer
-from apoptosis.graph.trace.values import Axis, Value, drop_paths, nothing, reshape, varying
+from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.values import Axis, Origin, Value, drop_paths, nothing, reshape, varying
 from apoptosis.records import IntArray
-
-_LOOSE = "Contract the raw parameter (F.linear, nn.Linear), or freeze what is computed into one."
-
-
-def remedy_of(tracer: Tracer) -> str:
-    """Say how to take off what is computing a weight in the running module, "" for nothing."""
-    return parametrized((name, module) for name, module, *_ in reversed(tracer._stack))
 
 
 def parameter_operand(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value:
@@ -68,16 +61,15 @@ def along(call: Call, view: View, dim: int | None) -> Value:
 def _kept(call: Call, view: View, dim: int | None, ids: IntArray | None) -> Value:
     owner = view.owner
     call.tracer.read(owner, "operator")
-    remedy = remedy_of(call.tracer) or _LOOSE
-    text = f"computes with '{owner.name}' before it is used"
+    why = Code.COMPUTED_WEIGHT(name=owner.name)
     for other in range(len(owner.shape)):
         if other != dim and owner.shape[other] > 1:
-            call.pin(owner.axis(other) if view.dims is None else view.slots(other), text, remedy)
+            call.pin(owner.axis(other) if view.dims is None else view.slots(other), why)
     if dim is None or ids is None:
-        return nothing(view.ndim, f"'{owner.name}'")
+        return nothing(view.ndim, Origin(f"'{owner.name}'"))
     if not owner.is_buffer:
         _listed(call, (owner.name, dim))
-    return Value(ids, origin=f"'{owner.name}'", paths={(owner.name, dim): None})
+    return Value(ids, origin=Origin(f"'{owner.name}'"), paths={(owner.name, dim): None})
 
 
 def _flattened(call: Call, tensor: Tensor, owner: TensorInfo) -> IntArray | None:
@@ -156,7 +148,7 @@ def whole_channels(call: Call, value: Value) -> Value:
         ids = ids.take([0], axis=axis)
     call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(ids, value.ids.shape)), value.ids)
     broken = (value.ids == 0).any(axis=tuple(inside), keepdims=True)
-    call.pin(np.where(broken, value.ids, 0), "normalises channels together with values that are none")
+    call.pin(np.where(broken, value.ids, 0), Code.NORM_WITH_NONE)
     return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
 
 
@@ -165,8 +157,7 @@ def _group_norm(call: Call) -> Result:
     value = whole_channels(call, parameter_operand(call, x, [1]))
     block = channels // max(1, groups)
     sets = reshape(value.ids, x.shape, (num, groups, block * positions))
-    remedy = f"With num_groups={channels} each channel is normalised by itself, and may go."
-    reason = call.reason(f"normalises over channels, {block} at a time", remedy)
+    reason = call.reason(Code.GROUP_NORM(block=block, channels=channels))
     if 2 in varying(sets) and varying(value.ids) == {1} and bool((value.ids != 0).all()):
         blocks = value.ids.reshape(1, groups, block)  # which go as a whole
         call.tracer.findings.tie(blocks[..., 1:], blocks[..., :-1])
@@ -186,7 +177,7 @@ def _layer_norm(call: Call) -> Result:
     rest = varying(value.ids) & set(range(x.dim() - len(shape)))
     if varying(value.ids) - rest:  # of several rows each is normalised by itself, and may go as a whole
         remedy = ROWS_REMEDY if rest else opt_in(call.tracer.module)
-        call.pin(value.ids, "normalises over channels", remedy, inner=bool(rest))
+        call.pin(value.ids, Code.NORM, remedy, inner=bool(rest))
     return _result(call, x, value, [t for t in call.args[2:4] if isinstance(t, Tensor)])
 
 
@@ -200,7 +191,7 @@ def _weight_norm(call: Call) -> Result:
             call.tracer.read(view.owner, "operator")
     value = parameter_operand(call, v, [dim])
     if varying(value.ids) - {dim}:
-        call.pin(value.ids, "normalises each row of it", remedy_of(call.tracer))
+        call.pin(value.ids, Code.ROWS_NORMALISED)
     met = tie_broadcast(call, [g], v.dim(), [(v, value)])
     return [replace(met, paths=value.paths), Value(met.ids)]
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.findings import Grid
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import varying
@@ -78,12 +79,12 @@ def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
     if grids.shape[1] == 1 and len(grids) > 1:  # one row for every channel of each head: other grids tell their number
         return
     if len(grids) > _MANY:
-        call.pin(ids, "splits channels that lie in many orders")
+        call.pin(ids, Code.SPLIT_IN_MANY_ORDERS)
         return
     findings, where = call.tracer.findings, call.tracer.where()
     for grid in _distinct(grids):
         if bool((grid == 0).any()):
-            findings.pin(grid, call.reason("splits channels together with values that are none"))
+            call.pin(grid, Code.SPLIT_WITH_NONE)
             continue
         distinct = _distinct(grid)
         known = (f"{call.tracer.module_name}:{len(distinct)}", distinct.tobytes())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor, nn
 
+from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.findings import Product, pairs_of, product_key
 from apoptosis.graph.trace.multiples import FUSED
 from apoptosis.graph.trace.tracer import Call, Result, Rule
@@ -31,9 +32,6 @@ from apoptosis.graph.trace.values import (
     varying,
 )
 from apoptosis.records import IntArray
-
-_REMEDY = "Keep it out of the shrinking part with exclude=, or compute it from an nn.Linear's output."
-_COMPLEX_REMEDY = "Make the product of real tensors: view_as_real() in front of it."
 
 
 @dataclass(slots=True)
@@ -70,9 +68,7 @@ class _Operand:
         call.tracer.findings.tie(self.ids[..., 1:, :], self.ids[..., :1, :].repeat(self.ids.shape[-2] - 1, -2))
         lone = (self.ids == 0) != (self.ids[..., :1, :] == 0)
         if bool(lone.any()):
-            call.pin(
-                np.where(lone, self.ids + self.ids[..., :1, :], 0), "multiplies channels with values that are none"
-            )
+            call.pin(np.where(lone, self.ids + self.ids[..., :1, :], 0), Code.MULTIPLIES_NONE)
         return _Operand(self.tensor, self.value, self.ids[..., :1, :], levelled=True)
 
 
@@ -147,7 +143,7 @@ def sum_of_products(call: Call, axis: int) -> Value | None:
     heads, multiple = _pair(call, left, right, own_scale=False, macs=macs, stepwise=True)
     ndim = call.outs[0].dim()
     if heads is None:
-        return replace(nothing(ndim, f"the result of {call.label}"), multiple=multiple)
+        return replace(nothing(ndim, call.made()), multiple=multiple)
     found = np.moveaxis(heads[..., 0], -1, axis) if ndim == tensor.dim() else heads[..., 0, 0]
     return Value(found, multiple=multiple)
 
@@ -167,10 +163,10 @@ def _pair(
     findings.tie(a, b)
     lone = (a == 0) != (b == 0)
     if bool(lone.any()):
-        call.pin(np.where(lone, a + b, 0), "multiplies channels with values that are none", _REMEDY)
+        call.pin(np.where(lone, a + b, 0), Code.MULTIPLIES_NONE)
     laid = _rows(left, right)
     if laid is None:
-        call.pin(a, "multiplies channels in an order that cannot be followed", _REMEDY)
+        call.pin(a, Code.OTHER_ORDER)
         return None, None
     slots_left, slots_right, row, num_rows = laid
     fold = None if right.levelled else _plain(call, right, slots_right.reshape(-1))
@@ -180,7 +176,7 @@ def _pair(
             left, right, slots_left, slots_right, fold = right, left, slots_right, slots_left, swapped
     linear = left.value.linear or right.value.linear  # of keys some may be cached, which nothing scales
     if own_scale and not linear:
-        call.pin(a, "divides by the root of the number of channels by itself", "Give it scale= as a number.")
+        call.pin(a, Code.OWN_ROOT)
     slots_left, slots_right = slots_left.reshape(-1), slots_right.reshape(-1)
     product = Product(tracer.module_name, slots_left, slots_right, fold, own_scale, linear, num_rows)
     product.stepwise = stepwise
@@ -215,14 +211,14 @@ def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
     if weights is None:
         return Value(ids, paths=paths, linear=b.value.linear) if b.value.has_channels else nothing(ids.ndim)
     if not b.value.has_channels:
-        call.pin(weights, "sums values that carry no channels, per head")
+        call.pin(weights, Code.SUMS_NONE)
         return Value(collapse(weights), paths=paths)
     if np.array_equal(collapse(weights), collapse(ids)):
         return Value(ids, paths=paths)
     if not findings.slots.is_fresh(weights) or not varying(weights) <= varying(ids):
-        call.pin(weights, "sums channels that are not inside it")
+        call.pin(weights, Code.NOT_INSIDE)
         if not findings.slots.is_fresh(weights) and not varying(weights) < varying(ids):  # else rows stay, as they must
-            call.pin(ids, "weighs them by channels along another axis", _REMEDY)
+            call.pin(ids, Code.WEIGHED)
         return Value(ids, paths=paths, linear=b.value.linear)
     findings.contain(weights, ids, tracer.module_name)
     return Value(ids, paths=paths, linear=b.value.linear)
@@ -251,24 +247,24 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     left, right = _operand(call, a, wide), _operand(call, b, wide, flip=True)
     if ((left.paired and right.paired) or lone_pair(call, a, b)) and a.is_complex():
         for operand in (left, right):
-            call.pin(operand.value.ids, "multiplies complex channels with one another", _COMPLEX_REMEDY)
-        return nothing(ndim, f"the result of {call.label}")
+            call.pin(operand.value.ids, Code.COMPLEX_PRODUCT)
+        return nothing(ndim, call.made())
     if (left.paired and right.paired) or lone_pair(call, a, b):
         heads, multiple = _pair(call, left, right, own_scale=False, macs=macs)
-        scores = nothing(ndim, f"the result of {call.label}") if heads is None else Value(_fit(heads, a, b, ndim))
+        scores = nothing(ndim, call.made()) if heads is None else Value(_fit(heads, a, b, ndim))
         return replace(scores, multiple=multiple)
     for operand in (left, right):
         if operand.paired:
-            call.pin(operand.value.ids, "contracts channels with values that are not a parameter", _REMEDY)
+            call.pin(operand.value.ids, Code.NO_LAYER)
     if left.paired != right.paired:  # what lies along the other axis goes on: the rows of a computed weight
         _credit(call, (right if left.paired else left).value, macs)
         left.ids, right.ids = left.ids[..., :1] * (not left.paired), right.ids[..., :1] * (not right.paired)
     if left.crossed and not right.crossed and varying(right.ids):
         for operand in (left, right):
-            call.pin(operand.value.ids, "spreads channels over those of another axis", _REMEDY)
-        return nothing(ndim, f"the result of {call.label}")
+            call.pin(operand.value.ids, Code.OTHER_AXIS)
+        return nothing(ndim, call.made())
     if left.crossed and right.crossed:  # keys times values, summed over positions: an element carries one channel here
-        call.pin(left.value.ids, "spreads channels over those of another axis", _REMEDY)
+        call.pin(left.value.ids, Code.OTHER_AXIS)
         passed = _pass(call, None, right)
         return Value(_fit(passed.ids, a, b, ndim), paths=passed.paths, linear=passed.linear)
     if left.crossed:
@@ -301,7 +297,7 @@ def _attention(call: Call) -> Result:
     heads: IntArray | None = None
     if any(operand.crossed for operand in (left, right, values)) or left.paired != right.paired:
         for operand in (left, right, values):
-            call.pin(operand.value.ids, "attends along an axis that carries channels")
+            call.pin(operand.value.ids, Code.ATTENDS_ALONG)
         return [nothing(out.dim()) for out in call.outs]
     if left.paired:
         heads, multiple = _pair(call, left, right, own_scale=own, macs=macs)
@@ -314,11 +310,11 @@ def _attention(call: Call) -> Result:
         met = align(call.tracer.value(mask).ids, ndim)
         call.tracer.findings.tie(heads, met)
         if mask.dim() > 2 and mask.shape[-3] > 1 and mask.stride(-3) != 0 and met.shape[-3] == 1:
-            call.pin(heads, "adds a mask of its own to every head")
+            call.pin(heads, Code.MASK_PER_HEAD)
     elif view is not None:
-        call.pin_owner(view.owner, "adds it to the scores")
+        call.pin_owner(view.owner, Code.SCORE_BIAS)
         if heads is not None:
-            call.pin(heads, "adds a parameter to the scores")
+            call.pin(heads, Code.BIASED_SCORES)
     flipped = _Operand(values.tensor, values.value, values.ids.swapaxes(-1, -2))
     passed = _pass(call, heads, flipped)
     return [passed, *[nothing(out.dim()) for out in call.outs[1:]]]

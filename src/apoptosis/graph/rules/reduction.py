@@ -14,16 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from apoptosis.graph.explain import FRONT_REMEDY, NORM_REMEDY, ROWS_REMEDY, opt_in
+from apoptosis.graph.explain import ROWS_REMEDY, Code, opt_in
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.product import sum_of_products
 from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Paths, Value, drop_paths, varying
 from apoptosis.records import IntArray
-
-_SUM_REMEDY = "An nn.Linear with one output in its place is a weighted sum that can be folded into."
-_GATE_REMEDY = "Compute both halves from layers, or leave the module out with exclude=."
 
 # Position and default of the `dim` argument.
 _REDUCTIONS = {
@@ -41,9 +38,8 @@ _SOFTMAX = frozenset(("_softmax", "_log_softmax", "_safe_softmax", "softmax", "l
 _ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "log_softmax": 1, "cumsum": 1,
           "cumprod": 1, "logcumsumexp": 1, "cummax": 1, "cummin": 1, "_cummax_helper": 3, "_cummin_helper": 3,
           "sort": 1, "topk": 2, "_fft_c2c": 1, "_fft_r2c": 1, "_fft_c2r": 1}  # fmt: skip
-_WORDS = {"sort": "orders channels among themselves", "topk": "orders channels among themselves",
-          "_fft_c2c": "transforms channels into one another", "_fft_r2c": "transforms channels into one another",
-          "_fft_c2r": "transforms channels into one another"}  # fmt: skip
+_WHY = {"sort": Code.ORDERS, "topk": Code.ORDERS,
+        "_fft_c2c": Code.TRANSFORMS, "_fft_r2c": Code.TRANSFORMS, "_fft_c2r": Code.TRANSFORMS}  # fmt: skip
 _LINEAR = frozenset(("_fft_c2c", "_fft_r2c", "_fft_c2r"))  # what is zero adds nothing
 
 _POOLED = (
@@ -79,12 +75,10 @@ def reduce(call: Call) -> Result:
     if reduced & varying(value.ids):
         rows = None if not rest or call.name not in _SUMS else _rows(call, value, reduced)
         if call.name in _AVERAGES:
-            text = "reduces over channels, as what normalises over channels does"
             remedy = opt_in(call.tracer.module) if rows is None else ROWS_REMEDY
-            call.pin(value.ids, text, remedy, inner=rows is not None)
+            call.pin(value.ids, Code.AVERAGES, remedy, inner=rows is not None)
         else:
-            remedy = _SUM_REMEDY if call.name == "sum" else FRONT_REMEDY
-            call.pin(value.ids, "reduces over channels", remedy, inner=rows is not None)
+            call.pin(value.ids, Code.SUMS if call.name == "sum" else Code.REDUCES, inner=rows is not None)
         if rows is None:
             return None
         value = Value(rows, paths=drop_paths([value.paths]))
@@ -131,7 +125,7 @@ def _place_by_place(call: Call, value: Value, reduced: frozenset[int]) -> Value:
     call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(first, value.ids.shape)), value.ids)
     broken = (value.ids == 0).any(axis=axes, keepdims=True)
     verb = "chooses between" if call.name in _EXTREMES else "combines"
-    call.pin(np.where(broken, value.ids, 0), f"{verb} channels and values that are none", FRONT_REMEDY)
+    call.pin(np.where(broken, value.ids, 0), Code.REDUCES_WITH_NONE(verb=verb))
     return replace(value, ids=first, paths=drop_paths([value.paths]), even={})
 
 
@@ -163,10 +157,10 @@ def _along(call: Call) -> Result:
         if min(meeting) < max(rest):  # rows beside one another, as the branches of a split attention
             _place_by_place(call, value, mixed)
         else:
-            call.pin(value.ids, "normalises or accumulates over channels", ROWS_REMEDY, inner=True)
+            call.pin(value.ids, Code.NORMALISES_ALONG, ROWS_REMEDY, inner=True)
             _rows(call, value, mixed)
     elif meeting:
-        call.pin(value.ids, _WORDS.get(call.name, "normalises or accumulates over channels"), FRONT_REMEDY)
+        call.pin(value.ids, _WHY.get(call.name, Code.NORMALISES_ALONG))
         return None
     return [_ended(value)] * len(call.outs)
 
@@ -193,12 +187,10 @@ def _pool(call: Call) -> Result:
     else:
         value = parameter_operand(call, tensor, range(tensor.dim() - num))
     if call.name.startswith("grid_sampler"):
-        call.pin(call.tracer.value(call.args[1]).ids, "samples at positions that are channels", FRONT_REMEDY)
+        call.pin(call.tracer.value(call.args[1]).ids, Code.SAMPLES)
     if any(axis >= tensor.dim() - num for axis in varying(value.ids)):
-        text = "pools over an axis that carries channels"
-        if isinstance(call.tracer.module, nn.LocalResponseNorm):
-            text = "normalises over channels that are neighbours"
-        call.pin(value.ids, text, NORM_REMEDY if "normalises" in text else FRONT_REMEDY)
+        neighbours = isinstance(call.tracer.module, nn.LocalResponseNorm)
+        call.pin(value.ids, Code.NEIGHBOURS if neighbours else Code.POOLS)
         return None
     largest = "max_pool" in call.name
     average = "adaptive_avg" in call.name or "nearest" in call.name or "linear" in call.name
@@ -223,7 +215,7 @@ def _glu(call: Call) -> Result:
     first, second = np.split(value.ids, 2, axis=dim)
     call.tracer.findings.tie(first, second)
     lone = np.where((first == 0) != (second == 0), first + second, 0)
-    call.pin(lone, "gates channels with values that are none", _GATE_REMEDY)
+    call.pin(lone, Code.GATES_NONE)
     return Value(first, paths=drop_paths([value.paths]))
 
 

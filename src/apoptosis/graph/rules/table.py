@@ -211,7 +211,7 @@ def _functional_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
 
 
 def _free(call: Call) -> Result:
-    return nothing(call.outs[0].dim(), "a constant", is_filler=True) if call.outs else None
+    return nothing(call.outs[0].dim(), is_filler=True) if call.outs else None
 
 
 def _like(call: Call) -> Result:

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.errors import CaptureError
+from apoptosis.graph.explain import Code
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.tracer import Tracer
-from apoptosis.graph.trace.values import SIZE_LIMIT, Value, drop_paths, nothing, varying
+from apoptosis.graph.trace.values import CONSTANT, SIZE_LIMIT, Origin, Value, drop_paths, nothing, varying
 from apoptosis.model.kept import (
     Known,
     Rows,
@@ -39,7 +41,6 @@ from apoptosis.model.module_state import Path, Walk, name_of
 from apoptosis.records import IntArray, Kept
 
 ROUNDS = 4  # at most
-_TWO_WAYS = "'{}' is kept between passes, and channels lie along other axes of it in one pass than in the next"
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class Carried:
         args, kwargs: what it is called with.
 
     Attributes: buffers: names of those that every pass writes anew, with a row for each example. Their shapes and
-        numbers are no part of the network. fault: what the first try failed with.
+        numbers are no part of the network.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -77,7 +78,7 @@ class Carried:
         self._modes: dict[str, _Mode] = {}
         self._rows: dict[Path, Rows] = {}
         self._copies: dict[Path, str] = {}
-        self.fault = ""
+        self._fault: dict[str, Any] = {}  # of the first try, as CaptureError takes it
         self._hint = _hint(model) if found else ""
         self._most, self._new_buffers = ROUNDS, False
         self.rounds = 0
@@ -106,7 +107,7 @@ class Carried:
                 continue
             value = entry_of(path, values)
             if value is None or not _is_of(value.ids, tensor):
-                value = nothing(tensor.dim(), "a constant" if value is None else value.origin)
+                value = nothing(tensor.dim(), CONSTANT if value is None else value.origin)
             elif value.has_channels:
                 mode.given[path] = value
             tracer.memory.put(tensor, value)
@@ -129,7 +130,7 @@ class Carried:
             value = tracer.memory.recorded(tensor) or nothing(tensor.dim())
             if id(tensor) in before and not value.has_channels:
                 continue
-            ids, origin = _completed(value.ids), f"'{name_of(path)}' of the pass before"
+            ids, origin = _completed(value.ids), Origin(f"'{name_of(path)}' of the pass before", kept=True)
             mode.found[path] = Value(ids, is_filler=value.is_filler, origin=origin, paths=drop_paths([value.paths]))
             rows = rows_of(tensor.shape, varying(ids), self._leaves)
             if rows is not None:
@@ -158,22 +159,23 @@ class Carried:
 
     # ------------------------------------------------------------------ rounds
 
-    def tries_again(self, fault: str) -> bool:
+    def after(self, error: CaptureError) -> dict[str, Any] | None:
         """Prepare another try after a round that failed: with rows that fit the inputs, or of one pass at a time.
 
-        fault: what it failed with. Returns whether there is anything else to try; `fault` is then what failed first.
+        Returns: None for another try; where there is nothing else to try, what CaptureError takes to tell what failed
+        first, {} where that is this error.
         """
         if self.rounds:  # the model does not run twice in a row
             self._most = 1
         else:
-            self.fault = self.fault or fault
+            is_first = not self._fault
+            self._fault = self._fault or {"text": str(error), **vars(error)}
             self._guess = next(self._guesses, None)
             if self._guess is None:
-                self.fault += self._hint
-                return False
+                return {} if is_first and not self._hint else self._fault | {"text": self._fault["text"] + self._hint}
         self._modes, self._rows, self._copies, self.rounds = {}, {}, {}, 0
         self.buffers = self._known.buffers
-        return True
+        return None
 
     def goes_on(self) -> bool:
         """Whether another round would know more."""
@@ -236,7 +238,7 @@ def _tie(findings: TraceResult, name: str, one: IntArray, other: IntArray) -> No
         findings.tie(one, other)
         return
     for ids in (one, other):
-        findings.pin(ids, Reason(_TWO_WAYS.format(name)))
+        findings.pin(ids, Code.KEPT_TWO_WAYS(name=name))
 
 
 def _completed(ids: IntArray) -> IntArray:

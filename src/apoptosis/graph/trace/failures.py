@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from apoptosis.errors import CaptureError, StructureChangedError
 from apoptosis.model import module_state
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -44,11 +44,41 @@ _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
       "normalized_shape", "invalid for input of size", "index out of range", "sizes of tensors must match"),
      "example_input must have the shape the model trains on"),
 )  # fmt: skip
-_INTRODUCTION = re.compile(r"^\w+ fails on example_input in \w+ mode, ?")
+# What torch says of an operator that cannot take a width, lower case.
+_MULTIPLES = ("multiple of", "multiples of", "divisible by 8", "divisible by 16")
+_ALIGN = "The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=."
+_SPLIT = (
+    "Split by a size of a tensor, chunk(), or an int attribute of the module; name one that is a multiple of a width "
+    "with register_attributes(); or leave the group out with exclude=."
+)
+_LITERAL = "Look for a literal width or index in the model's forward, or leave the group out with exclude=."
 
 
-def failure(error: BaseException, model: nn.Module, mode: str, operator_code: CodeType) -> str:
-    """Word a failure of the model's own forward pass on the example input.
+class Fault(NamedTuple):
+    """What is wrong with a model after an edit. brief: in words; the others as in CaptureError."""
+
+    brief: str
+    remedy: str = _LITERAL
+    module: str = ""
+    places: tuple[str, ...] = ()
+    group: str = ""
+
+
+def fault_of(error: Exception) -> Fault:
+    """Return what an error says of an edited model.
+
+    Example:
+        >>> fault_of(ShapeError("'a' would have to be two numbers at once.")).brief
+        "'a' would have to be two numbers at once"
+    """
+    text = (str(error) or type(error).__name__).rstrip(".")
+    if not isinstance(error, CaptureError | StructureChangedError):
+        return Fault(text)
+    return Fault(error.brief or text, error.remedy or _LITERAL, error.module, error.places, error.group)
+
+
+def failure(error: BaseException, model: nn.Module, mode: str, operator_code: CodeType) -> CaptureError:
+    """Return the error for a failure of the model's own forward pass on the example input.
 
     Args:
         error: what the pass raised, with its traceback.
@@ -56,7 +86,7 @@ def failure(error: BaseException, model: nn.Module, mode: str, operator_code: Co
         mode: "training" or "evaluation".
         operator_code: of the function through which every operator runs, as its argument `func`.
 
-    Returns: the model, the module that was running, the user's line, the operator, what was raised, the way out.
+    Returns: with the model, the module that was running, the user's line, the operator, what was raised, the remedy.
     """
     names = {id(module): name for name, module in model.named_modules()}
     module = where = operator = ""
@@ -68,41 +98,29 @@ def failure(error: BaseException, model: nn.Module, mode: str, operator_code: Co
             where = f"{os.path.basename(path)}:{line}"
         if frame.f_code is operator_code:
             operator = frame.f_locals["func"]._schema.name.replace("::", ".")
-    place = f", in '{module}'" if module else ""
-    place += f" ({where})" if where else ""
-    place += f", at operator {operator}" if operator else ""
-    return f"{type(model).__name__} fails on example_input in {mode} mode{place}: {_message(error, model)}"
+    called, at = f" ({where})" if where else "", f", at operator {operator}" if operator else ""
+    inside = f", in '{module}'" if module else ""
+    message, hint = _message(error, model)
+    place = (inside or (", in forward" if where else "")) + called + at
+    brief = f"{place.removeprefix(', ')}: {message}" if place else message
+    text = f"{type(model).__name__} fails on example_input in {mode} mode{inside}{called}{at}: {message}"
+    remedy = after_edit(error, split=operator.startswith("aten.split"))
+    return CaptureError(
+        f"{text}; {hint}" if hint else text, module=module, places=(where,), brief=brief.rstrip("."), remedy=remedy
+    )
 
 
-def without_hint(reason: str) -> str:
-    """Return what `failure` says without what it says of the example input, which is not to blame after an edit.
+def after_edit(error: BaseException, *, split: bool = False) -> str:
+    """Return what to do about an edit after which the forward pass raised an error of torch's.
 
-    Example:
-        >>> without_hint("Net fails on example_input in training mode, at operator aten.view: RuntimeError: no")
-        'at operator aten.view: RuntimeError: no'
-    """
-    for _, hint in _HINTS:
-        reason = reason.replace(f"; {hint}", "")
-    left = _INTRODUCTION.sub("", reason)
-    return f"in forward {left[1:]}" if left.startswith(" (") else left
-
-
-def after_failure(reason: str) -> str:
-    """Say what to do about an edit after which the forward pass failed.
+    split: where it splits a tensor.
 
     Example:
-        >>> after_failure("at operator aten._grouped_mm: RuntimeError: strides should be multiple of 16 bytes")
+        >>> after_edit(RuntimeError("strides should be multiple of 16 bytes"))
         'The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=.'
     """
-    text = reason.lower()
-    if "multiple of" in text or "multiples of" in text or "divisible by 8" in text or "divisible by 16" in text:
-        return "The operator takes widths in multiples alone: use align=8, or leave the group out with exclude=."
-    if "aten.split" in text:
-        return (
-            "Split by a size of a tensor, chunk(), or an int attribute of the module; name one that is a multiple of a "
-            "width with register_attributes(); or leave the group out with exclude=."
-        )
-    return "Look for a literal width or index in the model's forward, or leave the group out with exclude=."
+    said = str(error).lower()
+    return _ALIGN if any(words in said for words in _MULTIPLES) else _SPLIT if split else _LITERAL
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
@@ -113,14 +131,15 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
         trace = trace.tb_next
 
 
-def _message(error: BaseException, model: nn.Module) -> str:
+def _message(error: BaseException, model: nn.Module) -> tuple[str, str]:
+    """Return the first line of what was raised, and the way out where what torch says is known."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     whole = f"{type(error).__name__} {error}".lower()
     hint = next((hint for parts, hint in _HINTS if any(part in whole for part in parts)), "")
     if "argument" in hint:
         hint += f"; forward takes {_arguments(model)}"
-    return f"{text}; {hint}" if hint else text
+    return text, hint
 
 
 def _arguments(model: nn.Module) -> Any:

@@ -11,18 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from apoptosis.graph.explain import Reason
 from apoptosis.graph.trace.ids import Slots
 from apoptosis.graph.trace.values import Axis, Multiple, Paths
 from apoptosis.records import Convolution, IntArray, Normal, NormStrategy, ScalarOperands, SiteKind
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why something is pinned: one sentence, the user's line, the remedy."""
-
-    text: str
-    where: str = ""
-    remedy: str = ""
 
 
 @dataclass(slots=True)

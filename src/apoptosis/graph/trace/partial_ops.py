@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
+from apoptosis.errors import StructureChangedError
 from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.records import Group, IntArray, PartialOp, Split, Structure
@@ -75,31 +76,34 @@ def _is_coarse(classes: IntArray) -> bool:
     return bool((classes != classes[:, :1]).any())
 
 
-def changed_work(old: Structure, new: Structure, old_of: Mapping[int, int]) -> str | None:
-    """Say which operator works on other channels than before, or None. old_of: class after the edit -> before."""
+def changed_work(old: Structure, new: Structure, old_of: Mapping[int, int]) -> StructureChangedError | None:
+    """Return an error that says which operator works on other channels than before, or None.
+
+    old_of: class after the edit -> before.
+    """
     left = frozenset(old_of.values())
     for mode, calls in old.worked.items():
         after = new.worked.get(mode, ())
         before = [(call, frozenset(call.classes.tolist()) & left) for call in calls]
         now = [(call, frozenset(old_of[c] for c in call.classes.tolist() if c in old_of)) for call in after]
-        for (call, expected), (_, found) in zip(before, now, strict=False):
-            if expected != found:
-                return f"operator {call.operator}{_place(call.module, call.where)} works on other channels than before"
-        if len(before) != len(now):
-            call = (before if len(before) > len(now) else now)[min(len(before), len(now))][0]
-            return f"operator {call.operator}{_place(call.module, call.where)} works on other channels than before"
+        pairs = zip(before, now, strict=False)
+        odd = next((call for (call, expected), (_, found) in pairs if expected != found), None)
+        if odd is None and len(before) != len(now):
+            odd = (before if len(before) > len(now) else now)[min(len(before), len(now))][0]
+        if odd is not None:
+            return _changed("operator " + odd.operator, "works on other channels than before", odd)
     return None
 
 
-def changed_split(old: Structure, new: Structure, old_of: Mapping[int, int]) -> str | None:
-    """Say which split has rows of other channels than before, or None."""
+def changed_split(old: Structure, new: Structure, old_of: Mapping[int, int]) -> StructureChangedError | None:
+    """Return an error that says which split has rows of other channels than before, or None."""
     left = frozenset(old_of.values())
     expected: dict[str, set[tuple[tuple[int, ...], ...]]] = {}
     for split in old.splits:
         expected.setdefault(split.module, set()).update(_forms(split, {c: c for c in left}))
     for split in new.splits:
         if split.classes.size > 1 and split.module in expected and not _forms(split, old_of) & expected[split.module]:
-            return f"the rows into which channels are split{_place(split.module, split.where)} hold others than before"
+            return _changed("the rows into which channels are split", "hold others than before", split)
     return None
 
 
@@ -116,5 +120,7 @@ def _forms(split: Split, old_of: Mapping[int, int]) -> set[tuple[tuple[int, ...]
     return {tuple(dict.fromkeys(rows))}
 
 
-def _place(module: str, where: str) -> str:
-    return (f" in '{module}'" if module else "") + (f" ({where})" if where else "")
+def _changed(what: str, how: str, at: PartialOp | Split) -> StructureChangedError:
+    place = (f" in '{at.module}'" if at.module else "") + (f" ({at.where})" if at.where else "")
+    text = f"{what}{place} {how}: the model picks channels by literal positions or sizes."
+    return StructureChangedError(text, module=at.module, places=(at.where,))

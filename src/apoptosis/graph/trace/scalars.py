@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from apoptosis.errors import StructureChangedError
 from apoptosis.records import ScalarOperands
 
 ITEM = "_local_scalar_dense"
@@ -66,15 +67,15 @@ def changed_scalar(
     new: Sequence[ScalarOperands],
     exempt: Set[int] = frozenset(),
     why: Mapping[int, str] = MappingProxyType({}),
-) -> str | None:
-    """Say which number of one pass is another one in the other pass, or None.
+) -> StructureChangedError | None:
+    """Return an error that says which number of one pass is another one in the other pass, or None.
 
     A number read from data (`tensor.item()`) moves with any edit, and what comes after it may follow from it: the
     comparison ends there. exempt: calls whose numbers may change; why: what is known of those of others.
     """
     for at, (a, b) in enumerate(zip(old, new, strict=False)):
         if a.operator != b.operator:
-            return f"operator {b.operator}{_place(b)} runs where {a.operator}{_place(a)} ran before the edit"
+            return _changed(f"{_call(b)} runs where {_call(a).removeprefix('operator ')} ran before the edit", b, a)
         if not _same(a.values, b.values):
             if a.operator.endswith(ITEM):
                 return None
@@ -82,15 +83,19 @@ def changed_scalar(
                 continue
             before, after = (", ".join(f"{v:.6g}" for v in s.values) or "none" for s in (a, b))
             known = f", {why[at]} (a scale that is an attribute, set once, would stay)" if at in why else ""
-            return (
-                f"operator {b.operator}{_place(b)} uses the number {after}, which was {before} before the edit{known}"
-            )
+            return _changed(f"{_call(b)} uses the number {after}, which was {before} before the edit{known}", b)
     if len(old) != len(new):
         extra = (old if len(old) > len(new) else new)[min(len(old), len(new))]
         ran = "no longer runs" if len(old) > len(new) else "runs only"
-        return f"operator {extra.operator}{_place(extra)} {ran} after the edit"
+        return _changed(f"{_call(extra)} {ran} after the edit", extra)
     return None
 
 
-def _place(call: ScalarOperands) -> str:
-    return (f" in '{call.module}'" if call.module else "") + (f" ({call.where})" if call.where else "")
+def _changed(text: str, *calls: ScalarOperands) -> StructureChangedError:
+    places = tuple(call.where for call in calls)
+    return StructureChangedError(f"{text}: the model computes with sizes.", module=calls[0].module, places=places)
+
+
+def _call(call: ScalarOperands) -> str:
+    place = (f" in '{call.module}'" if call.module else "") + (f" ({call.where})" if call.where else "")
+    return f"operator {call.operator}{place}"

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.trace.ids import Slots, TensorInfo, View
-from apoptosis.graph.trace.values import SIZE_LIMIT, Value, collapse, drop_paths, nothing
+from apoptosis.graph.trace.values import CONSTANT, INPUT, SIZE_LIMIT, Origin, Value, collapse, drop_paths, nothing
 from apoptosis.records import IntArray
 
 Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -41,7 +42,7 @@ def _strided(flat: IntArray, at: Geometry) -> IntArray:
 
 
 class StorageMap:
-    """Values and parameters by storage. `pin(slots, text)` is called for what cannot be followed.
+    """Values and parameters by storage. `pin(slots, why)` is called for what cannot be followed.
 
     Attributes: kept: the way to what the model keeps from pass to pass, by its place; read_kept: those that the pass
         asked for. written: names of buffers that channels were written to in place.
@@ -52,7 +53,7 @@ class StorageMap:
         slots: Slots,
         tensors: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
-        pin: Callable[[IntArray, str], None],
+        pin: Callable[[IntArray, Code | Reason], None],
     ) -> None:
         self._slots = slots
         self._pin = pin
@@ -92,8 +93,8 @@ class StorageMap:
         for owned in self._owned.values():
             for (first, left), (second, right) in pairwise(sorted(owned, key=lambda item: item[0])):
                 if second < first + left.span:
-                    text = f"'{left.name}' and '{right.name}' share memory without being one tensor"
-                    self._pin(np.concatenate([left.slots(), right.slots()]), text)
+                    why = Code.SHARED_MEMORY(one=left.name, other=right.name)
+                    self._pin(np.concatenate([left.slots(), right.slots()]), why)
 
     def view(self, tensor: Tensor) -> View | None:
         """Return which part of which parameter or buffer this tensor is, or None."""
@@ -212,17 +213,17 @@ class StorageMap:
         key, _ = self._storage(tensor)
         block = self._blocks.get(key)
         if block is None:
-            return nothing(tensor.dim(), "the network input" if key in self._inputs else "a constant")
+            return nothing(tensor.dim(), INPUT if key in self._inputs else CONSTANT)
         at = geometry(tensor)
         if (key, at) in self.kept:
             self.read_kept.add(self.kept[key, at])
         found = block.values.get(at)
         if found is None and key in self._inputs and not any(value.has_channels for value in block.values.values()):
-            return nothing(tensor.dim(), "the network input")
+            return nothing(tensor.dim(), INPUT)
         if found is None:
             for value in block.values.values():
-                self._pin(value.ids, "left a view behind that cannot be followed")
-            found = nothing(tensor.dim(), "a view that cannot be followed")
+                self._pin(value.ids, Code.VIEW_LEFT)
+            found = nothing(tensor.dim(), Origin("a view that cannot be followed"))
         return found
 
     def put(self, tensor: Tensor, value: Value) -> None:
@@ -270,13 +271,13 @@ class StorageMap:
         if view is not None and value.has_channels:
             self.written.add(view.owner.name)
         if view is not None and not (view.owner.is_buffer and key in self._originals):
-            self._pin(view.owner.slots(), f"overwrites '{view.owner.name}' during the forward pass")
+            self._pin(view.owner.slots(), Code.OVERWRITTEN(name=view.owner.name))
 
     def _rebuild(self, tensor: Tensor, block: _Block, value: Value) -> None:
         size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
         if size > SIZE_LIMIT:
             for found in (*block.values.values(), value):
-                self._pin(found.ids, "writes into part of a very large tensor")
+                self._pin(found.ids, Code.WRITES_LARGE)
             block.values = {g: nothing(len(g[1])) for g in block.values}
             return
         flat = np.zeros(size, dtype=np.int64)

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from apoptosis.graph.explain import parametrized
+from apoptosis.graph.explain import Code, Reason, parametrized, reason_of
 from apoptosis.graph.trace.activations import Begun, begin
 from apoptosis.graph.trace.entries import Entries, Mark, Pad
-from apoptosis.graph.trace.findings import Reason, TraceResult
+from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
 from apoptosis.graph.trace.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
 from apoptosis.graph.trace.storage import StorageMap
-from apoptosis.graph.trace.values import TooLargeError, Value, nothing
+from apoptosis.graph.trace.values import Origin, TooLargeError, Value, nothing
 from apoptosis.records import IntArray, Seen
 
 FRAME_MARKS: set[CodeType] = set()
@@ -35,6 +35,8 @@ FRAME_MARKS: set[CodeType] = set()
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(__file__))  # all of graph
+
+_LITERAL = frozenset(("arange", "linspace", "tril_indices", "triu_indices"))  # positions written out in the model
 
 Result = Value | Sequence[Value | None] | None
 
@@ -60,23 +62,32 @@ class Call:
         """Return every tensor among the arguments, those in lists included."""
         return _flatten((*self.args, *self.kwargs.values()))
 
-    def reason(self, text: str, remedy: str = "") -> Reason:
-        """Word a reason: the operator, the module it runs in and the user's line."""
-        module = self.tracer.module_name
-        place = f" in '{module}'" if module else ""
-        return Reason(f"operator {self.label}{place} {text}", self.tracer.where(), self.tracer.take_off() or remedy)
+    def reason(self, why: Code | Reason | str, remedy: str = "") -> Reason:
+        """Complete a reason: the operator, the module it runs in and the user's line."""
+        return self.tracer.reason(why, remedy, self.label)
 
-    def pin(self, slots: IntArray, text: str, remedy: str = "", *, inner: bool = False) -> None:
+    def pin(self, slots: IntArray, why: Code | Reason | str, remedy: str = "", *, inner: bool = False) -> None:
         """Pin the channels of these slots. inner: but not the whole heads that they are in."""
         if bool((slots != 0).any()):
-            self.tracer.findings.pin(slots, self.reason(text, remedy), inner=inner)
+            self.tracer.findings.pin(slots, self.reason(why, remedy), inner=inner)
 
-    def pin_owner(self, owner: TensorInfo, text: str, remedy: str = "", dim: int = 0) -> None:
+    def pin_owner(self, owner: TensorInfo, why: Code | Reason | str, remedy: str = "") -> None:
         """Pin every position of a parameter, and list it as a group of its own unless it has one."""
-        self.pin(owner.slots(), text, remedy)
+        self.pin(owner.slots(), why, remedy)
         if len(owner.shape) > 1 and not owner.is_buffer:
-            dim %= len(owner.shape)
-            self.tracer.findings.owners.setdefault((owner.name, dim), owner.name)
+            self.tracer.findings.owners.setdefault((owner.name, 0), owner.name)
+
+    def pin_all(self, why: Code | Reason | str, remedy: str = "") -> None:
+        """Pin everything that reaches the operator; its results carry no channels."""
+        for tensor in self.tensors():
+            if (view := self.tracer.view(tensor)) is not None:
+                self.pin_owner(view.owner, why, remedy)
+            else:
+                self.pin(self.tracer.value(tensor).ids, why, remedy)
+
+    def made(self) -> Origin:
+        """Return what results without channels are."""
+        return Origin(f"the result of {self.label}", literal=self.name in _LITERAL)
 
 
 Rule = Callable[[Call], Result]
@@ -131,7 +142,7 @@ class Tracer:
         self._stack: list[tuple[str, nn.Module, Begun | None, Mark | None]] = []
         self._label = ""
         here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
-        self.memory = StorageMap(findings.slots, tensors, inputs, lambda slots, text: here._pin(slots, text))
+        self.memory = StorageMap(findings.slots, tensors, inputs, lambda slots, why: here._pin(slots, why))
         self.entries = Entries(self.memory)
         self.numbers = Numbers(findings, mode, scalars, self.memory.recorded)
 
@@ -149,16 +160,21 @@ class Tracer:
         varied = view.varied()
         self.read(view.owner, "operator")
         if view.dims is not None and len(varied) == 1:
-            return Value(view.slots(varied[0]), origin=f"'{view.owner.name}'")
+            return Value(view.slots(varied[0]), origin=Origin(f"'{view.owner.name}'"))
         if view.dims is None or varied:
-            self._pin(view.owner.slots(), f"rearranges or changes '{view.owner.name}' before it is used")
-        return nothing(view.ndim, f"'{view.owner.name}'")
+            self._pin(view.owner.slots(), Code.REARRANGED(name=view.owner.name))
+        return nothing(view.ndim, Origin(f"'{view.owner.name}'"))
 
-    def _pin(self, slots: IntArray, text: str) -> None:
+    def reason(self, why: Code | Reason | str, remedy: str, label: str) -> Reason:
+        """Complete a reason: the operator, the module it runs in, the user's line, what takes a parametrization off."""
+        found = reason_of(why, self.take_off() or remedy)
+        place = f" in '{self.module_name}'" if self.module_name else ""
+        operator = f"operator {label}{place} " if label else ""
+        return replace(found, text=operator + found.text, where=self.where())
+
+    def _pin(self, slots: IntArray, why: Code | Reason) -> None:
         if bool((slots != 0).any()):
-            place = f" in '{self.module_name}'" if self.module_name else ""
-            operator = f"operator {self._label}{place} " if self._label else ""
-            self.findings.pin(slots, Reason(operator + text, self.where(), self.take_off()))
+            self.findings.pin(slots, self.reason(why, "", self._label))
 
     def show(self, site: str, make: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
         """Hand what a site reads to whoever watches this pass."""
@@ -297,17 +313,18 @@ class Tracer:
             self._note(call)
         result: Result = None
         try:
-            result = kind.rule(call) if kind.rule is not None else no_rule(call)
+            if kind.rule is not None:
+                result = kind.rule(call)
+            else:
+                call.pin_all(Code.NO_RULE)
         except TooLargeError:
-            result = no_rule(call, "is too large to be followed")
+            call.pin_all(Code.TOO_LARGE)
         except (LookupError, TypeError, ValueError):  # called in a way that its rule does not know
-            result = no_rule(call, "could not be followed")
+            call.pin_all(Code.NOT_FOLLOWED)
         values = [result] * len(outs[:1]) if isinstance(result, Value) else list(result or ())
         values += [None] * (len(outs) - len(values))
         multiple = self.numbers.follow(call, at, values[0] if values else None)
-        made = [
-            value or nothing(t.dim(), f"the result of {kind.label}") for t, value in zip(outs, values, strict=False)
-        ]
+        made = [value or nothing(t.dim(), call.made()) for t, value in zip(outs, values, strict=False)]
         made = [v if v.multiple is multiple else replace(v, multiple=multiple) for v in made]
         if kind.writes:
             self._written(call, kind, made)
@@ -319,11 +336,11 @@ class Tracer:
         targets = [call.args[i] for i in kind.writes if i < len(call.args) and isinstance(call.args[i], Tensor)]
         targets += [t for t in _flatten(call.kwargs.values()) if any(t is o for o in call.outs)]
         for i, tensor in enumerate(targets):
-            value = values[i] if i < len(values) else nothing(tensor.dim(), f"the result of {call.label}")
+            value = values[i] if i < len(values) else nothing(tensor.dim(), call.made())
             self.memory.write(tensor, value)
         for tensor in call.outs:
             if not any(self.memory.shared(tensor, target) for target in targets):
-                self.memory.put(tensor, nothing(tensor.dim(), f"the result of {call.label}"))
+                self.memory.put(tensor, nothing(tensor.dim(), call.made()))
 
     def _note_reads(self, call: Call) -> None:
         reader = f"@{self.module_name}" if call.name in READERS else "operator"
@@ -342,22 +359,11 @@ class Tracer:
             which = f" '{way}'" if way else ""
             view = self.view(tensor)
             if view is not None:
-                self.findings.pin(view.owner.slots(), Reason(f"the model returns it{which and ' as'}{which}"))
+                self.findings.pin(view.owner.slots(), Code.RETURNED_PARAMETER(which=which and f" as{which}"))
                 continue
             value = self.value(tensor)
-            self.findings.pin(value.ids, Reason(f"they are the network's output{which}"))
+            self.findings.pin(value.ids, Code.OUTPUT(which=which))
             if value.has_channels:
                 self.findings.made[len(self.findings.pins) - 1] = frozenset(value.paths)
             if value.source is not None:
                 self.findings.readers[value.source].add("output")
-
-
-def no_rule(call: Call, text: str = "has no rule") -> Result:
-    """Pin everything that reaches an operator; its results carry no channels."""
-    remedy = "Register one with register_rule(), or leave it out with exclude=." if text == "has no rule" else ""
-    for tensor in call.tensors():
-        if (view := call.tracer.view(tensor)) is not None:
-            call.pin_owner(view.owner, text, remedy)
-        else:
-            call.pin(call.tracer.value(tensor).ids, text, remedy)
-    return None

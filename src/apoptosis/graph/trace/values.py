@@ -23,6 +23,24 @@ SIZE_LIMIT = 1 << 24
 """Largest id array that is ever expanded; what would need more is pinned."""
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What values without channels are. text: for messages.
+
+    literal: the code of the model makes them, so that the next pass has the same ones. kept: left by the pass before.
+    """
+
+    text: str
+    literal: bool = False
+    kept: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+CONSTANT = Origin("a constant", literal=True)
+INPUT = Origin("the network input")
+
 CHANNELS, LITERAL = "channels", "literal"
 """What a Multiple may be of, beside the sums of a product of activations (by `findings.pairs_of`)."""
 
@@ -77,7 +95,7 @@ class Value:
 
     ids: IntArray
     is_filler: bool = False
-    origin: str = "a constant"
+    origin: Origin = CONSTANT
     paths: Paths = field(default_factory=dict)
     dropout: float = 0.0
     keep: float | None = None
@@ -98,7 +116,7 @@ class Value:
         return replace(self, ids=ids, even={})
 
 
-def nothing(ndim: int, origin: str = "a constant", *, is_filler: bool = False) -> Value:
+def nothing(ndim: int, origin: Origin = CONSTANT, *, is_filler: bool = False) -> Value:
     """Return a value that carries no channel."""
     return Value(np.zeros((1,) * ndim, dtype=np.int64), is_filler=is_filler, origin=origin)
 

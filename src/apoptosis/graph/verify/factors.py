@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from apoptosis.errors import StructureChangedError
+from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes, own_readers
 from apoptosis.graph.trace.findings import TraceResult, pairs_of
 from apoptosis.graph.trace.scalars import changed_numbers, changed_scalar
@@ -25,9 +26,6 @@ from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, Ten
 
 Kept = Mapping[str, Mapping[int, Tensor | IntArray]]
 Parts = tuple[tuple[str, int, IntArray], ...]
-
-LEFT_OUT = "left out by exclude="
-"""Why groups are pinned whose weights nothing may touch."""
 
 _POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _CLOSE = 1e-9
@@ -151,9 +149,9 @@ def rescale_edits(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdi
     for mode, calls in old.scalars.items():
         covered = frozenset().union(*(r.calls for r in readings if r.mode == mode))
         why = {at: text for (where, at), text in odd.items() if where == mode}
-        text = changed_scalar(calls, new.scalars.get(mode, ()), covered - why.keys(), why)
-        if text is not None:
-            raise StructureChangedError(f"{text}: the model computes with sizes.")
+        error = changed_scalar(calls, new.scalars.get(mode, ()), covered - why.keys(), why)
+        if error is not None:
+            raise error
     scales: dict[str, list[RowScale]] = {}
     for of, ratio in ratios.items():
         for name, dim, positions in old.scalable[of]:
@@ -216,7 +214,7 @@ def _tested(
 
 def _is_left_out(old: Structure, of: str) -> bool:
     """Whether the user left out what scales a product."""
-    members = [m for g in old.groups if g.pin is not None and g.pin.reason == LEFT_OUT for m in g.members]
+    members = [m for g in old.groups if g.pin is not None and g.pin.code == Code.EXCLUDED.code for m in g.members]
     return any(
         (member.tensor, member.dim) == (name, dim) and bool(np.isin(member.positions, positions).any())
         for name, dim, positions in old.scalable[of]

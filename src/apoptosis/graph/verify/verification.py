@@ -55,11 +55,9 @@ def _last_ones(old: Structure, left: IntArray) -> IntArray:
     return np.array([label for labels in stay.values() if len(labels) == 1 for label in labels], dtype=np.int64)
 
 
-def _place(structure: Structure, names: list[tuple[str, int]], old: IntArray, which: IntArray, at: int) -> str:
-    groups = _group_names(structure)
-    tensor, dim = names[int(which[at])]
-    name = groups.get(int(old[at]))
-    return f"group '{name}', at dim {dim} of '{tensor}'" if name else f"dim {dim} of '{tensor}'"
+def _changed(structure: Structure, axis: tuple[str, int], label: int, text: str) -> StructureChangedError:
+    name, place = _group_names(structure).get(label, ""), f"dim {axis[1]} of '{axis[0]}'"
+    return StructureChangedError(f"group '{name}', at {place} {text}." if name else f"{place} {text}.", group=name)
 
 
 def _verify_classes(
@@ -99,12 +97,13 @@ def _verify_classes(
             found = _first_clash(left[several], right[several])
             at = None if found is None else int(several[found])
         if at is not None:
-            place = _place(old, names, left, which, at)
-            raise StructureChangedError(f"{place} {text}: the model picks channels by literal positions or sizes.")
+            text += ": the model picks channels by literal positions or sizes"
+            raise _changed(old, names[int(which[at])], int(left[at]), text)
     fresh = np.isin(right, new.pinned_classes) & ~np.isin(left, old.pinned_classes)
     if bool(fresh.any()):
-        place = _place(old, names, left, which, int(np.flatnonzero(fresh)[0]))
-        raise StructureChangedError(f"{place} reaches an operator or an output that it did not reach before.")
+        at = int(np.flatnonzero(fresh)[0])
+        text = "reaches an operator or an output that it did not reach before"
+        raise _changed(old, names[int(which[at])], int(left[at]), text)
     return dict(zip(right.tolist(), left.tolist(), strict=True))
 
 
@@ -126,9 +125,9 @@ def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tenso
     """
     _verify_structure(old, new, kept)
     for mode, calls in old.scalars.items():
-        text = changed_scalar(calls, new.scalars.get(mode, ()))
-        if text is not None:
-            raise StructureChangedError(f"{text}: the model computes with sizes.")
+        error = changed_scalar(calls, new.scalars.get(mode, ()))
+        if error is not None:
+            raise error
 
 
 def verify_up_to_scale(
@@ -156,9 +155,9 @@ def _verify_structure(old: Structure, new: Structure, kept: Mapping[str, Mapping
         raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
     old_of = _verify_classes(old, new, kept)
     _verify_kept(old, new, old_of)
-    for text in (changed_split(old, new, old_of), changed_work(old, new, old_of)):
-        if text is not None:
-            raise StructureChangedError(f"{text}: the model picks channels by literal positions or sizes.")
+    error = changed_split(old, new, old_of) or changed_work(old, new, old_of)
+    if error is not None:
+        raise error
 
 
 def _verify_kept(old: Structure, new: Structure, old_of: Mapping[int, int]) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from apoptosis.errors import ApoptosisError, ArgumentError
+from apoptosis.errors import ApoptosisError, ArgumentError, RankError
 from apoptosis.tools.launch import Group, detect_launcher, start_group
 from apoptosis.tools.launch.detect import STARTERS
 
@@ -37,7 +37,7 @@ def one_voice(launcher: str, device: str) -> Iterator[Group]:
     except BaseException as error:
         if group.size == 1:
             raise
-        if group.rank and isinstance(error, ApoptosisError) and not str(error).startswith("rank "):
+        if group.rank and isinstance(error, ApoptosisError) and not isinstance(error, RankError):
             error = type(error)(f"rank {group.rank} of {group.size}: {error}")
         raise Failure(error, speaks=not group.silent) from error
 
