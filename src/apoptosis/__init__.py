@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from apoptosis.engine import Apoptosis
     from apoptosis.graph.rules.table import register_rule
     from apoptosis.graph.trace.activations import register_activation
-    from apoptosis.model.passes import is_own_pass
+    from apoptosis.model.passes import is_internal_forward, is_own_pass
     from apoptosis.oneshot import shrink_
     from apoptosis.planner import Plan
     from apoptosis.surgery.attributes import register_attributes
@@ -28,6 +28,7 @@ __all__ = [
     "Event",
     "Ledger",
     "Plan",
+    "is_internal_forward",
     "is_own_pass",
     "load",
     "load_sharded",
@@ -46,6 +47,7 @@ _HOMES = {
     "Event": "decide.ledger",
     "Ledger": "decide.ledger",
     "Plan": "planner",
+    "is_internal_forward": "model.passes",
     "is_own_pass": "model.passes",
     "register_activation": "graph.trace.activations",
     "register_attributes": "surgery.attributes",

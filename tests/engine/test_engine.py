@@ -279,6 +279,7 @@ def test_beyond_the_sanity_limit_everything_is_rolled_back_bitwise_and_the_toler
     undone = [record for record in log if record["rolled_back"]]
     assert undone
     assert "sanity limit" in undone[0]["reason"]
+    assert f"changed by {undone[0]['measured']['output_rms']:.3g} " in undone[0]["reason"]
     assert apo.ledger().rolled_back == len(undone)
     twin = runs.mlp(width=48)
     twin_optimizer = runs.adam(twin)

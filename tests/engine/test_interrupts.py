@@ -21,7 +21,7 @@ from apoptosis.errors import OutOfMemoryError
 from apoptosis.graph import analyse
 from apoptosis.interrupts import hooks_on_all_modules, is_out_of_memory, restoring, uninterrupted
 from apoptosis.model.evaluate import make_probe, outputs
-from apoptosis.model.passes import internal_passes, is_own_pass
+from apoptosis.model.passes import internal_passes, is_internal_forward
 from apoptosis.observe import Observer
 from apoptosis.records import TensorEdit
 from apoptosis.surgery import Transaction
@@ -98,7 +98,7 @@ def picture(net, optimizer):
         [id(t) for _, t in (*net.named_parameters(), *net.named_buffers())],
         {name: len(t) for name, t in vars(hooks).items() if name.startswith("_global_forward") and isinstance(t, dict)},
         (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()),
-        (is_own_pass(), torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()),
+        (is_internal_forward(), torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()),
         (torch.is_grad_enabled(), torch._C._len_torch_dispatch_stack(), signal.getsignal(signal.SIGINT)),
     )
 
@@ -303,7 +303,7 @@ class Short(Net):
         self.count = [0]
 
     def forward(self, x):
-        if is_own_pass():
+        if is_internal_forward():
             Short.passes += 1
             if Short.passes > self.left:
                 raise self.error
@@ -331,7 +331,7 @@ def test_lack_of_memory_rolls_back_and_is_raised(error):
 def test_memory_that_really_runs_out():
     class Huge(Net):
         def forward(self, x):
-            if is_own_pass():
+            if is_internal_forward():
                 torch.empty(1 << 46)
             return super().forward(x)
 
@@ -342,4 +342,4 @@ def test_memory_that_really_runs_out():
     assert isinstance(found.value, MemoryError)
     assert not is_out_of_memory(RuntimeError("shapes"))
     with internal_passes(net):
-        assert is_own_pass()
+        assert is_internal_forward()

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from apoptosis import is_own_pass, shrink_
-from apoptosis.model.passes import Eager, own_pass
+import apoptosis
+from apoptosis import is_internal_forward, shrink_
+from apoptosis.model.evaluate import make_probe, outputs
+from apoptosis.model.passes import Eager, internal_passes, marked_internal
 
 
 def test_hooks_run_once_in_every_training_pass(runs):
@@ -18,7 +20,7 @@ def test_hooks_run_once_in_every_training_pass(runs):
     calls = {"user": 0, "own": 0, "backward": 0}
 
     def count(module, args, output):
-        calls["own" if is_own_pass() else "user"] += 1
+        calls["own" if is_internal_forward() else "user"] += 1
 
     net[0].register_forward_hook(count)
     net[2].register_full_backward_hook(lambda *_: calls.update(backward=calls["backward"] + 1))
@@ -31,14 +33,14 @@ def test_hooks_run_once_in_every_training_pass(runs):
     shrink_(net, runs.inputs(4, 0), [runs.inputs(256, 1)], tolerance=0.1)
     assert calls["own"] > 0
     assert calls["user"] == runs.STEPS
-    assert not is_own_pass()
+    assert not is_internal_forward()
 
 
 def test_a_hook_that_collects_features_for_the_loss(runs):
     """The features of an old pass hold its graph; those of captures would not fit those of the batch."""
     net = runs.mlp()
     features = []
-    net[1].register_forward_hook(lambda m, x, y: None if is_own_pass() else features.append(y))
+    net[1].register_forward_hook(lambda m, x, y: None if is_internal_forward() else features.append(y))
     optimizer = runs.adam(net)
     apo = runs.start(net, optimizer)
     events = []
@@ -67,19 +69,42 @@ def test_hooks_that_change_the_output_take_part(runs):
     assert runs.train(net, optimizer, apo)
 
 
+def test_one_context_holds_for_every_mode_and_within_itself():
+    """Synchronised batch norm has no pass of its own on the CPU; inside, it normalises by the rows that it sees."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.SyncBatchNorm(6), nn.Linear(6, 3))
+    plain = nn.Sequential(net[0], nn.BatchNorm1d(6), net[2]).train()
+    x = torch.randn(8, 4)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    (found,) = outputs(net, make_probe(x, x), training=True)
+    torch.testing.assert_close(found, plain(x))
+    with internal_passes(net):
+        with internal_passes(net, training=True, grad=True):
+            assert net(x).requires_grad
+        assert not net(x).requires_grad
+        net(x)
+    assert "forward" not in vars(net[1])
+    assert net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_the_name_before_is_still_there():
+    assert apoptosis.is_own_pass is is_internal_forward
+
+
 def test_nested_and_per_thread():
     seen = []
-    with own_pass():
-        with own_pass():
-            assert is_own_pass()
-        assert is_own_pass()
-        thread = threading.Thread(target=lambda: seen.append(is_own_pass()))
+    with marked_internal():
+        with marked_internal():
+            assert is_internal_forward()
+        assert is_internal_forward()
+        thread = threading.Thread(target=lambda: seen.append(is_internal_forward()))
         thread.start()
         thread.join()
     assert seen == [False]
-    with pytest.raises(ZeroDivisionError), own_pass():
+    with pytest.raises(ZeroDivisionError), marked_internal():
         raise ZeroDivisionError
-    assert not is_own_pass()
+    assert not is_internal_forward()
 
 
 @pytest.fixture
@@ -135,6 +160,6 @@ def test_a_window_that_nobody_closes_ends_with_its_owner() -> None:
 def test_a_window_that_ends_inside_a_pass_of_the_library_lets_go_after_it() -> None:
     eager = Eager()
     eager.begin()
-    with own_pass():
+    with marked_internal():
         eager.end()
     assert torch._dynamo.eval_frame._stance.stance == "default"

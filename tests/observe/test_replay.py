@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from apoptosis import Apoptosis, is_own_pass
+from apoptosis import Apoptosis, is_internal_forward
 from apoptosis.errors import CaptureError, NonFiniteError, OutOfMemoryError
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import MIN_EXAMPLES, Observer
@@ -321,7 +321,7 @@ def test_lack_of_memory_in_a_pass_that_is_run_again_is_raised():
         full = False
 
         def forward(self, x):
-            if self.full and is_own_pass():
+            if self.full and is_internal_forward():
                 raise MemoryError
             return super().forward(x)
 

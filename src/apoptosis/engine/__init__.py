@@ -462,7 +462,9 @@ class Apoptosis:
         if tried.attempt.outcome in ("nothing", "skipped"):
             self._log({"kind": "attempt", **tried.attempt.as_dict(), "groups": dict(tried.left)})
             return
-        reported = {"step": self._memory.step} if tried.event is None else tried.event.as_dict()
+        reported = {"step": self._memory.step, "measured": dict(tried.measured)}
+        if tried.event is not None:
+            reported = tried.event.as_dict()
         reason = tried.attempt.reason
         self._log({"kind": "event", "rolled_back": tried.event is None, "reason": reason, **reported})
 

@@ -22,7 +22,7 @@ from apoptosis.decide.overhead import device_of, overhead_macs
 from apoptosis.decide.policy import loss_of
 from apoptosis.decide.state import RunState, Settings, allowed, telemetry
 from apoptosis.distributed.sharded import has_shards
-from apoptosis.engine.event_builder import make_event, size_of
+from apoptosis.engine.event_builder import make_event, measured, size_of
 from apoptosis.engine.window import left_out
 from apoptosis.errors import (
     ArgumentError,
@@ -54,13 +54,14 @@ class StepResult(NamedTuple):
     """What came of a pruning step.
 
     structure: as it is now. attempt: its record. event: if shapes changed. left: what the plan leaves as it is, a line
-    by group.
+    by group. measured: of a step that was rolled back, what its event would have said.
     """
 
     structure: Structure
     attempt: Attempt
     event: Event | None = None
     left: Mapping[str, str] = {}
+    measured: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,9 @@ class PruningStep:
         if not outcome.committed:
             memory.rolled_back += 1
             memory.num_backoffs += outcome.result is not None
-            return StepResult(outcome.structure, record("rolled back", "measured", outcome.refused), left=left)
+            found = {} if outcome.result is None else measured(outcome.result.change)
+            undone = record("rolled back", "measured", outcome.refused)
+            return StepResult(outcome.structure, undone, left=left, measured=found)
         # keep: what it cost is added up, and reported
         if outcome.result is not None:
             acceptance.record(outcome.result)

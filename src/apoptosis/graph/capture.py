@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from apoptosis.distributed.sharded import unsharded_forward
 from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
 from apoptosis.graph.rules.norm_modules import NormWatch
 from apoptosis.graph.rules.table import RULES, SCALARS, WORKS
@@ -37,7 +36,7 @@ from apoptosis.graph.trace.outputs import named_in, tensors_in
 from apoptosis.graph.trace.partial_ops import note_work
 from apoptosis.graph.trace.tracer import FRAME_MARKS, Tracer
 from apoptosis.interrupts import hooks_on_all_modules, is_out_of_memory, restoring
-from apoptosis.model.passes import internal_passes, unsynchronised
+from apoptosis.model.passes import internal_passes
 from apoptosis.records import Seen
 
 
@@ -156,7 +155,7 @@ def capture(
     carried: what the model keeps from earlier passes; in later rounds it has run as often before the pass is followed.
 
     Parameters, buffers, gradients, training flags, hooks and random generators are afterwards as they were. Hooks of
-    the user's run as in any pass (`is_own_pass` tells them); what is compiled runs eagerly.
+    the user's run as in any pass (`is_internal_forward` tells them); what is compiled runs eagerly.
 
     Returns: the number of tensors that the model returned.
 
@@ -168,12 +167,9 @@ def capture(
     drop = watch is None
     as_is = not drop and model.training == training
     with (
-        unsharded_forward(model),
-        internal_passes(model, training=training, drop=drop, as_is=as_is, seed=0),
-        unsynchronised(model),
+        internal_passes(model, training=training, drop=drop, as_is=as_is, seed=0, grad=watch is None),
         over_fakes(model) as constants,
         _step_by_step(model),
-        torch.enable_grad() if watch is None else torch.no_grad(),
     ):
         carried.prepare(args, kwargs)
         tensors = {n: t for n, t in named_tensors(model)[0].items() if n in findings.slots.owners}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from apoptosis.distributed.sharded import unsharded_forward
 from apoptosis.errors import ArgumentError, NonFiniteError, OutOfMemoryError, RankError
 from apoptosis.interrupts import is_out_of_memory
 from apoptosis.model.kept import run_fitted
@@ -217,7 +216,7 @@ def outputs(
         seed: of the global generators during the passes, which go on afterwards where they were; None: as they are.
     """
     found = []
-    with unsharded_forward(model), internal_passes(model, training=training, seed=seed), torch.no_grad():
+    with internal_passes(model, training=training, seed=seed):
         for part in probe.pieces(chunk):
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (part.args, dict(part.kwargs)))  # it may write to them
             found.append(_called(model, args, kwargs))

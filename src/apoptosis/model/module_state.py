@@ -17,7 +17,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from enum import Enum
 from functools import lru_cache, partial
 from io import IOBase
@@ -287,7 +287,7 @@ class ModuleState:
         self.written = Written(storages)
         self._tensors = [_TensorState(t) for t in walk.all_tensors if _is_plain(t)]
         self._flags = [(m, m.training) for m in model.modules()]
-        self._random = _random_states(model)
+        self._random = random_states(p.device for p in model.parameters())
 
     def restore(self) -> None:
         """Put everything back."""
@@ -322,14 +322,14 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and _storage(tensor) is not None
 
 
-def _random_states(model: nn.Module) -> list[_Number]:
-    """Return the global generators: Python's, numpy's, torch's on the processor and on the model's devices."""
+def random_states(devices: Iterable[torch.device]) -> list[_Number]:
+    """Return the states of the global generators: Python's, numpy's, torch's on the processor and on these devices."""
     found = [
         _Number(random.getstate, random.setstate),
         _Number(np.random.get_state, np.random.set_state),
         _Number(torch.default_generator.get_state, torch.default_generator.set_state),
     ]
-    for device in {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}:
+    for device in {device for device in devices if device.type not in ("cpu", "meta")}:
         kind: Any = getattr(torch, device.type, None)
         if hasattr(kind, "get_rng_state") and hasattr(kind, "set_rng_state"):
             write = partial(lambda kind, device, state: kind.set_rng_state(state, device), kind, device)

@@ -2,8 +2,8 @@
 
 Holds: the one context in which they run and which leaves no trace on the model, telling such a pass from the
 user's own, keeping it from waiting for other processes, running compiled parts eagerly where they must be watched,
-forgetting what was compiled for other shapes. Elsewhere: what a pass is run for (graph, probe, observe), what
-it may change (module_state).
+forgetting what was compiled for other shapes. Elsewhere: what a pass is run for (graph, evaluate, planner.sampling),
+what it may change (module_state).
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from apoptosis.distributed.sharded import unsharded_forward
 from apoptosis.errors import ArgumentError, CaptureError
 from apoptosis.interrupts import restoring
 from apoptosis.model.module_state import ModuleState
 
 _RUNNING = threading.local()
 _DYNAMO = "torch._dynamo"  # loaded before anything can have been compiled
-_EAGER: set[int] = set()  # who needs compiled code to run eagerly: the stance is one for the process, as they are many
+_EAGER: set[int] = set()  # windows that need compiled code to run eagerly: the stance is one for the process
 _STANCE: list[Any] = []  # what the first of them set
 
 
 @contextmanager
-def own_pass() -> Iterator[None]:
-    """Mark the passes inside as the library's own, and run compiled parts of the model eagerly in them."""
+def marked_internal() -> Iterator[None]:
+    """Mark what runs inside as the library's own (`is_internal_forward`), and run compiled parts eagerly in it."""
     depth = getattr(_RUNNING, "depth", 0)
 
     def undo() -> None:
@@ -56,38 +57,47 @@ def own_pass() -> Iterator[None]:
 
 @contextmanager
 def internal_passes(
-    model: nn.Module, *, training: bool = False, drop: bool = False, as_is: bool = False, seed: int | None = None
+    model: nn.Module,
+    *,
+    training: bool = False,
+    drop: bool = False,
+    as_is: bool = False,
+    seed: int | None = None,
+    grad: bool = False,
 ) -> Iterator[ModuleState]:
     """Run passes of the library's own: whatever one of them changes is afterwards as it was.
 
     Put back are the modes of all modules, buffers, attributes of modules and what is reached through them (hidden
     states, membrane potentials, caches, collected losses, counters), tensors written in place, gradients and random
-    generators (see module_state). Buffers are clones meanwhile. An interrupt may come anywhere.
+    generators (see module_state). Buffers are clones meanwhile. Parameters that are spread over processes are full,
+    plain ones inside, and no pass waits for another process otherwise. An interrupt may come anywhere.
 
     Args:
-        model: parameters that are spread over processes have been gathered before (sharded.unsharded_forward).
+        model: what is run.
         training: the mode of all modules.
         drop: whether dropout modules take part in training mode.
         as_is: every module but dropout keeps its own mode, as in the user's passes: parts may be frozen.
         seed: of all random generators inside; None: they go on from where they are.
+        grad: whether autograd records the passes.
 
     Yields: what was there, and is put back.
     """
-    before = ModuleState(model)
+    with unsharded_forward(model):
+        before = ModuleState(model)
 
-    def undo() -> None:
-        before.restore()
-        torch.clear_autocast_cache()  # casts made here are of another graph, or of none
+        def undo() -> None:
+            before.restore()
+            torch.clear_autocast_cache()  # casts made here are of another graph, or of none
 
-    with restoring(undo), own_pass(), before.written:
-        for module in model.modules():  # train() may be overridden and do more
-            mode = module.training if as_is else training
-            module.training = mode and (drop or not isinstance(module, _DropoutNd))
-        _clone_buffers(model)
-        if seed is not None:
-            _seed(model, seed)
-        torch.clear_autocast_cache()  # it may hold casts of weights from before the last step
-        yield before
+        with restoring(undo), marked_internal(), before.written, unsynchronised(model), torch.set_grad_enabled(grad):
+            for module in model.modules():  # train() may be overridden and do more
+                mode = module.training if as_is else training
+                module.training = mode and (drop or not isinstance(module, _DropoutNd))
+            _clone_buffers(model)
+            if seed is not None:
+                _seed(model, seed)
+            torch.clear_autocast_cache()  # it may hold casts of weights from before the last step
+            yield before
 
 
 def _clone_buffers(model: nn.Module) -> None:
@@ -108,7 +118,7 @@ def _seed(model: nn.Module, seed: int) -> None:
     np.random.seed(seed)
 
 
-def is_own_pass() -> bool:
+def is_internal_forward() -> bool:
     """Whether the forward pass that runs now in this thread is one of the library's own.
 
     Hooks of the user's run in those too, as hooks may compute weights or outputs. One that counts, or that collects
@@ -118,14 +128,17 @@ def is_own_pass() -> bool:
         >>> from torch import nn
         >>> features = []
         >>> net = nn.Linear(2, 2)
-        >>> _ = net.register_forward_hook(lambda m, x, y: None if is_own_pass() else features.append(y))
-        >>> with own_pass():
+        >>> _ = net.register_forward_hook(lambda m, x, y: None if is_internal_forward() else features.append(y))
+        >>> with marked_internal():
         ...     _ = net(torch.ones(1, 2))
         >>> _ = net(torch.ones(1, 2))
         >>> len(features)
         1
     """
     return getattr(_RUNNING, "depth", 0) > 0
+
+
+is_own_pass = is_internal_forward  # its name before
 
 
 @contextmanager
@@ -141,7 +154,10 @@ def unsynchronised(model: nn.Module) -> Iterator[None]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.SyncBatchNorm):
             continue
-        if type(module).forward is nn.SyncBatchNorm.forward and "forward" not in vars(module):
+        forward = vars(module).get("forward")
+        if getattr(forward, "__func__", None) is _BatchNorm.forward:
+            continue  # by a context around this one
+        if type(module).forward is nn.SyncBatchNorm.forward and forward is None:
             own.append(module)
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise CaptureError(
@@ -171,11 +187,11 @@ class Eager:
             if not _STANCE:
                 _STANCE[:] = [torch.compiler.set_stance("force_eager")]
             _EAGER.add(id(self))
-            self._leave = weakref.finalize(self, _leave, id(self))  # a window that nobody closes ends with its owner
+            self._leave = weakref.finalize(self, _leave, id(self))  # a window that is never closed ends with its run
             self._leave.atexit = False
 
     def end(self) -> None:
-        """Put back the stance from before, once nobody needs it any more."""
+        """Put back the stance from before, once no window needs it any more."""
         if self._leave is not None:
             self._leave()
             self._leave = None
@@ -187,8 +203,8 @@ def _leave(key: int) -> None:
 
 
 def _put_back() -> None:
-    """Put back the stance unless somebody needs it, or a pass of the library's own runs, which has set another."""
-    if _EAGER or not _STANCE or is_own_pass():
+    """Put back the stance unless a window needs it, or a pass of the library's own runs, which has set another."""
+    if _EAGER or not _STANCE or is_internal_forward():
         return
     stance = _STANCE.pop()
     now = getattr(sys.modules.get(f"{_DYNAMO}.eval_frame"), "_stance", None)

@@ -6,12 +6,11 @@ whose batches these are (oneshot, attempt).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -89,7 +88,7 @@ def _show(model: nn.Module, observers: Sequence[Observer], calls: Iterable[Call]
     count, late = 0, frozenset[str]()
     observer.open()
     try:
-        with internal_passes(model), torch.no_grad():
+        with internal_passes(model):
             for call in calls:
                 args, kwargs = _copied(call)
                 if num_rows((args, kwargs)) == 0:
@@ -117,18 +116,11 @@ def _copied(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs
 
 
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode without a trace; dropout modules let everything through."""
-    with internal_passes(model, training=True), torch.no_grad():
-        yield
-
-
 def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
     """Show a batch in training mode, and return whether that is enough; a model that cannot train on it shows none."""
     observer.open()
     try:
-        with _training(model):
+        with internal_passes(model, training=True):
             with suppress(ArgumentError):
                 _run(model, *call, 0)
             return observer.end_step()
@@ -153,6 +145,6 @@ def _run_late(
 
     A batch on which the model cannot train (one example) shows nothing.
     """
-    with _training(model), observer.only(late), suppress(ArgumentError):
+    with internal_passes(model, training=True), observer.only(late), suppress(ArgumentError):
         _run(model, *call, 0)
     return late - observer.unseen

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import io
-import random
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,6 @@ from contextlib import contextmanager, redirect_stdout
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,7 +25,9 @@ from torch.optim import optimizer as torch_optimizer
 
 from apoptosis.distributed.wrappers import inner_optimizer
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
-from apoptosis.model.passes import own_pass
+from apoptosis.interrupts import restoring
+from apoptosis.model.module_state import random_states
+from apoptosis.model.passes import marked_internal
 from apoptosis.records import TensorEdit
 from apoptosis.surgery.nested_optimizers import check_kept, layers, parameters_of
 from apoptosis.surgery.optimizers import (
@@ -165,23 +165,22 @@ def _sampled(optimizer: Optimizer, names: Mapping[int, str]) -> dict[int, tuple[
 @contextmanager
 def _without_trace(shapes: Mapping[int, tuple[Tensor, tuple[int, ...]]]) -> Iterator[None]:
     """Leave random generators and the user's hooks on all optimizers' steps alone, and print nothing."""
-    devices = {p.device.index for p, _ in shapes.values() if p.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()
+    states = random_states(p.device for p, _ in shapes.values())
     hooks = [table for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
              if isinstance(table := getattr(torch_optimizer, name, None), dict)]  # fmt: skip
     kept = [dict(table) for table in hooks]
-    fork = torch.random.fork_rng(devices=sorted(d for d in devices if d is not None))
-    with own_pass(), fork, warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+
+    def undo() -> None:
+        for table, entries in zip(hooks, kept, strict=True):
+            table.update(entries)
+        for state in states:
+            state.restore()
+
+    with restoring(undo), marked_internal(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        try:
-            for table in hooks:
-                table.clear()
-            yield
-        finally:
-            for table, entries in zip(hooks, kept, strict=True):
-                table.update(entries)
-            random.setstate(python)
-            np.random.set_state(numpy)
+        for table in hooks:
+            table.clear()
+        yield
 
 
 class _Trial:
