@@ -2,7 +2,11 @@
 itself."""
 
 import ast
+import importlib
+import io
+import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -80,7 +84,48 @@ def test_numerics_knows_no_module(module):
     assert not {u for u in uses if u.startswith(("nn.", "torch.nn.")) and not u.startswith("torch.nn.functional")}
 
 
+ROOT = SRC.parents[1]
+PYTHON = {
+    path.relative_to(ROOT).as_posix() for part in ("src", "tests", "benchmarks") for path in (ROOT / part).rglob("*.py")
+}
+#: Names of packages that stand for something else in prose are left out: `model.parameters()`.
+PACKAGES = sorted({name.partition(".")[0] for name in TREES} - {"", "model", "cli", "events", "launch"})
+ENDINGS = ("py", "json", "jsonl", "safetensors", "svg")  # of files called like a package
+
+
+def prose(source):
+    """Docstrings and comments of a module."""
+    nodes = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    return "\n".join([*filter(None, map(ast.get_docstring, nodes)), *comments])
+
+
+def names_of_nothing(text):
+    """Files and modules of this repository that a text names and that are not there."""
+    files = set(re.findall(r"[\w./-]*\w\.py\b", text)) - {"script.py"}  # the reader's own
+    lost = {name for name in files if not any(path == name or path.endswith(f"/{name}") for path in PYTHON)}
+    for package, name in re.findall(rf"(?<![\w./])(?:apoptosis\.)?({'|'.join(PACKAGES)})\.(\w+)(?![\w/])", text):
+        there = f"{package}.{name}" in TREES or hasattr(importlib.import_module(f"apoptosis.{package}"), name)
+        lost |= set() if there or name in ENDINGS else {f"{package}.{name}"}
+    paths = re.findall(rf"(?<![\w./])((?:{'|'.join(PACKAGES)})(?:/\w+)+)(?![\w/.])", text)
+    return sorted(lost | {path for path in paths if path.replace("/", ".") not in TREES})
+
+
+@every_module
+def test_no_module_speaks_of_one_that_is_gone(module):
+    assert names_of_nothing(prose(PATHS[module].read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")))
+def test_no_page_speaks_of_a_module_that_is_gone(page):
+    assert names_of_nothing((ROOT / page).read_text(encoding="utf-8")) == []
+
+
 def test_these_checks_can_fail():
+    gone = "see `engine/attempt`, numerics.blas, errors.py and numerics/moments.py; apoptosis.graph.neurons, no_such.py"
+    assert names_of_nothing(gone) == ["engine/attempt", "graph.neurons", "no_such.py", "numerics.blas"]
     body = "\n".join("    x = 1" for _ in range(MAX_FUNCTION))
     assert long_functions(ast.parse(f"def f():\n{body}")) == {"f": MAX_FUNCTION + 1}
     docstring = '    """long' + chr(10) * MAX_FUNCTION + '    """'

@@ -1,6 +1,6 @@
 """What became of every attempt of a run, and why a run in which nothing happened was idle.
 
-Holds: the record of an attempt and its wording. Elsewhere: the attempt itself (attempt.py), what a plan
+Holds: the record of an attempt and its wording. Elsewhere: the attempt itself (engine), what a plan
 says of a group (planner/reasons.py), what the policy remembers (policy.PastEvent).
 """
 

@@ -1,7 +1,7 @@
 """What a run of apoptosis remembers between steps, how it is written down and read again, and what is told from it.
 
 Holds: the Memory of a run as plain values, what the policy sees of it (telemetry), what an event may do, and the
-ledger. Elsewhere: files (surgery.checkpoint), windows (observe), the structure of the model (graph).
+ledger. Elsewhere: files (checkpoint), windows (observe), the structure of the model (graph).
 """
 
 from __future__ import annotations

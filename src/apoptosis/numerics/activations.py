@@ -1,8 +1,9 @@
 """Neuron types: for every elementwise activation of torch.nn its formula, Lipschitz constant and symmetry.
 
 Holds: one table of scalar functions φ with their scalar arguments, named as in torch.nn.functional, arguments in
-the order of the torch.nn constructor, and the check of what a type added to it claims. Elsewhere: nn.Module
-classes (the table names them in strings; graph.neurons knows the user's own), merging.
+the order of the torch.nn constructor, and the check of what a type added to it claims. A new one is a row here and
+nothing else: captures recognise it by its operators, or by its module's class where it has none. Elsewhere: types of
+the user's own (graph.trace.activations), merging (criteria).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,8 @@ class NeuronType:
     lipschitz, jump, symmetry: of the scalar arguments, with |φ(a) - φ(b)| <= lipschitz |a - b| + jump for all a, b
     (jump is 0 for continuous functions; an infinite constant means that no bound holds).
     module: the class in torch.nn, "" where there is none. slopes: a weight per channel takes the place of the argument.
+    operators: of aten, each of which computes φ by itself and is called with the scalar arguments behind its operand.
+    composed: the module computes φ by several operators, and is recognised by its class.
     """
 
     name: str
@@ -59,6 +63,8 @@ class NeuronType:
     defaults: Scalars = ()
     jump: Callable[..., float] = lambda *_: 0.0
     slopes: bool = False
+    operators: tuple[str, ...] = ()
+    composed: bool = False
 
     def fill(self, args: Sequence[float]) -> Scalars:
         """Return all scalar arguments, the ones left out at their defaults.
@@ -94,14 +100,6 @@ def _sloped(slope: float) -> Symmetry:
     return _LINEAR if slope == 1.0 else _HOMOGENEOUS
 
 
-def _always(value: float) -> Callable[..., float]:
-    return lambda *_: value
-
-
-def _is(symmetry: Symmetry) -> Callable[..., Symmetry]:
-    return lambda *_: symmetry
-
-
 def _hardtanh_symmetry(low: float, high: float) -> Symmetry:
     point = low + high  # φ(-x) = (low + high) - φ(x) would need the kink at 0 to be the centre
     if low == 0.0 and high == math.inf:
@@ -109,120 +107,88 @@ def _hardtanh_symmetry(low: float, high: float) -> Symmetry:
     return Symmetry(reflection=0.0) if point == 0.0 else _NONE
 
 
+def _entry(
+    name: str,
+    module: str,
+    phi: Callable[..., Tensor],
+    lipschitz: float | Callable[..., float],
+    symmetry: Symmetry | Callable[..., Symmetry],
+    *,
+    operators: tuple[str, ...] | None = None,
+    **more: Any,
+) -> NeuronType:
+    """Return one row of the table. What does not depend on the arguments is given as it is, not as a function.
+
+    operators: None: one, of the same name.
+    """
+    return NeuronType(
+        name=name,
+        module=module,
+        phi=phi,
+        lipschitz=lipschitz if callable(lipschitz) else lambda *_: lipschitz,
+        symmetry=symmetry if callable(symmetry) else lambda *_: symmetry,
+        operators=(name,) if operators is None else operators,
+        **more,
+    )
+
+
+def _slope_lipschitz(slope: float) -> float:
+    return max(1.0, abs(slope))
+
+
 _BUILT_IN = (
-    NeuronType(name="identity", module="Identity", phi=lambda x: x, lipschitz=_always(1.0), symmetry=_is(_LINEAR)),
-    NeuronType(name="relu", module="ReLU", phi=F.relu, lipschitz=_always(1.0), symmetry=_is(_HOMOGENEOUS)),
-    NeuronType(name="relu6", module="ReLU6", phi=F.relu6, lipschitz=_always(1.0), symmetry=_is(_NONE)),
-    NeuronType(
-        name="leaky_relu",
-        module="LeakyReLU",
-        phi=F.leaky_relu,
-        lipschitz=lambda slope: max(1.0, abs(slope)),
-        symmetry=_sloped,
-        defaults=(0.01,),
-    ),
-    NeuronType(
-        name="prelu",
-        module="PReLU",
-        phi=F.leaky_relu,
-        lipschitz=lambda slope: max(1.0, abs(slope)),
-        symmetry=_sloped,
-        defaults=(0.25,),
-        slopes=True,
-    ),
-    NeuronType(  # in training every element draws its own slope: equal inputs give unequal outputs, nothing merges
-        name="rrelu",
-        module="RReLU",
-        phi=lambda x, lower, upper: F.rrelu(x, lower, upper, training=False),
-        lipschitz=lambda lower, upper: max(1.0, abs(lower), abs(upper)),
-        symmetry=_is(_NONE),
+    _entry("identity", "Identity", lambda x: x, 1.0, _LINEAR, operators=()),
+    _entry("relu", "ReLU", F.relu, 1.0, _HOMOGENEOUS),
+    _entry("relu6", "ReLU6", F.relu6, 1.0, _NONE),
+    _entry("leaky_relu", "LeakyReLU", F.leaky_relu, _slope_lipschitz, _sloped, defaults=(0.01,)),
+    # operators=() of these four: rules/table.py reads their arguments in ways of its own
+    _entry("prelu", "PReLU", F.leaky_relu, _slope_lipschitz, _sloped, defaults=(0.25,), slopes=True, operators=()),
+    _entry(  # in training every element draws its own slope: equal inputs give unequal outputs, nothing merges
+        "rrelu",
+        "RReLU",
+        lambda x, lower, upper: F.rrelu(x, lower, upper, training=False),
+        lambda lower, upper: max(1.0, abs(lower), abs(upper)),
+        _NONE,
         defaults=(1 / 8, 1 / 3),
+        operators=(),
     ),
-    NeuronType(
-        name="threshold",
-        module="Threshold",
-        phi=F.threshold,
-        lipschitz=_always(1.0),
-        symmetry=lambda at, value: _HOMOGENEOUS if at == value == 0 else _NONE,
+    _entry("gelu", "GELU", F.gelu, _GELU, _NONE, operators=()),
+    _entry("gelu_tanh", "GELU", lambda x: F.gelu(x, approximate="tanh"), _GELU_TANH, _NONE, operators=()),
+    _entry(
+        "threshold",
+        "Threshold",
+        F.threshold,
+        1.0,
+        lambda at, value: _HOMOGENEOUS if at == value == 0 else _NONE,
         defaults=(0.0, 0.0),
         jump=lambda at, value: abs(at - value),
     ),
-    NeuronType(
-        name="hardtanh",
-        module="Hardtanh",
-        phi=F.hardtanh,
-        lipschitz=_always(1.0),
-        symmetry=_hardtanh_symmetry,
-        defaults=(-1.0, 1.0),
-    ),
-    NeuronType(name="tanh", module="Tanh", phi=torch.tanh, lipschitz=_always(1.0), symmetry=_is(_ODD)),
-    NeuronType(name="softsign", module="Softsign", phi=F.softsign, lipschitz=_always(1.0), symmetry=_is(_ODD)),
-    NeuronType(name="tanhshrink", module="Tanhshrink", phi=F.tanhshrink, lipschitz=_always(1.0), symmetry=_is(_ODD)),
-    NeuronType(
-        name="softshrink",
-        module="Softshrink",
-        phi=F.softshrink,
-        lipschitz=_always(1.0),
-        symmetry=lambda lambd: _LINEAR if lambd == 0 else _ODD,
-        defaults=(0.5,),
-    ),
-    NeuronType(
-        name="hardshrink",
-        module="Hardshrink",
-        phi=F.hardshrink,
-        lipschitz=_always(1.0),
-        symmetry=lambda lambd: _LINEAR if lambd <= 0 else _ODD,
+    _entry("hardtanh", "Hardtanh", F.hardtanh, 1.0, _hardtanh_symmetry, defaults=(-1.0, 1.0)),
+    _entry("tanh", "Tanh", torch.tanh, 1.0, _ODD),
+    _entry("softsign", "Softsign", F.softsign, 1.0, _ODD, operators=(), composed=True),
+    _entry("tanhshrink", "Tanhshrink", F.tanhshrink, 1.0, _ODD, operators=(), composed=True),
+    _entry("softshrink", "Softshrink", F.softshrink, 1.0, lambda x: _LINEAR if x == 0 else _ODD, defaults=(0.5,)),
+    _entry(
+        "hardshrink",
+        "Hardshrink",
+        F.hardshrink,
+        1.0,
+        lambda lambd: _LINEAR if lambd <= 0 else _ODD,
         defaults=(0.5,),
         jump=lambda lambd: max(0.0, lambd),
     ),
-    NeuronType(name="sigmoid", module="Sigmoid", phi=torch.sigmoid, lipschitz=_always(0.25), symmetry=_is(_POINT)),
-    NeuronType(
-        name="hardsigmoid", module="Hardsigmoid", phi=F.hardsigmoid, lipschitz=_always(1 / 6), symmetry=_is(_POINT)
-    ),
-    NeuronType(name="logsigmoid", module="LogSigmoid", phi=F.logsigmoid, lipschitz=_always(1.0), symmetry=_is(_NONE)),
-    NeuronType(
-        name="softplus",  # beyond the threshold the identity: a step of log(1 + e^-threshold) / beta
-        module="Softplus",
-        phi=_softplus,
-        lipschitz=_always(1.0),
-        symmetry=_is(_NONE),
-        defaults=(1.0, 20.0),
-        jump=_softplus_jump,
-    ),
-    NeuronType(
-        name="elu",  # the operator's own arguments alpha, scale, input_scale; nn.ELU has the first alone
-        module="ELU",
-        phi=_elu,
-        lipschitz=_elu_lipschitz,
-        symmetry=_elu_symmetry,
-        defaults=(1.0, 1.0, 1.0),
-    ),
-    NeuronType(
-        name="celu",
-        module="CELU",
-        phi=F.celu,
-        lipschitz=lambda alpha: 1.0 if alpha > 0 else math.inf,
-        symmetry=_is(_NONE),
-        defaults=(1.0,),
-    ),
-    NeuronType(
-        name="selu",
-        module="SELU",
-        phi=F.selu,
-        lipschitz=_always(_SELU_SCALE * _SELU_ALPHA),
-        symmetry=_is(_NONE),
-    ),
-    NeuronType(name="gelu", module="GELU", phi=F.gelu, lipschitz=_always(_GELU), symmetry=_is(_NONE)),
-    NeuronType(
-        name="gelu_tanh",
-        module="GELU",
-        phi=lambda x: F.gelu(x, approximate="tanh"),
-        lipschitz=_always(_GELU_TANH),
-        symmetry=_is(_NONE),
-    ),
-    NeuronType(name="silu", module="SiLU", phi=F.silu, lipschitz=_always(_SILU), symmetry=_is(_NONE)),
-    NeuronType(name="mish", module="Mish", phi=F.mish, lipschitz=_always(_MISH), symmetry=_is(_NONE)),
-    NeuronType(name="hardswish", module="Hardswish", phi=F.hardswish, lipschitz=_always(1.5), symmetry=_is(_NONE)),
+    _entry("sigmoid", "Sigmoid", torch.sigmoid, 0.25, _POINT),
+    _entry("hardsigmoid", "Hardsigmoid", F.hardsigmoid, 1 / 6, _POINT),
+    _entry("logsigmoid", "LogSigmoid", F.logsigmoid, 1.0, _NONE, operators=("log_sigmoid", "log_sigmoid_forward")),
+    # beyond the threshold softplus is the identity: a step of log(1 + e^-threshold) / beta
+    _entry("softplus", "Softplus", _softplus, 1.0, _NONE, defaults=(1.0, 20.0), jump=_softplus_jump),
+    # the operator's own arguments alpha, scale, input_scale; nn.ELU has the first alone
+    _entry("elu", "ELU", _elu, _elu_lipschitz, _elu_symmetry, defaults=(1.0, 1.0, 1.0)),
+    _entry("celu", "CELU", F.celu, lambda alpha: 1.0 if alpha > 0 else math.inf, _NONE, defaults=(1.0,)),
+    _entry("selu", "SELU", F.selu, _SELU_SCALE * _SELU_ALPHA, _NONE),
+    _entry("silu", "SiLU", F.silu, _SILU, _NONE),
+    _entry("mish", "Mish", F.mish, _MISH, _NONE),
+    _entry("hardswish", "Hardswish", F.hardswish, 1.5, _NONE),
 )
 
 _REGISTRY: dict[str, NeuronType] = {entry.name: entry for entry in _BUILT_IN}
@@ -249,7 +215,7 @@ def neuron_type(name: str) -> NeuronType:
 
 
 def register_neuron_type(kind: NeuronType) -> None:
-    """Add a neuron type; graph.neurons.register_activation does so together with the module that computes it.
+    """Add a neuron type; `register_activation` does so together with the module that computes it.
 
     Raises: ArgumentError: the name is taken, or φ breaks, on a grid over [-30, 30] and at the default arguments, what
     the type says of it; the message gives the place.

@@ -1,7 +1,7 @@
 """How a product of two activations (queries times keys) is shown to a criterion.
 
 Holds: the site view of a product, what its errors relate to. Elsewhere: the second moments' arithmetic
-(numerics.pairs), sites with a weight of their own (views.py).
+(numerics.bilinear), sites with a weight of their own (views.py).
 """
 
 from __future__ import annotations

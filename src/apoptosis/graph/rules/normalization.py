@@ -2,7 +2,7 @@
 
 Holds: group, layer and RMS normalisation, weight normalisation, `parameter_operand` (a parameter as an operand
 along one of its axes) and the remedies for parametrized weights. Elsewhere: batch normalisation
-(rules/contraction.py); norms that the model writes out by hand are reductions (rules/reduction.py).
+(rules/batch_norm.py); norms that the model writes out by hand are reductions (rules/reduction.py).
 
 A norm is harmless where every set of elements that shares its statistics belongs to one channel; else removing a
 channel changes all others of its set.

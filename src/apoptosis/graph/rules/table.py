@@ -32,29 +32,12 @@ from apoptosis.graph.rules.reduction import REDUCTIONS, has_second_operand, redu
 from apoptosis.graph.trace.scalars import scalar_operators
 from apoptosis.graph.trace.tracer import Call, Result, Rule
 from apoptosis.graph.trace.values import Path, Paths, Value, drop_paths, linear_after, nothing, varying
+from apoptosis.numerics.activations import NEURON_TYPES
 
-# Operators that are an activation of torch.nn by themselves: name of the neuron type, and how many of the operator's
-# scalar arguments belong to it.
+# Operators that are an activation by themselves: name of the neuron type, and how many of the operator's scalar
+# arguments belong to it.
 ACTIVATIONS: dict[str, tuple[str, int]] = {
-    "relu": ("relu", 0),
-    "relu6": ("relu6", 0),
-    "leaky_relu": ("leaky_relu", 1),
-    "threshold": ("threshold", 2),
-    "hardtanh": ("hardtanh", 2),
-    "tanh": ("tanh", 0),
-    "softshrink": ("softshrink", 1),
-    "hardshrink": ("hardshrink", 1),
-    "sigmoid": ("sigmoid", 0),
-    "hardsigmoid": ("hardsigmoid", 0),
-    "log_sigmoid_forward": ("logsigmoid", 0),
-    "log_sigmoid": ("logsigmoid", 0),
-    "softplus": ("softplus", 2),
-    "elu": ("elu", 3),
-    "celu": ("celu", 1),
-    "selu": ("selu", 0),
-    "silu": ("silu", 0),
-    "mish": ("mish", 0),
-    "hardswish": ("hardswish", 0),
+    operator: (kind.name, len(kind.defaults)) for kind in NEURON_TYPES.values() for operator in kind.operators
 }
 
 _ELEMENTWISE = (

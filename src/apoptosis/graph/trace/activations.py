@@ -1,4 +1,4 @@
-"""Modules that are one neuron type though they are computed by several operators: Softsign, Tanhshrink, the user's own.
+"""Modules that are one neuron type though they are computed by several operators: of torch, and the user's own.
 
 Holds: module type -> neuron type, and what the passing of such a module means for the steps of a Value.
 Elsewhere: the neuron types (numerics.activations), activations that are one operator (rules/table.py).
@@ -33,7 +33,9 @@ class _Entry:
     own: bool = False
 
 
-_REGISTRY: dict[type[nn.Module], _Entry] = {nn.Softsign: _Entry("softsign"), nn.Tanhshrink: _Entry("tanhshrink")}
+_REGISTRY: dict[type[nn.Module], _Entry] = {
+    getattr(nn, kind.module): _Entry(kind.name) for kind in NEURON_TYPES.values() if kind.composed
+}
 
 
 def register_activation(
