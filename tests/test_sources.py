@@ -104,7 +104,7 @@ def prose(source):
 
 def names_of_nothing(text):
     """Files and modules of this repository that a text names and that are not there."""
-    files = set(re.findall(r"[\w./-]*\w\.py\b", text)) - {"script.py"}  # the reader's own
+    files = set(re.findall(r"[\w./-]*\w\.py\b", text)) - {"script.py", "net.py"}  # the reader's own
     lost = {name for name in files if not any(path == name or path.endswith(f"/{name}") for path in PYTHON)}
     for package, name in re.findall(rf"(?<![\w./])(?:apoptosis\.)?({'|'.join(PACKAGES)})\.(\w+)(?![\w/])", text):
         there = f"{package}.{name}" in TREES or hasattr(importlib.import_module(f"apoptosis.{package}"), name)
