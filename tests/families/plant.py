@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.numerics.activations import NEURON_TYPES
-from apoptosis.records import Group, Member, Structure
+from apoptosis.records import Group, Member, NormSite, Structure
 
 NORM_LEAVES = ("weight", "bias")
 
@@ -111,7 +111,7 @@ def kinds_of(group: Group) -> tuple[str, ...]:
     """Which kinds of redundancy are exact in a group: some need to know how its channels are computed."""
     if any(site.kind == "product" for site in group.sites):
         return ("zero",) if any(site.weight == "" for site in group.sites) else ("duplicate", "zero")
-    if any(site.norm_strategy == "plain" for site in group.sites):
+    if any(isinstance(site, NormSite) and site.strategy == "plain" for site in group.sites):
         return ("zero",)  # such a norm cannot tell its mean square without the channels that went
     neuron = group.neuron
     if neuron is None:
@@ -147,7 +147,7 @@ def _write(tensors: dict[str, Tensor], group: Group, kind: str, victim: int, sou
     if kind == "zero":
         norm = None if group.neuron is None else group.neuron.norm
         affine = {f"{norm}.{leaf}" for leaf in NORM_LEAVES}
-        added = any(site.norm_strategy for site in group.sites)  # positions and their like
+        added = group.under_norm  # positions and their like
         for member in members:
             if added or member.role != "channelwise" or member.tensor in affine:
                 _rows(tensors, member, victim).zero_()

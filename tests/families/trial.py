@@ -273,7 +273,7 @@ def silenced(model: nn.Module, structure: Structure, removed: Mapping[str, list[
                 if site.kind != "product":
                     weight = _tensor(full, site.weight)
                     dim = site.dim
-                    for at, index in sorted(site.select, reverse=True):
+                    for at, index in sorted(getattr(site, "select", ()), reverse=True):
                         weight, dim = weight.select(at, index), dim - (at < dim)
                     _fill(weight, dim, site.columns[gone])
             if gone and any(site.kind == "product" for site in group.sites):

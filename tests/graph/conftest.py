@@ -131,7 +131,7 @@ def suspended(model: nn.Module, groups: Iterable[Group], removed: Mapping[str, l
             for site in group.sites:
                 if site.kind != "product":
                     weight, dim = _tensor(full, site.weight), site.dim
-                    for at, index in sorted(site.select, reverse=True):
+                    for at, index in sorted(getattr(site, "select", ()), reverse=True):
                         weight, dim = weight.select(at, index), dim - (at < dim)
                     weight.index_fill_(dim, torch.from_numpy(site.columns[gone].reshape(-1)), 0.0)
             if any(site.kind == "product" for site in group.sites):

@@ -13,7 +13,7 @@ from apoptosis.errors import CaptureError, NonFiniteError, OutOfMemoryError
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import MIN_EXAMPLES, Observer
 from apoptosis.observe.replay import LAST_PASS, MAX_PASSES
-from apoptosis.records import Group, Seen, Site
+from apoptosis.records import Group, LinearSite, Seen
 
 
 class Attention(nn.Module):
@@ -218,7 +218,7 @@ def recurrent(steps, width=8):
     """A stand-in for a recurrence: the same site is seen once per step, with values that tell the step."""
     net = nn.Linear(6, width)
     columns = np.arange(width)[:, None]
-    site = Site(
+    site = LinearSite(
         module="", kind="linear", weight="weight", dim=0, bias=None, columns=columns, input_columns=columns,
         num_columns=width, functional=True,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 from apoptosis.decide.policy import PastEvent, Telemetry, decide, delay_of, is_due, worth_waiting
 from apoptosis.graph import analyse
 from apoptosis.observe import Observer
-from apoptosis.planner import with_equals
+from apoptosis.planner import with_tied
 
 POSITIONS, WIDTH, POOLED = 64, 48, 128
 
@@ -169,10 +169,10 @@ def test_gradients_that_are_still_to_come_are_waited_for(runs):
 def test_groups_of_one_width_wait_together(runs):
     groups = [g for g in analyse(Pooled(), (batch(0)[0],)).groups if g.pin is None]
     tied = [replace(groups[0], tied_groups=("pooler",)), *groups[1:]]
-    assert with_equals(["pooler"], tied) == {"first", "pooler"}
-    assert with_equals(["first"], tied) == {"first", "pooler"}
-    assert with_equals(["first"], groups) == {"first"}
-    assert with_equals([], tied) == set()
+    assert with_tied(["pooler"], tied) == {"first", "pooler"}
+    assert with_tied(["first"], tied) == {"first", "pooler"}
+    assert with_tied(["first"], groups) == {"first"}
+    assert with_tied([], tied) == set()
 
 
 def test_turns_that_come_soon_may_leave_a_group_out_again():

@@ -13,10 +13,9 @@ from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, macs_after, make_plan
-from apoptosis.planner.conflicts import compatible_sets
-from apoptosis.planner.tied import alike, steps
+from apoptosis.planner.couplings import common_steps, tasks_of, units_of
 from apoptosis.planner.views import make_view
-from apoptosis.records import Group, Member, Seen, Site, Structure
+from apoptosis.records import Group, Member, ProductSite, Seen, Structure
 
 HEADS, SIZE, WIDTH, LENGTH = 4, 6, 10, 5
 criteria_with_data = pytest.mark.parametrize(
@@ -167,9 +166,9 @@ def turned_structure(net):
     """Queries and keys behind a rotation, as capture would describe them: halves tie, over all heads."""
     half = SIZE // 2
     places = (np.arange(half)[:, None] + np.arange(2 * HEADS)[None, :] * half).astype(np.int64)
-    site = Site(
-        module="", kind="product", weight="", dim=0, bias=None, columns=np.zeros((half, 0), dtype=np.int64),
-        input_columns=places, num_columns=0, macs=100.0, functional=True, per_sum=SIZE,
+    site = ProductSite(
+        module="", weight="", dim=0, bias=None, columns=np.zeros((half, 0), dtype=np.int64),
+        input_columns=places, num_columns=0, macs=100.0, per_sum=SIZE,
     )  # fmt: skip
     members = tuple(
         Member(tensor=name, dim=0, positions=places, role="producer" if "weight" in name else "bias")
@@ -400,10 +399,9 @@ def test_widths_of_one_number_are_aligned_together(runs):
     ]
     half = replace(view, num_channels=12, sites=(replace(view.sites[0], weight=torch.ones(1, 12, 1), moments=None),))
     values = next(g for g in structure.groups if g.name == "v")
-    assert steps([pairs, values], [half, view], 1) == [4, 8]
-    assert [[g.name for g in part] for part in alike(of_one_width(structure, "q", "v").groups) if len(part) > 1] == [
-        ["q", "v"]
-    ]
+    assert common_steps([pairs, values], [half, view], 1) == [4, 8]
+    units = units_of(of_one_width(structure, "q", "v").groups)
+    assert [[g.name for g in unit] for unit in units if len(unit) > 1] == [["q", "v"]]
 
 
 class Flattened(nn.Module):
@@ -445,6 +443,5 @@ def test_whole_heads_that_go_along_with_one_another_are_one_choice() -> None:
         return Group(name=name, num_channels=4, members=(), sites=(), conflicts_with=conflicts_with, tied_groups=equal)
 
     groups = [group("q", ("a",)), group("p", ("b",)), group("a", ("q",), ("b",)), group("b", ("p",), ("a",))]
-    sets = [[one.name for one in chosen] for chosen in compatible_sets(groups)]
-    assert ["q", "p"] in sets
-    assert ["a", "b"] in sets
+    (task,) = tasks_of(groups)
+    assert [[one.name for unit in units for one in unit] for units in task.sets] == [["q", "p"], ["a", "b"]]

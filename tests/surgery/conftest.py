@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import CheckpointError
-from apoptosis.records import Group, Member, Reduction, Site, SiteReduction, Structure
+from apoptosis.records import Group, LinearSite, Member, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, named_tensors
 from apoptosis.surgery.attributes import attributes_of
 
@@ -34,7 +34,7 @@ def mlp(widths: Sequence[int] = (5, 8, 6, 3), dtype: torch.dtype = torch.float32
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
-def linear_site(module: str, columns: np.ndarray, num_columns: int, **more: object) -> Site:
+def linear_site(module: str, columns: np.ndarray, num_columns: int, **more: object) -> LinearSite:
     fields = {
         "module": module,
         "kind": "linear",
@@ -45,7 +45,7 @@ def linear_site(module: str, columns: np.ndarray, num_columns: int, **more: obje
         "input_columns": columns,
         "num_columns": num_columns,
     }
-    return Site(**(fields | more))
+    return LinearSite(**(fields | more))
 
 
 def mlp_structure(model: nn.Sequential) -> Structure:

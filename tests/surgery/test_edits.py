@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apoptosis.errors import ArgumentError, PinnedGroupError, ShapeError
-from apoptosis.records import Group, Member, Pin, Reduction, Site, Structure, TensorEdit
+from apoptosis.records import Group, LinearSite, Member, Pin, Reduction, Structure, TensorEdit
 from apoptosis.surgery import Transaction, apply_edit, build_edits, merge_like, named_tensors, slice_like
 
 C, KEEP = 6, (0, 2, 3, 5)
 
 
-def _site(module: nn.Module, columns, input_columns=None, **more) -> Site:
+def _site(module: nn.Module, columns, input_columns=None, **more) -> LinearSite:
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     linear = isinstance(module, nn.Linear)
     dim = 0 if transposed else 1
@@ -31,10 +31,10 @@ def _site(module: nn.Module, columns, input_columns=None, **more) -> Site:
         "num_columns": module.weight.shape[dim],
         "taps": 1 if linear else int(np.prod(module.kernel_size)),
     }
-    return Site(**(fields | more))
+    return LinearSite(**(fields | more))
 
 
-def _structure(model: nn.Module, site: Site, num_channels: int, nets) -> Structure:
+def _structure(model: nn.Module, site: LinearSite, num_channels: int, nets) -> Structure:
     member = Member(tensor="source.weight", dim=0, positions=nets.positions(num_channels), role="producer")
     group = Group(name="source", num_channels=num_channels, members=(member,), sites=(site,))
     return Structure(groups=(group,), macs=0.0, shapes=nets.shapes(model))

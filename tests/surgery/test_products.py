@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apoptosis.errors import ArgumentError, ShapeError
-from apoptosis.records import Group, Member, Reduction, Site, Structure
+from apoptosis.records import Group, Member, ProductSite, Reduction, Structure
 from apoptosis.surgery import Transaction, build_edits
 
 HEADS, SIZE = 2, 6
@@ -58,16 +58,14 @@ def product_group(net: Scores, fold: bool = True) -> Group:
             Member(tensor="k.bias", dim=0, positions=right, role="bias"),
         ]
     rescale = [("q.weight", 0, left)] + ([("q.bias", 0, left)] if biased else [])
-    site = Site(
+    site = ProductSite(
         module="",
-        kind="product",
         weight="k.weight" if fold else "",
         dim=0,
         bias="k.bias" if fold and biased else None,
         columns=right if fold else np.zeros((HEADS * SIZE, 0), dtype=np.int64),
         input_columns=left,
         num_columns=HEADS * SIZE,
-        functional=True,
         per_sum=SIZE,
         rescale=tuple(rescale) if net.own_scale else (),
     )

@@ -362,7 +362,7 @@ class _Trial:
         """
         structure, target = self.structure, self.target
         edits = build_edits(structure, reductions, self.dropped_variance)
-        normalised = any(site.normal is not None for group in structure.groups for site in group.sites)
+        normalised = bool(structure.normalised)
         today = target.capture() if normalised else structure
         transaction.apply(edits, structure, norm_edits(structure, reductions))
         new = target.capture()

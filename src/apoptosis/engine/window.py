@@ -12,7 +12,7 @@ from dataclasses import replace
 from apoptosis.decide.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, is_due, worth_waiting
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.observe import Observer
-from apoptosis.planner import Why, waits, with_equals
+from apoptosis.planner import Why, waits, with_tied
 from apoptosis.records import Group
 
 _FEW_STEPS = 3  # of a window, after which its pace is known
@@ -56,7 +56,7 @@ def _steps_to_wait(
 def _late(groups: Sequence[Group], observer: Observer, *, gradients: bool) -> dict[str, float]:
     """Return the groups that cannot change yet, with the steps they still need; those of one width wait together."""
     lacking = observer.lacking(gradients=gradients)
-    longest, tied = max(lacking.values(), default=0.0), with_equals(lacking, groups)
+    longest, tied = max(lacking.values(), default=0.0), with_tied(lacking, groups)
     return {group.name: lacking.get(group.name, longest) for group in groups if group.name in tied}
 
 

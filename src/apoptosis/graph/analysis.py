@@ -21,8 +21,7 @@ from apoptosis.graph.groups.copies import keep_copied
 from apoptosis.graph.groups.counts import counts
 from apoptosis.graph.groups.frozen import frozen_names, keep_frozen
 from apoptosis.graph.groups.grids import classify_rectangular, splits
-from apoptosis.graph.groups.ratio_constraints import same_share
-from apoptosis.graph.groups.size_constraints import same_extent
+from apoptosis.graph.groups.shared_widths import with_shared_widths
 from apoptosis.graph.groups.unused import pin_unreached
 from apoptosis.graph.trace.carried import Carried, recall
 from apoptosis.graph.trace.findings import TraceResult
@@ -83,10 +82,7 @@ def analyse(
     classes, rows = classify_rectangular(findings)
     labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
                   for name, owner in findings.slots.owners.items()}  # fmt: skip
-    found = splits(findings, classes)
-    groups = build_groups(findings, classes, rows)
-    extents, rigid = same_extent(findings, groups, classes, labels), splits(findings, classes, rigid=True)
-    groups = same_share(model, groups, found, labels, extents, rigid)
+    groups = with_shared_widths(model, findings, build_groups(findings, classes, rows), classes, labels)
     return Structure(
         groups=groups,
         macs=findings.macs.get("training", 0.0),
@@ -96,7 +92,7 @@ def analyse(
         classes=labels,
         pinned_classes=classes.pinned,
         scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
-        splits=found,
+        splits=splits(findings, classes),
         worked=partial_work(findings, groups, classes.labels, labels),
         multiples={mode: tuple(found) for mode, found in findings.multiples.items()},
         scalable=scalable(findings, classes),

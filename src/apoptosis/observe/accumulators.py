@@ -17,7 +17,7 @@ from torch import Tensor
 from apoptosis.errors import NonFiniteError
 from apoptosis.numerics.devices import is_async, to_async
 from apoptosis.numerics.moments import Moments
-from apoptosis.records import IntArray, Site
+from apoptosis.records import IntArray, LinearSite, Site
 
 ROWS_PER_CHANNEL = 3  # fewer rows understate the rank of the covariance and remove too much
 POSITIONAL_ROWS_PER_CHANNEL = 8  # positions of one image are correlated: ask for more of them
@@ -40,14 +40,9 @@ def needs_float64(tolerance: float) -> bool:
     return tolerance < FLOAT32_RESOLVES
 
 
-def reads_several_positions(site: Site) -> bool:
-    """Whether one output of the site sees more than one position of a channel, so channel moments do not suffice."""
-    return site.taps > 1 or site.columns.shape[1] > 1 or site.input_columns.shape[1] > 1
-
-
 def needs_whole_inputs(site: Site) -> bool:
     """Whether errors at the site have to be measured on whole inputs: moments of its channels do not tell them."""
-    return site.is_complex or reads_several_positions(site)
+    return isinstance(site, LinearSite) and (site.is_complex or site.reads_positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,7 +113,7 @@ class Accumulator:
     ) -> None:
         self.site = site
         self.exact, self.spread = exact, spread
-        self.positional = reads_several_positions(site) or site.kind != "linear"
+        self.positional = site.reads_positions or site.channels_first
         self.rows_needed = Accumulator.needed(site, rows_for)
         self.moments = Moments(len(columns), device=device)
         self.buffer: list[Tensor] = []
@@ -137,7 +132,7 @@ class Accumulator:
     @staticmethod
     def needed(site: Site, num_channels: int) -> int:
         """Rows that suffice for a number of channels at a site."""
-        positional = reads_several_positions(site) or site.kind != "linear"
+        positional = site.reads_positions or site.channels_first
         return max(MIN_ROWS, (POSITIONAL_ROWS_PER_CHANNEL if positional else ROWS_PER_CHANNEL) * num_channels)
 
     @property
@@ -194,7 +189,7 @@ class Accumulator:
 
     def flat(self, x: Tensor) -> Tensor:
         """Return an input of the module as rows (positions, channels of the input)."""
-        z = x.movedim(1, -1) if self.site.kind != "linear" and x.dim() > 2 else x
+        z = x.movedim(1, -1) if self.site.channels_first and x.dim() > 2 else x
         return z.reshape(-1, z.shape[-1]).to(self._device)
 
     def fits(self, rows: Tensor) -> bool:
@@ -327,7 +322,7 @@ class Sample:
     @classmethod
     def of(cls, site: Site, *, exact: bool) -> Sample:
         """Make one for a site: of single positions more examples are needed than of whole maps."""
-        return cls(exact=exact, most=SAMPLE_EXAMPLES if reads_several_positions(site) else SAMPLE_ROWS)
+        return cls(exact=exact, most=SAMPLE_EXAMPLES if site.reads_positions else SAMPLE_ROWS)
 
     def _missing(self) -> int:
         size = self.kept[0][0].numel() if self.kept else 1

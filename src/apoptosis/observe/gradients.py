@@ -22,7 +22,7 @@ from apoptosis.numerics.devices import is_async, sample_rows
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.observe.accumulators import WHOLE_COLUMNS, Accumulator
 from apoptosis.observe.hooks import is_wrapped
-from apoptosis.records import IntArray, Site
+from apoptosis.records import IntArray, NormSite, Site
 
 _SURELY = 8  # times the rows that are needed, where nobody knows how many of them are zero
 _SHARE = 2  # batches, at least, that the rows of a window come from
@@ -99,7 +99,7 @@ class Gradients:
 
     def watch(self, key: tuple[str, str], site: Site, columns: IntArray, channels: int, device: torch.device) -> None:
         """Take gradients at a site; columns: (channels, P) along its input's channel axis."""
-        if not self._wanted or site.norm_strategy or len(columns) > WHOLE_COLUMNS:
+        if not self._wanted or isinstance(site, NormSite) or len(columns) > WHOLE_COLUMNS:
             return
         found = GradientWatch(site, columns, channels, device)
         self._watches[key] = found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apoptosis.records import Convolution, IntArray, Normal, Site, SiteReduction
+from apoptosis.records import Convolution, IntArray, LinearSite, Normal, ProductSite, SiteReduction
 
 Respond = Callable[[Tensor, Tensor], Tensor]  # (input map restricted to columns, weight restricted alike) -> output
 
@@ -22,7 +22,7 @@ _MEASURED = 2**22  # outputs that a reduction of a complex stack is measured on
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def read_weight(site: Site, weight: Tensor) -> Tensor:
+def read_weight(site: LinearSite, weight: Tensor) -> Tensor:
     """Return the part of the weight that the site reads as (out, columns, *taps), in its own dtype.
 
     Of a functional site: the selected slice, its axes but the contracted one taken together as outputs. Of a
@@ -83,11 +83,11 @@ def _convolve(conv: Convolution) -> Respond:
     return respond
 
 
-def sums_of(site: Site, rows: int) -> IntArray:
+def sums_of(site: ProductSite, rows: int) -> IntArray:
     """Return the sum that every position of a product is in, (channels, P).
 
     Args:
-        site: of kind "product".
+        site: the product.
         rows: of the group.
     """
     channels, count = site.input_columns.shape
@@ -97,7 +97,7 @@ def sums_of(site: Site, rows: int) -> IntArray:
     return np.asarray(row[:, None] * count + np.arange(count, dtype=np.int64), dtype=np.int64)
 
 
-def gather_weight(site: Site, weight: Tensor) -> Tensor:
+def gather_weight(site: LinearSite, weight: Tensor) -> Tensor:
     """Return the consumer weight as (out, channels, P): a channel's columns and kernel taps side by side.
 
     Of a complex weight float64, of one in half precision float32, else in the weight's own type; a view of it where
@@ -120,7 +120,7 @@ def real_rows(x: Tensor, dim: int) -> Tensor:
     return torch.cat([x.real, x.imag], dim).double() if x.is_complex() else x.double()
 
 
-def make_respond(module: nn.Module, site: Site) -> Respond:
+def make_respond(module: nn.Module, site: LinearSite) -> Respond:
     """Return the module's own linear map without its bias, for inputs and weights restricted to some channels.
 
     Works on the full weight too. Grouped convolutions are never restricted (their blocks must stay rectangular).
@@ -162,8 +162,8 @@ class SampledSite:
     over output positions. dropped: what the variance of every output loses by the reduction last asked for.
     """
 
-    def __init__(self, site: Site, sample: Tensor, weight: Tensor, respond: Respond, num_blocks: int) -> None:
-        self._axis = sample.dim() - 1 if site.kind == "linear" else 1  # channels of the sample
+    def __init__(self, site: LinearSite, sample: Tensor, weight: Tensor, respond: Respond, num_blocks: int) -> None:
+        self._axis = 1 if site.channels_first else sample.dim() - 1  # channels of the sample
         self._respond = respond
         self._site = site
         self._blocks = num_blocks
@@ -182,7 +182,7 @@ class SampledSite:
         """Return the module's outputs without bias, (out, positions) float64."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             out = self._respond(x, weight)
-        axis = out.dim() - 1 if self._site.kind == "linear" else 1
+        axis = 1 if self._site.channels_first else out.dim() - 1
         return real_rows(out, axis).movedim(axis, 0).flatten(1)
 
     def _changed_by(self, residual: Tensor, channels: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class SampledSite:
         return float(self._change.square().mean(1).sum())
 
 
-def sampled_site(module: nn.Module, site: Site, sample: Tensor, weight: Tensor) -> SampledSite:
+def sampled_site(module: nn.Module, site: LinearSite, sample: Tensor, weight: Tensor) -> SampledSite:
     """Measure a site on a sample of whole inputs with the module's own linear map, or that of its operator."""
     if site.conv is not None:
         used = weight.detach() * site.factors[0]

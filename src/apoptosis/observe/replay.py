@@ -33,7 +33,7 @@ from apoptosis.observe.accumulators import (
     state_of,
 )
 from apoptosis.observe.linear_map import sums_of
-from apoptosis.records import Group, Seen, Site
+from apoptosis.records import Group, LinearSite, ProductSite, Seen, Site
 
 MAX_PASSES = 16  # passes after which fewer than MIN_EXAMPLES examples will do: each costs a forward pass
 LAST_PASS = 64  # passes after which a site that still lacks rows is given up
@@ -122,16 +122,15 @@ class Replayed:
         tensors |= dict(self._model.named_buffers(remove_duplicate=False))
         device = tensors[site.weight].device if site.weight in tensors else next(iter(tensors.values())).device
         key, columns, rows_for = (group.name, site.key), site.input_columns, group.num_channels
-        if site.kind == "product":
+        if isinstance(site, ProductSite):
             columns, rows_for = site.input_columns.reshape(-1, 1), _positions_per_sum(site, group.rows)
-        elif not needs_whole_inputs(site) and len(columns) < site.num_columns <= WHOLE_COLUMNS:
-            key, columns = ("", site.key), np.arange(site.num_columns, dtype=np.int64)[:, None]
-        if needs_whole_inputs(site) and site.kind != "product":
+        elif isinstance(site, LinearSite) and needs_whole_inputs(site):
             self._samples.setdefault(site.key, Sample.of(site, exact=self._exact))
             self._convolves[site.key] = site.conv is not None
+        elif len(columns) < site.num_columns <= WHOLE_COLUMNS:
+            key, columns = ("", site.key), np.arange(site.num_columns, dtype=np.int64)[:, None]
         self._places.append((group.name, site, key))
-        keys = [key, _right(key)] if site.kind == "product" else [key]
-        for own in keys:
+        for own in (key, _right(key)) if isinstance(site, ProductSite) else (key,):
             if own not in self._watches:
                 self._watches[own] = Accumulator(
                     site, columns, rows_for, device, exact=self._exact, spread=self._spread
@@ -324,7 +323,7 @@ class Replayed:
         moments = {key: named_snapshot(watch, last=last) for key, watch in watches}
         found = {}
         for group, site, key in self._places:
-            if key not in moments or (site.kind == "product" and _right(key) not in moments):
+            if key not in moments or (isinstance(site, ProductSite) and _right(key) not in moments):
                 continue
             whole, own = None, moments[key]
             if not key[0]:
@@ -367,7 +366,7 @@ def _right(key: tuple[str, str]) -> tuple[str, str]:
     return key[0], key[1] + _RIGHT
 
 
-def _positions_per_sum(site: Site, rows: int) -> int:
+def _positions_per_sum(site: ProductSite, rows: int) -> int:
     """Most positions of a product that one sum runs over: what its second moment has to be known for."""
     counts = np.unique(sums_of(site, rows).reshape(-1), return_counts=True)[1]
     return int(counts.max())

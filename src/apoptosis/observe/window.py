@@ -40,7 +40,7 @@ from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped, tak
 from apoptosis.observe.pooled import pool, share_out
 from apoptosis.observe.replay import Replay, Replayed
 from apoptosis.observe.unfinished import Unfinished
-from apoptosis.records import Group, Site
+from apoptosis.records import Group, LinearSite, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window gives up
 STALE_STEPS = 48  # the network of so many steps ago is another one, at the start of a run above all
@@ -91,7 +91,7 @@ class Observer:
         ] = {}  # group "": all columns of a site that several groups share
         self._places: list[tuple[str, Site, tuple[str, str]]] = []  # group, site, key of its watch
         self._by_module: dict[str, list[Accumulator]] = {}
-        self._dims: dict[str, int] = {}  # of the weight of a module's first site
+        self._dims: dict[str, int] = {}  # of the weight that a module's first site reads
         self._gradients = Gradients(seed, wanted=gradients and not any_mode)
         self._samples: dict[str, Sample] = {}
         self._calls: dict[str, int] = {}
@@ -129,7 +129,8 @@ class Observer:
     def _watch(self, group: Group, site: Site, exact: bool) -> None:
         weight = self._model.get_parameter(site.weight)
         device = weight.device
-        self._dims.setdefault(site.module, weight.dim())
+        conv = site.conv if isinstance(site, LinearSite) else None
+        self._dims.setdefault(site.module, weight.dim() if conv is None else len(conv.axes))
         alone = len(site.columns) * site.columns.shape[1] == site.num_columns
         several = needs_whole_inputs(site)
         whole = not alone and not several and site.num_columns <= WHOLE_COLUMNS
@@ -361,8 +362,7 @@ class Observer:
 
     def _lacks_batch(self, name: str, x: Tensor) -> bool:
         site = self._by_module[name][0].site
-        ndim = self._dims[name] if site.conv is None else len(site.conv.axes)
-        return site.kind != "linear" and x.dim() == ndim - 1
+        return site.channels_first and x.dim() == self._dims[name] - 1
 
     def _take(self, name: str, x: Tensor) -> None:
         watches = self._by_module[name]

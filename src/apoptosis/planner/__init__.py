@@ -1,9 +1,10 @@
 """Moments become a plan with certificates; nothing of the user's is touched."""
 
 from apoptosis.planner.costs import macs_after
-from apoptosis.planner.plan import Plan, Request, make_plan, merged
+from apoptosis.planner.couplings import with_tied
+from apoptosis.planner.plan import Plan, make_plan, merged
+from apoptosis.planner.proposals import Request
 from apoptosis.planner.reasons import Cause, Why, summary, waits
-from apoptosis.planner.tied import with_equals
 from apoptosis.planner.views import Observations
 
 __all__ = [
@@ -17,5 +18,5 @@ __all__ = [
     "merged",
     "summary",
     "waits",
-    "with_equals",
+    "with_tied",
 ]

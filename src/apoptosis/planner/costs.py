@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from apoptosis.records import Group, Structure
+from apoptosis.records import Group, ProductSite, Structure
 
 Axis = tuple[str, int]
 
@@ -27,7 +27,7 @@ def macs_after(structure: Structure, keeps: Mapping[str, int]) -> float:
         for axis, positions in _axes(group).items():
             size = structure.shapes[axis[0]][axis[1]]
             share[axis] = share.get(axis, 1.0) - gone[group.name] * positions / size
-        pairs = sum(site.macs for site in group.sites if site.kind == "product") * group.num_channels
+        pairs = sum(site.macs for site in group.sites if isinstance(site, ProductSite)) * group.num_channels
         if pairs:
             saved += pairs * _share_gone(structure, group, gone)
     for tensor, macs in _totals(structure).items():
@@ -42,7 +42,7 @@ def macs_after(structure: Structure, keeps: Mapping[str, int]) -> float:
 def _axes(group: Group) -> dict[Axis, int]:
     """Positions that one channel owns along every contracted or producing axis, whatever reads it, and how often."""
     found = {(m.tensor, m.dim): m.positions.shape[1] for m in group.members if m.macs or m.role == "producer"}
-    return found | {(s.weight, s.dim): s.columns.shape[1] for s in group.sites if s.kind != "product"}
+    return found | {(s.weight, s.dim): s.columns.shape[1] for s in group.sites if not isinstance(s, ProductSite)}
 
 
 def _totals(structure: Structure) -> dict[str, float]:
@@ -55,7 +55,7 @@ def _totals(structure: Structure) -> dict[str, float]:
             if member.macs:
                 made[axis] = max(made.get(axis, 0.0), member.macs / count * structure.shapes[axis[0]][axis[1]])
         for site in group.sites:
-            if site.kind != "product":
+            if not isinstance(site, ProductSite):
                 axis, count = (site.weight, site.dim), max(site.columns.shape[1], 1)
                 own = site.macs / count * structure.shapes[axis[0]][axis[1]]
                 reads = read.setdefault(axis, {})

@@ -15,12 +15,12 @@ from apoptosis.numerics.bilinear import blocks_of, joint, pooled, product_error,
 from apoptosis.numerics.moments import Moments
 from apoptosis.observe import Observation
 from apoptosis.observe.linear_map import sums_of
-from apoptosis.records import Site
+from apoptosis.records import ProductSite
 
 _NOTE = "of the sums over paired channels (scores before the softmax), taking both operands as independent"
 
 
-def show_product(site: Site, seen: Observation, rows: int) -> SiteView:
+def show_product(site: ProductSite, seen: Observation, rows: int) -> SiteView:
     """Show a product as a linear map of its left operand.
 
     With L and R the second moments of the operands within one sum, an error e of the left one costs tr(E[e eᵀ] R), so
@@ -29,7 +29,7 @@ def show_product(site: Site, seen: Observation, rows: int) -> SiteView:
     is never more than the variance of the sums. Where the fold has nowhere to go nothing stands in for a channel.
 
     Args:
-        site: of kind "product".
+        site: the product.
         seen: moments of both operands at every position.
         rows: of the group.
 

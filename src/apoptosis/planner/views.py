@@ -24,7 +24,7 @@ from apoptosis.numerics.sketch import sketched
 from apoptosis.observe import Observation, needs_whole_inputs
 from apoptosis.observe.linear_map import SampledSite, gather_weight, read_weight, sampled_site
 from apoptosis.planner.products import show_product
-from apoptosis.records import Certificate, Group, Neuron, Site
+from apoptosis.records import Certificate, Group, LinearSite, Neuron, NormSite, ProductSite
 
 BY_THE_LOSS = "of what the loss sees of the output"
 CONSTANT_SHARE = 4.0  # of the channels' mean square, for a constant that is to be explained with them
@@ -67,51 +67,55 @@ def make_view(
         grad_factor: let errors count by what the loss makes of them, where its gradients were seen.
         neurons: show how the channels are computed, too.
     """
-    grad_factor = grad_factor and not any(site.norm_strategy for site in group.sites)
+    grad_factor = grad_factor and not group.under_norm
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    sites: list[SiteView] = []
+    views: list[SiteView] = []
     samples: dict[str, SampledSite] = {}
     ratios: dict[str, float] = {}
     for site in group.sites:
         seen = observations[group.name, site.key]
-        if site.kind == "product":
-            sites.append(show_product(site, seen, group.rows))
-            ratios[site.key] = 1.0
-            continue
-        if site.norm_strategy:
-            sites.append(_show_norm(site, seen, model.get_submodule(site.module)))
-            ratios[site.key] = 1.0
-            continue
-        weight = tensors[site.weight]
-        sample = None
-        if needs_whole_inputs(site) and seen.sample is not None and (seen.dropout == 0.0 or site.is_complex):
-            sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
-            samples[site.key] = sample
-        gathered = gather_weight(site, weight)
-        rows = blended(seen.grad_factor, gathered) if grad_factor else None
-        shown = SiteView(
-            key=site.key,
-            weight=gathered,
-            moments=_with_constant(seen.moments) if site.normal is not None and site.normal.centred else seen.moments,
-            centred=_takes_offset(site, weight),
-            dropout=seen.dropout,
-            measure=None if sample is None else sample.error,
-            scale=None if sample is None else sample.scale,
-            grad_factor=rows,
-            note=BY_THE_LOSS if rows is not None else "",
-        )
-        sites.append(shown)
-        ratios[site.key] = _ratio(site, shown, seen, weight)
+        ratios[site.key] = 1.0
+        match site:
+            case ProductSite():
+                views.append(show_product(site, seen, group.rows))
+            case NormSite():
+                views.append(_show_norm(site, seen, model.get_submodule(site.module)))
+            case LinearSite():
+                weight, sample = tensors[site.weight], None
+                if needs_whole_inputs(site) and seen.sample is not None and (seen.dropout == 0.0 or site.is_complex):
+                    sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
+                    samples[site.key] = sample
+                views.append(_show_linear(site, seen, weight, sample, grad_factor=grad_factor))
+                ratios[site.key] = _ratio(site, views[-1], seen, weight)
     neuron = None if group.neuron is None or not neurons else _neuron_view(model, tensors, group.neuron)
     view = GroupView(
         name=group.name,
         num_channels=group.num_channels,
-        sites=tuple(sites),
+        sites=tuple(views),
         neuron=neuron,
         seed=seed,
         rows=group.rows,
     )
     return GroupData(view=view, samples=samples, ratios=ratios)
+
+
+def _show_linear(
+    site: LinearSite, seen: Observation, weight: Tensor, sample: SampledSite | None, *, grad_factor: bool
+) -> SiteView:
+    """Show a linear layer or convolution; sample: where it was measured on whole inputs."""
+    gathered = gather_weight(site, weight)
+    rows = blended(seen.grad_factor, gathered) if grad_factor else None
+    return SiteView(
+        key=site.key,
+        weight=gathered,
+        moments=_with_constant(seen.moments) if site.normal is not None and site.normal.centred else seen.moments,
+        centred=_takes_offset(site, weight),
+        dropout=seen.dropout,
+        measure=None if sample is None else sample.error,
+        scale=None if sample is None else sample.scale,
+        grad_factor=rows,
+        note=BY_THE_LOSS if rows is not None else "",
+    )
 
 
 def _with_constant(moments: Moments) -> Moments:
@@ -152,10 +156,10 @@ def blended(grad_factor: Tensor | None, weight: Tensor) -> Tensor | None:
     return out
 
 
-def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
+def _show_norm(site: NormSite, seen: Observation, module: nn.Module) -> SiteView:
     """Show a norm as what it has to know of its input: every channel, weighted by how many it stands for."""
-    found, plain = statistics_of(module), site.norm_strategy in ("plain", "response")
-    counts = found.mean_weights if site.norm_strategy == "response" else found.square_weights.sqrt()
+    found, plain = statistics_of(module), site.strategy in ("plain", "response")
+    counts = found.mean_weights if site.strategy == "response" else found.square_weights.sqrt()
     counts = counts.to(seen.moments.device)
     return SiteView(
         key=site.key,
@@ -163,13 +167,13 @@ def _show_norm(site: Site, seen: Observation, module: nn.Module) -> SiteView:
         moments=seen.moments,
         centred=not plain,
         dropout=seen.dropout,
-        mixes=site.norm_strategy != "plain",
+        mixes=site.strategy != "plain",
         pairwise=True,
         note="of the channels that a norm takes its statistics of",
     )
 
 
-def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> float:
+def _ratio(site: LinearSite, shown: SiteView, seen: Observation, weight: Tensor) -> float:
     """Rms of the site's whole output over the rms of what the group contributes to it."""
     if seen.whole is None:
         return 1.0
@@ -181,7 +185,7 @@ def _ratio(site: Site, shown: SiteView, seen: Observation, weight: Tensor) -> fl
     return float((whole / own) ** 0.5) if own > 0.0 and whole > 0.0 else 1.0
 
 
-def _takes_offset(site: Site, weight: Tensor) -> bool:
+def _takes_offset(site: LinearSite, weight: Tensor) -> bool:
     """Whether a constant can be folded exactly: something takes it, and no zero padding lies at the borders.
 
     One slice of a stacked weight, or a weight of more axes, has no bias of one number per output.

@@ -17,11 +17,12 @@ from apoptosis.numerics.mixes import CompactReduction, mix_shape
 from apoptosis.records import (
     ColumnFold,
     Group,
+    LinearSite,
     Member,
+    NormSite,
     OffsetFold,
+    ProductSite,
     Reduction,
-    Site,
-    SiteReduction,
     Structure,
     TensorEdit,
 )
@@ -93,15 +94,16 @@ def build_edits(
             key = site.key
             if key not in reduction.sites:
                 raise ShapeError(f"the reduction of group '{group.name}' says nothing about its site '{key}'.")
-            if site.norm_strategy:
-                add_norm(drafts, structure, site, reduction)
-            elif site.kind == "product":
-                add_product(drafts, structure, group, site, reduction)
-            else:
-                _add_site(drafts, structure, site, reduction.keep, reduction.sites[key], group.rows)
-            if key not in scaled and dropped_variance is not None and key in dropped_variance:
-                scaled.add(key)
-                _add_variance(drafts, structure, site, dropped_variance[key])
+            match site:
+                case NormSite():
+                    add_norm(drafts, structure, site, reduction)
+                case ProductSite():
+                    add_product(drafts, structure, group, site, reduction)
+                case LinearSite():
+                    _add_site(drafts, structure, group, site, reduction)
+                    if key not in scaled and dropped_variance is not None and key in dropped_variance:
+                        scaled.add(key)
+                        _add_variance(drafts, structure, site, dropped_variance[key])
     return tuple(finished(name, draft, structure.shapes[name]) for name, draft in drafts.items())
 
 
@@ -144,9 +146,9 @@ def _add_member(
 
 
 def _add_site(
-    drafts: dict[str, EditBuilder], structure: Structure, site: Site, keep: Tensor, reduction: SiteReduction, rows: int
+    drafts: dict[str, EditBuilder], structure: Structure, group: Group, site: LinearSite, made: Reduction
 ) -> None:
-    name = first_name(structure, site.weight)
+    name, keep, reduction = first_name(structure, site.weight), made.keep, made.sites[site.key]
     num_channels = mix_shape(reduction)[1]
     check_positions(site.columns, num_channels, structure.shapes[name][site.dim], f"site '{site.key}'")
     columns = unique_columns(site.columns)
@@ -164,7 +166,7 @@ def _add_site(
     if is_new(draft, fold, site):
         draft.folds.append(fold)
         draft.removed.setdefault(site.dim, []).append(columns[removed(keep, num_channels)].reshape(-1))
-        note_order(draft, site.dim, columns, keep, rows, structure.shapes[name][site.dim])
+        note_order(draft, site.dim, columns, keep, group.rows, structure.shapes[name][site.dim])
     if reduction.offset is None or not bool(reduction.offset.count_nonzero()):
         return
     where = _offset_target(structure, site)
@@ -179,7 +181,7 @@ def _add_site(
             held.append(offset)
 
 
-def _offset_target(structure: Structure, site: Site) -> tuple[str, float] | None:
+def _offset_target(structure: Structure, site: LinearSite) -> tuple[str, float] | None:
     """Where a constant at the site's input goes: (tensor, sign), or None where batch statistics absorb it."""
     who = f"site '{site.key}'"
     if site.zero_padded or (site.kind == "conv_transpose" and site.taps > 1):
@@ -195,7 +197,7 @@ def _offset_target(structure: Structure, site: Site) -> tuple[str, float] | None
     return (mean, -site.factors[0]) if mean in structure.shapes else None
 
 
-def _check_functional_offset(structure: Structure, site: Site) -> None:
+def _check_functional_offset(structure: Structure, site: LinearSite) -> None:
     """Refuse a slice of a stack unless the biases are stacked alike: else it has none of its own."""
     weight = structure.shapes[first_name(structure, site.weight)]
     num_stacked = len(site.select)
@@ -209,7 +211,7 @@ def _check_functional_offset(structure: Structure, site: Site) -> None:
         raise ShapeError(f"site '{site.key}': an offset has nowhere to go: its slice has no bias of its own.")
 
 
-def _add_variance(drafts: dict[str, EditBuilder], structure: Structure, site: Site, dropped: Tensor) -> None:
+def _add_variance(drafts: dict[str, EditBuilder], structure: Structure, site: LinearSite, dropped: Tensor) -> None:
     if site.norm is None:
         return
     name = f"{site.norm}.running_var"

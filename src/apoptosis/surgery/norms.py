@@ -30,21 +30,21 @@ from apoptosis.modules.norms import (
     response_of,
     statistics_of,
 )
-from apoptosis.records import Reduction, RowScale, Site, SiteReduction, Structure
+from apoptosis.records import NormSite, Reduction, RowScale, SiteReduction, Structure
 from apoptosis.surgery.builder import EditBuilder, check_positions, first_name
 
 
-def _stays_plain(site: Site, reduction: SiteReduction, keep: Tensor) -> bool:
+def _stays_plain(site: NormSite, reduction: SiteReduction, keep: Tensor) -> bool:
     """Whether only channels that are always zero go, of a norm that can then stay what it is."""
     gone = torch.ones(reduction.mix.shape[1], dtype=torch.bool, device="cpu")
     gone[keep.cpu()] = False
     moved = bool(reduction.mix.cpu()[:, gone].any()) or (reduction.offset is not None and bool(reduction.offset.any()))
-    if site.norm_strategy == "plain" and moved:
+    if site.strategy == "plain" and moved:
         raise ShapeError(f"site '{site.key}': this norm can lose channels that are always zero, and no others.")
-    return site.norm_strategy in ("plain", "either") and not moved
+    return site.strategy in ("plain", "either") and not moved
 
 
-def add_norm(drafts: dict[str, EditBuilder], structure: Structure, site: Site, reduction: Reduction) -> None:
+def add_norm(drafts: dict[str, EditBuilder], structure: Structure, site: NormSite, reduction: Reduction) -> None:
     """Scale the weight of a norm that stays what it is by sqrt(C/C'), C channels before and C' after.
 
     Raises: ShapeError: the norm can only lose channels that are always zero, and others would go; a weight that two
@@ -76,12 +76,12 @@ def norm_edits(structure: Structure, reductions: Sequence[Reduction]) -> tuple[N
     for reduction in reductions:
         group = groups[reduction.group]
         for site in group.sites if reduction.keep.numel() < group.num_channels else ():
-            if site.norm_strategy:
+            if isinstance(site, NormSite):
                 edits.append(_norm_edit(site, reduction.sites[site.key], reduction.keep))
     return tuple(edits)
 
 
-def _norm_edit(site: Site, found: SiteReduction, keep: Tensor) -> NormEdit:
+def _norm_edit(site: NormSite, found: SiteReduction, keep: Tensor) -> NormEdit:
     """Put a reduction at a norm into the order of the norm's own axis."""
     place = torch.from_numpy(site.columns[:, 0])  # of each channel
     channel = torch.argsort(place)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ShapeError
-from apoptosis.records import ColumnFold, Group, Reduction, RowScale, Site, Structure
+from apoptosis.records import ColumnFold, Group, ProductSite, Reduction, RowScale, Structure
 from apoptosis.surgery.builder import (
     EditBuilder,
     check_positions,
@@ -27,7 +27,7 @@ from apoptosis.surgery.builder import (
 
 
 def add_product(
-    drafts: dict[str, EditBuilder], structure: Structure, group: Group, site: Site, reduction: Reduction
+    drafts: dict[str, EditBuilder], structure: Structure, group: Group, site: ProductSite, reduction: Reduction
 ) -> None:
     """Fold the right operand's producer and scale the left one's; both lose their rows as members of the group."""
     who, found, keep = f"site '{site.key}'", reduction.sites[site.key], reduction.keep
@@ -59,7 +59,7 @@ def add_product(
         )
 
 
-def _rescale(site: Site, keep: Tensor) -> float:
+def _rescale(site: ProductSite, keep: Tensor) -> float:
     """sqrt(k'/k) for an operator that divides by the root of the number of pairs it sums, k before and k' after."""
     num_channels = site.input_columns.shape[0]
     if not site.rescale or not site.per_sum:
@@ -74,7 +74,7 @@ def _rescale(site: Site, keep: Tensor) -> float:
     return math.sqrt(int(after[0]) / site.per_sum)
 
 
-def _add_scale(draft: EditBuilder, scale: RowScale, site: Site) -> None:
+def _add_scale(draft: EditBuilder, scale: RowScale, site: ProductSite) -> None:
     """Operators that share an operand share its scale, which has to be the same one."""
     for other in draft.scales:
         if other.dim != scale.dim or not np.intersect1d(other.positions, scale.positions).size:

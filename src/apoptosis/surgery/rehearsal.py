@@ -26,7 +26,7 @@ from apoptosis.graph import verify_up_to_scale
 from apoptosis.graph.groups.counts import groups_of, with_follows
 from apoptosis.graph.trace.failures import Fault, fault_of
 from apoptosis.interrupts import restoring
-from apoptosis.planner.tied import alike, missing, steps
+from apoptosis.planner.couplings import absent, common_steps, units_of
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
 from apoptosis.surgery.numbers import number_of, value_of
@@ -111,7 +111,7 @@ class _Rehearsal:
         return first_fault(ranks, ranks.run_collectively(partial(self._own_fault, structure, frozenset(names))))
 
     def _own_fault(self, structure: Structure, names: frozenset[str]) -> Fault | None:
-        reductions = [r for groups in alike(_open(structure, names)) for r in _narrower(groups, self._align)]
+        reductions = [r for groups in units_of(_open(structure, names)) for r in _narrower(groups, self._align)]
         if not reductions:
             return None
         target = self._target
@@ -253,10 +253,10 @@ def _lineage(model: nn.Module, module: str) -> list[str]:
 
 def _narrower(groups: Sequence[Group], align: int) -> list[Reduction]:
     """Return reductions that take half of the channels of all groups, which keep one share; none where that is none."""
-    if missing(groups):
+    if absent(groups):
         return []
     found = []
-    for group, step in zip(groups, steps(groups, groups, align), strict=True):
+    for group, step in zip(groups, common_steps(groups, groups, align), strict=True):
         wide = group.num_channels + group.num_static
         kept = -(-(wide // step) // 2) * step - group.num_static
         if not 0 < kept < group.num_channels or kept % group.rows:

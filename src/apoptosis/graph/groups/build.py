@@ -14,12 +14,13 @@ import numpy as np
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes, all_axes, numbered
 from apoptosis.graph.groups.consumers import per_forward, product_sites, products_of, site_of
+from apoptosis.graph.groups.couplings import with_conflicts
 from apoptosis.graph.groups.heads import HeadDraft, head_drafts
 from apoptosis.graph.groups.norms import norm_sites
 from apoptosis.graph.groups.output_paths import through
 from apoptosis.graph.trace.findings import Consumer, TraceResult
 from apoptosis.graph.trace.values import Axis
-from apoptosis.records import Group, IntArray, Member, Neuron, Site
+from apoptosis.records import Group, IntArray, LinearSite, Member, Neuron, Site
 
 
 @dataclass(slots=True)
@@ -165,7 +166,8 @@ def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, Int
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
         readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
-        sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
+        linear = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
+        sites: tuple[Site, ...] = linear
         number = int(classes.first_pin[draft.channels[0]])
         reason = through(findings, number, draft.positions) if number >= 0 else lumped
         if reason is None:
@@ -174,10 +176,10 @@ def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, Int
             norms, why = norm_sites(findings, classes, draft.channels)
             sites, reason = (*sites, *norms), reason or why
         members = _members(findings, draft.positions, consumed)
-        least = max([_min_channels(c, site) for (c, _), site in zip(readers, sites, strict=False)], default=1)
+        least = max([_min_channels(c, site) for (c, _), site in zip(readers, linear, strict=True)], default=1)
         if reason is None and least >= draft.channels.size > 1:
             reason = Code.DEPTHWISE()
-        plain = reason is None and not any(site.kind == "product" or site.norm_strategy for site in sites)
+        plain = reason is None and len(sites) == len(linear)
         groups.append(
             Group(
                 name=name,
@@ -197,10 +199,10 @@ def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, Int
             names[group.name] = names.get(group.name, 0) + 1
             again = names[group.name]
             heads.append(group if again == 1 else replace(group, name=f"{group.name}#{again}"))
-    return _with_alternatives(groups, heads)
+    return with_conflicts(groups, heads)
 
 
-def _min_channels(consumer: Consumer, site: Site) -> int:
+def _min_channels(consumer: Consumer, site: LinearSite) -> int:
     """Return how many channels a site needs: blocks of one channel each would make a convolution a depthwise one."""
     blocks = consumer.blocks if site.kind == "conv_transpose" else 1  # of a convolution the blocks share their columns
     alone = site.columns.size == site.num_columns and site.columns.shape[1] == blocks
@@ -216,19 +218,3 @@ def _head_group(findings: TraceResult, draft: HeadDraft, by_axis: Mapping[Axis, 
     if not sites or not members or any(m.tensor in under_norm for m in members):
         return None
     return Group(name=f"{draft.module}:heads", num_channels=draft.num_heads, members=members, sites=sites)
-
-
-def _with_alternatives(groups: Sequence[Group], heads: Sequence[Group]) -> tuple[Group, ...]:
-    """Name the groups whose tensors overlap with those of whole heads."""
-    found: dict[str, list[str]] = {}
-    for head in heads:
-        taken = {(m.tensor, m.dim): set(m.positions.reshape(-1).tolist()) for m in head.members}
-        taken |= {(s.weight, s.dim): set(s.columns.reshape(-1).tolist()) for s in head.sites}
-        for group in groups:
-            axes = [(m.tensor, m.dim, m.positions) for m in group.members]
-            axes += [(s.weight, s.dim, s.columns) for s in group.sites]
-            if group.pin is None and any(taken.get((t, d), set()) & set(p.reshape(-1).tolist()) for t, d, p in axes):
-                found.setdefault(head.name, []).append(group.name)
-                found.setdefault(group.name, []).append(head.name)
-    every = (*groups, *heads)
-    return tuple(replace(g, conflicts_with=tuple(found[g.name])) if g.name in found else g for g in every)

@@ -13,7 +13,7 @@ import numpy as np
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes, own_readers
 from apoptosis.graph.trace.findings import Consumer, Product, TraceResult, pairs_of
-from apoptosis.records import IntArray, Site
+from apoptosis.records import IntArray, LinearSite, ProductSite
 
 
 def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> IntArray:
@@ -35,14 +35,14 @@ def _norm_of(findings: TraceResult, source: str) -> str | None:
     return norm if findings.reads[statistics] <= {norm} else None
 
 
-def site_of(findings: TraceResult, consumer: Consumer, columns: IntArray) -> Site:
+def site_of(findings: TraceResult, consumer: Consumer, columns: IntArray) -> LinearSite:
     """Make the site of a consumer that the channels own these columns of, (channels, P)."""
     num_columns = findings.slots.owners[consumer.weight].shape[consumer.dim]
     bias = consumer.bias
     if bias is not None and findings.reads[bias] - own_readers(consumer):
         bias = None  # another reads it too: nothing may be folded into it
     is_complex = findings.slots.owners[consumer.weight].is_complex
-    return Site(
+    return LinearSite(
         module=str(consumer.module),
         kind=consumer.kind,
         weight=consumer.weight,
@@ -94,7 +94,7 @@ def products_of(findings: TraceResult) -> Products:
 
 def product_sites(
     findings: TraceResult, classes: Classes, channels: IntArray, products: Products
-) -> tuple[tuple[Site, ...], Reason | None]:
+) -> tuple[tuple[ProductSite, ...], Reason | None]:
     """Return the sites at which channels of one group are multiplied in pairs, or why that pins the group."""
     rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
     rank[channels] = np.arange(channels.size)
@@ -126,7 +126,7 @@ def _merged(products: Iterable[Product]) -> list[Product]:
     return list(out.values())
 
 
-def _product_site(findings: TraceResult, products: Products, product: Product, places: IntArray) -> Site:
+def _product_site(findings: TraceResult, products: Products, product: Product, places: IntArray) -> ProductSite:
     """places: (channels, P), where the group's channels stand among the product's positions."""
     fold = product.fold if _foldable(findings, products, product) else None
     weight, bias, columns, num_columns = "", None, np.zeros((len(places), 0), dtype=np.int64), 0
@@ -147,9 +147,8 @@ def _product_site(findings: TraceResult, products: Products, product: Product, p
             own = [np.unique(scaled[p][here[p]]) - base for p in places]
             rescale.append((name, dim, np.stack(own)))
             rescale.extend((b, 0, np.stack(own)) for b in sorted(findings.bias_of.get((name, dim), ())))
-    return Site(
+    return ProductSite(
         module=product.module,
-        kind="product",
         weight=weight,
         dim=fold[1] if fold is not None else 0,
         bias=bias,
@@ -157,7 +156,6 @@ def _product_site(findings: TraceResult, products: Products, product: Product, p
         input_columns=places,
         num_columns=num_columns,
         macs=per_forward(product.macs) * places.shape[1] / product.left.size,
-        functional=True,
         rescale=tuple(rescale),
         per_sum=product.left.size // product.num_rows,
         number=product.number,

@@ -12,10 +12,12 @@ import numpy as np
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes
 from apoptosis.graph.trace.findings import Norm, TraceResult
-from apoptosis.records import IntArray, Site
+from apoptosis.records import IntArray, NormSite
 
 
-def norm_sites(findings: TraceResult, classes: Classes, channels: IntArray) -> tuple[tuple[Site, ...], Reason | None]:
+def norm_sites(
+    findings: TraceResult, classes: Classes, channels: IntArray
+) -> tuple[tuple[NormSite, ...], Reason | None]:
     """Return the sites at which norms read the channels of one group, or why that pins the group.
 
     channels: classes of the group's channels, in order.
@@ -34,15 +36,14 @@ def norm_sites(findings: TraceResult, classes: Classes, channels: IntArray) -> t
     return tuple(found), None
 
 
-def _site(norm: Norm, columns: IntArray) -> Site:
-    return Site(
+def _site(norm: Norm, columns: IntArray) -> NormSite:
+    return NormSite(
         module=norm.module,
-        kind="conv" if norm.first else "linear",
         weight=norm.weight,
         dim=norm.dim,
-        bias=None,
         columns=columns,
         input_columns=columns,
         num_columns=len(columns),
-        norm_strategy=norm.way,
+        strategy=norm.way,
+        channels_first=norm.first,
     )

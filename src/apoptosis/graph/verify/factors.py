@@ -271,15 +271,13 @@ def gains(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdit, ...]:
 
     Raises: StructureChangedError: a row that had a size has none any more. Names the weight.
     """
-    after = {site.key: site for group in new.groups for site in group.sites if site.normal is not None}
+    after = new.normalised
     found: dict[str, TensorEdit] = {}
-    for site in (site for group in old.groups for site in group.sites):
-        if site.normal is None or site.key not in after or site.dim not in kept.get(site.weight, {}):
+    for site, normal in old.normalised.values():
+        if site.key not in after or site.dim not in kept.get(site.weight, {}):
             continue
-        now = after[site.key].normal
-        rows = _left(kept, site.weight, 0)
-        before = site.normal.scale if rows is None else site.normal.scale[rows]
-        assert now is not None
+        now, rows = after[site.key][1], _left(kept, site.weight, 0)
+        before = normal.scale if rows is None else normal.scale[rows]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(before == 0.0, 1.0, before / now.scale)
         if not bool(np.isfinite(ratio).all()):

@@ -26,7 +26,7 @@ from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
 from apoptosis.graph.trace.fakes import built_fake, make_fake
 from apoptosis.model.evaluate import as_call, num_rows
-from apoptosis.records import Structure
+from apoptosis.records import LinearSite, Structure
 from apoptosis.storage.plain_json import parse
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import Target
@@ -155,7 +155,10 @@ def describe(structure: Structure, network: nn.Module, batch: int) -> dict[str, 
         {
             "name": group.name,
             "channels": group.num_channels,
-            "sites": [{"module": site.module, "kind": site.kind, "taps": site.taps} for site in group.sites],
+            "sites": [
+                {"module": s.module, "kind": s.kind, "taps": s.taps if isinstance(s, LinearSite) else 1}
+                for s in group.sites
+            ],
             "members": [member.tensor for member in group.members],
             "macs_per_channel": group.macs_per_channel / batch,
             "pinned": group.pin is not None,

@@ -35,7 +35,7 @@ def test_values_split_by_the_number_of_pinned_queries_are_pinned() -> None:
     assert pin is not None
     assert pin.reason.startswith("they share the width of 'q' in rows of the model, which is pinned: ")
     assert pin.reason.endswith("normalises over channels")
-    assert pin.where.startswith("test_ratio_constraints_pinned.py:")
+    assert pin.where.startswith("test_shared_widths_pinned.py:")
 
 
 class Stacked(nn.Module):

@@ -1,0 +1,263 @@
+"""How much of each group one event removes: proposals that meet the tolerance of every site, group after group.
+
+Holds: how a site's tolerance is shared out, the least common share of tied groups, the best of compatible sets.
+Elsewhere: which groups belong together (couplings.py), what a criterion sees of them (views.py), the plan (plan.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from apoptosis.criteria import Criterion, Proposal, Ranking, choose, compensated, interleaved
+from apoptosis.numerics.linalg import roundoff_floor
+from apoptosis.observe import Observation
+from apoptosis.planner.costs import macs_after
+from apoptosis.planner.couplings import Task, Unit, absent, common_steps, own_share, share_of_row
+from apoptosis.planner.reasons import Why, missed_tolerance, too_few_rows, used_up
+from apoptosis.planner.views import GroupData, Observations, dropped, make_view, worst_case
+from apoptosis.records import Certificate, Group, LinearSite, Structure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What an event may do.
+
+    tolerance: relative rms per site. allotted: the part of it that a group gets, by name; all of it where missing.
+    remaining_error: what is left of a site's sum over all events, by site key.
+    align: widths are rounded up to a multiple. max_drop: largest share of a group's channels one event removes.
+    rows_per_channel: a width is only trusted when the window saw this many rows for every channel kept.
+    waiting: groups that are left for a later event though they were observed, and why.
+    """
+
+    criterion: Criterion
+    tolerance: float
+    align: int
+    max_drop: float
+    seed: int
+    allotted: Mapping[str, float] = field(default_factory=dict)
+    remaining_error: Mapping[str, float] = field(default_factory=dict)
+    rows_per_channel: int = 3
+    waiting: Mapping[str, Why] = field(default_factory=dict)
+
+
+class Made(NamedTuple):
+    """What one rank makes of its tasks.
+
+    proposals, certificates: by group. dropped_variance: by key of a site that a BatchNorm reads, what the variance of
+    its outputs loses. left: by group that stays as it is, why.
+    """
+
+    proposals: dict[str, Proposal]
+    certificates: dict[str, tuple[Certificate, ...]]
+    dropped_variance: dict[str, Tensor]
+    left: dict[str, Why]
+
+    def add(self, other: Made) -> None:
+        """Take in what another rank made."""
+        self.proposals.update(other.proposals)
+        self.certificates.update(other.certificates)
+        self.dropped_variance.update(other.dropped_variance)
+        self.left.update(other.left)
+
+
+class _Budgets:
+    """The tolerance of every site, shared out among the groups that it reads.
+
+    readers: by site key, the groups still to come. spent: by site key, the errors of those that came.
+    """
+
+    def __init__(self, readers: Mapping[str, int], spent: Mapping[str, float]) -> None:
+        self.readers, self.spent = Counter(readers), dict(spent)
+
+    def copy(self, groups: Iterable[Group] = ()) -> _Budgets:
+        """Return a copy in which these groups are to come, too."""
+        return _Budgets(self.readers + Counter(site.key for group in groups for site in group.sites), self.spent)
+
+    def book(self, groups: Iterable[Group], proposals: Iterable[Proposal]) -> None:
+        """Note that these groups came, and what was proposed for them."""
+        self.readers.subtract(site.key for group in groups for site in group.sites)
+        for proposal in proposals:
+            for key, error in proposal.errors.items():
+                self.spent[key] = self.spent.get(key, 0.0) + error
+
+    def limits(self, group: Group, request: Request, ratios: Mapping[str, float]) -> dict[str, float] | Why:
+        """Return by site key what the group may cost there; or why it may not cost anything at one."""
+        cap, limits = request.allotted.get(group.name, request.tolerance), {}
+        for site in group.sites:
+            spent = self.spent.get(site.key, 0.0)
+            left = request.remaining_error.get(site.key, float("inf")) - spent
+            if left < roundoff_floor(group.num_channels):
+                return used_up(site, left)
+            free = max(0.0, min(request.tolerance - spent, left))
+            limits[site.key] = ratios[site.key] * min(cap, free / self.readers[site.key])
+        return limits
+
+
+class ProposalBuilder:
+    """Makes proposals, one task after the other.
+
+    Args:
+        model, structure, observations, request, rankings: as in `make_plan`.
+        tasks: those that `take` will be called with.
+        last: let go of the observations of a task's groups once it is planned, where they are in a dict.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        observations: Observations,
+        request: Request,
+        rankings: MutableMapping[str, Ranking],
+        tasks: Iterable[Task],
+        *,
+        last: bool,
+    ) -> None:
+        self._model, self._structure, self._observations, self._request = model, structure, observations, request
+        self._rankings = rankings
+        self._released: dict[tuple[str, str], Observation] = {}
+        if last and isinstance(observations, dict):
+            self._released = observations
+        self._data: dict[str, GroupData] = {}
+        self._budgets = _Budgets(sum((task.readers for task in tasks), Counter()), {})
+        self.made = Made({}, {}, {}, {})
+
+    def take(self, task: Task) -> None:
+        """Add the proposals of the set of groups that saves most, and why the other groups stay as they are."""
+        self._budgets.readers -= task.readers
+        found = [self._propose_set(units) for units in task.sets]
+        saved = [-macs_after(self._structure, {n: len(p.reduction.keep) for n, p in own.items()}) for own, _ in found]
+        best = saved.index(max(saved))
+        proposals, left = found[best]
+        self._budgets.book((), proposals.values())
+        self.made.proposals.update(proposals)
+        chosen = [group for unit in task.sets[best] for group in unit]
+        self._certify([group for group in chosen if group.name in proposals])
+        other = Why("another", f"left for another event: changing {', '.join(proposals)} saves more")
+        for units, (_, why) in zip(task.sets, found, strict=True):
+            for name in (group.name for unit in units for group in unit if group not in chosen):
+                left.setdefault(name, why.get(name) or other)
+        self.made.left.update(left)
+        for group in task.groups:
+            for site in group.sites:
+                self._released.pop((group.name, site.key), None)
+
+    def _propose_set(self, units: Sequence[Unit]) -> tuple[dict[str, Proposal], dict[str, Why]]:
+        budgets = self._budgets.copy(group for unit in units for group in unit)
+        proposals: dict[str, Proposal] = {}
+        left: dict[str, Why] = {}
+        for unit in units:
+            found, why = self._propose_unit(unit, budgets)
+            budgets.book(unit, found.values())
+            proposals |= found
+            left |= why
+        return proposals, left
+
+    def _propose_unit(self, unit: Unit, budgets: _Budgets) -> tuple[dict[str, Proposal], dict[str, Why]]:
+        """Propose the least share that suits all groups of a unit: the one that needs most decides; or none, and why.
+
+        What every group needs by itself is asked for first, then again with the largest of these shares as the least,
+        until all keep the same.
+        """
+        if others := absent(unit):
+            tied = Why("tied", f"as wide as {', '.join(others)}, which cannot change now")
+            return {}, {group.name: tied for group in unit}
+        data = [self._show(group) for group in unit]
+        steps = common_steps(unit, [one.view for one in data], self._request.align)
+        least = 0.0
+        while True:
+            own, found = budgets.copy(), dict[str, Proposal]()
+            for group, one, step in zip(unit, data, steps, strict=True):
+                made = _propose(group, one, self._request, own, step, own_share(group, least), self._rankings)
+                if isinstance(made, Why):
+                    tied = Why(made.cause, f"as wide as {group.name}, for which: {made.text}")
+                    return {}, {g.name: made if g is group else tied for g in unit}
+                found[group.name] = made
+                own.book((group,), (made,))
+            kept = [share_of_row(group, len(found[group.name].reduction.keep)) for group in unit]
+            if max(kept) - min(kept) < 1e-9:
+                return found, {}
+            least = max(kept)
+
+    def _show(self, group: Group) -> GroupData:
+        if group.name not in self._data:
+            criterion = self._request.criterion
+            self._data[group.name] = make_view(
+                self._model,
+                group,
+                self._observations,
+                self._request.seed,
+                grad_factor=criterion.grad_factor,
+                neurons=criterion.neurons,
+            )
+            for key in ((group.name, site.key) for site in group.sites):
+                if key in self._released:  # the rows of gradients are in what is shown
+                    self._released[key] = replace(self._released[key], grad_factor=None)
+        return self._data[group.name]
+
+    def _certify(self, groups: Sequence[Group]) -> None:
+        """Note every bound on what the groups' reductions do, and let go of what was shown of all.
+
+        Of outputs that a BatchNorm reads the loss of variance is noted, too.
+        """
+        lost = self.made.dropped_variance
+        for group in groups:
+            data, proposal = self._show(group), self.made.proposals[group.name]
+            bounds = (*proposal.certificates(data.view), *worst_case(group, data.view, proposal))
+            self.made.certificates[group.name] = bounds
+            for site, view in zip(group.sites, data.view.sites, strict=True):
+                if isinstance(site, LinearSite) and site.norm is not None:
+                    own = dropped(view, proposal, data.samples.get(site.key))
+                    lost[site.key] = own if site.key not in lost else lost[site.key] + own
+        self._data.clear()  # weights in float64: those of one task at a time
+
+
+def _propose(
+    group: Group,
+    data: GroupData,
+    request: Request,
+    budgets: _Budgets,
+    step: int,
+    least_share: float,
+    rankings: MutableMapping[str, Ranking],
+) -> Proposal | Why:
+    """Make a proposal, or say why there is none.
+
+    Args:
+        group: that is asked about.
+        data: what is known of it.
+        request: what is allowed.
+        budgets: what each site has left.
+        step: between numbers kept.
+        least_share: of the channels, that stays.
+        rankings: by group, as in make_plan.
+    """
+    least_share = max(least_share, 1 - request.max_drop)
+    least = max(group.min_channels, min(step, group.num_channels), round(least_share * group.num_channels))
+    limits = budgets.limits(group, request, data.ratios)
+    if isinstance(limits, Why):
+        return limits
+    criterion = request.criterion
+    if group.under_norm:
+        if not criterion.needs_data:
+            return Why("criterion", f"criterion '{criterion.name}' does not see what a norm reads; others do")
+        criterion = compensated(criterion)
+    if group.name not in rankings:
+        rankings[group.name] = interleaved(criterion, data.view)
+    ranking = rankings[group.name]
+    proposal = choose(criterion, data.view, limits, align=step, min_keep=least, ranking=ranking)
+    if proposal is None:
+        cap = request.allotted.get(group.name, request.tolerance)
+        return missed_tolerance(group, data.view, limits, step, request.align, cap)
+    kept = len(proposal.reduction.keep)
+    for view in data.view.sites if request.criterion.needs_data else ():
+        rank = -(-kept // (1 if view.blocks is None else int(view.blocks.max()) + 1))
+        needed, rows = request.rows_per_channel * rank, 0 if view.moments is None else view.moments.num_rows
+        if rows < needed:
+            return too_few_rows(group, view.key, rows=rows, needed=needed, kept=rank)
+    return replace(proposal, errors={key: error / data.ratios[key] for key, error in proposal.errors.items()})
