@@ -357,7 +357,7 @@ REFUSED = {
     "attention": r"ArgumentError: module '1\.attention' is an nn\.MultiheadAttention that fully_shard has wrapped",
     "explicit": r"CaptureError: .*calls unshard\(\) or reshard\(\)",
     "batch norm": r"CaptureError: module '1' .*OwnForward.* is an nn\.SyncBatchNorm with a forward pass of its own",
-    "one shot": r"ArgumentError: the model is trained by several processes \(fully_shard over 2\)",
+    "one shot": r"ArgumentError: the model is trained by several processes \(fully_shard over 2 processes\)",
     "one file": r"CheckpointError: .*spread over processes.*save_sharded",
 }
 

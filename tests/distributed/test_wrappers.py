@@ -265,7 +265,7 @@ def test_sharded_models_are_refused_by_name_where_one_process_acts_alone():
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     sharded = fully_shard(copy.deepcopy(net), mesh=mesh)
     with pytest.raises(
-        ArgumentError, match=r"several processes \(fully_shard over 1\).*before it is wrapped or sharded"
+        ArgumentError, match=r"several processes \(fully_shard over 1 process\).*before it is wrapped or sharded"
     ):
         check_alone(unwrap(sharded))
     with pytest.raises(CheckpointError, match=r"spread over processes.*save_sharded"):

@@ -125,11 +125,13 @@ def check_alone(found: Unwrapped) -> Unwrapped:
     Raises: ArgumentError: there are several.
     """
     for kind, group in _groups(found.wrappers, found.model):
-        if group.size() > 1 or kind.in_place:
+        size = group.size()
+        if size > 1 or kind.in_place:
+            over = f"{kind.name} over {size} {'processes' if size > 1 else 'process'}"
             raise ArgumentError(
-                f"the model is trained by several processes ({kind.name} over {group.size()}), and each of them would "
-                "have to remove the same channels. Call shrink_ in one process, on the trained model before it is "
-                "wrapped or sharded, or let Apoptosis shrink it while it trains."
+                f"the model is trained by several processes ({over}), and each of them would have to remove the same "
+                "channels. Call shrink_ in one process, on the trained model before it is wrapped or sharded, or let "
+                "Apoptosis shrink it while it trains."
             )
     return found
 
