@@ -45,7 +45,7 @@ def test_a_file_cut_off_anywhere(saved, nets, tmp_path):
     for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         cut = tmp_path / "cut"
         cut.write_bytes(whole[:length])
-        refused(cut, nets, "cut off|cannot read")
+        refused(cut, nets, "cut off|cannot be loaded")
     (tmp_path / "long").write_bytes(whole + b"x")
     refused(tmp_path / "long", nets, "damaged")
 
@@ -109,11 +109,11 @@ def test_foreign_files(nets, tmp_path):
     save_file({"0.weight": torch.ones(8, 5)}, tmp_path / "foreign")
     refused(tmp_path / "foreign", nets, "not a checkpoint of torch-apoptosis")
     torch.save(nets.mlp().state_dict(), tmp_path / "pickle")
-    refused(tmp_path / "pickle", nets, "not a safetensors file")
+    refused(tmp_path / "pickle", nets, "no safetensors file")
     (tmp_path / "text").write_text("hello, this is no checkpoint at all")
-    refused(tmp_path / "text", nets, "not a safetensors file")
-    refused(tmp_path / "nowhere", nets, "cannot read checkpoint")
-    refused(tmp_path, nets, "cannot read checkpoint")
+    refused(tmp_path / "text", nets, "no safetensors file")
+    refused(tmp_path / "nowhere", nets, "cannot be loaded")
+    refused(tmp_path, nets, "cannot be loaded")
 
 
 def test_other_networks(saved, nets):
@@ -168,7 +168,7 @@ def test_places_that_cannot_be_written(saved, nets, tmp_path):
     before = saved.read_bytes()
     (tmp_path / "folder").mkdir()
     for path in (saved / "below", tmp_path / "nowhere" / "a", tmp_path / "folder"):
-        with pytest.raises(CheckpointError, match="cannot write checkpoint") as caught:
+        with pytest.raises(CheckpointError, match="cannot be written") as caught:
             save(path, nets.mlp())
         assert "\n" not in str(caught.value)
     assert saved.read_bytes() == before
@@ -180,7 +180,7 @@ def test_a_folder_without_permission(saved, nets):
     before = saved.read_bytes()
     saved.parent.chmod(0o500)
     try:
-        with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
             save(saved, nets.mlp())
     finally:
         saved.parent.chmod(0o700)
@@ -196,7 +196,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     save(sys.argv[1], torch.nn.Linear(64, 64))
 except CheckpointError as error:
-    sys.exit(0 if "cannot write checkpoint" in str(error) and "\\n" not in str(error) else 1)
+    sys.exit(0 if "cannot be written" in str(error) and "\\n" not in str(error) else 1)
 sys.exit(2)
 """
 

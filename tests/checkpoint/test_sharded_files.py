@@ -103,7 +103,7 @@ def test_damage_anywhere_in_any_file_is_refused(saved, nets):
 def test_a_file_that_is_gone_or_no_file(saved, nets, name):
     raw = (saved / name).read_bytes()
     (saved / name).unlink()
-    refused(saved, nets, "no checkpoint|no manifest of widths|cannot be read")
+    refused(saved, nets, "no checkpoint|no manifest of widths|cannot be loaded")
     os.mkfifo(saved / name)
     refused(saved, nets, "named pipe")
     (saved / name).unlink()
@@ -196,7 +196,7 @@ def test_a_forged_list_of_tensors_is_refused(saved, nets, change, told):
         (lambda m: m.pop("files"), "lists no files"),
         (lambda m: m["files"].update({"../x": [1, 2]}), "misstates the file '../x'"),
         (lambda m: m["files"].update({"__0_0.distcp": "x"}), "misstates the file '__0_0.distcp'"),
-        (lambda m: m.update(version=9, library="9.9"), "has version 9 .written by 9.9.*update it"),
+        (lambda m: m.update(version=9, library="9.9"), "format version 9 .written by torch-apoptosis 9.9.*Update"),
         (lambda m: m.update(model=7), "model is 7, not of type dict"),
         (lambda m: m["optimizers"][0]["groups"][0]["settings"].update(lr={"$": "float", "value": "inf"}), "lr = inf"),
         (lambda m: m["model"]["attributes"]["0"].update(out_features=0), "cannot have out_features = 0"),

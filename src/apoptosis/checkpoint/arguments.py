@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from apoptosis.distributed.sharded import has_shards
 from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.errors import ArgumentError
 
+Optimizers = Optimizer | Sequence[Optimizer] | None
 _ORDER = "The arguments are path, model, optimizer, apo."
 
 
@@ -30,16 +32,15 @@ def check_given(function: str, path: object, model: object, optimizer: object, a
         raise ArgumentError(f"{function}: path is a {type(path).__name__}, not the name of a file. {_ORDER}")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{function}: model is a {type(model).__name__}, not a torch.nn.Module. {_ORDER}")
-    several = () if optimizer is None else optimizer if _is_sequence(optimizer) else (optimizer,)
-    assert isinstance(several, Sequence)
-    for entry in several:
+    given: Any = optimizer if isinstance(optimizer, Sequence) else () if optimizer is None else (optimizer,)
+    for entry in given:
         if not isinstance(entry, Optimizer):
             raise ArgumentError(
                 f"{function}: optimizer is a {type(entry).__name__}, not a torch.optim.Optimizer. {_ORDER}"
             )
     own = {id(p) for p in model.parameters()}
-    held = {id(p) for entry in several for group in entry.param_groups for p in group["params"]}
-    if several and not has_shards(model) and not held & own:
+    held = {id(p) for entry in given for group in entry.param_groups for p in group["params"]}
+    if given and not has_shards(model) and not held & own:
         raise ArgumentError(f"{function}: optimizer holds no parameter of the model; it is of another one.")
     if apo is None:
         return
@@ -51,5 +52,6 @@ def check_given(function: str, path: object, model: object, optimizer: object, a
         raise ArgumentError(f"{function}: apo is the run of another {type(theirs).__name__} than the model given.")
 
 
-def _is_sequence(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+def several(optimizer: Optimizers) -> tuple[Optimizer, ...]:
+    """Return the optimizers that were given, none for None."""
+    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())

@@ -5,25 +5,22 @@ Holds: the file. Elsewhere: what is in it (checkpoint/save_load.py). There is no
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apoptosis.checkpoint.manifest import Check, check_shape
+from apoptosis.checkpoint.manifest import FORMAT, Check, check_shape, from_text, loading, to_text, writing
 from apoptosis.errors import CheckpointError
-from apoptosis.storage.files import check_regular, reason, replacing
-from apoptosis.storage.plain_json import parse
+from apoptosis.storage.files import check_regular, replacing
 
-FORMAT = "torch-apoptosis"
-FORMAT_VERSION = 1
+_VERSION = 1
+_OTHERS = "it is damaged: its tensors are not those that were saved."
 
 
 def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
@@ -32,19 +29,10 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], mani
     Raises: CheckpointError: the file cannot be written; the old one is as it was.
     """
     dense = _dense(tensors)
-    full = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "library": library_version(),
-        "tensors": {name: [str(t.dtype), list(t.shape), _checksum(t)] for name, t in dense.items()},
-        **manifest,
-    }
-    text = json.dumps(full, allow_nan=False, separators=(",", ":"))
-    try:
-        with replacing(path) as partial:
-            save_file(dense, partial, metadata={FORMAT: f"{zlib.crc32(text.encode()):08x} {text}"})
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"cannot write checkpoint '{path}': {reason(error)}") from error
+    listed = {name: [str(t.dtype), list(t.shape), _checksum(t)] for name, t in dense.items()}
+    text = to_text({"tensors": listed, **manifest}, _VERSION)
+    with writing(path), replacing(path) as partial:
+        save_file(dense, partial, metadata={FORMAT: text})
 
 
 def read_file(path: str | os.PathLike[str], check: Check | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -57,67 +45,43 @@ def read_file(path: str | os.PathLike[str], check: Check | None = None) -> tuple
 
     Returns: the manifest, and the tensors on the CPU.
 
-    Raises: CheckpointError: no such file, no safetensors file, cut off, damaged, foreign, or of a newer format. What
+    Raises: CheckpointError: no such file, no safetensors file, cut off, damaged, foreign, or of a newer format; or what
         `check` raises.
     """
-    try:
+    with loading(path):
         check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
-                raise CheckpointError(f"'{path}' is a safetensors file, but not a checkpoint of {FORMAT}.")
-            manifest = _manifest(path, metadata[FORMAT])
-            listed = _listed(path, manifest)
+                raise CheckpointError(f"it is a safetensors file, but not a checkpoint of {FORMAT}.")
+            manifest = from_text(metadata[FORMAT].encode(), _VERSION)
+            listed = _listed(manifest)
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             if shapes != {name: shape for name, (_, shape, _) in listed.items()}:
-                raise CheckpointError(f"'{path}' is damaged: its tensors are not those that were saved.")
+                raise CheckpointError(_OTHERS)
             if check is not None:
                 check(manifest, shapes)
             # The file's pages are mapped: a checksum takes no memory, and what is wrong is never copied.
-            tensors = {name: _checked(path, file.get_tensor(name), listed[name]) for name in shapes}
-    except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint '{path}': {reason(error)}") from error
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"'{path}' is not a safetensors file, or it is damaged or cut off: {reason(error)}"
-        ) from error
-    return manifest, tensors
+            return manifest, {name: _checked(file.get_tensor(name), listed[name]) for name in shapes}
 
 
-def _listed(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+def _listed(manifest: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Return (dtype, shape, checksum) of every tensor, as the manifest lists them."""
     listed = manifest.get("tensors")
     if not isinstance(listed, dict):
-        raise CheckpointError(f"'{path}' is damaged: its manifest lists no tensors.")
+        raise CheckpointError("it is damaged: its manifest lists no tensors.")
     found = {}
     for name, entry in listed.items():
         if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and type(entry[2]) is int):
-            raise CheckpointError(f"'{path}' is damaged: its manifest misstates the tensor '{name[:120]}'.")
+            raise CheckpointError(f"it is damaged: its manifest misstates the tensor '{name[:120]}'.")
         found[name] = (entry[0], check_shape(entry[1], f"tensors.{name}"), entry[2])
     return found
 
 
-def _checked(path: str | os.PathLike[str], tensor: Tensor, listed: tuple[str, tuple[int, ...], int]) -> Tensor:
+def _checked(tensor: Tensor, listed: tuple[str, tuple[int, ...], int]) -> Tensor:
     if (str(tensor.dtype), tuple(tensor.shape), _checksum(tensor)) != listed:
-        raise CheckpointError(f"'{path}' is damaged: its tensors are not those that were saved.")
+        raise CheckpointError(_OTHERS)
     return tensor.clone()
-
-
-def _manifest(path: str | os.PathLike[str], entry: str) -> dict[str, Any]:
-    checksum, _, text = entry.partition(" ")
-    if checksum != f"{zlib.crc32(text.encode()):08x}":
-        raise CheckpointError(f"'{path}' is damaged: its manifest does not match its checksum.")
-    try:
-        manifest = parse(text)
-        found = int(manifest["version"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"'{path}' is damaged: its manifest cannot be read ({reason(error)}).") from error
-    if found != FORMAT_VERSION:
-        raise CheckpointError(
-            f"'{path}' has format version {found} (written by {FORMAT} {manifest.get('library')}); this version reads "
-            f"{FORMAT_VERSION}. Update {FORMAT}."
-        )
-    return dict(manifest)
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,11 +99,3 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
-
-
-def library_version() -> str:
-    """Return the version of this library, "unknown" where it is not installed."""
-    try:
-        return version(FORMAT)
-    except PackageNotFoundError:
-        return "unknown"

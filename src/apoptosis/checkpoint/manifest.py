@@ -1,23 +1,94 @@
 """What a checkpoint's manifest has to look like, whatever its checksum says.
 
-Holds: the types of its entries, the tensors that it names, and their sizes beside the file's. Elsewhere:
-whether it is of the given model and optimizer (checkpoint/save_load.py, checkpoint/tensors.py, optimizer_state.py).
+Holds: its text with a checksum, the types of its entries, the tensors that it names, and one wording for all that
+fails. Elsewhere: whether it is of the given model and optimizer (save_load.py, tensors.py, optimizer_state.py).
 
 A right checksum says that nothing was damaged on the way, not that a program wrote what this library would write.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
+
+from safetensors import SafetensorError
 
 from apoptosis.checkpoint.tensors import PREFIX
 from apoptosis.checkpoint.tree import named_tensors
 from apoptosis.errors import CheckpointError
-from apoptosis.storage.plain_json import check_depth
+from apoptosis.storage.files import reason
+from apoptosis.storage.plain_json import check_depth, parse
 
+FORMAT = "torch-apoptosis"
 _LARGEST = 2**62
+_DAMAGES = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 Shapes = Mapping[str, Sequence[int]]
+
+
+@contextmanager
+def loading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors inside say in one line which checkpoint cannot be loaded, and why. Raises: CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {reason(error)}") from error
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"checkpoint '{path}' cannot be loaded: it is no safetensors file, or it is damaged or cut off: "
+            f"{reason(error)}"
+        ) from error
+    except _DAMAGES as error:
+        raise CheckpointError(
+            f"checkpoint '{path}' is damaged: its manifest lacks or misstates {reason(error)[:200]}."
+        ) from error
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors inside say in one line which checkpoint cannot be written, and why. Raises: CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be written: {reason(error)}") from error
+
+
+def to_text(manifest: Mapping[str, Any], format_version: int) -> str:
+    """Return a manifest as JSON behind its checksum."""
+    try:
+        library = version(FORMAT)
+    except PackageNotFoundError:
+        library = "unknown"
+    full = {"format": FORMAT, "version": format_version, "library": library, **manifest}
+    text = json.dumps(full, allow_nan=False, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+def from_text(entry: bytes, format_version: int, *, signed: bool = True) -> dict[str, Any]:
+    """Read what `to_text` wrote, of this format version or an older one.
+
+    Args: signed: False for text without a checksum.
+
+    Raises: CheckpointError: it is damaged, or of a newer version.
+    """
+    checksum, _, text = entry.partition(b" ") if signed else (b"", b"", entry)
+    if signed and checksum != f"{zlib.crc32(text):08x}".encode():
+        raise CheckpointError("it is damaged: its manifest does not match its checksum.")
+    try:
+        found: dict[str, Any] = dict(parse(text))
+        there, library = int(found["version"]), found.get("library")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"it is damaged: its manifest cannot be read ({reason(error)}).") from error
+    if not 1 <= there <= format_version:
+        raise CheckpointError(
+            f"it has format version {str(there)[:40]} (written by {FORMAT} {str(library)[:40]}); this release reads "
+            f"up to {format_version}. Update {FORMAT}."
+        )
+    return found
 
 
 def check_manifest(manifest: Mapping[str, Any], names: frozenset[str]) -> None:

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from apoptosis.checkpoint.arguments import check_given
+from apoptosis.checkpoint.arguments import Optimizers, check_given, several
 from apoptosis.checkpoint.attributes import check_attributes
 from apoptosis.checkpoint.file import read_file, write_file
-from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved
+from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved, loading
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
 from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
@@ -46,7 +45,7 @@ class Resumable(Protocol):
 def save(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
     apo: Resumable | None = None,
     **extra: object,
 ) -> None:
@@ -85,7 +84,7 @@ def save(
 
 def packed(
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None,
+    optimizer: Optimizers,
     apo: Resumable | None,
     extra: Mapping[str, object],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -93,43 +92,32 @@ def packed(
 
     Raises: CheckpointError: a value that a checkpoint cannot hold.
     """
+    tensors: dict[str, Tensor] = {}
+    own = tensors_of(model)
+    for name, tensor in own.items():
+        pack(tensor, f"{PREFIX}{name}", tensors)
     try:
-        tensors, manifest = _packed(model, optimizer, apo, extra)
+        attributes = {name: attributes_of(module) for name, module in model.named_modules()}
+        manifest = {
+            "model": {
+                "names": list(own),
+                "optional": sorted(non_persistent(model)),
+                "attributes": pack({name: found for name, found in attributes.items() if found}, "attributes", tensors),
+                "states": {
+                    name: pack(module.get_extra_state(), f"extra_state.{name}", tensors)
+                    for name, module in _with_extra_state(model).items()
+                },
+                "full": {name: list(shape) for name, shape in _full(model, apo).items()},
+            },
+            "optimizers": None
+            if optimizer is None
+            else [pack_optimizer(o, model, f"optimizer.{i}", tensors) for i, o in enumerate(several(optimizer))],
+            "apoptosis": None if apo is None else {"state": pack(apo.state_dict(), "apoptosis", tensors)},
+            "extra": pack(extra, "extra", tensors),
+        }
     except RecursionError as error:
         raise CheckpointError("what is to be saved is nested too deeply, or holds itself.") from error
     check_saved(manifest)
-    return tensors, manifest
-
-
-def _packed(
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None,
-    apo: Resumable | None,
-    extra: Mapping[str, object],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    names: list[str] = []
-    for name, tensor in tensors_of(model).items():
-        names.append(name)
-        pack(tensor, f"{PREFIX}{name}", tensors)
-    attributes = {name: attributes_of(module) for name, module in model.named_modules()}
-    manifest = {
-        "model": {
-            "names": names,
-            "optional": sorted(non_persistent(model)),
-            "attributes": pack({name: found for name, found in attributes.items() if found}, "attributes", tensors),
-            "states": {
-                name: pack(module.get_extra_state(), f"extra_state.{name}", tensors)
-                for name, module in _with_extra_state(model).items()
-            },
-            "full": {name: list(shape) for name, shape in _full(model, apo).items()},
-        },
-        "optimizers": None
-        if optimizer is None
-        else [pack_optimizer(o, model, f"optimizer.{i}", tensors) for i, o in enumerate(_several(optimizer))],
-        "apoptosis": None if apo is None else {"state": pack(apo.state_dict(), "apoptosis", tensors)},
-        "extra": pack(extra, "extra", tensors),
-    }
     return tensors, manifest
 
 
@@ -147,7 +135,7 @@ def _full(model: nn.Module, apo: Resumable | None) -> Mapping[str, tuple[int, ..
 def load(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
     apo: Resumable | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint into a freshly built full-width model, which gets the stored widths first.
@@ -174,39 +162,20 @@ def load(
             "fully_shard is called, or use save_sharded and load_sharded."
         )
     check_not_inference(model, "loading")
-    manifest, tensors = read_file(path, lambda manifest, shapes: check_shapes(path, manifest, shapes, model, optimizer))
+    manifest, tensors = read_file(path, lambda manifest, shapes: check_shapes(manifest, shapes, model, optimizer))
     return apply_checkpoint(path, manifest, tensors, model, optimizer, apo)
 
 
-_DAMAGES = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
-
-
-def check_shapes(
-    path: str | os.PathLike[str],
-    manifest: Mapping[str, Any],
-    shapes: Shapes,
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None,
-) -> None:
+def check_shapes(manifest: Mapping[str, Any], shapes: Shapes, model: nn.Module, optimizer: Optimizers) -> None:
     """Check what can be checked of a checkpoint before its tensors are read: names, shapes, entries of the manifest.
 
     Raises: CheckpointError: it is damaged, or of another network or other optimizers.
     """
     model = unwrapped(model)
-    try:
-        check_manifest(manifest, frozenset(shapes))
-        check_names(model, manifest["model"], shapes)
-        if optimizer is not None:
-            for entry, given in zip(manifest["optimizers"] or (), _several(optimizer), strict=False):
-                check_state_shapes(entry, given, model, shapes)
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
-    except _DAMAGES as error:
-        raise CheckpointError(_misstated(path, error)) from error
-
-
-def _misstated(path: str | os.PathLike[str], error: BaseException) -> str:
-    return f"checkpoint '{path}' is damaged: its manifest lacks or misstates {' '.join(str(error).split())[:200]}."
+    check_manifest(manifest, frozenset(shapes))
+    check_names(model, manifest["model"], shapes)
+    for entry, given in zip(manifest["optimizers"] or (), several(optimizer), strict=False):
+        check_state_shapes(entry, given, model, shapes)
 
 
 def apply_checkpoint(
@@ -214,13 +183,13 @@ def apply_checkpoint(
     manifest: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None,
+    optimizer: Optimizers,
     apo: Resumable | None,
 ) -> dict[str, Any]:
     """Check a checkpoint that was read and take it over, as `load` says."""
     wrappers, model = wrappers_of(model), unwrapped(model)
     reshard(model)
-    try:
+    with loading(path):
         stored = manifest["model"]
         values = check_tensors(model, stored, tensors)
         attributes = check_attributes(model, unpack(stored["attributes"], tensors), values)
@@ -229,10 +198,6 @@ def apply_checkpoint(
         if apo is not None and manifest["apoptosis"] is None:
             raise CheckpointError("it holds no apoptosis state; it was saved without apo=.")
         extra: dict[str, Any] = unpack(manifest["extra"], tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
-    except _DAMAGES as error:
-        raise CheckpointError(_misstated(path, error)) from error
     journal, todo = UndoLog(), [True]
     before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     built = built_shapes(model, before)
@@ -241,7 +206,7 @@ def apply_checkpoint(
         if todo:
             journal.undo()
             note_built(model, built)
-            rebuild_wrappers(wrappers, model, _several(optimizer))
+            rebuild_wrappers(wrappers, model, several(optimizer))
             todo.clear()
 
     with restoring(undo):
@@ -249,22 +214,18 @@ def apply_checkpoint(
             journal.set_tensor(tensor, value)  # gradients belong to the old values and go
         for module, name, attribute in attributes:
             journal.set_attribute(module, name, attribute)
-        for part in loaded:
-            part.write(journal)
-        for owner, state in states:
-            journal.call(owner.set_extra_state, owner.get_extra_state(), state)
+        for state in loaded:
+            state.write(journal)
+        for module, extra_state in states:
+            journal.call(module.set_extra_state, module.get_extra_state(), extra_state)
         torch.clear_autocast_cache()
         note_built(model, {name: stored["full"].get(name, shape) for name, shape in built.items()})
-        rebuild_wrappers(wrappers, model, _several(optimizer))
+        rebuild_wrappers(wrappers, model, several(optimizer))
         if apo is not None:  # the last: it sets its wrappers up with the buckets that the run had
             apo.load_state_dict(unpack(manifest["apoptosis"]["state"], tensors))
         journal.forget()
         todo.clear()
     return extra
-
-
-def _several(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
-    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
@@ -283,13 +244,13 @@ def _check_states(model: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.
 
 def _check_optimizers(
     stored: Sequence[Mapping[str, Any]] | None,
-    optimizer: Optimizer | Sequence[Optimizer] | None,
+    optimizer: Optimizers,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
 ) -> list[LoadedOptimizer]:
     if optimizer is None:
         return []
-    mine = _several(optimizer)
+    mine = several(optimizer)
     if stored is None:
         raise CheckpointError("it holds no optimizer state; it was saved without optimizer=.")
     if len(stored) != len(mine):

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 import shutil
 import stat
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from apoptosis.checkpoint.arguments import check_given
-from apoptosis.checkpoint.file import library_version
+from apoptosis.checkpoint.arguments import Optimizers, check_given
+from apoptosis.checkpoint.manifest import from_text, loading, to_text, writing
 from apoptosis.checkpoint.save_load import Resumable, apply_checkpoint, check_shapes, packed
 from apoptosis.checkpoint.tensor_list import Tensors
 from apoptosis.checkpoint.tensors import PREFIX
@@ -37,8 +35,7 @@ from apoptosis.distributed.sharded import has_shards, is_sharded, reshard
 from apoptosis.distributed.wrappers import group_of, unwrapped, wrappers_of
 from apoptosis.errors import CheckpointError
 from apoptosis.model.passes import check_not_inference
-from apoptosis.storage.files import check_regular, reason, replacing
-from apoptosis.storage.plain_json import parse
+from apoptosis.storage.files import check_regular, replacing
 
 _LIST = ".metadata"  # torch's own, of all tensors
 _MANIFEST = "apoptosis.json"
@@ -51,7 +48,7 @@ _CHUNK = 2**23  # bytes read at once for a checksum
 def save_sharded(
     folder: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
     apo: Resumable | None = None,
     **extra: object,
 ) -> None:
@@ -82,52 +79,44 @@ def save_sharded(
     """
     check_given("save_sharded", folder, model, optimizer, apo)
     target = Path(os.path.realpath(folder))
-    whole, writing = unwrapped(model), target.with_name(f"{target.name}.writing")
+    inner, unfinished = unwrapped(model), target.with_name(f"{target.name}.writing")
     group, ranks = _together(model)
-    reshard(whole)
+    reshard(inner)
 
     def prepare() -> tuple[dict[str, Tensor], dict[str, Any]]:
         if target.exists() and not (target / _LIST).exists():
             raise CheckpointError(f"'{target}' exists and is no checkpoint; it is left alone. Name another folder.")
-        needed = not ranks.rank or has_shards(whole)  # of plain tensors rank 0's are kept, and it may alone hold them
-        tensors, manifest = packed(whole, optimizer if needed else None, apo, extra)
+        needed = not ranks.rank or has_shards(inner)  # of plain tensors rank 0's are kept, and it may alone hold them
+        tensors, manifest = packed(inner, optimizer if needed else None, apo, extra)
         if ranks.rank:
             return {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}, manifest
-        _begin(target, writing)
+        with writing(target):  # nobody may read it who may not read the one that it replaces
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            if target.exists():
+                unfinished.chmod(stat.S_IMODE(target.stat().st_mode))
         return tensors, manifest
 
     tensors, manifest = ranks.run_collectively(prepare)
-    _call("written", target, "save", tensors, group, checkpoint_id=writing)
-    sums = ranks.gathered(ranks.run_collectively(lambda: _sums_of_own(target, writing, ranks)))
+    _call("written", target, "save", tensors, group, checkpoint_id=unfinished)
+    sums = ranks.gathered(ranks.run_collectively(writing(target)(lambda: _checksums(unfinished, ranks))))
     files = {name: entry for found in sums for name, entry in found.items()}
-    ranks.run_collectively(lambda: _finish(target, writing, files, manifest) if not ranks.rank else None)
+    finish = writing(target)(lambda: None if ranks.rank else _finish(target, unfinished, files, manifest))
+    ranks.run_collectively(finish)
 
 
-def _begin(target: Path, writing: Path) -> None:
-    """Make the folder to write to, which nobody may read who may not read the one that it replaces."""
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        if target.exists():
-            writing.chmod(stat.S_IMODE(target.stat().st_mode))
-    except OSError as error:
-        raise CheckpointError(f"checkpoint '{target}' cannot be written: {reason(error)}") from error
+def _checksums(unfinished: Path, ranks: Ranks) -> dict[str, tuple[int, int]]:
+    """Return (bytes, checksum) of the files that this rank wrote; rank 0 looks after those of no rank.
 
-
-def _sums_of_own(target: Path, writing: Path, ranks: Ranks) -> dict[str, tuple[int, int]]:
-    """Return (bytes, checksum) of the files that this rank wrote; rank 0 looks after what is nobody's."""
-    try:
-        names = [entry.name for entry in os.scandir(writing)]
-        owners = {name: _owner(name, ranks.size) for name in names}
-        return {name: _checksum(writing / name) for name in names if owners[name] == ranks.rank}
-    except OSError as error:
-        raise CheckpointError(f"checkpoint '{target}' cannot be written: {reason(error)}") from error
-
-
-def _owner(name: str, size: int) -> int:
-    """Return the rank that wrote a file: torch names them __<rank>_<number>.distcp."""
-    number = name.removeprefix("__").split("_")[0]
-    return int(number) if name.startswith("__") and number.isdecimal() and int(number) < size else 0
+    torch names them __<rank>_<number>.distcp.
+    """
+    found = {}
+    for entry in os.scandir(unfinished):
+        number = entry.name.removeprefix("__").split("_")[0]
+        written = entry.name.startswith("__") and number.isdecimal() and int(number) < ranks.size
+        if (int(number) if written else 0) == ranks.rank:
+            found[entry.name] = _checksum(unfinished / entry.name)
+    return found
 
 
 def _checksum(path: Path) -> tuple[int, int]:
@@ -139,30 +128,28 @@ def _checksum(path: Path) -> tuple[int, int]:
     return size, found
 
 
-def _finish(target: Path, writing: Path, files: Mapping[str, tuple[int, int]], manifest: Mapping[str, Any]) -> None:
+def _finish(target: Path, unfinished: Path, files: Mapping[str, tuple[int, int]], manifest: Mapping[str, Any]) -> None:
     """Write the manifest, and put the folder in place."""
     old = _old(target)
     try:
-        full = {"version": _VERSION, "library": library_version(), "files": files, **manifest}
-        text = json.dumps(full, allow_nan=False, separators=(",", ":")).encode()
-        with replacing(writing / _MANIFEST) as partial:
-            partial.write_bytes(f"{zlib.crc32(text):08x} ".encode() + text)
+        with replacing(unfinished / _MANIFEST) as partial:
+            partial.write_text(to_text({"files": files, **manifest}, _VERSION), encoding="utf-8")
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-        writing.rename(target)
-    except OSError as error:
+        unfinished.rename(target)
+    except OSError:
         if old.exists() and not target.exists():
             with contextlib.suppress(OSError):
                 old.rename(target)
-        raise CheckpointError(f"checkpoint '{target}' cannot be written: {reason(error)}") from error
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def load_sharded(
     folder: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
     apo: Resumable | None = None,
 ) -> dict[str, Any]:
     """Load what `save_sharded` wrote into a full-width model, sharded over any number of processes or not at all.
@@ -178,22 +165,21 @@ def load_sharded(
     target = Path(os.path.realpath(folder))
     if not target.exists() and _old(target).exists():
         target = _old(target)
-    bare_model, (group, ranks) = unwrapped(model), _together(model)
-    check_not_inference(bare_model, "loading")
-    reshard(bare_model)
-    manifest, known = ranks.run_collectively(lambda: _read_checked(target, ranks))
+    inner, (group, ranks) = unwrapped(model), _together(model)
+    check_not_inference(inner, "loading")
+    reshard(inner)
+    manifest, known = ranks.run_collectively(loading(target)(lambda: _read_checked(target, ranks)))
     if manifest is None:
         manifest = _manifest_of_version_1(target, known, group, ranks)
 
-    def targets() -> dict[str, Tensor]:
-        check_shapes(target, manifest, known.shapes, bare_model, optimizer)
-        names = list(known.shapes)
-        if optimizer is None:
-            names = [name for name in names if not name.startswith(_OPTIMIZER)]
-        parameters = dict(bare_model.named_parameters())
-        return {name: _room(name, known, parameters) for name in names}
+    @loading(target)
+    def empty() -> dict[str, Tensor]:
+        check_shapes(manifest, known.shapes, inner, optimizer)
+        names = [name for name in known.shapes if optimizer is not None or not name.startswith(_OPTIMIZER)]
+        parameters = dict(inner.named_parameters())
+        return {name: _empty(name, known, parameters) for name in names}
 
-    tensors = ranks.run_collectively(targets)
+    tensors = ranks.run_collectively(empty)
     _call("loaded", target, "load", tensors, group, storage_reader=_reader(target, known))
     return ranks.run_collectively(lambda: apply_checkpoint(target, manifest, tensors, model, optimizer, apo))
 
@@ -255,55 +241,30 @@ def _read_checked(target: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, Te
     Returns: None for the manifest of a checkpoint of version 1, which is one of its tensors.
     """
     if not (target / _LIST).exists():
-        raise CheckpointError(f"'{target}' is no checkpoint, or one that was not finished.")
-    try:
-        manifest = _manifest(target) if (target / _MANIFEST).exists() else None
-        if manifest is None:
-            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(target)}
-        else:
-            sizes = _check_files(target, manifest.pop("files", None), ranks)
-        check_regular(target / _LIST)
-        known = Tensors((target / _LIST).read_bytes(), sizes)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint '{target}' cannot be read: {reason(error)}") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint '{target}' is damaged: {error}") from error
+        raise CheckpointError("it is no checkpoint, or one that was not finished.")
+    manifest = None
+    if (target / _MANIFEST).exists():
+        check_regular(target / _MANIFEST)
+        manifest = from_text((target / _MANIFEST).read_bytes(), _VERSION)
+        sizes = _check_files(target, manifest.pop("files", None), ranks)
+    else:
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(target)}
+    check_regular(target / _LIST)
+    known = Tensors((target / _LIST).read_bytes(), sizes)
     if manifest is None and _MANIFEST_OF_VERSION_1 not in known.shapes:
-        raise CheckpointError(f"checkpoint '{target}' has no manifest of widths: save_sharded has not written it.")
+        raise CheckpointError("it has no manifest of widths: save_sharded has not written it.")
     return manifest, known
-
-
-def _manifest(target: Path) -> dict[str, Any]:
-    check_regular(target / _MANIFEST)
-    checksum, _, text = (target / _MANIFEST).read_bytes().partition(b" ")
-    if checksum != f"{zlib.crc32(text):08x}".encode():
-        raise CheckpointError("its manifest does not match its checksum.")
-    return _checked_version(text)
-
-
-def _checked_version(text: bytes) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = parse(text)
-        version, written_by = found["version"], found.get("library")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"its manifest cannot be read ({reason(error)}).") from error
-    if version not in (1, _VERSION):
-        raise CheckpointError(
-            f"it has version {str(version)[:40]} (written by {str(written_by)[:40]}), and this library reads up to "
-            f"{_VERSION}: update it."
-        )
-    return found
 
 
 def _check_files(target: Path, files: Any, ranks: Ranks) -> dict[str, int]:
     """Check the files that are this rank's to check; return the sizes of all."""
     if not isinstance(files, dict) or _LIST not in files:
-        raise CheckpointError("its manifest lists no files.")
+        raise CheckpointError("it is damaged: its manifest lists no files.")
     for i, (name, entry) in enumerate(sorted(files.items())):
         if Path(name).name != name or not (isinstance(entry, list) and [type(n) for n in entry] == [int, int]):
-            raise CheckpointError(f"its manifest misstates the file '{name[:80]}'.")
+            raise CheckpointError(f"it is damaged: its manifest misstates the file '{name[:80]}'.")
         if (i % ranks.size == ranks.rank or name == _LIST) and list(_checksum(target / name)) != entry:
-            raise CheckpointError(f"the file '{name}' is not the one that was saved.")
+            raise CheckpointError(f"it is damaged: the file '{name}' is not the one that was saved.")
     return {name: size for name, (size, _) in files.items()}
 
 
@@ -311,13 +272,7 @@ def _manifest_of_version_1(target: Path, known: Tensors, group: Any, ranks: Rank
     text = torch.empty(known.shapes[_MANIFEST_OF_VERSION_1], dtype=torch.uint8, device="cpu")
     _call("loaded", target, "load", {_MANIFEST_OF_VERSION_1: text}, group, storage_reader=_reader(target, known))
 
-    def read() -> dict[str, Any]:
-        try:
-            return _checked_version(bytes(text.tolist()))
-        except (CheckpointError, TypeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint '{target}' is damaged: {error}") from error
-
-    manifest = ranks.run_collectively(read)
+    manifest = ranks.run_collectively(loading(target)(lambda: from_text(bytes(text.tolist()), _VERSION, signed=False)))
     if not ranks.rank:
         warnings.warn(
             f"checkpoint '{target}' was written without checksums, so that damage to its numbers would go unnoticed; "
@@ -329,7 +284,7 @@ def _manifest_of_version_1(target: Path, known: Tensors, group: Any, ranks: Rank
     return manifest
 
 
-def _room(name: str, known: Tensors, parameters: Mapping[str, Tensor]) -> Tensor:
+def _empty(name: str, known: Tensors, parameters: Mapping[str, Tensor]) -> Tensor:
     """Return an empty tensor for one that was stored: spread as the parameter that it is, or that it is state of, is.
 
     State is named optimizer.<number>.state.<parameter>.<key>.
