@@ -10,18 +10,16 @@ from typing import Any
 from apoptosis.distributed.protocol import Wrapper, is_named, register_wrapper
 
 
-class Compiled(Wrapper):
+class _Compiled(Wrapper):
     """A compiled module. Its guards see new shapes by themselves, so that there is nothing to set up."""
 
     name = "torch.compile"
 
     def matches(self, candidate: object) -> bool:
-        """Whether it is an OptimizedModule."""
         return is_named(candidate, "OptimizedModule", "torch._dynamo")
 
     def unwrap(self, wrapped: Any) -> Any:
-        """Return the module that was compiled."""
         return wrapped._modules.get("_orig_mod")
 
 
-register_wrapper(Compiled())
+register_wrapper(_Compiled())

@@ -59,21 +59,18 @@ def rebuild_ddp(model: nn.Module) -> None:
         _KIND.rebuild(wrapper)
 
 
-class DataParallelKind(Wrapper):
+class _DataParallel(Wrapper):
     """DistributedDataParallel around a model."""
 
     name = "DistributedDataParallel"
 
     def matches(self, candidate: object) -> bool:
-        """Whether it is the wrapper."""
         return is_named(candidate, "DistributedDataParallel", "torch.nn")
 
     def unwrap(self, wrapped: Any) -> Any:
-        """Return its module."""
         return wrapped._modules.get("module")
 
     def check(self, wrapped: Any, name: str) -> None:
-        """Refuse what the gradient buckets cannot be set up again for."""
         super().check(wrapped, name)
         if wrapped.device_type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in wrapped.modules()):
             raise ArgumentError(
@@ -83,7 +80,6 @@ class DataParallelKind(Wrapper):
         _check_hooks(wrapped)
 
     def check_step(self, wrapped: Any) -> None:
-        """Refuse torch's Join, unless that ends all ranks with the first that is out of batches."""
         join = wrapped._join_config
         if join.enable and not join.throw_on_early_termination:
             raise ArgumentError(
@@ -93,12 +89,10 @@ class DataParallelKind(Wrapper):
             )
 
     def group(self, wrapped: Any) -> Any:
-        """Return the process group over which gradients are averaged."""
         return wrapped.process_group
 
     def ranks(self, wrapped: Any) -> Ranks | None:
-        """Return the state of a communication hook that is ranks (of MPI, say): they sum its gradients."""
-        for _, state in wrapped._comm_hooks:
+        for _, state in wrapped._comm_hooks:  # a hook whose state are ranks (of MPI, say) sums gradients by them
             if isinstance(state, Ranks):
                 size = wrapped.process_group.size()
                 if state.size != size:
@@ -155,7 +149,6 @@ class DataParallelKind(Wrapper):
         return {"ranks": wrapped.process_group.size(), "buckets": [[names[i] for i in bucket] for bucket in found]}
 
     def read_layout(self, stored: Any) -> Layout:
-        """Check the types of a stored layout."""
         return {"ranks": int(stored["ranks"]), "buckets": [list(map(str, bucket)) for bucket in stored["buckets"]]}
 
 
@@ -271,5 +264,5 @@ def _check_hooks(module: Any) -> None:
         )
 
 
-_KIND = DataParallelKind()
+_KIND = _DataParallel()
 register_wrapper(_KIND)

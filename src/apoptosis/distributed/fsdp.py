@@ -27,25 +27,23 @@ _NEEDED = (
     *("_init_sharded_param", "_init_sharded_post_forward_param_metadata", "reset_sharded_param", "_setattr_on_modules"),
     *("sharded_param", "_sharded_param_data", "_orig_size", "_orig_param_uid", "mesh_info", "post_forward_mesh_info"),
     *("all_gather_outputs", "is_dtensor", "offload_to_cpu", "fsdp_placement", "device"),
-)  # what `FullyShard.rebuild` reads and writes of fully_shard's records
+)  # what `_reset` reads and writes of fully_shard's records
 _ASKED = ("param", "device", "shard_placement_fn", "mesh_info")
 _PLAIN = "Shard with fully_shard alone, on one mesh, or train with DistributedDataParallel."
 _FSDP = "torch.distributed.fsdp"
 _EXPLICIT = ("unshard", "reshard")
 
 
-class FullyShard(Wrapper):
+class _FullyShard(Wrapper):
     """fully_shard, which makes DTensors of a model's parameters in place."""
 
     name = "fully_shard"
     in_place = True
 
     def matches(self, candidate: object) -> bool:
-        """Whether fully_shard was called on this very module."""
         return _is_unit(candidate)
 
     def check(self, wrapped: Any, name: str) -> None:
-        """Refuse models whose parameters are spread in a way that removal does not reach through."""
         self.reshard(wrapped)
         units = [(name, module) for name, module in wrapped.named_modules() if _is_unit(module)]
         if not units and not has_shards(wrapped):
@@ -64,21 +62,17 @@ class FullyShard(Wrapper):
         _group(next(iter(meshes.values())) if meshes else None)
 
     def group(self, wrapped: Any) -> Any:
-        """Return the process group over which the model is sharded."""
         mesh = next((record.mesh_info.mesh for record in _checked_records(wrapped)), None)
         return None if mesh is None else _group(mesh)
 
     def is_sharded(self, tensor: object) -> bool:
-        """Whether a tensor is a DTensor."""
         return _is_dtensor(tensor)
 
     def full_tensor(self, tensor: Any) -> Tensor:
-        """Gather a DTensor."""
         found: Tensor = tensor.full_tensor()
         return found
 
     def shard_like(self, value: Tensor, like: Any) -> Tensor:
-        """Spread a full tensor as a DTensor is spread."""
         from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
         value = value.detach().contiguous()
@@ -90,47 +84,33 @@ class FullyShard(Wrapper):
         return found
 
     def empty_like(self, size: tuple[int, ...], dtype: torch.dtype, like: Any) -> Tensor:
-        """Return a DTensor without content, spread as another one is."""
         from torch.distributed.tensor import empty
 
         found: Tensor = empty(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
         return found
 
     def swap_local_(self, tensor: Any, value: Any) -> None:
-        """Exchange the shape and the content of a DTensor."""
         tensor.data = value  # sizes and strides; the two below are attributes of the Python object
         for name in ("_local_tensor", "_spec"):
             setattr(tensor, name, getattr(value, name))
 
     def reshard(self, model: nn.Module) -> None:
-        """Let every unit hold its sharded parameters: without a backward pass the outermost may be left in full."""
-        for module in model.modules():
+        for module in model.modules():  # without a backward pass the outermost may be left in full
             if _is_unit(module):
                 unit: Any = module
                 unit.reshard()
 
     def unsharded_forward(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Let the library's own passes find full, plain parameters, each unit's only while it runs.
-
-        fully_shard's own hooks, which would change dtypes and gather for a backward pass, are off inside. The passes
-        compute in the dtype of the parameters.
-        """
         self.reshard(model)
         units = [module for module in model.modules() if _is_unit(module)]
-        return _unsharded_forward(model, units) if units and has_shards(model) else nullcontext()
+        return _unsharded_forward(units) if units and has_shards(model) else nullcontext()
 
     def rebuild(self, wrapped: Any, layout: Layout | None = None) -> None:
-        """Let fully_shard set up its records and buffers for what its parameters are now; they keep their identity.
-
-        It is done in its own way of taking over parameters that were on the meta device: sizes are worked out on a
-        stand-in without data, then the real one is put in.
-        """
         for record in _records(wrapped):
-            own = record.sharded_param
-            same = _same_memory(record._sharded_param_data, own._local_tensor)
-            if tuple(record._orig_size) == tuple(own.shape) and same:
-                continue
-            _reset(record, own)
+            parameter = record.sharded_param
+            local, data = parameter._local_tensor.untyped_storage(), record._sharded_param_data.untyped_storage()
+            if tuple(record._orig_size) != tuple(parameter.shape) or local.data_ptr() != data.data_ptr():
+                _reset(record, parameter)
 
 
 def _is_unit(candidate: object) -> bool:
@@ -141,13 +121,19 @@ def _is_dtensor(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def _reset(record: Any, own: Any) -> None:
-    stand_in = nn.Parameter(torch.empty(own.shape, dtype=own.dtype, device="meta"), requires_grad=own.requires_grad)
+def _reset(record: Any, parameter: Any) -> None:
+    """Let fully_shard set up one record and its buffers for what a parameter is now; it keeps its identity.
+
+    fully_shard does so for parameters that were on the meta device: sizes are worked out on a stand-in without data,
+    then the real one is put in.
+    """
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     number = record._orig_param_uid
     record._init_sharded_param(stand_in, record.device, None, record.mesh_info)
     record._orig_param_uid = number
-    record.sharded_param = own
-    record._setattr_on_modules(own)
+    record.sharded_param = parameter
+    record._setattr_on_modules(parameter)
     record.reset_sharded_param()
     if record.post_forward_mesh_info is not None:
         record._init_sharded_post_forward_param_metadata(stand_in)
@@ -155,10 +141,6 @@ def _reset(record: Any, own: Any) -> None:
     record._unsharded_inner_tensors = []
     if hasattr(record, "_unsharded_param"):
         del record._unsharded_param  # made anew at the next pass
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return bool(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
 
 
 def _records(model: nn.Module) -> Iterator[Any]:
@@ -282,7 +264,12 @@ def _own_parameters(unit: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parame
 
 
 @contextmanager
-def _unsharded_forward(model: nn.Module, units: list[nn.Module]) -> Iterator[None]:
+def _unsharded_forward(units: list[nn.Module]) -> Iterator[None]:
+    """Let passes inside find full, plain parameters, those of each unit only while it runs.
+
+    fully_shard's own hooks, which would change dtypes and gather for a backward pass, are off inside. The passes
+    compute in the dtype of the parameters.
+    """
     stand_ins: dict[int, _FullParameter] = {}
     places: list[tuple[nn.Module, str, nn.Parameter]] = []
     by_unit: dict[int, list[_FullParameter]] = {}
@@ -366,4 +353,4 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
     )
 
 
-register_wrapper(FullyShard())
+register_wrapper(_FullyShard())

@@ -1,7 +1,7 @@
 """The processes that train one network together, and how they come to one decision.
 
 Holds: sums, votes and exchanges over all ranks, with one clear error when a rank is gone, fails or disagrees.
-Elsewhere: what is summed or decided (observe, planner, operate).
+Elsewhere: what is summed or decided (observe, planner, engine).
 
 Everything here is collective: all ranks call the same functions in the same order. Alone, each is the identity.
 """
@@ -88,7 +88,7 @@ class Ranks:
         return faults[bad] if self.size == 1 else f"rank {bad}: {faults[bad]}"
 
     def run_collectively(self, work: Callable[[], T]) -> T:
-        """Do the same on every rank; where it fails on one it fails on all, so that nobody waits for who is gone.
+        """Do the same on every rank; where it fails on one it fails on all, so that no rank waits for one that is gone.
 
         Raises: NonFiniteError: on all ranks, where one raises it. Else the error itself on the rank that has it, and
         RankError on the others.
@@ -100,7 +100,7 @@ class Ranks:
         try:
             found.append(work())
         except Exception as caught:
-            if getattr(caught, "reported", False):  # by who has failed in this same work, and has gone on
+            if getattr(caught, "reported", False):  # a rank has failed in this same work, and said so
                 raise
             error = caught
         fault = None if error is None else (isinstance(error, NonFiniteError), repr(error), str(error))
@@ -119,7 +119,7 @@ class Ranks:
         return found[0]
 
     def _heard(self, value: T, found: list[T]) -> list[T]:
-        """Return what was exchanged, unless some rank told of the end of work that this one is still at.
+        """Return what was exchanged, unless a rank reported the end of work that this one is still at.
 
         Raises: RankError: one did: it failed there.
         """
@@ -134,7 +134,7 @@ class Ranks:
     def same(self, what: str, value: dict[str, Any]) -> None:
         """Check that named values are equal on all ranks.
 
-        Raises: RankError: some are not; rank and name are told.
+        Raises: RankError: some are not; rank and name are given.
         """
         for rank, other in enumerate(self.gathered(value)):
             names = [n for n in dict.fromkeys((*value, *other)) if value.get(n) != other.get(n)]
@@ -145,7 +145,7 @@ class Ranks:
     def same_parameters(self, when: str, model: nn.Module) -> None:
         """Check that all parameters hold the same bits on all ranks.
 
-        Raises: RankError: some do not; rank and parameter are told.
+        Raises: RankError: some do not; rank and parameter are given.
         """
         if self.size == 1:
             return

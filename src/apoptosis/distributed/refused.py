@@ -44,7 +44,7 @@ _REFUSED: dict[str, tuple[str, str, str]] = {
 }
 
 
-class Refused(Wrapper):
+class _Refused(Wrapper):
     """One class of the table."""
 
     def __init__(self, name: str) -> None:
@@ -52,22 +52,19 @@ class Refused(Wrapper):
         self._package, self._why, self._remedy = _REFUSED[name]
 
     def matches(self, candidate: object) -> bool:
-        """Whether it is of that class."""
         return is_named(candidate, self.name, self._package)
 
     def check(self, wrapped: Any, name: str) -> None:
-        """Refuse it."""
         shown = type(wrapped).__name__ if self.name.startswith("Abstract") else self.name
         raise ArgumentError(f"{_called(name)} is a {shown}: {self._why}. {self._remedy}")
 
 
-class PerExample(Wrapper):
+class _PerExample(Wrapper):
     """Hooks that compute gradients of single examples; they need no wrapper around the model."""
 
     name = "gradients of single examples"
 
     def matches(self, candidate: object) -> bool:
-        """Whether a module has such hooks, or what they leave behind."""
         if not isinstance(candidate, nn.Module):
             return False
         hooks = (*candidate._forward_hooks.values(), *candidate._backward_hooks.values())
@@ -78,7 +75,6 @@ class PerExample(Wrapper):
         )
 
     def check(self, wrapped: Any, name: str) -> None:
-        """Refuse them."""
         raise ArgumentError(f"{_called(name)}: {_PER_EXAMPLE}. {_LATER}")
 
 
@@ -86,6 +82,6 @@ def _called(name: str) -> str:
     return f"module '{name}'" if name else "the model"
 
 
-register_wrapper(PerExample())
+register_wrapper(_PerExample())
 for _name in _REFUSED:
-    register_wrapper(Refused(_name))
+    register_wrapper(_Refused(_name))

@@ -17,20 +17,15 @@ from apoptosis.distributed.protocol import Layout, Wrapper, is_named, register_w
 from apoptosis.errors import CheckpointError, UnsupportedOptimizerError
 
 
-class ZeroRedundancy(Wrapper):
+class _ZeroRedundancy(Wrapper):
     """ZeroRedundancyOptimizer around an optimizer."""
 
     name = "ZeroRedundancyOptimizer"
 
     def matches(self, candidate: object) -> bool:
-        """Whether it is the wrapper."""
         return is_named(candidate, "ZeroRedundancyOptimizer", "torch.distributed")
 
     def unwrap(self, wrapped: Any) -> Any:
-        """Return the optimizer that holds this rank's state.
-
-        Raises: UnsupportedOptimizerError: overlap_with_ddp, which has none.
-        """
         if wrapped._overlap_with_ddp:
             raise UnsupportedOptimizerError(
                 "ZeroRedundancyOptimizer with overlap_with_ddp=True steps inside of DistributedDataParallel's buckets, "
@@ -39,24 +34,18 @@ class ZeroRedundancy(Wrapper):
         return wrapped.optim
 
     def check_ranks(self, wrapped: Any, size: int) -> None:
-        """Refuse other processes: it would spread one rank's parameters to ranks that remove other channels."""
         world = int(getattr(wrapped, "world_size", 1))
-        if world not in (1, size):
+        if world not in (1, size):  # it would spread parameters to ranks that remove other channels
             raise UnsupportedOptimizerError(
                 f"ZeroRedundancyOptimizer steps over {world} processes, and the model is trained by {size} together. "
                 "Wrap the model in DistributedDataParallel over the same processes, and give apoptosis the wrapped one."
             )
 
     def rebuild(self, wrapped: Any, layout: Layout | None = None) -> None:
-        """Set up its buckets for the shapes that the parameters have now."""
         wrapped._build_param_buckets()  # does nothing without parameters_as_bucket_view
         wrapped._all_state_dicts = []  # of the old widths
 
     def full_state(self, wrapped: Any) -> Mapping[Tensor, Mapping[str, Any]]:
-        """Return the state of all parameters as it was consolidated.
-
-        Raises: CheckpointError: it was not since the widths changed.
-        """
         if not wrapped._all_state_dicts:
             raise CheckpointError(
                 "cannot save ZeroRedundancyOptimizer: every rank holds a part of its state. Call "
@@ -66,4 +55,4 @@ class ZeroRedundancy(Wrapper):
         return {parameters[index]: entries for index, entries in wrapped.state_dict()["state"].items()}
 
 
-register_wrapper(ZeroRedundancy())
+register_wrapper(_ZeroRedundancy())
