@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from apoptosis import load, save, shrink_
 from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.graph import analyse
-from apoptosis.modules.norms import NormEdit, ShrunkLayerNorm, is_bare, is_shrunk, norm_strategy_of
+from apoptosis.modules.norms import NormEdit, ShrunkLayerNorm, is_shrunk, is_unhooked, norm_strategy_of
 from apoptosis.observe.hooks import Hook
 from apoptosis.surgery.norms import norm_changes
 
@@ -142,9 +142,9 @@ def test_what_counts_as_bare():
     norm.register_forward_pre_hook(Hook(inert))  # a window's
     assert norm_strategy_of(norm) == norm_strategy_of(copy.deepcopy(norm)) == "class"
     norm.register_forward_hook(inert)
-    assert is_bare(norm)
+    assert is_unhooked(norm)
     handle = norm.register_forward_pre_hook(inert)
-    assert not is_bare(norm)
+    assert not is_unhooked(norm)
     assert norm_strategy_of(norm) == ""
     handle.remove()
     assert norm_strategy_of(norm) == "class"

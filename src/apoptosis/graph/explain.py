@@ -14,7 +14,7 @@ from enum import Enum, unique
 from torch import nn
 from torch.nn.utils import parametrize
 
-from apoptosis.modules.norms import SHRUNK, eps_name, is_bare, is_shrunk
+from apoptosis.modules.norms import SHRUNK, eps_name, is_shrunk, is_unhooked
 from apoptosis.records import Pin
 
 # Old-style hooks that compute `weight` before each forward pass: name of the hook's type -> how to take it off.
@@ -319,7 +319,7 @@ def opt_in(module: nn.Module | None) -> str:
     """Return the usual remedy for channels under this norm, with the way to let them go where there may be one."""
     stock = type(module) in SHRUNK and len(getattr(module, "normalized_shape", ())) == 1
     if module is not None and (stock or is_shrunk(module) or eps_name(module) is not None):
-        return f"{NORM_REMEDY} {OPT_IN}" if is_bare(module) else f"{NORM_REMEDY} {_TAKE_OFF}"
+        return f"{NORM_REMEDY} {OPT_IN}" if is_unhooked(module) else f"{NORM_REMEDY} {_TAKE_OFF}"
     kind = type(module).__name__
     own = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and type(module) not in SHRUNK
     return f"{NORM_REMEDY} {_NOT_STOCK.format(f' ({kind} has a forward pass of its own)' if own else '')}"

@@ -1,4 +1,4 @@
-"""Normalisations whose channels may go: what is known of the channels that are gone, kept beside those that stay.
+"""Norms that lose channels and keep the statistics of the full width.
 
 Holds: the classes that nn.LayerNorm and nn.RMSNorm become when channels go, their statistics, and which modules
 can lose channels in which way. Elsewhere: finding them in a forward pass (graph), deciding what goes
@@ -98,7 +98,7 @@ _FIELDS = tuple(field.name for field in fields(Statistics))  # the three tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NormEdit:
-    """What a norm has to know of an event that takes channels of its input: x = x_K @ mix + offset, in its own order.
+    """What a norm has to know of an event that removes channels of its input: x = x_K @ mix + offset, in its own order.
 
     mix: (kept, channels), at most one entry per column; offset: (channels,) or None. plain: channels that were always
     zero went, the module stays what it is, and ε follows the width as its weight does.
@@ -119,7 +119,7 @@ def _fields_of(state: Tensor, kept: int) -> dict[str, Any]:
 
 
 class _Compensated(nn.Module):
-    """What both norms share: statistics that follow the module's device and travel with its state_dict."""
+    """What shrunk norms share: statistics that follow the module's device and are part of its state_dict."""
 
     __jit_unused_properties__ = ("statistics",)  # a scripted norm needs its forward pass alone
     if TYPE_CHECKING:  # torch.jit.script would evaluate what they say, and takes no strings
@@ -169,7 +169,7 @@ class _Compensated(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is without types
         device = fn(torch.empty(0, device=self.mean_weights.device, dtype=torch.float32)).device
         for name in _FIELDS[:3] if device.type != "mps" else ():  # which has no float64
-            setattr(self, name, getattr(self, name).to(device))  # their digits they keep
+            setattr(self, name, getattr(self, name).to(device))  # in float64 still
         return self
 
     def extra_repr(self) -> str:
@@ -291,10 +291,10 @@ def response_of(module: nn.Module) -> Response | None:
     """Return the layout of a module that computes a global response norm, lost channels or not; None for others."""
     if isinstance(module, ShrunkResponseNorm):
         return module.layout
-    return computes_response(module) if is_bare(module) else None
+    return computes_response(module) if is_unhooked(module) else None
 
 
-def is_bare(module: nn.Module) -> bool:
+def is_unhooked(module: nn.Module) -> bool:
     """Whether a module's own forward pass is all that runs on its input: no hook before it, no forward in its place.
 
     Hooks behind it take what it returns, as any reader does; a window's own hooks change nothing.
@@ -302,7 +302,7 @@ def is_bare(module: nn.Module) -> bool:
     Example:
         >>> norm = nn.LayerNorm(4)
         >>> handle = norm.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
-        >>> is_bare(norm), is_bare(nn.LayerNorm(4))
+        >>> is_unhooked(norm), is_unhooked(nn.LayerNorm(4))
         (False, True)
     """
     hooks = (str(getattr(hook, "__module__", "")) for hook in module._forward_pre_hooks.values())
@@ -330,12 +330,12 @@ def norm_strategy_of(module: nn.Module) -> NormStrategy:
     following the width, and the module stays what it is.
 
     Modules with a forward pass of their own are compared with the formula on a few numbers. None can where something
-    runs before a module's forward pass or in its place (`is_bare`).
+    runs before a module's forward pass or in its place (`is_unhooked`).
     """
     if response_of(module) is not None:
         return "response"
     weight = module._parameters.get("weight")
-    if not is_bare(module) or weight is None or weight.dim() != 1 or weight.is_meta or hasattr(weight, "fake_mode"):
+    if not is_unhooked(module) or weight is None or weight.dim() != 1 or weight.is_meta or hasattr(weight, "fake_mode"):
         return ""
     if type(module) in (nn.LayerNorm, ShrunkLayerNorm, ShrunkRMSNorm):
         return "class"

@@ -1,6 +1,6 @@
-"""Global response normalisation, whose channels may go: which modules compute it, and what they become.
+"""Global response normalisation that loses channels: the formula, and which modules compute it.
 
-Holds: recognising a module that computes it, by its numbers, and the class that knows what is gone.
+Holds: recognising a module that computes it, by its numbers.
 Elsewhere: norms that divide by a mean square or a variance (norms.py), finding it in a forward pass (graph).
 
 Every channel x_j of an image is scaled by its share of what all channels respond:

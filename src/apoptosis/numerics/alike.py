@@ -14,7 +14,7 @@ _PLAIN = frozenset(("Tensor", "Parameter"))
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights point the same way; what has no numbers of its own here (meta, fake, shards) does not.
+    """Whether two weights have about the same direction; False for tensors without numbers here (meta, fake, shards).
 
     Example:
         >>> weight = torch.tensor([[1.0, -2.0], [0.5, 1.0]])

@@ -1,4 +1,4 @@
-"""Products of two activations, y = Σ_c l_c r_c in sums that run side by side (heads): what a reduction of l costs.
+"""Products of two activations, y = Σ_c l_c r_c in several sums side by side (heads): what a reduction of l costs.
 
 Holds: second moments that are summed over pairs, the error of a product, square roots by blocks.
 Elsewhere: rows and where they come from, modules.
@@ -28,9 +28,9 @@ def blocks_of(sums_CP: IntArray) -> IntArray | None:
         [0, 0, 1]
     """
     kinds, label = np.unique(sums_CP, axis=0, return_inverse=True)
-    owners: dict[int, int] = {}
+    label_of_sum: dict[int, int] = {}
     for number, kind in enumerate(kinds.tolist()):
-        if any(owners.setdefault(one, number) != number for one in kind):
+        if any(label_of_sum.setdefault(one, number) != number for one in kind):
             return None
     return np.asarray(label.reshape(-1), dtype=np.int64)
 

@@ -1,4 +1,4 @@
-"""How steps go on while an accelerator works: nothing is read from it, and what it is given comes from pinned memory.
+"""Transfers that let the program go on while an accelerator works: nothing waits for it.
 
 Holds: `to_async`, `is_async`, `sample_rows`. Elsewhere: which rows are taken (observe).
 """
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def is_async(device: torch.device) -> bool:
-    """Whether reading a number from a device makes the program wait for all that it still has to do."""
+    """Whether reading a number from a device makes the program wait for all work that is queued there."""
     return device.type not in ("cpu", "meta")
 
 
 def to_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device; an accelerator takes it from pinned memory, and nobody waits."""
+    """Copy a tensor of the CPU to a device; to an accelerator from pinned memory, without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def sample_rows(rows_NC: Tensor, good_N: Tensor, most: int, draws: torch.Generator) -> Tensor:
     """Return `most` rows, good ones before others and drawn evenly among them; where good ones are too few, zeros.
 
-    Which rows are good need not be known here, so that nobody waits for it.
+    No number is read from the device for it.
 
     Args:
         rows_NC: (rows, channels).

@@ -103,7 +103,7 @@ class Factor:
 
 
 def roundoff_floor(num_channels: int) -> float:
-    """Return the relative rms that stands for tolerance 0: what float64 cannot tell from zero.
+    """Return the relative rms that stands for tolerance 0: what float64 cannot distinguish from zero.
 
     The residual R = G_RR - G_RK G_KK⁻¹ G_KR is a difference of sums of C products, each rounded to eps = 2.2e-16, so
     tr(W R Wᵀ) is known up to a small multiple of C eps tr(W G Wᵀ): relative rms sqrt(8 C eps), 1.3e-6 for 1024
@@ -131,7 +131,7 @@ def pivoted_cholesky(
     Args:
         gram_CC: (channels, channels), symmetric positive semidefinite.
         weights_C: (channels,) non-negative, for instance the norms of the consumer's columns; a channel of weight
-            zero is read by nobody and comes last. None: ones.
+            zero has no reader and comes last. None: ones.
         relative_tolerance: stop where the largest weighted remainder falls below this share of the largest weighted
             diagonal; None: channels * eps.
         overwrite: let the factor take the memory of gram_CC, where that is a float64 matrix on the CPU.

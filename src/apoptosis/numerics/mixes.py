@@ -20,10 +20,10 @@ _COLUMNS = 128  # of a residual that are written out at once
 
 
 class CompactReduction(SiteReduction):
-    """A SiteReduction whose kept channels stand for themselves, stored without their columns of the mix.
+    """A SiteReduction that reproduces every kept channel, stored without the columns of the kept channels.
 
-    At most a quarter as large as all pairs of channels, where the mix may be as large as these; `mix` is put together
-    anew each time that it is read.
+    It holds at most a quarter of channels² numbers, where a mix may hold all of them; `mix` is built each time that it
+    is read.
 
     Args:
         keep: (kept,) int64, sorted.

@@ -1,6 +1,6 @@
 """Streaming moments: count, mean and Gram matrix of C channels, mergeable across batches, windows and ranks.
 
-Holds: the arithmetic on rows that somebody else collected. Elsewhere: hooks, modules, any decision.
+Holds: the arithmetic. Elsewhere: collecting rows (observe), Triangle (numerics.triangle).
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from apoptosis.numerics.linalg import true_float32
 from apoptosis.numerics.triangle import Triangle
 
 _STATE_KEYS = ("num_rows", "num_examples", "exact", "mean", "scatter")
-
-
-_ROWS = 256  # that are taken to float64 at once, for their mean
+_ROWS = 256  # that are converted to float64 at once, for their mean
 
 
 class Moments:
@@ -79,7 +77,7 @@ class Moments:
             exact: take the products in float64. Otherwise the centred rows are multiplied and summed in float32: a
                 variance below about (6e-8 |mean|)² or 1e-7 of the largest one is not resolved.
             examples: how many examples the rows came from; None: one each.
-            checked: False adds whatever comes, without waiting for the device; `check` then tells later.
+            checked: False adds the rows without a check, which would wait for the device; call `check` later.
 
         Raises:
             ShapeError: rows_NC is not (rows, num_channels).
@@ -125,9 +123,9 @@ class Moments:
         self.num_examples += num_rows if examples is None else examples
 
     def check(self) -> None:
-        """Check what was added unchecked.
+        """Check what was added with checked=False.
 
-        Raises: NonFiniteError: some row held NaN or infinity; what such a row was added to stays so.
+        Raises: NonFiniteError: some row held NaN or infinity; these moments are then lost.
         """
         _check(self._mean, self._scatter.diagonal())
 
@@ -245,14 +243,19 @@ class Moments:
         return out
 
     def _alike(self, mean_C: Tensor, scatter_CC: Triangle, root_KC: Tensor | None) -> Moments:
-        out = Moments(1, device=self.device)
-        out.num_channels = mean_C.numel()
-        out.num_rows, out.num_examples, out.exact = self.num_rows, self.num_examples, self.exact
-        out._mean, out._scatter, out._root = mean_C, scatter_CC, root_KC
+        return self._made(mean_C, scatter_CC, self.num_rows, self.num_examples, self.exact, root_KC)
+
+    @classmethod
+    def _made(
+        cls, mean: Tensor, scatter: Triangle, num_rows: int, num_examples: int, exact: bool, root: Tensor | None = None
+    ) -> Moments:
+        out = cls(mean.numel(), device=mean.device)
+        out._mean, out._scatter, out._root = mean, scatter, root
+        out.num_rows, out.num_examples, out.exact = num_rows, num_examples, exact
         return out
 
     def counted(self, num_rows: int, num_examples: int) -> Moments:
-        """Return the same mean, covariance and root, resting on other counts."""
+        """Return the same mean, covariance and root as of other numbers of rows and examples."""
         out = self.copy()
         share = num_rows / self.num_rows
         out.num_rows, out.num_examples = num_rows, num_examples
@@ -262,31 +265,24 @@ class Moments:
 
     @classmethod
     def of_second_moment(cls, matrix_CC: Tensor, *, num_rows: int, exact: bool) -> Moments:
-        """Return moments of mean zero with a given second moment: for what is not centred and pooled by hand.
+        """Return moments of mean zero with a given second moment.
 
         Args:
             matrix_CC: (channels, channels), symmetric positive semidefinite.
-            num_rows: that it rests on.
+            num_rows: from which it was estimated.
             exact: whether its products were in float64.
         """
-        out = cls(matrix_CC.shape[0], device=matrix_CC.device)
-        out.num_rows = out.num_examples = num_rows
-        out.exact = exact
-        out._scatter = Triangle.of(matrix_CC, dtype=torch.float64)
-        out._scatter.scale(num_rows)
-        out._root = None
-        return out
+        scatter = Triangle.of(matrix_CC, dtype=torch.float64)
+        scatter.scale(num_rows)
+        return cls._made(matrix_CC.new_zeros(len(matrix_CC), dtype=torch.float64), scatter, num_rows, num_rows, exact)
 
     @classmethod
     def of(cls, mean_C: Tensor, scatter_CC: Tensor, num_rows: int, num_examples: int, *, exact: bool) -> Moments:
         """Return moments of known sums: the mean and the scatter around it, float64 (channels, channels)."""
-        out = cls(1, device=mean_C.device)
-        out.num_channels, out.num_rows, out.num_examples, out.exact = len(mean_C), num_rows, num_examples, exact
-        out._mean, out._scatter, out._root = mean_C, Triangle.of(scatter_CC), None
-        return out
+        return cls._made(mean_C, Triangle.of(scatter_CC), num_rows, num_examples, exact)
 
-    def rooted_in(self, rows_NC: Tensor | None) -> None:
-        """Take centred rows F with FᵀF = the scatter, known better than it is; None: there are none."""
+    def set_root(self, rows_NC: Tensor | None) -> None:
+        """Set the root of the scatter: centred rows F with FᵀF = scatter, more exact than it; None: not known."""
         self._root = None if rows_NC is None else rows_NC.new_zeros(0, self.num_channels)
         self._add_root(rows_NC)
 
@@ -338,7 +334,7 @@ class Moments:
         self._root = None if self.num_rows else scatter.new_zeros(0, self.num_channels).to(self.device, torch.float64)
 
     def _add_root(self, rows_NC: Tensor | None) -> None:
-        """Add centred rows to the triangle; None: rows that are rounded more coarsely, which ends it."""
+        """Add centred rows to the root; None: rows that are rounded more coarsely, after which no root is known."""
         if self._root is None or rows_NC is None:
             self._root = None
             return

@@ -1,6 +1,6 @@
-"""Few rows that stand for many: a sum of rows with random signs, which keeps second moments in the mean.
+"""Sketches: few rows, sums of many with random signs, whose second moments are those of all rows in expectation.
 
-Holds: `Sketch` (streaming) and `sketched` (of a matrix at hand). Elsewhere: where rows come from.
+Holds: `Sketch` (streaming) and `sketched` (of one matrix). Elsewhere: where rows come from (observe).
 References: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams" (2002), with buckets drawn evenly.
 """
 
@@ -21,8 +21,8 @@ SKETCH_ROWS = 512  # the standard deviation of a sketched energy is sqrt(2 / SKE
 class Sketch:
     """S (size, channels) of rows G (N, channels) as they come: E[SᵀS] = GᵀG, and S holds G itself while N <= size.
 
-    Rows fall into buckets, `size` rows in a row into one each, in an order drawn anew for every `size`; each is added
-    with a random sign. For every x: E‖S x‖² = ‖G x‖² and Var ‖S x‖² <= 2/size ‖G x‖⁴ (docs/theory.md, "Sketched rows").
+    Every run of `size` rows fills each of `size` buckets once, in a random order; a row is added to its bucket with a
+    random sign. For every x: E‖S x‖² = ‖G x‖² and Var ‖S x‖² <= 2/size ‖G x‖⁴ (docs/theory.md, "Sketched rows").
 
     Args:
         num_channels: columns. size: rows kept. device: where they lie.
@@ -43,7 +43,7 @@ class Sketch:
         self._order = torch.arange(size, device="cpu")  # of the buckets, for the rows of this turn
 
     def add(self, rows_NC: Tensor, draws: torch.Generator, *, some_empty: bool = False) -> None:
-        """Add rows, in float32; draws: where buckets and signs come from. some_empty: rows of zeros do not count.
+        """Add rows, in float32. draws: of buckets and signs. some_empty: rows of zeros do not count.
 
         Raises: ShapeError: rows_NC is not (rows, num_channels).
         """
@@ -68,23 +68,23 @@ class Sketch:
             start = stop
 
     def counted(self) -> int:
-        """Return how many rows there were, without those of zeros that were said to be among them."""
+        """Return the number of rows that were added, without rows of zeros where `some_empty` was given."""
         return self.num_rows - (0 if self._empty is None else int(self._empty))
 
     def rows(self, *, last: bool = False) -> Tensor:
-        """Return S without rows that are zero, (at most size, channels) float32; a copy, unless it is the last time."""
+        """Return S without rows of zeros, (at most size, channels) float32. last: S is not needed again: no copy."""
         if not self.num_rows:
             return self._kept[:0].clone()
         good = torch.linalg.vector_norm(self._kept, 1, dim=1).ne(0)
         return self._kept if last and bool(good.all()) else self._kept[good]
 
     def pool(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Add what other processes sketched with signs of their own; total: sums a tensor over all of them."""
+        """Add the sketches of other processes. total: sums a tensor over all of them."""
         counted = total(torch.tensor([float(self.counted())], dtype=torch.float64, device=self._kept.device))
         self._kept, self.num_rows, self._empty = total(self._kept.double()).float(), int(counted.item()), None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything exactly."""
+        """Return the sketch, exactly."""
         kept = self._kept if self.num_rows else self._kept[:0]
         empty = self.num_rows - self.counted()
         return {"num_rows": self.num_rows, "empty": empty, "kept": kept.clone(), "order": self._order.clone()}
@@ -106,7 +106,7 @@ class Sketch:
 
 
 def sketched(matrix_NC: Tensor, size: int, seed: int) -> Tensor:
-    """Return at most `size` rows that stand for those of a matrix, (rows, channels) float32."""
+    """Return a sketch of a matrix of at most `size` rows, (rows, channels) float32."""
     sketch = Sketch(matrix_NC.shape[1], size=size, device=matrix_NC.device)
     sketch.add(matrix_NC, torch.Generator().manual_seed(seed))
     return sketch.rows()

@@ -1,7 +1,7 @@
 """A symmetric matrix of which one half is stored: strips of rows, each from its diagonal block on.
 
-Holds: sums of products into it, and what is read off it without writing the whole of it out. Elsewhere:
-what it is the second moment of (moments.py).
+Holds: adding products to it, and reading parts of it without building the full matrix. Elsewhere: moments
+(moments.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Triangle:
         return out
 
     def copy(self) -> Triangle:
-        """Return the same matrix, to be changed apart from this."""
+        """Return an independent copy."""
         return self._mapped(lambda strip: strip.clone(), self.dtype, self.device)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Triangle:

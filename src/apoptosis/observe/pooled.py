@@ -76,7 +76,7 @@ def _pool_moments(watches: Sequence[Accumulator], found: Sequence[Moments], rank
             rows, examples, seen = totals[i]
             pooled = Moments.of(means[i], whole, int(rows), int(examples), exact=exact)
             if exact:
-                pooled.rooted_in(_root(found[i], means[i], ranks))
+                pooled.set_root(_root(found[i], means[i], ranks))
             watches[i].apply_checkpoint(pooled, int(seen))
 
 

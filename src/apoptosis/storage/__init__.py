@@ -1,1 +1,1 @@
-"""Files written whole or not at all, and JSON from files that may be damaged."""
+"""Files written atomically, and JSON from files that may be damaged."""

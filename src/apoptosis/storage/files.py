@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all.
+"""Files written atomically.
 
-Holds: putting a new file in the place of an old one, which kinds of file are taken, and what killed writers have
-left. Elsewhere: what is in the files.
+Holds: replacing a file by a complete one, refusing what is no regular file, removing what killed writers have left.
+Elsewhere: what is in the files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-_FOREIGN_AGE = 24 * 3600.0  # seconds; older ones of other machines, whose processes cannot be asked for, are left over
+_FOREIGN_AGE = 24 * 3600.0  # seconds; older ones of other machines, whose processes cannot be looked up, are left over
 _PARTIAL = re.compile(r"\.apoptosis-([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-\d+\.tmp")
 _KINDS = (
     (stat.S_ISDIR, "folder"),
@@ -33,7 +33,7 @@ _counter = itertools.count()
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Refuse what is there and no regular file: reading a pipe would wait for ever, replacing a device destroys it.
 
-    Raises: OSError: in one line; FileNotFoundError is left to whoever opens the file.
+    Raises: OSError: in one line. A missing file is no error here.
     """
     try:
         mode = os.stat(path).st_mode
@@ -76,7 +76,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(handle)
         with contextlib.suppress(FileNotFoundError):
             mode = stat.S_IMODE(target.stat().st_mode)
-        partial.chmod(0o600)  # nobody reads half of it, least of all what replaces a private file
+        partial.chmod(0o600)  # not readable by others before it has the mode of the file that it replaces
         yield partial
         partial.chmod(mode)
         _sync(partial)
@@ -156,7 +156,7 @@ def _is_left_over(entry: os.DirEntry[str], machine: str, process: int) -> bool:
 
 
 def _machine() -> str:
-    """Tell this machine, or the container with process numbers of its own, from others that share the folder."""
+    """Return what distinguishes this machine, or this container, from others that share the folder."""
     numbers = ""
     with contextlib.suppress(OSError):
         numbers = os.readlink("/proc/self/ns/pid")

@@ -25,8 +25,8 @@ from apoptosis.modules.norms import (
     Statistics,
     eps_name,
     gain_of,
-    is_bare,
     is_shrunk,
+    is_unhooked,
     response_of,
     statistics_of,
 )
@@ -107,7 +107,7 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
         ('ShrunkLayerNorm', (2,), 3)
     """
     kept, width = edit.mix.shape
-    _check_bare(module)
+    _check_unhooked(module)
     if edit.plain:
         name = eps_name(module)
         if name is None:
@@ -124,8 +124,8 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
     return {**_on_device(found, module), "normalized_shape": (kept,), "__class__": cls}
 
 
-def _check_bare(module: nn.Module) -> None:
-    if not is_bare(module):
+def _check_unhooked(module: nn.Module) -> None:
+    if not is_unhooked(module):
         raise ShapeError(
             f"a {type(module).__name__} can lose channels where its own forward pass is all that runs: take its "
             f"forward pre-hooks, or the forward that was set on the module itself, off."
