@@ -47,9 +47,9 @@ def check_given(function: str, path: object, model: object, optimizer: object, a
     methods = all(callable(getattr(apo, name, None)) for name in ("state_dict", "load_state_dict"))
     if isinstance(apo, type | nn.Module | Optimizer) or not methods:
         raise ArgumentError(f"{function}: apo is a {type(apo).__name__}, not the Apoptosis of a run. {_ORDER}")
-    theirs = getattr(apo, "model", None)
-    if isinstance(theirs, nn.Module) and unwrapped(theirs) is not unwrapped(model):
-        raise ArgumentError(f"{function}: apo is the run of another {type(theirs).__name__} than the model given.")
+    other = getattr(apo, "model", None)
+    if isinstance(other, nn.Module) and unwrapped(other) is not unwrapped(model):
+        raise ArgumentError(f"{function}: apo is the run of another {type(other).__name__} than the model given.")
 
 
 def several(optimizer: Optimizers) -> tuple[Optimizer, ...]:

@@ -109,7 +109,7 @@ def _possible(value: Any, own: Any) -> bool:
 def _agrees(row: Row, old: tuple[int, ...], new: tuple[int, ...], own: Any, value: Any, groups: int) -> bool:
     """Whether an attribute is to the new size of a dim what it was to the old one."""
     if len(new) != len(old):
-        return True  # a tensor that is laid out anew is checked by whoever lays it out
+        return True  # a tensor of another layout is checked where it gets that
     before, after = old[row.dim], new[row.dim]
     if row.times_groups:
         return own == value if before == after and own == value else bool(value == after * groups)

@@ -1,14 +1,14 @@
 """The optimizers' part of a checkpoint: hyperparameters per group and state per parameter, by name.
 
 Holds: what is saved of one optimizer and how it is checked and taken up again. Elsewhere: how state
-follows an edit (optimizers.py), and the checkpoint as a whole (checkpoint/save_load.py).
+follows an edit (surgery.optimizers), and the checkpoint as a whole (checkpoint/save_load.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +27,11 @@ from apoptosis.surgery.undo_log import UndoLog
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedOptimizer:
-    """Checked state of one optimizer, not yet written, by group and by parameter. wrapped: of those that it wraps."""
+    """Checked state of one optimizer, not yet written, by group and by parameter."""
 
     optimizer: Optimizer
     groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Any]]
-    wrapped: tuple[LoadedOptimizer, ...] = ()
 
     def write(self, journal: UndoLog) -> None:
         """Write hyperparameters and state through a journal."""
@@ -41,8 +40,6 @@ class LoadedOptimizer:
         holder = inner_optimizer(self.optimizer)
         held = {id(p) for group in holder.param_groups for p in group["params"]}
         journal.replace_items(holder.state, {p: state for p, state in self.state.items() if id(p) in held})
-        for part in self.wrapped:
-            part.write(journal)
 
 
 def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -50,11 +47,8 @@ def pack_optimizer(optimizer: Optimizer, model: nn.Module, name: str, tensors: d
 
     Raises: CheckpointError: a hyperparameter or state entry that a checkpoint cannot hold.
     """
-    found = _pack_one(optimizer, model, name, tensors)
-    wrapped = _wrapped(optimizer)
-    if wrapped:
-        found["wrapped"] = [_pack_one(o, model, f"{name}.wrapped.{i}", tensors) for i, o in enumerate(wrapped)]
-    return found
+    wrapped = [_pack_one(o, model, f"{name}.wrapped.{i}", tensors) for i, o in enumerate(_wrapped(optimizer))]
+    return _pack_one(optimizer, model, name, tensors) | ({"wrapped": wrapped} if wrapped else {})
 
 
 def _wrapped(optimizer: Optimizer) -> list[Optimizer]:
@@ -81,19 +75,19 @@ def _pack_one(optimizer: Optimizer, model: nn.Module, name: str, tensors: dict[s
 
 def unpack_optimizer(
     stored: Mapping[str, Any], optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
-) -> LoadedOptimizer:
+) -> list[LoadedOptimizer]:
     """Check one optimizer's entry against the given optimizer, and those that it wraps; writes nothing.
 
     Raises: CheckpointError: another class, other groups or other parameters, or others that it wraps.
     """
-    wrapped, theirs = _wrapped(optimizer), stored.get("wrapped", [])
-    if len(wrapped) != len(theirs):
+    wrapped, entries = _wrapped(optimizer), stored.get("wrapped", [])
+    if len(wrapped) != len(entries):
         raise CheckpointError(
-            f"it holds {len(theirs)} optimizers wrapped in {stored['class']}, the {type(optimizer).__qualname__} given "
+            f"it holds {len(entries)} optimizers wrapped in {stored['class']}, the {type(optimizer).__qualname__} given "
             f"wraps {len(wrapped)}."
         )
-    parts = [_unpack_one(entry, o, model, tensors) for entry, o in zip(theirs, wrapped, strict=True)]
-    return replace(_unpack_one(stored, optimizer, model, tensors), wrapped=tuple(parts))
+    pairs = zip((stored, *entries), (optimizer, *wrapped), strict=True)
+    return [_unpack_one(entry, o, model, tensors) for entry, o in pairs]
 
 
 def _unpack_one(
@@ -103,10 +97,10 @@ def _unpack_one(
     if stored["class"] != kind:
         raise CheckpointError(f"it holds the state of {stored['class']}, the optimizer given is {kind}.")
     names = _names(optimizer, model)
-    theirs = [list(group["parameters"]) for group in stored["groups"]]
-    ours = [[known for known, _ in group] for group in names]
-    if theirs != ours:
-        sizes = [len(group) for group in theirs], [len(group) for group in ours]
+    there = [list(group["parameters"]) for group in stored["groups"]]
+    here = [[known for known, _ in group] for group in names]
+    if there != here:
+        sizes = [len(group) for group in there], [len(group) for group in here]
         raise CheckpointError(
             f"{kind} has other parameter groups: {sizes[0]} parameters per group there, {sizes[1]} here"
             + (", of other names or order." if sizes[0] == sizes[1] else ".")

@@ -83,10 +83,7 @@ def save(
 
 
 def packed(
-    model: nn.Module,
-    optimizer: Optimizers,
-    apo: Resumable | None,
-    extra: Mapping[str, object],
+    model: nn.Module, optimizer: Optimizers, apo: Resumable | None, extra: Mapping[str, object]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what a checkpoint holds, as `save` writes it: tensors by name, and a JSON-able manifest.
 
@@ -133,10 +130,7 @@ def _full(model: nn.Module, apo: Resumable | None) -> Mapping[str, tuple[int, ..
 
 
 def load(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    optimizer: Optimizers = None,
-    apo: Resumable | None = None,
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizers = None, apo: Resumable | None = None
 ) -> dict[str, Any]:
     """Load a checkpoint into a freshly built full-width model, which gets the stored widths first.
 
@@ -236,23 +230,22 @@ def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_states(model: nn.Module, stored: Mapping[str, Any]) -> list[tuple[nn.Module, Any]]:
-    mine = _with_extra_state(model)
-    if set(mine) != set(stored):
-        raise CheckpointError(f"it is of another network: extra state of {sorted(stored)} there, {sorted(mine)} here.")
-    return [(mine[name], state) for name, state in stored.items()]
+    modules = _with_extra_state(model)
+    if set(modules) != set(stored):
+        there, here = sorted(stored), sorted(modules)
+        raise CheckpointError(f"it is of another network: extra state of {there} there, {here} here.")
+    return [(modules[name], state) for name, state in stored.items()]
 
 
 def _check_optimizers(
-    stored: Sequence[Mapping[str, Any]] | None,
-    optimizer: Optimizers,
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    stored: Sequence[Mapping[str, Any]] | None, optimizer: Optimizers, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> list[LoadedOptimizer]:
     if optimizer is None:
         return []
-    mine = several(optimizer)
+    given = several(optimizer)
     if stored is None:
         raise CheckpointError("it holds no optimizer state; it was saved without optimizer=.")
-    if len(stored) != len(mine):
-        raise CheckpointError(f"it holds {len(stored)} optimizers, {len(mine)} were given.")
-    return [unpack_optimizer(entry, o, model, tensors) for entry, o in zip(stored, mine, strict=True)]
+    if len(stored) != len(given):
+        raise CheckpointError(f"it holds {len(stored)} optimizers, {len(given)} were given.")
+    pairs = zip(stored, given, strict=True)
+    return [loaded for entry, o in pairs for loaded in unpack_optimizer(entry, o, model, tensors)]

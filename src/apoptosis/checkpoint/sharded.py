@@ -90,7 +90,7 @@ def save_sharded(
         tensors, manifest = packed(inner, optimizer if needed else None, apo, extra)
         if ranks.rank:
             return {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}, manifest
-        with writing(target):  # nobody may read it who may not read the one that it replaces
+        with writing(target):  # with the permissions of the folder that it replaces
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             if target.exists():
@@ -147,10 +147,7 @@ def _finish(target: Path, unfinished: Path, files: Mapping[str, tuple[int, int]]
 
 
 def load_sharded(
-    folder: str | os.PathLike[str],
-    model: nn.Module,
-    optimizer: Optimizers = None,
-    apo: Resumable | None = None,
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizers = None, apo: Resumable | None = None
 ) -> dict[str, Any]:
     """Load what `save_sharded` wrote into a full-width model, sharded over any number of processes or not at all.
 
@@ -211,7 +208,7 @@ def _call(what: str, target: Path, name: str, tensors: dict[str, Tensor], group:
 
 
 def _alone(alone: bool) -> dict[str, bool]:
-    """Return what tells torch.distributed.checkpoint that this process acts alone; older ones see it for themselves."""
+    """Return the argument by which torch.distributed.checkpoint lets a process act alone; older releases have none."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 

@@ -1,10 +1,10 @@
 """The list of tensors that torch.distributed.checkpoint keeps in its folder, read as data.
 
 Holds: reading that pickle without running anything, checking it against the files, and building torch's records
-anew. Elsewhere: the folder and its manifest (checkpoint/sharded.py).
+again. Elsewhere: the folder and its manifest (checkpoint/sharded.py).
 
-The file `.metadata` is a pickle, which may call what it likes. Here every name in it is looked up in a short table of
-plain holders; what torch gets afterwards are records of its own classes, made of numbers and names that were checked.
+The file `.metadata` is a pickle, which could call any function. Here every name in it is looked up in a short table
+of plain records; torch then gets records of its own classes, built from numbers and names that were checked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A checkpoint's tensors beside those of the model that is to have them.
 
-Holds: the model's tensors by name, whether stored ones can be theirs after removals, and their new values.
+Holds: the model's tensors by name, whether stored ones can be those of the model after removals, and their new values.
 Elsewhere: files (file.py, checkpoint/sharded.py), the rest of a checkpoint (checkpoint/save_load.py).
 """
 
@@ -46,19 +46,19 @@ def check_names(
 
     Args: shapes: of the tensors that were stored, by their names in the checkpoint.
     """
-    mine = tensors_of(model)
+    here = tensors_of(model)
     optional = set(stored["optional"]) | non_persistent(model)
-    missing = [name for name in stored["names"] if name not in mine and name not in optional]
-    unknown = [name for name in mine if name not in set(stored["names"]) and name not in optional]
+    missing = [name for name in stored["names"] if name not in here and name not in optional]
+    unknown = [name for name in here if name not in set(stored["names"]) and name not in optional]
     if missing or unknown:
         have = f"it has '{missing[0]}', this model has not" if missing else f"this model has '{unknown[0]}', it has not"
         raise CheckpointError(f"it is of another network: {have} ({len(missing) + len(unknown)} names differ).")
     found = []
     for name in stored["names"]:
         shape = tuple(shapes[f"{PREFIX}{name}"])
-        if name not in mine or (name in optional and not _fits(model, name, shape, mine[name])):
+        if name not in here or (name in optional and not _fits(model, name, shape, here[name])):
             continue
-        tensor = mine[name]
+        tensor = here[name]
         if not _fits(model, name, shape, tensor):
             if _narrower(tuple(tensor.shape), shape, stored["full"].get(name)):
                 raise CheckpointError(
@@ -90,12 +90,11 @@ def check_tensors(
         if (value.is_complex(), value.is_floating_point()) != (tensor.is_complex(), tensor.is_floating_point()):
             raise CheckpointError(f"it is of another network: '{name}' is {value.dtype} there, {tensor.dtype} here.")
         if is_sharded(tensor):
-            pairs.append((tensor, value.to(tensor.dtype)))
-            continue
-        fresh = torch.empty(
-            value.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format(tensor)
-        ).copy_(value)
-        pairs.append((tensor, fresh))
+            new = value.to(tensor.dtype)
+        else:
+            kind = {"dtype": tensor.dtype, "device": tensor.device, "memory_format": memory_format(tensor)}
+            new = torch.empty(value.shape, **kind).copy_(value)
+        pairs.append((tensor, new))
     return pairs
 
 
@@ -103,15 +102,15 @@ def _narrower(now: Sequence[int], there: Sequence[int], full: Sequence[int] | No
     """Whether a model is at most as wide as a checkpoint that knows which widths it was built with."""
     if full is None or len(now) != len(there) or len(full) != len(there):
         return False
-    return all(mine <= theirs <= built for mine, theirs, built in zip(now, there, full, strict=True))
+    return all(a <= b <= c for a, b, c in zip(now, there, full, strict=True))
 
 
 def _fits(model: nn.Module, name: str, shape: Sequence[int], tensor: Tensor) -> bool:
     """Whether a stored shape can be that of the model's tensor after removals: no dim larger, and the same kernels."""
     if len(shape) != tensor.ndim:
         return False
-    owner, _, leaf = name.rpartition(".")
-    kernel = leaf == "weight" and isinstance(model.get_submodule(owner), _ConvNd)
+    path, _, leaf = name.rpartition(".")
+    kernel = leaf == "weight" and isinstance(model.get_submodule(path), _ConvNd)
     shrinkable = range(2 if kernel else tensor.ndim)
     return all(
         new == old or (0 < new < old and dim in shrinkable)
