@@ -83,8 +83,8 @@ def unpack_optimizer(
     wrapped, entries = _wrapped(optimizer), stored.get("wrapped", [])
     if len(wrapped) != len(entries):
         raise CheckpointError(
-            f"it holds {len(entries)} optimizers wrapped in {stored['class']}, the {type(optimizer).__qualname__} given "
-            f"wraps {len(wrapped)}."
+            f"it holds {len(entries)} optimizers wrapped in {stored['class']}, the given "
+            f"{type(optimizer).__qualname__} wraps {len(wrapped)}."
         )
     pairs = zip((stored, *entries), (optimizer, *wrapped), strict=True)
     return [_unpack_one(entry, o, model, tensors) for entry, o in pairs]

@@ -92,8 +92,8 @@ def check_tensors(
         if is_sharded(tensor):
             new = value.to(tensor.dtype)
         else:
-            kind = {"dtype": tensor.dtype, "device": tensor.device, "memory_format": memory_format(tensor)}
-            new = torch.empty(value.shape, **kind).copy_(value)
+            layout = memory_format(tensor)
+            new = torch.empty(value.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout).copy_(value)
         pairs.append((tensor, new))
     return pairs
 
