@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apoptosis import Apoptosis
 from apoptosis.criteria import registry
-from apoptosis.graph.rules.table import RULES
+from apoptosis.graph.rules.table import OPERATORS
 from apoptosis.graph.trace import activations as neurons
 from apoptosis.numerics import activations
 from apoptosis.surgery import attributes
@@ -145,7 +145,7 @@ def doubled(model: nn.Sequential, producer: int) -> None:
 def registries() -> Iterator[None]:
     """What a test registers is forgotten afterwards."""
     tables: list[dict[Any, Any]] = [
-        RULES,
+        OPERATORS,
         neurons._REGISTRY,
         activations._REGISTRY,
         registry._REGISTRY,

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.rules.table import RULES
+from apoptosis.graph.rules.table import OPERATORS
 from apoptosis.graph.trace.fakes import make_fake
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result, Rule
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.records import Pin, Structure
 
 LARGE = 1 << 16  # elements: smaller tensors are filled as ever, they may be constants that a pass reads
@@ -184,13 +185,14 @@ class _Contraction:
 def contractions() -> Iterator[list[_Contraction]]:
     """Note every operator that multiplies and adds in the training passes inside, and what its operands carry."""
     log: list[_Contraction] = []
-    before = dict(RULES)
-    for name, (rule, reads) in before.items():
-        RULES[name] = (_noted(rule, log), reads)
+    before = dict(OPERATORS)
+    for name, operator in before.items():
+        if operator.rule is not None:
+            OPERATORS[name] = replace(operator, rule=_noted(operator.rule, log))
     try:
         yield log
     finally:
-        RULES.update(before)
+        OPERATORS.update(before)
 
 
 def _noted(rule: Rule, log: list[_Contraction]) -> Rule:

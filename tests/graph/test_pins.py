@@ -12,7 +12,7 @@ from torch import nn
 
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse, register_rule
-from apoptosis.graph.rules.table import RULES
+from apoptosis.graph.rules.table import OPERATORS
 
 GEN = torch.Generator().manual_seed(0)
 X, SEQ, IMG = (
@@ -202,14 +202,14 @@ def test_rules_can_be_registered_once(monkeypatch) -> None:
         register_rule("top_k", lambda call: None)
     with pytest.raises(ArgumentError, match="is a str, not a function"):
         register_rule("special_airy_ai", "elementwise")
-    monkeypatch.setitem(RULES, "never_heard_of", RULES["relu"])
-    monkeypatch.delitem(RULES, "never_heard_of")
+    monkeypatch.setitem(OPERATORS, "never_heard_of", OPERATORS["relu"])
+    monkeypatch.delitem(OPERATORS, "never_heard_of")
     net = Net(lambda m, h: torch.special.airy_ai(h))
     try:
         register_rule("special_airy_ai", lambda call: call.tracer.value(call.args[0]))
         assert analyse(net, (X,), {}).groups[0].pin is None
     finally:
-        RULES.pop("special_airy_ai")
+        OPERATORS.pop("special_airy_ai")
     assert analyse(net, (X,), {}).groups[0].pin is not None
 
 

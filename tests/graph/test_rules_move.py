@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from apoptosis.graph.capture import _module_stack, _Watch
-from apoptosis.graph.rules.table import RULES
+from apoptosis.graph.rules.table import OPERATORS
 from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import Slots, named_tensors
 from apoptosis.graph.trace.tracer import Tracer
@@ -61,7 +61,7 @@ def test_ids_go_where_the_values_go(steps: list[tuple[int, int, int]]) -> None:
     layer = nn.Linear(3, 6)
     tensors, _, buffers = named_tensors(layer)
     findings = TraceResult(Slots(tensors, buffers))
-    tracer = Tracer(findings, layer, tensors, [], RULES, "training")
+    tracer = Tracer(findings, layer, tensors, [], OPERATORS, "training")
     base = findings.slots.owners["weight"].bases[0]
     with torch.no_grad():
         layer.weight.zero_()

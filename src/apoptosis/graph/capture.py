@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
 from apoptosis.graph.rules.norm_modules import NormWatch
-from apoptosis.graph.rules.table import RULES, SCALARS, WORKS
+from apoptosis.graph.rules.table import OPERATORS
 from apoptosis.graph.trace.carried import Carried
 from apoptosis.graph.trace.failures import failure
 from apoptosis.graph.trace.fakes import Constants, over_fakes
@@ -173,9 +173,7 @@ def capture(
     ):
         carried.prepare(args, kwargs)
         tensors = {n: t for n, t in named_tensors(model)[0].items() if n in findings.slots.owners}
-        tracer = Tracer(
-            findings, model, tensors, tensors_in((args, kwargs)), RULES, mode, SCALARS, watch, note_work, WORKS
-        )
+        tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), OPERATORS, mode, watch, note_work)
         try:
             for _ in range(carried.rounds):
                 _leave_behind(tracer, constants, model, args, kwargs)

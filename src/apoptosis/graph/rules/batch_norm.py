@@ -15,13 +15,14 @@ from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.computed_weights import normalised_copy
 from apoptosis.graph.rules.normalization import parameter_operand, whole_channels
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Path, Paths, Value, varying
 
 _NORMS = (_BatchNorm.forward, SyncBatchNorm.forward)
 
 
-def _batch_norm(call: Call) -> Result:
+def batch_norm(call: Call) -> Result:
     """Statistics per channel along axis 1, one entry of each operand per channel."""
     tracer, x = call.tracer, call.args[0]
     if _of_rows(call, x):
@@ -76,21 +77,3 @@ def _normalised(paths: Paths, norm: str | None) -> Paths:
         plain = path is not None and norm is not None and path == Path()
         out[key] = Path(norm=norm) if plain else None
     return out
-
-
-BATCH_NORMS: dict[str, tuple[Rule, bool]] = {
-    **{
-        name: (_batch_norm, False)
-        for name in (
-            "native_batch_norm",
-            "_native_batch_norm_legit",
-            "_native_batch_norm_legit_no_training",
-            "_batch_norm_with_update",
-            "_batch_norm_no_update",
-            "cudnn_batch_norm",
-            "miopen_batch_norm",
-            "batch_norm",
-        )
-    },
-}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

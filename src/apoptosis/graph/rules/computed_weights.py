@@ -37,19 +37,24 @@ class Making:
     gain: Axis | None = None
 
 
+def _is_factor(call: Call) -> bool:
+    """Whether an elementwise operator multiplies by one number: a factor, a divisor, or minus one."""
+    return call.operator.role in ("multiplies", "divides", "moves")
+
+
 def scaled_copy(call: Call) -> bool:
     """Let the product of a parameter and a number stand for the parameter; return whether this is one.
 
     The number may be a tensor of one element (a gain that is learned), but no channel.
     """
-    if call.name not in ("mul", "div", "neg") or call.inplace or call.kwargs.get("rounding_mode") is not None:
+    if not _is_factor(call) or call.inplace or call.kwargs.get("rounding_mode") is not None:
         return False
-    tracer = call.tracer
+    tracer, divides = call.tracer, call.operator.role == "divides"
     wide = [t for t in call.tensors() if (v := tracer.view(t)) is not None and len(v.varied()) > 1]
     if len(wide) != 1 or wide[0].shape != call.outs[0].shape or wide[0].dtype != call.outs[0].dtype:
         return False
     weight, view = wide[0], tracer.view(wide[0])
-    if view is None or view.owner.is_buffer or (call.name == "div" and call.args[0] is not weight):
+    if view is None or view.owner.is_buffer or (divides and call.args[0] is not weight):
         return False
     making = tracer.memory.making(weight) or Making()
     for other in call.args:
@@ -58,13 +63,13 @@ def scaled_copy(call: Call) -> bool:
         factor = _number(call, other)
         if factor is None or factor == 0.0:
             return False
-        factor = 1.0 / factor if call.name == "div" else factor
+        factor = 1.0 / factor if divides else factor
         numbers = making.numbers
         if not isinstance(other, Tensor) and tracer.numbers.at >= 0:
-            numbers = (*numbers, (tracer.numbers.at, 0, -1.0 if call.name == "div" else 1.0))
+            numbers = (*numbers, (tracer.numbers.at, 0, -1.0 if divides else 1.0))
         fixed = making.fixed and not isinstance(other, Tensor)
         making = replace(making, factor=making.factor * factor, fixed=fixed, numbers=numbers)
-    if call.name == "neg":
+    if call.operator.role == "moves":
         making = replace(making, factor=-making.factor)
     if not tracer.memory.adopt(call.outs[0], weight):
         return False
@@ -77,7 +82,7 @@ def scaled_in_place(call: Call) -> bool:
 
     It remains the parameter, with other numbers in this pass, and what is folded into it is multiplied likewise.
     """
-    if call.name not in ("mul", "div", "neg") or not call.inplace or call.kwargs.get("rounding_mode") is not None:
+    if not _is_factor(call) or not call.inplace or call.kwargs.get("rounding_mode") is not None:
         return False
     view = call.tracer.view(call.args[0])
     if view is None or not view.whole or view.owner.is_buffer or len(view.varied()) < 2:
@@ -108,7 +113,8 @@ def _number(call: Call, other: object) -> float | None:
 def gains_of(call: Call) -> tuple[Axis, ...]:
     """Return the parameter that one operand of an elementwise operator is, if the others are plain numbers."""
     tensors = call.tensors()
-    if call.name not in ("mul", "div") or len(tensors) != 1 or (call.args[0] is not tensors[0] and call.name == "div"):
+    role = call.operator.role
+    if len(tensors) != 1 or not (role == "multiplies" or (role == "divides" and call.args[0] is tensors[0])):
         return ()
     view = call.tracer.view(tensors[0])
     if view is None:

@@ -21,7 +21,8 @@ from apoptosis.graph.rules.matrices import Matrix, as_matrix, as_stack
 from apoptosis.graph.rules.product import lone_pair, multiply
 from apoptosis.graph.trace.findings import Consumer, site_key
 from apoptosis.graph.trace.ids import TensorInfo, View
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Multiple, Path, Value, drop_paths, nothing, varying, weight_named
 from apoptosis.records import IntArray
 
@@ -241,28 +242,18 @@ def _stacked_bias(call: Call, value: Value, view: View, out: Tensor) -> Value | 
     return replace(value, paths=drop_paths([value.paths]), linear=frozenset())
 
 
-def _mm(call: Call) -> Result:
+def mm(call: Call) -> Result:
+    """Multiply two matrices, or a matrix and a vector."""
     return _product(call, call.args[0], call.args[1])
 
 
-def _addmm(call: Call) -> Result:
+def addmm(call: Call) -> Result:
+    """Multiply two matrices and add to a third tensor."""
     return _product(call, call.args[1], call.args[2], call.args[0])
 
 
-def _linear(call: Call) -> Result:
+def linear(call: Call) -> Result:
+    """Multiply with a weight (out, in), and add a bias."""
     x, weight = call.args[0], call.args[1]
     bias = call.arg(2, "bias")
     return _product(call, x, weight.t(), bias)
-
-
-CONTRACTIONS: dict[str, tuple[Rule, bool]] = {
-    "mm": (_mm, True),
-    "bmm": (_mm, True),
-    "mv": (_mm, True),
-    "matmul": (_mm, True),
-    "addmm": (_addmm, True),
-    "baddbmm": (_addmm, True),
-    "addmv": (_addmm, True),
-    "linear": (_linear, True),
-}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

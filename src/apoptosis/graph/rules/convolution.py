@@ -23,7 +23,8 @@ from apoptosis.graph.rules.contraction import biased, consume, factors_of, regis
 from apoptosis.graph.rules.matrices import Matrix, as_kernel
 from apoptosis.graph.trace.findings import Consumer, site_key
 from apoptosis.graph.trace.ids import View
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Path, Value, drop_paths, nothing, varying
 from apoptosis.records import Convolution, IntArray, SiteKind
 
@@ -38,7 +39,8 @@ def _stock_conv(module: nn.Module | None) -> bool:
     return forward in _STOCK and getattr(type(module), "_conv_forward", None) is _STOCK[forward]
 
 
-def _convolution(call: Call) -> Result:
+def convolution(call: Call) -> Result:
+    """Convolve with a parameter or with anything else."""
     x, w, bias = call.args[0], call.args[1], call.arg(2, "bias")
     transposed, groups = bool(call.arg(6, "transposed")), int(call.arg(8, "groups"))
     tracer, out = call.tracer, call.outs[0]
@@ -196,7 +198,3 @@ def _depthwise(call: Call, view: View, dim: int, x: Tensor, groups: int, transpo
     tracer.findings.axis_macs[(owner.name, dim)][tracer.mode] += macs
     ids = np.repeat(slots[:, 0], view.shape[1]) if transposed else slots.reshape(-1)
     return Value(_channels_first(ids, call.outs[0].dim()), paths=drop_paths([value.paths]))
-
-
-CONVOLUTIONS: dict[str, tuple[Rule, bool]] = {"convolution": (_convolution, True)}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

@@ -17,11 +17,12 @@ from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.contraction import consume, register
 from apoptosis.graph.rules.matrices import Matrix
 from apoptosis.graph.trace.findings import Consumer, site_key
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Value
 
 
-def _grouped_mm(call: Call) -> Result:
+def grouped_mm(call: Call) -> Result:
     """(rows, in) times one of (experts, in, out) per row: the same positions of all experts are one channel."""
     x, w = call.args[0], call.args[1]
     tracer = call.tracer
@@ -53,7 +54,3 @@ def of_stack(call: Call, tensor: Tensor, indices: Sequence[Tensor | None]) -> bo
     if len(picks) != 1 or indices[0] is None or picks[0].dim() != 1 or picks[0].dtype in (torch.bool, torch.uint8):
         return False
     return call.tracer.memory.look_up(call.outs[0], tensor)
-
-
-EXPERTS: dict[str, tuple[Rule, bool]] = {"_grouped_mm": (_grouped_mm, True)}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

@@ -13,9 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from apoptosis.graph.explain import Code
-from apoptosis.graph.rules.movement import moving, same_memory
+from apoptosis.graph.rules.movement import same_memory
 from apoptosis.graph.rules.normalization import parameter_operand
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import SIZE_LIMIT, collapse, drop_paths, expand, nothing, varying
 from apoptosis.records import IntArray
 
@@ -25,7 +26,7 @@ def _refused(call: Call, why: Code) -> Result:
     return None
 
 
-def _pairs_as_complex(call: Call) -> Result:
+def pairs_as_complex(call: Call) -> Result:
     """Real and imaginary part of one number go together."""
     if same_memory(call):
         return None
@@ -35,17 +36,19 @@ def _pairs_as_complex(call: Call) -> Result:
     return replace(value.moved(collapse(value.ids[..., 0])), paths=drop_paths([value.paths]))
 
 
-def _as_real(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def as_real(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Take real and imaginary part as two places of a new axis."""
     return ids[..., None]
 
 
-def _diagonal(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def diagonal(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Take the elements with equal places along two axes."""
     offset, dims = int(call.arg(1, "offset", 0)), (call.arg(2, "dim1", 0), call.arg(3, "dim2", 1))
     one, two = (int(d) % tensor.dim() for d in dims)
     return collapse(np.diagonal(expand(ids, tensor.shape, [one, two]), offset, one, two))
 
 
-def _as_strided(call: Call) -> Result:
+def as_strided(call: Call) -> Result:
     """Execute on ids laid out in memory as the tensor is."""
     if same_memory(call):
         return None
@@ -72,7 +75,7 @@ def _strided(flat: IntArray, tensor: Tensor) -> IntArray:
     return np.lib.stride_tricks.as_strided(flat, tensor.shape, [8 * step for step in tensor.stride()])
 
 
-def _triangle(call: Call) -> Result:
+def triangle(call: Call) -> Result:
     """Keep what lies on one side of the diagonal of the last two axes."""
     tensor = call.args[0]
     value = parameter_operand(call, tensor)
@@ -85,7 +88,7 @@ def _triangle(call: Call) -> Result:
     return replace(value, paths=paths, source=None, linear=frozenset(), is_filler=False, even=even)
 
 
-def _im2col(call: Call) -> Result:
+def im2col(call: Call) -> Result:
     """Each channel owns the positions of a kernel, one after the other."""
     tensor, taps = call.args[0], math.prod(call.arg(1, "kernel_size"))
     value = call.tracer.value(tensor)
@@ -99,7 +102,7 @@ def _im2col(call: Call) -> Result:
     return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
 
 
-def _col2im(call: Call) -> Result:
+def col2im(call: Call) -> Result:
     """Sum windows back into place: the positions of one kernel have to be one channel's."""
     tensor, taps = call.args[0], math.prod(call.arg(2, "kernel_size"))
     value = call.tracer.value(tensor)
@@ -118,16 +121,3 @@ def _col2im(call: Call) -> Result:
     return replace(
         value, ids=collapse(ids[..., None]), paths=drop_paths([value.paths]), source=None, linear=frozenset()
     )
-
-
-LAYOUTS: dict[str, tuple[Rule, bool]] = {
-    "view_as_complex": (_pairs_as_complex, False),
-    "view_as_real": (moving(_as_real), False),
-    "diagonal": (moving(_diagonal), False),
-    "as_strided": (_as_strided, False),
-    "tril": (_triangle, True),
-    "triu": (_triangle, True),
-    "im2col": (_im2col, True),
-    "col2im": (_col2im, True),
-}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

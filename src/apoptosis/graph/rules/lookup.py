@@ -19,47 +19,15 @@ from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.experts import of_stack
 from apoptosis.graph.rules.normalization import parameter_operand
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result, Rule
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Path, Value, align, collapse, drop_paths, expand, nothing, varying
 from apoptosis.records import IntArray
 
-# Operators that see all channels at once, and in which words.
-_MIXERS = {
-    "_cdist_forward": Code.DISTANCES,
-    "_euclidean_dist": Code.DISTANCES,
-    "_pdist_forward": Code.DISTANCES,
-    "pdist": Code.DISTANCES,
-    "dist": Code.DISTANCES,
-    "cosine_similarity": Code.NORMALISES,
-    "_trilinear": Code.MULTIPLIES_ALL,
-    "linalg_cross": Code.MULTIPLIES,
-    "renorm": Code.NORMALISES,
-    "masked_select": Code.DROPS_BY_VALUE,
-    "nonzero": Code.MAKES_POSITIONS,
-    "unique_dim": Code.ORDERS_BY_VALUE,
-    "_unique2": Code.ORDERS_BY_VALUE,
-    "unique_consecutive": Code.DROPS_BY_VALUE,
-    "searchsorted": Code.COMPARES,
-    "equal": Code.COMPARES,
-    "affine_grid_generator": Code.MAKES_POSITIONS,
-    "linalg_householder_product": Code.MULTIPLIES,
-    "linalg_qr": Code.MULTIPLIES,
-    "linalg_matrix_exp": Code.MULTIPLIES,
-    "linalg_inv_ex": Code.MULTIPLIES,
-    "linalg_lu_factor_ex": Code.MULTIPLIES,
-    "_linalg_svd": Code.MULTIPLIES,
-    "_linalg_eigh": Code.MULTIPLIES,
-    "_linalg_solve_ex": Code.MULTIPLIES,
-    "linalg_cholesky_ex": Code.MULTIPLIES,
-    "take": Code.ELEMENTS_READ,
-    "put": Code.ELEMENTS_WRITTEN,
-    "repeat_interleave": Code.MAKES_POSITIONS,
-}
 
-
-def _mixed(call: Call) -> Result:
-    call.pin_all(_MIXERS[call.name])
-    return None
+def mixes(why: Code) -> Rule:
+    """Make a rule of an operator that sees all channels at once."""
+    return lambda call: call.pin_all(why)
 
 
 def _has_data(tensor: Tensor) -> bool:
@@ -86,8 +54,17 @@ def _as_index(call: Call, tensor: object) -> None:
         call.pin(call.tracer.value(tensor).ids, Code.INDEX)
 
 
-def _embedding(call: Call) -> Result:
+def embedding(call: Call) -> Result:
     """Rows by number: the columns of the table are channels, made here."""
+    return _rows_of_table(call, simple=True)
+
+
+def embedding_bag(call: Call) -> Result:
+    """Add up rows by number."""
+    return _rows_of_table(call, simple=False)
+
+
+def _rows_of_table(call: Call, *, simple: bool) -> Result:
     tracer, (table, index) = call.tracer, call.args[:2]
     _as_index(call, index)
     for weights in call.tensors()[2:]:
@@ -108,7 +85,6 @@ def _embedding(call: Call) -> Result:
     call.pin(rows, Code.TABLE_ROWS(name=owner.name))
     axis = (owner.name, dim)
     tracer.findings.producers.setdefault(axis, tracer.module_name or owner.name.rpartition(".")[0])
-    simple = call.name == "embedding"
     ids = align(columns, out.dim())
     linear = frozenset((axis,)) if simple else frozenset()
     return [Value(ids, paths={axis: Path() if simple else None}, linear=linear), *rest]
@@ -121,8 +97,9 @@ def _constant_along(tensor: Tensor, axis: int) -> bool:
     return _has_data(tensor) and bool((tensor == tensor.narrow(axis, 0, 1)).all())
 
 
-def _positions(call: Call, index: Tensor, value: Value, dim: int, verb: str) -> None:
+def _positions(call: Call, index: Tensor, value: Value, dim: int, *, writes: bool) -> None:
     """Pin what an index of the operand's own shape tells apart by number."""
+    verb = "writes" if writes else "picks"
     own = call.tracer.value(index).ids if call.tracer.view(index) is None else None
     if dim in varying(value.ids):
         _as_index(call, index)
@@ -134,7 +111,7 @@ def _positions(call: Call, index: Tensor, value: Value, dim: int, verb: str) -> 
     axes = varying(value.ids)
     if any(not _constant_along(index, axis) for axis in axes):
         call.pin(value.ids, Code.OWN_POSITIONS(verb=verb))
-    elif call.name != "gather" and any(index.shape[axis] != call.args[0].shape[axis] for axis in axes):
+    elif writes and any(index.shape[axis] != call.args[0].shape[axis] for axis in axes):
         call.pin(value.ids, Code.FIRST_CHANNELS(verb=verb))  # what gather reads is seen in its ids
 
 
@@ -144,18 +121,28 @@ def _cropped(ids: IntArray, shape: Sequence[int], dim: int) -> IntArray:
     return ids[tuple(slice(0, n) for n in sizes)]
 
 
-def _gather(call: Call) -> Result:
+def gather(call: Call) -> Result:
+    """Read elements along `dim` by number."""
     tensor, index = call.args[0], call.arg(2, "index")
     dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
     value = parameter_operand(call, tensor, set(range(tensor.dim())) - {dim})
-    _positions(call, index, value, dim, "picks")
+    _positions(call, index, value, dim, writes=False)
     if not value.has_channels or dim in varying(value.ids):
         return nothing(call.outs[0].dim(), value.origin)
     return replace(value, ids=collapse(_cropped(value.ids, index.shape, dim)), source=None)
 
 
-def _scatter(call: Call) -> Result:
-    """Write a source into places along `dim`: channels beside it tie."""
+def scatter(call: Call) -> Result:
+    """Write a source into places along `dim`, each element at its own: channels beside it tie."""
+    return _written(call, by_element=True)
+
+
+def index_add(call: Call) -> Result:
+    """Write the slices of a source into places along `dim`: channels beside it tie."""
+    return _written(call, by_element=False)
+
+
+def _written(call: Call, *, by_element: bool) -> Result:
     target, dim, index, source = call.args[0], int(call.arg(1, "dim")), call.arg(2, "index"), call.arg(3, "src")
     dim %= max(1, target.dim())
     value = call.tracer.value(target)
@@ -168,8 +155,8 @@ def _scatter(call: Call) -> Result:
             call.pin(value.ids, Code.PART_WRITTEN)
             return None
     for _, one in given:
-        if index.dim() == target.dim() and call.name.startswith("scatter"):
-            _positions(call, index, one, dim, "writes")
+        if index.dim() == target.dim() and by_element:
+            _positions(call, index, one, dim, writes=True)
         else:
             _as_index(call, index)
             if dim in varying(one.ids):
@@ -180,7 +167,7 @@ def _scatter(call: Call) -> Result:
     return replace(met, paths=drop_paths([one.paths for _, one in given]))
 
 
-def _filled(call: Call) -> Result:
+def index_fill(call: Call) -> Result:
     """index_fill: a constant at some positions."""
     target, dim = call.args[0], int(call.arg(1, "dim")) % max(1, call.args[0].dim())
     value = call.tracer.value(target)
@@ -219,7 +206,8 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
     return Value(value.ids, paths=paths)
 
 
-def _index_put(call: Call) -> Result:
+def index_put(call: Call) -> Result:
+    """Write values where numbers or masks point to."""
     target, indices, source = call.args[0], list(call.arg(1, "indices")), call.arg(2, "values")
     for index in indices:
         _as_index(call, index)
@@ -245,7 +233,7 @@ def _index_put(call: Call) -> Result:
     return _overlaid(call, target, new.numpy(), mask.numpy(), brought)
 
 
-def _masked_scatter(call: Call) -> Result:
+def masked_scatter(call: Call) -> Result:
     """Elements of the source, in order, go where the mask is set."""
     target, mask, source = call.args[0], call.args[1], call.args[2]
     _as_index(call, mask)
@@ -265,7 +253,8 @@ def _masked_scatter(call: Call) -> Result:
     return _overlaid(call, target, new, wide, brought)
 
 
-def _index_select(call: Call) -> Result:
+def index_select(call: Call) -> Result:
+    """Read slices along `dim` by number."""
     tensor, index = call.args[0], call.arg(2, "index")
     dim = int(call.arg(1, "dim")) % max(1, tensor.dim())
     _as_index(call, index)
@@ -278,7 +267,8 @@ def _index_select(call: Call) -> Result:
     return value.moved(collapse(value.ids.take(index.reshape(-1).cpu().numpy(), axis=dim)))
 
 
-def _index(call: Call) -> Result:
+def index(call: Call) -> Result:
+    """Read what numbers or masks point to."""
     tensor, indices = call.args[0], list(call.arg(1, "indices"))
     if of_stack(call, tensor, indices):
         _as_index(call, indices[0])
@@ -307,31 +297,14 @@ def _some(index: Tensor) -> Tensor:
     return index if bool(index.any()) else torch.arange(index.numel(), device="cpu").view(index.shape) == 0
 
 
-def _bucketize(call: Call) -> Result:
+def bucketize(call: Call) -> Result:
+    """Compare every element with given limits."""
     value = call.tracer.value(call.args[0])
     for tensor in call.tensors()[1:]:
         call.pin(call.tracer.value(tensor).ids, Code.COMPARES)
     return replace(value, paths=drop_paths([value.paths]), source=None, linear=frozenset(), even={})
 
 
-def _checked(call: Call) -> Result:
-    """Nothing comes of it but an error."""
+def checked(call: Call) -> Result:
+    """Nothing comes of it that carries channels."""
     return None
-
-
-LOOKUPS: dict[str, tuple[Rule, bool]] = {
-    **{name: (_mixed, True) for name in _MIXERS},
-    **{name: (_embedding, True) for name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only")},
-    "gather": (_gather, True),
-    **{name: (_scatter, True) for name in ("scatter", "scatter_add", "scatter_reduce")},
-    **{name: (_scatter, True) for name in ("index_add", "index_copy", "index_reduce")},
-    "index_fill": (_filled, True),
-    **{name: (_index_put, True) for name in ("index_put", "_index_put_impl", "_unsafe_index_put")},
-    "masked_scatter": (_masked_scatter, True),
-    "index_select": (_index_select, False),
-    **{name: (_index, False) for name in ("index", "_unsafe_index")},
-    **{name: (_bucketize, True) for name in ("bucketize", "isin")},
-    **{name: (_checked, False) for name in ("_assert_tensor_metadata", "_assert_scalar", "_functional_assert_async")},
-    **{name: (_checked, False) for name in ("sym_size", "sym_numel", "sym_stride", "sym_constrain_range")},
-}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

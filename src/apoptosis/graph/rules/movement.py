@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.notes import note_axes, note_count, note_parts, note_split
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result, Rule
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import (
     SIZE_LIMIT,
     TooLargeError,
@@ -59,39 +60,51 @@ def moving(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
     return rule
 
 
-def _copy(call: Call) -> Result:
+def copy(call: Call) -> Result:
     """Copy in the same shape; one laid out as a parameter's view stands for the parameter."""
     if same_memory(call) or call.tracer.memory.adopt(call.outs[0], call.args[0]):
         return None
     return parameter_operand(call, call.args[0])
 
 
-def _reshape(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
-    new = reshape(ids, tensor.shape, call.outs[0].shape)
-    if call.name not in ("squeeze", "unsqueeze"):
-        note_split(call, ids, tensor.shape, new, call.outs[0].shape)
-        note_axes(call, new, call.arg(1, "size", ()))
+def resize(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Add or drop axes of size 1."""
+    return reshape(ids, tensor.shape, call.outs[0].shape)
+
+
+def view(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Lay the elements out in other axes, in the same order."""
+    new = resize(call, tensor, ids)
+    note_split(call, ids, tensor.shape, new, call.outs[0].shape)
+    note_axes(call, new, call.arg(1, "size", ()))
     return new
 
 
-def _view(call: Call) -> Result:
+def view_or_cast(call: Call) -> Result:
+    """Lay the elements out in other axes; where their bytes are taken for others of another size, pin."""
     if call.overload == "dtype" and call.outs[0].shape != call.args[0].shape:
         call.pin_all(Code.NO_RULE)
         return None
-    return moving(_reshape)(call)
+    return moving(view)(call)
 
 
-def _permute(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def permute(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Put the axes in another order."""
     return ids.transpose([d % tensor.dim() for d in call.arg(1, "dims")])
 
 
-def _transpose(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
-    if call.name == "t":
-        return ids.T
+def transpose_all(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Turn the axes of a matrix round."""
+    return ids.T
+
+
+def transpose(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Swap two axes."""
     return ids.swapaxes(int(call.arg(1, "dim0")), int(call.arg(2, "dim1")))
 
 
-def _expand(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def expand_(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Repeat along axes of size 1."""
     return align(ids, call.outs[0].dim())
 
 
@@ -100,12 +113,14 @@ def _take(ids: IntArray, index: int, dim: int) -> IntArray:
     return taken
 
 
-def _select(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def select(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Take one place of an axis."""
     dim, index = int(call.arg(1, "dim")) % tensor.dim(), int(call.arg(2, "index"))
     return _take(ids, index if ids.shape[dim] > 1 else 0, dim)
 
 
-def _slice(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def slice_(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Take a range of an axis."""
     dim = int(call.arg(1, "dim", 0)) % tensor.dim()
     if ids.shape[dim] == 1:
         return ids
@@ -116,7 +131,8 @@ def _slice(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     return collapse(ids[(slice(None),) * dim + (slice(start, end, step),)])
 
 
-def _split(call: Call) -> Result:
+def split(call: Call) -> Result:
+    """Cut an axis into parts."""
     if not call.outs or same_memory(call):
         return None
     value = call.tracer.value(call.args[0])
@@ -133,7 +149,8 @@ def _split(call: Call) -> Result:
     return [value.moved(collapse(part)) for part in parts]
 
 
-def _unbind(call: Call) -> Result:
+def unbind(call: Call) -> Result:
+    """Take every place of an axis."""
     if not call.outs or same_memory(call):
         return None
     value = call.tracer.value(call.args[0])
@@ -187,7 +204,8 @@ def _extended(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: i
     return out
 
 
-def _cat(call: Call) -> Result:
+def cat(call: Call) -> Result:
+    """Lay tensors side by side along an axis."""
     tensors = [t for t in call.args[0] if t.dim() > 1 or t.numel()]
     if not tensors:
         return None
@@ -210,7 +228,8 @@ def _one_width(call: Call, values: Sequence[Value], dim: int) -> None:
         call.tracer.findings.extents[token].append(np.unique(value.ids[value.ids != 0]))
 
 
-def _stack(call: Call) -> Result:
+def stack(call: Call) -> Result:
+    """Lay tensors side by side along a new axis."""
     tensors = list(call.args[0])
     dim = int(call.arg(1, "dim", 0)) % (tensors[0].dim() + 1)
     values = _beside(call, tensors)
@@ -219,78 +238,94 @@ def _stack(call: Call) -> Result:
     return _side_by_side(call, [t.unsqueeze(dim) for t in tensors], values, dim)
 
 
-def _flip(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def flip(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Turn axes round."""
     return np.flip(ids, tuple(d % tensor.dim() for d in call.arg(1, "dims")))
 
 
-def _roll(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def roll(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Move elements on along axes, and round."""
     shifts, dims = call.arg(1, "shifts"), call.arg(2, "dims", [])
     if not dims:
         return collapse(np.roll(expand(ids, tensor.shape), shifts))
     return np.roll(ids, tuple(shifts), axis=tuple(d % tensor.dim() for d in dims))
 
 
-def _rot90(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def rot90(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Turn two axes."""
     return np.rot90(ids, int(call.arg(1, "k", 1)), tuple(call.arg(2, "dims", (0, 1))))
 
 
-def _repeat(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def repeat(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Lay copies side by side."""
     repeats = list(call.arg(1, "repeats"))
     ids = align(ids, len(repeats))
     return np.tile(ids, [n if size > 1 else 1 for n, size in zip(repeats, ids.shape, strict=True)])
 
 
-def _pad(call: Call) -> Result:
-    """Pad; constants beside channels are no channels, and end what is known of the way here."""
-    tensor, pad = call.args[0], list(call.arg(1, "pad" if call.name == "constant_pad_nd" else "padding"))
-    value = call.tracer.value(tensor)
-    widths = [(0, 0)] * tensor.dim()
-    for i in range(len(pad) // 2):
-        widths[tensor.dim() - 1 - i] = (pad[2 * i], pad[2 * i + 1])
-    ids = value.ids
-    for axis in varying(ids):
-        before, after = widths[axis]
-        cut = [slice(None)] * ids.ndim
-        cut[axis] = slice(max(0, -before), ids.shape[axis] - max(0, -after))
-        ids = ids[tuple(cut)]
-        mode: Any = {"reflection": "reflect", "replication": "edge"}.get(call.name.split("_")[0], "constant")
-        grow = [(max(0, before), max(0, after)) if i == axis else (0, 0) for i in range(ids.ndim)]
-        ids = np.pad(ids, grow, mode=mode)
-    _note_padded(call, tensor, pad)
-    if not any(pad):
-        return value
-    if not value.has_channels:
-        return nothing(tensor.dim(), value.origin, is_filler=value.is_filler and call.name != "constant_pad_nd")
-    paths = drop_paths([value.paths]) if call.name == "constant_pad_nd" else value.paths
-    return replace(value, ids=ids, paths=paths, source=None)
+def padding(mode: Literal["constant", "reflect", "replicate"]) -> Rule:
+    """Make a rule of an operator that pads; constants beside channels are none, and end what is known of the paths."""
+    constant = mode == "constant"
+    fills: Any = "edge" if mode == "replicate" else mode  # as numpy calls it
+
+    def rule(call: Call) -> Result:
+        tensor, pad = call.args[0], list(call.arg(1, "pad" if constant else "padding"))
+        value = call.tracer.value(tensor)
+        widths = [(0, 0)] * tensor.dim()
+        for i in range(len(pad) // 2):
+            widths[tensor.dim() - 1 - i] = (pad[2 * i], pad[2 * i + 1])
+        ids = value.ids
+        for axis in varying(ids):
+            before, after = widths[axis]
+            cut = [slice(None)] * ids.ndim
+            cut[axis] = slice(max(0, -before), ids.shape[axis] - max(0, -after))
+            ids = ids[tuple(cut)]
+            grow = [(max(0, before), max(0, after)) if i == axis else (0, 0) for i in range(ids.ndim)]
+            ids = np.pad(ids, grow, mode=fills)
+        if len(pad) <= 2 * (tensor.dim() - 2) and not (constant and call.arg(2, "value", 0)):
+            call.tracer.entries.padded(tensor, call.outs[0], tuple(int(n) for n in pad), mode)
+        if not any(pad):
+            return value
+        if not value.has_channels:
+            return nothing(tensor.dim(), value.origin, is_filler=value.is_filler and not constant)
+        return replace(value, ids=ids, paths=drop_paths([value.paths]) if constant else value.paths, source=None)
+
+    return rule
 
 
-def _note_padded(call: Call, tensor: Tensor, pad: Sequence[int]) -> None:
-    """Note what the surroundings of feature maps are filled with, where a function of torch fills them so again."""
-    mode = {"reflection": "reflect", "replication": "replicate"}.get(call.name.split("_")[0], "constant")
-    if len(pad) <= 2 * (tensor.dim() - 2) and not (mode == "constant" and call.arg(2, "value", 0)):
-        call.tracer.entries.padded(tensor, call.outs[0], tuple(int(n) for n in pad), mode)
-
-
-def _trailing(call: Call) -> Result:
-    """Rearrangements of the last three axes, executed on fully expanded ids of those."""
+def pixel_shuffle(call: Call) -> Result:
+    """Lay blocks of channels out as pixels; a block goes as a whole."""
     tensor = call.args[0]
     value = call.tracer.value(tensor)
     if not value.has_channels:
         return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
-    keep = max(0, tensor.dim() - 3) if call.name.startswith("pixel") else 0
-    if call.name == "pixel_shuffle" and value.ids.shape[keep] > 1:  # the operator takes whole blocks only
-        ids = value.ids
+    keep, ids = max(0, tensor.dim() - 3), value.ids
+    if ids.shape[keep] > 1:
         blocks = ids.reshape(*ids.shape[:keep], -1, int(call.arg(1, "upscale_factor")) ** 2, *ids.shape[keep + 1 :])
         call.tracer.findings.tie(blocks, np.broadcast_to(blocks.take([0], axis=keep + 1), blocks.shape))
         broken = (blocks == 0).any(axis=keep + 1, keepdims=True)
         call.pin(np.where(broken, blocks, 0), Code.LAID_OUT_WITH_NONE)
-    wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, range(keep, tensor.dim()))))
+    return _rearranged(call, value)
+
+
+def pixel_unshuffle(call: Call) -> Result:
+    """Lay blocks of pixels out as channels."""
+    value = call.tracer.value(call.args[0])
+    if not value.has_channels:
+        return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
+    return _rearranged(call, value)
+
+
+def _rearranged(call: Call, value: Value) -> Value:
+    """Execute a rearrangement of the last three axes on fully expanded ids of these."""
+    tensor = call.args[0]
+    wide = torch.from_numpy(np.array(expand(value.ids, tensor.shape, range(max(0, tensor.dim() - 3), tensor.dim()))))
     moved = getattr(torch.ops.aten, call.name)(wide, *call.args[1:], **call.kwargs)
     return value.moved(collapse(moved.numpy()))
 
 
-def _channel_shuffle(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+def channel_shuffle(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
+    """Lay the channels of groups in turns."""
     groups = int(call.arg(1, "groups"))
     if ids.shape[1] == 1:
         return ids
@@ -299,7 +334,7 @@ def _channel_shuffle(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
     return split.swapaxes(1, 2).reshape(ids.shape)
 
 
-def _copy_into(call: Call) -> Result:
+def copy_into(call: Call) -> Result:
     """Overwrite: an empty place takes the ids, channels already there are tied to the new ones."""
     target, source = call.args[0], call.args[1]
     if call.tracer.view(target) is not None or call.tracer.value(target).has_channels:
@@ -308,7 +343,7 @@ def _copy_into(call: Call) -> Result:
     return replace(value, ids=align(value.ids, target.dim()), source=None)
 
 
-def _pack(call: Call) -> Result:
+def pack(call: Call) -> Result:
     """Lay the steps of sequences of several lengths one after the other; channels stay along the last axis."""
     value, last = parameter_operand(call, call.args[0]), call.args[0].dim() - 1
     if varying(value.ids) - {last}:
@@ -317,7 +352,8 @@ def _pack(call: Call) -> Result:
     return [value.moved(value.ids.reshape(1, -1)), None]
 
 
-def _unfold(call: Call) -> Result:
+def unfold(call: Call) -> Result:
+    """Cut an axis into windows."""
     tensor = call.args[0]
     value = call.tracer.value(tensor)
     dim, size, step = (int(a) for a in (call.arg(1, "dimension"), call.arg(2, "size"), call.arg(3, "step")))
@@ -327,39 +363,3 @@ def _unfold(call: Call) -> Result:
         windows = [ids[(slice(None),) * dim + (slice(i, i + size),)] for i in range(0, ids.shape[dim] - size + 1, step)]
         ids = collapse(np.stack([w.swapaxes(dim, -1).squeeze(dim) for w in windows], axis=dim))
     return value.moved(ids)
-
-
-MOVES: dict[str, Rule] = {
-    **{name: _copy for name in ("clone", "_to_copy", "alias", "detach", "contiguous", "lift_fresh", "positive", "to")},
-    **{name: _copy for name in ("lift", "lift_fresh_copy", "detach_copy", "_conj", "resolve_conj", "resolve_neg")},
-    **{
-        name: moving(_reshape)
-        for name in ("_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten")
-    },
-    "view": _view,
-    "permute": moving(_permute),
-    **{name: moving(_transpose) for name in ("t", "transpose", "swapaxes", "swapdims")},
-    "expand": moving(_expand),
-    "select": moving(_select),
-    "slice": moving(_slice),
-    **{name: _split for name in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")},
-    "unbind": _unbind,
-    "cat": _cat,
-    "stack": _stack,
-    "flip": moving(_flip),
-    "roll": moving(_roll),
-    "rot90": moving(_rot90),
-    "repeat": moving(_repeat),
-    **{name: _pad for name in ("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")},
-    **{name: _pad for name in ("replication_pad1d", "replication_pad2d", "replication_pad3d")},
-    "pixel_shuffle": _trailing,
-    "pixel_unshuffle": _trailing,
-    "channel_shuffle": moving(_channel_shuffle),
-    "native_channel_shuffle": moving(_channel_shuffle),
-    "copy": _copy_into,
-    "unfold": _unfold,
-    "_pack_padded_sequence": _pack,
-    "_neg_view": _copy,
-    "_pin_memory": _copy,
-}
-"""Operator name -> rule."""

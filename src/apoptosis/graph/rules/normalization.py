@@ -23,7 +23,8 @@ from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.computed_weights import normalised_copy
 from apoptosis.graph.rules.notes import note_grid
 from apoptosis.graph.trace.ids import TensorInfo, View
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Axis, Origin, Value, drop_paths, nothing, reshape, varying
 from apoptosis.records import IntArray
 
@@ -152,7 +153,8 @@ def whole_channels(call: Call, value: Value) -> Value:
     return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
 
 
-def _group_norm(call: Call) -> Result:
+def group_norm(call: Call) -> Result:
+    """Normalise blocks of channels, each by itself."""
     x, (num, channels, positions, groups) = call.args[0], (int(n) for n in call.args[3:7])
     value = whole_channels(call, parameter_operand(call, x, [1]))
     block = channels // max(1, groups)
@@ -171,7 +173,8 @@ def _group_norm(call: Call) -> Result:
     return _result(call, x, value, [t for t in call.args[1:3] if isinstance(t, Tensor)], shape)
 
 
-def _layer_norm(call: Call) -> Result:
+def layer_norm(call: Call) -> Result:
+    """Normalise over the last axes, with a mean or without."""
     x, shape = call.args[0], call.arg(1, "normalized_shape")
     value = parameter_operand(call, x, range(x.dim() - len(shape)))
     rest = varying(value.ids) & set(range(x.dim() - len(shape)))
@@ -181,7 +184,7 @@ def _layer_norm(call: Call) -> Result:
     return _result(call, x, value, [t for t in call.args[2:4] if isinstance(t, Tensor)])
 
 
-def _weight_norm(call: Call) -> Result:
+def weight_norm(call: Call) -> Result:
     """W = g v / |v|, the norm over all axes but `dim`: rows go together with their gain, columns change the norm."""
     v, g, dim = call.args[0], call.args[1], int(call.arg(2, "dim", 0)) % call.args[0].dim()
     if dim == 0 and call.tracer.view(v) is not None and normalised_copy(call, v, call.outs[0], g, centred=False):
@@ -194,14 +197,3 @@ def _weight_norm(call: Call) -> Result:
         call.pin(value.ids, Code.ROWS_NORMALISED)
     met = tie_broadcast(call, [g], v.dim(), [(v, value)])
     return [replace(met, paths=value.paths), Value(met.ids)]
-
-
-NORMS: dict[str, tuple[Rule, bool]] = {
-    "native_group_norm": (_group_norm, True),
-    "native_layer_norm": (_layer_norm, True),
-    "_fused_rms_norm": (_layer_norm, True),
-    "rms_norm": (_layer_norm, True),
-    "layer_norm": (_layer_norm, True),
-    "_weight_norm_interface": (_weight_norm, False),
-}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

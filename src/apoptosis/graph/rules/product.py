@@ -11,14 +11,15 @@ else runs along the heads (a bias per head) ties with it, and the values' channe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.findings import Product, pairs_of, product_key
-from apoptosis.graph.trace.multiples import FUSED
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result, Rule
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import (
     Axis,
     Multiple,
@@ -283,8 +284,19 @@ def _fit(ids: IntArray, a: Tensor, b: Tensor, ndim: int) -> IntArray:
     return ids.reshape(ids.shape[ids.ndim - ndim :]) if ids.ndim > ndim else ids
 
 
-def _attention(call: Call) -> Result:
-    """Scaled-dot-product attention, (..., length, channels) each; queries of several heads may share a key's."""
+def attention(mask_name: str = "", *, has_mask: bool = True) -> Rule:
+    """Make a rule of scaled-dot-product attention. mask_name: of the mask, where it is given by name alone."""
+
+    def rule(call: Call) -> Result:
+        if mask_name or not has_mask:
+            return _attention(call, call.kwargs.get(mask_name))
+        return _attention(call, call.arg(3, "attn_mask", call.kwargs.get("attn_bias")))
+
+    return rule
+
+
+def _attention(call: Call, mask: Any) -> Result:
+    """(..., length, channels) each; queries of several heads may share a key's."""
     query, key, value = call.args[:3]
     ndim = query.dim()
     num = query.shape[-3] if ndim > 3 else 1
@@ -302,9 +314,6 @@ def _attention(call: Call) -> Result:
     if left.paired:
         heads, multiple = _pair(call, left, right, own_scale=own, macs=macs)
         call.tracer.numbers.fused(call, multiple, (*call.args[2:4], call.kwargs.get("attn_mask")))
-    names = {"_scaled_dot_product_flash_attention_for_cpu": "attn_mask", "_scaled_dot_product_flash_attention": ""}
-    named = names.get(call.name)
-    mask = call.kwargs.get(named) if named is not None else call.arg(3, "attn_mask", call.kwargs.get("attn_bias"))
     view = call.tracer.view(mask) if isinstance(mask, Tensor) else None
     if isinstance(mask, Tensor) and view is None and heads is not None:
         met = align(call.tracer.value(mask).ids, ndim)
@@ -327,7 +336,3 @@ def _repeated(operand: _Operand, num_heads: int) -> _Operand:
     times = num_heads // operand.tensor.shape[-3]
     wide = np.repeat(expand(operand.ids, operand.tensor.shape, [operand.ids.ndim - 3]), times, axis=-3)
     return _Operand(operand.tensor.repeat_interleave(times, -3), operand.value, wide)
-
-
-PRODUCTS: dict[str, tuple[Rule, bool]] = {name: (_attention, True) for name in FUSED}
-"""Operator name -> rule, and whether it reads its operands' values as such."""

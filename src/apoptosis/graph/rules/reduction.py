@@ -7,7 +7,8 @@ normalisations that torch knows as one operator (rules/normalization.py), contra
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,67 +19,63 @@ from apoptosis.graph.explain import ROWS_REMEDY, Code, opt_in
 from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.product import sum_of_products
-from apoptosis.graph.trace.tracer import Call, Result, Rule
+from apoptosis.graph.trace.operators import Result, Rule
+from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Paths, Value, drop_paths, varying
 from apoptosis.records import IntArray
 
-# Position and default of the `dim` argument.
-_REDUCTIONS = {
-    "sum": 1, "mean": 1, "amax": 1, "amin": 1, "max": 1, "min": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1,
-    "prod": 1, "all": 1, "any": 1, "argmax": 1, "argmin": 1, "logsumexp": 1, "median": 1, "nansum": 1,
-    "count_nonzero": 1, "norm": 2, "linalg_vector_norm": 2, "nanmedian": 1, "aminmax": 1, "kthvalue": 2, "mode": 1,
-    "_assert_async": 9, "special_logsumexp": 1, "trace": 9, "histc": 9, "bincount": 9, "is_nonzero": 9,
-}  # fmt: skip
-_LAST = frozenset(("kthvalue", "mode", "sort", "topk"))
-_AVERAGES = frozenset(("mean", "var", "std", "var_mean", "std_mean"))
-_SUMS = _AVERAGES | frozenset(("sum", "nansum", "norm", "linalg_vector_norm", "logsumexp", "special_logsumexp"))
-_HOMOGENEOUS = frozenset(("mean", "sum", "amax", "amin", "max", "min"))  # over positions: scale as their operand does
-_EXTREMES = frozenset(("amax", "amin", "max", "min"))
-_SOFTMAX = frozenset(("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax"))
-_ALONG = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "softmax": 1, "log_softmax": 1, "cumsum": 1,
-          "cumprod": 1, "logcumsumexp": 1, "cummax": 1, "cummin": 1, "_cummax_helper": 3, "_cummin_helper": 3,
-          "sort": 1, "topk": 2, "_fft_c2c": 1, "_fft_r2c": 1, "_fft_c2r": 1}  # fmt: skip
-_WHY = {"sort": Code.ORDERS, "topk": Code.ORDERS,
-        "_fft_c2c": Code.TRANSFORMS, "_fft_r2c": Code.TRANSFORMS, "_fft_c2r": Code.TRANSFORMS}  # fmt: skip
-_LINEAR = frozenset(("_fft_c2c", "_fft_r2c", "_fft_c2r"))  # what is zero adds nothing
-
-_POOLED = (
-    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d "
-    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
-    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa _upsample_lanczos2d_aa grid_sampler_2d grid_sampler_3d"
-).split()
+Pooled = Literal["", "average", "largest"]
 
 
-def _axes(call: Call, position: int, ndim: int) -> frozenset[int]:
+@dataclass(frozen=True, slots=True)
+class _Reduction:
+    """How an operator reduces. dim, default: place and default of that argument.
+
+    sums, averages: it adds up what it reduces, or compares it with its average. chooses: it takes one of the elements.
+    scales: its result scales as its operand does. pools: of what kind it is where positions are reduced.
+    """
+
+    dim: int = 1
+    default: int | None = None
+    sums: bool = False
+    averages: bool = False
+    chooses: bool = False
+    scales: bool = False
+    pools: Pooled = ""
+
+
+def reduces(dim: int = 1, default: int | None = None, **how: Any) -> Rule:
+    """Make a rule of an operator that reduces over axes: those with channels pin. how: see `_Reduction`."""
+    reduction = _Reduction(dim, default, **how)
+    return lambda call: _reduce(call, reduction)
+
+
+def _axes(call: Call, position: int, default: int | None, ndim: int) -> frozenset[int]:
     """Return the axes that the argument `dim` names; all where it names none."""
-    dims = call.arg(position, "dim", -1 if call.name in _LAST else None)
+    dims = call.arg(position, "dim", default)
     if dims is None or isinstance(dims, bool) or dims == []:  # var(x, unbiased)
         return frozenset(range(ndim))
     return frozenset(axis % max(1, ndim) for axis in (dims if isinstance(dims, (list, tuple)) else [dims]))
 
 
-def reduce(call: Call) -> Result:
-    """Reduce over axes without channels; over channels, pin them."""
-    tensor = call.args[0]
-    reduced = _axes(call, _REDUCTIONS[call.name], tensor.dim())
-    if call.name == "sum" and len(reduced) == 1 and (sums := sum_of_products(call, min(reduced))) is not None:
+def _reduce(call: Call, how: _Reduction) -> Result:
+    tensor, is_sum = call.args[0], call.operator.role == "sums"
+    reduced = _axes(call, how.dim, how.default, tensor.dim())
+    if is_sum and len(reduced) == 1 and (sums := sum_of_products(call, min(reduced))) is not None:
         return sums
     value = parameter_operand(call, tensor, set(range(tensor.dim())) - reduced)
+    adds = how.sums or how.averages
     meeting, rest = reduced & varying(value.ids), varying(value.ids) - reduced
     inner = bool(meeting and rest) and min(meeting) > max(rest)
-    if meeting and rest and (call.name in _EXTREMES or (call.name in _SUMS and not inner)):
-        value = _place_by_place(call, value, reduced)
+    if meeting and rest and (how.chooses or (adds and not inner)):
+        value = _place_by_place(call, value, reduced, "chooses between" if how.chooses else "combines")
     if reduced & varying(value.ids):
-        rows = None if not rest or call.name not in _SUMS else _rows(call, value, reduced)
-        if call.name in _AVERAGES:
+        rows = None if not rest or not adds else _rows(call, value, reduced)
+        if how.averages:
             remedy = opt_in(call.tracer.module) if rows is None else ROWS_REMEDY
             call.pin(value.ids, Code.AVERAGES, remedy, inner=rows is not None)
         else:
-            call.pin(value.ids, Code.SUMS if call.name == "sum" else Code.REDUCES, inner=rows is not None)
+            call.pin(value.ids, Code.SUMS if is_sum else Code.REDUCES, inner=rows is not None)
         if rows is None:
             return None
         value = Value(rows, paths=drop_paths([value.paths]))
@@ -86,15 +83,12 @@ def reduce(call: Call) -> Result:
         return None
     keepdim = call.outs[0].dim() == tensor.dim()
     ids = value.ids if keepdim else value.ids.reshape([n for i, n in enumerate(value.ids.shape) if i not in reduced])
-    average, largest = call.name == "mean", call.name in ("amax", "max")
     result = replace(
-        value,
+        _ended(value),
         ids=ids,
-        paths=_pooled(value.paths, average, largest),
-        dropout=0.0,
-        source=None,
-        keep=None,
-        linear=value.linear if call.name in _HOMOGENEOUS else frozenset(),
+        paths=_pooled(value.paths, how.pools),
+        linear=value.linear if how.scales else frozenset(),
+        even=value.even,
         scaled=False,
     )
     return [result] * len(call.outs)
@@ -117,23 +111,22 @@ def _rows(call: Call, value: Value, reduced: frozenset[int]) -> IntArray | None:
     return fresh[place.reshape(-1)].reshape([1 if axis in axes else size for axis, size in enumerate(ids.shape)])
 
 
-def _place_by_place(call: Call, value: Value, reduced: frozenset[int]) -> Value:
+def _place_by_place(call: Call, value: Value, reduced: frozenset[int], verb: str = "combines") -> Value:
     """Tie the channels that meet at each place of the other axes, as an elementwise maximum, or a sum, does."""
     first, axes = value.ids, tuple(reduced & varying(value.ids))
     for axis in axes:
         first = first.take([0], axis=axis)
     call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(first, value.ids.shape)), value.ids)
     broken = (value.ids == 0).any(axis=axes, keepdims=True)
-    verb = "chooses between" if call.name in _EXTREMES else "combines"
     call.pin(np.where(broken, value.ids, 0), Code.REDUCES_WITH_NONE(verb=verb))
     return replace(value, ids=first, paths=drop_paths([value.paths]), even={})
 
 
-def _pooled(paths: Paths, average: bool, largest: bool) -> Paths:
-    if not average and not largest:
+def _pooled(paths: Paths, how: Pooled) -> Paths:
+    if not how:
         return drop_paths([paths])
     return {
-        key: None if path is None else replace(path, pooled=True, max_pool=path.max_pool or largest)
+        key: None if path is None else replace(path, pooled=True, max_pool=path.max_pool or how == "largest")
         for key, path in paths.items()
     }
 
@@ -145,24 +138,39 @@ def _ended(value: Value) -> Value:
     )
 
 
-def _along(call: Call) -> Result:
-    """Mix the elements along axes without channels; along channels, pin them."""
-    tensor = call.args[0]
-    mixed = _axes(call, _ALONG[call.name], tensor.dim())
-    value = parameter_operand(call, tensor, set(range(tensor.dim())) - mixed)
-    if mixed & varying(value.ids) and call.name in _LINEAR:
-        value = replace(value, ids=_beside_zeros(value.ids, tensor, mixed))
-    meeting, rest = mixed & varying(value.ids), varying(value.ids) - mixed
-    if meeting and rest and call.name in _SOFTMAX:
-        if min(meeting) < max(rest):  # rows beside one another, as the branches of a split attention
-            _place_by_place(call, value, mixed)
-        else:
-            call.pin(value.ids, Code.NORMALISES_ALONG, ROWS_REMEDY, inner=True)
-            _rows(call, value, mixed)
-    elif meeting:
-        call.pin(value.ids, _WHY.get(call.name, Code.NORMALISES_ALONG))
-        return None
-    return [_ended(value)] * len(call.outs)
+def works_along(
+    dim: int = 1,
+    default: int | None = None,
+    *,
+    why: Code = Code.NORMALISES_ALONG,
+    softmax: bool = False,
+    linear: bool = False,
+) -> Rule:
+    """Make a rule of an operator that mixes elements along axes: those with channels pin.
+
+    dim, default: place and default of that argument. softmax: the elements that meet share one sum. linear: what is
+    zero adds nothing.
+    """
+
+    def rule(call: Call) -> Result:
+        tensor = call.args[0]
+        mixed = _axes(call, dim, default, tensor.dim())
+        value = parameter_operand(call, tensor, set(range(tensor.dim())) - mixed)
+        if mixed & varying(value.ids) and linear:
+            value = replace(value, ids=_beside_zeros(value.ids, tensor, mixed))
+        meeting, rest = mixed & varying(value.ids), varying(value.ids) - mixed
+        if meeting and rest and softmax:
+            if min(meeting) < max(rest):  # rows beside one another, as the branches of a split attention
+                _place_by_place(call, value, mixed)
+            else:
+                call.pin(value.ids, why, ROWS_REMEDY, inner=True)
+                _rows(call, value, mixed)
+        elif meeting:
+            call.pin(value.ids, why)
+            return None
+        return [_ended(value)] * len(call.outs)
+
+    return rule
 
 
 def _beside_zeros(ids: IntArray, tensor: Tensor, mixed: frozenset[int]) -> IntArray:
@@ -179,33 +187,38 @@ def _beside_zeros(ids: IntArray, tensor: Tensor, mixed: frozenset[int]) -> IntAr
     return ids if bool(tensor.detach().masked_select(empty).any()) else found
 
 
-def _pool(call: Call) -> Result:
-    tensor = call.args[0]
-    num = next(int(c) for c in call.name if c in "123")
-    if "unpool" in call.name:
-        value = tie_broadcast(call, call.tensors()[:2], tensor.dim())
-    else:
-        value = parameter_operand(call, tensor, range(tensor.dim() - num))
-    if call.name.startswith("grid_sampler"):
-        call.pin(call.tracer.value(call.args[1]).ids, Code.SAMPLES)
-    if any(axis >= tensor.dim() - num for axis in varying(value.ids)):
-        neighbours = isinstance(call.tracer.module, nn.LocalResponseNorm)
-        call.pin(value.ids, Code.NEIGHBOURS if neighbours else Code.POOLS)
-        return None
-    largest = "max_pool" in call.name
-    average = "adaptive_avg" in call.name or "nearest" in call.name or "linear" in call.name
-    if call.name.startswith("avg_pool"):
-        padding = call.arg(3, "padding", 0)
-        average = (
-            not np.any(padding) and call.arg(6, "divisor_override") is None and call.arg(4, "ceil_mode") is not True
+def pools(how: Pooled = "", *, windows: bool = False, unpools: bool = False, samples: bool = False) -> Rule:
+    """Make a rule of an operator that pools or resizes; its name says along how many axes ("max_pool2d").
+
+    windows: the operator takes padding and a divisor, with which an average is none. unpools: a second operand says
+    where elements go. samples: it says at which positions they are read.
+    """
+
+    def rule(call: Call) -> Result:
+        tensor = call.args[0]
+        num = next(int(c) for c in call.name if c in "123")
+        if unpools:
+            value = tie_broadcast(call, call.tensors()[:2], tensor.dim())
+        else:
+            value = parameter_operand(call, tensor, range(tensor.dim() - num))
+        if samples:
+            call.pin(call.tracer.value(call.args[1]).ids, Code.SAMPLES)
+        if any(axis >= tensor.dim() - num for axis in varying(value.ids)):
+            neighbours = isinstance(call.tracer.module, nn.LocalResponseNorm)
+            call.pin(value.ids, Code.NEIGHBOURS if neighbours else Code.POOLS)
+            return None
+        pads = windows and (
+            np.any(call.arg(3, "padding", 0))
+            or call.arg(4, "ceil_mode") is True
+            or call.arg(6, "divisor_override") is not None
         )
-    paths = _pooled(value.paths, average, largest)
-    linear = frozenset() if "unpool" in call.name else value.linear
-    result = replace(value, paths=paths, dropout=0.0, source=None, keep=None, linear=linear, scaled=False, even={})
-    return [result] * len(call.outs)
+        paths, linear = _pooled(value.paths, "" if pads else how), frozenset() if unpools else value.linear
+        return [replace(_ended(value), paths=paths, linear=linear, scaled=False)] * len(call.outs)
+
+    return rule
 
 
-def _glu(call: Call) -> Result:
+def glu(call: Call) -> Result:
     """Tie the two halves: out = a sigmoid(b)."""
     tensor = call.args[0]
     value = call.tracer.value(tensor)
@@ -217,15 +230,6 @@ def _glu(call: Call) -> Result:
     lone = np.where((first == 0) != (second == 0), first + second, 0)
     call.pin(lone, Code.GATES_NONE)
     return Value(first, paths=drop_paths([value.paths]))
-
-
-REDUCTIONS: dict[str, tuple[Rule, bool]] = {
-    **{name: (reduce, True) for name in _REDUCTIONS},
-    **{name: (_along, True) for name in _ALONG},
-    **{name: (_pool, True) for name in _POOLED},
-    "glu": (_glu, True),
-}
-"""Operator name -> rule, and whether it reads its operands' values as such."""
 
 
 def has_second_operand(call: Call) -> bool:

@@ -1,251 +1,280 @@
-"""The registry of operators that have a rule, and the rules of elementwise operators and fills.
+"""The table of operators: one row says all that the library knows of an operator.
 
-Holds: what ties channels that meet element by element. Elsewhere: data movement (rules/movement.py,
-rules/layout.py), lookups (rules/lookup.py), reductions (rules/reduction.py), normalisations (rules/normalization.py),
-contractions (rules/contraction.py, rules/convolution.py, rules/product.py, rules/experts.py). What is not in the
-registry pins whatever reaches it.
+Holds: the rows, and adding to them. Elsewhere: what the columns mean (trace/operators.py), the rules. What is not here
+pins whatever reaches it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
-from apoptosis.graph.rules.batch_norm import BATCH_NORMS
-from apoptosis.graph.rules.broadcast import tie_broadcast
-from apoptosis.graph.rules.computed_weights import gains_of, scaled_copy, scaled_in_place
-from apoptosis.graph.rules.contraction import CONTRACTIONS
-from apoptosis.graph.rules.convolution import CONVOLUTIONS
-from apoptosis.graph.rules.experts import EXPERTS
-from apoptosis.graph.rules.layout import LAYOUTS
-from apoptosis.graph.rules.lookup import LOOKUPS
-from apoptosis.graph.rules.movement import MOVES
-from apoptosis.graph.rules.normalization import NORMS, held_together, parameter_operand
-from apoptosis.graph.rules.product import PRODUCTS
-from apoptosis.graph.rules.reduction import REDUCTIONS, has_second_operand, reduce
-from apoptosis.graph.trace.scalars import scalar_operators
-from apoptosis.graph.trace.tracer import Call, Result, Rule
-from apoptosis.graph.trace.values import Path, Paths, Value, drop_paths, linear_after, nothing, varying
+from apoptosis.graph.explain import Code
+from apoptosis.graph.rules.batch_norm import batch_norm
+from apoptosis.graph.rules.contraction import addmm, linear, mm
+from apoptosis.graph.rules.convolution import convolution
+from apoptosis.graph.rules.elementwise import (
+    activation,
+    bernoulli,
+    elementwise,
+    extremum,
+    fill,
+    fill_like,
+    gelu,
+    native_dropout,
+    neurons,
+    prelu,
+    rrelu,
+)
+from apoptosis.graph.rules.experts import grouped_mm
+from apoptosis.graph.rules.layout import as_real, as_strided, col2im, diagonal, im2col, pairs_as_complex, triangle
+from apoptosis.graph.rules.lookup import (
+    bucketize,
+    checked,
+    embedding,
+    embedding_bag,
+    gather,
+    index,
+    index_add,
+    index_fill,
+    index_put,
+    index_select,
+    masked_scatter,
+    mixes,
+    scatter,
+)
+from apoptosis.graph.rules.movement import (
+    cat,
+    channel_shuffle,
+    copy,
+    copy_into,
+    expand_,
+    flip,
+    moving,
+    pack,
+    padding,
+    permute,
+    pixel_shuffle,
+    pixel_unshuffle,
+    repeat,
+    resize,
+    roll,
+    rot90,
+    select,
+    slice_,
+    split,
+    stack,
+    transpose,
+    transpose_all,
+    unbind,
+    unfold,
+    view,
+    view_or_cast,
+)
+from apoptosis.graph.rules.normalization import group_norm, layer_norm, weight_norm
+from apoptosis.graph.rules.product import attention
+from apoptosis.graph.rules.reduction import glu, pools, reduces, works_along
+from apoptosis.graph.trace.operators import UNKNOWN, Operator, Rule
+from apoptosis.graph.trace.scalars import item, literal, operands, scale_argument
 from apoptosis.numerics.activations import NEURON_TYPES
 
-# Operators that are an activation by themselves: name of the neuron type, and how many of the operator's scalar
-# arguments belong to it.
-ACTIVATIONS: dict[str, tuple[str, int]] = {
-    operator: (kind.name, len(kind.defaults)) for kind in NEURON_TYPES.values() for operator in kind.operators
-}
 
-_ELEMENTWISE = (
-    "abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or "
-    "bitwise_xor ceil clamp clamp_max clamp_min clip copysign cos cosh deg2rad digamma div eq erf erfc erfinv exp "
-    "exp2 expm1 floor floor_divide fmax fmin fmod frac ge gt heaviside hypot i0 isfinite isinf isnan isneginf "
-    "isposinf ldexp le lerp lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or "
-    "logical_xor logit lt masked_fill maximum minimum mul nan_to_num ne neg nextafter polygamma pow prelu rad2deg "
-    "reciprocal remainder round rrelu rsqrt rsub sgn sign signbit sin sinc sinh special_entr special_log_ndtr sqrt "
-    "square sub tan trunc where xlogy _prelu_kernel rrelu_with_noise rrelu_with_noise_functional gelu __and__ __iand__ "
-    "__ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ bitwise_left_shift "
-    "bitwise_right_shift complex conj_physical float_power frexp gcd igamma igammac lcm mvlgamma polar "
-    "special_bessel_j0 special_bessel_j1 special_erfcx special_i0e special_i1 special_i1e special_ndtr special_ndtri "
-    "special_xlog1py special_zeta true_divide fake_quantize_per_tensor_affine_cachemask "
-    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _add_relu _masked_scale _standard_gamma poisson"
-).split()
-
-_FREE = "empty zeros ones full rand randn scalar_tensor empty_strided".split()
-_LIKE = (
-    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full "
-    "new_empty_strided fill zero bernoulli uniform normal exponential geometric log_normal cauchy random"
-).split()
+def _row(rule: Rule | None = None, **columns: Any) -> Operator:
+    return Operator(rule, **columns)
 
 
-def _activated(paths: Paths, name: str, args: tuple[float, ...], slopes: str | None = None) -> Paths:
-    def step(path: Path | None) -> Path | None:
-        if path is None or path.activated:
-            return None
-        return replace(path, activation=name, args=args, slopes=slopes, activated=True)
-
-    return {key: step(path) for key, path in paths.items()}
+def _elementwise(rule: Rule = elementwise, **columns: Any) -> Operator:
+    return Operator(rule, reads=False, numbers=operands, **columns)
 
 
-def _scalars(call: Call, count: int) -> tuple[float, ...] | None:
-    names = {
-        "leaky_relu": ("negative_slope",), "threshold": ("threshold", "value"), "hardtanh": ("min_val", "max_val"),
-        "softshrink": ("lambd",), "hardshrink": ("lambd",), "softplus": ("beta", "threshold"),
-        "elu": ("alpha", "scale", "input_scale"), "celu": ("alpha",),
-    }  # fmt: skip
-    defaults = {
-        "leaky_relu": (0.01,), "hardtanh": (-1.0, 1.0), "softshrink": (0.5,), "hardshrink": (0.5,),
-        "softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0), "celu": (1.0,),
-    }  # fmt: skip
-    out: list[float] = []
-    for i in range(count):
-        default = defaults.get(call.name, (None,) * count)[i]
-        found = call.arg(i + 1, names[call.name][i], default)
-        if isinstance(found, Tensor) or found is None:
-            return None
-        out.append(float(found))
-    return tuple(out)
+def _fills(rule: Rule = fill_like, **columns: Any) -> Operator:
+    return Operator(rule, reads=False, **columns)
 
 
-def _elementwise(call: Call) -> Result:
-    """Tie the ids that meet; follow activations, dropout masks and the bias that a module adds to its own output."""
-    if scaled_in_place(call) or scaled_copy(call):
-        return None
-    tensors = call.tensors()
-    values = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]
-    ndim = call.outs[0].dim()
-    computed = held_together(call, tensors, ndim)
-    met = tie_broadcast(call, [t for t in tensors if all(t is not c for c, _ in computed)], ndim, computed)
-    known = [*(v for _, v in computed), *(v for v in values if v is not None)]
-    if _own_bias(call, tensors):
-        for axis in known[0].paths:
-            call.tracer.findings.bias_of[axis].update(v.owner.name for t in tensors if (v := call.tracer.view(t)))
-        return replace(met, paths=known[0].paths, source=known[0].source, linear=known[0].linear)
-    for value in known:
-        if value.source is not None:
-            call.tracer.findings.readers[value.source].add("operator")
-    masks = [v for v in known if v.keep is not None]
-    others = [v for v in known if v.keep is None]
-    if call.name in ("mul", "div") and len(tensors) == len(masks) == 1:
-        return replace(met, keep=masks[0].keep, is_filler=masks[0].is_filler)
-    if call.name == "mul" and len(tensors) == 2 and len(masks) == len(others) == 1:
-        rate = round(1.0 - (1.0 - others[0].dropout) * float(masks[0].keep or 0.0), 12)
-        return replace(met, paths=others[0].paths, dropout=rate)
-    if call.name == "mul" and len(others) == len(tensors) == 2 and not call.inplace and met.has_channels:
-        call.tracer.memory.multiplied(call.outs[0], tensors[0], tensors[1])
-    paths = _unary_paths(call, tensors, values)
-    scalar = any(isinstance(a, int | float | complex) for a in call.args)
-    result = replace(
-        met,
-        paths=paths if paths is not None else drop_paths([v.paths for v in known]),
-        linear=linear_after(call.name, values, scalar=scalar),
-        gains=gains_of(call),
-        scaled=call.name in ("mul", "div") and len(tensors) == 1 and known != [] and _plain(known[0]),
-    )
-    return [result] + [result] * (len(call.outs) - 1)
+def _moves(rule: Rule, **columns: Any) -> Operator:
+    """Return the row of an operator that moves elements, plain numbers along with them."""
+    return Operator(rule, **{"reads": False, "picks": False, "role": "moves", **columns})
 
 
-def _plain(value: Value) -> bool:
-    """Whether every channel is its producer's, times the same number."""
-    return value.scaled or list(value.paths.values()) == [Path()]
+def _multiplies(rule: Rule, **columns: Any) -> Operator:
+    return Operator(rule, picks=False, **columns)
 
 
-def _unary_paths(call: Call, tensors: Sequence[Tensor], values: Sequence[Value | None]) -> Paths | None:
-    """Return the paths after an activation, or None when this is none."""
-    first = values[0] if values else None
-    if first is None:
-        return None
-    if call.name in ACTIVATIONS and len(tensors) == 1:
-        name, count = ACTIVATIONS[call.name]
-        args = _scalars(call, count)
-        return None if args is None else _activated(first.paths, name, args)
-    if call.name == "gelu" and len(tensors) == 1:
-        tanh = call.arg(1, "approximate", "none") == "tanh"
-        return _activated(first.paths, "gelu_tanh" if tanh else "gelu", ())
-    if call.name.startswith("rrelu_with_noise"):
-        return _activated(
-            first.paths, "rrelu", (float(call.arg(2, "lower", 1 / 8)), float(call.arg(3, "upper", 1 / 3)))
-        )
-    if call.name in ("_prelu_kernel", "prelu") and len(tensors) == 2:
-        view = call.tracer.view(tensors[1])
-        return None if view is None else _activated(first.paths, "prelu", (), view.owner.name)
-    return None
+# Names of operators (without namespace and trailing underscore) -> their row.
+_ROWS: tuple[tuple[str, Operator], ...] = (
+    # element by element
+    ("abs acos acosh addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor "
+     "ceil clamp clamp_max clamp_min clip copysign cos cosh deg2rad digamma eq erf erfc erfinv exp exp2 expm1 floor "
+     "floor_divide fmax fmin fmod frac ge gt heaviside hypot i0 isfinite isinf isnan isneginf isposinf ldexp le lerp "
+     "lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt "
+     "masked_fill maximum minimum nan_to_num ne nextafter polygamma rad2deg remainder round rrelu rsub sgn sign "
+     "signbit sin sinc sinh special_entr special_log_ndtr tan trunc where xlogy __and__ __iand__ __ilshift__ __ior__ "
+     "__irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ bitwise_left_shift bitwise_right_shift complex "
+     "conj_physical float_power frexp gcd igamma igammac lcm mvlgamma polar special_bessel_j0 special_bessel_j1 "
+     "special_erfcx special_i0e special_i1 special_i1e special_ndtr special_ndtri special_xlog1py special_zeta "
+     "true_divide fake_quantize_per_tensor_affine_cachemask "
+     "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _add_relu _masked_scale _standard_gamma poisson",
+     _elementwise()),
+    ("mul", _elementwise(role="multiplies")),
+    ("div", _elementwise(role="divides")),
+    ("add sub", _elementwise(role="adds")),
+    ("neg", _elementwise(role="moves")),
+    ("pow", _elementwise(role="powers")),
+    ("sqrt", _elementwise(role="powers", power=0.5)),
+    ("rsqrt", _elementwise(role="powers", power=-0.5)),
+    ("reciprocal", _elementwise(role="powers", power=-1.0)),
+    ("square", _elementwise(role="powers", power=2.0)),
+    *((" ".join(kind.operators), _elementwise(neurons(activation(kind)))) for kind in NEURON_TYPES.values()),
+    ("gelu", _elementwise(neurons(gelu))),
+    ("prelu _prelu_kernel", _elementwise(neurons(prelu))),
+    ("rrelu_with_noise", _elementwise(neurons(rrelu), writes_beside=True)),
+    ("rrelu_with_noise_functional", _elementwise(neurons(rrelu))),
+    ("native_dropout", _row(native_dropout)),
+    # tensors of numbers
+    ("empty zeros ones rand randn empty_strided", _fills(fill)),
+    ("full scalar_tensor", _fills(fill, numbers=operands, fills=True)),
+    ("empty_like zeros_like ones_like rand_like randn_like randint_like new_empty new_zeros new_ones new_empty_strided "
+     "zero exponential geometric log_normal cauchy random", _fills()),
+    ("full_like new_full fill", _fills(numbers=operands, fills=True)),
+    ("normal uniform", _fills(numbers=operands)),
+    ("bernoulli", _fills(bernoulli)),
+    ("arange linspace tril_indices triu_indices", _row(checked, reads=False, picks=False, literal=True)),
+    ("_local_scalar_dense", _row(picks=False, numbers=item)),
+    # movements
+    ("clone _to_copy alias detach contiguous positive to lift lift_fresh_copy", _moves(copy)),
+    ("detach_copy _conj resolve_conj resolve_neg _neg_view _pin_memory", _moves(copy, role="")),
+    ("lift_fresh", _moves(copy, numbers=literal, fills=True)),
+    ("view", _moves(view_or_cast)),
+    ("_unsafe_view reshape _reshape_alias flatten", _moves(moving(view))),
+    ("squeeze unsqueeze", _moves(moving(resize), reshapes=True)),
+    ("permute", _moves(moving(permute))),
+    ("t", _moves(moving(transpose_all), reshapes=True)),
+    ("transpose swapaxes swapdims", _moves(moving(transpose), reshapes=True)),
+    ("expand", _moves(moving(expand_))),
+    ("select", _moves(moving(select))),
+    ("slice", _moves(moving(slice_))),
+    ("split split_with_sizes unsafe_split unsafe_split_with_sizes", _moves(split)),
+    ("unbind", _moves(unbind)),
+    ("cat", _moves(cat, role="adds")),
+    ("stack", _moves(stack, role="adds")),
+    ("flip", _moves(moving(flip))),
+    ("roll", _moves(moving(roll))),
+    ("rot90", _moves(moving(rot90), role="")),
+    ("repeat", _moves(moving(repeat))),
+    ("constant_pad_nd", _moves(padding("constant"), role="", numbers=operands)),
+    ("reflection_pad1d reflection_pad2d reflection_pad3d", _moves(padding("reflect"), role="")),
+    ("replication_pad1d replication_pad2d replication_pad3d", _moves(padding("replicate"), role="")),
+    ("pixel_shuffle", _moves(pixel_shuffle, role="")),
+    ("pixel_unshuffle", _moves(pixel_unshuffle, role="")),
+    ("channel_shuffle native_channel_shuffle", _moves(moving(channel_shuffle), role="")),
+    ("copy", _moves(copy_into, role="")),
+    ("unfold", _moves(unfold, role="")),
+    ("_pack_padded_sequence", _moves(pack, role="")),
+    ("view_as_complex", _row(pairs_as_complex, reads=False)),
+    ("view_as_real", _row(moving(as_real), reads=False)),
+    ("diagonal", _row(moving(diagonal), reads=False)),
+    ("as_strided", _row(as_strided, reads=False, reshapes=True)),
+    ("tril triu", _row(triangle)),
+    ("im2col", _row(im2col)),
+    ("col2im", _row(col2im)),
+    # positions
+    ("embedding", _row(embedding)),
+    ("_embedding_bag _embedding_bag_forward_only", _row(embedding_bag)),
+    ("gather", _row(gather)),
+    ("scatter", _row(scatter, numbers=operands)),
+    ("scatter_add scatter_reduce", _row(scatter)),
+    ("index_add", _row(index_add, numbers=operands)),
+    ("index_copy index_reduce", _row(index_add)),
+    ("index_fill", _row(index_fill, numbers=operands)),
+    ("index_put _index_put_impl _unsafe_index_put", _row(index_put)),
+    ("masked_scatter", _row(masked_scatter)),
+    ("index_select", _row(index_select, reads=False)),
+    ("index _unsafe_index", _row(index, reads=False)),
+    ("bucketize isin", _row(bucketize)),
+    ("_assert_tensor_metadata _assert_scalar _functional_assert_async sym_size sym_numel sym_stride "
+     "sym_constrain_range", _row(checked, reads=False)),
+    # several channels at once
+    ("_cdist_forward _euclidean_dist _pdist_forward pdist dist", _row(mixes(Code.DISTANCES))),
+    ("cosine_similarity renorm", _row(mixes(Code.NORMALISES))),
+    ("_trilinear", _row(mixes(Code.MULTIPLIES_ALL))),
+    ("linalg_cross linalg_householder_product linalg_qr linalg_matrix_exp linalg_inv_ex linalg_lu_factor_ex "
+     "_linalg_svd _linalg_eigh _linalg_solve_ex linalg_cholesky_ex", _row(mixes(Code.MULTIPLIES))),
+    ("masked_select unique_consecutive", _row(mixes(Code.DROPS_BY_VALUE))),
+    ("nonzero affine_grid_generator repeat_interleave", _row(mixes(Code.MAKES_POSITIONS))),
+    ("unique_dim _unique2", _row(mixes(Code.ORDERS_BY_VALUE))),
+    ("searchsorted equal", _row(mixes(Code.COMPARES))),
+    ("take", _row(mixes(Code.ELEMENTS_READ))),
+    ("put", _row(mixes(Code.ELEMENTS_WRITTEN))),
+    # reductions
+    ("sum", _row(reduces(sums=True, scales=True), role="sums")),
+    ("mean", _row(reduces(averages=True, scales=True, pools="average"))),
+    ("var std var_mean std_mean", _row(reduces(averages=True))),
+    ("amax", _row(reduces(chooses=True, scales=True, pools="largest"))),
+    ("amin", _row(reduces(chooses=True, scales=True))),
+    ("max", _row(extremum(reduces(chooses=True, scales=True, pools="largest")))),
+    ("min", _row(extremum(reduces(chooses=True, scales=True)))),
+    ("nansum logsumexp special_logsumexp", _row(reduces(sums=True))),
+    ("norm linalg_vector_norm", _row(reduces(2, sums=True))),
+    ("prod all any argmax argmin median nanmedian count_nonzero aminmax", _row(reduces())),
+    ("kthvalue", _row(reduces(2, -1))),
+    ("mode", _row(reduces(1, -1))),
+    ("_assert_async trace histc bincount is_nonzero", _row(reduces(9))),  # over all axes
+    ("_softmax _log_softmax _safe_softmax softmax log_softmax", _row(works_along(softmax=True))),
+    ("cumsum cumprod logcumsumexp cummax cummin", _row(works_along())),
+    ("_cummax_helper _cummin_helper", _row(works_along(3))),
+    ("sort", _row(works_along(1, -1, why=Code.ORDERS))),
+    ("topk", _row(works_along(2, -1, why=Code.ORDERS))),
+    ("_fft_c2c _fft_r2c _fft_c2r", _row(works_along(why=Code.TRANSFORMS, linear=True))),
+    ("glu", _row(glu)),
+    ("max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d "
+     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d",
+     _row(pools("largest"))),
+    ("avg_pool1d avg_pool2d avg_pool3d", _row(pools("average", windows=True))),
+    ("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+     "mkldnn_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
+     "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d "
+     "_upsample_bilinear2d_aa", _row(pools("average"))),
+    ("upsample_bicubic2d _upsample_bicubic2d_aa _upsample_lanczos2d_aa", _row(pools())),
+    ("max_unpool2d max_unpool3d", _row(pools(unpools=True))),
+    ("grid_sampler_2d grid_sampler_3d", _row(pools(samples=True))),
+    # norms
+    ("native_group_norm", _row(group_norm)),
+    ("native_layer_norm _fused_rms_norm rms_norm layer_norm", _row(layer_norm)),
+    ("_weight_norm_interface", _row(weight_norm, reads=False)),
+    ("native_batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update cudnn_batch_norm miopen_batch_norm "
+     "batch_norm", _row(batch_norm, reads=False)),
+    ("_native_batch_norm_legit _batch_norm_with_update", _row(batch_norm, reads=False, writes_beside=True)),
+    # matrix products
+    ("mm bmm mv matmul", _multiplies(mm, role="contracts", folds=True)),
+    ("addmm baddbmm addmv", _multiplies(addmm, numbers=operands, folds=True)),
+    ("linear", _multiplies(linear, folds=True)),
+    ("convolution", _multiplies(convolution, folds=True)),
+    ("_grouped_mm", _row(grouped_mm)),
+    ("scaled_dot_product_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+     "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math",
+     _multiplies(attention(), role="attends", numbers=scale_argument)),
+    ("_scaled_dot_product_flash_attention_for_cpu",
+     _multiplies(attention("attn_mask"), role="attends", numbers=scale_argument)),
+    ("_scaled_dot_product_flash_attention",
+     _multiplies(attention(has_mask=False), role="attends", numbers=scale_argument)),
+)  # fmt: skip
 
 
-def _extremum(call: Call) -> Result:
-    return _elementwise(call) if has_second_operand(call) else reduce(call)
+def _table(rows: tuple[tuple[str, Operator], ...]) -> dict[str, Operator]:
+    """Return the row of every operator. Raises: ValueError: an operator has two."""
+    named = [(name, row) for names, row in rows for name in names.split()]
+    table = dict(named)
+    if len(table) < len(named):
+        raise ValueError(f"several rows: {sorted({name for name, row in named if table[name] is not row})}")
+    return table
 
 
-def _own_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
-    """Whether a linear module adds its own bias in a separate operator (done for inputs that are not contiguous)."""
-    module = call.tracer.module
-    if call.name != "add" or len(tensors) != 2 or len(call.args) != 2:
-        return False
-    if not isinstance(module, nn.Linear):
-        return _functional_bias(call, tensors)
-    view, bias = call.tracer.view(tensors[1]), call.tracer.owner_of(module, "bias")
-    source = call.tracer.value(tensors[0]).source if call.tracer.view(tensors[0]) is None else None
-    if view is None or view.owner is not bias or source != call.tracer.module_name:
-        return False
-    call.tracer.findings.biases.add((view.owner.name, 0))
-    return True
-
-
-def _functional_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
-    """Whether a parameter with one entry per row is added to what F.linear made of inputs that are not contiguous."""
-    if call.tracer.view(tensors[0]) is not None:
-        return False
-    value, view = call.tracer.value(tensors[0]), call.tracer.view(tensors[1])
-    if view is None or view.ndim != 1 or view.dims is None or view.owner.is_buffer or len(view.owner.shape) != 1:
-        return False
-    if list(value.paths.values()) != [Path()] or varying(value.ids) - {value.ids.ndim - 1}:
-        return False
-    name, dim = next(iter(value.paths))
-    owner = call.tracer.findings.slots.owners[name]
-    places = value.ids.reshape(-1) - owner.bases[dim]
-    if view.owner.shape[0] != owner.shape[dim] or not np.array_equal(view.slots(0) - view.owner.bases[0], places):
-        return False
-    call.tracer.findings.biases.add((view.owner.name, 0))
-    return True
-
-
-def _free(call: Call) -> Result:
-    return nothing(call.outs[0].dim(), is_filler=True) if call.outs else None
-
-
-def _like(call: Call) -> Result:
-    """Shaped after the first operand: its ids where the shape is the same; random and filled values fit anything."""
-    first = call.args[0]
-    if not isinstance(first, Tensor):
-        return _free(call)
-    if any(isinstance(t, Tensor) for t in call.args[1:]):
-        return tie_broadcast(call, call.tensors(), call.outs[0].dim())
-    if first.shape != call.outs[0].shape or call.tracer.view(first) is not None:
-        return _free(call)
-    value = call.tracer.value(first)
-    keep = None
-    if call.name == "bernoulli":
-        rate = call.arg(1, "p", 0.5)  # the dispatcher leaves defaults out
-        keep = float(rate) if call.inplace and call.overload == "float" else None
-    return Value(value.ids, is_filler=not value.has_channels, origin=value.origin, keep=keep)
-
-
-def _native_dropout(call: Call) -> Result:
-    value = parameter_operand(call, call.args[0])
-    rate = 1.0 - (1.0 - value.dropout) * (1.0 - float(call.args[1])) if call.arg(2, "train") in (True, None) else 0.0
-    return [replace(value, dropout=rate, source=None), Value(value.ids, is_filler=not value.has_channels)]
-
-
-RULES: dict[str, tuple[Rule, bool]] = {
-    **{name: (_elementwise, False) for name in (*_ELEMENTWISE, *ACTIVATIONS)},
-    **{name: (_free, False) for name in _FREE},
-    **{name: (_like, False) for name in _LIKE},
-    **{name: (rule, False) for name, rule in MOVES.items()},
-    **{name: (rule, reads) for name, (rule, reads) in CONTRACTIONS.items()},
-    **CONVOLUTIONS,
-    **PRODUCTS,
-    **BATCH_NORMS,
-    **EXPERTS,
-    **REDUCTIONS,
-    **NORMS,
-    **LOOKUPS,
-    **LAYOUTS,
-    **{name: (_extremum, True) for name in ("max", "min")},
-    "native_dropout": (_native_dropout, True),
-}
-"""Operator name without namespace and trailing underscore -> its rule, and whether it reads its operands' values."""
-
-
-SCALARS = scalar_operators((*_ELEMENTWISE, *ACTIVATIONS, "scatter", "index_fill", "index_add"))
-"""Operators whose plain numbers must be the same before and after an edit."""
-
-
-WORKS = frozenset(RULES) - frozenset((*MOVES, *CONTRACTIONS, *CONVOLUTIONS, *PRODUCTS))
-"""Operators that do something to channels, so that it matters to which."""
+OPERATORS: dict[str, Operator] = _table(_ROWS)
+"""Operator name without namespace and trailing underscore -> its row."""
 
 
 def register_rule(operator: str, rule: Rule) -> None:
@@ -279,21 +308,23 @@ def register_rule(operator: str, rule: Rule) -> None:
     Example:
         >>> import torch
         >>> from apoptosis.graph import analyse
+        >>> from torch import nn
         >>> class Airy(nn.Module):
         ...     def forward(self, x):
         ...         return torch.special.airy_ai(x)
         >>> net, x = nn.Sequential(nn.Linear(4, 6), Airy(), nn.Linear(6, 2)), torch.zeros(3, 4)
         >>> analyse(net, (x,)).groups[0].pin.reason
         "operator aten.special_airy_ai in '1' has no rule"
+        >>> from apoptosis.graph.trace.values import Value
         >>> register_rule("special_airy_ai", lambda call: Value(call.tracer.value(call.args[0]).ids))
         >>> analyse(net, (x,)).groups[0].pin is None
         True
-        >>> del RULES["special_airy_ai"]
+        >>> del OPERATORS["special_airy_ai"]
     """
     if not isinstance(operator, str):
         raise ArgumentError(f"operator is a {type(operator).__name__}, not the name of an operator.")
-    if operator in RULES:
-        raise ArgumentError(f"operator '{operator}' has a rule already; there are {len(RULES)} in all.")
+    if operator in OPERATORS and OPERATORS[operator].rule is not None:
+        raise ArgumentError(f"operator '{operator}' has a rule already; there are {len(OPERATORS)} in all.")
     if not callable(rule):
         raise ArgumentError(f"the rule of '{operator}' is a {type(rule).__name__}, not a function of a Call.")
     if not _is_known(operator):
@@ -301,7 +332,7 @@ def register_rule(operator: str, rule: Rule) -> None:
         raise ArgumentError(
             f"torch has no operator 'aten::{operator}' (similar names: {near}). Give the name in a pin's reason."
         )
-    RULES[operator] = (rule, True)
+    OPERATORS[operator] = replace(OPERATORS.get(operator, UNKNOWN), rule=rule, picks=True)
 
 
 def _is_known(operator: str) -> bool:

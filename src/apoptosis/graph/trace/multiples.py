@@ -14,45 +14,23 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, dtype, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from apoptosis.graph.trace.findings import TraceResult
-from apoptosis.graph.trace.scalars import ITEM, literal, numbers
+from apoptosis.graph.trace.scalars import literal
 from apoptosis.graph.trace.values import CHANNELS, LITERAL, Multiple, Value
 from apoptosis.records import ScalarOperands
 
 if TYPE_CHECKING:
     from apoptosis.graph.trace.tracer import Call
 
-FUSED = (
-    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math"
-).split()
-"""Products of activations in a row, as one operator, whose one number is their scale."""
-
-_MOVES = frozenset(
-    "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten permute t transpose swapaxes swapdims expand "
-    "select slice split split_with_sizes unsafe_split unsafe_split_with_sizes unbind clone _to_copy alias detach "
-    "contiguous lift lift_fresh lift_fresh_copy to repeat flip roll positive neg".split()
-)
-_FILLS = frozenset("full full_like new_full scalar_tensor fill lift_fresh".split())
-_SCALES = frozenset(("mul", "div"))
-_SUMS = frozenset(("add", "sub", "cat", "stack"))
-_POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0}
-_PRODUCTS = frozenset(("mm", "bmm", "mv", "matmul"))
-
 
 class Numbers:
     """Notes the plain numbers of one pass and what they scale. `recorded` says what is known of a tensor."""
 
-    def __init__(
-        self, findings: TraceResult, mode: str, operators: frozenset[str], recorded: Callable[[Tensor], Value | None]
-    ) -> None:
+    def __init__(self, findings: TraceResult, mode: str, recorded: Callable[[Tensor], Value | None]) -> None:
         self._noted = findings.scalars[mode]
         self._reads = findings.multiples[mode]
-        self._operators = operators
         self._recorded = recorded
         self._at = -1
 
@@ -63,17 +41,8 @@ class Numbers:
 
     def _note(self, call: Call, out: Any) -> int:
         """Those of dropout follow its rate, which may be scheduled, and are left out."""
-        values: tuple[complex, ...] = ()
-        module = call.tracer.module
-        if call.label == f"aten.{ITEM}":
-            values = () if isinstance(module, _BatchNorm) else (out,)  # a counter of batches
-        elif call.label == "aten.lift_fresh":
-            values = literal(call.outs[0])
-        elif call.name in FUSED:
-            values = numbers((call.kwargs.get("scale"),), {})
-        elif call.name in self._operators and call.label.startswith("aten."):
-            values = numbers(call.args, call.kwargs)
-        if not values or isinstance(module, (_DropoutNd, nn.MultiheadAttention)):
+        values = call.operator.numbers(call, out) if call.operator.numbers is not None else ()
+        if not values or isinstance(call.tracer.module, (_DropoutNd, nn.MultiheadAttention)):
             return -1  # the head size that torch's attention divides by is kept by the surgery on it
         known = self._recorded(call.args[0]) if call.args and isinstance(call.args[0], Tensor) else None
         if known is not None and known.keep is not None:
@@ -87,7 +56,7 @@ class Numbers:
 
     @property
     def at(self) -> int:
-        """ProcessInfo of the note of the call that runs, -1 where there is none."""
+        """Place of the note of the call that runs, -1 where there is none."""
         return self._at
 
     def read(self, multiple: Multiple) -> None:
@@ -123,16 +92,17 @@ class Numbers:
         known = [self._of(tensor) for tensor in call.tensors()]
         held = [multiple for multiple in known if multiple is not None]
         own = result.multiple if result is not None else None
-        if own is not None and (call.name in _PRODUCTS or (call.name == "sum" and all(own is not m for m in held))):
+        role = call.operator.role
+        if own is not None and (role == "contracts" or (role == "sums" and all(own is not m for m in held))):
             made: Multiple | None = own
             held = []  # the rule took what its operands are multiples of
-        elif call.name in FUSED:
+        elif role == "attends":
             return None
-        elif call.name in _SCALES:
+        elif role in ("multiplies", "divides"):
             made = self._scaled(call, at, result)
         elif not held:
-            single = at >= 0 and (call.name != "lift_fresh" or len(self._noted[at].values) == 1)
-            made = Multiple(LITERAL, ((at, 0, 1.0),)) if single and call.name in _FILLS else None
+            single = at >= 0 and (call.operator.numbers is not literal or len(self._noted[at].values) == 1)
+            made = Multiple(LITERAL, ((at, 0, 1.0),)) if single and call.operator.fills else None
         else:
             made = _carried(call, known, held, result)
         target = call.args[0] if call.inplace and call.args else None
@@ -154,7 +124,7 @@ class Numbers:
         found: list[tuple[int, int, float]] = []
         of, others = "", False
         for i, operand in enumerate(call.args[:2]):
-            power = -1.0 if call.name == "div" and i == 1 else 1.0
+            power = -1.0 if call.operator.role == "divides" and i == 1 else 1.0
             if not isinstance(operand, Tensor):
                 found += [(at, 0, power)] if at >= 0 else []
                 continue
@@ -179,16 +149,16 @@ class Numbers:
 
 def _carried(call: Call, known: list[Multiple | None], held: list[Multiple], result: Value | None) -> Multiple | None:
     """Return what goes on through one operator that is no product."""
-    first = held[0]
-    if call.name in _MOVES and len(known) == 1:
+    first, operator = held[0], call.operator
+    if operator.role == "moves" and len(known) == 1:
         return first if len(call.args) < 2 or not isinstance(call.args[1], dtype) else None
     if first.of == LITERAL and len(known) == 1:
-        power = _POWERS.get(call.name)
-        if call.name == "pow" and isinstance(call.args[1], int | float):
-            power = float(call.args[1])
-        return None if power is None else Multiple(LITERAL, tuple((i, j, p * power) for i, j, p in first.numbers))
+        power = operator.power if operator.power is not None or len(call.args) < 2 else call.args[1]
+        if operator.role != "powers" or not isinstance(power, int | float):
+            return None
+        return Multiple(LITERAL, tuple((i, j, p * float(power)) for i, j, p in first.numbers))
     alike = first.of == CHANNELS and all(multiple == first for multiple in known)
-    return first if alike and call.name in _SUMS and result is not None and result.linear else None
+    return first if alike and operator.role == "adds" and result is not None and result.linear else None
 
 
 def _whole(tensor: Tensor) -> bool:

@@ -8,36 +8,48 @@ meets its channel; only the numbers themselves show it. Sizes, dims and indices 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from apoptosis.errors import StructureChangedError
 from apoptosis.records import ScalarOperands
+
+if TYPE_CHECKING:
+    from apoptosis.graph.trace.tracer import Call
 
 ITEM = "_local_scalar_dense"
 """What `tensor.item()` calls: a number that depends on the data."""
 
 _NUMBERS = (int, float, complex)
-_FILLS = "full full_like new_full fill scalar_tensor normal uniform constant_pad_nd addmm addmv baddbmm".split()
 _SMALL = 16  # a literal tensor of at most so many numbers is compared number by number
 
 
-def scalar_operators(elementwise: Sequence[str]) -> frozenset[str]:
-    """Return the operators whose numbers are values: elementwise arithmetic and what fills tensors with a number."""
-    return frozenset((*elementwise, *_FILLS))
-
-
-def numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[complex, ...]:
+def operands(call: Call, out: Any) -> tuple[complex, ...]:
     """Return the plain numbers among the operands of one call, in order; those inside lists are sizes."""
-    return tuple(a for a in (*args, *(kwargs[k] for k in sorted(kwargs))) if isinstance(a, _NUMBERS))
+    return _plain((*call.args, *(call.kwargs[k] for k in sorted(call.kwargs))))
 
 
-def literal(tensor: Tensor) -> tuple[complex, ...]:
+def scale_argument(call: Call, out: Any) -> tuple[complex, ...]:
+    """Return the one number of fused attention, if it is given."""
+    return _plain((call.kwargs.get("scale"),))
+
+
+def item(call: Call, out: Any) -> tuple[complex, ...]:
+    """Return the number that was read off a tensor, but for a counter of batches."""
+    return () if isinstance(call.tracer.module, _BatchNorm) else (out,)
+
+
+def _plain(arguments: Iterable[Any]) -> tuple[complex, ...]:
+    return tuple(a for a in arguments if isinstance(a, _NUMBERS))
+
+
+def literal(call: Call, out: Any) -> tuple[complex, ...]:
     """Return the numbers of a tensor that the model wrote out; () for several whole numbers, which are positions."""
+    tensor = call.outs[0]
     if tensor.is_meta or isinstance(tensor, FakeTensor):  # there are none
         return ()
     if tensor.numel() > (_SMALL if tensor.is_floating_point() or tensor.is_complex() else 1):

@@ -25,7 +25,7 @@ from apoptosis.graph.trace.entries import Entries, Mark, Pad
 from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
-from apoptosis.graph.trace.operators import IN_PLACE_SHAPES, READERS, SIDE_WRITES
+from apoptosis.graph.trace.operators import UNKNOWN, Operator, Result
 from apoptosis.graph.trace.storage import StorageMap
 from apoptosis.graph.trace.values import Origin, TooLargeError, Value, nothing
 from apoptosis.records import IntArray, Seen
@@ -36,14 +36,13 @@ FRAME_MARKS: set[CodeType] = set()
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(__file__))  # all of graph
 
-_LITERAL = frozenset(("arange", "linspace", "tril_indices", "triu_indices"))  # positions written out in the model
-
-Result = Value | Sequence[Value | None] | None
-
 
 @dataclass(slots=True)
 class Call:
-    """One executed operator, as a rule sees it. name: without namespace and trailing underscore; outs: its tensors."""
+    """One executed operator, as a rule sees it.
+
+    name: without namespace and trailing underscore. outs: its tensors. operator: its row of the table.
+    """
 
     tracer: Tracer
     name: str
@@ -53,6 +52,7 @@ class Call:
     kwargs: Mapping[str, Any]
     outs: list[Tensor]
     inplace: bool = False
+    operator: Operator = UNKNOWN
 
     def arg(self, index: int, key: str, default: Any = None) -> Any:
         """Return an argument, given by position or by name."""
@@ -87,21 +87,19 @@ class Call:
 
     def made(self) -> Origin:
         """Return what results without channels are."""
-        return Origin(f"the result of {self.label}", literal=self.name in _LITERAL)
-
-
-Rule = Callable[[Call], Result]
+        return Origin(f"the result of {self.label}", literal=self.operator.literal)
 
 
 @dataclass(slots=True)
 class _Kind:
+    """An overload. writes: places of the arguments that it writes to. reshapes: it changes a tensor object's shape."""
+
     name: str
     label: str
     overload: str
-    rule: Rule | None
-    reads: bool
-    writes: tuple[int, ...]
-    works: bool = True
+    operator: Operator
+    writes: tuple[int, ...] = ()
+    reshapes: bool = False
 
 
 def _flatten(items: Iterable[Any]) -> list[Tensor]:
@@ -123,17 +121,14 @@ class Tracer:
         model: nn.Module,
         tensors: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
-        rules: Mapping[str, tuple[Rule, bool]],
+        operators: Mapping[str, Operator],
         mode: str,
-        scalars: frozenset[str] = frozenset(),
         watch: Callable[[Seen], None] | None = None,
         note: Callable[[Call], None] | None = None,
-        works: frozenset[str] = frozenset(),
     ) -> None:
         self.findings = findings
         self.mode = mode
-        self._rules = rules
-        self._works = works
+        self._operators = operators
         self._watch, self._note = watch, note
         self._fake = any(isinstance(tensor, FakeTensor) for tensor in tensors.values())
         self.suspended = False
@@ -144,7 +139,7 @@ class Tracer:
         here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
         self.memory = StorageMap(findings.slots, tensors, inputs, lambda slots, why: here._pin(slots, why))
         self.entries = Entries(self.memory)
-        self.numbers = Numbers(findings, mode, scalars, self.memory.recorded)
+        self.numbers = Numbers(findings, mode, self.memory.recorded)
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -270,12 +265,13 @@ class Tracer:
             )
             inplace = writes[:1] == (0,) and name.endswith("_")
             base = name[:-1] if inplace else name
-            if name in SIDE_WRITES or name in IN_PLACE_SHAPES:
+            operator = self._operators.get(base, UNKNOWN) if space == "aten" else UNKNOWN
+            reshapes = inplace and operator.reshapes
+            if reshapes or (operator.writes_beside and not inplace):
                 writes = ()
-            usable = space == "aten" and (not writes or inplace)
-            rule, reads = (self._rules.get(base) if usable else None) or (None, True)
-            works = base in self._works
-            kind = _Kind(base, f"{space}.{name}", func._overloadname, rule, reads, writes, works)
+            if writes and not inplace:  # to a tensor that is given for the result
+                operator = replace(operator, rule=None, reads=True)
+            kind = _Kind(base, f"{space}.{name}", func._overloadname, operator, writes, reshapes)
             self._kinds[func] = kind
         return kind
 
@@ -284,7 +280,7 @@ class Tracer:
 
         An operator that changes the shape of the tensor object itself is told by a second object for the same memory.
         """
-        if func._schema.name.rpartition("::")[2] in IN_PLACE_SHAPES and isinstance(args[0], Tensor):
+        if self._kind(func).reshapes and isinstance(args[0], Tensor):
             return (args[0].detach(), *args[1:])
         return args
 
@@ -295,8 +291,7 @@ class Tracer:
 
     def composite(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Send the ids through a function of torch that is followed as one operator."""
-        rule, reads = self._rules[name]
-        self._execute(_Kind(name, f"aten.{name}", "default", rule, reads, ()), args, kwargs, out)
+        self._execute(_Kind(name, f"aten.{name}", "default", self._operators[name]), args, kwargs, out)
 
     def _execute(self, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         with unset_fake_temporarily() if self._fake else nullcontext():  # what is computed here holds numbers
@@ -304,17 +299,17 @@ class Tracer:
 
     def _follow(self, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         self._label = kind.label
-        outs = _flatten((out,))
-        call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes))
-        if kind.reads:
+        outs, operator = _flatten((out,)), kind.operator
+        call = Call(self, kind.name, kind.label, kind.overload, args, kwargs, outs, bool(kind.writes), operator)
+        if operator.reads:
             self._note_reads(call)
         at = self.numbers.note(call, out)
-        if self._note is not None and kind.works:
+        if self._note is not None and operator.picks:
             self._note(call)
         result: Result = None
         try:
-            if kind.rule is not None:
-                result = kind.rule(call)
+            if operator.rule is not None:
+                result = operator.rule(call)
             else:
                 call.pin_all(Code.NO_RULE)
         except TooLargeError:
@@ -343,7 +338,7 @@ class Tracer:
                 self.memory.put(tensor, nothing(tensor.dim(), call.made()))
 
     def _note_reads(self, call: Call) -> None:
-        reader = f"@{self.module_name}" if call.name in READERS else "operator"
+        reader = f"@{self.module_name}" if call.operator.folds else "operator"
         for tensor in call.tensors():
             if (view := self.view(tensor)) is not None:
                 self.read(view.owner, reader)

@@ -126,20 +126,6 @@ def drop_paths(paths: Sequence[Paths]) -> Paths:
     return {key: None for part in paths for key in part}
 
 
-def linear_after(operator: str, operands: Sequence[Value | None], *, scalar: bool) -> frozenset[Axis]:
-    """Return the producers that the result of an elementwise operator scales with; parameters stand as None.
-
-    scalar: a plain number is among the operands, too.
-    """
-    parts = [frozenset() if value is None else value.linear for value in operands]
-    scaling = [part for part in parts if part]
-    if operator == "neg" or (operator in ("mul", "div") and len(scaling) == 1 and (operator == "mul" or parts[0])):
-        return scaling[0] if scaling else frozenset()
-    if operator in ("add", "sub") and len(scaling) == len(parts) and not scalar:
-        return frozenset().union(*scaling)
-    return frozenset()
-
-
 def joined(paths: Sequence[Paths]) -> Paths:
     """Return the paths of tensors laid side by side: what disagrees for one producer is not simple."""
     out: dict[Axis, Path | None] = {}
