@@ -203,8 +203,9 @@ def check_train_outputs(operation: Operation) -> None:
 def check_attributes(operation: Operation) -> None:
     """Attributes of modules say what the tensors' shapes say."""
     for name, module in operation.after.named_modules():
-        kind = next((cls for cls in type(module).__mro__ if any(row[0] is cls for row in ATTRIBUTES)), None)
-        for _, leaf, dim, attribute, times_groups in (row for row in ATTRIBUTES if row[0] is kind):
+        kind = next((cls for cls in type(module).__mro__ if cls in ATTRIBUTES), None)
+        gated = isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        for leaf, dim, attribute, times_groups in () if kind is None or gated else ATTRIBUTES[kind]:
             tensor = getattr(module, leaf, None)
             if not isinstance(tensor, Tensor) or tensor.dim() <= dim:
                 continue

@@ -34,9 +34,17 @@ def _example(kind: type[nn.Module]) -> nn.Module:
     return made[kind]()
 
 
-@pytest.mark.parametrize("row", ATTRIBUTES, ids=lambda row: f"{row[0].__name__}.{row[1]}.{row[2]}")
-def test_every_row_of_the_attribute_table(row):
-    kind, leaf, dim, attribute, _ = row
+ROWS = [
+    (kind, row)
+    for kind, rows in ATTRIBUTES.items()
+    if not isinstance(kind, str) and not issubclass(kind, nn.RNNBase | nn.RNNCellBase)  # their rows hold several gates
+    for row in rows
+]
+
+
+@pytest.mark.parametrize(("kind", "row"), ROWS, ids=[f"{kind.__name__}.{row.tensor}.{row.dim}" for kind, row in ROWS])
+def test_every_row_of_the_attribute_table(kind, row):
+    leaf, dim, attribute, _ = row
     module = _example(kind)
     with Transaction(module) as transaction:
         transaction.apply([TensorEdit(tensor=leaf, keep={dim: torch.tensor([0, 2, 3])})])

@@ -21,7 +21,7 @@ from apoptosis.distributed.protocol import kind_of
 from apoptosis.distributed.wrappers import inner_optimizer
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery.nested_optimizers import layers
-from apoptosis.surgery.optimizers import rules_of
+from apoptosis.surgery.optimizers import OPTIMIZERS, StateRules, rules_of
 from apoptosis.surgery.undo_log import UndoLog
 
 
@@ -122,20 +122,6 @@ def _unpack_one(
     return LoadedOptimizer(optimizer=optimizer, groups=groups, state=state)
 
 
-# What torch's own optimizers read of a parameter's state without asking whether it is there.
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "Adadelta": ("step", "square_avg", "acc_delta"),
-    "Adagrad": ("step", "sum"),
-    "Adam": ("step", "exp_avg", "exp_avg_sq"),
-    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
-    "Adamax": ("step", "exp_avg", "exp_inf"),
-    "ASGD": ("step", "eta", "mu", "ax"),
-    "NAdam": ("step", "mu_product", "exp_avg", "exp_avg_sq"),
-    "RAdam": ("step", "exp_avg", "exp_avg_sq"),
-    "RMSprop": ("step", "square_avg"),
-    "Rprop": ("step", "prev", "step_size"),
-    "SparseAdam": ("step", "exp_avg", "exp_avg_sq"),
-}
 _NEVER_NEGATIVE = frozenset(("lr", "eps", "weight_decay", "momentum", "initial_lr", "max_lr", "min_lr"))
 
 
@@ -154,9 +140,10 @@ def check_state_shapes(
     kind = type(holder).__qualname__
     if not type(holder).__module__.startswith("torch.optim") or stored["class"] != kind:
         return
+    needed = OPTIMIZERS.get(kind, StateRules()).needed
     ranks = {known: p.ndim for group in _names(optimizer, model) for known, p in group}
     for known, entries in stored["state"].items():
-        missing = [key for key in _NEEDED.get(kind, ()) if entries and key not in entries]
+        missing = [key for key in needed if entries and key not in entries]
         if missing:
             raise CheckpointError(f"it lacks '{missing[0]}' of the state that {kind} keeps of '{known}'.")
         for key, entry in entries.items():

@@ -1,6 +1,6 @@
 """The table of plain module attributes that must stay true to the tensors' shapes, and its extension by the user.
 
-Holds: one literal table, `register_attributes`, and what both say of one module. Elsewhere: numbers that
+Holds: the one table (`ATTRIBUTES`), `register_attributes`, and what both say of one module. Elsewhere: numbers that
 a forward pass splits channels by (splits.py), nn.MultiheadAttention (attention.py), any writing (transaction.py).
 """
 
@@ -22,37 +22,12 @@ from apoptosis.surgery.norms import norm_attributes
 from apoptosis.surgery.numbers import followed_numbers
 from apoptosis.surgery.splits import unflattened_of, vocabulary_of
 
-# module type, tensor, dim, attribute, whether the attribute counts all convolution groups while the dim counts one.
-# The first type of a module's method resolution order that has rows is used, so subclasses need no row of their own.
-ATTRIBUTES: tuple[tuple[type[nn.Module], str, int, str, bool], ...] = (
-    (nn.Linear, "weight", 0, "out_features", False),
-    (nn.Linear, "weight", 1, "in_features", False),
-    (nn.Bilinear, "weight", 0, "out_features", False),
-    (nn.Bilinear, "weight", 1, "in1_features", False),
-    (nn.Bilinear, "weight", 2, "in2_features", False),
-    (_ConvNd, "weight", 0, "out_channels", False),
-    (_ConvNd, "weight", 1, "in_channels", True),
-    (_ConvTransposeNd, "weight", 0, "in_channels", False),
-    (_ConvTransposeNd, "weight", 1, "out_channels", True),
-    (_NormBase, "weight", 0, "num_features", False),
-    (_NormBase, "running_mean", 0, "num_features", False),
-    (nn.GroupNorm, "weight", 0, "num_channels", False),
-    (nn.LayerNorm, "weight", 0, "normalized_shape", False),
-    (nn.LayerNorm, "weight", 1, "normalized_shape", False),
-    (nn.LayerNorm, "weight", 2, "normalized_shape", False),
-    (nn.RMSNorm, "weight", 0, "normalized_shape", False),
-    (nn.RMSNorm, "weight", 1, "normalized_shape", False),
-    (nn.RMSNorm, "weight", 2, "normalized_shape", False),
-    (nn.PReLU, "weight", 0, "num_parameters", False),
-    (nn.Embedding, "weight", 0, "num_embeddings", False),
-    (nn.Embedding, "weight", 1, "embedding_dim", False),
-    (nn.EmbeddingBag, "weight", 0, "num_embeddings", False),
-    (nn.EmbeddingBag, "weight", 1, "embedding_dim", False),
-)
-
 
 class Row(NamedTuple):
-    """An attribute that follows a tensor's dim in proportion; see ATTRIBUTES for `times_groups`."""
+    """An attribute that follows a tensor's dim, in proportion: of a width times four, the width follows.
+
+    times_groups: the attribute counts the channels of all convolution groups while the dim counts those of one.
+    """
 
     tensor: str
     dim: int
@@ -60,21 +35,36 @@ class Row(NamedTuple):
     times_groups: bool = False
 
 
-# Rows of a recurrence hold all gates one below the other. Every layer and direction has the first one's width.
-_GATED = (Row("weight_ih_l0", 0, "hidden_size"), Row("weight_ih_l0", 1, "input_size"))
-_CELL = (Row("weight_ih", 0, "hidden_size"), Row("weight_ih", 1, "input_size"))
-_PROPORTIONAL: dict[type[nn.Module], tuple[Row, ...]] = {
-    nn.RNNBase: (*_GATED, Row("weight_hr_l0", 0, "proj_size")),
-    nn.RNNCellBase: _CELL,
+def _weight(*attributes: str) -> tuple[Row, ...]:
+    """Return rows of attributes that follow the dims of the weight, in order."""
+    return tuple(Row("weight", dim, attribute) for dim, attribute in enumerate(attributes))
+
+
+ATTRIBUTES: Mapping[type[nn.Module] | str, tuple[Row, ...]] = {
+    nn.Linear: _weight("out_features", "in_features"),
+    nn.Bilinear: _weight("out_features", "in1_features", "in2_features"),
+    _ConvNd: (Row("weight", 0, "out_channels"), Row("weight", 1, "in_channels", times_groups=True)),
+    _ConvTransposeNd: (Row("weight", 0, "in_channels"), Row("weight", 1, "out_channels", times_groups=True)),
+    _NormBase: (Row("weight", 0, "num_features"), Row("running_mean", 0, "num_features")),
+    nn.GroupNorm: _weight("num_channels"),
+    nn.LayerNorm: _weight("normalized_shape", "normalized_shape", "normalized_shape"),
+    nn.RMSNorm: _weight("normalized_shape", "normalized_shape", "normalized_shape"),
+    nn.PReLU: _weight("num_parameters"),
+    nn.Embedding: _weight("num_embeddings", "embedding_dim"),
+    nn.EmbeddingBag: _weight("num_embeddings", "embedding_dim"),
+    # Rows of a recurrence hold all gates one below the other. Every layer and direction has the first one's width.
+    nn.RNNBase: (
+        Row("weight_ih_l0", 0, "hidden_size"),
+        Row("weight_ih_l0", 1, "input_size"),
+        Row("weight_hr_l0", 0, "proj_size"),
+    ),
+    nn.RNNCellBase: (Row("weight_ih", 0, "hidden_size"), Row("weight_ih", 1, "input_size")),
+    "transformers.pytorch_utils.Conv1D": _weight("nx", "nf"),
 }
-# Types of packages that need not be there, by qualified name.
-_BY_NAME: dict[str, tuple[Row, ...]] = {
-    "transformers.pytorch_utils.Conv1D": (Row("weight", 0, "nx"), Row("weight", 1, "nf")),
-}
-_BUILT_IN: dict[type[nn.Module], tuple[Row, ...]] = {
-    kind: tuple(Row(*row[1:]) for row in ATTRIBUTES if row[0] is kind) for kind, *_ in ATTRIBUTES
-} | _PROPORTIONAL
-_REGISTERED: dict[type[nn.Module], tuple[Row, ...]] = {}
+"""What every known module type keeps of its widths, by the type, or by its qualified name where its package need not be
+there. The first type of a module's method resolution order that is in it counts, so subclasses need no entry."""
+_REGISTERED: dict[type[nn.Module] | str, tuple[Row, ...]] = {}
+_NUM_GROUPS: Mapping[type[nn.Module], str] = {_ConvNd: "groups", nn.GroupNorm: "num_groups"}
 
 
 def register_attributes(module_type: type[nn.Module], rows: Iterable[tuple[str, int, str]]) -> None:
@@ -104,7 +94,7 @@ def register_attributes(module_type: type[nn.Module], rows: Iterable[tuple[str, 
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise ArgumentError(f"register_attributes takes a subclass of nn.Module, not {module_type!r}.")
     name = module_type.__qualname__
-    if module_type in _BUILT_IN or module_type in _REGISTERED:
+    if module_type in ATTRIBUTES or module_type in _REGISTERED:
         raise ArgumentError(
             f"{name} has rows already: {', '.join(row.attribute for row in rows_of_type(module_type))}."
         )
@@ -124,11 +114,9 @@ def register_attributes(module_type: type[nn.Module], rows: Iterable[tuple[str, 
 
 def rows_of_type(kind: type[nn.Module]) -> tuple[Row, ...]:
     """Look up a type's rows, its own or those of the nearest parent that has any."""
-    for cls in kind.__mro__:
-        rows = _REGISTERED.get(cls) or _BUILT_IN.get(cls) or _BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
-        if rows:
-            return rows
-    return ()
+    tables = (_REGISTERED, ATTRIBUTES)
+    keys = (key for cls in kind.__mro__ for key in (cls, f"{cls.__module__}.{cls.__qualname__}"))
+    return next((table[key] for key in keys for table in tables if key in table), ())
 
 
 def rows_of(module: nn.Module) -> tuple[Row, ...]:
@@ -266,9 +254,7 @@ def check_recurrence(module: nn.Module, edited: Mapping[int, TensorEdit]) -> Non
 
 def groups_name(module: nn.Module) -> str | None:
     """Return the attribute that holds the number of a module's channel groups, None for modules without."""
-    if isinstance(module, _ConvNd):
-        return "groups"
-    return "num_groups" if isinstance(module, nn.GroupNorm) else None
+    return next((name for kind, name in _NUM_GROUPS.items() if isinstance(module, kind)), None)
 
 
 def _kept_groups(module: nn.Module, name: str, keep: Mapping[int, Tensor], num_rows: int) -> int:

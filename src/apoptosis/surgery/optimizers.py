@@ -22,7 +22,10 @@ from apoptosis.records import TensorEdit
 from apoptosis.surgery.nested_optimizers import layers, parameters_of
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like, unscaled
 
-Rule = Literal["slice", "first", "value", "row", "column"]
+Rule = Literal["slice", "square", "first", "value", "row", "column"]
+"""slice: step sizes and the like. square: second moments, sliced, which fall by the square of a factor that the
+parameter is multiplied by. first: first moments and gradients, by the chain rule for pairwise merges, else sliced.
+value: an average of the parameter itself, folded like it. row, column: Adafactor's factored second moments."""
 Layout = tuple[int | None, ...]
 """For every dim of a state tensor the dim of its parameter that it runs along; None: of size 1 for another reason."""
 Learnt = dict[tuple[str, int], "Layout | Literal['value', 'fixed']"]
@@ -31,28 +34,40 @@ Learnt = dict[tuple[str, int], "Layout | Literal['value', 'fixed']"]
 LEARNT: WeakKeyDictionary[Optimizer, Learnt] = WeakKeyDictionary()
 """What dry runs have shown, of optimizers that have no table."""
 
-# slice: second moments, step sizes. first: first moments and gradients, by the chain rule for pairwise merges, else
-# sliced. value: an average of the parameter itself, folded like it. row, column: Adafactor's factored second moments.
-# Keys that are not listed, and classes that are not, go by shape: the parameter's shape is sliced, one number stays.
-_RULES: dict[str, dict[str, Rule]] = {
-    "Adadelta": {},
-    "Adafactor": {"row_var": "row", "col_var": "column"},
-    "Adagrad": {},
-    "Adam": {"exp_avg": "first"},
-    "AdamW": {"exp_avg": "first"},
-    "Adamax": {"exp_avg": "first"},
-    "ASGD": {"ax": "value"},
-    "Muon": {"momentum_buffer": "first"},
-    "NAdam": {"exp_avg": "first"},
-    "RAdam": {"exp_avg": "first"},
+
+class StateRules(NamedTuple):
+    """How the state of one optimizer class follows an edit.
+
+    rules: by the key of a state tensor. Others go by their shape: the parameter's shape is sliced, one number stays.
+    needed: keys that step() reads without asking whether they are there, which a checkpoint must hold.
+    """
+
+    rules: Mapping[str, Rule] = {}
+    needed: tuple[str, ...] = ()
+
+
+_FIRST: Mapping[str, Rule] = {"exp_avg": "first"}
+_ADAM = StateRules(_FIRST, ("step", "exp_avg", "exp_avg_sq"))
+OPTIMIZERS: Mapping[str, StateRules] = {
+    "Adadelta": StateRules(needed=("step", "square_avg", "acc_delta")),
+    "Adafactor": StateRules({"row_var": "row", "col_var": "column"}),
+    "Adagrad": StateRules(needed=("step", "sum")),
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "Adamax": StateRules(_FIRST, ("step", "exp_avg", "exp_inf")),
+    "ASGD": StateRules({"ax": "value"}, ("step", "eta", "mu", "ax")),
+    "Muon": StateRules({"momentum_buffer": "first"}),
+    "NAdam": StateRules(_FIRST, ("step", "mu_product", "exp_avg", "exp_avg_sq")),
+    "RAdam": _ADAM,
     # grad_avg is sliced with square_avg: merged, the variance square_avg - grad_avg² could turn negative.
-    "RMSprop": {"momentum_buffer": "first"},
-    "Rprop": {"prev": "first"},
-    "SGD": {"momentum_buffer": "first"},
-    "SparseAdam": {"exp_avg": "first"},
+    "RMSprop": StateRules({"momentum_buffer": "first"}, ("step", "square_avg")),
+    "Rprop": StateRules({"prev": "first"}, ("step", "prev", "step_size")),
+    "SGD": StateRules({"momentum_buffer": "first"}),
+    "SparseAdam": _ADAM,
 }
-# Squares of gradients, which fall by the square of a factor that the parameter is multiplied by.
-_SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"))
+"""The classes of torch.optim; subclasses follow their parent."""
+_CONVENTION: Mapping[str, Rule] = {"exp_avg": "first", "momentum_buffer": "first"}  # of all other classes
+_SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"))  # without a rule, of any class
 _REFUSED = {
     "LBFGS": (
         "torch.optim",
@@ -64,7 +79,6 @@ _REFUSED = {
         "apoptosis, then shrink_() the trained network.",
     ),
 }
-_CONVENTION: dict[str, Rule] = {"exp_avg": "first", "momentum_buffer": "first"}
 
 
 class StateChange(NamedTuple):
@@ -120,11 +134,11 @@ def check_class(optimizer: Optimizer) -> None:
             raise UnsupportedOptimizerError(f"{type(optimizer).__name__} cannot follow a shrinking network: {why}")
 
 
-def rules_of(optimizer: Optimizer) -> dict[str, Rule]:
+def rules_of(optimizer: Optimizer) -> Mapping[str, Rule]:
     """Map state keys to rules, for keys with a rule of their own; a subclass follows its torch.optim parent."""
     for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim") and cls.__name__ in _RULES:
-            return _RULES[cls.__name__]
+        if cls.__module__.startswith("torch.optim") and cls.__name__ in OPTIMIZERS:
+            return OPTIMIZERS[cls.__name__].rules
     return _CONVENTION
 
 
@@ -138,7 +152,7 @@ def rule_of(
     if value is None or isinstance(value, bool | int | float | complex | str):
         return None
     if isinstance(value, Tensor):
-        rule = rules_of(optimizer).get(key, "slice")
+        rule = rules_of(optimizer).get(key, "square" if key in _SQUARES else "slice")
         learnt = LEARNT.get(optimizer, {}).get((key, p.ndim))
         expected = tuple(p.shape)
         if rule == "row" and p.ndim > 1:
@@ -201,7 +215,7 @@ def _changed(rule: Rule | Layout, edit: TensorEdit, state: Mapping[str, Any], ke
         return _factor(edit, value, state.get("col_var"), last=-1, other=-2)
     if rule == "column":
         return _factor(edit, value, state.get("row_var"), last=-2, other=-1)
-    return slice_like(edit, unscaled(edit, value, 2) if key in _SQUARES else value)
+    return slice_like(edit, unscaled(edit, value, 2) if rule == "square" else value)
 
 
 def _statistic(layout: Layout, edit: TensorEdit, state: Mapping[str, Any], key: str, value: Tensor) -> Tensor:
