@@ -1,6 +1,6 @@
 """shrink_: one pruning step on a trained network.
 
-Holds: observing on batches that the user hands over, then one transaction. Elsewhere: a schedule.
+Holds: observing on the given batches, then one step at the largest tolerance within the limit. Elsewhere: a schedule.
 """
 
 from __future__ import annotations

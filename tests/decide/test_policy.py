@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from apoptosis.decide.policy import (
     LAST_SHARE,
-    NUM_TURNS,
+    NUM_EVENT_STEPS,
     WARMUP_MAX,
     PastEvent,
     Telemetry,
     allocate,
     decide,
     event_steps,
-    pays,
+    loss_of,
     site_limit,
     tolerance_at,
     warmup_steps,
@@ -41,7 +41,7 @@ def event(step, share, rolled_back=False):
 @given(st.integers(1, 10**6), st.integers(0, 10**6))
 def test_turns_lie_between_warmup_and_the_last_share(total, after):
     found = event_steps(total, after=after)
-    assert len(found) <= NUM_TURNS
+    assert len(found) <= NUM_EVENT_STEPS
     gaps = [b - a for a, b in itertools.pairwise(found)]
     assert all(gap >= (warmup_steps(total) + 1) // 2 for gap in gaps)
     assert all(after < step <= max(LAST_SHARE * total, warmup_steps(total)) for step in found)
@@ -87,7 +87,7 @@ def test_poor_events_back_off_and_end():
     good = replace(FRESH, step=200, batch_rows=128.0, history=(event(150, 0.5),))
     poor = replace(good, history=(event(150, 0.001),))
     assert decide(poor).at_step > decide(good).at_step
-    hopeless = replace(good, history=tuple(event(150 + i, 0.0) for i in range(NUM_TURNS)))
+    hopeless = replace(good, history=tuple(event(150 + i, 0.0) for i in range(NUM_EVENT_STEPS)))
     assert decide(hopeless).at_step is None
     assert "saved less than 2 %" in decide(hopeless).reason
 
@@ -106,9 +106,9 @@ def test_the_schedule_ends_before_the_run():
 
 def test_pays_compares_what_remains_with_the_overhead():
     now = replace(FRESH, step=4999, batch_rows=1.0)
-    assert not pays(now, 0.5e6)
-    assert pays(replace(now, step=100, batch_rows=128.0), 0.5e6)
-    assert not pays(replace(now, step=100, batch_rows=128.0), 1e6)
+    assert loss_of(now, 0.5e6)
+    assert not loss_of(replace(now, step=100, batch_rows=128.0), 0.5e6)
+    assert loss_of(replace(now, step=100, batch_rows=128.0), 1e6)
 
 
 @given(st.integers(0, 5000), st.floats(0, 1), st.floats(1, 1e12))

@@ -84,7 +84,7 @@ def test_nothing_removable_is_said_once_and_plainly(runs):
         warnings.simplefilter("error")
         assert runs.train(net, optimizer, apo) == []  # and training goes on without another word
         assert apo.groups() == ()
-        assert apo.decision.reason == "every group is pinned"
+        assert apo.decision.reason == "no group can be pruned"
         event = shrink_(net, runs.inputs(4, 0), [runs.inputs(64, 1)], tolerance=0.1)
     assert not event
     assert any("'up' (16 channels)" in note for note in event.notes)

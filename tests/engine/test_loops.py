@@ -191,7 +191,7 @@ def test_a_follower_must_be_a_copy(runs):
     net = runs.mlp()
     apo = runs.start(net, runs.adam(net))
     for wrong in (runs.mlp(width=16), nn.Linear(2, 2), "ema"):
-        with pytest.raises(ArgumentError, match="follower"):
+        with pytest.raises(ArgumentError, match="averaged copy"):
             apo.follow(wrong)
 
 

@@ -90,7 +90,7 @@ def test_followers_of_other_widths_are_named_when_a_state_is_loaded(runs, tmp_pa
     second = runs.start(again, optimizer)
     second.follow(AveragedModel(again))
     before = runs.everything(again)
-    with pytest.raises((ArgumentError, CheckpointError), match="follower"):
+    with pytest.raises((ArgumentError, CheckpointError), match="averaged copy"):
         load(tmp_path / "a", again, optimizer, second)
     assert runs.same(runs.everything(again), before)
 

@@ -16,7 +16,7 @@ from apoptosis.surgery.target import Target, exclude_pins, with_pins
 
 def target_of(net, optimizers=(), example=None):
     call = ((torch.zeros(4, 6) if example is None else example,), {})
-    return Target(model=net, optimizers=optimizers, followers=(), call=call), analyse(net, *call)
+    return Target(model=net, optimizers=optimizers, averaged_models=(), call=call), analyse(net, *call)
 
 
 def accepted(change):

@@ -59,9 +59,9 @@ def redundant(net, *layers, num=2):
     return net
 
 
-def target_of(net, optimizers=(), followers=()):
+def target_of(net, optimizers=(), averaged_models=()):
     call = ((data(3, 9),), {})
-    return Target(model=net, optimizers=optimizers, followers=followers, call=call), analyse(net, *call)
+    return Target(model=net, optimizers=optimizers, averaged_models=averaged_models, call=call), analyse(net, *call)
 
 
 def cut(structure, *names, num=2):
@@ -132,7 +132,7 @@ def test_averaged_copies_take_the_factor():
     with torch.no_grad():
         average.module.enter.weight.mul_(1.1)
     expected = [copy.deepcopy(m)(data(7, 4)) for m in (net, average)]
-    target, structure = target_of(net, followers=(average,))
+    target, structure = target_of(net, averaged_models=(average,))
     outcome = apply_reductions(target, structure, cut(structure, "q"), {}, None, accepted)
     assert outcome.committed
     assert net.q.out_features == average.module.q.weight.shape[0] == 8

@@ -105,13 +105,13 @@ def test_what_cannot_follow_is_named():
     apo = Apoptosis(net, torch.optim.SGD(net.parameters(), 0.1), torch.zeros(2, 3, 8), total_steps=40)
     tensors = [p.detach().clone() for p in net.parameters()]
     for wrong, text in [
-        (None, "a follower is an AveragedModel"),
-        ({}, "a follower is an AveragedModel"),
+        (None, "an averaged copy is an AveragedModel"),
+        ({}, "an averaged copy is an AveragedModel"),
         ({"a": torch.ones(2)}, "holds none of the model's tensors"),
-        (tensors[:-1], "list of 9 tensors, and the model has 10 parameters|no copy of the model"),
+        (tensors[:-1], "list of 9 tensors, but the model has 10 parameters|no copy of the model"),
         ([*tensors[:-1], torch.zeros(7)], r"'head.bias' has shape \(7,\) instead of \(2,\)"),
         ({"fc.weight": torch.zeros(3, 3)}, "'fc.weight' has shape"),
-        (types.SimpleNamespace(shadow_params=[1, 2]), "a follower is an AveragedModel"),
+        (types.SimpleNamespace(shadow_params=[1, 2]), "an averaged copy is an AveragedModel"),
         (nn.Linear(2, 2), "is no copy of the model"),
     ]:
         with pytest.raises(ArgumentError, match=text):
@@ -133,7 +133,7 @@ def test_an_average_that_nobody_registered_is_told_before_the_first_event():
     average = AveragedModel(net)
     opened(net, average)
     opened(other)
-    with pytest.warns(RuntimeWarning, match=r"an AveragedModel of this model that does not follow it.*apo.follow"):
+    with pytest.warns(RuntimeWarning, match=r"an AveragedModel averages this model and does not shrink.*apo.follow"):
         opened(net)
     average.module.conv = nn.Conv1d(3, 8, 3)
     opened(net)

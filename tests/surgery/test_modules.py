@@ -13,7 +13,7 @@ from apoptosis.surgery import (
     Transaction,
     apply_edit,
     build_edits,
-    check_followers,
+    check_averaged_models,
     merge_like,
     named_tensors,
 )
@@ -44,10 +44,10 @@ def edits_of(model, nets, exact=True, merge=False):
     return build_edits(structure, [nets.random_reduction(g, range(1, g.num_channels, 2)) for g in structure.groups])
 
 
-def snapshot(model, optimizers=(), followers=()):
+def snapshot(model, optimizers=(), averaged_models=()):
     """Everything that a rollback has to bring back, by value and by identity."""
     values = []
-    for module in (model, *followers):
+    for module in (model, *averaged_models):
         for name, tensor in named_tensors(module).items():
             grad = tensor.grad
             values.append((name, id(tensor), tensor.detach().clone(), tensor.stride(), tensor.requires_grad))
@@ -143,7 +143,7 @@ def test_followers_get_the_same_folds_on_their_own_values(ema, nets):
     for i in range(4):
         step(model, opt, i)
         average.update_parameters(model)
-    check_followers([average, plain], model)
+    check_averaged_models([average, plain], model)
     edits = edits_of(model, nets, exact=False)
     old = {n: t.detach().clone() for n, t in named_tensors(average.module).items()}
     want = {e.tensor: apply_edit(e, old[e.tensor], old) for e in edits}
@@ -166,7 +166,7 @@ def test_a_follower_must_be_a_copy(nets):
         ("ema", "AveragedModel or a copy"),
     ]:
         with pytest.raises(ArgumentError, match=message):
-            check_followers([wrong], model)
+            check_averaged_models([wrong], model)
         with pytest.raises(ArgumentError, match=message):
             Transaction(model, (), [wrong])
 

@@ -80,12 +80,12 @@ def silence_(net, group, gone):
                     named[m.tensor][m.positions[gone].reshape(-1)] = 0.0
 
 
-def remove(net, nets, group, structure, gone, followers=()):
+def remove(net, nets, group, structure, gone, averaged_models=()):
     keep = [c for c in range(group.num_channels) if c not in gone]
     silence_(net, group, gone)
     before = net(X).detach()
     edits = build_edits(structure, [nets.reduction(group, keep)])
-    with Transaction(net, followers=followers) as transaction:
+    with Transaction(net, averaged_models=averaged_models) as transaction:
         transaction.apply(edits, structure)
         new = analyse(net, (X,), {})
         verify(structure, new, {e.tensor: e.keep for e in edits})

@@ -194,8 +194,8 @@ class AcceptanceTest:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote, or raise and change nothing.
 
-        On another number of ranks the rows held out are divided anew, and no rank can tell its own from before: limits
-        go on with every row counted as tested by every attempt so far.
+        On another number of ranks the rows held out are divided anew, and no rank knows which it had before: every row
+        then counts as tested by every attempt so far.
 
         Raises: CheckpointError: attempts were tested on another probe; what differs is named.
         """
@@ -226,7 +226,7 @@ def _check_shares(marks: Sequence[Mapping[str, Any] | None]) -> None:
 
 
 def fingerprint(probe: Probe) -> dict[str, Any]:
-    """Return what tells one probe from another: rows, shape and a weighted sum of inputs and of labels."""
+    """Return what identifies a probe: rows, shape and a weighted sum of inputs and of labels."""
     leaves = tree_flatten((probe.args, dict(probe.kwargs)))[0]
     cut = probe.cut or (0,) * len(leaves)
     tensors = ((x, dim) for x, dim in zip(leaves, cut, strict=True) if isinstance(x, Tensor) and x.dim())

@@ -49,7 +49,7 @@ class ErrorBudget:
         return any(_overlaps(*rows, self.tested[:i]) for i, rows in enumerate(self.tested))
 
     def check(self) -> None:
-        """Refuse a probe that can never grant the budget, naming the number of rows that could.
+        """Refuse a probe that is too small for the budget, naming the number of rows that would do.
 
         Raises: BudgetError: even one clean event costs more than the budget.
         """

@@ -1,7 +1,7 @@
-"""What became of every attempt of a run, and why a run in which nothing happened was idle.
+"""What became of every attempt of a run.
 
-Holds: the record of an attempt and its wording. Elsewhere: the attempt itself (engine), what a plan
-says of a group (planner/reasons.py), what the policy remembers (policy.PastEvent).
+Holds: the record of an attempt and its wording. Elsewhere: the attempt itself (engine.step), what a plan says of a
+group (planner/reasons.py), what the policy remembers (policy.PastEvent), why a run is idle (state.py).
 """
 
 from __future__ import annotations
@@ -83,50 +83,6 @@ def lines_of(attempts: Sequence[Attempt]) -> list[str]:
         steps = f"steps {first.step} to {last.step}, {1 + len(others)} attempts" if others else f"step {first.step}"
         found.append(f"{steps}: {_words(last)}")
     return found
-
-
-def why_idle(
-    attempts: Sequence[Attempt],
-    *,
-    step: int,
-    total_steps: int | None,
-    due: int | None,
-    reason: str,
-    window: int | None,
-    closed: bool,
-    num_open: int,
-) -> str:
-    """Say why a run has had no event so far, and what to do about it.
-
-    Args:
-        attempts: so far.
-        step: optimizer steps so far.
-        total_steps: of the whole run, as given.
-        due: step at which the next window opens, None if none does.
-        reason: why none does.
-        window: step at which the open window was opened, None if none is open.
-        closed: whether `close` was called.
-        num_open: groups that may shrink.
-    """
-    if num_open == 0:
-        return "every group is pinned: pins() says why and what would let it shrink."
-    if step == 0:
-        return "step() has not been called: call it once after every optimizer.step()."
-    if total_steps is not None and step > total_steps:
-        return f"the run has made {step:,} steps of total_steps={total_steps:,}. {STEPS_NOT_EPOCHS}"
-    if window is not None:
-        return f"the window that opened at step {window:,} still waits for rows at step {step:,}. {REMEDIES['rows']}"
-    if not attempts and closed:
-        return f"close() was called at step {step:,}, before the first attempt."
-    if not attempts and due is not None:
-        known = "" if total_steps is not None else "; total_steps= lets short runs begin sooner"
-        return f"the first window opens at step {due:,}, and the run has made {step:,}{known}."
-    if not attempts:
-        return f"{reason}."
-    remedy = REMEDIES.get(attempts[-1].cause, "")
-    if due is not None:
-        return f"the next window opens at step {due:,}. {remedy}".strip()
-    return f"no further window opens: {reason}. {remedy}".strip()
 
 
 def warn_if_few(total_steps: int | None) -> None:

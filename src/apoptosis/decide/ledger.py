@@ -1,4 +1,4 @@
-"""What an event did and what all events together cost at most: the records a user prints.
+"""What an event did and what all events together cost at most: the records that a user prints.
 
 Holds: Event, Ledger and their wording. Elsewhere: how a number in them was measured (probe, numerics).
 """
@@ -166,26 +166,7 @@ class Ledger:
         if self.idle:
             lines.append(f"nothing was removed: {self.idle}")
         if self.accuracy_cost is not None and self.events:
-            points = f"{100 * self.accuracy_cost:.3g} points"
-            if self.population and self.accuracy_cost >= 1.0:
-                lines.append(
-                    f"{self.probe_rows:,} held-out probe rows are too few to bound what all removals together cost"
-                )
-            elif self.population:
-                what = f"cost at most {points} of accuracy"
-                if not self.classes:
-                    what = f"changed at most {points} of the predictions (largest output)"
-                lines.append(
-                    f"all removals together {what}, with {100 * self.confidence:.0f} % "
-                    f"confidence, before training went on ({self.probe_rows:,} held-out probe rows)"
-                )
-            else:
-                largest = "" if self.classes else " (largest output)"
-                what = "may have changed every one" if self.accuracy_cost >= 1.0 else f"changed at most {points}"
-                lines.append(
-                    f"all removals together {what} of the predictions{largest} on training inputs, before "
-                    "training went on; without a held-out probe nothing is claimed about the population"
-                )
+            lines.append(self._accuracy(self.accuracy_cost))
         if self.site_cost:
             site = max(self.site_cost, key=lambda name: self.site_cost[name])
             lines.append(
@@ -195,6 +176,26 @@ class Ledger:
         lines.append(f"{self.seconds:.2f} s spent on apoptosis, {self.hook_seconds:.2f} s of it in hooks")
         lines.extend(self.notes)
         return "\n".join(lines)
+
+    def _accuracy(self, cost: float) -> str:
+        """Say what all removals together cost in accuracy, or how many predictions they changed."""
+        points, rows = f"{100 * cost:.3g} points", f"{self.probe_rows:,} held-out probe rows"
+        largest = "" if self.classes else " (largest output)"
+        if not self.population:
+            what = "may have changed every one" if cost >= 1.0 else f"changed at most {points}"
+            return (
+                f"all removals together {what} of the predictions{largest} on training inputs, before training went "
+                "on; there is no held-out data (probe=), so no bound for other inputs"
+            )
+        if cost >= 1.0:
+            return f"{rows} are too few to bound what all removals together cost: give a larger probe="
+        what = f"cost at most {points} of accuracy"
+        if not self.classes:
+            what = f"changed at most {points} of the predictions{largest}"
+        return (
+            f"all removals together {what}, with {100 * self.confidence:.0f} % confidence, before training went on "
+            f"({rows})"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""

@@ -1,4 +1,4 @@
-"""What decisions rest on that only a clock can tell: what an event costs beside its arithmetic, in multiply-adds.
+"""The one input of decisions that a clock measures: what an event costs beside its arithmetic, in multiply-adds.
 
 Holds: turning seconds of this machine into MACs, rounded so coarsely that a busy machine gives the same figure.
 Elsewhere: any other timing; those are reported and never decide.
@@ -43,8 +43,8 @@ def overhead_macs(capture_seconds: float, *, compile_seconds: float = 0.0, devic
         compile_seconds: what torch.compile took for the widths before, in seconds.
         device: where the model lies.
 
-    Returns: a power of four. Rounding makes the same figure likely on one machine, not certain; who needs it certain
-        passes the figure of an earlier run (`Apoptosis(calibration=...)`), as a resumed run does.
+    Returns: a power of four. Rounding makes the same figure likely on one machine, not certain: pass the
+        figure of an earlier run (`Apoptosis(calibration=...)`) for that, as a resumed run does.
     """
     raw = (2.0 * capture_seconds + compile_seconds) * macs_per_second(device)
     return float(4.0 ** round(math.log(max(raw, 1.0), 4)))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 TRAIN_MACS = 3.0  # a training step costs about three forward passes: forward, and two products in backward
 OPTIMISTIC_YIELD = 0.5  # share of MACs the first event is taken to save
-POOR_YIELD = 0.02  # an event that saved less than this share makes the policy skip a turn
+POOR_YIELD = 0.02  # an event that saved less than this share makes the policy skip an event step
 LAST_SHARE = 0.7  # no event later than this share of the run: what is left must be learnt again
 WARMUP_SHARE, WARMUP_MIN, WARMUP_MAX = 0.03, 150, 500
 SHORT_WARMUP = 0.25  # of a run at most
 TRIAL_STEPS, TRIAL_WARMUP = 400, 0.1  # a run of fewer steps is a trial, which has to show something
-NUM_TURNS = 8  # turns of the schedule between warm-up and LAST_SHARE, dense at first (docs/schedule.md)
+NUM_EVENT_STEPS = 8  # between warm-up and LAST_SHARE of the run, dense at first (docs/schedule.md)
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
 PATIENCE_STEPS = 16  # a window lasts so long at least before groups that see few rows are left for the next one
 SOON_SHARE = 0.25  # of the steps that a window has lasted: so long it waits for anything
@@ -85,9 +85,8 @@ def warmup_steps(total_steps: int | None) -> int:
 def event_steps(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     """Return the steps later than `after` at which an event may happen.
 
-    With a known length: NUM_TURNS from warm-up to LAST_SHARE of the run, the distance from the first growing with the
-    square of the turn, because a channel removed early saves most. With an unknown one: each turn at twice the steps
-    of the last.
+    With a known length: NUM_EVENT_STEPS from warm-up to LAST_SHARE of the run, the distance from the first growing with
+    the square of the number, because a channel removed early saves most. With an unknown one: each at twice the last.
 
     Example:
         >>> event_steps(1000, after=0)
@@ -100,7 +99,7 @@ def event_steps(total_steps: int | None, *, after: int) -> tuple[int, ...]:
             step *= 2
         return (step,)
     last = int(LAST_SHARE * total_steps)
-    count = max(1, min(NUM_TURNS, (last - first) // 10 + 1))
+    count = max(1, min(NUM_EVENT_STEPS, (last - first) // 10 + 1))
     steps = [first]
     for i in range(1, count):  # never closer than half the warm-up: what was cut must settle first
         steps.append(max(first + round((last - first) * (i / (count - 1)) ** 2), steps[-1] + (first + 1) // 2))
@@ -118,7 +117,7 @@ def tolerance_at(cap: float, num_backoffs: int) -> float:
 
 
 def allocate(tolerance: float, macs_by_group: Mapping[str, float]) -> dict[str, float]:
-    """Spread a tolerance over groups: the dearest gets all of it, others less, by the fourth root of their share.
+    """Spread a tolerance over groups: the most expensive gets all of it, others by the fourth root of their share.
 
     An error is spent where it saves most: at equal rms curves, minimising multiply-adds at a given sum of squared
     errors lets a group's error grow with the square root of what its channels cost. Half that power is taken, because
@@ -165,16 +164,16 @@ def cost_of(telemetry: Telemetry) -> float:
 
 
 def decide(telemetry: Telemetry) -> Decision:
-    """Choose the next window: the next turn of the schedule at which an event is expected to pay, or none."""
+    """Choose the next window: the next event step of the schedule at which an event is expected to pay, or none."""
     upcoming = event_steps(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
-        reason = "the schedule has no turn left"
+        reason = "the schedule has no event step left"
         if telemetry.total_steps is not None:
             reason += f": none comes later than {100 * LAST_SHARE:.0f} % of total_steps={telemetry.total_steps:,}"
         return Decision(at_step=None, tolerance=0.0, reason=reason)
     past = telemetry.history
     skip = 0
-    for event in reversed(past):  # back off: one more turn is skipped for every poor event in a row
+    for event in reversed(past):  # back off: one more step is skipped for every poor event in a row
         if event.saved_share >= POOR_YIELD or event.rolled_back:  # after a rollback the tolerance is another one
             break
         skip += 1
@@ -195,14 +194,14 @@ def decide(telemetry: Telemetry) -> Decision:
                 reason=f"an event is expected to save {saved:.3g} multiply-adds in the steps that remain, "
                 f"and to cost the time of {cost:.3g}",
             )
-    return Decision(at_step=step, tolerance=tolerance, reason="next turn of the schedule")
+    return Decision(at_step=step, tolerance=tolerance, reason="next event step of the schedule")
 
 
 def delay_of(telemetry: Telemetry, elapsed: int) -> int:
     """Return the steps by which a group comes later that an event leaves for the next window.
 
-    Those until the next turn, and those that this window has lasted (elapsed), because the next one begins anew; all
-    that remain of the run where no other event is expected to pay.
+    Those until the next event step, and those that this window has lasted (elapsed), because the next one begins
+    anew; all that remain of the run where no other event is expected to pay.
     """
     upcoming = _next_event(telemetry)
     if upcoming is not None:
@@ -211,13 +210,13 @@ def delay_of(telemetry: Telemetry, elapsed: int) -> int:
 
 
 def is_due(telemetry: Telemetry, steps: float) -> bool:
-    """Whether a group that was left out before is waited for now, `steps` long: no sooner turn will come for it."""
+    """Whether a group that was left out before is waited for now, `steps` long: no earlier event comes for it."""
     upcoming = _next_event(telemetry)
     return upcoming is None or upcoming - telemetry.step >= steps
 
 
 def _next_event(telemetry: Telemetry) -> int | None:
-    """Return the next turn, None where there is none or no event is expected to pay then."""
+    """Return the next event step, None where there is none or no event is expected to pay then."""
     upcoming = event_steps(telemetry.total_steps, after=telemetry.step)
     if not upcoming or saves(telemetry, expected_yield(telemetry), upcoming[0]) <= cost_of(telemetry):
         return None
@@ -248,7 +247,7 @@ def worth_waiting(ready: float, waiting: Iterable[tuple[float, float]], delay: i
 
 
 def loss_of(telemetry: Telemetry, macs_after: float) -> str:
-    """Say why a plan is not worth its surgery in the steps that remain, "" if it is; the window is already paid for."""
+    """Say why a plan does not pay in the steps that remain, "" if it does; the window is not counted any more."""
     share = 1.0 - macs_after / telemetry.macs if telemetry.macs > 0 else 0.0
     if share <= 0.0:
         return "what could go saves no multiply-adds"
@@ -260,8 +259,3 @@ def loss_of(telemetry: Telemetry, macs_after: float) -> str:
         f"{100 * share:.3g} % of the multiply-adds could go, which saves {saved:.3g} of them in the {remain:,} steps "
         f"that remain and costs the time of {telemetry.overhead_macs:.3g}"
     )
-
-
-def pays(telemetry: Telemetry, macs_after: float) -> bool:
-    """Whether a plan is worth its surgery in the steps that remain."""
-    return not loss_of(telemetry, macs_after)

@@ -1,7 +1,7 @@
-"""What a run of apoptosis remembers between steps, how it is written down and read again, and what is told from it.
+"""What a run of apoptosis remembers between steps, how it is written down and read again, and what follows from it.
 
-Holds: the Memory of a run as plain values, what the policy sees of it (telemetry), what an event may do, and the
-ledger. Elsewhere: files (checkpoint), windows (observe), the structure of the model (graph).
+Holds: the RunState as plain values, what the policy sees of it (telemetry), what an event may do, why a run is idle,
+and the ledger. Elsewhere: files (checkpoint), windows (observe), the structure of the model (graph).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from apoptosis.criteria import Criterion
 from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.error_budget import ALPHA
-from apoptosis.decide.history import Attempt, Outcome, read_attempts, why_idle
+from apoptosis.decide.history import REMEDIES, STEPS_NOT_EPOCHS, Attempt, Outcome, read_attempts
 from apoptosis.decide.ledger import Ledger
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
 from apoptosis.errors import ApoptosisError, CheckpointError
@@ -45,7 +45,7 @@ UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 class Settings:
     """What the user asked for.
 
-    site_limit: what the errors of one site may add up to over all events. calibrated: he gave the fixed cost of events.
+    site_limit: what the errors of one site may add up to over all events. calibrated: calibration= was given.
     """
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class RunState:
 
 
 def read_memory(state: Mapping[str, Any]) -> RunState:
-    """Read what `Memory.as_dict` wrote.
+    """Read what `RunState.as_dict` wrote.
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
@@ -290,22 +290,33 @@ def allowed(
 
 
 def idle(memory: RunState, settings: Settings, *, watching: bool, num_open: int) -> str:
-    """Say why a run has had no event so far, "" if it had one.
+    """Say why a run has had no event so far and what to do about it, "" if it had one.
 
-    watching: a window is open. num_open: unpinned groups.
+    watching: a window is open. num_open: groups that may shrink.
     """
+    step, total, due, attempts = memory.step, settings.total_steps, memory.decision.at_step, memory.attempts
     if memory.num_events:
         return ""
-    return why_idle(
-        memory.attempts,
-        step=memory.step,
-        total_steps=settings.total_steps,
-        due=memory.decision.at_step,
-        reason=memory.decision.reason,
-        window=memory.window_start if watching else None,
-        closed=memory.closed,
-        num_open=num_open,
-    )
+    if num_open == 0:
+        return "no group can be pruned: pins() lists the reasons, and what would let a group shrink."
+    if step == 0:
+        return "step() has not been called: call it once after every optimizer.step()."
+    if total is not None and step > total:
+        return f"the run has made {step:,} steps of total_steps={total:,}. {STEPS_NOT_EPOCHS}"
+    if watching:
+        window = f"the window that opened at step {memory.window_start:,} still waits for rows at step {step:,}"
+        return f"{window}. {REMEDIES['rows']}"
+    if not attempts and memory.closed:
+        return f"close() was called at step {step:,}, before the first attempt."
+    if not attempts and due is not None:
+        known = "" if total is not None else "; total_steps= lets short runs begin sooner"
+        return f"the first window opens at step {due:,}, and the run has made {step:,}{known}."
+    if not attempts:
+        return f"{memory.decision.reason}."
+    remedy = REMEDIES.get(attempts[-1].cause, "")
+    if due is not None:
+        return f"the next window opens at step {due:,}. {remedy}".strip()
+    return f"no further window opens: {memory.decision.reason}. {remedy}".strip()
 
 
 def make_ledger(

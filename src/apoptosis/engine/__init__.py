@@ -52,7 +52,7 @@ from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer, needs_float64
 from apoptosis.planner import Plan, make_plan
 from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
-from apoptosis.surgery import as_follower, check_followers, check_optimizers, warn_of_averages
+from apoptosis.surgery import as_averaged_model, check_averaged_models, check_optimizers, warn_of_averages
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import (
     Target,
@@ -81,7 +81,7 @@ class Apoptosis:
             output (a share; the errors of one site over all events add up to at most 8 times that). None:
             the criterion's own. 0: only what is redundant to round-off in float64.
         criterion: one of `apoptosis.criteria.criteria()`.
-        total_steps: optimizer steps of the whole run; without it every turn comes at twice the steps of the last.
+        total_steps: optimizer steps of the whole run; without it every event step comes at twice the last.
         budget: what all removals together may cost in accuracy (a share, 0.002 = 0.2 points), measured on `probe`.
         probe: held-out inputs of the form of example_input, or (inputs, labels).
         align: widths are rounded up to a multiple of this.
@@ -251,11 +251,11 @@ class Apoptosis:
 
         Raises: ArgumentError: the copy's tensors are not those of the model.
         """
-        averaged = as_follower(averaged, self._target.model)
+        averaged = as_averaged_model(averaged, self._target.model)
         late = "The model has lost channels since: make the copy of the model as it is now, or follow it before."
         wrong = "It is a copy of another network."
-        check_followers([averaged], self._target.model, late if self._memory.num_events else wrong)
-        self._target = replace(self._target, followers=(*self._target.followers, averaged))
+        check_averaged_models([averaged], self._target.model, late if self._memory.num_events else wrong)
+        self._target = replace(self._target, averaged_models=(*self._target.averaged_models, averaged))
 
     def close(self) -> None:
         """Take every hook off and never act again; step() becomes a no-op."""
@@ -293,7 +293,7 @@ class Apoptosis:
         ranks = self._target.ranks
         structure = with_known(self._target, self._structure, self._target.capture())
         check_fits(state, {g.name: g.num_channels for g in structure.groups})
-        check_followers(self._target.followers, self._target.model, _FOLLOW_LATER)
+        check_averaged_models(self._target.averaged_models, self._target.model, _FOLLOW_LATER)
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
             layouts = read_layouts(self._target.wrappers, state.get("buckets", ()))  # older ones have none
@@ -365,7 +365,7 @@ class Apoptosis:
             self._memory.decision = self._decide()
             return
         if not self._looked:
-            warn_of_averages(self._target.model, self._target.followers)
+            warn_of_averages(self._target.model, self._target.averaged_models)
             self._looked = True
         self._memory.window_start = self._memory.step
         observer = self._new_window(self._structure, self._memory)
@@ -492,5 +492,5 @@ class Apoptosis:
     def _decide(self) -> Decision:
         if not self.groups():
             again = 2 * self._memory.step + 1 if self._structure.frozen else None  # it may be unfrozen by then
-            return Decision(at_step=again, tolerance=0.0, reason="every group is pinned")
+            return Decision(at_step=again, tolerance=0.0, reason="no group can be pruned")
         return decide(self._telemetry())

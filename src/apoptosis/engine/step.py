@@ -351,7 +351,7 @@ class _Trial:
         return {name: fault for own in self.target.ranks.gathered(found) for name, fault in own.items()}
 
     def _transaction(self) -> Transaction:
-        return Transaction(self.target.model, self.target.optimizers, self.target.followers)
+        return Transaction(self.target.model, self.target.optimizers, self.target.averaged_models)
 
     def _edit(self, transaction: Transaction, reductions: Sequence[Reduction]) -> tuple[Structure, bool]:
         """Edit, capture again, compare channels, and multiply by factors where scores are divided by a size.

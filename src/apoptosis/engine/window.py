@@ -27,7 +27,7 @@ def is_cut_short(observer: Observer, groups: Sequence[Group], seen: Telemetry, b
     """Whether a window ends although some groups have not seen their rows.
 
     It does where those do not hold enough of the multiply-adds to be waited for (policy.worth_waiting). What the last
-    event left out (behind) is waited for, unless turns follow one another so closely that a later one will do
+    event left out (behind) is waited for, unless events follow one another so closely that a later one will do
     (policy.is_due).
     """
     seen = replace(seen, batch_rows=observer.examples / observer.steps)

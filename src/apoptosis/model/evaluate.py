@@ -1,7 +1,7 @@
 """The network's outputs before and after surgery, compared on probe examples.
 
 Holds: reading classes off outputs, slicing a probe, running the model on it, comparing outputs. Elsewhere: what an
-output holds (outputs), leaving no trace (passes), counting and what follows from it (numerics.bounds), who rolls back
+output holds (outputs), leaving no trace (passes), counting and what follows from it (numerics.bounds), rolling back
 (engine).
 """
 
@@ -60,7 +60,7 @@ class Probe:
         return [self.take(start, min(start + chunk, self.rows)) for start in range(0, self.rows, chunk)]
 
     def counts(self, number: int) -> bool:
-        """Whether so many rows of outputs can be one for each example, as far as the inputs' sizes tell."""
+        """Whether so many rows of outputs can be one for each example, as far as the inputs' sizes say."""
         if number == self.rows or self.held_out:
             return number == self.rows
         return any(number in x.shape for x in _tensors((self.args, self.kwargs)))

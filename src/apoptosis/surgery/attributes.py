@@ -192,7 +192,7 @@ def attribute_changes(
     """Say what the module's attributes become when tensor `leaf` keeps these positions.
 
     Args:
-        module: the owner of the tensor.
+        module: that holds the tensor.
         leaf: the tensor's name in it.
         keep: dim -> kept positions.
         old_shape: the tensor's shape before.

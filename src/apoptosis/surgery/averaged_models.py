@@ -1,7 +1,7 @@
-"""Averages of a model that are kept as bare tensors: a dict by name, a list in the order of the parameters.
+"""Averaged copies of a model: modules, and bare tensors in a dict by name or a list in the order of the parameters.
 
-Holds: reading them off what a user hands over, showing them as modules, which surgery edits, and averages that
-nobody handed over. Elsewhere: the edits.
+Holds: finding the copy in what `apo.follow` was given, showing bare tensors as modules, which surgery edits, and the
+warning about an AveragedModel that `apo.follow` was not given. Elsewhere: the edits.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Tensors(nn.Module):
         order = next((names for names in self._orders if len(names) == len(found)), None)
         if order is None:
             raise ArgumentError(
-                f"a follower is a list of {len(found)} tensors, and the model has {len(self._orders[0])} parameters."
+                f"an averaged copy is a list of {len(found)} tensors, but the model has {len(self._orders[0])} "
+                "parameters."
             )
         return dict(zip(order, found, strict=True))
 
@@ -68,10 +69,10 @@ class Tensors(nn.Module):
         return root
 
 
-def as_follower(averaged: Any, model: nn.Module) -> nn.Module:
-    """Return what follows a model as a module: the copy itself, one that it holds, or its tensors.
+def as_averaged_model(averaged: Any, model: nn.Module) -> nn.Module:
+    """Return an averaged copy of a model as a module: the copy itself, one that it holds, or its tensors.
 
-    Raises: ArgumentError: nothing in it can follow.
+    Raises: ArgumentError: there is none in it.
     """
     if isinstance(averaged, nn.Module):
         names = {name for name, _ in model.named_parameters()}
@@ -85,16 +86,16 @@ def as_follower(averaged: Any, model: nn.Module) -> nn.Module:
         return unwrapped(averaged)
     for name in _INSIDE:
         if isinstance(copy := getattr(averaged, name, None), nn.Module):
-            return as_follower(copy, model)
+            return as_averaged_model(copy, model)
     read = _reader(averaged)
     if read is None:
-        raise ArgumentError(f"a follower is {_KINDS}, not a {type(averaged).__name__}.")
-    follower = Tensors(read, model)
-    if not follower.named():
+        raise ArgumentError(f"an averaged copy is {_KINDS}, not a {type(averaged).__name__}.")
+    tensors = Tensors(read, model)
+    if not tensors.named():
         raise ArgumentError(
-            f"a follower is {_KINDS}; this {type(averaged).__name__} holds none of the model's tensors."
+            f"an averaged copy is {_KINDS}; this {type(averaged).__name__} holds none of the model's tensors."
         )
-    return follower
+    return tensors
 
 
 def _reader(averaged: Any) -> Callable[[], Any] | None:
@@ -110,17 +111,17 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(isinstance(x, Tensor) for x in value)
 
 
-def warn_of_averages(model: nn.Module, followers: Iterable[nn.Module]) -> None:
-    """Warn where some AveragedModel of the process averages this model, and is neither inside it nor follows it."""
-    known = {id(module) for whole in (model, *followers) for module in whole.modules()}
+def warn_of_averages(model: nn.Module, averaged_models: Iterable[nn.Module]) -> None:
+    """Warn where an AveragedModel of the process averages this model, and `apo.follow` was not given it."""
+    known = {id(module) for whole in (model, *averaged_models) for module in whole.modules()}
     if not _averages_of(model, known):
         return
     gc.collect()  # one that is garbage already is no average
     if _averages_of(model, known):
         warnings.warn(
-            "apoptosis: there is an AveragedModel of this model that does not follow it, so that its next update after "
-            "an event will fail. Call apo.follow(averaged) (of a callback of Lightning: its _average_model), or let go "
-            "of it.",
+            "apoptosis: an AveragedModel averages this model and does not shrink with it, so that its first update "
+            "after an event will fail. Call apo.follow(averaged) (for a callback of Lightning: apo.follow of its "
+            "_average_model), or delete the AveragedModel.",
             RuntimeWarning,
             stacklevel=4,
         )

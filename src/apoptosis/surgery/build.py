@@ -1,7 +1,7 @@
 """Reductions become edits of tensors: pure, nothing of the user's is touched.
 
-Holds: how the reductions of one event combine per tensor (`build_edits`). Elsewhere: the drafts that are
-combined (builder.py), products of activations (products.py), what an edit makes of a tensor (values.py), the exchange
+Holds: how the reductions of one event combine per tensor (`build_edits`). Elsewhere: the edit of one
+tensor (builder.py), products of activations (products.py), what an edit makes of a tensor (values.py), the exchange
 of values inside modules (transaction.py).
 """
 

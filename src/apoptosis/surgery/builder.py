@@ -1,12 +1,12 @@
-"""What an event does to one tensor, while it is being gathered group by group.
+"""Builds the edit of one tensor, group by group.
 
-Holds: the draft of an edit, checks that the parts of it agree, and the finished edit. Elsewhere: which
-parts a reduction has (build.py, products.py).
+Holds: the builder, checks that its parts agree, and the finished edit. Elsewhere: which parts a reduction has
+(build.py, products.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -102,7 +102,7 @@ def is_new(draft: EditBuilder, fold: ColumnFold, site: Site) -> bool:
 
 
 def finished(name: str, draft: EditBuilder, shape: tuple[int, ...]) -> TensorEdit:
-    """Turn a draft into the edit of a tensor of this shape. Raises: ShapeError: nothing would be left of it."""
+    """Return the edit of a tensor of this shape. Raises: ShapeError: nothing would be left of it."""
     keep: dict[int, Tensor] = {}
     for dim, gone in draft.removed.items():
         mask = np.ones(shape[dim], dtype=bool)
@@ -143,13 +143,3 @@ def _merge_matrix(
             index = torch.from_numpy(position)
             matrix[index[kept.cpu()][:, None], index[None, :]] = merge.double().cpu()
     return matrix[keep]
-
-
-def removed_classes(structure: Structure, edits: Iterable[TensorEdit]) -> IntArray:
-    """Return the numbers of the channels (Structure.classes) of which the edits leave no position."""
-    found = [np.zeros(0, dtype=np.int64)]
-    for edit in edits:
-        for dim, keep in edit.keep.items() if edit.tensor in structure.classes else ():
-            labels = structure.classes[edit.tensor][dim]
-            found.append(np.delete(labels, keep.cpu().numpy()))
-    return np.unique(np.concatenate(found))

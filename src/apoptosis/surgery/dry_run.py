@@ -1,4 +1,4 @@
-"""What an optimizer of another library does is tried on a copy before anything depends on it.
+"""Dry runs: what an optimizer of another library does is tried on a copy before anything depends on it.
 
 Holds: the check of optimizers before anything changes, and dry runs: a copy with a few small synthetic parameters
 makes some steps, loses channels, and makes some more. Elsewhere: the rules (optimizers.py).
@@ -43,7 +43,7 @@ from apoptosis.surgery.optimizers import (
 _STEPS = 12  # before channels go, and after: some wrappers act at every fifth or tenth step
 _WIDE = 160  # positions of the largest synthetic parameter along a dim: some states are factored from 128 on
 _SIZES = ((11, 7, 3, 2, 2), (13, 5, 3, 2, 2))  # along the dims of the others; no two alike that channels lie along
-_FAR = 100.0  # synthetic weights lie far from zero, so that a copy of them is told from a sum of gradients
+_FAR = 100.0  # synthetic weights lie far from zero, so that a copy of them is no sum of gradients
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size,
           FunctionType, BuiltinFunctionType)  # fmt: skip
 
@@ -371,7 +371,7 @@ class _Copier:
             if isinstance(value, Tensor) and value.shape == p.shape and value.numel() > 1:
                 found[key] = synthetic.clone() if _is_copy(value, p) else torch.zeros_like(synthetic, dtype=value.dtype)
             elif isinstance(value, Tensor) and value.numel() > 1:
-                raise TypeError("its state has another shape than the parameter")  # which nobody knows to make anew
+                raise TypeError("its state has another shape than the parameter")  # which cannot be made anew
             else:
                 found[key] = self.copied(value)
         return found

@@ -90,7 +90,7 @@ def followed_numbers(module: nn.Module) -> dict[str, Any]:
 
 
 def stored_numbers(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what makes the numbers of a module those that were saved; {} where a checkpoint tells of none.
+    """Say what makes the numbers of a module those that were saved; {} where a checkpoint has none.
 
     Raises: CheckpointError: an attribute that is no width here, or holds no sizes there.
     """

@@ -87,7 +87,7 @@ class _Rehearsal:
         return structure
 
     def _without(self, structure: Structure, names: Names, fault: Fault) -> Structure | None:
-        """Return the structure with a fault less; None where it cannot be told which group brings it about."""
+        """Return the structure with one fault less; None where no group is found that causes it."""
         for most in (1, _MULTIPLES):
             named = self._following(structure, self._named(structure.counts, most))
             if named is not None and self._fault(named, names) is None:
@@ -131,10 +131,10 @@ class _Rehearsal:
                 return fault_of(error)
         return None
 
-    # ------------------------------------------------------------------ who is to blame
+    # ------------------------------------------------------------------ which group is at fault
 
     def _suspects(self, structure: Structure, names: Names, fault: Fault) -> Iterator[str]:
-        """Yield groups that may be to blame: those the fault speaks of, then those that a search by halves finds."""
+        """Yield groups that may be at fault: those that its text names, then those that a search by halves finds."""
         found = dict.fromkeys(name for name in (fault.group,) if name in names)
         for count in structure.counts:
             if count.where in fault.places:

@@ -200,7 +200,7 @@ def _grids(splits: Iterable[Split], removed: IntArray) -> list[tuple[Split, npt.
 def followed(module: nn.Module, changes: Sequence[SplitChange]) -> dict[str, Any]:
     """Say what the module's attributes become: those of the vocabulary that hold a number of a grid that changes.
 
-    A name says what it counts, so that equal numbers of rows and of columns are told apart. Where one attribute could
+    A name says what it counts, which separates rows from columns of equal numbers. Where one attribute could
     stand for several grids that do not change alike, the lines of source that make the grids decide by naming it.
 
     Args:

@@ -46,7 +46,7 @@ class Target:
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
     call: tuple[tuple[Any, ...], dict[str, Any]]
-    followers: tuple[nn.Module, ...] = ()
+    averaged_models: tuple[nn.Module, ...] = ()
     read: ReadLogits | None = None
     wrappers: tuple[nn.Module, ...] = ()
     ranks: Ranks = field(default_factory=Ranks)
@@ -80,7 +80,7 @@ def timed_capture(target: Target) -> tuple[Structure, float]:
 
 
 def refreshed(target: Target, structure: Structure) -> Structure:
-    """Return the structure, captured again if other hands have changed the model: shapes, types or layers.
+    """Return the structure, captured again if the model was changed outside of apoptosis: shapes, types or layers.
 
     Or if the user froze or unfroze parameters: pins that spoke of frozen ones go where they do not hold any more.
     """

@@ -1,7 +1,7 @@
-"""The transaction: edits reach model, optimizers and followers together, or not at all.
+"""The transaction: edits reach model, optimizers and averaged copies together, or not at all.
 
 Holds: computing all new values first, exchanging them under every tensor's identity, commit and rollback.
-Elsewhere: the values themselves (values.py, optimizers.py), measuring what a surgery did, and its budget.
+Elsewhere: the values themselves (values.py, optimizers.py), measuring what the edits did (engine.step).
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ from apoptosis.modules.norms import NormEdit
 from apoptosis.records import IntArray, Kept, Structure, TensorEdit
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
 from apoptosis.surgery.averaged_models import Tensors
-from apoptosis.surgery.builder import removed_classes
 from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.numbers import number_changes
 from apoptosis.surgery.optimizers import StateChange, state_changes
-from apoptosis.surgery.splits import SplitChange, followed, split_changes
+from apoptosis.surgery.splits import SplitChange, followed, removed_classes, split_changes
 from apoptosis.surgery.undo_log import UndoLog
 from apoptosis.surgery.values import apply_edit, merge_like
 
-_COPY = "Its shapes were changed by other hands, or the model's were; give apoptosis a copy of the model as it is."
+_COPY = "Its shapes, or the model's, were changed outside of apoptosis; give a copy of the model as it is now."
 
 
 class Transaction:
-    """One surgery on model, optimizers and followers; undone bitwise until it is committed.
+    """One set of edits of model, optimizers and averaged copies; undone bitwise until it is committed.
 
     Every Parameter and buffer keeps its identity and hooks: only its storage and shape are exchanged, so optimizers,
     ties and the user's references stay valid, and a loss of the step before may still be alive. (Calling backward
@@ -53,11 +52,11 @@ class Transaction:
 
     Args:
         model: the model. optimizers: those that hold its parameters; state of other models is left alone.
-        followers: averaged copies (`AveragedModel`, or modules with the model's tensor names), which get the same
+        averaged_models: averaged copies (`AveragedModel`, or modules with the model's tensor names), which get the same
             folds and slices on their own values.
 
     Raises:
-        UnsupportedOptimizerError: see `check_optimizers`. ArgumentError: see `check_followers`.
+        UnsupportedOptimizerError: see `check_optimizers`. ArgumentError: see `check_averaged_models`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -71,15 +70,15 @@ class Transaction:
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer] = (), followers: Sequence[nn.Module] = ()
+        self, model: nn.Module, optimizers: Sequence[Optimizer] = (), averaged_models: Sequence[nn.Module] = ()
     ) -> None:
         check_optimizers(optimizers, model)
         self._optimizers = tuple(optimizers)
-        self._targets = [model, *(_copy_of(follower) for follower in followers)]
-        self._bare = {i for i, follower in enumerate(followers, 1) if isinstance(follower, Tensors)}
-        check_followers(followers, model)
+        self._targets = [model, *(_copy_of(averaged) for averaged in averaged_models)]
+        self._tensors_only = {i for i, averaged in enumerate(averaged_models, 1) if isinstance(averaged, Tensors)}
+        check_averaged_models(averaged_models, model)
         built_shapes(model, {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
-        self._journal = UndoLog()
+        self._undo_log = UndoLog()
         self._open = True
 
     def __enter__(self) -> Self:
@@ -108,7 +107,7 @@ class Transaction:
             ArgumentError: an edit of an unknown tensor, two edits of one tensor, or a transaction that is over.
             Whatever is raised, everything is as before the call.
         """
-        if not self._open or len(self._journal):
+        if not self._open or len(self._undo_log):
             raise ArgumentError("a transaction takes one set of edits; open another one.")
         by_name = {edit.tensor: edit for edit in edits}
         if len(by_name) < len(edits):
@@ -123,7 +122,7 @@ class Transaction:
 
         Raises: as `apply`.
         """
-        if not self._open or len(self._journal):
+        if not self._open or len(self._undo_log):
             raise ArgumentError("a transaction takes one set of edits; open another one.")
         by_name = {edit.tensor: edit for edit in edits}
         around = _around(self._targets[0], structure, edits, norms)
@@ -145,12 +144,12 @@ class Transaction:
         self._write(by_name, _Around())
 
     def _write(self, by_name: Mapping[str, TensorEdit], around: _Around, *, values: bool = True) -> None:
-        plans = _plan_targets(self._targets, by_name, around, values, bare=self._bare)
+        plans = _plan_targets(self._targets, by_name, around, values, tensors_only=self._tensors_only)
         parameters = dict(self._targets[0].named_parameters(remove_duplicate=False))
         optimizers = self._optimizers if values else ()
         states = [change for o in optimizers for change in state_changes(o, parameters, by_name)]
         written: list[bool] = []
-        with restoring(lambda: None if written else self._journal.undo()):
+        with restoring(lambda: None if written else self._undo_log.undo()):
             self._swap(plans, states)
             written.append(True)
         torch.clear_autocast_cache()  # an enclosing autocast would go on with the old weights' casts
@@ -158,9 +157,9 @@ class Transaction:
     def rollback(self) -> None:
         """Put everything back, bitwise, and end the transaction.
 
-        Tensors, gradients, optimizer state, module attributes and followers are as before `apply`.
+        Tensors, gradients, optimizer state, module attributes and averaged copies are as before `apply`.
         """
-        self._journal.undo()
+        self._undo_log.undo()
         self._open = False
 
     def close(self) -> None:
@@ -170,21 +169,21 @@ class Transaction:
 
     def commit(self) -> None:
         """Let go of the old values and end the transaction."""
-        self._journal.forget()
+        self._undo_log.forget()
         self._open = False
 
     def _swap(self, plans: Sequence[_Plan], states: Iterable[StateChange]) -> None:
         for plan in plans:
             for tensor, value, grad in plan.tensors:
-                self._journal.set_tensor(tensor, value, grad)
+                self._undo_log.set_tensor(tensor, value, grad)
             for module, name, attribute in plan.attributes:
-                self._journal.set_attribute(module, name, attribute)
+                self._undo_log.set_attribute(module, name, attribute)
                 if isinstance(module, nn.RNNBase):  # for cuDNN: one chunk of memory, which undoing leaves again
                     module.flatten_parameters()
             for setter, old, new in plan.kept:
-                self._journal.call(setter, old, new)
+                self._undo_log.call(setter, old, new)
         for change in states:
-            self._journal.set_item(change.state, change.key, change.value)
+            self._undo_log.set_item(change.state, change.key, change.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +215,7 @@ def _around(
 
 
 class _Plan:
-    """New tensors (with gradients), attributes and what is kept between passes, of the model or one follower."""
+    """New tensors (with gradients), attributes and what is kept between passes, of the model or one averaged copy."""
 
     def __init__(self) -> None:
         self.tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -231,7 +230,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def check_followers(followers: Iterable[nn.Module], model: nn.Module, remedy: str = _COPY) -> None:
+def check_averaged_models(averaged_models: Iterable[nn.Module], model: nn.Module, remedy: str = _COPY) -> None:
     """Refuse averaged copies that are none: each needs the model's tensor names and shapes.
 
     remedy: what to do where shapes differ.
@@ -239,30 +238,32 @@ def check_followers(followers: Iterable[nn.Module], model: nn.Module, remedy: st
     Raises: ArgumentError: with the first name that differs.
     """
     mine = named_tensors(model)
-    for follower in followers:
-        if not isinstance(follower, nn.Module):
-            raise ArgumentError(f"a follower is an AveragedModel or a copy of the model, not a {type(follower)}.")
-        _check_copy(follower, mine, remedy)
+    for averaged in averaged_models:
+        if not isinstance(averaged, nn.Module):
+            raise ArgumentError(f"an averaged copy is an AveragedModel or a copy of the model, not a {type(averaged)}.")
+        _check_copy(averaged, mine, remedy)
 
 
-def _check_copy(follower: nn.Module, mine: Mapping[str, Tensor], remedy: str) -> None:
-    theirs = named_tensors(_copy_of(follower))
+def _check_copy(averaged: nn.Module, mine: Mapping[str, Tensor], remedy: str) -> None:
+    theirs = named_tensors(_copy_of(averaged))
+    tensors_only = isinstance(averaged, Tensors)
+    who = f"averaged copy: the {'list or dict' if tensors_only else type(averaged).__name__} given"
     for name, tensor in mine.items():
-        if name not in theirs and isinstance(follower, Tensors):  # which may hold the trained parameters alone
+        if name not in theirs and tensors_only:  # which may hold the trained parameters alone
             continue
         if name not in theirs:
-            raise ArgumentError(f"follower {type(follower).__name__} is no copy of the model: it has no '{name}'.")
+            raise ArgumentError(f"{who} is no copy of the model: it has no '{name}'.")
         if theirs[name].shape != tensor.shape:
             raise ArgumentError(
-                f"follower {type(follower).__name__} is no copy of the model: '{name}' has shape "
-                f"{tuple(theirs[name].shape)} instead of {tuple(tensor.shape)}. {remedy}"
+                f"{who} is no copy of the model: '{name}' has shape {tuple(theirs[name].shape)} "
+                f"instead of {tuple(tensor.shape)}. {remedy}"
             )
 
 
-def _copy_of(follower: nn.Module) -> nn.Module:
-    if isinstance(follower, Tensors):
-        return follower.as_module()
-    return follower.module if isinstance(follower, AveragedModel) else follower
+def _copy_of(averaged: nn.Module) -> nn.Module:
+    if isinstance(averaged, Tensors):
+        return averaged.as_module()
+    return averaged.module if isinstance(averaged, AveragedModel) else averaged
 
 
 def _plan_targets(
@@ -270,17 +271,17 @@ def _plan_targets(
     edits: Mapping[str, TensorEdit],
     around: _Around,
     values: bool,
-    bare: Set[int] = frozenset(),
+    tensors_only: Set[int] = frozenset(),
 ) -> list[_Plan]:
-    """Plan the same edits for the model and its followers; bare: which of them hold nothing but tensors."""
-    # All values come from before the exchange, so a tensor that a follower shares with the model is set twice alike.
+    """Plan the same edits for the model and its averaged copies; tensors_only: which of these are no modules."""
+    # All values come from before the exchange, so a tensor that a copy shares with the model is set twice alike.
     plans = []
     for number, target in enumerate(targets):
         tensors = named_tensors(target)
-        plan, full = _Plan(), FullTensors(named_tensors(targets[0]) | tensors if number in bare else tensors)
+        plan, full = _Plan(), FullTensors(named_tensors(targets[0]) | tensors if number in tensors_only else tensors)
         edited: dict[int, TensorEdit] = {}
         for name, edit in edits.items():
-            if name not in tensors and number in bare:
+            if name not in tensors and number in tensors_only:
                 continue
             if name not in tensors:
                 raise ArgumentError(f"an edit speaks of tensor '{name}', which {type(target).__name__} does not have.")
@@ -295,7 +296,7 @@ def _plan_targets(
             new_grad = None if grad is None else shard_like(merge_like(edit, full_tensor(grad)), grad)
             edited_tensor = shard_like(apply_edit(edit, full_tensor(tensor), full), tensor)
             plan.tensors.append((tensor, edited_tensor, new_grad))
-        if number in bare:
+        if number in tensors_only:
             plans.append(plan)
             continue
         plan.attributes = _plan_attributes(target, edited, around)

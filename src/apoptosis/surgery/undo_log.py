@@ -1,4 +1,4 @@
-"""A journal of changes to the user's objects that can be undone bitwise.
+"""A log of changes to the user's objects by which they can be undone bitwise.
 
 Holds: the exchange of a tensor's content under its identity, attribute and dictionary writes, and their undoing.
 Elsewhere: what to write (values.py, optimizers.py, checkpoint/save_load.py).
