@@ -1,5 +1,5 @@
 # Two commands for a fresh machine with Python 3.11 and make:
-#   make demo   set up, train twins on the bundled digits, write the report page
+#   make demo   set up, train with and without apoptosis on the bundled digits, write the report page
 #   make test   set up, run all tests
 # Everything goes into .venv inside this checkout. PYTHON names another interpreter of 3.11 or newer.
 
@@ -24,7 +24,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,families,mpi,rivals]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,families,mpi,baselines]"
 	touch $@
 
 demo: $(STAMP)

@@ -1,7 +1,7 @@
 """Measure what it takes to find the structure of large networks: seconds, and memory beyond their weights.
 
-    python benchmarks/capture_cost.py                     all networks, each in a process of its own
-    python benchmarks/capture_cost.py --only ResNet-101
+    python -m benchmarks.capture_cost                     all networks, each in a process of its own
+    python -m benchmarks.capture_cost --only ResNet-101
 
 Holds: the networks and this measurement. Elsewhere: tables (table.py).
 The Llama configuration has 1.1 billion parameters, of which none is made: it is built as fake tensors, on which the
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,10 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.graph import analyse
-from apoptosis.tools.recipes.folder import write_json
-from apoptosis.tools.recipes.machine import machine, versions
+from benchmarks import shared
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS = 3
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -146,9 +143,9 @@ def resident(field: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("--only", default=";".join(NETWORKS), help=f"of: {'; '.join(NETWORKS)}")
-    parser.add_argument("--json", type=Path, default=RESULTS / "capture-cost.json")
+    parser.add_argument("--json", type=Path, default=shared.RESULTS / "capture-cost.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -156,19 +153,11 @@ def main() -> int:
         return 0
     runs = []
     for name in given.only.split(";"):
-        call = [sys.executable, __file__, "--one", name]
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            return 1
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        runs.append(shared.in_own_process("benchmarks.capture_cost", "--one", name))
         run = runs[-1]
         print(f"{name}: {run['seconds_first']:.2f} s, again {run['seconds_next']:.2f} s, "
               f"{run['bytes_beyond_weights'] / 2**20:.0f} MiB beyond the weights", flush=True)  # fmt: skip
-    record = {"kind": "capture", "versions": versions(), "machine": machine(torch.device("cpu")), "runs": runs}
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(given.json, record)
-    print(f"wrote {given.json}")
+    shared.write(given.json, shared.result("capture", runs=runs))
     over = [r["network"] for r in runs if (r["limit_seconds"] is not None and r["seconds_first"] > r["limit_seconds"])
             or (r["limit_bytes"] is not None and r["bytes_beyond_weights"] > r["limit_bytes"])]  # fmt: skip
     if over:

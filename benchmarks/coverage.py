@@ -1,8 +1,8 @@
 """Measure what is removable in every family of networks, and make docs/coverage.md from the figures.
 
-    python benchmarks/coverage.py              measure, write benchmarks/results/coverage.json and the page
-    python benchmarks/coverage.py --page       make the page again from the JSON
-    python benchmarks/coverage.py --check      exit status 1 if the page does not say what the JSON says
+    python -m benchmarks.coverage              measure, write benchmarks/results/coverage.json and the page
+    python -m benchmarks.coverage --page       make the page again from the JSON
+    python -m benchmarks.coverage --check      exit status 1 if the page does not say what the JSON says
 
 The page ends with what benchmarks/zoo measures.
 
@@ -13,7 +13,6 @@ Holds: this measurement and its page. Elsewhere: what must hold (tests/families/
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -28,8 +27,7 @@ import torch
 
 from apoptosis import shrink_
 from apoptosis.records import Group, Pin
-from apoptosis.tools.recipes.folder import write_json
-from apoptosis.tools.recipes.machine import machine, versions
+from benchmarks import shared
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where the zoo and the families live, imported after it
@@ -47,7 +45,7 @@ TEXT = f"""# Coverage
 The small networks of the tests first, then [networks of timm and transformers](#networks-of-timm-and-transformers).
 
 What is removable in small random networks of many families, made from
-[benchmarks/results/coverage.json](../benchmarks/results/coverage.json), which `python benchmarks/coverage.py` measures.
+[benchmarks/results/coverage.json](../benchmarks/results/coverage.json), which `python -m benchmarks.coverage` measures.
 
 - *Channels*: of all coupled channel groups, the network's outputs included. *Removable*: those of groups that are not
   pinned; whole heads are not counted again beside the channels inside them.
@@ -82,7 +80,7 @@ def measure(family: Family) -> dict[str, Any]:
     return {
         "channels": sum(g.num_channels for g in groups),
         "removable": sum(g.num_channels for g in groups if g.pin is None),
-        "groups": {g.name: _told(g) for g in groups},
+        "groups": {g.name: _group_record(g) for g in groups},
         "listed": dict(family.groups),
         "planted": planted,
         "found": went,
@@ -114,7 +112,7 @@ def _change(widths: tuple[int, int] | None) -> int:
     return 0 if widths is None else widths[1] - widths[0]
 
 
-def _told(group: Group) -> dict[str, Any]:
+def _group_record(group: Group) -> dict[str, Any]:
     return {"channels": group.num_channels, "pin": None if group.pin is None else shortened(group.pin)}
 
 
@@ -159,12 +157,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("--page", action="store_true", help="no measuring")
     parser.add_argument("--check", action="store_true", help="no measuring, no writing")
     given = parser.parse_args()
     if not (given.page or given.check):
-        write_json(RESULTS, collect())
+        shared.write(RESULTS, collect())
     text = page(read())
     if given.check:
         return int(PAGE.read_text(encoding="utf-8") != text)
@@ -190,14 +188,7 @@ def collect() -> dict[str, Any]:
     for name, family in FAMILIES.items():
         families[name] = record = measure(family)
         print(f"{name}: {record['seconds']:.1f} s", flush=True)
-    return {
-        "kind": "coverage",
-        "seed": SEED,
-        "tolerance": TOLERANCE,
-        "versions": versions(),
-        "machine": machine(torch.device("cpu")),
-        "families": families,
-    }
+    return shared.result("coverage", seed=SEED, tolerance=TOLERANCE, families=families)
 
 
 if __name__ == "__main__":

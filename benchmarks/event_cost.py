@@ -12,11 +12,8 @@ three processes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,10 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis, shrink_
-from apoptosis.tools.recipes.folder import write_json
-from apoptosis.tools.recipes.machine import machine, versions
+from benchmarks import shared
 
-RESULTS = Path(__file__).parent / "results"
 WIDTHS = (512, 1024, 2048)
 REPEATS = 3
 SEED, BATCH, INPUTS, FACTORS, STEPS = 0, 256, 64, 16, 200
@@ -135,7 +130,7 @@ def _median(values: list[Any]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = shared.parser(__doc__)
     parser.add_argument("--width", type=int)
     parser.add_argument("--kind", choices=["training", "shrink"], default="training")
     chosen = parser.parse_args()
@@ -147,16 +142,12 @@ def main() -> None:
     for width in WIDTHS:
         row: dict[str, Any] = {"width": width}
         for kind in ("training", "shrink"):
-            words = [sys.executable, "-m", "benchmarks.event_cost", "--width", str(width), "--kind", kind]
-            found = []
-            for _ in range(REPEATS):
-                done = subprocess.run(words, check=True, capture_output=True, text=True)
-                found.append(json.loads(done.stdout.splitlines()[-1]))
+            arguments = ("--width", str(width), "--kind", kind)
+            found = [shared.in_own_process("benchmarks.event_cost", *arguments) for _ in range(REPEATS)]
             row |= {name: _median([one[name] for one in found]) for name in found[0]}
         rows.append(row)
         print(row)
-        about = {"kind": "event-cost", "seed": SEED, "versions": versions(), "machine": machine(torch.device("cpu"))}
-        write_json(RESULTS / "event-cost.json", {**about, "runs": rows})
+        shared.write(shared.RESULTS / "event-cost.json", shared.result("event-cost", seed=SEED, runs=rows))
 
 
 if __name__ == "__main__":

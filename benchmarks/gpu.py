@@ -1,18 +1,16 @@
 """Large networks on one accelerator, with and without apoptosis, in turn, in one process.
 
-    python benchmarks/gpu.py --json benchmarks/results/gpu.json    VGG-16, ResNet-50 at 224 pixels, GPT of 12 layers
-    python benchmarks/gpu.py --device cpu --tiny                    small ones anywhere, to see that it works
+    python -m benchmarks.gpu --json benchmarks/results/gpu.json    VGG-16, ResNet-50 at 224 pixels, GPT of 12 layers
+    python -m benchmarks.gpu --device cpu --tiny                    small ones anywhere, to see that it works
 
 bf16 autocast, channels last, widths in multiples of 64, fused AdamW. Data are made up: classes of smooth random
-pictures with noise, and characters of a Markov chain. So losses only say that both twins learn; what counts are
+pictures with noise, and characters of a Markov chain. So losses only say that both runs learn; what counts are
 milliseconds per step before and after, and what an event costs in dense steps.
 Holds: these networks and the clock. Elsewhere: accuracy on real data (paper).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis
-from apoptosis.tools.recipes.machine import machine, versions
 from apoptosis.tools.recipes.networks import num_parameters
+from benchmarks import shared
 from benchmarks.paper.networks import GPT
 
-TURN = 10  # steps that one twin trains before it is the other's turn
+TURN = 10  # steps that one run trains before it is the other's turn
 Batch = tuple[Tensor, Tensor]
 
 
@@ -120,7 +118,7 @@ def networks(device: torch.device, tiny: bool) -> dict[str, tuple[Callable[[], n
     }
 
 
-class Twin:
+class PairedRun:
     """One of two networks that see the same batches; its clock waits for the device."""
 
     def __init__(self, build: Callable[[], nn.Module], device: torch.device) -> None:
@@ -162,16 +160,15 @@ def wait(device: torch.device) -> None:
 
 def run(name: str, device: torch.device, steps: int, tiny: bool) -> dict[str, Any]:
     build, draw = networks(device, tiny)[name]
-    dense, shrunk = Twin(build, device), Twin(build, device)
+    dense, shrunk = PairedRun(build, device), PairedRun(build, device)
     full = num_parameters(dense.model)
     start = time.perf_counter()
     align = 8 if tiny else 64
     apo = Apoptosis(shrunk.model, shrunk.optimizer, draw(0)[0][:2], total_steps=steps, align=align)
     shrunk.apo, shrunk.seconds = apo, time.perf_counter() - start
     macs = apo.structure.macs
-    for first in range(0, steps, TURN):
-        for twin in (dense, shrunk) if first // TURN % 2 else (shrunk, dense):
-            twin.train(draw, first, min(TURN, steps - first))
+    for one, first, number in shared.in_turn((shrunk, dense), steps, TURN):
+        one.train(draw, first, number)
     dense_step, step = dense.step_seconds(5), shrunk.step_seconds(5)
     found = {
         "network": name,
@@ -194,7 +191,7 @@ def run(name: str, device: torch.device, steps: int, tiny: bool) -> dict[str, An
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="vgg-16,resnet-50,gpt")
     parser.add_argument("--steps", type=int, default=600)
@@ -202,20 +199,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.device.startswith("cuda") and not torch.cuda.is_available():
-        print("benchmarks/gpu.py: error: no CUDA device; --device cpu --tiny shows that it works.", file=sys.stderr)
+        print("benchmarks.gpu: error: no CUDA device; --device cpu --tiny shows that it works.", file=sys.stderr)
         return 1
     device = torch.device(given.device)
     runs = [run(name, device, given.steps, given.tiny) for name in given.only.split(",")]
-    told = {
-        "kind": "gpu",
-        "runs": runs,
-        "seed": 0,
-        "tiny": given.tiny,
-        "versions": versions(),
-        "machine": machine(device),
-    }
     if given.json is not None:
-        given.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        shared.write(given.json, shared.result("gpu", device, seed=0, tiny=given.tiny, runs=runs))
     return 0
 
 

@@ -1,10 +1,10 @@
 """Measure what apoptosis itself costs: the same steps with and without it, in turn, in one process.
 
-    python benchmarks/overhead.py --row mnist --data-dir DIR
+    python -m benchmarks.overhead --row mnist --data-dir DIR
 
-Contestant A trains with apoptosis. After every few steps, B repeats them without: the same batches through a network
-of the widths that A had, a fresh copy after every event; who goes first alternates. A - B is what windows, hooks,
-planning, surgery and the first capture took together, whatever apoptosis' own clock says. Where that clock stood still
+A trains with apoptosis. After every few steps, B repeats them without: the same batches through a network of the widths
+that A had, a fresh copy after every event; which of them goes first alternates. A - B is what windows, hooks, planning,
+surgery and the first capture took together, whatever apoptosis' own clock says. Where that clock stood still
 there was no more than a counter, so those chunks enter by the median of their differences: other programs' noise, in
 all of them, would drown the few in which something happened. Copying is not timed; evaluation does not happen.
 Holds: this measurement. Elsewhere: speed-ups (paper).
@@ -12,7 +12,6 @@ Holds: this measurement. Elsewhere: speed-ups (paper).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
@@ -27,13 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apoptosis.tools.recipes.config import RunConfig
-from apoptosis.tools.recipes.folder import write_json
 from apoptosis.tools.recipes.loop import Trainer
-from apoptosis.tools.recipes.machine import machine, versions
 from apoptosis.tools.recipes.optim import learning_rates, make_optimizer
 from apoptosis.tools.recipes.train import prepare
+from benchmarks import shared
 
-RESULTS = Path(__file__).parent / "results"
 COMMON: dict[str, object] = {"optimizer": "adam", "batch": 128, "schedule": "one-cycle"}
 ROWS: dict[str, dict[str, object]] = {  # fields of apoptosis.tools.recipes.config.RunConfig
     "mnist": {"data": "mnist", "network": "mlp", "widths": (1024, 1024, 1024), "epochs": 10},
@@ -84,7 +81,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     step = num_events = turn = 0
     idle_differences: list[float] = []
     busy_differences: list[float] = []
-    twin = copy_of(trainer)
+    copied = copy_of(trainer)
     warm_up(copy_of(trainer), (data.train.between(0, trainer.batch), config.lr))
 
     def full(batch: tuple[Tensor, Tensor], lr: float) -> bool:
@@ -97,7 +94,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         pairs = list(zip(now, rates[step:], strict=False))
         both: dict[str, list[Step]] = {
             "with": [partial(full, *pair) for pair in pairs],
-            "without": [partial(train_step, *twin, *pair) for pair in pairs],
+            "without": [partial(train_step, *copied, *pair) for pair in pairs],
         }
         own = apo.seconds
         order = ("with", "without") if turn % 2 == 0 else ("without", "with")
@@ -108,9 +105,9 @@ def measure(config: RunConfig) -> dict[str, Any]:
         difference = ends["with"][done - 1] - ends["without"][done - 1]
         idle = apo.seconds == own and done == len(ends["without"])
         (idle_differences if idle else busy_differences).append(difference)
-        if trainer_changed(trainer, twin[0]):
+        if trainer_changed(trainer, copied[0]):
             num_events += 1
-            twin = copy_of(trainer)
+            copied = copy_of(trainer)
         step, turn, batches = step + done, turn + 1, batches[done:]
     total = seconds["with"]
     cost = trainer.seconds + sum(busy_differences)
@@ -140,13 +137,13 @@ def epoch_batches(trainer: Trainer, step: int) -> list[tuple[Tensor, Tensor]]:
     return [(x.to(trainer.device), y.to(trainer.device)) for x, y in taken]
 
 
-def trainer_changed(trainer: Trainer, twin: nn.Module) -> bool:
-    shapes = [[p.shape for p in model.parameters()] for model in (trainer.model, twin)]
+def trainer_changed(trainer: Trainer, copied: nn.Module) -> bool:
+    shapes = [[p.shape for p in model.parameters()] for model in (trainer.model, copied)]
     return shapes[0] != shapes[1]
 
 
 def warm_up(copied: tuple[nn.Module, torch.optim.Optimizer], example: tuple[tuple[Tensor, Tensor], float]) -> None:
-    """First steps are slow (allocation, choice of kernels) and would count for whoever goes first."""
+    """First steps are slow (allocation, choice of kernels) and would count for the one that goes first."""
     device = next(copied[0].parameters()).device
     (x, y), lr = example
     for _ in range(20):
@@ -166,7 +163,7 @@ class Clock:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("--row", default="mnist", choices=sorted(ROWS))
     parser.add_argument("--data-dir")
     parser.add_argument("--seeds", default="0")
@@ -182,12 +179,8 @@ def main() -> int:
         print(f"{given.row}, seed {seed}: {100 * runs[-1]['share_by_difference']:.2f} % by difference, "
               f"{100 * runs[-1]['share_by_clock']:.2f} % by its own clock", flush=True)  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"kind": "overhead", "row": given.row, "config": config.model_dump(mode="json"), "versions": versions(),
-              "machine": machine(device), "runs": runs}  # fmt: skip
-    target = given.json or RESULTS / f"overhead-{given.row}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, result)
-    print(f"wrote {target}")
+    result = shared.result("overhead", device, row=given.row, config=config.model_dump(mode="json"), runs=runs)
+    shared.write(given.json or shared.RESULTS / f"overhead-{given.row}.json", result)
     return 0
 
 

@@ -27,19 +27,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from apoptosis.tools.recipes.folder import write_json
-from apoptosis.tools.recipes.machine import machine, versions
+from benchmarks import shared
 from benchmarks.cluster import model, whole
 from benchmarks.cluster.links import Links, why_not
 from benchmarks.cluster.rank import BATCH, Spec, name_of
+from benchmarks.cluster.stand_ins import STAND_INS
 from benchmarks.cluster.start import run_ranks, why_no_links_for_mpi, why_no_mpi
-from benchmarks.cluster.twins import TWINS
-from benchmarks.paper.grounds import GROUNDS
+from benchmarks.paper.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 RATES = (None, 1e9, 1e8)
 FULL: dict[str, Any] = {
     "dense": (1024, 1024, 1024),
@@ -96,9 +92,9 @@ def _joined(key: str, values: list[Any]) -> Any:
 
 
 def committed_run() -> Record:
-    """Read the run on MNIST whose widths and events are taken over, and what its grounds leave of networks."""
-    cell = json.loads((RESULTS / "paper" / "mnist-0.json").read_text(encoding="utf-8"))
-    events, full = cell["contestants"]["apoptosis"]["events"], cell["contestants"]["dense"]["parameters"]
+    """Read the run on MNIST whose widths and events are taken over, and what its tasks leave of networks."""
+    cell = json.loads((shared.RESULTS / "paper" / "mnist-0.json").read_text(encoding="utf-8"))
+    events, full = cell["methods"]["apoptosis"]["events"], cell["methods"]["dense"]["parameters"]
     return {
         "steps": cell["epochs"] * (cell["train_rows"] // cell["batch"]),
         "events": [
@@ -108,23 +104,23 @@ def committed_run() -> Record:
     }
 
 
-def grounds() -> dict[str, Record]:
-    """Ground -> what apoptosis left there: shares of parameters and multiply-adds, accuracy with it and without."""
+def tasks() -> dict[str, Record]:
+    """Task -> what apoptosis left there: shares of parameters and multiply-adds, accuracy with it and without."""
     found = {}
-    for ground in dict.fromkeys(ground for _, _, several in model.NETWORKS.values() for ground in several):
-        path = RESULTS / (f"scaling-{ground}.json" if ground in TWINS else f"paper/{ground}-0.json")
+    for task in dict.fromkeys(task for _, _, several in model.NETWORKS.values() for task in several):
+        path = shared.RESULTS / (f"scaling-{task}.json" if task in STAND_INS else f"paper/{task}-0.json")
         if path.exists():
             cell = json.loads(path.read_text(encoding="utf-8"))
-            dense, apoptosis = (cell["contestants"][name] for name in ("dense", "apoptosis"))
+            dense, apoptosis = (cell["methods"][name] for name in ("dense", "apoptosis"))
             shares = {key: apoptosis[key] / dense[key] for key in ("parameters", "macs")}
-            told = {"network": (GROUNDS | TWINS)[ground].network, "epochs": cell["epochs"]}
-            told["rows"] = cell["train_rows"]
-            found[ground] = told | shares | {"dense": dense["test"], "apoptosis": apoptosis["test"]}
+            entry = {"network": (TASKS | STAND_INS)[task].network, "epochs": cell["epochs"]}
+            entry["rows"] = cell["train_rows"]
+            found[task] = entry | shares | {"dense": dense["test"], "apoptosis": apoptosis["test"]}
     return found
 
 
 def ratios(measured: Mapping[str, Record]) -> dict[str, tuple[float, float]]:
-    return {ground: (one["parameters"], one["macs"]) for ground, one in measured.items()}
+    return {task: (one["parameters"], one["macs"]) for task, one in measured.items()}
 
 
 def step_of(link: Record, layout: str, rows: int = BATCH) -> Record:
@@ -164,15 +160,15 @@ def backends_of(worlds: list[Record]) -> list[str]:
 
 
 def targets(worlds: list[Record], fitted: Record) -> list[dict[str, str]]:
-    """Compare with what issue 5 aims at: four processes, at 1 Gbit/s and where communication bounds."""
+    """Compare with the targets of docs/scaling.md: four processes, at 1 Gbit/s and where communication bounds."""
     one = worlds[0]["links"][0]
     single = model.taken(worlds[0], step_of(one, "dense")) / model.taken(worlds[0], step_of(one, "shrunk"))
     gains = {"1000 Mbit/s": (single, one["run"]["speed_up"]), "100 Mbit/s": (5.0, 5.0)}
     return [
-        told
+        target
         for place in worlds
         for link in (place["links"] if place["size"] == 4 else ())
-        for told in _targets(place, link, fitted, gains.get(link["link"]))
+        for target in _targets(place, link, fitted, gains.get(link["link"]))
     ]
 
 
@@ -183,7 +179,7 @@ def _targets(
     name, cores = link["link"], f"on {place['cores']} core{'s' * (place['cores'] > 1)}"
     costs = fitted["links"][model.name_of(place, link)]
 
-    def told(target: str, measured: str, met: bool) -> dict[str, str]:
+    def entry(target: str, measured: str, met: bool) -> dict[str, str]:
         where = f"4 processes, {model.name_of(place, link)}"
         return {"target": f"{where}: {target}", "measured": measured, "met": "yes" if met else "no"}
 
@@ -197,15 +193,15 @@ def _targets(
         what = "as one process alone" if name == "1000 Mbit/s" else "where communication bounds"
         ratio, whole = dense["seconds"] / shrunk["seconds"], link["run"]["speed_up"]
         own = f"{by_model[0] / by_model[1]:.1f}x by the model with a core for each"
-        yield told(f"steps after apoptosis at least {least[0]:.1f}x faster, {what}",
+        yield entry(f"steps after apoptosis at least {least[0]:.1f}x faster, {what}",
                    f"{ratio:.1f}x {cores}; {own}", ratio >= least[0])  # fmt: skip
-        yield told(f"the whole run at least {least[1]:.1f}x faster",
+        yield entry(f"the whole run at least {least[1]:.1f}x faster",
                    f"{whole:.1f}x at the measured steps", whole >= least[1])  # fmt: skip
     event = link["event"]
     if event is not None:
         sent = (event["bytes_on_link"] or 0.0) * costs["beta"]
         own = f"{(event['cpu_seconds'] / 4 + sent) / by_model[0]:.1f} by the model with a core for each"
-        yield told("an event under 10 dense steps of the same layout",
+        yield entry("an event under 10 dense steps of the same layout",
                    f"{event['dense_steps']:.1f} {cores}, with the watching before it; {own}",
                    event["dense_steps"] < 10)  # fmt: skip
 
@@ -221,9 +217,9 @@ def followed(result: Record) -> Record:
     first = [model.BACKENDS[backend] for backend in backends_of(worlds)][:1]
     link = next((fitted["links"].get(f"{name}, 1000 Mbit/s") for name in first), None)
     slow = {} if link is None else {"1000 Mbit/s": link, "10 Gbit/s, assumed": link | {"beta": link["beta"] / 10}}
-    left = grounds()
+    left = tasks()
     projection = model.project(fitted["compute"], slow, ratios(left))
-    more = {"grounds": left, "backends": backends_of(worlds), "why_no_mpi": result.get("why_no_mpi", "not asked for")}
+    more = {"tasks": left, "backends": backends_of(worlds), "why_no_mpi": result.get("why_no_mpi", "not asked for")}
     return result | more | {"model": fitted, "targets": targets(worlds, fitted), "projection": projection}
 
 
@@ -239,20 +235,19 @@ def measured(args: argparse.Namespace) -> Record:
         worlds = [world(1, "gloo", how["gloo"], args, cores, start)]
         for backend in args.backend:
             worlds += [world(size, backend, how[backend], args, cores, start) for size in args.sizes if size > 1]
-    return {
-        "kind": "scaling",
-        "seed": args.seed,
-        "backends": args.backend,
-        "why_no_mpi": args.why_no_mpi,
-        "how": how[args.backend[0]],
-        "why_no_namespaces": reason,
-        "why_no_namespaces_for_mpi": no_links if "mpi" in args.backend else "",
-        "batch": BATCH,
-        "data": "mnist" if args.data_dir else "synthetic",
-        "versions": versions(),
-        "machine": machine(torch.device("cpu")) | {"cores": cores, "load_before": load},
-        "worlds": worlds,
-    }
+    found = shared.result(
+        "scaling",
+        seed=args.seed,
+        backends=args.backend,
+        why_no_mpi=args.why_no_mpi,
+        how=how[args.backend[0]],
+        why_no_namespaces=reason,
+        why_no_namespaces_for_mpi=no_links if "mpi" in args.backend else "",
+        batch=BATCH,
+        data="mnist" if args.data_dir else "synthetic",
+        worlds=worlds,
+    )
+    return found | {"machine": found["machine"] | {"cores": cores, "load_before": load}}
 
 
 def choose_backends(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
@@ -273,7 +268,7 @@ def choose_backends(parser: argparse.ArgumentParser, given: argparse.Namespace) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("--sizes", type=lambda s: [int(n) for n in s.split(",")], help="processes: 1,2,4,8")
     parser.add_argument("--backend", help="gloo, mpi or gloo,mpi; without: both where there is an MPI")
     parser.add_argument(
@@ -289,20 +284,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="benchmarks/results/scaling.json or scaling-whole.json without")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # ranks end with this process then
-    given.json = given.json or RESULTS / ("scaling-whole.json" if given.whole else "scaling.json")
+    given.json = given.json or shared.RESULTS / ("scaling-whole.json" if given.whole else "scaling.json")
     given.sizes = sorted(given.sizes or ([2] if given.quick else [whole.SIZE] if given.whole else [2, 4, 8]))
     if given.whole:
-        write_json(given.json, whole.measured(given))
-        print(f"wrote {given.json}")
+        shared.write(given.json, whole.measured(given))
         return 0
     if given.refit:
         result = json.loads(given.json.read_text(encoding="utf-8"))
     else:
         choose_backends(parser, given)
         result = measured(given)
-    result = followed(result)
-    write_json(given.json, result)
-    print(f"wrote {given.json}")
+    shared.write(given.json, followed(result))
     return 0
 
 

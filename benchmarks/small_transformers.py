@@ -1,8 +1,8 @@
 """Small transformers trained with and without apoptosis at its default settings, step by step in turn, in one process.
 
-    python benchmarks/small_transformers.py --data-dir DIR --json benchmarks/results/transformers.json
-    python benchmarks/small_transformers.py --data-dir DIR --only gpt --seeds 0 --steps 600     a part, printed alone
-    python benchmarks/small_transformers.py --data-dir DIR --only gpt --needs 15,30,60,100,150,200,300 --steps 600
+    python -m benchmarks.small_transformers --data-dir DIR --json benchmarks/results/transformers.json
+    python -m benchmarks.small_transformers --data-dir DIR --only gpt --seeds 0 --steps 600     a part, printed alone
+    python -m benchmarks.small_transformers --data-dir DIR --only gpt --needs 15,30,60,100,150,200,300 --steps 600
 
 DIR holds tinyshakespeare/input.txt and cifar-10-batches-bin/. Figures are of validation splits alone: of Shakespeare
 the first 90 % train, the next 5 % validate, the rest is never read; of CIFAR-10 the last 5,000 training images
@@ -12,7 +12,6 @@ Holds: these networks, their tasks and the comparison. Elsewhere: what docs/rese
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -33,11 +32,11 @@ from apoptosis.criteria import get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, make_plan
-from apoptosis.tools.recipes.machine import machine, versions
+from benchmarks import shared
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 4, 4, 64, 32
 PEAK, FIRST, FLOOR = 2e-3, 50, 0.1  # learning rate: peak, steps to it, share of it at the end of the cosine
-TURN = 25  # steps that one twin trains before it is the other's turn
+TURN = 25  # steps that one run trains before it is the other's turn
 Batch = tuple[Tensor, Tensor]
 
 
@@ -214,8 +213,8 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
 
 
-class Contestant:
-    """One of the twins: a network, its optimizer and what it did so far."""
+class PairedRun:
+    """One of two runs on the same batches: a network, its optimizer and what it did so far."""
 
     def __init__(self, task: Task, seed: int, steps: int, options: dict[str, Any] | None) -> None:
         torch.manual_seed(seed)
@@ -259,23 +258,21 @@ class Contestant:
 
 
 def run(name: str, task: Task, seed: int, steps: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Train twins in turn and say what came of them."""
-    twins = {"dense": Contestant(task, seed, steps, None), "apoptosis": Contestant(task, seed, steps, options)}
-    for turn in range(0, steps, TURN):
-        order = list(twins.values()) if (turn // TURN + seed) % 2 == 0 else list(twins.values())[::-1]
-        for twin in order:
-            twin.train(min(TURN, steps - turn))
-    small = twins["apoptosis"]
+    """Train paired runs in turn and say what came of them."""
+    pair = {"dense": PairedRun(task, seed, steps, None), "apoptosis": PairedRun(task, seed, steps, options)}
+    for one, _, number in shared.in_turn(tuple(pair.values()), steps, TURN, seed):
+        one.train(number)
+    small = pair["apoptosis"]
     assert small.apoptosis is not None
     ledger = small.apoptosis.ledger()
-    losses = {kind: twin.validate() for kind, twin in twins.items()}
+    losses = {kind: one.validate() for kind, one in pair.items()}
     widths = {g.name: g.num_channels for g in small.apoptosis.groups()}
     result = {
         **{"network": name, "seed": seed, "steps": steps, "options": options},
         "validation_loss": losses,
         "difference": losses["apoptosis"] - losses["dense"],
-        "seconds": {kind: twin.seconds for kind, twin in twins.items()},
-        "speed_up": twins["dense"].seconds / small.seconds,
+        "seconds": {kind: one.seconds for kind, one in pair.items()},
+        "speed_up": pair["dense"].seconds / small.seconds,
         "parameters": ledger.parameters,
         "macs": ledger.macs,
         "widths": widths,
@@ -295,30 +292,30 @@ def needs(name: str, task: Task, seed: int, steps: int, marks: list[int]) -> Non
 
     "-": nothing would go.
     """
-    twin = Contestant(task, seed, steps, None)
+    one = PairedRun(task, seed, steps, None)
     picks = torch.Generator().manual_seed(9)
     batches = [task.train(picks)[0] for _ in range(8)]
-    structure = analyse(twin.model, (batches[0],), {})
+    structure = analyse(one.model, (batches[0],), {})
     groups = [g for g in structure.groups if g.pin is None and not g.name.endswith(":heads")]
     print(name, ", ".join(f"{g.name} {g.num_channels}" for g in groups))
     for mark in marks:
-        twin.train(mark - twin.step)
-        observer = Observer(twin.model, groups, seed=0, any_mode=True, replay=replay)
+        one.train(mark - one.step)
+        observer = Observer(one.model, groups, seed=0, any_mode=True, replay=replay)
         observer.open()
         with torch.no_grad():
             for batch in batches:
-                twin.model(batch)
+                one.model(batch)
                 observer.end_step()
         observer.close()
         criterion = get_criterion("reconstruction")
         request = Request(criterion=criterion, tolerance=criterion.tolerance, align=1, max_drop=1.0, seed=0)
-        plan = make_plan(twin.model, structure, observer.observations(), request)
+        plan = make_plan(one.model, structure, observer.observations(), request)
         found = [plan.widths[g.name][1] if g.name in plan.widths else "-" for g in groups]
-        print(f"step {mark}: {found}, validation loss {twin.validate(8):.3f}", flush=True)
+        print(f"step {mark}: {found}, validation loss {one.validate(8):.3f}", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--only", default="gpt,gpt2,llama,encoder,vit")
     parser.add_argument("--seeds", default="0")
@@ -335,12 +332,12 @@ def main() -> int:
     for name, task in found.items() if given.needs else ():
         needs(name, task, seeds[0], given.steps, [int(mark) for mark in given.needs.split(",")])
     runs: list[dict[str, Any]] = []
-    result = {"kind": "transformers", "versions": versions(), "machine": machine(torch.device("cpu")), "runs": runs}
+    result = shared.result("transformers", runs=runs)
     for name, task in found.items() if not given.needs else ():
         for seed in seeds:
             runs.append(run(name, task, seed, given.steps, options))
             if given.json is not None:  # as far as it went
-                given.json.write_text(json.dumps(result, indent=1) + "\n")
+                shared.write(given.json, result)
     return 0
 
 

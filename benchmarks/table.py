@@ -54,7 +54,7 @@ def overhead_table(results: Mapping[str, Record]) -> str:
             )
     head = ("run", "seed", "events", "training", "the same steps without", "share by difference",
             "share by its own clock", "of this, hooks")  # fmt: skip
-    return markdown(head, rows) if rows else EMPTY.format(command="python benchmarks/overhead.py")
+    return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.overhead")
 
 
 def capture_table(results: Mapping[str, Record]) -> str:
@@ -79,7 +79,7 @@ def capture_table(results: Mapping[str, Record]) -> str:
             )
     head = ("network", "parameters", "weights", "groups: all, may shrink", "first capture", "next captures",
             "processor time", "memory beyond the weights", "limits")  # fmt: skip
-    return markdown(head, rows) if rows else EMPTY.format(command="python benchmarks/capture_cost.py")
+    return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.capture_cost")
 
 
 def event_cost_table(results: Mapping[str, Record]) -> str:
@@ -132,7 +132,7 @@ def options_table(results: Mapping[str, Record]) -> str:
 
 
 def _one_of_each(cells: Sequence[Record]) -> list[tuple[str, Record]]:
-    return list({f"{cell['ground']} and its rivals": cell for cell in cells}.items())
+    return list({f"{cell['task']} and its baselines": cell for cell in cells}.items())
 
 
 def paper(make: Callable[[Sequence[Record], Sequence[Record]], str]) -> Callable[[Mapping[str, Record]], str]:
@@ -142,7 +142,7 @@ def paper(make: Callable[[Sequence[Record], Sequence[Record]], str]) -> Callable
 
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "results": paper(tables.overview),
-    "contestants": paper(tables.contestants),
+    "methods": paper(tables.methods),
     "aims": paper(tables.aims),
     "seeds": paper(tables.seeds),
     "frontier": paper(tables.frontier),

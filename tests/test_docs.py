@@ -172,7 +172,7 @@ def test_the_figures_of_captures_are_within_their_limits():
 def test_filling_is_stable_and_says_what_is_missing():
     page = "a\n<!-- overhead:begin -->\nold\n<!-- overhead:end -->\nb"
     empty = table.fill(page, {})
-    assert "benchmarks/overhead.py" in empty
+    assert "python -m benchmarks.overhead" in empty
     assert "old" not in empty
     assert table.fill(empty, {}) == empty
     run = {"seed": 0, "events": 4, "seconds_with": 10.0, "seconds_without": 9.8, "share_by_difference": 0.02,

@@ -28,14 +28,14 @@ def why_not() -> str:
         with Links(2):
             return ""
     except (subprocess.SubprocessError, OSError, TimeoutError) as error:
-        told = str(getattr(error, "stderr", "") or error).strip()
-        return f"this machine allows no network namespaces: {told.splitlines()[-1] if told else error!r}"
+        output = str(getattr(error, "stderr", "") or error).strip()
+        return f"this machine allows no network namespaces: {output.splitlines()[-1] if output else error!r}"
 
 
 class Links:
     """Namespaces 0..size-1, each with one interface, eth0, at one bridge; use it as a context.
 
-    Each has its address for a host name as well, so that who asks for his name is told what others can reach.
+    Each has its address for a host name as well, so that a look-up of the own name gives what others can reach.
 
     Raises: subprocess.CalledProcessError, OSError: the machine does not allow it.
     """
@@ -82,7 +82,7 @@ class Links:
         return self._holders[rank + 1].pid
 
     def cut(self, rank: int) -> None:
-        """Take a rank's link down: what is sent is lost, and nobody is told."""
+        """Take a rank's link down: what is sent is lost without a notice."""
         self._at_hub("ip", "link", "set", f"port{rank}", "down")
 
     def mend(self, rank: int) -> None:
@@ -106,8 +106,8 @@ class Links:
         end = time.monotonic() + _START
         while _program(holder.pid) != "cat":
             if holder.poll() is not None:
-                told = holder.stderr.read() if holder.stderr is not None else b""
-                raise subprocess.CalledProcessError(holder.returncode, words, stderr=told.decode())
+                output = holder.stderr.read() if holder.stderr is not None else b""
+                raise subprocess.CalledProcessError(holder.returncode, words, stderr=output.decode())
             if time.monotonic() > end:
                 raise TimeoutError(f"{words[0]} did not start within {_START:.0f} s")
             time.sleep(0.01)

@@ -33,7 +33,7 @@ BACKENDS = {"gloo": "gloo", "mpi": "MPI"}  # and how the page calls them
 Record = Mapping[str, Any]
 
 #: name -> parameters, multiply-adds per example at 224 px (torchvision's networks), whose ratios are taken: the first
-#: of these grounds that was measured
+#: of these tasks that was measured
 NETWORKS: dict[str, tuple[float, float, tuple[str, ...]]] = {
     "AlexNet": (61_100_840, 714_188_480, ("alexnet",)),
     "VGG-16": (138_357_544, 15_470_264_320, ("vgg", "alexnet")),
@@ -111,8 +111,8 @@ def errors(worlds: Sequence[Record], compute: Mapping[str, float], links: Mappin
         for link in world["links"]:
             name = "one process" if world["size"] == 1 else name_of(world, link)
             for step in link["steps"]:
-                told = step_seconds(compute, None if world["size"] == 1 else links[name], world, step)
-                found.setdefault(name, []).append(told / taken(world, step) - 1.0)
+                predicted = step_seconds(compute, None if world["size"] == 1 else links[name], world, step)
+                found.setdefault(name, []).append(predicted / taken(world, step) - 1.0)
     return {
         name: {"points": len(e), "median": statistics.median(map(abs, e)), "worst": max(e, key=abs)}
         for name, e in found.items()
@@ -137,11 +137,11 @@ def project(
     links: Mapping[str, Mapping[str, float]],
     ratios: Mapping[str, tuple[float, float]],
 ) -> list[dict[str, Any]]:
-    """Steps before and after apoptosis. ratios: ground -> share of parameters, of multiply-adds that is left."""
+    """Steps before and after apoptosis. ratios: task -> share of parameters, of multiply-adds that is left."""
     found = []
-    for network, (parameters, macs, grounds) in NETWORKS.items():
-        ground = next(ground for ground in grounds if ground in ratios)
-        left, right = ratios[ground]
+    for network, (parameters, macs, tasks) in NETWORKS.items():
+        task = next(task for task in tasks if task in ratios)
+        left, right = ratios[task]
         for name, link in links.items():
             for size in NODES:
                 before = projected_step(compute, link, size, macs, parameters)
@@ -149,7 +149,7 @@ def project(
                 found.append(
                     {
                         "network": network,
-                        "ratios_of": ground,
+                        "ratios_of": task,
                         "link": name,
                         "nodes": size,
                         "before": before,
@@ -172,11 +172,11 @@ def whole_run(dense: float, shrunk: float, first_event: float, sizes: tuple[int,
         run: steps; events, each with step, share of the parameters after it and seconds.
     """
     most, least = sizes
-    total = spent = 0.0
+    total = event_seconds = 0.0
     step, now = 0, float(most)
     for event in (*run["events"], {"step": run["steps"], "share": 0.0, "seconds": 0.0}):
         total += (event["step"] - step) * max(0.0, shrunk + (dense - shrunk) * (now - least) / (most - least))
-        spent += first_event * event["seconds"] / run["events"][0]["seconds"]
+        event_seconds += first_event * event["seconds"] / run["events"][0]["seconds"]
         step, now = event["step"], event["share"] * most
     without = dense * run["steps"]
-    return {"speed_up": without / (total + spent), "event_share": spent / (total + spent)}
+    return {"speed_up": without / (total + event_seconds), "event_share": event_seconds / (total + event_seconds)}

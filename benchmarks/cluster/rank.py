@@ -1,7 +1,7 @@
 """One process of a scaling run: python -m benchmarks.cluster.rank SPEC.json [RANK]
 
 Holds: what one rank measures: plain sums, steps of the dense and of the shrunk network, one event.
-Elsewhere: starting ranks (start.py; gloo's are given their number, MPI tells its own), what follows from the figures
+Elsewhere: starting ranks (start.py; gloo's are given their number, MPI knows its own), what follows from the figures
 (model.py).
 """
 
@@ -43,7 +43,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What all ranks of a world are told.
+    """The specification that all ranks of a world read.
 
     folder: where their records go. threads: of each. data_dir: of the data sets.
     backend: "gloo", or "mpi" (mpirun has started the ranks; gradients, moments and votes go by MPI).
@@ -298,7 +298,7 @@ def transport(ranks: Ranks) -> str:
 
 @contextmanager
 def joined(spec: Job, rank: int | None) -> Iterator[World]:
-    """Meet the other ranks, and part from them when all are done. rank: None where MPI tells."""
+    """Meet the other ranks, and part from them when all are done. rank: None where MPI knows it."""
     torch.set_num_threads(spec.threads)
     if spec.backend == "mpi":
         with start_group("mpi", device="cpu", timeout=TIMEOUT.total_seconds()) as group:

@@ -52,8 +52,8 @@ def why_no_mpi() -> str:
 
 def why_no_links_for_mpi() -> str:
     """Say why mpirun cannot enter namespaces, "" where it can; `why_no_mpi` has said that there is one."""
-    told = subprocess.run([str(mpirun()), "--version"], capture_output=True, text=True, timeout=60).stdout
-    return "" if "HYDRA" in told.upper() else "this mpirun is not MPICH's, whose launcher enters the namespaces"
+    text = subprocess.run([str(mpirun()), "--version"], capture_output=True, text=True, timeout=60).stdout
+    return "" if "HYDRA" in text.upper() else "this mpirun is not MPICH's, whose launcher enters the namespaces"
 
 
 def run_ranks(
@@ -62,7 +62,7 @@ def run_ranks(
     """Start `size` processes of a program and wait for all.
 
     Args:
-        backend: "gloo": each is given its rank as last argument. "mpi": none is, MPI tells.
+        backend: "gloo": each is given its rank as last argument. "mpi": none is, MPI knows it.
         program: words after the interpreter. links: where they live, None for the machine itself. folder: for files.
 
     Raises: SystemExit: one failed, or all took longer than TIMEOUT. Nothing is left running.

@@ -166,13 +166,13 @@ def model(result: Record) -> str:
     c = found["compute"]
     for name, error in found["errors"].items():
         link = found["links"].get(name)
-        told = (
+        words = (
             f"{1e3 * c['c0']:.2f} ms + {_rate(1e-9, c['c1'])} GMAC/s + {1e9 * c['c2']:.2f} ns per parameter"
             if link is None
             else f"alpha {1e6 * link['alpha']:.0f} µs, {_rate(8e-6, link['beta'])} Mbit/s"
         )
         rows.append(
-            (name, told, str(error["points"]), f"{100 * error['median']:.0f} %", f"{100 * error['worst']:+.0f} %")
+            (name, words, str(error["points"]), f"{100 * error['median']:.0f} %", f"{100 * error['worst']:+.0f} %")
         )
     return markdown(("steps of", "fitted", "measured points", "median error", "worst error"), rows)
 
@@ -200,8 +200,8 @@ def projection(result: Record) -> str:
 def left_of(result: Record) -> str:
     """Whose ratios the projection takes, and what accuracy they were had at."""
     rows = []
-    for network, ground in {p["network"]: p["ratios_of"] for p in result["projection"]}.items():
-        one = result["grounds"][ground]
+    for network, task in {p["network"]: p["ratios_of"] for p in result["projection"]}.items():
+        one = result["tasks"][task]
         shares = (f"{100 * one[key]:.1f} %" for key in ("parameters", "macs"))
         tests = (f"{100 * one[key]:.1f} %" for key in ("dense", "apoptosis"))
         rows.append((network, f"{one['network']}; {one['epochs']} epochs of {one['rows']:,} images", *shares, *tests))
@@ -214,11 +214,11 @@ def whole(result: Record) -> str:
     """Whole runs, dense and with apoptosis."""
     where, rows = result["machine"], []
     for size in dict.fromkeys(r["size"] for r in result["runs"]):
-        dense = next(r for r in result["runs"] if r["size"] == size and r["contestant"] == "dense")
+        dense = next(r for r in result["runs"] if r["size"] == size and r["method"] == "dense")
         for one in (r for r in result["runs"] if r["size"] == size):
             link = NONE if size == 1 else result["link"] + (", hook" if result["how"] == "hook" else "")
             faster = NONE if one is dense else f"{dense['seconds'] / one['seconds']:.2f}x"
-            rows.append((str(size), link, one["contestant"], f"{one['seconds']:,.0f} s", faster,
+            rows.append((str(size), link, one["method"], f"{one['seconds']:,.0f} s", faster,
                          f"{one['cpu_seconds']:,.0f} s",
                          NONE if one["bytes_on_link"] is None else f"{one['bytes_on_link'] / 1e9:.2f} GB",
                          f"{100 * one['test']:.2f} %", f"{one['parameters']:,}", str(len(one["events"]))))  # fmt: skip
@@ -227,7 +227,7 @@ def whole(result: Record) -> str:
     shared = "shared with other programs" if busy(result) else "with nothing else on it"
     first = result["runs"][0]
     return (
-        f"{result['network']} on {result['ground']}, {result['epochs']} epochs, {first['steps']:,} steps of "
+        f"{result['network']} on {result['task']}, {result['epochs']} epochs, {first['steps']:,} steps of "
         f"{result['batch']} examples in all, seed {result['seed']}; {where['cpu']}, {where['cores']} of its cores, "
         f"{shared} (load {where['load_before']:.1f} before the start).\n\n{markdown(head, rows)}"
     )

@@ -1,1 +1,1 @@
-"""The paper's ground, side by side with what a user would pick instead: `python -m benchmarks.paper --help`."""
+"""The comparison: apoptosis side by side with what a user would pick instead: `python -m benchmarks.paper --help`."""

@@ -1,4 +1,4 @@
-"""The paper's ground, all contestants, one command.
+"""All tasks of the paper, all methods, one command.
 
     python -m benchmarks.paper --data-dir DIR                 every cell that is not there yet; hours on two cores
     python -m benchmarks.paper --only mnist,higgs --seeds 0   some of them
@@ -7,7 +7,7 @@
     python -m benchmarks.paper --event-time --data-dir DIR    where the time of events goes, by profile
     python -m benchmarks.paper --table                        only read what is there: table, targets, pictures
 
-Resumable per cell (ground and seed): a cell whose JSON exists is not run again.
+Resumable per cell (task and seed): a cell whose JSON exists is not run again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 from apoptosis.errors import ApoptosisError
 from benchmarks.paper.cells import cell_path, fits, run_cell, write_cell
 from benchmarks.paper.event_time import EVENT_TIME, read_event_time, run_event_time
-from benchmarks.paper.frontier import GROUNDS as FRONTIERS
+from benchmarks.paper.frontier import TASKS as FRONTIERS
 from benchmarks.paper.frontier import frontier_path, run_frontier
-from benchmarks.paper.grounds import GROUNDS, QUICK
 from benchmarks.paper.pictures import draw_all
 from benchmarks.paper.summary import read_cells, read_frontiers
-from benchmarks.paper.tables import aims, contestants
+from benchmarks.paper.tables import aims, methods
+from benchmarks.paper.tasks import QUICK, TASKS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
 
@@ -48,12 +48,12 @@ def _main(arguments: list[str] | None) -> int:
         prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, help="where the publishers' files lie")
-    parser.add_argument("--only", help=f"grounds, comma-separated: {', '.join(GROUNDS)}", default=",".join(GROUNDS))
-    parser.add_argument("--seeds", help="comma-separated; default: each ground's own number of them, from 0")
+    parser.add_argument("--only", help=f"tasks, comma-separated: {', '.join(TASKS)}", default=",".join(TASKS))
+    parser.add_argument("--seeds", help="comma-separated; default: each task's own number of them, from 0")
     parser.add_argument("--results", type=Path, help="folder of the cells' JSON (--quick: a new one)")
     parser.add_argument("--no-criteria", action="store_true", help="leave the other criteria out")
     parser.add_argument("--rows", type=int, help="training rows instead of all: a trial, give --results")
-    parser.add_argument("--epochs", type=int, help="instead of the ground's: a trial, give --results")
+    parser.add_argument("--epochs", type=int, help="instead of the task's: a trial, give --results")
     parser.add_argument("--pictures", type=Path, help="folder to draw the pictures into")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--event-time", action="store_true", help="profile the events of one run (mnist) instead")
@@ -62,8 +62,8 @@ def _main(arguments: list[str] | None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of every process (default 1)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    if unknown := [name for name in given.only.split(",") if name not in GROUNDS]:
-        parser.error(f"unknown grounds {', '.join(unknown)}; there are {', '.join(GROUNDS)}")
+    if unknown := [name for name in given.only.split(",") if name not in TASKS]:
+        parser.error(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
     if given.results is None:
         given.results = Path(tempfile.mkdtemp(prefix="paper-")) if given.quick else RESULTS
     if given.results == RESULTS and (given.rows or given.epochs) and not given.table:
@@ -72,9 +72,9 @@ def _main(arguments: list[str] | None) -> int:
     if given.frontier:
         _run_frontiers(given)
     elif given.event_time:
-        task = GROUNDS["mnist"].load(given.data_dir, given.rows)
+        data = TASKS["mnist"].load(given.data_dir, given.rows)
         write_cell(
-            given.results / EVENT_TIME, run_event_time(GROUNDS["mnist"], task, lambda line: print(line, flush=True))
+            given.results / EVENT_TIME, run_event_time(TASKS["mnist"], data, lambda line: print(line, flush=True))
         )
     elif not given.table:
         _run(given)
@@ -83,7 +83,7 @@ def _main(arguments: list[str] | None) -> int:
         print("no cells yet", file=sys.stderr)
         return 1
     frontiers = read_frontiers(given.results)
-    print(contestants(cells, frontiers), aims(cells, frontiers), sep="\n\n")
+    print(methods(cells, frontiers), aims(cells, frontiers), sep="\n\n")
     if given.pictures is not None:
         for path in draw_all(cells, frontiers, read_event_time(given.results / EVENT_TIME), given.pictures):
             print(f"wrote {path}")
@@ -93,28 +93,28 @@ def _main(arguments: list[str] | None) -> int:
 def _run(given: argparse.Namespace) -> None:
     names = ["digits"] if given.quick else given.only.split(",")
     for name in names:
-        ground = QUICK if given.quick else GROUNDS[name]
-        ground = ground if given.epochs is None else replace(ground, epochs=given.epochs)
-        seeds = range(ground.seeds) if given.seeds is None else [int(seed) for seed in given.seeds.split(",")]
-        task = None
+        task = QUICK if given.quick else TASKS[name]
+        task = task if given.epochs is None else replace(task, epochs=given.epochs)
+        seeds = range(task.seeds) if given.seeds is None else [int(seed) for seed in given.seeds.split(",")]
+        data = None
         for seed in seeds:
             path = cell_path(given.results, name, seed)
-            if not given.quick and path.exists() and fits(json.loads(path.read_text()), ground, given.rows):
+            if not given.quick and path.exists() and fits(json.loads(path.read_text()), task, given.rows):
                 continue
-            task = ground.load(given.data_dir, given.rows) if task is None else task
+            data = task.load(given.data_dir, given.rows) if data is None else data
             print(f"{name}, seed {seed}", flush=True)
-            cell = run_cell(ground, task, seed, lambda line: print(line, flush=True), criteria=not given.no_criteria)
+            cell = run_cell(task, data, seed, lambda line: print(line, flush=True), criteria=not given.no_criteria)
             write_cell(path, cell)
 
 
 def _run_frontiers(given: argparse.Namespace) -> None:
     for name in (n for n in given.only.split(",") if n in FRONTIERS):
         path = frontier_path(given.results, name)
-        if path.exists() and fits(json.loads(path.read_text()), GROUNDS[name], given.rows):
+        if path.exists() and fits(json.loads(path.read_text()), TASKS[name], given.rows):
             continue
         print(f"{name}, frontier", flush=True)
-        task = GROUNDS[name].load(given.data_dir, given.rows)
-        write_cell(path, run_frontier(GROUNDS[name], task, 0, lambda line: print(line, flush=True)))
+        data = TASKS[name].load(given.data_dir, given.rows)
+        write_cell(path, run_frontier(TASKS[name], data, 0, lambda line: print(line, flush=True)))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cells import Say, header
-from benchmarks.paper.contestants import Shrinking
-from benchmarks.paper.grounds import Ground, Task
+from benchmarks.paper.methods import Shrinking
+from benchmarks.paper.tasks import Task, TaskData
 
-# Part -> functions (file, name), none of them inside another; the rest of an event is told as "rest".
+# Part -> functions (file, name), none of them inside another; the rest of an event is "rest".
 PARTS = {
     "moments": (("window.py", "observations"),),
     "plan": (("plan.py", "make_plan"),),
@@ -60,13 +60,13 @@ def _parts(profile: cProfile.Profile) -> dict[str, float]:
     return found | {"rest": whole - sum(found.values())}
 
 
-def run_event_time(ground: Ground, task: Task, say: Say) -> dict[str, Any]:
+def run_event_time(task: Task, data: TaskData, say: Say) -> dict[str, Any]:
     """Profile the events of one run. Returns: plain values; `events`, each with the seconds of its parts."""
-    run = _Profiled("apoptosis", ground, task, 0)
-    for _ in range(min(EPOCHS, ground.epochs)):
+    run = _Profiled("apoptosis", task, data, 0)
+    for _ in range(min(EPOCHS, task.epochs)):
         run.run_epoch()
         say(f"  epoch {run.epoch}: {len(run.events)} events")
-    return header("paper-event-time", ground, task, 0) | {"events": run.events}
+    return header("paper-event-time", task, data, 0) | {"events": run.events}
 
 
 def read_event_time(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ BATCHES = (1, 256)
 REPEATS = 15
 
 # Run alone in a process. A step of a tiny network first loads what torch loads late; then the peak is set back, so that
-# what is told is the most memory in use during three steps, the network's own included, beyond what was there before.
+# reported is the most memory in use during three steps, the network's own included, beyond what was there before.
 _STEP = """
 import io, sys, torch
 
@@ -70,9 +70,9 @@ def latencies(models: Mapping[str, nn.Module], inputs: Tensor) -> dict[str, dict
 def training_memory(model: nn.Module, inputs: Tensor) -> int | None:
     """Return bytes that three training steps of `model` on `inputs` take at most, weights and optimizer included.
 
-    None where the system does not tell (no /proc).
+    None where the system does not say (no /proc).
 
-    Raises: RuntimeError: the process fails; its last line is told.
+    Raises: RuntimeError: the process fails; its last line is quoted.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None

@@ -49,8 +49,8 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
     matplotlib.rcParams.update(looks)
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, tuple[Callable[[Any, Sequence[Cell]], None], Sequence[Cell]]] = {
-        "time": (_metric_against_time, [c for c in cells if c["ground"] in CORE]),
-        "time-others": (_metric_against_time, [c for c in cells if c["ground"] not in CORE]),
+        "time": (_metric_against_time, [c for c in cells if c["task"] in CORE]),
+        "time-others": (_metric_against_time, [c for c in cells if c["task"] not in CORE]),
         "widths": (_widths, cells),
         "sizes": (_sizes, cells),
         "frontier": (_frontier, frontiers),
@@ -61,20 +61,20 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
     for name, (draw, shown) in pictures.items():
         if not shown:
             continue
-        present = {c["ground"] for c in shown}
-        grounds = [g for g in (*CORE, *sorted(present.difference(CORE))) if g in present]
-        rows, columns = -(-len(grounds) // ACROSS), min(ACROSS, len(grounds))
+        present = {c["task"] for c in shown}
+        tasks = [g for g in (*CORE, *sorted(present.difference(CORE))) if g in present]
+        rows, columns = -(-len(tasks) // ACROSS), min(ACROSS, len(tasks))
         size = ((3.4 if columns > 2 else 4.8) * columns, (3.0 if columns > 2 else 3.6) * rows)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis in axes.flat[len(grounds) :]:
+        for axis in axes.flat[len(tasks) :]:
             axis.set_visible(False)
-        for axis, ground in zip(axes.flat, grounds, strict=False):
-            here = [c for c in shown if c["ground"] == ground]
-            axis.set_title(ground)
+        for axis, task in zip(axes.flat, tasks, strict=False):
+            here = [c for c in shown if c["task"] == task]
+            axis.set_title(task)
             draw(axis, here)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        if name == "widths":  # groups have other names on every ground
-            for axis in axes.flat[: len(grounds)]:
+        if name == "widths":  # groups have other names on every task
+            for axis in axes.flat[: len(tasks)]:
                 if len(axis.get_lines()) <= MOST_NAMED:
                     axis.legend(frameon=False, fontsize=7)
         elif handles:
@@ -89,7 +89,7 @@ def draw_all(cells: Sequence[Cell], frontiers: Sequence[Cell], times: Sequence[C
 def _metric_against_time(axis: Any, cells: Sequence[Cell]) -> None:
     """Validation metric at the end of every epoch, means over seeds."""
     for name, colour in COLOURS.items():
-        runs = [c["contestants"][name]["points"] for c in cells if name in c["contestants"]]
+        runs = [c["methods"][name]["points"] for c in cells if name in c["methods"]]
         if not runs or name == "early stopping":
             continue
         if name == "train-prune-fine-tune":  # before that it is the dense run
@@ -98,7 +98,7 @@ def _metric_against_time(axis: Any, cells: Sequence[Cell]) -> None:
         seconds = [fmean(points[i]["seconds"] for points in runs) for i in range(length)]
         value = [fmean(points[i]["validation"] for points in runs) for i in range(length)]
         axis.plot(seconds, value, color=colour, label=name, linewidth=2 if name == "apoptosis" else 1)
-    values = [p["validation"] for c in cells for p in c["contestants"]["dense"]["points"]]
+    values = [p["validation"] for c in cells for p in c["methods"]["dense"]["points"]]
     axis.set_ylim(sorted(values)[len(values) // 4] - 0.01, max(values) + 0.01)
     axis.set_xlabel("seconds of training")
     axis.set_ylabel(f"validation {cells[0]['metric']}")
@@ -106,7 +106,7 @@ def _metric_against_time(axis: Any, cells: Sequence[Cell]) -> None:
 
 def _widths(axis: Any, cells: Sequence[Cell]) -> None:
     """Channels of every group after every event, first seed."""
-    run = cells[0]["contestants"]["apoptosis"]
+    run = cells[0]["methods"]["apoptosis"]
     for name in run["widths"]:
         steps = [event["step"] for event in run["events"]]
         axis.step(steps, [event["widths"].get(name) for event in run["events"]], where="post", label=name)
@@ -133,7 +133,7 @@ def _sizes(axis: Any, cells: Sequence[Cell]) -> None:
     """Parameters against the paired difference of the test metric, default settings, every seed."""
     unit = cells[0]["unit"]
     for name, colour in COLOURS.items():
-        pairs = [(c["contestants"]["dense"], c["contestants"][name]) for c in cells if name in c["contestants"]]
+        pairs = [(c["methods"]["dense"], c["methods"][name]) for c in cells if name in c["methods"]]
         if pairs:
             size = [own["parameters"] for _, own in pairs]
             axis.scatter(size, [unit * (o["test"] - d["test"]) for d, o in pairs], color=colour, label=name, s=18)

@@ -23,16 +23,16 @@ CORE = ("mnist", "fashion-mnist", "higgs", "cifar10")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One contestant on one ground, over its seeds, against dense in the same cells.
+    """One method on one task, over its seeds, against dense in the same cells.
 
     speedup, cpu_speedup: ratios of summed seconds. difference: mean of the paired differences of the test metric, in
-    the ground's unit; interval: its 95 % half width, None for one seed. reached: seeds that reached the dense network's
+    the task's unit; interval: its 95 % half width, None for one seed. reached: seeds that reached the dense network's
     final validation metric, and the mean share of dense's training time that took.
     memory: ratio of the peaks of a training step. dense_step: seconds of a step.
     """
 
-    ground: str
-    contestant: str
+    task: str
+    method: str
     seeds: int
     unit: float
     metric: float
@@ -44,7 +44,7 @@ class Row:
     cpu_speedup: float
     parameters: float
     macs: float
-    spent_macs: float
+    run_macs: float
     own_share: float | None
     reached: int
     reached_share: float | None
@@ -63,8 +63,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """All of it, as text."""
         return (
-            self.ground,
-            self.contestant,
+            self.task,
+            self.method,
             str(self.seeds),
             f"{self.speedup:.2f}x",
             f"{self.cpu_speedup:.2f}x",
@@ -72,7 +72,7 @@ class Row:
             self.difference_text,
             f"{self.parameters:.1f}x fewer",
             f"{self.macs:.1f}x fewer",
-            f"{self.spent_macs:.1f}x fewer",
+            f"{self.run_macs:.1f}x fewer",
             "" if self.own_share is None else f"{100 * self.own_share:.1f} %",
             "no" if self.reached_share is None else
             f"{self.reached} of {self.seeds}, at {100 * self.reached_share:.0f} %",
@@ -82,10 +82,10 @@ class Row:
 
 
 def read_cells(folder: Path, only: Sequence[str] | None = None) -> list[Cell]:
-    """Read the cells of a folder, by ground and seed."""
+    """Read the cells of a folder, by task and seed."""
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    found = [c for c in cells if c.get("kind") == "paper-cell" and (only is None or c["ground"] in only)]
-    return sorted(found, key=lambda c: (c["ground"], c["seed"]))
+    found = [c for c in cells if c.get("kind") == "paper-cell" and (only is None or c["task"] in only)]
+    return sorted(found, key=lambda c: (c["task"], c["seed"]))
 
 
 def read_frontiers(folder: Path) -> list[Cell]:
@@ -95,31 +95,31 @@ def read_frontiers(folder: Path) -> list[Cell]:
 
 
 def summarise(cells: Sequence[Cell]) -> list[Row]:
-    """One row per ground and contestant."""
+    """One row per task and method."""
     rows = []
-    for ground in dict.fromkeys(c["ground"] for c in cells):
-        here = [c for c in cells if c["ground"] == ground]
+    for task in dict.fromkeys(c["task"] for c in cells):
+        here = [c for c in cells if c["task"] == task]
         if len({tuple(c[key] for key in SETTINGS) for c in here}) > 1:
-            raise ValueError(f"the cells of {ground} differ in {', '.join(SETTINGS)}: run them again as one table.")
+            raise ValueError(f"the cells of {task} differ in {', '.join(SETTINGS)}: run them again as one table.")
         if len({c["machine"]["threads"] for c in here}) > 1:
-            raise ValueError(f"the cells of {ground} were run with different numbers of threads.")
+            raise ValueError(f"the cells of {task} were run with different numbers of threads.")
         if len({c["tolerance"] for c in here}) > 1:
-            raise ValueError(f"the cells of {ground} were run at different default tolerances.")
-        names = dict.fromkeys(n for c in here for n in c["contestants"])
-        rows += [_row(ground, name, [c for c in here if name in c["contestants"]]) for name in names]
+            raise ValueError(f"the cells of {task} were run at different default tolerances.")
+        names = dict.fromkeys(n for c in here for n in c["methods"])
+        rows += [_row(task, name, [c for c in here if name in c["methods"]]) for name in names]
     return rows
 
 
-def _row(ground: str, name: str, cells: Sequence[Cell]) -> Row:
-    pairs = [(c["contestants"]["dense"], c["contestants"][name]) for c in cells]
+def _row(task: str, name: str, cells: Sequence[Cell]) -> Row:
+    pairs = [(c["methods"]["dense"], c["methods"][name]) for c in cells]
     unit = cells[0]["unit"]
     differences = tuple(unit * (own["test"] - dense["test"]) for dense, own in pairs)
     own = [o["own_seconds"] / o["run_seconds"] for _, o in pairs if o["own_seconds"] is not None]
     reached = [share for dense, o in pairs if (share := _reached(dense, o)) is not None]
     latency = {b: fmean(d["latency"][b] / o["latency"][b] for d, o in pairs) for b in pairs[0][1].get("latency", {})}
     return Row(
-        ground=ground,
-        contestant=name,
+        task=task,
+        method=name,
         seeds=len(cells),
         unit=unit,
         metric=fmean(o["test"] for _, o in pairs),
@@ -131,7 +131,7 @@ def _row(ground: str, name: str, cells: Sequence[Cell]) -> Row:
         cpu_speedup=_ratio(pairs, "cpu_seconds"),
         parameters=_ratio(pairs, "parameters"),
         macs=_ratio(pairs, "macs"),
-        spent_macs=_ratio(pairs, "spent_macs"),
+        run_macs=_ratio(pairs, "run_macs"),
         own_share=fmean(own) if own else None,
         reached=len(reached),
         reached_share=fmean(reached) if reached else None,
@@ -169,7 +169,7 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float | Non
 def pooled(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, float]:
     """Mean of the groups' means, and half the width of its interval (Welch-Satterthwaite); two values each at least.
 
-    What differs from ground to ground is no noise here: the grounds are those, not a sample of many.
+    What differs from task to task is no noise here: the tasks are those, not a sample of many.
     """
     parts = [stdev(values) ** 2 / len(values) for values in groups]
     total = sum(parts)
@@ -186,11 +186,11 @@ def geometric(values: Sequence[float]) -> float:
 
 
 def targets(rows: Sequence[Row], frontiers: Sequence[Cell]) -> list[Aim]:
-    """What was aimed at, what was measured, and whether it was met: default settings on the core grounds that ran."""
-    own = {r.ground: r for r in rows if r.contestant == "apoptosis" and r.ground in CORE}
+    """What was aimed at, what was measured, and whether it was met: default settings on the core tasks that ran."""
+    own = {r.task: r for r in rows if r.method == "apoptosis" and r.task in CORE}
     if not own:
         return []
-    return [*_speed_and_loss(own), *_rivals(own, rows), *_sizes(own, frontiers), *_clock(own, rows)]
+    return [*_speed_and_loss(own), *_baselines(own, rows), *_sizes(own, frontiers), *_clock(own, rows)]
 
 
 Aim = tuple[str, str, bool | str]  # whether it was met, or why that is not clear
@@ -200,9 +200,9 @@ def _speed_and_loss(own: Mapping[str, Row]) -> list[Aim]:
     """AUC counts as points, too: 0.001 is a tenth of one."""
     least = min(own.values(), key=lambda r: r.speedup)
     speed = geometric([r.speedup for r in own.values()])
-    told: list[Aim] = [
+    aims: list[Aim] = [
         (f"whole run at least 3x faster (geometric mean of {', '.join(own)})", f"{speed:.2f}x", speed >= 3),
-        ("each at least 2x", f"least: {least.ground} {least.speedup:.2f}x", least.speedup >= 2),
+        ("each at least 2x", f"least: {least.task} {least.speedup:.2f}x", least.speedup >= 2),
     ]
     for what, chosen in (
         ("all", list(own.values())),
@@ -210,26 +210,26 @@ def _speed_and_loss(own: Mapping[str, Row]) -> list[Aim]:
     ):
         if chosen and all(r.seeds > 1 for r in chosen):
             middle, width = pooled([[100 / r.unit * d for d in r.differences] for r in chosen])
-            told.append((f"mean difference of {what} at least -0.1 points", f"{middle:+.2f}", middle >= -0.1))
-            told.append(
+            aims.append((f"mean difference of {what} at least -0.1 points", f"{middle:+.2f}", middle >= -0.1))
+            aims.append(
                 (
                     f"lower end of the 95 % interval of the mean of {what} above -0.2",
                     f"{middle - width:+.2f}",
                     middle - width > -0.2,
                 )
             )
-    told += [(f"{r.ground}: mean difference at least {-0.001 * r.unit:g}", r.difference_text,
+    aims += [(f"{r.task}: mean difference at least {-0.001 * r.unit:g}", r.difference_text,
               r.difference >= -0.001 * r.unit) for r in own.values()]  # fmt: skip
     if higgs := own.get("higgs"):
         good = higgs.difference > 0 and higgs.parameters >= 3
-        told.append(("HIGGS: AUC above dense at 3x fewer parameters or less",
+        aims.append(("HIGGS: AUC above dense at 3x fewer parameters or less",
                      f"{higgs.difference_text} at {higgs.parameters:.1f}x fewer", good))  # fmt: skip
-    return told
+    return aims
 
 
 def _sizes(own: Mapping[str, Row], frontiers: Sequence[Cell]) -> list[Aim]:
     size = geometric([r.parameters for r in own.values()])
-    told: list[Aim] = [("at least 8x fewer parameters (geometric mean)", f"{size:.1f}x", size >= 8)]
+    aims: list[Aim] = [("at least 8x fewer parameters (geometric mean)", f"{size:.1f}x", size >= 8)]
     for one in frontiers:
         dense = next(p for p in one["points"] if p["method"] == "dense")
         within = [p for p in one["points"] if p["method"] == "interpolative"
@@ -237,50 +237,50 @@ def _sizes(own: Mapping[str, Row], frontiers: Sequence[Cell]) -> list[Aim]:
         if within:
             small = min(within, key=lambda p: p["parameters"])
             ratio, lost = dense["parameters"] / small["parameters"], 100 * (dense["test"] - small["test"])
-            told.append((f"{one['ground']}: the smallest network within 1 point on validation examples "
+            aims.append((f"{one['task']}: the smallest network within 1 point on validation examples "
                          "has at least 30x fewer parameters, within 1 point",
                          f"tolerance {small['tolerance']:g}: {ratio:.1f}x, {-lost:+.2f} points",
                          ratio >= 30 and lost <= 1.0))  # fmt: skip
-    return told
+    return aims
 
 
 def _clock(own: Mapping[str, Row], rows: Sequence[Row]) -> list[Aim]:
-    told: list[Aim] = []
-    for row in (r for r in rows if r.contestant == "apoptosis" and r.dense_step > LONG_STEP):
-        got = row.speedup / row.spent_macs
-        told.append((f"{row.ground} (dense step {1000 * row.dense_step:.0f} ms): at least 85 % of what the "
+    aims: list[Aim] = []
+    for row in (r for r in rows if r.method == "apoptosis" and r.dense_step > LONG_STEP):
+        got = row.speedup / row.run_macs
+        aims.append((f"{row.task} (dense step {1000 * row.dense_step:.0f} ms): at least 85 % of what the "
                      "multiply-adds of the run promise", f"{100 * got:.0f} %", got >= 0.85))  # fmt: skip
-    shares = {r.ground: r.own_share or 0.0 for r in own.values()}
+    shares = {r.task: r.own_share or 0.0 for r in own.values()}
     worst = max(shares, key=lambda g: shares[g])
-    told.append(
+    aims.append(
         ("own share at most 1 % of the run", f"most: {worst} {100 * shares[worst]:.1f} %", shares[worst] <= 0.01)
     )
-    return told
+    return aims
 
 
-RIVALS = ("torch-pruning", "group lasso", "train-prune-fine-tune", "same widths", "same widths, longer",
+BASELINES = ("torch-pruning", "group lasso", "train-prune-fine-tune", "same widths", "same widths, longer",
           "early stopping")  # fmt: skip
 
 
-def _rivals(own: Mapping[str, Row], rows: Sequence[Row]) -> list[Aim]:
+def _baselines(own: Mapping[str, Row], rows: Sequence[Row]) -> list[Aim]:
     """Paired by seed. Ahead with confidence, ahead on average, or behind: only the first is a yes."""
-    told: list[Aim] = []
-    for rival in RIVALS:
-        both = [(own[r.ground], r) for r in rows if r.contestant == rival and r.ground in own]
+    aims: list[Aim] = []
+    for baseline in BASELINES:
+        both = [(own[r.task], r) for r in rows if r.method == baseline and r.task in own]
         ahead = []
         for mine, other in both:
             theirs = dict(zip(other.seed_ids, other.differences, strict=True))
             mine_by_seed = zip(mine.seed_ids, mine.differences, strict=True)
             pairs = [100 / mine.unit * (d - theirs[seed]) for seed, d in mine_by_seed if seed in theirs]
             width = half_width(pairs)
-            ahead.append((mine.ground, fmean(pairs), math.inf if width is None else width))
+            ahead.append((mine.task, fmean(pairs), math.inf if width is None else width))
         if ahead:
             text = ", ".join(f"{g} {m:+.2f}" + ("" if w == math.inf else f" ± {w:.2f}") for g, m, w in ahead)
             least = min(m for _, m, _ in ahead)
             sure = all(m - w > 0 for _, m, w in ahead)
-            told.append((f"ahead of {rival} on every ground, points", text, "not told apart" if least > 0 and not sure
-                         else sure))  # fmt: skip
-    return told
+            outcome = "no clear difference" if least > 0 and not sure else sure
+            aims.append((f"ahead of {baseline} on every task, points", text, outcome))
+    return aims
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -7,30 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.paper.grounds import GROUNDS, QUICK
 from benchmarks.paper.summary import CORE, Cell, Row, summarise, table, targets
+from benchmarks.paper.tasks import QUICK, TASKS
 
-NETWORKS = {ground.name: ground.network for ground in (*GROUNDS.values(), QUICK)}
+NETWORKS = {task.name: task.network for task in (*TASKS.values(), QUICK)}
 EMPTY = "No results are committed yet; `python -m benchmarks.paper --data-dir DIR` makes them."
 
 
 def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
-    """One row per ground: apoptosis at default settings against dense."""
-    rows = [r for r in _ordered(summarise(cells)) if r.contestant == "apoptosis"]
-    dense = {r.ground: r for r in summarise(cells) if r.contestant == "dense"}
+    """One row per task: apoptosis at default settings against dense."""
+    rows = [r for r in _ordered(summarise(cells)) if r.method == "apoptosis"]
+    dense = {r.task: r for r in summarise(cells) if r.method == "dense"}
     head = ("data, network", "seeds", "whole run", "parameters", "multiply-adds", "test metric: without, with",
             "difference (95 %)", "dense, stopped early", "time in apoptosis")  # fmt: skip
-    early = {r.ground: r for r in summarise(cells) if r.contestant == "early stopping"}
+    early = {r.task: r for r in summarise(cells) if r.method == "early stopping"}
     lines = [
         (
-            f"{r.ground}, {NETWORKS[r.ground]}",
+            f"{r.task}, {NETWORKS[r.task]}",
             str(r.seeds),
             _speed(r.speedup),
             f"{r.parameters:.1f}x fewer",
             f"{r.macs:.1f}x fewer",
-            f"{_metric(dense[r.ground])}, {_metric(r)}",
+            f"{_metric(dense[r.task])}, {_metric(r)}",
             r.difference_text,
-            early[r.ground].difference_text if r.ground in early else "",
+            early[r.task].difference_text if r.task in early else "",
             "" if r.own_share is None else f"{100 * r.own_share:.1f} %",
         )
         for r in rows
@@ -38,9 +38,9 @@ def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     return table(head, lines) if lines else EMPTY
 
 
-def contestants(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
-    """All contestants of all grounds."""
-    head = ("data", "contestant", "seeds", "whole run", "processor time", "test metric", "difference (95 %)",
+def methods(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+    """All methods of all tasks."""
+    head = ("data", "method", "seeds", "whole run", "processor time", "test metric", "difference (95 %)",
             "parameters", "multiply-adds", "of the whole run", "own share", "dense's metric reached",
             "latency at 1, 256", "memory")  # fmt: skip
     lines = [row.cells() for row in _ordered(summarise(cells))]
@@ -55,15 +55,15 @@ def aims(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
 
 
 def seeds(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
-    """Apoptosis at default settings, every seed of the core grounds."""
+    """Apoptosis at default settings, every seed of the core tasks."""
     lines = []
-    for cell in (c for name in CORE for c in cells if c["ground"] == name):
-        dense, own = cell["contestants"]["dense"], cell["contestants"]["apoptosis"]
+    for cell in (c for name in CORE for c in cells if c["task"] == name):
+        dense, own = cell["methods"]["dense"], cell["methods"]["apoptosis"]
         percent = cell["unit"] == 100
         limit = own["ledger"].get("accuracy_cost")
         lines.append(
             (
-                cell["ground"],
+                cell["task"],
                 str(cell["seed"]),
                 f"{dense['run_seconds']:.1f} s, {own['run_seconds']:.1f} s",
                 "-".join(str(width) for width in own["widths"].values()),
@@ -85,7 +85,7 @@ def frontier(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
         for point in one["points"]:
             lines.append(
                 (
-                    one["ground"],
+                    one["task"],
                     point["method"],
                     "" if point["tolerance"] is None else f"{point['tolerance']:g}",
                     f"{dense['parameters'] / point['parameters']:.1f}x fewer",
@@ -104,7 +104,7 @@ def _speed(ratio: float) -> str:
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
-    return [row for name in NETWORKS for row in rows if row.ground == name]
+    return [row for name in NETWORKS for row in rows if row.task == name]
 
 
 def _metric(row: Row) -> str:

@@ -1,7 +1,7 @@
-"""One contestant's training: the same batches, schedule and fused optimizer for all.
+"""One method's training: the same batches, schedule and fused optimizer for all.
 
-Holds: `Contestant`, its clocks and its curve. Elsewhere: what a method does between steps or epochs
-(contestants), the order in which contestants train (cells).
+Holds: `MethodRun`, its clocks and its curve. Elsewhere: what a method does between steps or epochs
+(methods), the order in which methods train (cells).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from apoptosis.tools.recipes.datasets import Part
 from apoptosis.tools.recipes.networks import num_parameters
 from apoptosis.tools.recipes.optim import learning_rates
-from benchmarks.paper.grounds import Ground, Task
+from benchmarks.paper.tasks import Task, TaskData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +33,12 @@ class Point:
     macs: int
 
 
-class Contestant:
+class MethodRun:
     """A network trained by the common recipe; methods override what happens between steps and epochs.
 
     Args:
-        name: of the contestant. ground, task: where it trains. seed: of the initial weights and of the order.
-        scale: of the hidden widths. epochs: None for the ground's; the last one may be cut short.
+        name: of the method. task, data: where it trains. seed: of the initial weights and of the order.
+        scale: of the hidden widths. epochs: None for the task's; the last one may be cut short.
 
     run_seconds: wall time of the whole run, evaluations of the validation part included. own_seconds: the method's
     share where it keeps a clock of its own.
@@ -47,28 +47,28 @@ class Contestant:
     def __init__(
         self,
         name: str,
-        ground: Ground,
         task: Task,
+        data: TaskData,
         seed: int,
         *,
         scale: float = 1.0,
         model: nn.Module | None = None,
         epochs: float | None = None,
     ) -> None:
-        self.name, self.ground, self.task, self.seed = name, ground, task, seed
-        self.epochs = math.ceil(ground.epochs if epochs is None else epochs)
+        self.name, self.task, self.data, self.seed = name, task, data, seed
+        self.epochs = math.ceil(task.epochs if epochs is None else epochs)
         torch.manual_seed(seed)
-        self.model = ground.build(task, scale) if model is None else model
+        self.model = task.build(data, scale) if model is None else model
         self.optimizer = self.new_optimizer()
-        self.batch = min(ground.batch, len(task.train))
-        self.steps_per_epoch = len(task.train) // self.batch
-        self.total_steps = max(1, round(self.steps_per_epoch * (ground.epochs if epochs is None else epochs)))
-        self._rates = (*learning_rates("one-cycle", ground.lr, self.total_steps), 0.0)
+        self.batch = min(task.batch, len(data.train))
+        self.steps_per_epoch = len(data.train) // self.batch
+        self.total_steps = max(1, round(self.steps_per_epoch * (task.epochs if epochs is None else epochs)))
+        self._rates = (*learning_rates("one-cycle", task.lr, self.total_steps), 0.0)
         self.step = self.epoch = 0
         self.seconds = self.cpu_seconds = self.run_seconds = 0.0
         self.points: list[Point] = []
         self.idle = 0.0  # seconds of this epoch that are not the method's own: counting for the table
-        self.spent_macs = 0  # of all forward passes of the run so far
+        self.run_macs = 0  # of all forward passes of the run so far
         self._macs: tuple[int, int] | None = None
         self.step_macs = self.batch * self.macs()
 
@@ -86,18 +86,18 @@ class Contestant:
         return None
 
     def more(self) -> dict[str, Any]:
-        """Tell what else belongs into the record."""
+        """Return what else belongs into the record."""
         return {}
 
     # ------------------------------------------------------------------ the common recipe
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """Return a fused Adam over today's parameters."""
-        return torch.optim.Adam(self.model.parameters(), lr=self.ground.lr, fused=True)
+        return torch.optim.Adam(self.model.parameters(), lr=self.task.lr, fused=True)
 
     def example(self, rows: int = 2) -> Tensor:
         """Return the first training inputs."""
-        return self.task.train.between(0, rows)[0]
+        return self.data.train.between(0, rows)[0]
 
     @property
     def finished(self) -> bool:
@@ -120,9 +120,9 @@ class Contestant:
         self.cpu_seconds += time.process_time() - cpu - self.idle
         self.step_macs = self.batch * self.macs()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{self.ground.name}, {self.name}, seed {self.seed}: the loss is {loss}.")
+            raise FloatingPointError(f"{self.task.name}, {self.name}, seed {self.seed}: the loss is {loss}.")
         self.epoch += 1
-        value = self.evaluate(self.task.validation)
+        value = self.evaluate(self.data.validation)
         self.run_seconds += time.perf_counter() - whole - self.idle
         self.points.append(
             Point(
@@ -137,22 +137,22 @@ class Contestant:
         )
 
     def _train(self) -> float:
-        task, train = self.task, self.task.train
+        data, train = self.data, self.data.train
         order_seed = 2 * (self.seed * 100_003 + self.epoch)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(order_seed))
-        torch.manual_seed(order_seed + 1)  # dropout draws alike for all contestants
+        torch.manual_seed(order_seed + 1)  # dropout draws alike for all methods
         self.model.train()
         total = torch.zeros((), dtype=torch.float64)
         steps = min(self.steps_per_epoch, self.total_steps - self.step)
         for rows in order[: steps * self.batch].view(steps, self.batch):
             inputs, labels = train.take(rows)
             self.optimizer.param_groups[0]["lr"] = self.rate()
-            loss = task.loss(self.model(inputs), labels)
+            loss = data.loss(self.model(inputs), labels)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self.step += 1
-            self.spent_macs += self.step_macs
+            self.run_macs += self.step_macs
             self.after_step()
             total += loss.detach()
         return float(total) / steps
@@ -162,7 +162,7 @@ class Contestant:
         """Return the metric on a part, in evaluation mode."""
         self.model.eval()
         outputs = [self.model(part.between(i, min(i + batch, len(part)))[0]) for i in range(0, len(part), batch)]
-        return self.task.score(torch.cat(outputs), part.labels)
+        return self.data.score(torch.cat(outputs), part.labels)
 
     def macs(self) -> int:
         """Count multiply-adds per example; counted again only after the network has changed."""
@@ -172,17 +172,17 @@ class Contestant:
         return self._macs[1]
 
     def record(self) -> dict[str, Any]:
-        """Read the test part once, and tell everything as plain values."""
+        """Read the test part once, and return everything as plain values."""
         own = self.own_seconds
         return {
-            "test": self.evaluate(self.task.test),
+            "test": self.evaluate(self.data.test),
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "run_seconds": self.run_seconds,
             "own_seconds": own,
             "parameters": num_parameters(self.model),
             "macs": self.macs(),
-            "spent_macs": self.spent_macs,
+            "run_macs": self.run_macs,
             "points": [asdict(point) for point in self.points],
             **self.more(),
         }

@@ -87,7 +87,7 @@ def run(wanted: Mapping[tuple[str, str], str], known: Mapping[str, Any], given: 
     for family, name, row in rows(one, [key for key in wanted if key not in done], given.processes, given.limit):
         row["module"] = wanted[family, name]
         log.add(family, name, row)
-        print(f"{family} {name}: {told(row)}", flush=True)
+        print(f"{family} {name}: {summary_line(row)}", flush=True)
     stay = dict(known.get("families", {}))
     if not given.only:
         stay.update({family: {} for family in given.families})
@@ -97,7 +97,7 @@ def run(wanted: Mapping[tuple[str, str], str], known: Mapping[str, Any], given: 
     return result
 
 
-def told(row: Mapping[str, Any]) -> str:
+def summary_line(row: Mapping[str, Any]) -> str:
     """One line about a row."""
     if not row["built"]:
         return f"not built: {row.get('error', '')}"

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def record(processes: int, limit: float) -> Record:
-    """Describe a run that begins now. code: of the sources of apoptosis, so that rows of other sources are told."""
+    """Describe a run that begins now. code: of the sources of apoptosis, so that rows of others are recognised."""
     digest = hashlib.sha256()
     root = Path(apoptosis.__file__).parent
     for path in sorted(root.rglob("*.py")):

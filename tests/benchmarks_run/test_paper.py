@@ -18,7 +18,7 @@ def importable():
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    pytest.importorskip("torch_pruning", reason="needs the rivals extra: pip install torch-apoptosis[rivals]")
+    pytest.importorskip("torch_pruning", reason="needs the baselines extra: pip install torch-apoptosis[baselines]")
     from benchmarks.paper.__main__ import main
     from benchmarks.paper.summary import read_cells
 
@@ -27,25 +27,25 @@ def cells(tmp_path_factory):
     return read_cells(folder)
 
 
-def test_all_contestants_run_on_equal_terms(cells):
+def test_all_methods_run_on_equal_terms(cells):
     (cell,) = cells
-    found = cell["contestants"]
+    found = cell["methods"]
     dense, own = found["dense"], found["apoptosis"]
     assert set(found) == {
         "dense", "apoptosis", "torch-pruning", "half width", "group lasso", "same widths", "same widths, longer",
         "train-prune-fine-tune", "early stopping",
     }  # fmt: skip
     assert own["macs"] < 0.9 * dense["macs"]
-    for rival in ("torch-pruning", "group lasso", "train-prune-fine-tune"):
-        assert found[rival]["macs"] <= own["macs"], rival
+    for baseline in ("torch-pruning", "group lasso", "train-prune-fine-tune"):
+        assert found[baseline]["macs"] <= own["macs"], baseline
     assert found["same widths"]["parameters"] == own["parameters"]
     pace = found["same widths"]["seconds"] / cell["epochs"]
     assert len(found["same widths, longer"]["points"]) == pytest.approx(own["seconds"] / pace, abs=1.001)
     steps = cell["epochs"] * (cell["train_rows"] // cell["batch"]) * cell["batch"]
-    assert dense["spent_macs"] == steps * dense["macs"]
+    assert dense["run_macs"] == steps * dense["macs"]
     tuned = found["train-prune-fine-tune"]
     more = len(tuned["points"]) - cell["epochs"]
-    assert tuned["spent_macs"] == dense["spent_macs"] + more * steps // cell["epochs"] * tuned["macs"]
+    assert tuned["run_macs"] == dense["run_macs"] + more * steps // cell["epochs"] * tuned["macs"]
     assert dense["points"][0]["parameters"] == dense["points"][-1]["parameters"]
     assert all(0.5 < record["test"] <= 1.0 for record in found.values())
     assert all(record["seconds"] <= record["run_seconds"] for record in found.values())
@@ -53,47 +53,47 @@ def test_all_contestants_run_on_equal_terms(cells):
 
 def test_the_tables_say_what_the_cells_say(cells):
     from benchmarks.paper.summary import summarise
-    from benchmarks.paper.tables import aims, contestants, overview
+    from benchmarks.paper.tables import aims, methods, overview
 
-    rows = {row.contestant: row for row in summarise(cells)}
-    found = cells[0]["contestants"]
+    rows = {row.method: row for row in summarise(cells)}
+    found = cells[0]["methods"]
     dense, own = found["dense"], found["apoptosis"]
     assert rows["dense"].speedup == pytest.approx(1.0)
     assert rows["apoptosis"].parameters == pytest.approx(dense["parameters"] / own["parameters"])
     assert rows["apoptosis"].difference == pytest.approx(100 * (own["test"] - dense["test"]))
-    text = contestants(cells, [])
+    text = methods(cells, [])
     assert len(text.splitlines()) == 2 + len(found)
     assert f"| {rows['apoptosis'].speedup:.2f}x |" in text
     assert f"{100 * dense['test']:.2f} %, {100 * own['test']:.2f} %" in overview(cells, [])
-    as_core = [cells[0] | {"ground": "mnist"}]
+    as_core = [cells[0] | {"task": "mnist"}]
     lines = aims(as_core, []).splitlines()
     assert any("ahead of torch-pruning" in line for line in lines)
     assert any("3x faster" in line and f"{rows['apoptosis'].speedup:.2f}x" in line for line in lines)
 
 
 def test_frontiers_and_profiles_of_events(tmp_path):
-    pytest.importorskip("torch_pruning", reason="needs the rivals extra: pip install torch-apoptosis[rivals]")
+    pytest.importorskip("torch_pruning", reason="needs the baselines extra: pip install torch-apoptosis[baselines]")
     from dataclasses import replace
 
     from benchmarks.paper import frontier as module
     from benchmarks.paper.event_time import EVENT_TIME, read_event_time, run_event_time
     from benchmarks.paper.frontier import frontier_path, run_frontier
-    from benchmarks.paper.grounds import QUICK
     from benchmarks.paper.pictures import draw_all
     from benchmarks.paper.tables import frontier
+    from benchmarks.paper.tasks import QUICK
 
-    ground = replace(QUICK, epochs=8)
-    task = ground.load(None, None)
+    task = replace(QUICK, epochs=8)
+    data = task.load(None, None)
     tolerances = {"interpolative": (0.05, 0.4), "reconstruction": (0.3,), "magnitude": (0.9,)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TOLERANCES", tolerances)
-        found = run_frontier(ground, task, 0, lambda line: None)
+        found = run_frontier(task, data, 0, lambda line: None)
     methods = [point["method"] for point in found["points"]]
     assert methods.count("interpolative") == methods.count("torch-pruning") == methods.count("same widths") == 2
     sizes = {p["tolerance"]: p["parameters"] for p in found["points"] if p["method"] == "interpolative"}
     assert sizes[0.4] < sizes[0.05]
     assert len(frontier([], [found]).splitlines()) == 2 + len(methods)
-    times = run_event_time(ground, task, lambda line: None)
+    times = run_event_time(task, data, lambda line: None)
     parts = times["events"][0]["parts"]
     assert {"plan", "capture", "probe", "surgery", "moments"} <= {
         name for name, seconds in parts.items() if seconds > 0
@@ -117,28 +117,28 @@ def row_of(differences, **changes):
     from benchmarks.paper.summary import Row
 
     values = dict(
-        ground="mnist", contestant="apoptosis", seeds=len(differences), unit=100, metric=0.9, interval=None, speedup=4,
+        task="mnist", method="apoptosis", seeds=len(differences), unit=100, metric=0.9, interval=None, speedup=4,
         difference=sum(differences) / len(differences), differences=tuple(differences), cpu_speedup=4.0, parameters=9.0,
         seed_ids=tuple(range(len(differences))),
-        macs=9.0, spent_macs=5.0, own_share=0.02, reached=0, reached_share=None, latency={}, memory=None,
+        macs=9.0, run_macs=5.0, own_share=0.02, reached=0, reached_share=None, latency={}, memory=None,
         dense_step=0.03, metric_name="accuracy",
     )  # fmt: skip
     return Row(**(values | changes))
 
 
-def test_grounds_are_pooled_as_grounds_and_rivals_seed_by_seed():
+def test_tasks_are_pooled_as_tasks_and_baselines_seed_by_seed():
     from benchmarks.paper.summary import pooled, targets
 
     middle, width = pooled([[0.0, 0.2], [-1.0, -1.0, -1.0]])
     assert middle == pytest.approx((0.1 - 1.0) / 2)
-    assert width == pytest.approx(12.706 * 0.1 / 2, rel=1e-3)  # the variance is all of the first ground, one degree
+    assert width == pytest.approx(12.706 * 0.1 / 2, rel=1e-3)  # the variance is all of the first task, one degree
     own = row_of([-0.1, 0.1, 0.0])
-    rivals = {"torch-pruning": [-1.1, -0.9, -1.0], "group lasso": [-0.5, 0.4, -0.2], "same widths": [0.3, 0.3, 0.3]}
-    rows = [own, *(row_of(found, contestant=name) for name, found in rivals.items())]
+    baselines = {"torch-pruning": [-1.1, -0.9, -1.0], "group lasso": [-0.5, 0.4, -0.2], "same widths": [0.3, 0.3, 0.3]}
+    rows = [own, *(row_of(found, method=name) for name, found in baselines.items())]
     met = {what: verdict for what, _, verdict in targets(rows, [])}
-    assert met["ahead of torch-pruning on every ground, points"] is True
-    assert met["ahead of group lasso on every ground, points"] == "not told apart"
-    assert met["ahead of same widths on every ground, points"] is False
+    assert met["ahead of torch-pruning on every task, points"] is True
+    assert met["ahead of group lasso on every task, points"] == "no clear difference"
+    assert met["ahead of same widths on every task, points"] is False
     assert met["mnist (dense step 30 ms): at least 85 % of what the multiply-adds of the run promise"] is False
     assert met["own share at most 1 % of the run"] is False
 
@@ -153,7 +153,7 @@ def test_a_small_network_is_chosen_on_validation_examples():
     dense = point(None, 4000, 0.9, 0.9, "dense")
     lucky = point(0.1, 50, 0.88, 0.9)  # 80x, but not by its validation metric
     points = [dense, lucky, point(0.05, 100, 0.895, 0.893), point(0.01, 1000, 0.9, 0.9)]
-    (found,) = [t for t in targets([row_of([0.0])], [{"ground": "mnist", "points": points}]) if "30x" in t[0]]
+    (found,) = [t for t in targets([row_of([0.0])], [{"task": "mnist", "points": points}]) if "30x" in t[0]]
     assert found[1] == "tolerance 0.05: 40.0x, -0.70 points"
     assert found[2] is True
 
@@ -188,12 +188,12 @@ def test_missing_data_gets_one_line(capsys, tmp_path):
     from benchmarks.paper.__main__ import main
 
     assert main(["--only", "gpt", "--data-dir", str(tmp_path), "--results", str(tmp_path / "cells")]) == 1
-    told = capsys.readouterr().err
-    assert "input.txt" in told
-    assert len(told.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert "input.txt" in printed
+    assert len(printed.splitlines()) == 1
 
 
-def test_unknown_grounds_and_missing_cells_are_told(capsys, tmp_path):
+def test_unknown_tasks_and_missing_cells_are_named(capsys, tmp_path):
     from benchmarks.paper.__main__ import main
 
     with pytest.raises(SystemExit) as stop:

@@ -48,8 +48,8 @@ def test_a_ring_sends_what_rings_send():
 
 def test_errors_are_those_of_the_measured_steps():
     s = step(64, 1_000_000)
-    told = 2 * model.compute_seconds(COMPUTE, s["macs"], 64, 1_000_000) + model.sum_seconds(LINK, 4, 4e6)
-    links = [{"link": "slow", "steps": [{**s, "seconds": told / 1.1}]}]
+    found = 2 * model.compute_seconds(COMPUTE, s["macs"], 64, 1_000_000) + model.sum_seconds(LINK, 4, 4e6)
+    links = [{"link": "slow", "steps": [{**s, "seconds": found / 1.1}]}]
     world = {"size": 4, "backend": "mpi", "threads": 1, "cores": 2, "links": links}
     assert model.errors([world], COMPUTE, {"MPI, slow": LINK})["MPI, slow"]["worst"] == pytest.approx(0.1)
 
@@ -77,7 +77,7 @@ def test_a_projection_gains_where_the_network_shrinks_and_nothing_where_it_does_
 
 
 def test_ratios_come_from_committed_runs():
-    for parameters, macs in scaling.ratios(scaling.grounds()).values():
+    for parameters, macs in scaling.ratios(scaling.tasks()).values():
         assert 0 < parameters < 1
         assert 0 < macs < 1
     run = scaling.committed_run()
@@ -113,10 +113,10 @@ def test_targets_are_met_or_not_by_the_figures(event_seconds, met):
     scaling.with_runs(made, scaling.committed_run())
     fitted = scaling.fit(made)
     assert all(abs(e["worst"]) < 1e-6 for e in fitted["errors"].values())
-    told = scaling.targets(made, fitted)
-    assert [t["met"] for t in told if "10 dense steps" in t["target"]] == [met] * 4
-    assert [t["met"] for t in told if "least 5.0x faster, where" in t["target"]] == ["yes", "yes"]
-    assert ["MPI" in t["target"] for t in told] == [False] * 6 + [True] * 6
+    found = scaling.targets(made, fitted)
+    assert [t["met"] for t in found if "10 dense steps" in t["target"]] == [met] * 4
+    assert [t["met"] for t in found if "least 5.0x faster, where" in t["target"]] == ["yes", "yes"]
+    assert ["MPI" in t["target"] for t in found] == [False] * 6 + [True] * 6
     machine = {"cpu": "x", "cores": 2, "load_before": 0.1}
     result = scaling.followed(
         {
@@ -135,7 +135,7 @@ def test_targets_are_met_or_not_by_the_figures(event_seconds, met):
     efficiency = tables.scaling(result)
     assert "| 2 | gloo |" in efficiency
     assert "| 2 | MPI |" in efficiency
-    assert "| 4 | " not in efficiency  # four processes share two cores: no speed-up is told
+    assert "| 4 | " not in efficiency  # four processes share two cores: no speed-up is given
     assert all(line.endswith("– |") for line in tables.steps(result).splitlines() if line.startswith("| 4 "))
 
 
@@ -147,9 +147,9 @@ def setting_of(load, *worlds, why_no_mpi=""):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("load", "told"), [(0.1, "Nothing else ran"), (9.0, "shared with other programs")])
-def test_the_page_says_whether_other_programs_ran(load, told):
-    assert told in setting_of(load, ("gloo", "hook", "gloo"))
+@pytest.mark.parametrize(("load", "found"), [(0.1, "Nothing else ran"), (9.0, "shared with other programs")])
+def test_the_page_says_whether_other_programs_ran(load, found):
+    assert found in setting_of(load, ("gloo", "hook", "gloo"))
 
 
 def test_the_page_says_what_carried_the_sums():
@@ -212,7 +212,7 @@ def test_a_quick_run_from_end_to_end(tmp_path):
 
 
 def test_a_hook_takes_the_place_of_links(tmp_path):
-    """For machines that allow no namespaces: steps and sums take as long as the link would, and no bytes are told."""
+    """For machines that allow no namespaces: steps and sums take as long as the link would, and no bytes are given."""
     result = quick(tmp_path / "scaling.json", "--how", "hook")
     assert result["how"] == "hook"
     assert result["why_no_namespaces"] == "not asked for"
@@ -234,13 +234,13 @@ def test_whole_runs_begin_alike_and_end_with_fewer_parameters(tmp_path):
     done, status = run("--whole", "--json", str(path), cwd=tmp_path)
     assert status == 0, done.printed() + done.told()
     result = json.loads(path.read_text())
-    runs = {(one["size"], one["contestant"]): one for one in result["runs"]}
+    runs = {(one["size"], one["method"]): one for one in result["runs"]}
     assert set(runs) == {(2, "dense"), (2, "apoptosis"), (1, "dense"), (1, "apoptosis")}
-    for (size, contestant), one in runs.items():
+    for (size, method), one in runs.items():
         assert one["steps"] == runs[1, "dense"]["steps"]
         assert one["parameters_before"] == runs[1, "dense"]["parameters"]
         assert one["test"] > 0.8
-        assert bool(one["events"]) == (one["parameters"] < one["parameters_before"]) == (contestant == "apoptosis")
+        assert bool(one["events"]) == (one["parameters"] < one["parameters_before"]) == (method == "apoptosis")
         assert (one["bytes_on_link"] is None) == (size == 1 or result["how"] == "hook")
     dense, apoptosis = runs[2, "dense"], runs[2, "apoptosis"]
     assert dense["test"] == pytest.approx(runs[1, "dense"]["test"], abs=0.02)  # the same batches, only shared out
@@ -279,9 +279,9 @@ def test_a_share_that_noise_hides_is_called_unknown():
 
 def test_twins_of_larger_networks_compute_and_may_shrink():
     """Both plans: ten logits, and groups that are free to shrink, the residual width among them."""
-    twins = importlib.import_module("benchmarks.cluster.twins")
+    stand_ins = importlib.import_module("benchmarks.cluster.stand_ins")
     for name, least in (("vgg", 9), ("residual", 16)):
-        net = twins.TWINS[name].build(None, 1.0)
+        net = stand_ins.STAND_INS[name].build(None, 1.0)
         x = torch.randn(2, 3, 32, 32)
         assert net(x).shape == (2, 10)
         apo = Apoptosis(net, torch.optim.Adam(net.parameters()), x, total_steps=100, calibration=1.0)

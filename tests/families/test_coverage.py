@@ -23,13 +23,13 @@ def coverage():
 
 def test_page_is_made_from_the_figures(coverage):
     assert coverage.PAGE.read_text(encoding="utf-8") == coverage.page(coverage.read()), (
-        "python benchmarks/coverage.py --page"
+        "python -m benchmarks.coverage --page"
     )
 
 
 def test_every_family_was_measured(coverage):
     missing = set(FAMILIES) - set(coverage.read()["families"])
-    assert not missing, f"python benchmarks/coverage.py measures {sorted(missing)}"
+    assert not missing, f"python -m benchmarks.coverage measures {sorted(missing)}"
 
 
 def test_lists_only_grow(coverage):

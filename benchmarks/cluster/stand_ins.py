@@ -1,15 +1,14 @@
 """Networks with the plans of VGG-16 and ResNet-50, small enough for one core: how much apoptosis leaves of them.
 
-    python -m benchmarks.cluster.twins --data-dir DIR     benchmarks/results/scaling-vgg.json, scaling-residual.json
+    python -m benchmarks.cluster.stand_ins --data-dir DIR     benchmarks/results/scaling-vgg.json, scaling-residual.json
 
-Holds: two grounds on CIFAR-10 beside those of the comparison, trained dense and with apoptosis by its recipe.
+Holds: two tasks on CIFAR-10 beside those of the comparison, trained dense and with apoptosis by its recipe.
 Elsewhere: the recipe (benchmarks/paper), what follows for larger networks (model.py).
 References: Simonyan, Zisserman, arXiv 1409.1556; He, Zhang, Ren, Sun, arXiv 1512.03385.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -18,13 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apoptosis.tools.recipes.folder import write_json
+from benchmarks import shared
 from benchmarks.paper.cells import header, train
-from benchmarks.paper.contestants import Shrinking
-from benchmarks.paper.grounds import GROUNDS, Ground
-from benchmarks.paper.training import Contestant
+from benchmarks.paper.methods import Shrinking
+from benchmarks.paper.tasks import TASKS, Task
+from benchmarks.paper.training import MethodRun
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 POOL = 0  # in a plan of widths: halve the image
 VGG = (32, POOL, 64, POOL, 128, 128, POOL, 256, 256, POOL, 256, 256, POOL)
 
@@ -76,40 +74,38 @@ def residual() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(planes, 10))
 
 
-def _ground(name: str, network: str, epochs: int, build: Callable[[], nn.Module]) -> Ground:
-    return Ground(name=name, network=network, metric="accuracy", unit=100, epochs=epochs, seeds=1,
-                  load=GROUNDS["cifar10"].load, build=lambda task, scale: build())  # fmt: skip
+def _task(name: str, network: str, epochs: int, build: Callable[[], nn.Module]) -> Task:
+    return Task(name=name, network=network, metric="accuracy", unit=100, epochs=epochs, seeds=1,
+                  load=TASKS["cifar10"].load, build=lambda data, scale: build())  # fmt: skip
 
 
-TWINS = {
-    "vgg": _ground("vgg", "VGG-11 of half width, for 32 px", 4, vgg),
-    "residual": _ground("residual", "ResNet-26 of half width, for 32 px", 2, residual),
+STAND_INS = {
+    "vgg": _task("vgg", "VGG-11 of half width, for 32 px", 4, vgg),
+    "residual": _task("residual", "ResNet-26 of half width, for 32 px", 2, residual),
 }
 
 
-def run_twin(name: str, data_dir: Path | None, rows: int | None, seed: int) -> dict[str, object]:
-    """Train a twin dense and with apoptosis, epoch by epoch in turn, on one thread; return its record."""
+def run_stand_in(name: str, data_dir: Path | None, rows: int | None, seed: int) -> dict[str, object]:
+    """Train a stand-in dense and with apoptosis, epoch by epoch in turn, on one thread; return its record."""
     torch.set_num_threads(1)
-    ground = TWINS[name]
-    task = ground.load(data_dir, rows)
-    both: list[Contestant] = [Contestant("dense", ground, task, seed), Shrinking("apoptosis", ground, task, seed)]
+    task = STAND_INS[name]
+    data = task.load(data_dir, rows)
+    both: list[MethodRun] = [MethodRun("dense", task, data, seed), Shrinking("apoptosis", task, data, seed)]
     begin = time.monotonic()
     train(both, lambda line: print(f"{time.monotonic() - begin:6.0f} s  {line}", flush=True))
-    return header("scaling-twin", ground, task, seed) | {"contestants": {one.name: one.record() for one in both}}
+    return header("scaling-stand-in", task, data, seed) | {"methods": {one.name: one.record() for one in both}}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies; it is fetched without")
-    parser.add_argument("--only", choices=TWINS, help="one of both")
+    parser.add_argument("--only", choices=STAND_INS, help="one of both")
     parser.add_argument("--rows", type=int, help="of the training images; all without")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=shared.RESULTS)
     given = parser.parse_args()
-    for name in [given.only] if given.only else TWINS:
-        path = given.out / f"scaling-{name}.json"
-        write_json(path, run_twin(name, given.data_dir, given.rows, given.seed))
-        print(f"wrote {path}")
+    for name in [given.only] if given.only else STAND_INS:
+        shared.write(given.out / f"scaling-{name}.json", run_stand_in(name, given.data_dir, given.rows, given.seed))
     return 0
 
 

@@ -1,9 +1,9 @@
 """What a user would pick: dense, apoptosis, small from the start, Torch-Pruning, group lasso.
 
-Holds: each method as a `Contestant`. Elsewhere: the training loop (training), the order (cells).
+Holds: each method as a `MethodRun`. Elsewhere: the training loop (training), the order (cells).
 
-At equal final multiply-adds: after every epoch a pruning rival cuts to at most the multiply-adds that apoptosis has
-after the same epoch. Within an epoch apoptosis is ahead, so what the whole run multiplied is told beside (spent_macs).
+At equal final multiply-adds: after every epoch a pruning baseline cuts to at most the multiply-adds that apoptosis has
+after the same epoch. Within an epoch apoptosis is ahead, so what the whole run multiplied is reported as run_macs.
 Their optimizer starts anew after every cut, as their users have to do.
 References: Fang et al., "DepGraph", arXiv 2301.12900 (Torch-Pruning); Lym et al., "PruneTrain", arXiv 1901.09290.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from apoptosis import Apoptosis
-from benchmarks.paper.grounds import Ground, Task
-from benchmarks.paper.training import Contestant, count_macs, fresh_like
+from benchmarks.paper.tasks import Task, TaskData
+from benchmarks.paper.training import MethodRun, count_macs, fresh_like
 
 PROBE_ROWS = 4096
 CRITERIA = ("greedy", "constant", "duplicate", "pairwise", "magnitude", "random")
@@ -31,18 +31,18 @@ LASSO_SHARE = 0.25  # of the first loss that the penalty makes up (PruneTrain's 
 LASSO_STEP = 0.1  # of the penalty's gradient per step at the highest learning rate: PruneTrain's, of SGD
 
 
-class Shrinking(Contestant):
+class Shrinking(MethodRun):
     """The dense network with `Apoptosis` in its loop, at default settings unless `options` says otherwise."""
 
-    def __init__(self, name: str, ground: Ground, task: Task, seed: int, **options: Any) -> None:
-        super().__init__(name, ground, task, seed)
-        probe = task.validation.between(0, min(PROBE_ROWS, len(task.validation)))
+    def __init__(self, name: str, task: Task, data: TaskData, seed: int, **options: Any) -> None:
+        super().__init__(name, task, data, seed)
+        probe = data.validation.between(0, min(PROBE_ROWS, len(data.validation)))
         self.apo = Apoptosis(
             self.model,
             self.optimizer,
             self.example(),
             total_steps=self.total_steps,
-            probe=probe if task.classes else probe[0],
+            probe=probe if data.classes else probe[0],
             seed=seed,
             **options,
         )
@@ -72,14 +72,14 @@ class Shrinking(Contestant):
         return {"widths": self.widths(), "events": self.events, "ledger": ledger, "calibration": self.apo.calibration}
 
 
-class Pruning(Contestant):
+class Pruning(MethodRun):
     """Torch-Pruning during training: global group magnitude, optimizer rebuilt after every cut.
 
     Args: target: asked after every epoch for the multiply-adds to cut to.
     """
 
-    def __init__(self, name: str, ground: Ground, task: Task, seed: int, target: Callable[[], int]) -> None:
-        super().__init__(name, ground, task, seed)
+    def __init__(self, name: str, task: Task, data: TaskData, seed: int, target: Callable[[], int]) -> None:
+        super().__init__(name, task, data, seed)
         self.target = target
 
     def after_epoch(self) -> None:
@@ -104,37 +104,37 @@ class Lasso(Pruning):
         layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
         with torch.no_grad():
             if not self.strength:
-                batch = self.task.train.between(0, self.batch)
-                first = float(self.task.loss(self.model(batch[0]), batch[1]))
+                batch = self.data.train.between(0, self.batch)
+                first = float(self.data.loss(self.model(batch[0]), batch[1]))
                 total = sum(float(layer.weight.flatten(1).norm(dim=1).sum()) for layer in layers)
                 self.strength = LASSO_SHARE / (1 - LASSO_SHARE) * first / total
-            step = self.strength * self.rate() / self.ground.lr * LASSO_STEP
+            step = self.strength * self.rate() / self.task.lr * LASSO_STEP
             for layer in layers:
                 rows = layer.weight.flatten(1)
                 rows.mul_((1 - step / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_min_(0.0))
 
 
-class FineTuning(Contestant):
+class FineTuning(MethodRun):
     """A trained dense network, pruned once to the final multiply-adds, trained on at a tenth of the learning rate."""
 
-    def __init__(self, name: str, dense: Contestant, target: int) -> None:
-        extra = max(1, round(FINE_TUNE * dense.ground.epochs))
+    def __init__(self, name: str, dense: MethodRun, target: int) -> None:
+        extra = max(1, round(FINE_TUNE * dense.task.epochs))
         model = copy.deepcopy(dense.model)
-        super().__init__(name, dense.ground, dense.task, dense.seed + 50, model=model, epochs=extra)
+        super().__init__(name, dense.task, dense.data, dense.seed + 50, model=model, epochs=extra)
         prune_to(self.model, self.example(), target)
         self.step_macs = self.batch * self.macs()
         self.optimizer = self.new_optimizer()
         self.seconds, self.cpu_seconds, self.run_seconds = dense.seconds, dense.cpu_seconds, dense.run_seconds
-        self.points, self.spent_macs = list(dense.points), dense.spent_macs
+        self.points, self.run_macs = list(dense.points), dense.run_macs
 
     def rate(self) -> float:
-        return 0.1 * self.ground.lr * (1 - self.step / self.total_steps)
+        return 0.1 * self.task.lr * (1 - self.step / self.total_steps)
 
 
 class EarlyStopping:
     """The dense run, stopped when its validation metric has not improved for PATIENCE epochs; best weights kept."""
 
-    def __init__(self, dense: Contestant) -> None:
+    def __init__(self, dense: MethodRun) -> None:
         self.dense, self.best, self.stopped = dense, -float("inf"), 0
         self.since, self.weights = 0, copy.deepcopy(dense.model.state_dict())
 
@@ -154,20 +154,20 @@ class EarlyStopping:
         """Read the test part once with the weights that were kept; the dense run's own are untouched."""
         last = copy.deepcopy(self.dense.model.state_dict())
         self.dense.model.load_state_dict(self.weights)
-        told = self.dense.record()
+        record = self.dense.record()
         self.dense.model.load_state_dict(last)
-        told["seconds"], told["cpu_seconds"], told["run_seconds"] = self.clocks
-        told["points"] = told["points"][: self.stopped]
-        told["spent_macs"] = told["spent_macs"] * self.stopped // len(self.dense.points)
-        return told
+        record["seconds"], record["cpu_seconds"], record["run_seconds"] = self.clocks
+        record["points"] = record["points"][: self.stopped]
+        record["run_macs"] = record["run_macs"] * self.stopped // len(self.dense.points)
+        return record
 
 
-def small(name: str, shrunk: Shrinking, *, epochs: float | None = None) -> Contestant:
-    """Return the widths that apoptosis found, trained from the start; epochs: None for the ground's."""
+def small(name: str, shrunk: Shrinking, *, epochs: float | None = None) -> MethodRun:
+    """Return the widths that apoptosis found, trained from the start; epochs: None for the task's."""
     model = copy.deepcopy(shrunk.model)
     torch.manual_seed(shrunk.seed)
     fresh_like(model)
-    return Contestant(name, shrunk.ground, shrunk.task, shrunk.seed, model=model, epochs=epochs)
+    return MethodRun(name, shrunk.task, shrunk.data, shrunk.seed, model=model, epochs=epochs)
 
 
 def prune_to(model: nn.Module, example: torch.Tensor, target: int, steps: int = 100) -> float:
