@@ -64,37 +64,46 @@ def pack(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def unpack(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpack(skeleton: Any, tensors: Mapping[str, Tensor], place: str = "an entry") -> Any:
     """Put a tree together again. Inverse of `pack`.
+
+    Args: place: what the skeleton is called in errors.
 
     Raises: CheckpointError: a skeleton that `pack` does not write, or one that names a missing tensor.
     """
     if isinstance(skeleton, list):
-        return [unpack(item, tensors) for item in skeleton]
+        return [unpack(item, tensors, f"{place}.{i}") for i, item in enumerate(skeleton)]
     if not isinstance(skeleton, dict):
         return skeleton
     if _MARK not in skeleton:
-        return {key: unpack(item, tensors) for key, item in skeleton.items()}
+        return {key: unpack(item, tensors, f"{place}.{key}") for key, item in skeleton.items()}
+    kind = skeleton[_MARK]
+    content = skeleton.get(_CONTENT.get(kind, "")) if isinstance(kind, str) else None
+    pairs = isinstance(content, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in content)
     try:
-        kind = skeleton[_MARK]
-        if kind == "float":
-            return float(skeleton["value"])
-        if kind == "tensor":
-            return tensors[skeleton["name"]]
-        if kind == "tuple":
-            return tuple(unpack(item, tensors) for item in skeleton["items"])
-        if kind in ("dict", "counter"):
-            items = {unpack(key, tensors): unpack(item, tensors) for key, item in skeleton["items"]}
+        if kind == "float" and content in ("inf", "-inf", "nan"):
+            return float(content)
+        if kind == "tensor" and isinstance(content, str):
+            return tensors[content]
+        if kind == "tuple" and isinstance(content, list):
+            return tuple(unpack(content, tensors, place))
+        if kind in ("dict", "counter") and pairs:
+            items = dict(unpack(content, tensors, place))
             return Counter(items) if kind == "counter" else items
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint manifest is damaged: {str(error)[:200]!r}.") from error
-    raise CheckpointError(f"checkpoint manifest is damaged: unknown entry {str(kind)[:80]!r}.")
+    except (KeyError, TypeError) as error:  # a missing tensor, a key that is a list
+        raise CheckpointError(f"its manifest is damaged: {place[:120]} ({str(error)[:200]!r}).") from error
+    raise CheckpointError(f"its manifest is damaged: {place[:120]} is {str(skeleton)[:80]!r}.")
+
+
+class _Named(dict[str, Tensor]):
+    """Has a tensor of every name, and keeps the names that it was asked for."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.setdefault(name, torch.empty(0, device="cpu", dtype=torch.float32))
 
 
 def named_tensors(skeleton: Any, place: str) -> list[str]:
     """Return the names of the tensors that a skeleton is put together with.
-
-    Args: place: where the skeleton stands, for errors.
 
     Raises: CheckpointError: a skeleton that `pack` does not write.
 
@@ -102,24 +111,9 @@ def named_tensors(skeleton: Any, place: str) -> list[str]:
         >>> named_tensors({"w": {"$": "tensor", "name": "state.w"}, "lr": {"$": "float", "value": "inf"}}, "state")
         ['state.w']
     """
-    if isinstance(skeleton, list):
-        return [name for i, item in enumerate(skeleton) for name in named_tensors(item, f"{place}.{i}")]
-    if not isinstance(skeleton, dict):
-        return []
-    if _MARK not in skeleton:
-        return [name for key, item in skeleton.items() for name in named_tensors(item, f"{place}.{key}")]
-    kind = skeleton[_MARK]
-    content = skeleton.get(_CONTENT.get(kind, "") if isinstance(kind, str) else "")
-    if kind == "tensor" and isinstance(content, str):
-        return [content]
-    if kind == "float" and content in ("inf", "-inf", "nan"):
-        return []
-    if kind == "tuple" and isinstance(content, list):
-        return named_tensors(content, place)
-    pairs = kind in ("dict", "counter") and isinstance(content, list)
-    if pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in content or ()):
-        return named_tensors(content, place)
-    raise CheckpointError(f"its manifest is damaged: {place[:120]} is {str(skeleton)[:80]!r}.")
+    found = _Named()
+    unpack(skeleton, found, place)
+    return list(found)
 
 
 def _add_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:

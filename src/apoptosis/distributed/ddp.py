@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch.distributed
 from torch import nn
 
 from apoptosis.distributed.protocol import Layout, Wrapper, is_named, kind_of, register_wrapper
@@ -19,7 +20,8 @@ from apoptosis.distributed.wrappers import unwrap, unwrapped
 from apoptosis.errors import ArgumentError
 from apoptosis.interrupts import restoring, uninterrupted
 
-# Buckets that DistributedDataParallel was set up with: until its first step torch tells nobody.
+_DIST: Any = torch.distributed
+# Buckets that DistributedDataParallel was set up with: torch does not report them before its first step.
 _FIRST_BUCKETS: WeakKeyDictionary[nn.Module, list[list[int]]] = WeakKeyDictionary()
 
 
@@ -121,7 +123,7 @@ class _DataParallel(Wrapper):
                 _set_up(wrapped, hooks, layout)
             except Exception:
                 raise
-            except BaseException:  # an interrupt: half of a wrapper would serve nobody
+            except BaseException:  # an interrupt: half of a wrapper would be of no use
                 _set_up(wrapped, hooks, layout)
                 raise
 
@@ -159,7 +161,7 @@ def _set_up(parallel: Any, hooks: list[tuple[Any, Any]], layout: Layout | None) 
     state = {name: value for name, value in vars(parallel).items() if name not in ("reducer", "logger")}
     with _first_buckets(parallel, layout):
         parallel.__setstate__(state)  # takes the default process group, then what the state holds: the wrapper's own
-    # A new reducer sums a static graph's first gradients at the end of backward, and is told to by this.
+    # A new reducer sums a static graph's first gradients at the end of backward, which this asks for.
     parallel._static_graph_delay_allreduce_enqueued = False
     for hook, own in hooks:
         parallel.register_comm_hook(own, hook)
@@ -182,13 +184,10 @@ def _next_buckets(parallel: Any, order: list[int]) -> list[list[int]] | None:
     config = getattr(parallel, "_bucket_config", None)  # older releases of torch have none
     if config is None or sorted(order) != list(range(len(parameters))):
         return None
-    import torch.distributed
-
-    dist: Any = torch.distributed
     asked = {"static_graph": parallel.static_graph, "find_unused_parameters": parallel.find_unused_parameters}
     limits = config.compute_bucket_size_limits(**asked)[1]
     limits = limits or [config.first_bucket_bytes_cap, config.bucket_bytes_cap]
-    found: list[list[int]] = dist._compute_bucket_assignment_by_size(
+    found: list[list[int]] = _DIST._compute_bucket_assignment_by_size(
         [parameters[i] for i in order], limits, sparse, order
     )[0]
     return found
@@ -206,11 +205,8 @@ def _first_buckets(parallel: Any, layout: Layout | None) -> Iterator[None]:
     if buckets is None:
         yield
         return
-    import torch.distributed
-
-    dist: Any = torch.distributed
     own = [id(parameter) for parameter in parallel._build_params_for_reducer()[0]]
-    plain = dist._compute_bucket_assignment_by_size
+    plain = _DIST._compute_bucket_assignment_by_size
 
     def stored(tensors: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[int]]:
         found: tuple[list[list[int]], list[int]] = plain(tensors, *args, **kwargs)
@@ -218,8 +214,8 @@ def _first_buckets(parallel: Any, layout: Layout | None) -> Iterator[None]:
             return found
         return buckets[::-1], [max(found[1])] * len(buckets)  # the caller puts the last one first
 
-    with restoring(lambda: setattr(dist, "_compute_bucket_assignment_by_size", plain)):
-        dist._compute_bucket_assignment_by_size = stored
+    with restoring(lambda: setattr(_DIST, "_compute_bucket_assignment_by_size", plain)):
+        _DIST._compute_bucket_assignment_by_size = stored
         yield
     _FIRST_BUCKETS[parallel] = buckets
 

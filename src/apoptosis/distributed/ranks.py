@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from apoptosis.distributed.protocol import kind_of
@@ -167,9 +168,7 @@ class TorchRanks(Ranks):
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        import torch.distributed as dist
-
-        self._dist, self._group = dist, group
+        self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl, host = "nccl" in str(dist.get_backend(group)), torch.device("cpu")
         self._device = device if nccl else host
@@ -201,27 +200,27 @@ class TorchRanks(Ranks):
         """Sum by all_reduce, SUM_NUMBERS at once."""
         out = tensor.detach().to(self._place(tensor), torch.float64, copy=True).contiguous()
         for part in torch.split(out.view(-1), SUM_NUMBERS):
-            self._call("a sum", self._dist.all_reduce, part)
+            self._call("a sum", dist.all_reduce, part)
         self.bytes_sent += out.numel() * out.element_size()
         return out.to(tensor.device)
 
     def range_of(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Compare by two reductions."""
         low, high = (tensor.detach().to(self._place(tensor), copy=True).contiguous() for _ in range(2))
-        self._call("a comparison", self._dist.all_reduce, low, op=self._dist.ReduceOp.MIN)
-        self._call("a comparison", self._dist.all_reduce, high, op=self._dist.ReduceOp.MAX)
+        self._call("a comparison", dist.all_reduce, low, op=dist.ReduceOp.MIN)
+        self._call("a comparison", dist.all_reduce, high, op=dist.ReduceOp.MAX)
         return low.to(tensor.device), high.to(tensor.device)
 
     def gathered(self, value: T) -> list[T]:
         """Exchange by all_gather_object."""
         found: list[Any] = [None] * self.size
-        self._call("an exchange", self._dist.all_gather_object, found, value)
+        self._call("an exchange", dist.all_gather_object, found, value)
         return self._heard(value, found)
 
     def all(self, vote: bool) -> bool:
         """Vote by one number."""
         votes = torch.tensor([float(vote)], device=self._ballot, dtype=torch.float32)
-        self._call("a vote", self._dist.all_reduce, votes, op=self._dist.ReduceOp.MIN)
+        self._call("a vote", dist.all_reduce, votes, op=dist.ReduceOp.MIN)
         return bool(votes.item())
 
 
