@@ -91,6 +91,27 @@ def from_text(entry: bytes, format_version: int, *, signed: bool = True) -> dict
     return found
 
 
+_TREE, _SHAPE = object(), object()  # what tree.pack returns for a mapping; a list of sizes
+# Types of entries. [x]: a list of x; {"*": x}: a table of x by name; a key that ends in "?": may be null or left out.
+_OPTIMIZER: dict[str, Any] = {
+    "class": str,
+    "groups": [{"parameters": [str], "settings": _TREE}],
+    "state": {"*": _TREE},
+}
+_MANIFEST = {
+    "model": {
+        "names": [str],
+        "optional": [str],
+        "full": {"*": _SHAPE},
+        "attributes": {"*": _TREE},
+        "states": _TREE,
+    },
+    "optimizers?": [{**_OPTIMIZER, "wrapped?": [_OPTIMIZER]}],
+    "apoptosis?": {"state": _TREE},
+    "extra": _TREE,
+}
+
+
 def check_manifest(manifest: Mapping[str, Any], names: frozenset[str]) -> None:
     """Check the part of a manifest that `packed` wrote.
 
@@ -100,23 +121,37 @@ def check_manifest(manifest: Mapping[str, Any], names: frozenset[str]) -> None:
 
     Raises: CheckpointError: an entry is missing, or is not what it has to be; or tensors are there that nothing names.
     """
-    model = _entry(manifest, "model", dict)
-    for key in ("names", "optional"):
-        _strings(_entry(model, key, list, "model"), f"model.{key}")
-    for name, shape in _entry(model, "full", dict, "model").items():
-        check_shape(shape, f"model.full.{name}")
-    for key in ("attributes", "states"):
-        _entry(model, key, dict, "model")
-    used = [PREFIX + name for name in model["names"]]
-    if len(set(used)) < len(used):
+    used = set(_checked(manifest, _MANIFEST, ""))
+    own = [PREFIX + name for name in manifest["model"]["names"]]
+    if len(set(own)) < len(own):
         _bad("model.names", "names a tensor twice")
-    for place, skeleton in _skeletons(manifest, model):
-        used += named_tensors(skeleton, place)
-    lost, idle = set(used) - names, names - set(used)
+    lost, idle = (used | set(own)) - names, names - used - set(own)
     if lost:
         _bad("manifest", f"names the tensor '{min(lost)}', which is not there")
     if idle:
         _bad("manifest", f"names nothing that the tensor '{min(idle)}' would be part of")
+
+
+def _checked(value: Any, expected: Any, place: str) -> Iterator[str]:
+    """Check the type of an entry and of all in it; yield the names of the tensors in it."""
+    if expected is _SHAPE:
+        check_shape(value, place)
+        return
+    kind: Any = expected if isinstance(expected, type) else list if isinstance(expected, list) else dict
+    if not isinstance(value, kind):
+        _bad(place or "manifest", f"is {str(value)[:60]}, not of type {kind.__name__}")
+    if expected is _TREE:
+        yield from named_tensors(value, place)
+    elif isinstance(expected, list):
+        for i, item in enumerate(value):
+            yield from _checked(item, expected[0], f"{place}.{i}")
+    elif isinstance(expected, dict):
+        for key, inner in (dict.fromkeys(value, expected["*"]) if "*" in expected else expected).items():
+            name = key if "*" in expected else key.removesuffix("?")
+            if name not in value and name == key:
+                _bad(f"{place}.{name}".lstrip("."), "is missing")
+            if name == key or value.get(name) is not None:
+                yield from _checked(value[name], inner, f"{place}.{name}".lstrip("."))
 
 
 def check_saved(manifest: Mapping[str, Any]) -> None:
@@ -138,52 +173,6 @@ def check_shape(value: object, place: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n < _LARGEST for n in value):
         _bad(place, f"is {str(value)[:60]}, not the shape of a tensor")
     return tuple(value)
-
-
-def _skeletons(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, skeleton) of all that `unpack` is going to read, checking what is around it."""
-    for name, attributes in model["attributes"].items():
-        if not isinstance(attributes, dict):
-            _bad(f"model.attributes.{name}", "is no table of attributes")
-    yield "model.attributes", model["attributes"]
-    yield "model.states", model["states"]
-    for i, optimizer in enumerate(_entry(manifest, "optimizers", list, optional=True) or ()):
-        yield from _of_optimizer(optimizer, f"optimizers.{i}")
-        for j, inner in enumerate(_entry(optimizer, "wrapped", list) if "wrapped" in optimizer else ()):
-            yield from _of_optimizer(inner, f"optimizers.{i}.wrapped.{j}")
-    apoptosis = _entry(manifest, "apoptosis", dict, optional=True)
-    if apoptosis is not None:
-        yield "apoptosis", _entry(apoptosis, "state", dict, "apoptosis")
-    yield "extra", _entry(manifest, "extra", dict)
-
-
-def _of_optimizer(optimizer: object, place: str) -> Iterator[tuple[str, Any]]:
-    _entry(optimizer, "class", str, place)
-    for j, group in enumerate(_entry(optimizer, "groups", list, place)):
-        _strings(_entry(group, "parameters", list, f"{place}.groups.{j}"), f"{place}.groups.{j}.parameters")
-        yield f"{place}.groups.{j}.settings", _entry(group, "settings", dict, f"{place}.groups.{j}")
-    for name, state in _entry(optimizer, "state", dict, place).items():
-        if not isinstance(state, dict):
-            _bad(f"{place}.state.{name}", "is no table of state")
-        yield f"{place}.state.{name}", state
-
-
-def _entry(values: object, key: str, kind: type[Any], place: str = "", *, optional: bool = False) -> Any:
-    """Return an entry of the right type; None where it may be null."""
-    where = f"{place}.{key}".lstrip(".")
-    if not isinstance(values, dict):
-        _bad(place or "manifest", "is no table of entries")
-    if key not in values:
-        _bad(where, "is missing")
-    found = values[key]
-    if not (isinstance(found, kind) or (optional and found is None)):
-        _bad(where, f"is {str(found)[:60]}, not of type {kind.__name__}")
-    return found
-
-
-def _strings(values: list[Any], place: str) -> None:
-    if not all(isinstance(value, str) for value in values):
-        _bad(place, "holds something else than names")
 
 
 def _bad(place: str, what: str) -> NoReturn:
