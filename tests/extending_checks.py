@@ -65,12 +65,18 @@ def module_type() -> None:
     assert network[1].size == 16
 
 
+class Sphere(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.spherical_bessel_j0(x)
+
+
 @check("neuron type")
 def neuron_type() -> None:
-    from apoptosis.numerics.activations import neuron_type
+    from apoptosis.graph import analyse
 
-    kind = neuron_type("airy")
-    assert kind.lipschitz() == 0.6
+    group = analyse(twice(Sphere()), (torch.zeros(2, 12),)).groups[0]
+    assert group.neuron is not None
+    assert group.neuron.activation == "sphere"
 
 
 @check("optimizer")
@@ -107,6 +113,31 @@ def criterion() -> None:
     with torch.no_grad():
         network[2].weight[:, 20:] = 0.0
     shrink_(network, torch.zeros(2, 12), batches(), tolerance=0, criterion="largest")
+
+
+class Box(nn.Module):
+    """Keeps as many numbers as the network inside has parameters."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+        self.set_up()
+
+    def set_up(self) -> None:
+        self.flat = [0.0] * sum(p.numel() for p in self.inside.parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inside(x)
+
+
+@check("wrapper")
+def wrapper() -> None:
+    from apoptosis import shrink_
+
+    box = Box(twice(nn.ReLU()))
+    event = shrink_(box, torch.zeros(2, 12), batches(), tolerance=0)
+    assert event.groups == {"0": (32, 16)}
+    assert len(box.flat) == sum(p.numel() for p in box.inside.parameters())
 
 
 @check("report plot")
