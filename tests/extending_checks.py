@@ -1,6 +1,7 @@
 """Run by test_extending.py with one package or another on the path: one check per kind of addition."""
 
 import json
+import sys
 from collections.abc import Callable
 
 import torch
@@ -170,4 +171,4 @@ def said(function: Callable[[], None]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps({what: said(function) for what, function in CHECKS.items()}))
+    sys.stdout.write(json.dumps({what: said(function) for what, function in CHECKS.items()}))

@@ -44,8 +44,8 @@ ADDED: dict[str, tuple[Place, ...]] = {
     "module type with attributes": (
         Place(
             file="surgery/attributes.py",
-            text='    (nn.LocalResponseNorm, "weight", 0, "size", False),\n',
-            behind=r"^ATTRIBUTES: .*\($",
+            text='    nn.LocalResponseNorm: _weight("size"),\n',
+            behind=r"^ATTRIBUTES: .*\{$",
         ),
     ),
     "neuron type": (
@@ -88,7 +88,7 @@ ADDED: dict[str, tuple[Place, ...]] = {
         Place(
             file="tools/recipes/datasets/__init__.py",
             text="    Recipe(name='half', num_classes=10,\n"
-            "           read=lambda folder, rows: tuple(p.rows(0, len(p) // 2) for p in digits.RECIPE.read(folder, rows))),\n",
+            "           read=lambda *of: tuple(p.rows(0, len(p) // 2) for p in digits.RECIPE.read(*of))),\n",
             behind=r"^_RECIPES.* = \($",
         ),
     ),

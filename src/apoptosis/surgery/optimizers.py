@@ -141,9 +141,9 @@ def register_optimizer(
     """Say which state of an optimizer is a first or second moment, or an average of the parameter itself.
 
     Only needed where neither the key nor the values say it: state of the parameter's shape loses the removed positions,
-    whatever it is. A first moment follows merges of neurons, too, by the chain rule; a second moment falls by the square
-    of a factor that the parameter takes; an average of the parameter is folded as the parameter is. `exp_avg` and
-    `momentum_buffer` are taken for first moments in any class.
+    whatever it is. A first moment follows merges of neurons, too, by the chain rule; a second moment falls by the
+    square of a factor that the parameter takes; an average of the parameter is folded as the parameter is. `exp_avg`
+    and `momentum_buffer` are taken for first moments in any class.
 
     Args:
         optimizer_type: the class; its subclasses follow it.
