@@ -323,7 +323,7 @@ def eps_name(module: nn.Module) -> str | None:
 
 
 def norm_strategy_of(module: nn.Module) -> NormStrategy:
-    """Say how channels of a module's input can go: "class", "plain", "either", or "" where they cannot.
+    """Return how channels of a module's input can be removed: "class", "plain", "either", or "" where they cannot.
 
     "class": the module becomes a norm that knows what is gone, be it multiples of kept channels or constants; so does a
     global response norm, "response", of multiples. "plain": channels that are always zero go, with ε and the weight
