@@ -135,8 +135,7 @@ class Apoptosis:
         patterns, chosen = check_exclude(exclude), get_criterion(criterion)
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
-        ranks = ranks_of(wrappers, model)
-        self._step_checks = step_checks(wrappers)
+        ranks, self._step_checks = ranks_of(wrappers, model), step_checks(wrappers)
         target = Target(model=model, optimizers=optimizers, call=as_call(example_input), ranks=ranks)
         self._target, self._log = replace(target, read=logits, wrappers=wrappers, **options), log
         held_out = None if probe is None else make_probe(probe, example_input)
