@@ -197,12 +197,12 @@ def contractions() -> Iterator[list[_Contraction]]:
 
 def _noted(rule: Rule, log: list[_Contraction]) -> Rule:
     def run(call: Call) -> Result:
-        findings, mode = call.tracer.findings, call.tracer.mode
-        before = findings.macs[mode]
+        trace, mode = call.trace, call.tracer.mode
+        before = trace.macs[mode]
         try:
             return rule(call)
         finally:
-            macs = findings.macs[mode] - before
+            macs = trace.macs[mode] - before
             if macs and mode == "training":
                 axes = [ids for tensor in call.tensors() for ids in _axes(call, tensor)]
                 log.append(_Contraction(call.name, macs, [_positions(call, ids) for ids in axes]))
@@ -211,18 +211,18 @@ def _noted(rule: Rule, log: list[_Contraction]) -> Rule:
 
 
 def _axes(call: Call, tensor: Tensor) -> list[np.ndarray]:
-    view = call.tracer.view(tensor)
+    view = call.view(tensor)
     if view is None:
-        return [call.tracer.value(tensor).ids.reshape(-1)]
-    return [np.unique(slots) for found in view.places() for slots in found.values()]
+        return [call.value(tensor).ids.reshape(-1)]
+    return [np.unique(ids) for found in view.places() for ids in found.values()]
 
 
 def _positions(call: Call, ids: np.ndarray) -> list[tuple[str, int, np.ndarray]]:
-    slots = call.tracer.findings.slots
+    channel_ids = call.trace.channel_ids
     unique, counts = np.unique(ids, return_counts=True)
     found = []
-    for name, dim, here in slots.axes_of(unique):
-        found.append((name, dim, np.repeat(unique[here] - slots.owners[name].bases[dim], counts[here])))
+    for name, dim, here in channel_ids.axes_of(unique):
+        found.append((name, dim, np.repeat(unique[here] - channel_ids.tensors[name].bases[dim], counts[here])))
     closed = ids.size - sum(positions.size for _, _, positions in found)
     return [*found, ("", 0, np.zeros(closed, dtype=np.int64))]
 

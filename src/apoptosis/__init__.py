@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from apoptosis.oneshot import shrink_
     from apoptosis.planner import Plan
     from apoptosis.surgery.attributes import register_attributes
-    from apoptosis.surgery.optimizers import register_optimizer
 
 __all__ = [
     "Apoptosis",
@@ -36,7 +35,6 @@ __all__ = [
     "register_activation",
     "register_attributes",
     "register_criterion",
-    "register_optimizer",
     "register_rule",
     "register_wrapper",
     "save",
@@ -54,7 +52,6 @@ _HOMES = {
     "register_activation": "graph.trace.activations",
     "register_attributes": "surgery.attributes",
     "register_criterion": "criteria",
-    "register_optimizer": "surgery.optimizers",
     "register_rule": "graph.rules.table",
     "register_wrapper": "distributed.protocol",
     "shrink_": "oneshot",

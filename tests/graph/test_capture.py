@@ -13,7 +13,7 @@ from torch import nn
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.storage import StorageMap
 from apoptosis.graph.trace.tracer import Tracer
 

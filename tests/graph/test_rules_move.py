@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from apoptosis.graph.capture import _module_stack, _Watch
 from apoptosis.graph.rules.table import OPERATORS
-from apoptosis.graph.trace.findings import TraceResult
-from apoptosis.graph.trace.ids import Slots, named_tensors
+from apoptosis.graph.trace.ids import ChannelIds, named_tensors
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import Tracer
 from apoptosis.graph.trace.values import collapse, reshape
 
@@ -60,9 +60,9 @@ def test_ids_go_where_the_values_go(steps: list[tuple[int, int, int]]) -> None:
     """Values and ids start equal (the channel's number); after any movements they are equal still."""
     layer = nn.Linear(3, 6)
     tensors, _, buffers = named_tensors(layer)
-    findings = TraceResult(Slots(tensors, buffers))
-    tracer = Tracer(findings, layer, tensors, [], OPERATORS, "training")
-    base = findings.slots.owners["weight"].bases[0]
+    trace = TraceResult(ChannelIds(tensors, buffers))
+    tracer = Tracer(trace, layer, tensors, [], OPERATORS, "training")
+    base = trace.channel_ids.tensors["weight"].bases[0]
     with torch.no_grad():
         layer.weight.zero_()
         layer.bias.copy_(torch.arange(base, base + 6.0))
@@ -72,7 +72,7 @@ def test_ids_go_where_the_values_go(steps: list[tuple[int, int, int]]) -> None:
                 if x.numel() > 2000 or x.dim() > 6:
                     break
                 x = _step(x, kind, a, b)
-    assert ["reads a constant" in reason.text for _, reason in findings.pins] == [True]  # the input alone
+    assert ["reads a constant" in reason.text for _, reason in trace.pins] == [True]  # the input alone
     ids = tracer.value(x).ids
     if ids.size == 1 and x.numel() > 1:
         assert torch.all(x == float(ids.flat[0]))

@@ -24,9 +24,9 @@ from apoptosis.graph.groups.grids import classify_rectangular, splits
 from apoptosis.graph.groups.shared_widths import with_shared_widths
 from apoptosis.graph.groups.unused import pin_unreached
 from apoptosis.graph.trace.carried import Carried, recall
-from apoptosis.graph.trace.findings import TraceResult
-from apoptosis.graph.trace.ids import Slots, named_tensors
+from apoptosis.graph.trace.ids import ChannelIds, named_tensors
 from apoptosis.graph.trace.partial_ops import partial_work
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.verify.factors import scalable
 from apoptosis.model.kept import known_of
 from apoptosis.records import Frozen, NormWidths, Seen, Structure
@@ -72,33 +72,33 @@ def analyse(
             f"'{lazy[0]}' of {type(model).__name__} is not initialised (lazy): run the model once before."
         )
     layout = layout_of(model)
-    findings, carried = _followed(model, args, kwargs or {}, norm_widths)
-    unread = pin_unreached(findings, model, aliases)
-    close(findings)
+    trace, carried = _followed(model, args, kwargs or {}, norm_widths)
+    unread = pin_unreached(trace, model, aliases)
+    close(trace)
     kept = frozen_names(model) if frozen == "keep" else frozenset()
     if frozen == "keep":
-        keep_frozen(findings, model, kept)
-        keep_copied(findings, model, kept)
-    classes, rows = classify_rectangular(findings)
-    labels = {name: tuple(classes.labels[owner.axis(dim)] for dim in range(len(owner.shape)))
-                  for name, owner in findings.slots.owners.items()}  # fmt: skip
-    groups = with_shared_widths(model, findings, build_groups(findings, classes, rows), classes, labels)
+        keep_frozen(trace, model, kept)
+        keep_copied(trace, model, kept)
+    classes, rows = classify_rectangular(trace)
+    labels = {name: tuple(classes.labels[info.axis(dim)] for dim in range(len(info.shape)))
+                  for name, info in trace.channel_ids.tensors.items()}  # fmt: skip
+    groups = with_shared_widths(model, trace, build_groups(trace, classes, rows), classes, labels)
     return Structure(
         groups=groups,
-        macs=findings.macs.get("training", 0.0),
-        shapes={name: owner.shape for name, owner in findings.slots.owners.items()},
+        macs=trace.macs.get("training", 0.0),
+        shapes={name: info.shape for name, info in trace.channel_ids.tensors.items()},
         aliases=aliases,
-        notes=(*findings.notes, *unread, *_one_mode(findings)),
+        notes=(*trace.notes, *unread, *_one_mode(trace)),
         classes=labels,
         pinned_classes=classes.pinned,
-        scalars={mode: tuple(calls) for mode, calls in findings.scalars.items()},
-        splits=splits(findings, classes),
-        worked=partial_work(findings, groups, classes.labels, labels),
-        multiples={mode: tuple(found) for mode, found in findings.multiples.items()},
-        scalable=scalable(findings, classes),
+        scalars={mode: tuple(calls) for mode, calls in trace.scalars.items()},
+        splits=splits(trace, classes),
+        partial_ops=partial_work(trace, groups, classes.labels, labels),
+        multiples={mode: tuple(found) for mode, found in trace.multiples.items()},
+        scalable=scalable(trace, classes),
         frozen=kept,
         layout=layout,
-        counts=counts(findings, classes),
+        counts=counts(trace, classes),
         kept=carried.kept(classes.labels),
     )
 
@@ -113,9 +113,9 @@ def _followed(
     tensors, _, buffers = named_tensors(model)
     carried = Carried(model, args, kwargs)
     while True:
-        findings = TraceResult(Slots(tensors, buffers, carried.buffers), compensated=norm_widths == "compensated")
+        trace = TraceResult(ChannelIds(tensors, buffers, carried.buffers), compensated=norm_widths == "compensated")
         try:
-            returned = _captures(model, args, kwargs, findings, carried)
+            returned = _captures(model, args, kwargs, trace, carried)
         except CaptureError as error:
             first = carried.after(error)
             if first is None:
@@ -130,18 +130,18 @@ def _followed(
             f"{type(model).__name__} returns no tensor on example_input, so that nothing is known to depend on it. Let "
             "forward return what the loss is computed from."
         )
-    carried.finish_round(findings, signature_of(tensors, carried.buffers))
-    return findings, carried
+    carried.finish_round(trace, signature_of(tensors, carried.buffers))
+    return trace, carried
 
 
 def _captures(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], findings: TraceResult, carried: Carried
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: TraceResult, carried: Carried
 ) -> int:
     """Follow one pass in training and one in evaluation mode; return how many tensors they returned."""
     returned = 0
     for training in (True, False):  # on copies: a forward pass may write to its input
         fresh_args, fresh_kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
-        returned += capture(model, fresh_args, fresh_kwargs, findings, training=training, carried=carried)
+        returned += capture(model, fresh_args, fresh_kwargs, trace, training=training, carried=carried)
     return returned
 
 
@@ -162,10 +162,10 @@ def layout_of(model: nn.Module) -> int:
     return hash((modules, tuple((name, tuple(p.shape), None if sharded else p.dtype) for name, p in named)))
 
 
-def _one_mode(findings: TraceResult) -> tuple[str, ...]:
+def _one_mode(trace: TraceResult) -> tuple[str, ...]:
     """Say which modules take part in one mode only."""
     modes: dict[str, set[str]] = {}
-    for consumer in findings.consumers.values():
+    for consumer in trace.consumers.values():
         modes.setdefault(consumer.module or consumer.weight, set()).update(consumer.macs)
     return tuple(f"'{name}' takes part in {found.pop()} mode only" for name, found in modes.items() if len(found) == 1)
 
@@ -196,5 +196,5 @@ def replay(
     known = known_of(model)
     left_out = frozenset() if known is None else known.buffers
     carried = recall(model, fresh_args, fresh_kwargs, signature_of(tensors, left_out))
-    findings = TraceResult(Slots(tensors, buffers, left_out))
-    capture(model, fresh_args, fresh_kwargs, findings, training=training, carried=carried, watch=watch)
+    trace = TraceResult(ChannelIds(tensors, buffers, left_out))
+    capture(model, fresh_args, fresh_kwargs, trace, training=training, carried=carried, watch=watch)

@@ -30,10 +30,10 @@ from apoptosis.graph.rules.table import OPERATORS
 from apoptosis.graph.trace.carried import Carried
 from apoptosis.graph.trace.failures import failure
 from apoptosis.graph.trace.fakes import Constants, over_fakes
-from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import named_tensors
 from apoptosis.graph.trace.outputs import named_in, tensors_in
 from apoptosis.graph.trace.partial_ops import note_work
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import FRAME_MARKS, Tracer
 from apoptosis.interrupts import hooks_on_all_modules, is_out_of_memory, restoring
 from apoptosis.model.passes import internal_passes
@@ -127,9 +127,9 @@ def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
             tracer.entered(module, args)
             norms.enter(module, args)
             if id(module) in names:
-                tracer.findings.ran.add(names[id(module)])
+                tracer.trace.ran.add(names[id(module)])
                 if all(arg.numel() for arg in args if isinstance(arg, Tensor)):
-                    tracer.findings.fed.add(names[id(module)])
+                    tracer.trace.fed.add(names[id(module)])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
@@ -144,13 +144,13 @@ def capture(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    findings: TraceResult,
+    trace: TraceResult,
     *,
     training: bool,
     carried: Carried,
     watch: Callable[[Seen], None] | None = None,
 ) -> int:
-    """Run `model(*args, **kwargs)` once and add what it shows to `findings`; `watch` is handed what each site reads.
+    """Run `model(*args, **kwargs)` once and add what it shows to `trace`; `watch` is handed what each site reads.
 
     carried: what the model keeps from earlier passes; in later rounds it has run as often before the pass is followed.
 
@@ -172,8 +172,8 @@ def capture(
         _step_by_step(model),
     ):
         carried.prepare(args, kwargs)
-        tensors = {n: t for n, t in named_tensors(model)[0].items() if n in findings.slots.owners}
-        tracer = Tracer(findings, model, tensors, tensors_in((args, kwargs)), OPERATORS, mode, watch, note_work)
+        tensors = {n: t for n, t in named_tensors(model)[0].items() if n in trace.channel_ids.tensors}
+        tracer = Tracer(trace, model, tensors, tensors_in((args, kwargs)), OPERATORS, mode, watch, note_work)
         try:
             for _ in range(carried.rounds):
                 _leave_behind(tracer, constants, model, args, kwargs)

@@ -429,7 +429,7 @@ class Structure:
     pinned_classes: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     scalars: Mapping[str, tuple[ScalarOperands, ...]] = field(default_factory=dict)
     splits: tuple[Split, ...] = ()
-    worked: Mapping[str, tuple[PartialOp, ...]] = field(default_factory=dict)
+    partial_ops: Mapping[str, tuple[PartialOp, ...]] = field(default_factory=dict)
     multiples: Mapping[str, tuple[tuple[str, tuple[tuple[int, int, float], ...]], ...]] = field(default_factory=dict)
     scalable: Mapping[str, tuple[tuple[str, int, IntArray], ...]] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()

@@ -18,7 +18,7 @@ from apoptosis.graph.groups.couplings import with_conflicts
 from apoptosis.graph.groups.heads import HeadDraft, head_drafts
 from apoptosis.graph.groups.norms import norm_sites
 from apoptosis.graph.groups.output_paths import through
-from apoptosis.graph.trace.findings import Consumer, TraceResult
+from apoptosis.graph.trace.result import Consumer, TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import Group, IntArray, LinearSite, Member, Neuron, Site
 
@@ -31,8 +31,8 @@ class _Draft:
     positions: dict[Axis, IntArray]
 
 
-def _drafts(findings: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> list[_Draft]:
-    group, ordered = numbered(findings, classes)
+def _drafts(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> list[_Draft]:
+    group, ordered = numbered(trace, classes)
     drafts = [
         _Draft(rows[number].reshape(-1) if number in rows else ordered[group[ordered] == number], {})
         for number in range(int(group.max()) + 1)
@@ -40,9 +40,9 @@ def _drafts(findings: TraceResult, classes: Classes, rows: Mapping[int, IntArray
     rank = np.zeros(group.size, dtype=np.int64)
     for draft in drafts:
         rank[draft.channels] = np.arange(draft.channels.size)
-    for name, dim in all_axes(findings):
-        owner = findings.slots.owners[name]
-        labels = classes.labels[owner.bases[dim] : owner.bases[dim] + owner.shape[dim]]
+    for name, dim in all_axes(trace):
+        info = trace.channel_ids.tensors[name]
+        labels = classes.labels[info.bases[dim] : info.bases[dim] + info.shape[dim]]
         groups = group[labels]
         for number in np.unique(groups[groups >= 0]).tolist():
             index = np.flatnonzero(groups == number)
@@ -52,23 +52,23 @@ def _drafts(findings: TraceResult, classes: Classes, rows: Mapping[int, IntArray
     return drafts
 
 
-def _members(findings: TraceResult, places: Mapping[Axis, IntArray], consumed: frozenset[Axis]) -> tuple[Member, ...]:
+def _members(trace: TraceResult, places: Mapping[Axis, IntArray], consumed: frozenset[Axis]) -> tuple[Member, ...]:
     out = []
-    order = list(findings.producers)
-    for axis in sorted(places, key=lambda a: (a not in findings.producers, a in order and order.index(a))):
-        if axis in consumed and axis not in findings.producers:
+    order = list(trace.producers)
+    for axis in sorted(places, key=lambda a: (a not in trace.producers, a in order and order.index(a))):
+        if axis in consumed and axis not in trace.producers:
             continue
         name, dim = axis
-        owner, positions = findings.slots.owners[name], places[axis]
-        macs = per_forward(findings.axis_macs[axis]) if axis in findings.axis_macs else 0.0
+        info, positions = trace.channel_ids.tensors[name], places[axis]
+        macs = per_forward(trace.axis_macs[axis]) if axis in trace.axis_macs else 0.0
         out.append(
             Member(
                 tensor=name,
                 dim=dim,
                 positions=positions,
-                role="producer" if axis in findings.producers else "bias" if axis in findings.biases else "channelwise",
-                is_buffer=owner.is_buffer,
-                macs=macs * positions.shape[1] / owner.shape[dim],
+                role="producer" if axis in trace.producers else "bias" if axis in trace.biases else "channelwise",
+                is_buffer=info.is_buffer,
+                macs=macs * positions.shape[1] / info.shape[dim],
             )
         )
     return tuple(out)
@@ -113,69 +113,71 @@ def _neuron(members: Sequence[Member], consumers: Sequence[Consumer]) -> Neuron 
 _NORM_LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
-def _base_name(findings: TraceResult, draft: _Draft) -> str:
-    for axis, module in findings.producers.items():
+def _base_name(trace: TraceResult, draft: _Draft) -> str:
+    for axis, module in trace.producers.items():
         if axis in draft.positions:
             return module or axis[0]
-    axis = next(a for a in findings.owners if a in draft.positions)
+    axis = next(a for a in trace.listed if a in draft.positions)
     return axis[0].rpartition(".")[0] or axis[0]
 
 
-def _lumped(findings: TraceResult, classes: Classes, draft: _Draft) -> Reason | None:
+def _lumped(trace: TraceResult, classes: Classes, draft: _Draft) -> Reason | None:
     """Return why a group is one channel that cannot go, though it owns many positions; None for any other group.
 
     Such a group is listed position by position, as any that is never removed.
     """
     if draft.channels.size > 1:
         return None
-    reasons = (why for slot, why in findings.atomic_blocks if int(classes.labels[slot[0]]) == int(draft.channels[0]))
+    reasons = (
+        why for channel_id, why in trace.atomic_blocks if int(classes.labels[channel_id[0]]) == int(draft.channels[0])
+    )
     reason = next(reasons, None)
-    num = next((p.shape[1] for axis, p in draft.positions.items() if axis in findings.producers), 1)
+    num = next((p.shape[1] for axis, p in draft.positions.items() if axis in trace.producers), 1)
     if reason is not None and all(p.size % num == 0 for p in draft.positions.values()):
         draft.channels = np.repeat(draft.channels, num)
         draft.positions = {axis: p.reshape(num, -1) for axis, p in draft.positions.items()}
     return reason
 
 
-def _list_left_over(findings: TraceResult, classes: Classes) -> None:
+def _list_left_over(trace: TraceResult, classes: Classes) -> None:
     """List weights of layers that are part of no group, so that they are groups of their own (computed weights)."""
-    listed = {*findings.producers, *findings.owners}
-    known = [findings.slots.owners[name].axis(dim) for name, dim in listed]
+    listed = {*trace.producers, *trace.listed}
+    known = [trace.channel_ids.tensors[name].axis(dim) for name, dim in listed]
     covered = np.unique(classes.labels[np.concatenate(known)]) if known else np.zeros(0, dtype=np.int64)
-    for name, owner in findings.slots.owners.items():
-        if owner.is_buffer or len(owner.shape) < 2 or any((name, dim) in listed for dim in range(len(owner.shape))):
+    for name, info in trace.channel_ids.tensors.items():
+        if info.is_buffer or len(info.shape) < 2 or any((name, dim) in listed for dim in range(len(info.shape))):
             continue
-        if not bool(np.isin(classes.labels[owner.slots()], covered).any()):
-            findings.owners[name, 0] = name
+        if not bool(np.isin(classes.labels[info.ids()], covered).any()):
+            trace.listed[name, 0] = name
 
 
-def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
+def build_groups(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
     """Put the groups together, in forward order; whole heads come last.
 
     rows: by group number, the classes of the rows that keep equally many channels (see grids.classify_rectangular).
     """
-    _list_left_over(findings, classes)
+    _list_left_over(trace, classes)
     by_axis: dict[Axis, list[Consumer]] = {}
-    for consumer in findings.consumers.values():
+    for consumer in trace.consumers.values():
         by_axis.setdefault((consumer.weight, consumer.dim), []).append(consumer)
-    consumed, pairs = frozenset(by_axis), products_of(findings)
+    consumed, pairs = frozenset(by_axis), products_of(trace)
     groups: list[Group] = []
     names: dict[str, int] = {}
-    for index, draft in enumerate(_drafts(findings, classes, rows)):
-        lumped, base = _lumped(findings, classes, draft), _base_name(findings, draft)
+    for index, draft in enumerate(_drafts(trace, classes, rows)):
+        lumped, base = _lumped(trace, classes, draft), _base_name(trace, draft)
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
         readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
-        linear = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
+        linear = tuple(site_of(trace, c, draft.positions[axis]) for c, axis in readers)
         sites: tuple[Site, ...] = linear
         number = int(classes.first_pin[draft.channels[0]])
-        reason = through(findings, number, draft.positions) if number >= 0 else lumped
+        reason = through(trace, number, draft.positions) if number >= 0 else lumped
         if reason is None:
-            products, why = product_sites(findings, classes, draft.channels, pairs)
+            products, why = product_sites(trace, classes, draft.channels, pairs)
             sites, reason = (*sites, *products), why or (None if sites or products else Code.NO_SITE())
-            norms, why = norm_sites(findings, classes, draft.channels)
+            norms, why = norm_sites(trace, classes, draft.channels)
             sites, reason = (*sites, *norms), reason or why
-        members = _members(findings, draft.positions, consumed)
+        members = _members(trace, draft.positions, consumed)
         least = max([_min_channels(c, site) for (c, _), site in zip(readers, linear, strict=True)], default=1)
         if reason is None and least >= draft.channels.size > 1:
             reason = Code.DEPTHWISE()
@@ -193,8 +195,8 @@ def build_groups(findings: TraceResult, classes: Classes, rows: Mapping[int, Int
             )
         )
     heads = []
-    for whole in head_drafts(findings):
-        group = _head_group(findings, whole, by_axis)
+    for whole in head_drafts(trace):
+        group = _head_group(trace, whole, by_axis)
         if group is not None:
             names[group.name] = names.get(group.name, 0) + 1
             again = names[group.name]
@@ -209,12 +211,12 @@ def _min_channels(consumer: Consumer, site: LinearSite) -> int:
     return 2 if consumer.blocks > 1 and alone else 1
 
 
-def _head_group(findings: TraceResult, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:
+def _head_group(trace: TraceResult, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:
     """Make a group whose channels are whole heads, or None where nothing reads them."""
     readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
-    sites = tuple(site_of(findings, c, draft.positions[axis]) for c, axis in readers)
-    members = _members(findings, draft.positions, frozenset(by_axis))
-    under_norm = {norm.weight for norm in findings.norms.values()}
+    sites = tuple(site_of(trace, c, draft.positions[axis]) for c, axis in readers)
+    members = _members(trace, draft.positions, frozenset(by_axis))
+    under_norm = {norm.weight for norm in trace.norms.values()}
     if not sites or not members or any(m.tensor in under_norm for m in members):
         return None
     return Group(name=f"{draft.module}:heads", num_channels=draft.num_heads, members=members, sites=sites)

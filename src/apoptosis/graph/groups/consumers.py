@@ -12,7 +12,7 @@ import numpy as np
 
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes, own_readers
-from apoptosis.graph.trace.findings import Consumer, Product, TraceResult, pairs_of
+from apoptosis.graph.trace.result import Consumer, Product, TraceResult, pairs_of
 from apoptosis.records import IntArray, LinearSite, ProductSite
 
 
@@ -23,25 +23,25 @@ def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> I
     return (columns[:, None, :] + blocks[None, :, None]).reshape(columns.shape[0], -1)
 
 
-def _norm_of(findings: TraceResult, source: str) -> str | None:
+def _norm_of(trace: TraceResult, source: str) -> str | None:
     """Return the BatchNorm that alone reads the output of one source (Value.source), and reads nothing else."""
-    readers = findings.readers.get(source, set())
+    readers = trace.readers.get(source, set())
     if len(readers) != 1:
         return None
     norm = next(iter(readers))
     statistics = f"{norm}.running_mean"
-    if findings.normalised.get(norm) != {source} or statistics not in findings.slots.owners:
+    if trace.normalised.get(norm) != {source} or statistics not in trace.channel_ids.tensors:
         return None
-    return norm if findings.reads[statistics] <= {norm} else None
+    return norm if trace.reads[statistics] <= {norm} else None
 
 
-def site_of(findings: TraceResult, consumer: Consumer, columns: IntArray) -> LinearSite:
+def site_of(trace: TraceResult, consumer: Consumer, columns: IntArray) -> LinearSite:
     """Make the site of a consumer that the channels own these columns of, (channels, P)."""
-    num_columns = findings.slots.owners[consumer.weight].shape[consumer.dim]
+    num_columns = trace.channel_ids.tensors[consumer.weight].shape[consumer.dim]
     bias = consumer.bias
-    if bias is not None and findings.reads[bias] - own_readers(consumer):
+    if bias is not None and trace.reads[bias] - own_readers(consumer):
         bias = None  # another reads it too: nothing may be folded into it
-    is_complex = findings.slots.owners[consumer.weight].is_complex
+    is_complex = trace.channel_ids.tensors[consumer.weight].is_complex
     return LinearSite(
         module=str(consumer.module),
         kind=consumer.kind,
@@ -53,7 +53,7 @@ def site_of(findings: TraceResult, consumer: Consumer, columns: IntArray) -> Lin
         num_columns=num_columns,
         taps=consumer.taps,
         zero_padded=consumer.zero_padded,
-        norm=None if consumer.source is None else _norm_of(findings, consumer.source),
+        norm=None if consumer.source is None else _norm_of(trace, consumer.source),
         dropout=consumer.dropout,
         macs=per_forward(consumer.macs) * columns.shape[1] / num_columns,
         functional=consumer.functional,
@@ -72,9 +72,9 @@ def per_forward(macs: dict[str, float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """All products of a model, and who reads each slot: the number of the site's or product's key.
+    """All products of a model, and who reads each id: the number of the site's or product's key.
 
-    reader: (slots,), -1 where nobody does, -2 where several do.
+    reader: (ids,), -1 where none does, -2 where several do.
     """
 
     merged: list[Product]
@@ -82,18 +82,18 @@ class Products:
     numbers: dict[str, int]
 
 
-def products_of(findings: TraceResult) -> Products:
+def products_of(trace: TraceResult) -> Products:
     """Gather the products once for all groups."""
-    reader, numbers = np.full(findings.slots.num_slots, -1, dtype=np.int64), dict[str, int]()
-    for slots, key in findings.uses:
+    reader, numbers = np.full(trace.channel_ids.num_ids, -1, dtype=np.int64), dict[str, int]()
+    for ids, key in trace.uses:
         number = numbers.setdefault(key, len(numbers))
-        known = reader[slots]
-        reader[slots] = np.where((known == -1) | (known == number), number, -2)
-    return Products(_merged(findings.products.values()), reader, numbers)
+        known = reader[ids]
+        reader[ids] = np.where((known == -1) | (known == number), number, -2)
+    return Products(_merged(trace.products.values()), reader, numbers)
 
 
 def product_sites(
-    findings: TraceResult, classes: Classes, channels: IntArray, products: Products
+    trace: TraceResult, classes: Classes, channels: IntArray, products: Products
 ) -> tuple[tuple[ProductSite, ...], Reason | None]:
     """Return the sites at which channels of one group are multiplied in pairs, or why that pins the group."""
     rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
@@ -108,7 +108,7 @@ def product_sites(
         if bool((counts != counts[0]).any()):
             return (), Code.UNEVEN()
         order = inside[np.argsort(index[inside], kind="stable")].reshape(channels.size, -1)
-        found.append(_product_site(findings, products, product, order))
+        found.append(_product_site(trace, products, product, order))
     return tuple(found), None
 
 
@@ -126,27 +126,27 @@ def _merged(products: Iterable[Product]) -> list[Product]:
     return list(out.values())
 
 
-def _product_site(findings: TraceResult, products: Products, product: Product, places: IntArray) -> ProductSite:
+def _product_site(trace: TraceResult, products: Products, product: Product, places: IntArray) -> ProductSite:
     """places: (channels, P), where the group's channels stand among the product's positions."""
-    fold = product.fold if _foldable(findings, products, product) else None
+    fold = product.fold if _foldable(trace, products, product) else None
     weight, bias, columns, num_columns = "", None, np.zeros((len(places), 0), dtype=np.int64), 0
     if fold is not None:
         weight, dim = fold
-        owner = findings.slots.owners[weight]
-        right = [np.unique(slots) for slots in product.right[places]]
-        if len({slots.size for slots in right}) == 1:
-            columns, num_columns = np.stack(right) - owner.bases[dim], owner.shape[dim]
-            bias = next(iter(findings.bias_of.get(fold, ())), None)
+        info = trace.channel_ids.tensors[weight]
+        right = [np.unique(ids) for ids in product.right[places]]
+        if len({ids.size for ids in right}) == 1:
+            columns, num_columns = np.stack(right) - info.bases[dim], info.shape[dim]
+            bias = next(iter(trace.bias_of.get(fold, ())), None)
         else:
             weight, fold = "", None
     rescale = []
     if product.own_scale:
         scaled = product.right if product.scales_right else product.left
-        for name, dim, here in findings.slots.axes_of(scaled):
-            base = findings.slots.owners[name].bases[dim]
+        for name, dim, here in trace.channel_ids.axes_of(scaled):
+            base = trace.channel_ids.tensors[name].bases[dim]
             own = [np.unique(scaled[p][here[p]]) - base for p in places]
             rescale.append((name, dim, np.stack(own)))
-            rescale.extend((b, 0, np.stack(own)) for b in sorted(findings.bias_of.get((name, dim), ())))
+            rescale.extend((b, 0, np.stack(own)) for b in sorted(trace.bias_of.get((name, dim), ())))
     return ProductSite(
         module=product.module,
         weight=weight,
@@ -162,15 +162,15 @@ def _product_site(findings: TraceResult, products: Products, product: Product, p
     )
 
 
-def _foldable(findings: TraceResult, products: Products, product: Product) -> bool:
+def _foldable(trace: TraceResult, products: Products, product: Product) -> bool:
     """Whether the right operand's producer serves this product alone, so that its rows may take over."""
-    if product.fold is None or len(findings.reads[product.fold[0]]) > 1:
+    if product.fold is None or len(trace.reads[product.fold[0]]) > 1:
         return False
-    biases = findings.bias_of.get(product.fold, set())
-    if len(biases) > 1 or any(len(findings.reads[bias]) > 1 for bias in biases):
+    biases = trace.bias_of.get(product.fold, set())
+    if len(biases) > 1 or any(len(trace.reads[bias]) > 1 for bias in biases):
         return False
     if np.intersect1d(product.left, product.right).size:
         return False
-    slots = np.concatenate([product.left, product.right]) if product.stepwise else product.right
-    readers = products.reader[slots]
+    ids = np.concatenate([product.left, product.right]) if product.stepwise else product.right
+    readers = products.reader[ids]
     return bool(((readers == -1) | (readers == products.numbers.get(pairs_of(product), -1))).all())

@@ -11,26 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from apoptosis.graph.explain import Code
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.numerics.alike import alike
 
 _DEPTH = 3  # of lists and dictionaries in an attribute, in which tensors are looked for
 
 
-def keep_copied(findings: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
+def keep_copied(trace: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
     """Pin the channels of trained weights of which the model holds a copy that has to keep its shape.
 
     frozen: parameters that require no gradient while others do.
     """
-    owners, reads = findings.slots.owners, findings.reads
-    unread = frozenset(name for name in owners if not reads.get(name))
+    tensors, reads = trace.channel_ids.tensors, trace.reads
+    unread = frozenset(name for name in tensors if not reads.get(name))
     for copy, kind, origin in _averages(model, frozen, unread):
         for name in (f"{origin}.{name}" for name, _ in model.get_submodule(origin).named_parameters()):
-            if name in owners:
-                findings.pin(owners[name].slots(), Code.COPIED_MODULE(name=name, kind=kind, copy=copy))
+            if name in tensors:
+                trace.pin(tensors[name].ids(), Code.COPIED_MODULE(name=name, kind=kind, copy=copy))
     for place, name in _kept(model, frozen, unread):
-        if name in owners:
-            findings.pin(owners[name].slots(), Code.COPIED(name=name, place=place))
+        if name in tensors:
+            trace.pin(tensors[name].ids(), Code.COPIED(name=name, place=place))
 
 
 def _averages(model: nn.Module, frozen: frozenset[str], unread: frozenset[str]) -> Iterator[tuple[str, str, str]]:

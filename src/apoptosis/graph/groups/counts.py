@@ -16,16 +16,16 @@ import numpy as np
 
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes
-from apoptosis.graph.groups.couplings import Coupling, coupled, owners
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.groups.couplings import Coupling, coupled, tensors
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.records import Count, Follow, Structure
 
 
-def counts(findings: TraceResult, classes: Classes) -> tuple[Count, ...]:
+def counts(trace: TraceResult, classes: Classes) -> tuple[Count, ...]:
     """Return the numbers that were noted, with the classes at the places that they count."""
     return tuple(
-        Count(modules=modules, number=number, classes=classes.labels[slots], where=where)
-        for (modules, where, number, _), slots in findings.counts.items()
+        Count(modules=modules, number=number, classes=classes.labels[ids], where=where)
+        for (modules, where, number, _), ids in trace.counts.items()
     )
 
 
@@ -59,4 +59,4 @@ def _held(count: Count, names: Mapping[int, str]) -> frozenset[str]:
 
 
 def _names(structure: Structure) -> dict[int, str]:
-    return owners(structure.groups, structure.classes)[0]
+    return tensors(structure.groups, structure.classes)[0]

@@ -82,7 +82,7 @@ def coupled(groups: Sequence[Group], couplings: Iterable[Coupling]) -> tuple[Gro
     return tuple(replace(g, pin=pins.get(g.name), tied_groups=tuple(sorted(tied[g.name] - {g.name}))) for g in groups)
 
 
-def owners(groups: Sequence[Group], labels: Labels) -> tuple[dict[int, str], dict[int, str]]:
+def tensors(groups: Sequence[Group], labels: Labels) -> tuple[dict[int, str], dict[int, str]]:
     """Return the group of every channel class: of single channels, and of whole heads, which own those of others."""
     single: dict[int, str] = {}
     heads: dict[int, str] = {}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from apoptosis.graph.explain import Code
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 
 _TUNERS = frozenset(("BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"))  # of peft
 
@@ -31,19 +31,19 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
     return frozenset() if len(found) == len(named) else found
 
 
-def keep_frozen(findings: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
+def keep_frozen(trace: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
     """Pin the channels that frozen weights make or read, and all that an adapter holds.
 
     Frozen parameters that channels only meet (the gain of a norm) follow the trainable weights around them.
     """
-    owners = findings.slots.owners
-    axes = {*findings.producers, *((c.weight, c.dim) for c in findings.consumers.values())}
+    tensors = trace.channel_ids.tensors
+    axes = {*trace.producers, *((c.weight, c.dim) for c in trace.consumers.values())}
     for name, dim in sorted(axes):
         if name in frozen:
-            findings.pin(owners[name].axis(dim), Code.FROZEN(name=name))
+            trace.pin(tensors[name].axis(dim), Code.FROZEN(name=name))
     for name in _of_adapters(model):
-        if name in owners:
-            findings.pin(owners[name].slots(), Code.ADAPTER(name=name))
+        if name in tensors:
+            trace.pin(tensors[name].ids(), Code.ADAPTER(name=name))
 
 
 def _of_adapters(model: nn.Module) -> Iterator[str]:

@@ -12,29 +12,29 @@ import numpy.typing as npt
 
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes, classify, hard_pins, numbered
-from apoptosis.graph.trace.findings import Grid, TraceResult
+from apoptosis.graph.trace.result import Grid, TraceResult
 from apoptosis.records import IntArray, Split
 
 
-def classify_rectangular(findings: TraceResult) -> tuple[Classes, dict[int, IntArray]]:
+def classify_rectangular(trace: TraceResult) -> tuple[Classes, dict[int, IntArray]]:
     """Classify channels so that every grid stays rectangular.
 
     Returns: the classes, and by group number (see `numbered`) the classes of its rows, (rows, columns), where an event
     has to keep equally many of each row.
     """
     while True:
-        classes = classify(findings)
-        group, _ = numbered(findings, classes)
+        classes = classify(trace)
+        group, _ = numbered(trace, classes)
         sizes = np.bincount(group[group >= 0]) if bool((group >= 0).any()) else np.zeros(0, dtype=np.int64)
         rows: dict[int, IntArray] = {}
-        hard = hard_pins(findings, classes)
-        results = [_rectangular(findings, grid, classes, (group, sizes, hard), rows) for grid in findings.grids]
+        hard = hard_pins(trace, classes)
+        results = [_rectangular(trace, grid, classes, (group, sizes, hard), rows) for grid in trace.grids]
         if all(results):
             return classes, rows
 
 
 def _rectangular(
-    findings: TraceResult,
+    trace: TraceResult,
     grid: Grid,
     classes: Classes,
     known_of: tuple[IntArray, IntArray, npt.NDArray[np.bool_]],
@@ -45,7 +45,7 @@ def _rectangular(
     known_of: the group of every class, the size of every group, and which classes are pinned for whole heads, too.
     """
     group, sizes, hard = known_of
-    labels = classes.labels[grid.slots]
+    labels = classes.labels[grid.ids]
     pinned = classes.first_pin[labels] >= 0
     if bool(pinned.all()):
         return True
@@ -53,8 +53,8 @@ def _rectangular(
     if len(labels) == 1 or bool((labels == labels[:, :1]).all()):  # one row; rows that go as a whole
         return True
     if bool(pinned.any()):  # rows that may go as a whole leave the others their width
-        whole = not bool(hard[classes.labels[grid.slots[pinned]]].any())
-        findings.pin(grid.slots[~pinned], Code.SPLIT_WITH_PINNED(where=grid.where), inner=whole)
+        whole = not bool(hard[classes.labels[grid.ids[pinned]]].any())
+        trace.pin(grid.ids[~pinned], Code.SPLIT_WITH_PINNED(where=grid.where), inner=whole)
         return False
     number = int(group[labels[0, 0]])
     alone = number >= 0 and bool((group[labels] == number).all()) and labels.size == sizes[number]
@@ -64,9 +64,7 @@ def _rectangular(
             return True
         if len(known) % len(labels) == 0 and _coarser(known, labels):
             return True  # equally many of every finer row is equally many of every coarser one
-    findings.ties.append(
-        (grid.slots[1:].reshape(-1), np.broadcast_to(grid.slots[:1], grid.slots[1:].shape).reshape(-1))
-    )
+    trace.ties.append((grid.ids[1:].reshape(-1), np.broadcast_to(grid.ids[:1], grid.ids[1:].shape).reshape(-1)))
     return False
 
 
@@ -76,11 +74,11 @@ def _coarser(fine: IntArray, coarse: IntArray) -> bool:
     return all(len({row_of.get(int(label), -1) for label in row}) == 1 for row in fine)
 
 
-def splits(findings: TraceResult, classes: Classes, *, rigid: bool = False) -> tuple[Split, ...]:
+def splits(trace: TraceResult, classes: Classes, *, rigid: bool = False) -> tuple[Split, ...]:
     """Return every split with the classes at its places that may change; rigid: those that never change instead."""
     out = []
-    for grid in findings.grids:
-        labels = classes.labels[grid.slots]
+    for grid in trace.grids:
+        labels = classes.labels[grid.ids]
         if bool((classes.first_pin[labels] >= 0).all()) == rigid:
             out.append(Split(module=grid.module, classes=labels, where=grid.where))
     return tuple(out)

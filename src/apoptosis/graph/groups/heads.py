@@ -12,7 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from apoptosis.graph.groups.classes import all_axes, classify
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.values import Axis
 from apoptosis.records import IntArray
 
@@ -26,27 +26,27 @@ class HeadDraft:
     positions: dict[Axis, IntArray]
 
 
-def head_drafts(findings: TraceResult) -> list[HeadDraft]:
+def head_drafts(trace: TraceResult) -> list[HeadDraft]:
     """Put together the heads that may be removed as a whole, in forward order.
 
     Heads are one where they share a channel (the queries of one key in grouped-query attention). Ties by broadcasting
     count where they stay within one head (its gain); what is the same for several heads (a rotary table) stays.
     """
-    held = [*findings.heads, *findings.parts]
+    held = [*trace.heads, *trace.parts]
     if not held:
         return []
-    classes = classify(findings, broadcast_ties=False)
+    classes = classify(trace, broadcast_ties=False)
     outer = np.concatenate([classes.labels[a] for a, _, _ in held])
     inner = np.concatenate([classes.labels[b] for _, b, _ in held])
     size = classes.first_pin.size
     joined = coo_matrix((np.ones(outer.size, dtype=np.int8), (outer, inner)), shape=(size, size))
     head_of = connected_components(joined, directed=False)[1].astype(np.int64)
-    head_of, involved = _with_spreads(findings, classes.labels, head_of, np.unique(np.concatenate([outer, inner])))
+    head_of, involved = _with_spreads(trace, classes.labels, head_of, np.unique(np.concatenate([outer, inner])))
     pinned = set(head_of[involved[classes.first_pin[involved] >= 0]].tolist())
-    places = _places(findings, classes.labels, head_of, set(head_of[involved].tolist()) - pinned)
+    places = _places(trace, classes.labels, head_of, set(head_of[involved].tolist()) - pinned)
     module_of: dict[int, str] = {}
-    for slots, _, module in held:
-        for head in head_of[classes.labels[slots]].tolist():
+    for ids, _, module in held:
+        for head in head_of[classes.labels[ids]].tolist():
             module_of.setdefault(head, module)
     alike: dict[tuple[object, ...], list[int]] = {}
     for head, axes in places.items():
@@ -63,15 +63,15 @@ def head_drafts(findings: TraceResult) -> list[HeadDraft]:
 
 
 def _with_spreads(
-    findings: TraceResult, labels: IntArray, head_of: IntArray, involved: IntArray
+    trace: TraceResult, labels: IntArray, head_of: IntArray, involved: IntArray
 ) -> tuple[IntArray, IntArray]:
     """Let what meets the channels of one head alone by broadcasting go with that head.
 
     head_of: number of the head per class. involved: classes that belong to heads. Returns: both, with what was added.
     """
-    if not findings.broadcast_ties:
+    if not trace.broadcast_ties:
         return head_of, involved
-    pairs = np.concatenate([labels[np.stack(tie)] for tie in findings.broadcast_ties], axis=1)
+    pairs = np.concatenate([labels[np.stack(tie)] for tie in trace.broadcast_ties], axis=1)
     pairs = np.unique(np.concatenate([pairs, pairs[::-1]], axis=1), axis=1)
     while True:
         inside = np.zeros(head_of.size, dtype=np.bool_)
@@ -91,13 +91,13 @@ def _with_spreads(
 
 
 def _places(
-    findings: TraceResult, labels: IntArray, head_of: IntArray, wanted: set[int]
+    trace: TraceResult, labels: IntArray, head_of: IntArray, wanted: set[int]
 ) -> dict[int, dict[Axis, list[int]]]:
     """Positions by head and axis."""
     out: dict[int, dict[Axis, list[int]]] = {}
-    for name, dim in all_axes(findings):
-        owner = findings.slots.owners[name]
-        heads = head_of[labels[owner.bases[dim] : owner.bases[dim] + owner.shape[dim]]]
+    for name, dim in all_axes(trace):
+        info = trace.channel_ids.tensors[name]
+        heads = head_of[labels[info.bases[dim] : info.bases[dim] + info.shape[dim]]]
         for position in np.flatnonzero(np.isin(heads, list(wanted))).tolist():
             out.setdefault(int(heads[position]), {}).setdefault((name, dim), []).append(position)
     return out

@@ -11,13 +11,11 @@ import numpy as np
 
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes
-from apoptosis.graph.trace.findings import Norm, TraceResult
+from apoptosis.graph.trace.result import Norm, TraceResult
 from apoptosis.records import IntArray, NormSite
 
 
-def norm_sites(
-    findings: TraceResult, classes: Classes, channels: IntArray
-) -> tuple[tuple[NormSite, ...], Reason | None]:
+def norm_sites(trace: TraceResult, classes: Classes, channels: IntArray) -> tuple[tuple[NormSite, ...], Reason | None]:
     """Return the sites at which norms read the channels of one group, or why that pins the group.
 
     channels: classes of the group's channels, in order.
@@ -25,8 +23,8 @@ def norm_sites(
     rank = np.full(int(classes.labels.max()) + 1, -1, dtype=np.int64)
     rank[channels] = np.arange(channels.size)
     found = []
-    for norm in findings.norms.values():
-        index = rank[classes.labels[norm.slots]]
+    for norm in trace.norms.values():
+        index = rank[classes.labels[norm.ids]]
         if bool((index < 0).all()):
             continue
         if index.size != channels.size or bool((np.sort(index) != np.arange(channels.size)).any()):
@@ -44,6 +42,6 @@ def _site(norm: Norm, columns: IntArray) -> NormSite:
         columns=columns,
         input_columns=columns,
         num_columns=len(columns),
-        strategy=norm.way,
+        strategy=norm.strategy,
         channels_first=norm.first,
     )

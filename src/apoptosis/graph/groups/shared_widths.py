@@ -19,9 +19,9 @@ from torch import nn
 
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes
-from apoptosis.graph.groups.couplings import Coupling, Labels, coupled, owners
+from apoptosis.graph.groups.couplings import Coupling, Labels, coupled, tensors
 from apoptosis.graph.groups.grids import splits
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.records import Group, Split
 
 Row = dict[str, Fraction]
@@ -31,26 +31,26 @@ _SIZES = ("dim", "size", "width", "d_k", "d_v", "d_q", "d_head", "dk", "dv")
 
 
 def with_shared_widths(
-    model: nn.Module, findings: TraceResult, groups: Sequence[Group], classes: Classes, labels: Labels
+    model: nn.Module, trace: TraceResult, groups: Sequence[Group], classes: Classes, labels: Labels
 ) -> tuple[Group, ...]:
     """Return the groups with what shared widths make of them: pins, Group.tied_groups and Group.num_static.
 
     Args:
         model: as captured.
-        findings: of all captures.
+        trace: of all captures.
         groups: as found.
         classes: which channels are one.
         labels: class of every position, by tensor and dim.
     """
-    modules, (single, heads) = dict(model.named_modules()), owners(groups, labels)
-    found = splits(findings, classes)
+    modules, (single, heads) = dict(model.named_modules()), tensors(groups, labels)
+    found = splits(trace, classes)
     governed = _governed(found, modules, single)
-    every = _governed([*found, *splits(findings, classes, rigid=True)], modules, single)
+    every = _governed([*found, *splits(trace, classes, rigid=True)], modules, single)
     num_static, partial = _mixed(governed.values(), {group.name: group.num_channels for group in groups})
     couplings = [
         *_recurrent(groups, modules),
         *_by_size(every, modules),
-        *_tensors(findings, classes, single, heads),
+        *_tensors(trace, classes, single, heads),
         *(
             Coupling(frozenset().union(*rows) - partial)
             for rows in governed.values()
@@ -106,18 +106,18 @@ def _is_size(attribute: str) -> bool:
 
 
 def _tensors(
-    findings: TraceResult, classes: Classes, single: Mapping[int, str], heads: Mapping[int, str]
+    trace: TraceResult, classes: Classes, single: Mapping[int, str], heads: Mapping[int, str]
 ) -> Iterator[Coupling]:
     """Yield the groups whose channels meet one tensor with a place for each: zeros as wide as the heads of all layers.
 
     The elements of such a tensor are all the same along the axis: it matters how many there are, but not which.
     """
     inside: dict[int, int] = {}
-    for outer, inner, _ in (*findings.parts, *findings.heads):
+    for outer, inner, _ in (*trace.parts, *trace.heads):
         inside.update(zip(outer.tolist(), classes.labels[inner].tolist(), strict=True))
-    for ids in findings.extents.values():
-        slots = np.unique(np.concatenate(ids)).tolist() if len(ids) > 1 else ()
-        met = {heads.get(inside[s]) if s in inside else single.get(int(classes.labels[s])) for s in slots}
+    for ids in trace.size_constraints.values():
+        channel_ids = np.unique(np.concatenate(ids)).tolist() if len(ids) > 1 else ()
+        met = {heads.get(inside[s]) if s in inside else single.get(int(classes.labels[s])) for s in channel_ids}
         names = frozenset(name for name in met if name is not None)
         if len(names) > 1:
             yield Coupling(names, Code.SHARED_WIDTH, {"place": "in one tensor"})
@@ -128,9 +128,9 @@ def _recurrent(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> lis
     found: dict[tuple[str, bool], set[str]] = {}
     for group in groups:
         for member in group.members:
-            owner, _, leaf = member.tensor.rpartition(".")
-            if member.dim == 0 and isinstance(modules.get(owner), nn.RNNBase) and leaf.startswith("weight_"):
-                found.setdefault((owner, leaf.startswith("weight_hr")), set()).add(group.name)
+            info, _, leaf = member.tensor.rpartition(".")
+            if member.dim == 0 and isinstance(modules.get(info), nn.RNNBase) and leaf.startswith("weight_"):
+                found.setdefault((info, leaf.startswith("weight_hr")), set()).add(group.name)
     place = {"place": "in one recurrence"}
     return [Coupling(frozenset(names), Code.SHARED_WIDTH, place) for names in found.values()]
 

@@ -16,46 +16,46 @@ from torch import nn
 
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import classify
-from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import TensorInfo
+from apoptosis.graph.trace.result import TraceResult
 
 _LISTS = (nn.ParameterList, nn.ParameterDict)  # which no pass could run
 
 
-def pin_unreached(findings: TraceResult, model: nn.Module, aliases: Mapping[str, str]) -> tuple[str, ...]:
+def pin_unreached(trace: TraceResult, model: nn.Module, aliases: Mapping[str, str]) -> tuple[str, ...]:
     """Pin what the captures did not reach; return a note for every module and parameter of that kind.
 
     Args:
-        findings: of both captures.
+        trace: of both captures.
         model: the captured model.
         aliases: further names of tied parameters -> first name.
     """
     modules = dict(model.named_modules())
-    own = {name: dict(_own(findings, name, module, aliases)) for name, module in modules.items()}
-    unread = {n: o for n, o in findings.slots.owners.items() if not o.is_buffer and not findings.reads.get(n)}
-    idle = _idle(findings, own, unread)
+    own = {name: dict(_own(trace, name, module, aliases)) for name, module in modules.items()}
+    unread = {n: o for n, o in trace.channel_ids.tensors.items() if not o.is_buffer and not trace.reads.get(n)}
+    idle = _idle(trace, own, unread)
     notes = [_module_note(name, count) for name, count in idle.items()]
-    for name, owner in unread.items():
+    for name, info in unread.items():
         above = next((module for module in _lineage(name) if module in idle), None)
         reason = Code.UNREAD(name=name) if above is None else Code.NOT_RUN(module=above)
         if above is None:
             notes.append(reason.text)
-        _pin(findings, owner, reason)
+        _pin(trace, info, reason)
     lists = {name for name, module in modules.items() if isinstance(module, _LISTS)}
-    _pin_shared(findings, {name: held for name, held in own.items() if name not in lists})
-    _pin_beside(findings, own, unread)
-    starved = _starved(findings, own)
+    _pin_shared(trace, {name: held for name, held in own.items() if name not in lists})
+    _pin_beside(trace, own, unread)
+    starved = _starved(trace, own)
     for name, count in starved.items():
         notes.append(_starved_note(name, count))
-        for owner in _inside(own, name):
-            _pin(findings, owner, Code.NO_ROWS(module=name))
-    _pin_siblings(findings, modules, own, idle)
+        for info in _inside(own, name):
+            _pin(trace, info, Code.NO_ROWS(module=name))
+    _pin_siblings(trace, modules, own, idle)
     return tuple(notes)
 
 
-def _starved(findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, int]:
+def _starved(trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, int]:
     """Find the outermost modules that ran on empty tensors alone; the number of their parameters by name."""
-    empty = [name for name in own if name in findings.ran - findings.fed]
+    empty = [name for name in own if name in trace.ran - trace.fed]
     outer = [name for name in empty if not set(_lineage(name)[:-1]).intersection(empty)]
     counts = {name: sum(1 for _ in _inside(own, name)) for name in outer}
     return {name: count for name, count in counts.items() if count}
@@ -71,11 +71,11 @@ def _starved_note(name: str, count: int) -> str:
 
 def _inside(own: Mapping[str, Mapping[str, TensorInfo]], name: str) -> Iterator[TensorInfo]:
     """Yield the parameters of a module and of those inside it."""
-    return (owner for module, held in own.items() if name in _lineage(module) for owner in held.values())
+    return (info for module, held in own.items() if name in _lineage(module) for info in held.values())
 
 
 def _pin_siblings(
-    findings: TraceResult,
+    trace: TraceResult,
     modules: Mapping[str, nn.Module],
     own: Mapping[str, Mapping[str, TensorInfo]],
     idle: Iterable[str],
@@ -88,36 +88,36 @@ def _pin_siblings(
     found: dict[str, str] = {}
     for name in idle:
         home = name.rpartition(".")[0]
-        shapes = [owner.shape for owner in _inside(own, name)]
+        shapes = [info.shape for info in _inside(own, name)]
         for twin in modules if isinstance(modules[home], nn.ModuleList | nn.ModuleDict) else ():
             like = twin.rpartition(".")[0] == home and type(modules[twin]) is type(modules[name])
-            if like and twin in findings.ran and [owner.shape for owner in _inside(own, twin)] == shapes:
+            if like and twin in trace.ran and [info.shape for info in _inside(own, twin)] == shapes:
                 found.setdefault(twin, name)
-    labels = classify(findings).labels if found else np.zeros(0, dtype=np.int64)
+    labels = classify(trace).labels if found else np.zeros(0, dtype=np.int64)
     for twin, name in found.items():
-        slots = np.concatenate([owner.slots() for owner in _inside(own, twin)])
+        ids = np.concatenate([info.ids() for info in _inside(own, twin)])
         outside = np.ones(labels.size, dtype=bool)
-        outside[slots] = False
-        shared = slots[np.isin(labels[slots], labels[outside])]
-        findings.pin(shared, Code.TWIN_NOT_RUN(module=name, twin=twin))
+        outside[ids] = False
+        shared = ids[np.isin(labels[ids], labels[outside])]
+        trace.pin(shared, Code.TWIN_NOT_RUN(module=name, twin=twin))
 
 
 def _own(
-    findings: TraceResult, name: str, module: nn.Module, aliases: Mapping[str, str]
+    trace: TraceResult, name: str, module: nn.Module, aliases: Mapping[str, str]
 ) -> Iterator[tuple[str, TensorInfo]]:
     """Yield (leaf, parameter) of a module without those inside it."""
     for leaf, parameter in module._parameters.items():
         if parameter is not None:
             full = f"{name}.{leaf}" if name else leaf
-            yield leaf, findings.slots.owners[aliases.get(full, full)]
+            yield leaf, trace.channel_ids.tensors[aliases.get(full, full)]
 
 
 def _idle(
-    findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
+    trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
 ) -> dict[str, int]:
     """Find the outermost modules of which no part runs and nothing is read; the number of their parameters by name."""
-    busy = set(findings.ran)
-    busy |= {name for name, held in own.items() if any(owner.name not in unread for owner in held.values())}
+    busy = set(trace.ran)
+    busy |= {name for name, held in own.items() if any(info.name not in unread for info in held.values())}
     busy = {above for name in busy for above in _lineage(name)}
     inside = Counter(above for name, held in own.items() for above in _lineage(name) for _ in held)
     idle = [name for name in own if name not in busy and inside[name]]
@@ -143,31 +143,31 @@ def _module_note(name: str, count: int) -> str:
     )
 
 
-def _pin(findings: TraceResult, owner: TensorInfo, reason: Reason) -> None:
-    findings.pin(owner.slots(), reason)
-    if len(owner.shape) > 1 and not any((owner.name, d) in findings.producers for d in range(len(owner.shape))):
-        findings.owners.setdefault((owner.name, 0), owner.name)
+def _pin(trace: TraceResult, info: TensorInfo, reason: Reason) -> None:
+    trace.pin(info.ids(), reason)
+    if len(info.shape) > 1 and not any((info.name, d) in trace.producers for d in range(len(info.shape))):
+        trace.listed.setdefault((info.name, 0), info.name)
 
 
-def _pin_shared(findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+def _pin_shared(trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     """Pin parameters that modules which run share with one that does not."""
     homes: dict[str, list[str]] = {}
     for name, held in own.items():
-        for owner in held.values():
-            homes.setdefault(owner.name, []).append(name)
+        for info in held.values():
+            homes.setdefault(info.name, []).append(name)
     for tensor, names in homes.items():
-        idle = [name for name in names if name not in findings.ran]
+        idle = [name for name in names if name not in trace.ran]
         if idle and len(idle) < len(names):
             why = Code.NOT_RUN_TOO(name=tensor, module=idle[0])
-            findings.pin(findings.slots.owners[tensor].slots(), why)
+            trace.pin(trace.channel_ids.tensors[tensor].ids(), why)
 
 
 def _pin_beside(
-    findings: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
+    trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
 ) -> None:
     """Pin what an unread parameter of a module lies along: both have to keep one length."""
     for held in own.values():
         for lost in held.values():
-            for owner in held.values():
-                if lost.name in unread and owner.name not in unread and owner.shape[:1] == lost.shape[:1] != ():
-                    findings.pin(owner.axis(0), Code.BESIDE_UNREAD(name=lost.name))
+            for info in held.values():
+                if lost.name in unread and info.name not in unread and info.shape[:1] == lost.shape[:1] != ():
+                    trace.pin(info.axis(0), Code.BESIDE_UNREAD(name=lost.name))

@@ -35,10 +35,10 @@ def batch_norm(call: Call) -> Result:
     over = bool(varying(value.ids) - {1})
     if over:
         call.pin(value.ids, Code.NORM)
-    owners = tracer.findings.slots.owners
+    tensors = tracer.trace.channel_ids.tensors
     # behind a permutation of channels its entries are not in the order of the rows that made them
-    stock = stock and all(np.array_equal(value.ids.reshape(-1), owners[name].axis(dim)) for name, dim in value.paths)
-    sizes = {tracer.findings.slots.owners[name].shape[dim] for name, dim in value.paths}
+    stock = stock and all(np.array_equal(value.ids.reshape(-1), tensors[name].axis(dim)) for name, dim in value.paths)
+    sizes = {tracer.trace.channel_ids.tensors[name].shape[dim] for name, dim in value.paths}
     stock = stock and not over and sizes <= {x.shape[1]} and value.ids.shape[1] == x.shape[1]
     given: list[tuple[Tensor, Value]] = []
     operands: list[Tensor] = []
@@ -52,9 +52,9 @@ def batch_norm(call: Call) -> Result:
             given.append((tensor.view(shape), found.moved(found.ids.reshape(shape))))
     if value.source is not None:
         reader = tracer.module_name if stock else "operator"
-        tracer.findings.readers[value.source].add(reader)
+        tracer.trace.readers[value.source].add(reader)
     if stock:
-        tracer.findings.normalised[tracer.module_name].add(value.source or "")
+        tracer.trace.normalised[tracer.module_name].add(value.source or "")
     met = tie_broadcast(call, operands, ndim, [(x, value), *given])
     result = replace(met, paths=_normalised(value.paths, tracer.module_name if stock else None))
     moments = Value(met.ids.reshape(-1)) if met.ids.size == met.ids.shape[1] else None
@@ -63,8 +63,8 @@ def batch_norm(call: Call) -> Result:
 
 def _of_rows(call: Call, x: Tensor) -> bool:
     """Whether the rows of a weight are standardised, laid out as the channels of one example."""
-    view = call.tracer.view(x)
-    if view is None or x.dim() < 2 or x.shape[:2] != (1, view.owner.shape[0]) or x.stride(1) != view.owner.stride[0]:
+    view = call.view(x)
+    if view is None or x.dim() < 2 or x.shape[:2] != (1, view.info.shape[0]) or x.stride(1) != view.info.stride[0]:
         return False
     own = isinstance(call.arg(3, "running_mean"), Tensor) or isinstance(call.arg(2, "bias"), Tensor)
     gain = call.arg(1, "weight")

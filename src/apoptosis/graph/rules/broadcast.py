@@ -22,21 +22,21 @@ from apoptosis.records import IntArray
 
 
 def _bind(call: Call, view: View, ndim: int, axes: frozenset[int] | None) -> IntArray | None:
-    """Return the slots of the one axis of a parameter that runs along `axes` (None: any), else None.
+    """Return the ids of the one axis of a parameter that runs along `axes` (None: any), else None.
 
     None stands for "runs along no channel axis", or for a parameter that had to be pinned.
     """
     lead = ndim - view.ndim
     if view.dims is None:
-        call.pin_owner(view.owner, Code.SEVERAL_AS_ONE)
+        call.pin_parameter(view.info, Code.SEVERAL_AS_ONE)
         return None
     runs = view.varied()
     if axes is not None:
         runs = [dim for dim in runs if any(axis + lead in axes for axis in view.axes(dim))]
     if len(runs) == 1:
-        return align(view.slots(runs[0]), ndim)
+        return align(view.ids(runs[0]), ndim)
     if runs:
-        call.pin_owner(view.owner, Code.SEVERAL_AXES)
+        call.pin_parameter(view.info, Code.SEVERAL_AXES)
     return None
 
 
@@ -68,13 +68,13 @@ def _all_even(parts: Sequence[Mapping[int, object]]) -> dict[int, object]:
     return {axis: next((part[axis] for part in parts if part[axis] is not None), object()) for axis in axes}
 
 
-def _note_extents(call: Call, tensor: Tensor, value: Value, ids: IntArray) -> None:
+def _note_sizes(call: Call, tensor: Tensor, value: Value, ids: IntArray) -> None:
     """Note the channels that a tensor without any meets along axes on which it is the same all along."""
     axes = sorted(varying(ids))
-    fresh = call.tracer.findings.slots.is_fresh(ids)
+    fresh = call.trace.channel_ids.is_fresh(ids)
     for axis, token in _even(call, tensor, ids.ndim, value).items():
         if token is not None and ids.ndim + axis in (axes if fresh else axes[-1:]):
-            call.tracer.findings.extents[token].append(np.unique(ids[ids != 0]))
+            call.trace.size_constraints[token].append(np.unique(ids[ids != 0]))
             note_count(call, ids, ids.ndim + axis, ids.shape[axis])
 
 
@@ -84,7 +84,7 @@ def tie_broadcast(
     """Tie the channels of operands that meet element by element, after broadcasting.
 
     Channels that meet values without channels (the network input, a mask of fixed size) are pinned; values that are the
-    same everywhere, or independent noise, meet them harmlessly. A parameter gives the slots of the axis that runs along
+    same everywhere, or independent noise, meet them harmlessly. A parameter gives the ids of the axis that runs along
     the channels.
 
     given: further operands whose values are not those on record.
@@ -92,8 +92,8 @@ def tie_broadcast(
     Returns: the ids of the result, without paths.
     """
     tracer = call.tracer
-    live: list[tuple[Tensor, IntArray]] = []
-    dull: list[tuple[Tensor, Value]] = []
+    carrying: list[tuple[Tensor, IntArray]] = []
+    without: list[tuple[Tensor, Value]] = []
     filled: list[tuple[Tensor, Value]] = []
     views: list[tuple[Tensor, View]] = []
     is_filler = True
@@ -101,34 +101,34 @@ def tie_broadcast(
     for tensor, known in operands:
         view = tracer.view(tensor) if known is None else None
         if view is not None:
-            tracer.read(view.owner, "operator")
+            tracer.read(view.info, "operator")
             views.append((tensor, view))
             is_filler = is_filler and tensor.numel() == 1
             continue
         value = tracer.value(tensor) if known is None else known
         is_filler = is_filler and (value.is_filler or tensor.numel() == 1)
         if value.has_channels:
-            live.append((tensor, align(value.ids, ndim)))
+            carrying.append((tensor, align(value.ids, ndim)))
         else:
-            (filled if value.is_filler else dull).append((tensor, value))
-    axes = frozenset().union(*(varying(ids) for _, ids in live)) if live else None
+            (filled if value.is_filler else without).append((tensor, value))
+    axes = frozenset().union(*(varying(ids) for _, ids in carrying)) if carrying else None
     for tensor, view in views:
         bound = _bind(call, view, ndim, axes)
         if bound is not None:
-            live.append((tensor, bound))
+            carrying.append((tensor, bound))
         elif view.dims is None and axes is not None and tensor.numel() > 1:
-            dull.append((tensor, nothing(tensor.dim(), Origin(f"'{view.owner.name}'"))))
-    if not live:
-        origin = dull[0][1].origin if dull else CONSTANT
-        parts = [_even(call, t, ndim, value) for t, value in (*dull, *filled)]
+            without.append((tensor, nothing(tensor.dim(), Origin(f"'{view.info.name}'"))))
+    if not carrying:
+        origin = without[0][1].origin if without else CONSTANT
+        parts = [_even(call, t, ndim, value) for t, value in (*without, *filled)]
         parts += [_even(call, tensor, ndim, nothing(ndim)) for tensor, _ in views]
         return replace(nothing(ndim, origin, is_filler=is_filler), even={} if is_filler else _all_even(parts))
-    result = live[0][1]
-    for (left, _), (tensor, ids) in pairwise(live):
+    result = carrying[0][1]
+    for (left, _), (tensor, ids) in pairwise(carrying):
         result = _join(call, left, result, tensor, ids, ndim)
-    for tensor, value in (*dull, *filled):
-        _note_extents(call, tensor, value, result)
-    for tensor, value in dull:
+    for tensor, value in (*without, *filled):
+        _note_sizes(call, tensor, value, result)
+    for tensor, value in without:
         if _spans(tensor, ndim, varying(result) - {ndim + axis for axis in value.even}):
             call.pin(result, (Code.MEETS_KEPT if value.origin.kept else Code.MEETS_NONE)(origin=value.origin))
             break
@@ -153,12 +153,12 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
     if not (along_a <= along_b or along_b <= along_a):
         return _crossed(call, left, a, right, b, ndim)
     if not _inside(call, left, a, right, b, ndim):
-        call.tracer.findings.tie(a, b)
+        call.tie(a, b)
         _note_join(call, a, b)
     wide_a, wide_b = np.broadcast_arrays(a, b)
-    lone = (wide_a == 0) != (wide_b == 0)
-    if bool(lone.any()):
-        call.pin(np.where(lone, wide_a + wide_b, 0), Code.MEETS_VALUES)
+    unpaired = (wide_a == 0) != (wide_b == 0)
+    if bool(unpaired.any()):
+        call.pin(np.where(unpaired, wide_a + wide_b, 0), Code.MEETS_VALUES)
     return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)
 
 
@@ -166,18 +166,18 @@ def _note_join(call: Call, a: IntArray, b: IntArray) -> None:
     tracer = call.tracer
     if not tracer.watched:
         text = f"operator {call.label}" + (f" in '{tracer.module_name}'" if tracer.module_name else "")
-        tracer.findings.joins.append((a[a != 0][:1], b[b != 0][:1], text, tracer.where()))
+        tracer.trace.joins.append((a[a != 0][:1], b[b != 0][:1], text, tracer.where()))
 
 
 def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> bool:
     """Whether one side are heads of scores, and the other the channels inside them (a sum that divides each head's)."""
-    findings = call.tracer.findings
+    trace = call.trace
     for tensor, heads, inner in ((left, a, b), (right, b, a)):
         more = varying(inner) - varying(heads)
         if not more or not varying(heads) <= varying(inner) or _spans(tensor, ndim, more):
             continue
-        if findings.slots.is_fresh(heads) and not findings.slots.is_fresh(inner):
-            findings.contain(heads, inner, call.tracer.module_name, part=True)
+        if trace.channel_ids.is_fresh(heads) and not trace.channel_ids.is_fresh(inner):
+            trace.contain(heads, inner, call.tracer.module_name, part=True)
             return True
     return False
 

@@ -22,7 +22,7 @@ from apoptosis.records import IntArray, Normal
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
+class ComputedWeight:
     """What the copy of a parameter was multiplied by. fixed: by plain numbers of the code, which training keeps.
 
     numbers: where these are noted, as in values.Multiple. rows: every row (dim 0) was normalised by itself, less its
@@ -54,9 +54,9 @@ def scaled_copy(call: Call) -> bool:
     if len(wide) != 1 or wide[0].shape != call.outs[0].shape or wide[0].dtype != call.outs[0].dtype:
         return False
     weight, view = wide[0], tracer.view(wide[0])
-    if view is None or view.owner.is_buffer or (divides and call.args[0] is not weight):
+    if view is None or view.info.is_buffer or (divides and call.args[0] is not weight):
         return False
-    making = tracer.memory.making(weight) or Making()
+    computed = tracer.memory.computed_weight(weight) or ComputedWeight()
     for other in call.args:
         if other is weight:
             continue
@@ -64,16 +64,16 @@ def scaled_copy(call: Call) -> bool:
         if factor is None or factor == 0.0:
             return False
         factor = 1.0 / factor if divides else factor
-        numbers = making.numbers
+        numbers = computed.numbers
         if not isinstance(other, Tensor) and tracer.numbers.at >= 0:
             numbers = (*numbers, (tracer.numbers.at, 0, -1.0 if divides else 1.0))
-        fixed = making.fixed and not isinstance(other, Tensor)
-        making = replace(making, factor=making.factor * factor, fixed=fixed, numbers=numbers)
+        fixed = computed.fixed and not isinstance(other, Tensor)
+        computed = replace(computed, factor=computed.factor * factor, fixed=fixed, numbers=numbers)
     if call.operator.role == "moves":
-        making = replace(making, factor=-making.factor)
+        computed = replace(computed, factor=-computed.factor)
     if not tracer.memory.adopt(call.outs[0], weight):
         return False
-    tracer.memory.made(call.outs[0], making)
+    tracer.memory.note_computed(call.outs[0], computed)
     return True
 
 
@@ -84,8 +84,8 @@ def scaled_in_place(call: Call) -> bool:
     """
     if not _is_factor(call) or not call.inplace or call.kwargs.get("rounding_mode") is not None:
         return False
-    view = call.tracer.view(call.args[0])
-    if view is None or not view.whole or view.owner.is_buffer or len(view.varied()) < 2:
+    view = call.view(call.args[0])
+    if view is None or not view.whole or view.info.is_buffer or len(view.varied()) < 2:
         return False
     factor = call.arg(1, "other", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor == 0.0:
@@ -100,13 +100,13 @@ def _number(call: Call, other: object) -> float | None:
         return None
     if not isinstance(other, Tensor):
         return float(other)
-    view = call.tracer.view(other)
+    view = call.view(other)
     if other.numel() != 1 or other.is_complex():
         return None
-    if view is None and (call.tracer.value(other).has_channels or call.tracer.value(other).origin != CONSTANT):
+    if view is None and (call.value(other).has_channels or call.value(other).origin != CONSTANT):
         return None  # computed from the weight, it may be
     if view is not None:
-        call.tracer.read(view.owner, "operator")
+        call.tracer.read(view.info, "operator")
     return float("nan") if other.is_meta or isinstance(other, FakeTensor) else float(other.detach())
 
 
@@ -116,11 +116,11 @@ def gains_of(call: Call) -> tuple[Axis, ...]:
     role = call.operator.role
     if len(tensors) != 1 or not (role == "multiplies" or (role == "divides" and call.args[0] is tensors[0])):
         return ()
-    view = call.tracer.view(tensors[0])
+    view = call.view(tensors[0])
     if view is None:
-        return call.tracer.value(tensors[0]).gains
+        return call.value(tensors[0]).gains
     varied = view.varied()
-    return ((view.owner.name, varied[0]),) if len(varied) == 1 and not view.owner.is_buffer else ()
+    return ((view.info.name, varied[0]),) if len(varied) == 1 and not view.info.is_buffer else ()
 
 
 def normalised_copy(call: Call, weight: Tensor, out: Tensor, gain: Tensor | None, *, centred: bool) -> bool:
@@ -130,10 +130,10 @@ def normalised_copy(call: Call, weight: Tensor, out: Tensor, gain: Tensor | None
     """
     tracer = call.tracer
     view = tracer.view(weight)
-    if view is None or view.owner.is_buffer or tracer.memory.making(weight) is not None:
+    if view is None or view.info.is_buffer or tracer.memory.computed_weight(weight) is not None:
         return False
-    owner = view.owner
-    if len(owner.shape) < 2 or weight.numel() != math.prod(owner.shape) or out.dtype != weight.dtype:
+    info = view.info
+    if len(info.shape) < 2 or weight.numel() != math.prod(info.shape) or out.dtype != weight.dtype:
         return False
     found: Axis | None = None
     ids: IntArray | None = None
@@ -141,46 +141,46 @@ def normalised_copy(call: Call, weight: Tensor, out: Tensor, gain: Tensor | None
         own = tracer.view(gain)
         if own is not None:
             varied = own.varied()
-            found = (own.owner.name, varied[0]) if len(varied) == 1 and not own.owner.is_buffer else None
-            ids = own.slots(varied[0]) if len(varied) == 1 else None
-            tracer.read(own.owner, "operator")
+            found = (own.info.name, varied[0]) if len(varied) == 1 and not own.info.is_buffer else None
+            ids = own.ids(varied[0]) if len(varied) == 1 else None
+            tracer.read(own.info, "operator")
         else:
             value = tracer.value(gain)
             found, ids = (value.gains[0] if len(value.gains) == 1 else None), value.ids
-        if ids is None or ids.size != owner.shape[0]:
+        if ids is None or ids.size != info.shape[0]:
             return False
     if not tracer.memory.adopt(out, weight):
         return False
     if ids is not None:
-        tracer.findings.tie(ids.reshape(-1), owner.axis(0))
-    tracer.memory.made(out, Making(fixed=False, rows=True, centred=centred, gain=found))
+        tracer.trace.tie(ids.reshape(-1), info.axis(0))
+    tracer.memory.note_computed(out, ComputedWeight(fixed=False, rows=True, centred=centred, gain=found))
     return True
 
 
-def normal_of(call: Call, weight: Tensor, owner: TensorInfo, dim_out: int, columns: IntArray) -> Normal | None:
+def normal_of(call: Call, weight: Tensor, info: TensorInfo, dim_out: int, columns: IntArray) -> Normal | None:
     """Return how the rows of a computed weight are normalised; pin its columns where no gain makes up for it."""
-    making = call.tracer.memory.making(weight)
-    if making is None or not making.rows:
+    computed = call.tracer.memory.computed_weight(weight)
+    if computed is None or not computed.rows:
         return None
     if dim_out != 0:
-        call.pin(columns, Code.ROWS_ALONG_INPUTS(name=owner.name))
+        call.pin(columns, Code.ROWS_ALONG_INPUTS(name=info.name))
         return None
-    if making.gain is None:
-        call.pin(columns, Code.ROWS_STANDARDISED(name=owner.name))
+    if computed.gain is None:
+        call.pin(columns, Code.ROWS_STANDARDISED(name=info.name))
         return None
-    raw, used = call.tracer.memory.raw_and_used(weight, owner)
+    raw, used = call.tracer.memory.raw_and_used(weight, info)
     if raw.is_meta or isinstance(used, FakeTensor) or isinstance(raw, FakeTensor):
-        one = np.ones(owner.shape[0])
-        return Normal(gain=making.gain[0], gain_dim=making.gain[1], centred=making.centred, scale=one, length=one)
+        one = np.ones(info.shape[0])
+        return Normal(gain=computed.gain[0], gain_dim=computed.gain[1], centred=computed.centred, scale=one, length=one)
     rows, seen = raw.double().flatten(1), used.double().flatten(1)
-    if making.centred:
+    if computed.centred:
         rows, seen = rows - rows.mean(1, keepdim=True), seen - seen.mean(1, keepdim=True)
     square = rows.square().sum(1)
     scale = torch.where(square > 0, (rows * seen).sum(1) / square, 0.0)
     return Normal(
-        gain=making.gain[0],
-        gain_dim=making.gain[1],
-        centred=making.centred,
+        gain=computed.gain[0],
+        gain_dim=computed.gain[1],
+        centred=computed.centred,
         scale=scale.cpu().numpy(),
         length=square.sqrt().cpu().numpy(),
     )

@@ -19,9 +19,9 @@ from apoptosis.graph.rules.broadcast import tie_broadcast
 from apoptosis.graph.rules.computed_weights import normal_of
 from apoptosis.graph.rules.matrices import Matrix, as_matrix, as_stack
 from apoptosis.graph.rules.product import lone_pair, multiply
-from apoptosis.graph.trace.findings import Consumer, site_key
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.result import Consumer, site_key
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Multiple, Path, Value, drop_paths, nothing, varying, weight_named
 from apoptosis.records import IntArray
@@ -35,21 +35,21 @@ def consume(call: Call, weight: Matrix, tensor: Tensor, axis: int, columns: IntA
     """Tie the channels along `axis` of an operand to the columns that read them."""
     tracer = call.tracer
     value = tracer.value(tensor)
-    tracer.findings.uses.append((np.unique(value.ids), f"{weight.owner.name}:{weight.dim_in}"))
+    tracer.trace.uses.append((np.unique(value.ids), f"{weight.info.name}:{weight.dim_in}"))
     size = tensor.shape[axis]
     if not value.has_channels and _is_zero(value, tensor):
         pass  # a first hidden state, which says nothing of its channels
     elif not value.has_channels:
         call.pin(columns, Code.READS_NONE(origin=value.origin))
     elif value.ids.size == 1:  # positions of one channel, the only one: flattened, they are read column by column
-        tracer.findings.tie(np.broadcast_to(value.ids.reshape(1), columns.shape), columns)
+        tracer.trace.tie(np.broadcast_to(value.ids.reshape(1), columns.shape), columns)
     elif value.ids.shape[axis] != size:
         call.pin(value.ids, Code.MIXES_POSITIONS)
         call.pin(columns, Code.MIXES_POSITIONS)
     else:
         ids = np.moveaxis(value.ids, axis, -1).reshape(-1, size)
         wide = np.broadcast_to(columns, ids.shape)
-        tracer.findings.tie(ids, wide)
+        tracer.trace.tie(ids, wide)
         if bool((ids == 0).any()):
             call.pin(np.where(ids == 0, wide, 0), Code.READS_BESIDE_NONE)
     return value
@@ -62,11 +62,11 @@ def _is_zero(value: Value, tensor: Tensor) -> bool:
 
 def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: bool, macs: float) -> None:
     """Record the consumer and the producer that this contraction is."""
-    tracer, findings = call.tracer, call.tracer.findings
+    tracer, trace = call.tracer, call.trace
     name = tracer.module_name
-    if site.functional and weight.rows.size != weight.owner.shape[weight.dim_out]:
-        call.pin(weight.columns, Code.PART_OF_ROWS(name=weight.owner.name))
-    known = findings.consumers.setdefault(site.key, site)
+    if site.functional and weight.rows.size != weight.info.shape[weight.dim_out]:
+        call.pin(weight.columns, Code.PART_OF_ROWS(name=weight.info.name))
+    known = trace.consumers.setdefault(site.key, site)
     if known.bias != site.bias or known.factors != site.factors:
         known.bias = None  # not added each time: nothing may be folded into it
     if (known.conv, known.functional) != (site.conv, site.functional):
@@ -75,51 +75,51 @@ def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: b
     known.dropout = max(known.dropout, value.dropout if tracer.mode == "training" else 0.0)
     known.zero_padded = known.zero_padded or site.zero_padded
     known.macs[tracer.mode] += macs
-    axis = (weight.owner.name, weight.dim_out)
-    findings.producers.setdefault(axis, name if direct else layer_of(weight.owner.name.rpartition(".")[0]))
-    findings.axis_macs[axis][tracer.mode] += macs
+    axis = (weight.info.name, weight.dim_out)
+    trace.producers.setdefault(axis, name if direct else layer_of(weight.info.name.rpartition(".")[0]))
+    trace.axis_macs[axis][tracer.mode] += macs
 
 
 def _in_several_ways(call: Call, weight: Matrix, known: Consumer, site: Consumer) -> None:
     """Let the pass be run again where one weight convolves what a hook sees and what it does not see."""
     if known.conv is None or site.conv is None:
-        call.pin(weight.columns, Code.LAYER_AND_OTHER(name=weight.owner.name))
+        call.pin(weight.columns, Code.LAYER_AND_OTHER(name=weight.info.name))
     elif replace(known.conv, padded=()) != replace(site.conv, padded=()):
-        call.pin(weight.columns, Code.SEVERAL_CONVOLUTIONS(name=weight.owner.name))
+        call.pin(weight.columns, Code.SEVERAL_CONVOLUTIONS(name=weight.info.name))
     else:
         known.conv, known.functional = replace(known.conv, padded=()), True
 
 
-def factors_of(call: Call, weight: Tensor, owner: TensorInfo) -> tuple[tuple[float, float], bool]:
+def factors_of(call: Call, weight: Tensor, info: TensorInfo) -> tuple[tuple[float, float], bool]:
     """Return the factors of weight and bias as in records.Site, and whether they stay what they are."""
-    making = call.tracer.memory.making(weight)
-    if making is None:
+    computed = call.tracer.memory.computed_weight(weight)
+    if computed is None:
         return (1.0, 1.0), True
-    call.tracer.numbers.read(Multiple(weight_named(owner.name), making.numbers))
-    known = math.isfinite(making.factor) and making.factor != 0.0
-    return (making.factor if known else 1.0, 1.0), making.fixed and known
+    call.tracer.numbers.read(Multiple(weight_named(info.name), computed.numbers))
+    known = math.isfinite(computed.factor) and computed.factor != 0.0
+    return (computed.factor if known else 1.0, 1.0), computed.fixed and known
 
 
 def site_bias(call: Call, direct: bool, added: Tensor | None = None, num_rows: int = 0) -> str | None:
     """Return the bias that takes a constant: the module's own, or the parameter that the operator adds whole."""
     module = call.tracer.module
     if direct and module is not None:
-        owner = call.tracer.owner_of(module, "bias")
-        return owner.name if owner is not None else None
-    view = call.tracer.view(added) if added is not None else None
-    if view is None or not view.whole or view.owner.shape != (num_rows,):
+        info = call.tracer.info_of(module, "bias")
+        return info.name if info is not None else None
+    view = call.view(added) if added is not None else None
+    if view is None or not view.whole or view.info.shape != (num_rows,):
         return None
-    return view.owner.name
+    return view.info.name
 
 
 def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Result:
     """Matrix product: the last axis of `a` with the last but one of `b`."""
     tracer, out = call.tracer, call.outs[0]
     macs = float(out.numel()) * (a.shape[-1] if a.dim() else 1)
-    tracer.findings.macs[tracer.mode] += macs
+    tracer.trace.macs[tracer.mode] += macs
     view_a, view_b = tracer.view(a), tracer.view(b)
     # a buffer is no more than a constant here: it is not fitted, and nothing is folded into it
-    view_a, view_b = (None if v is not None and v.owner.is_buffer else v for v in (view_a, view_b))
+    view_a, view_b = (None if v is not None and v.info.is_buffer else v for v in (view_a, view_b))
     value: Value | None = None
     if _outer(a, b) and view_a is None and view_b is None and not lone_pair(call, a, b):
         met = tie_broadcast(call, [a, b], out.dim())
@@ -135,10 +135,10 @@ def _product(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Re
     if value is None:
         for tensor, view in ((a, view_a), (b, view_b)):
             if view is not None:
-                call.pin_owner(view.owner, Code.NO_MATRIX)
+                call.pin_parameter(view.info, Code.NO_MATRIX)
             else:
                 call.pin(tracer.value(tensor).ids, Code.NO_PARAMETER)
-        value = nothing(out.dim(), call.made())
+        value = nothing(out.dim(), call.origin())
     return value if bias is None else biased(call, value, bias, out)
 
 
@@ -172,56 +172,56 @@ def _apply(
     direct = (
         _stock_linear(module)
         and module is not None
-        and tracer.owner_of(module, "weight") is weight.owner
+        and tracer.info_of(module, "weight") is weight.info
         and (weight.dim_in, weight.dim_out) == (1, 0)
         and weight.whole
         and stack is None
     )
     value = consume(call, weight, x, axis, weight.columns)
-    factors, fixed = factors_of(call, matrix, weight.owner)
+    factors, fixed = factors_of(call, matrix, weight.info)
     site = Consumer(
         tracer.module_name,
         "linear",
-        weight.owner.name,
+        weight.info.name,
         weight.dim_in,
         None
         if weight.select or stack is not None or not fixed
-        else site_bias(call, direct, bias, weight.owner.shape[weight.dim_out]),
+        else site_bias(call, direct, bias, weight.info.shape[weight.dim_out]),
         functional=not direct,
         select=weight.select,
         source=tracer.module_name if direct and fixed else None,
         factors=factors,
-        normal=normal_of(call, matrix, weight.owner, weight.dim_out, weight.columns),
+        normal=normal_of(call, matrix, weight.info, weight.dim_out, weight.columns),
     )
     register(call, weight, value, site, direct, macs)
     tracer.show(site_key(site), lambda: (x.movedim(axis, -1), None))
     rows = weight.rows if stack is None else stack.rows
     ids = rows.reshape([-1 if i == axis_result else 1 for i in range(out.dim())])
-    made = (weight.owner.name, weight.dim_out)
+    made = (weight.info.name, weight.dim_out)
     plain = stack is None and fixed and factors == (1.0, 1.0)
     return Value(ids, paths={made: Path() if plain else None}, source=site.source, linear=frozenset((made,)))
 
 
 def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
     """Add a bias, which belongs to the rows when it is a parameter along them."""
-    view = call.tracer.view(bias)
+    view = call.view(bias)
     if value.multiple is not None:
         call.tracer.numbers.read(value.multiple)
     if view is None:
-        other = call.tracer.value(bias)
+        other = call.value(bias)
         met = tie_broadcast(call, [bias], out.dim(), [(out, value)])  # `out` stands for the product before the addition
         return replace(met, paths=drop_paths([value.paths, other.paths]))
     if view.ndim == 1 and len(view.varied()) == 1 and value.has_channels:
-        slots = view.slots(view.varied()[0])
-        call.tracer.findings.tie(value.ids.reshape(-1), slots.reshape(-1))
-        call.tracer.findings.biases.add((view.owner.name, view.varied()[0]))
+        ids = view.ids(view.varied()[0])
+        call.tie(value.ids.reshape(-1), ids.reshape(-1))
+        call.trace.biases.add((view.info.name, view.varied()[0]))
         for axis in value.paths:
-            call.tracer.findings.bias_of[axis].add(view.owner.name)
+            call.trace.bias_of[axis].add(view.info.name)
         return value
     if (added := _stacked_bias(call, value, view, out)) is not None:
         return added
     if view.varied():
-        call.pin_owner(view.owner, Code.BIAS_ACROSS)
+        call.pin_parameter(view.info, Code.BIAS_ACROSS)
         call.pin(value.ids, Code.ADDED_ACROSS)
     return value
 
@@ -229,16 +229,16 @@ def biased(call: Call, value: Value, bias: Tensor, out: Tensor) -> Value:
 def _stacked_bias(call: Call, value: Value, view: View, out: Tensor) -> Value | None:
     """Add a bias with a row for every matrix of a stack, (matrices, 1, rows); None where it is laid out otherwise."""
     last = out.dim() - 1
-    if view.dims is None or view.ndim != out.dim() or view.owner.is_buffer or varying(value.ids) != {last}:
+    if view.dims is None or view.ndim != out.dim() or view.info.is_buffer or varying(value.ids) != {last}:
         return None
     along = [dim for dim in view.varied() if view.axes(dim) == {last}]
     if len(along) != 1 or any(last in view.axes(dim) for dim in view.varied() if dim != along[0]):
         return None
-    call.tracer.findings.tie(value.ids.reshape(-1), view.slots(along[0]).reshape(-1))
-    call.tracer.findings.biases.add((view.owner.name, along[0]))
+    call.tie(value.ids.reshape(-1), view.ids(along[0]).reshape(-1))
+    call.trace.biases.add((view.info.name, along[0]))
     for dim in view.varied():
         if dim != along[0]:
-            call.pin(view.owner.axis(dim), Code.MATRIX_NUMBERS)
+            call.pin(view.info.axis(dim), Code.MATRIX_NUMBERS)
     return replace(value, paths=drop_paths([value.paths]), linear=frozenset())
 
 

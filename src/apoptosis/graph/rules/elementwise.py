@@ -47,18 +47,18 @@ def elementwise(call: Call, read: Callable[[Call], Neuron | None] | None = None)
     if scaled_in_place(call) or scaled_copy(call):
         return None
     tensors = call.tensors()
-    values = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]
+    values = [call.value(t) if call.view(t) is None else None for t in tensors]
     ndim = call.outs[0].dim()
     computed = held_together(call, tensors, ndim)
     met = tie_broadcast(call, [t for t in tensors if all(t is not c for c, _ in computed)], ndim, computed)
     known = [*(v for _, v in computed), *(v for v in values if v is not None)]
     if _own_bias(call, tensors):
         for axis in known[0].paths:
-            call.tracer.findings.bias_of[axis].update(v.owner.name for t in tensors if (v := call.tracer.view(t)))
+            call.trace.bias_of[axis].update(v.info.name for t in tensors if (v := call.view(t)))
         return replace(met, paths=known[0].paths, source=known[0].source, linear=known[0].linear)
     for value in known:
         if value.source is not None:
-            call.tracer.findings.readers[value.source].add("operator")
+            call.trace.readers[value.source].add("operator")
     masks = [v for v in known if v.keep is not None]
     others = [v for v in known if v.keep is None]
     if role in ("multiplies", "divides") and len(tensors) == len(masks) == 1:
@@ -122,8 +122,8 @@ def rrelu(call: Call) -> Neuron | None:
 
 def prelu(call: Call) -> Neuron | None:
     """Read a ReLU with slopes of its own."""
-    view = call.tracer.view(call.args[1])
-    return None if view is None else ("prelu", (), view.owner.name)
+    view = call.view(call.args[1])
+    return None if view is None else ("prelu", (), view.info.name)
 
 
 def extremum(reduction: Rule) -> Rule:
@@ -138,29 +138,29 @@ def _own_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
         return False
     if not isinstance(module, nn.Linear):
         return _functional_bias(call, tensors)
-    view, bias = call.tracer.view(tensors[1]), call.tracer.owner_of(module, "bias")
-    source = call.tracer.value(tensors[0]).source if call.tracer.view(tensors[0]) is None else None
-    if view is None or view.owner is not bias or source != call.tracer.module_name:
+    view, bias = call.view(tensors[1]), call.tracer.info_of(module, "bias")
+    source = call.value(tensors[0]).source if call.view(tensors[0]) is None else None
+    if view is None or view.info is not bias or source != call.tracer.module_name:
         return False
-    call.tracer.findings.biases.add((view.owner.name, 0))
+    call.trace.biases.add((view.info.name, 0))
     return True
 
 
 def _functional_bias(call: Call, tensors: Sequence[Tensor]) -> bool:
     """Whether a parameter with one entry per row is added to what F.linear made of inputs that are not contiguous."""
-    if call.tracer.view(tensors[0]) is not None:
+    if call.view(tensors[0]) is not None:
         return False
-    value, view = call.tracer.value(tensors[0]), call.tracer.view(tensors[1])
-    if view is None or view.ndim != 1 or view.dims is None or view.owner.is_buffer or len(view.owner.shape) != 1:
+    value, view = call.value(tensors[0]), call.view(tensors[1])
+    if view is None or view.ndim != 1 or view.dims is None or view.info.is_buffer or len(view.info.shape) != 1:
         return False
     if list(value.paths.values()) != [Path()] or varying(value.ids) - {value.ids.ndim - 1}:
         return False
     name, dim = next(iter(value.paths))
-    owner = call.tracer.findings.slots.owners[name]
-    places = value.ids.reshape(-1) - owner.bases[dim]
-    if view.owner.shape[0] != owner.shape[dim] or not np.array_equal(view.slots(0) - view.owner.bases[0], places):
+    info = call.trace.channel_ids.tensors[name]
+    places = value.ids.reshape(-1) - info.bases[dim]
+    if view.info.shape[0] != info.shape[dim] or not np.array_equal(view.ids(0) - view.info.bases[0], places):
         return False
-    call.tracer.findings.biases.add((view.owner.name, 0))
+    call.trace.biases.add((view.info.name, 0))
     return True
 
 
@@ -176,9 +176,9 @@ def fill_like(call: Call) -> Result:
         return fill(call)
     if any(isinstance(t, Tensor) for t in call.args[1:]):
         return tie_broadcast(call, call.tensors(), call.outs[0].dim())
-    if first.shape != call.outs[0].shape or call.tracer.view(first) is not None:
+    if first.shape != call.outs[0].shape or call.view(first) is not None:
         return fill(call)
-    value = call.tracer.value(first)
+    value = call.value(first)
     return Value(value.ids, is_filler=not value.has_channels, origin=value.origin)
 
 

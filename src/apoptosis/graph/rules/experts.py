@@ -16,8 +16,8 @@ from torch import Tensor
 from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.contraction import consume, register
 from apoptosis.graph.rules.matrices import Matrix
-from apoptosis.graph.trace.findings import Consumer, site_key
 from apoptosis.graph.trace.operators import Result
+from apoptosis.graph.trace.result import Consumer, site_key
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import Value
 
@@ -27,7 +27,7 @@ def grouped_mm(call: Call) -> Result:
     x, w = call.args[0], call.args[1]
     tracer = call.tracer
     macs = float(call.outs[0].numel()) * x.shape[-1]
-    tracer.findings.macs[tracer.mode] += macs
+    tracer.trace.macs[tracer.mode] += macs
     view = tracer.view(w)
     if view is None or tracer.view(x) is not None or (x.dim(), w.dim()) != (2, 3):
         call.pin_all(Code.NO_STACK)
@@ -37,14 +37,14 @@ def grouped_mm(call: Call) -> Result:
         call.pin_all(Code.OTHER_STACK)
         return None
     dims = {axis: next(dim for dim in view.varied() if axis in view.axes(dim)) for axis in (1, 2)}
-    weight = Matrix(view.owner, dims[1], dims[2], columns, rows)
+    weight = Matrix(view.info, dims[1], dims[2], columns, rows)
     for dim in set(view.varied()) - set(dims.values()):
-        call.pin(view.slots(dim), Code.EXPERT_NUMBERS)
+        call.pin(view.ids(dim), Code.EXPERT_NUMBERS)
     value = consume(call, weight, x, 1, columns)
-    site = Consumer(tracer.module_name, "linear", view.owner.name, dims[1], None, functional=True)
+    site = Consumer(tracer.module_name, "linear", view.info.name, dims[1], None, functional=True)
     register(call, weight, value, site, False, macs)
     tracer.show(site_key(site), lambda: (x, None))
-    made = (view.owner.name, dims[2])
+    made = (view.info.name, dims[2])
     return Value(np.asarray(rows)[None, :], paths={made: None}, linear=frozenset((made,)))
 
 

@@ -22,7 +22,7 @@ from apoptosis.records import IntArray
 
 
 def _refused(call: Call, why: Code) -> Result:
-    call.pin(call.tracer.value(call.args[0]).ids, why)
+    call.pin(call.value(call.args[0]).ids, why)
     return None
 
 
@@ -30,9 +30,9 @@ def pairs_as_complex(call: Call) -> Result:
     """Real and imaginary part of one number go together."""
     if same_memory(call):
         return None
-    value = call.tracer.value(call.args[0])
+    value = call.value(call.args[0])
     if value.ids.shape[-1] > 1:
-        call.tracer.findings.tie(value.ids[..., 0], value.ids[..., 1])
+        call.tie(value.ids[..., 0], value.ids[..., 1])
     return replace(value.moved(collapse(value.ids[..., 0])), paths=drop_paths([value.paths]))
 
 
@@ -53,7 +53,7 @@ def as_strided(call: Call) -> Result:
     if same_memory(call):
         return None
     tensor, out = call.args[0], call.outs[0]
-    value = call.tracer.value(tensor)
+    value = call.value(tensor)
     if not value.has_channels:
         return nothing(out.dim(), value.origin, is_filler=value.is_filler)
     start, size = out.storage_offset() - tensor.storage_offset(), 1 + _last(tensor)
@@ -91,7 +91,7 @@ def triangle(call: Call) -> Result:
 def im2col(call: Call) -> Result:
     """Each channel owns the positions of a kernel, one after the other."""
     tensor, taps = call.args[0], math.prod(call.arg(1, "kernel_size"))
-    value = call.tracer.value(tensor)
+    value = call.value(tensor)
     lead = tensor.dim() - 3
     if not value.has_channels:
         return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
@@ -105,16 +105,16 @@ def im2col(call: Call) -> Result:
 def col2im(call: Call) -> Result:
     """Sum windows back into place: the positions of one kernel have to be one channel's."""
     tensor, taps = call.args[0], math.prod(call.arg(2, "kernel_size"))
-    value = call.tracer.value(tensor)
+    value = call.value(tensor)
     lead = tensor.dim() - 2
     if not value.has_channels:
         return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     ids = value.ids
     if ids.shape[lead] > 1:
         split = ids.reshape(*ids.shape[:lead], -1, taps, ids.shape[-1])
-        call.tracer.findings.tie(split, split[..., :1, :])  # a kernel's positions go together
-        lone = np.where((split == 0) != (split[..., :1, :] == 0), split + split[..., :1, :], 0)
-        call.pin(lone, Code.ADDS_NONE)
+        call.tie(split, split[..., :1, :])  # a kernel's positions go together
+        unpaired = np.where((split == 0) != (split[..., :1, :] == 0), split + split[..., :1, :], 0)
+        call.pin(unpaired, Code.ADDS_NONE)
         ids = split[..., 0, :]
     if ids.shape[-1] > 1:
         return _refused(call, Code.SUMS_WINDOWS)

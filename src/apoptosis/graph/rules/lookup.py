@@ -44,14 +44,14 @@ def _is_literal(call: Call, index: Tensor) -> bool:
     """Whether positions are written out in the model, so that the next pass uses the same ones whatever the input."""
     if not _has_data(index):
         return False
-    view = call.tracer.view(index)
-    return view.owner.is_buffer if view is not None else call.tracer.value(index).origin.literal
+    view = call.view(index)
+    return view.info.is_buffer if view is not None else call.value(index).origin.literal
 
 
 def _as_index(call: Call, tensor: object) -> None:
     """Pin channels that serve as positions."""
-    if isinstance(tensor, Tensor) and call.tracer.view(tensor) is None:
-        call.pin(call.tracer.value(tensor).ids, Code.INDEX)
+    if isinstance(tensor, Tensor) and call.view(tensor) is None:
+        call.pin(call.value(tensor).ids, Code.INDEX)
 
 
 def embedding(call: Call) -> Result:
@@ -73,18 +73,18 @@ def _rows_of_table(call: Call, *, simple: bool) -> Result:
     out = call.outs[0]
     view = tracer.view(table)
     rest: list[Value | None] = [None] * (len(call.outs) - 1)
-    if view is None or view.dims is None or len(view.owner.shape) != 2:
+    if view is None or view.dims is None or len(view.info.shape) != 2:
         value = parameter_operand(call, table, [table.dim() - 1])
         if 0 in varying(value.ids):
             call.pin(value.ids, Code.LOOKED_UP)
         ids = align(value.ids[:1].reshape(-1), out.dim())
         return [Value(ids, paths=drop_paths([value.paths]), origin=value.origin), *rest]
-    owner, dim = view.owner, next((d for d in view.varied() if 1 in view.axes(d)), 1)
-    columns = view.slots(dim)[:1].reshape(-1)
-    rows = view.slots(1 - dim)
-    call.pin(rows, Code.TABLE_ROWS(name=owner.name))
-    axis = (owner.name, dim)
-    tracer.findings.producers.setdefault(axis, tracer.module_name or owner.name.rpartition(".")[0])
+    info, dim = view.info, next((d for d in view.varied() if 1 in view.axes(d)), 1)
+    columns = view.ids(dim)[:1].reshape(-1)
+    rows = view.ids(1 - dim)
+    call.pin(rows, Code.TABLE_ROWS(name=info.name))
+    axis = (info.name, dim)
+    tracer.trace.producers.setdefault(axis, tracer.module_name or info.name.rpartition(".")[0])
     ids = align(columns, out.dim())
     linear = frozenset((axis,)) if simple else frozenset()
     return [Value(ids, paths={axis: Path() if simple else None}, linear=linear), *rest]
@@ -100,7 +100,7 @@ def _constant_along(tensor: Tensor, axis: int) -> bool:
 def _positions(call: Call, index: Tensor, value: Value, dim: int, *, writes: bool) -> None:
     """Pin what an index of the operand's own shape tells apart by number."""
     verb = "writes" if writes else "picks"
-    own = call.tracer.value(index).ids if call.tracer.view(index) is None else None
+    own = call.value(index).ids if call.view(index) is None else None
     if dim in varying(value.ids):
         _as_index(call, index)
         call.pin(value.ids, Code.BY_NUMBER(verb=verb))
@@ -145,7 +145,7 @@ def index_add(call: Call) -> Result:
 def _written(call: Call, *, by_element: bool) -> Result:
     target, dim, index, source = call.args[0], int(call.arg(1, "dim")), call.arg(2, "index"), call.arg(3, "src")
     dim %= max(1, target.dim())
-    value = call.tracer.value(target)
+    value = call.value(target)
     given: list[tuple[Tensor, Value]] = [(target, value)]
     if isinstance(source, Tensor) and source.dim() == target.dim():
         brought = parameter_operand(call, source, set(range(source.dim())) - {dim})
@@ -170,7 +170,7 @@ def _written(call: Call, *, by_element: bool) -> Result:
 def index_fill(call: Call) -> Result:
     """index_fill: a constant at some positions."""
     target, dim = call.args[0], int(call.arg(1, "dim")) % max(1, call.args[0].dim())
-    value = call.tracer.value(target)
+    value = call.value(target)
     if dim in varying(value.ids):
         call.pin(value.ids, Code.BY_NUMBER(verb="writes"))
     return replace(value, paths=drop_paths([value.paths]), source=None, linear=frozenset(), even={})
@@ -190,7 +190,7 @@ def _without_gaps(ids: IntArray) -> IntArray:
 
 def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source: Value) -> Result:
     """Ids `new` are written where `mask` is set (both broadcast to the target's ids)."""
-    value = call.tracer.value(target)
+    value = call.value(target)
     paths = drop_paths([value.paths, source.paths])
     if not value.has_channels:
         if source.has_channels and not value.is_filler:
@@ -200,9 +200,9 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
     if source.is_filler and not source.has_channels:
         return replace(value, paths=paths, source=None, linear=frozenset(), even={})
     old, new, mask = np.broadcast_arrays(value.ids, new, mask)
-    call.tracer.findings.tie(np.where(mask, old, 0), new)
-    lone = np.where(mask & ((old == 0) != (new == 0)), old + new, 0)
-    call.pin(lone, Code.OVER_NONE)
+    call.tie(np.where(mask, old, 0), new)
+    unpaired = np.where(mask & ((old == 0) != (new == 0)), old + new, 0)
+    call.pin(unpaired, Code.OVER_NONE)
     return Value(value.ids, paths=paths)
 
 
@@ -212,7 +212,7 @@ def index_put(call: Call) -> Result:
     for index in indices:
         _as_index(call, index)
     value, brought = (
-        call.tracer.value(target),
+        call.value(target),
         parameter_operand(call, source, [source.dim() - 1] if source.dim() else []),
     )
     if source.numel() == 1 and not brought.has_channels:
@@ -237,17 +237,17 @@ def masked_scatter(call: Call) -> Result:
     """Elements of the source, in order, go where the mask is set."""
     target, mask, source = call.args[0], call.args[1], call.args[2]
     _as_index(call, mask)
-    brought = call.tracer.value(source)
+    brought = call.value(source)
     if not _has_data(mask):
-        for ids in (brought.ids, call.tracer.value(target).ids):
+        for ids in (brought.ids, call.value(target).ids):
             call.pin(ids, Code.UNKNOWN_POSITIONS)
         return None
     wide = np.array(np.broadcast_to(mask.cpu().numpy(), target.shape))
     new = np.zeros(expand(np.zeros((1,) * target.dim(), dtype=np.int64), target.shape).shape, dtype=np.int64)
     new[wide] = expand(brought.ids, source.shape).reshape(-1)[: int(wide.sum())]
-    axes = varying(collapse(_without_gaps(new))) | varying(call.tracer.value(target).ids)
+    axes = varying(collapse(_without_gaps(new))) | varying(call.value(target).ids)
     if any(bool((wide != wide.take([0], axis=axis)).any()) for axis in axes):
-        for ids in (brought.ids, call.tracer.value(target).ids):
+        for ids in (brought.ids, call.value(target).ids):
             call.pin(ids, Code.OWN_POSITIONS(verb="writes"))
         return None
     return _overlaid(call, target, new, wide, brought)
@@ -299,9 +299,9 @@ def _some(index: Tensor) -> Tensor:
 
 def bucketize(call: Call) -> Result:
     """Compare every element with given limits."""
-    value = call.tracer.value(call.args[0])
+    value = call.value(call.args[0])
     for tensor in call.tensors()[1:]:
-        call.pin(call.tracer.value(tensor).ids, Code.COMPARES)
+        call.pin(call.value(tensor).ids, Code.COMPARES)
     return replace(value, paths=drop_paths([value.paths]), source=None, linear=frozenset(), even={})
 
 

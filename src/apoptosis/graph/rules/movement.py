@@ -37,7 +37,7 @@ from apoptosis.records import IntArray
 
 def same_memory(call: Call) -> bool:
     """Whether the result is a view of a parameter, which needs no rule."""
-    return bool(call.outs) and call.tracer.view(call.outs[0]) is not None
+    return bool(call.outs) and call.view(call.outs[0]) is not None
 
 
 def moving(step: Callable[[Call, Tensor, IntArray], IntArray]) -> Rule:
@@ -135,7 +135,7 @@ def split(call: Call) -> Result:
     """Cut an axis into parts."""
     if not call.outs or same_memory(call):
         return None
-    value = call.tracer.value(call.args[0])
+    value = call.value(call.args[0])
     dim = int(call.arg(2, "dim", 0)) % call.args[0].dim()
     if value.ids.shape[dim] == 1:
         return [value] * len(call.outs)
@@ -153,7 +153,7 @@ def unbind(call: Call) -> Result:
     """Take every place of an axis."""
     if not call.outs or same_memory(call):
         return None
-    value = call.tracer.value(call.args[0])
+    value = call.value(call.args[0])
     dim = int(call.arg(1, "dim", 0)) % call.args[0].dim()
     wide = value.ids.shape[dim] > 1
     return [value.moved(collapse(_take(value.ids, i if wide else 0, dim))) for i in range(len(call.outs))]
@@ -184,21 +184,21 @@ def _side_by_side(call: Call, tensors: Sequence[Tensor], values: list[Value], di
 
 def _beside(call: Call, tensors: Sequence[Tensor]) -> list[Value]:
     """Return the values of operands laid side by side: parameters keep the axis that the others' channels lie along."""
-    known = [call.tracer.value(t) if call.tracer.view(t) is None else None for t in tensors]
+    known = [call.value(t) if call.view(t) is None else None for t in tensors]
     axes = frozenset().union(*(varying(v.ids) for v in known if v is not None))
     return [parameter_operand(call, t, axes or None) if v is None else v for t, v in zip(tensors, known, strict=True)]
 
 
 def _extended(call: Call, tensors: Sequence[Tensor], values: list[Value], dim: int) -> list[Value]:
     """Tie parameters that are put in front of positions (a class token), whose channels lie along the same axes."""
-    live = [v for t, v in zip(tensors, values, strict=True) if v.has_channels and call.tracer.view(t) is None]
-    if not live or any(dim in varying(v.ids) or not np.array_equal(v.ids, live[0].ids) for v in live):
+    carrying = [v for t, v in zip(tensors, values, strict=True) if v.has_channels and call.view(t) is None]
+    if not carrying or any(dim in varying(v.ids) or not np.array_equal(v.ids, carrying[0].ids) for v in carrying):
         return values
-    first, out = live[0].ids, []
+    first, out = carrying[0].ids, []
     for tensor, value in zip(tensors, values, strict=True):
-        token = value.has_channels and call.tracer.view(tensor) is not None and value.ids.shape == first.shape
+        token = value.has_channels and call.view(tensor) is not None and value.ids.shape == first.shape
         if token:
-            call.tracer.findings.tie(first, value.ids)
+            call.tie(first, value.ids)
         fits = token or (value.is_filler and not value.has_channels)
         out.append(value.moved(first) if fits else value)
     return out
@@ -216,16 +216,16 @@ def cat(call: Call) -> Result:
 
 def _one_width(call: Call, values: Sequence[Value], dim: int) -> None:
     """Let what is stacked keep one width: place by place where flattening would lay it out in turns, else as shares."""
-    live = [v for v in values if v.has_channels]
-    if len({v.ids.tobytes() for v in live}) < 2:
+    carrying = [v for v in values if v.has_channels]
+    if len({v.ids.tobytes() for v in carrying}) < 2:
         return
-    if dim > min(min(varying(v.ids), default=dim) for v in live):
-        for value in live[1:]:
-            call.tracer.findings.tie(live[0].ids, value.ids)
+    if dim > min(min(varying(v.ids), default=dim) for v in carrying):
+        for value in carrying[1:]:
+            call.tie(carrying[0].ids, value.ids)
         return
     token = object()
-    for value in live:
-        call.tracer.findings.extents[token].append(np.unique(value.ids[value.ids != 0]))
+    for value in carrying:
+        call.trace.size_constraints[token].append(np.unique(value.ids[value.ids != 0]))
 
 
 def stack(call: Call) -> Result:
@@ -270,7 +270,7 @@ def padding(mode: Literal["constant", "reflect", "replicate"]) -> Rule:
 
     def rule(call: Call) -> Result:
         tensor, pad = call.args[0], list(call.arg(1, "pad" if constant else "padding"))
-        value = call.tracer.value(tensor)
+        value = call.value(tensor)
         widths = [(0, 0)] * tensor.dim()
         for i in range(len(pad) // 2):
             widths[tensor.dim() - 1 - i] = (pad[2 * i], pad[2 * i + 1])
@@ -296,13 +296,13 @@ def padding(mode: Literal["constant", "reflect", "replicate"]) -> Rule:
 def pixel_shuffle(call: Call) -> Result:
     """Lay blocks of channels out as pixels; a block goes as a whole."""
     tensor = call.args[0]
-    value = call.tracer.value(tensor)
+    value = call.value(tensor)
     if not value.has_channels:
         return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     keep, ids = max(0, tensor.dim() - 3), value.ids
     if ids.shape[keep] > 1:
         blocks = ids.reshape(*ids.shape[:keep], -1, int(call.arg(1, "upscale_factor")) ** 2, *ids.shape[keep + 1 :])
-        call.tracer.findings.tie(blocks, np.broadcast_to(blocks.take([0], axis=keep + 1), blocks.shape))
+        call.tie(blocks, np.broadcast_to(blocks.take([0], axis=keep + 1), blocks.shape))
         broken = (blocks == 0).any(axis=keep + 1, keepdims=True)
         call.pin(np.where(broken, blocks, 0), Code.LAID_OUT_WITH_NONE)
     return _rearranged(call, value)
@@ -310,7 +310,7 @@ def pixel_shuffle(call: Call) -> Result:
 
 def pixel_unshuffle(call: Call) -> Result:
     """Lay blocks of pixels out as channels."""
-    value = call.tracer.value(call.args[0])
+    value = call.value(call.args[0])
     if not value.has_channels:
         return nothing(call.outs[0].dim(), value.origin, is_filler=value.is_filler)
     return _rearranged(call, value)
@@ -337,9 +337,9 @@ def channel_shuffle(call: Call, tensor: Tensor, ids: IntArray) -> IntArray:
 def copy_into(call: Call) -> Result:
     """Overwrite: an empty place takes the ids, channels already there are tied to the new ones."""
     target, source = call.args[0], call.args[1]
-    if call.tracer.view(target) is not None or call.tracer.value(target).has_channels:
+    if call.view(target) is not None or call.value(target).has_channels:
         return tie_broadcast(call, [target, source], target.dim())
-    value = call.tracer.value(source)
+    value = call.value(source)
     return replace(value, ids=align(value.ids, target.dim()), source=None)
 
 
@@ -355,7 +355,7 @@ def pack(call: Call) -> Result:
 def unfold(call: Call) -> Result:
     """Cut an axis into windows."""
     tensor = call.args[0]
-    value = call.tracer.value(tensor)
+    value = call.value(tensor)
     dim, size, step = (int(a) for a in (call.arg(1, "dimension"), call.arg(2, "size"), call.arg(3, "step")))
     ids = value.ids[..., None]
     dim %= max(1, tensor.dim())

@@ -37,13 +37,13 @@ def parameter_operand(call: Call, tensor: Tensor, axes: Iterable[int] | None = N
 
     axes: the axes of `tensor` that may stay (all when None).
     """
-    view = call.tracer.view(tensor)
-    if view is None or view.owner.is_buffer or (view.dims is not None and len(view.varied()) < 2):
-        return call.tracer.value(tensor)
+    view = call.view(tensor)
+    if view is None or view.info.is_buffer or (view.dims is not None and len(view.varied()) < 2):
+        return call.value(tensor)
     allowed = frozenset(range(tensor.dim()) if axes is None else (axis % tensor.dim() for axis in axes))
     if view.dims is None:
-        rows = _flattened(call, tensor, view.owner)
-        return call.tracer.value(tensor) if rows is None or varying(rows) - allowed else _kept(call, view, 0, rows)
+        rows = _flattened(call, tensor, view.info)
+        return call.value(tensor) if rows is None or varying(rows) - allowed else _kept(call, view, 0, rows)
     dims = [dim for dim in view.varied() if view.axes(dim) <= allowed]
     dims.sort(key=lambda dim: min(view.axes(dim)), reverse=_is_table(view))
     return along(call, view, dims[0] if dims else None)
@@ -56,33 +56,33 @@ def _is_table(view: View) -> bool:
 
 def along(call: Call, view: View, dim: int | None) -> Value:
     """Return a parameter as a value with channels along one dim; its other axes are pinned."""
-    return _kept(call, view, dim, None if dim is None else view.slots(dim))
+    return _kept(call, view, dim, None if dim is None else view.ids(dim))
 
 
 def _kept(call: Call, view: View, dim: int | None, ids: IntArray | None) -> Value:
-    owner = view.owner
-    call.tracer.read(owner, "operator")
-    why = Code.COMPUTED_WEIGHT(name=owner.name)
-    for other in range(len(owner.shape)):
-        if other != dim and owner.shape[other] > 1:
-            call.pin(owner.axis(other) if view.dims is None else view.slots(other), why)
+    info = view.info
+    call.tracer.read(info, "operator")
+    why = Code.COMPUTED_WEIGHT(name=info.name)
+    for other in range(len(info.shape)):
+        if other != dim and info.shape[other] > 1:
+            call.pin(info.axis(other) if view.dims is None else view.ids(other), why)
     if dim is None or ids is None:
-        return nothing(view.ndim, Origin(f"'{owner.name}'"))
-    if not owner.is_buffer:
-        _listed(call, (owner.name, dim))
-    return Value(ids, origin=Origin(f"'{owner.name}'"), paths={(owner.name, dim): None})
+        return nothing(view.ndim, Origin(f"'{info.name}'"))
+    if not info.is_buffer:
+        _listed(call, (info.name, dim))
+    return Value(ids, origin=Origin(f"'{info.name}'"), paths={(info.name, dim): None})
 
 
-def _flattened(call: Call, tensor: Tensor, owner: TensorInfo) -> IntArray | None:
-    """Return the first axis' slots at each place of a view that runs over several of the other axes at once.
+def _flattened(call: Call, tensor: Tensor, info: TensorInfo) -> IntArray | None:
+    """Return the first axis' ids at each place of a view that runs over several of the other axes at once.
 
     None where some axis of the view runs over the first one and another.
     """
-    begin = call.tracer.memory.start(tensor, owner)
-    if begin is None or len(owner.shape) < 2 or owner.stride[0] != math.prod(owner.shape[1:]):
+    begin = call.tracer.memory.start(tensor, info)
+    if begin is None or len(info.shape) < 2 or info.stride[0] != math.prod(info.shape[1:]):
         return None
-    outer, start = owner.stride[0], int(tensor.storage_offset()) - begin
-    ids = np.full((1,) * tensor.dim(), owner.bases[0] + start // outer, dtype=np.int64)
+    outer, start = info.stride[0], int(tensor.storage_offset()) - begin
+    ids = np.full((1,) * tensor.dim(), info.bases[0] + start // outer, dtype=np.int64)
     inside = start % outer
     for axis, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if step and step % outer == 0:
@@ -98,7 +98,7 @@ def _listed(call: Call, axis: Axis) -> None:
     modules = {name: module for name, module, *_ in call.tracer._stack}
     name = layer_of(call.tracer.module_name)
     if isinstance(modules.get(name), nn.Linear | _ConvNd):
-        call.tracer.findings.producers.setdefault(axis, name)
+        call.trace.producers.setdefault(axis, name)
 
 
 def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tuple[Tensor, Value]]:
@@ -107,14 +107,14 @@ def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tupl
     Only where nothing but parameters meet and one runs along several axes: a weight is being computed. The axis is the
     one along which a smaller operand runs (a norm's gain), else the first.
     """
-    views = [(t, view) for t in tensors if (view := call.tracer.view(t)) is not None and view.dims is not None]
+    views = [(t, view) for t in tensors if (view := call.view(t)) is not None and view.dims is not None]
     wide = [(t, view) for t, view in views if len(view.varied()) > 1]
-    if all(view.owner.is_buffer for _, view in wide):
+    if all(view.info.is_buffer for _, view in wide):
         return []
-    if any(call.tracer.view(t) is None and call.tracer.value(t).has_channels for t in tensors):
+    if any(call.view(t) is None and call.value(t).has_channels for t in tensors):
         return []
     places = [frozenset(a + ndim - v.ndim for a in v.axes(v.varied()[0])) for _, v in views if len(v.varied()) == 1]
-    first = next(view for _, view in wide if not view.owner.is_buffer)
+    first = next(view for _, view in wide if not view.info.is_buffer)
     order = sorted((min(first.axes(d)) + ndim - first.ndim for d in first.varied()), reverse=_is_table(first))
     wanted = next((axis for axis in order if any(axis in place for place in places)), order[0])
     out = []
@@ -130,10 +130,10 @@ def _result(call: Call, x: Tensor, value: Value, gains: Sequence[Tensor], shape:
     given = [(x, value)]
     for gain in gains:
         laid = gain if shape is None else gain.view(shape)
-        if call.tracer.view(gain) is not None or shape is None:
+        if call.view(gain) is not None or shape is None:
             operands.append(laid)
         else:
-            found = call.tracer.value(gain)
+            found = call.value(gain)
             given.append((laid, found.moved(reshape(found.ids, gain.shape, laid.shape))))
     met = tie_broadcast(call, operands, x.dim(), given)
     return replace(met, paths=drop_paths([one.paths for _, one in given]))
@@ -147,7 +147,7 @@ def whole_channels(call: Call, value: Value) -> Value:
     ids = value.ids
     for axis in inside:
         ids = ids.take([0], axis=axis)
-    call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(ids, value.ids.shape)), value.ids)
+    call.tie(np.ascontiguousarray(np.broadcast_to(ids, value.ids.shape)), value.ids)
     broken = (value.ids == 0).any(axis=tuple(inside), keepdims=True)
     call.pin(np.where(broken, value.ids, 0), Code.NORM_WITH_NONE)
     return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
@@ -162,11 +162,11 @@ def group_norm(call: Call) -> Result:
     reason = call.reason(Code.GROUP_NORM(block=block, channels=channels))
     if 2 in varying(sets) and varying(value.ids) == {1} and bool((value.ids != 0).all()):
         blocks = value.ids.reshape(1, groups, block)  # which go as a whole
-        call.tracer.findings.tie(blocks[..., 1:], blocks[..., :-1])
-        call.tracer.findings.atomic_blocks.append((blocks[0, 0, :1], reason))
+        call.tie(blocks[..., 1:], blocks[..., :-1])
+        call.trace.atomic_blocks.append((blocks[0, 0, :1], reason))
         note_grid(call, blocks, (1, 2))
     elif 2 in varying(sets):
-        call.tracer.findings.pin(value.ids, reason)
+        call.trace.pin(value.ids, reason)
     elif x.dim() > 1 and value.ids.shape[1] == channels:
         note_grid(call, value.ids, (1,))  # one row: num_groups is the number of channels, and has to follow it
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
@@ -187,11 +187,11 @@ def layer_norm(call: Call) -> Result:
 def weight_norm(call: Call) -> Result:
     """W = g v / |v|, the norm over all axes but `dim`: rows go together with their gain, columns change the norm."""
     v, g, dim = call.args[0], call.args[1], int(call.arg(2, "dim", 0)) % call.args[0].dim()
-    if dim == 0 and call.tracer.view(v) is not None and normalised_copy(call, v, call.outs[0], g, centred=False):
+    if dim == 0 and call.view(v) is not None and normalised_copy(call, v, call.outs[0], g, centred=False):
         return None
     for tensor in (v, g):
-        if (view := call.tracer.view(tensor)) is not None:
-            call.tracer.read(view.owner, "operator")
+        if (view := call.view(tensor)) is not None:
+            call.tracer.read(view.info, "operator")
     value = parameter_operand(call, v, [dim])
     if varying(value.ids) - {dim}:
         call.pin(value.ids, Code.ROWS_NORMALISED)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from apoptosis.graph.explain import Code
-from apoptosis.graph.trace.findings import Grid
+from apoptosis.graph.trace.result import Grid
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import varying
 from apoptosis.records import IntArray
@@ -25,10 +25,10 @@ def note_count(call: Call, ids: IntArray, dim: int, number: int) -> None:
     tracer = call.tracer
     if tracer.watched or dim not in varying(ids) or not 0 < number <= ids.shape[dim] or ids.size > _LARGE:
         return
-    slots = np.moveaxis(ids, dim, 0)[:number].reshape(number, -1)
-    if tracer.findings.slots.is_fresh(slots):
+    channel_ids = np.moveaxis(ids, dim, 0)[:number].reshape(number, -1)
+    if tracer.trace.channel_ids.is_fresh(channel_ids):
         return
-    tracer.findings.counts.setdefault((tracer.running, tracer.where(), number, slots.tobytes()), slots)
+    tracer.trace.counts.setdefault((tracer.running, tracer.where(), number, channel_ids.tobytes()), channel_ids)
 
 
 def note_axes(call: Call, ids: IntArray, sizes: Sequence[int]) -> None:
@@ -81,16 +81,16 @@ def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:
     if len(grids) > _MANY:
         call.pin(ids, Code.SPLIT_IN_MANY_ORDERS)
         return
-    findings, where = call.tracer.findings, call.tracer.where()
+    trace, where = call.trace, call.tracer.where()
     for grid in _distinct(grids):
         if bool((grid == 0).any()):
             call.pin(grid, Code.SPLIT_WITH_NONE)
             continue
         distinct = _distinct(grid)
         known = (f"{call.tracer.module_name}:{len(distinct)}", distinct.tobytes())
-        if known not in findings.grid_keys:
-            findings.grid_keys.add(known)
-            findings.grids.append(Grid(call.tracer.module_name, distinct, where))
+        if known not in trace.grid_keys:
+            trace.grid_keys.add(known)
+            trace.grids.append(Grid(call.tracer.module_name, distinct, where))
 
 
 def _distinct(items: IntArray) -> IntArray:

@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from apoptosis.graph.explain import Code
-from apoptosis.graph.trace.findings import Product, pairs_of, product_key
 from apoptosis.graph.trace.operators import Result, Rule
+from apoptosis.graph.trace.result import Product, pairs_of, product_key
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.graph.trace.values import (
     Axis,
@@ -59,22 +59,22 @@ class _Operand:
 
     @property
     def whole_linear(self) -> frozenset[Axis]:
-        """The producers that every element scales with, all of whose slots `ids` tell."""
+        """The producers that every element scales with, all of whose ids `ids` tell."""
         return frozenset() if self.levelled else self.value.linear
 
     def level(self, call: Call) -> _Operand:
         """Tie what stands at the same place of several vectors: any two of them are multiplied place by place."""
         if not self.crossed:
             return self
-        call.tracer.findings.tie(self.ids[..., 1:, :], self.ids[..., :1, :].repeat(self.ids.shape[-2] - 1, -2))
-        lone = (self.ids == 0) != (self.ids[..., :1, :] == 0)
-        if bool(lone.any()):
-            call.pin(np.where(lone, self.ids + self.ids[..., :1, :], 0), Code.MULTIPLIES_NONE)
+        call.tie(self.ids[..., 1:, :], self.ids[..., :1, :].repeat(self.ids.shape[-2] - 1, -2))
+        unpaired = (self.ids == 0) != (self.ids[..., :1, :] == 0)
+        if bool(unpaired.any()):
+            call.pin(np.where(unpaired, self.ids + self.ids[..., :1, :], 0), Code.MULTIPLIES_NONE)
         return _Operand(self.tensor, self.value, self.ids[..., :1, :], levelled=True)
 
 
 def _operand(call: Call, tensor: Tensor, ndim: int, *, flip: bool = False) -> _Operand:
-    value = call.tracer.value(tensor)
+    value = call.value(tensor)
     if tensor.dim() == 1:
         laid, ids = tensor[None, :], value.ids[None, :]
     else:
@@ -85,13 +85,13 @@ def _operand(call: Call, tensor: Tensor, ndim: int, *, flip: bool = False) -> _O
     return _Operand(laid, value, align(ids, max(ndim, 2)))
 
 
-def _plain(call: Call, operand: _Operand, slots: IntArray) -> Axis | None:
+def _plain(call: Call, operand: _Operand, ids: IntArray) -> Axis | None:
     """Return the axis that made the operand, when nothing but movement and plain factors lie between."""
     value = operand.value
     if len(value.paths) != 1:
         return None
     axis, path = next(iter(value.paths.items()))
-    found = call.tracer.findings.slots.axes_of(slots)
+    found = call.trace.channel_ids.axes_of(ids)
     plain = path == Path() or (value.scaled and value.linear == {axis})
     return axis if plain and len(found) == 1 and found[0][:2] == axis else None
 
@@ -128,9 +128,9 @@ def sum_of_products(call: Call, axis: int) -> Value | None:
     """
     tensor = call.args[0]
     factors = call.tracer.memory.factors(tensor)
-    if factors is None or any(call.tracer.view(t) is not None for t in factors) or tensor.is_complex():
+    if factors is None or any(call.view(t) is not None for t in factors) or tensor.is_complex():
         return None
-    values = [call.tracer.value(t) for t in factors]
+    values = [call.value(t) for t in factors]
     ids = [align(value.ids, tensor.dim()) for value in values]
     if any(max(varying(one), default=-1) != axis for one in ids):  # else sums over branches, place by place
         return None
@@ -140,11 +140,11 @@ def sum_of_products(call: Call, axis: int) -> Value | None:
     wide = [t.expand(tensor.shape).movedim(axis, -1)[..., None, :] for t in factors]
     left, right = (_Operand(*found) for found in zip(wide, values, laid, strict=True))
     macs = float(tensor.numel())
-    call.tracer.findings.macs[call.tracer.mode] += macs
+    call.trace.macs[call.tracer.mode] += macs
     heads, multiple = _pair(call, left, right, own_scale=False, macs=macs, stepwise=True)
     ndim = call.outs[0].dim()
     if heads is None:
-        return replace(nothing(ndim, call.made()), multiple=multiple)
+        return replace(nothing(ndim, call.origin()), multiple=multiple)
     found = np.moveaxis(heads[..., 0], -1, axis) if ndim == tensor.dim() else heads[..., 0, 0]
     return Value(found, multiple=multiple)
 
@@ -157,37 +157,37 @@ def _pair(
     Returns: the ids of the heads, (batch axes..., 1, 1), or None where scores carry none; what the sums are a multiple
     of.
     """
-    tracer, findings = call.tracer, call.tracer.findings
+    tracer, trace = call.tracer, call.trace
     read = [np.unique(operand.ids) for operand in (left, right)]
     left, right = left.level(call), right.level(call)
     a, b = left.ids[..., 0, :], right.ids[..., 0, :]
-    findings.tie(a, b)
-    lone = (a == 0) != (b == 0)
-    if bool(lone.any()):
-        call.pin(np.where(lone, a + b, 0), Code.MULTIPLIES_NONE)
+    trace.tie(a, b)
+    unpaired = (a == 0) != (b == 0)
+    if bool(unpaired.any()):
+        call.pin(np.where(unpaired, a + b, 0), Code.MULTIPLIES_NONE)
     laid = _rows(left, right)
     if laid is None:
         call.pin(a, Code.OTHER_ORDER)
         return None, None
-    slots_left, slots_right, row, num_rows = laid
-    fold = None if right.levelled else _plain(call, right, slots_right.reshape(-1))
+    ids_left, ids_right, row, num_rows = laid
+    fold = None if right.levelled else _plain(call, right, ids_right.reshape(-1))
     if fold is None:
-        swapped = None if left.levelled else _plain(call, left, slots_left.reshape(-1))
+        swapped = None if left.levelled else _plain(call, left, ids_left.reshape(-1))
         if swapped is not None or (own_scale and not left.value.linear):
-            left, right, slots_left, slots_right, fold = right, left, slots_right, slots_left, swapped
+            left, right, ids_left, ids_right, fold = right, left, ids_right, ids_left, swapped
     linear = left.value.linear or right.value.linear  # of keys some may be cached, which nothing scales
     if own_scale and not linear:
         call.pin(a, Code.OWN_ROOT)
-    slots_left, slots_right = slots_left.reshape(-1), slots_right.reshape(-1)
-    product = Product(tracer.module_name, slots_left, slots_right, fold, own_scale, linear, num_rows)
+    ids_left, ids_right = ids_left.reshape(-1), ids_right.reshape(-1)
+    product = Product(tracer.module_name, ids_left, ids_right, fold, own_scale, linear, num_rows)
     product.stepwise = stepwise
     product.scales_right = not left.value.linear
     product.sides = (left.whole_linear, right.whole_linear)
-    while (known := findings.products.setdefault(product_key(product), product)) is not product:
+    while (known := trace.products.setdefault(product_key(product), product)) is not product:
         if np.array_equal(known.left, product.left) and np.array_equal(known.right, product.right):
             break
         product.number += 1  # the module multiplies other channels, too: queries with keys and with positions
-    findings.uses += [(slots, pairs_of(product)) for slots in read]
+    trace.uses += [(ids, pairs_of(product)) for ids in read]
     known.own_scale = known.own_scale or own_scale
     known.scales_right = known.scales_right or product.scales_right
     known.sides = (known.sides[0] & left.whole_linear, known.sides[1] & right.whole_linear)
@@ -197,16 +197,16 @@ def _pair(
     multiple = Multiple(pairs_of(product), tuple(sorted(found)))
     if num_rows == 1:
         return None, multiple
-    heads = findings.slots.fresh(num_rows)
-    for slots in (slots_left.reshape(num_rows, -1), slots_right.reshape(num_rows, -1)):
-        if np.unique(slots[:, 0]).size > 1:  # keys that all heads share are in none of them
-            findings.contain(heads[:, None], slots, tracer.module_name)
+    heads = trace.channel_ids.fresh(num_rows)
+    for ids in (ids_left.reshape(num_rows, -1), ids_right.reshape(num_rows, -1)):
+        if np.unique(ids[:, 0]).size > 1:  # keys that all heads share are in none of them
+            trace.contain(heads[:, None], ids, tracer.module_name)
     return collapse(heads[row])[..., None, None], multiple
 
 
 def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
     """Sum over positions: what carries channels beside the summed axis goes through."""
-    tracer, findings = call.tracer, call.tracer.findings
+    tracer, trace = call.tracer, call.trace
     ids = b.ids[..., :1].swapaxes(-1, -2)  # (batch axes..., 1, kept axis of b)
     paths = drop_paths([b.value.paths])
     if weights is None:
@@ -216,28 +216,29 @@ def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
         return Value(collapse(weights), paths=paths)
     if np.array_equal(collapse(weights), collapse(ids)):
         return Value(ids, paths=paths)
-    if not findings.slots.is_fresh(weights) or not varying(weights) <= varying(ids):
+    of_heads = trace.channel_ids.is_fresh(weights)
+    if not of_heads or not varying(weights) <= varying(ids):
         call.pin(weights, Code.NOT_INSIDE)
-        if not findings.slots.is_fresh(weights) and not varying(weights) < varying(ids):  # else rows stay, as they must
+        if not of_heads and not varying(weights) < varying(ids):  # else rows stay, as they must
             call.pin(ids, Code.WEIGHED)
         return Value(ids, paths=paths, linear=b.value.linear)
-    findings.contain(weights, ids, tracer.module_name)
+    trace.contain(weights, ids, tracer.module_name)
     return Value(ids, paths=paths, linear=b.value.linear)
 
 
 def _credit(call: Call, value: Value, macs: float) -> None:
     """Count a contraction with a computed weight to the rows that it is computed from."""
     for axis in value.paths:
-        call.tracer.findings.axis_macs[axis][call.tracer.mode] += macs / len(value.paths)
+        call.trace.axis_macs[axis][call.tracer.mode] += macs / len(value.paths)
 
 
 def lone_pair(call: Call, a: Tensor, b: Tensor) -> bool:
     """Whether one channel of each is multiplied, all that is left of queries and keys (on its own in every head)."""
-    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != 1 or call.tracer.view(a) or call.tracer.view(b):
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != 1 or call.view(a) or call.view(b):
         return False
     for tensor in (a, b):
-        value, last = call.tracer.value(tensor), {tensor.dim() - 2, tensor.dim() - 1}
-        if not value.has_channels or varying(value.ids) & last or call.tracer.findings.slots.is_fresh(value.ids):
+        value, last = call.value(tensor), {tensor.dim() - 2, tensor.dim() - 1}
+        if not value.has_channels or varying(value.ids) & last or call.trace.channel_ids.is_fresh(value.ids):
             return False
     return True
 
@@ -249,10 +250,10 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     if ((left.paired and right.paired) or lone_pair(call, a, b)) and a.is_complex():
         for operand in (left, right):
             call.pin(operand.value.ids, Code.COMPLEX_PRODUCT)
-        return nothing(ndim, call.made())
+        return nothing(ndim, call.origin())
     if (left.paired and right.paired) or lone_pair(call, a, b):
         heads, multiple = _pair(call, left, right, own_scale=False, macs=macs)
-        scores = nothing(ndim, call.made()) if heads is None else Value(_fit(heads, a, b, ndim))
+        scores = nothing(ndim, call.origin()) if heads is None else Value(_fit(heads, a, b, ndim))
         return replace(scores, multiple=multiple)
     for operand in (left, right):
         if operand.paired:
@@ -263,7 +264,7 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     if left.crossed and not right.crossed and varying(right.ids):
         for operand in (left, right):
             call.pin(operand.value.ids, Code.OTHER_AXIS)
-        return nothing(ndim, call.made())
+        return nothing(ndim, call.origin())
     if left.crossed and right.crossed:  # keys times values, summed over positions: an element carries one channel here
         call.pin(left.value.ids, Code.OTHER_AXIS)
         passed = _pass(call, None, right)
@@ -301,7 +302,7 @@ def _attention(call: Call, mask: Any) -> Result:
     ndim = query.dim()
     num = query.shape[-3] if ndim > 3 else 1
     macs = float(query.numel()) * key.shape[-2]
-    call.tracer.findings.macs[call.tracer.mode] += macs + float(query.shape[:-1].numel()) * value.shape[-2:].numel()
+    call.trace.macs[call.tracer.mode] += macs + float(query.shape[:-1].numel()) * value.shape[-2:].numel()
     left, right, values = (_operand(call, t, ndim) for t in (query, key, value))
     right, values = (_repeated(operand, num) for operand in (right, values))
     scale = call.kwargs.get("scale")
@@ -314,14 +315,14 @@ def _attention(call: Call, mask: Any) -> Result:
     if left.paired:
         heads, multiple = _pair(call, left, right, own_scale=own, macs=macs)
         call.tracer.numbers.fused(call, multiple, (*call.args[2:4], call.kwargs.get("attn_mask")))
-    view = call.tracer.view(mask) if isinstance(mask, Tensor) else None
+    view = call.view(mask) if isinstance(mask, Tensor) else None
     if isinstance(mask, Tensor) and view is None and heads is not None:
-        met = align(call.tracer.value(mask).ids, ndim)
-        call.tracer.findings.tie(heads, met)
+        met = align(call.value(mask).ids, ndim)
+        call.tie(heads, met)
         if mask.dim() > 2 and mask.shape[-3] > 1 and mask.stride(-3) != 0 and met.shape[-3] == 1:
             call.pin(heads, Code.MASK_PER_HEAD)
     elif view is not None:
-        call.pin_owner(view.owner, Code.SCORE_BIAS)
+        call.pin_parameter(view.info, Code.SCORE_BIAS)
         if heads is not None:
             call.pin(heads, Code.BIASED_SCORES)
     flipped = _Operand(values.tensor, values.value, values.ids.swapaxes(-1, -2))

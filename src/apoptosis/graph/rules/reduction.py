@@ -99,15 +99,15 @@ def _rows(call: Call, value: Value, reduced: frozenset[int]) -> IntArray | None:
 
     None where some elements of a row carry no channel, or ids of rows already.
     """
-    findings, ids = call.tracer.findings, value.ids
+    trace, ids = call.trace, value.ids
     axes = sorted(reduced & varying(ids))
     wide = np.moveaxis(ids, axes, range(-len(axes), 0))
     flat = wide.reshape(-1, math.prod(ids.shape[axis] for axis in axes))
-    if bool((flat == 0).any()) or not findings.slots.is_owned(flat):
+    if bool((flat == 0).any()) or not trace.channel_ids.is_owned(flat):
         return None
     rows, place = np.unique(flat, axis=0, return_inverse=True)
-    fresh = findings.slots.fresh(len(rows))
-    findings.contain(fresh[:, None], rows, call.tracer.module_name, part=True)
+    fresh = trace.channel_ids.fresh(len(rows))
+    trace.contain(fresh[:, None], rows, call.tracer.module_name, part=True)
     return fresh[place.reshape(-1)].reshape([1 if axis in axes else size for axis, size in enumerate(ids.shape)])
 
 
@@ -116,7 +116,7 @@ def _place_by_place(call: Call, value: Value, reduced: frozenset[int], verb: str
     first, axes = value.ids, tuple(reduced & varying(value.ids))
     for axis in axes:
         first = first.take([0], axis=axis)
-    call.tracer.findings.tie(np.ascontiguousarray(np.broadcast_to(first, value.ids.shape)), value.ids)
+    call.tie(np.ascontiguousarray(np.broadcast_to(first, value.ids.shape)), value.ids)
     broken = (value.ids == 0).any(axis=axes, keepdims=True)
     call.pin(np.where(broken, value.ids, 0), Code.REDUCES_WITH_NONE(verb=verb))
     return replace(value, ids=first, paths=drop_paths([value.paths]), even={})
@@ -202,7 +202,7 @@ def pools(how: Pooled = "", *, windows: bool = False, unpools: bool = False, sam
         else:
             value = parameter_operand(call, tensor, range(tensor.dim() - num))
         if samples:
-            call.pin(call.tracer.value(call.args[1]).ids, Code.SAMPLES)
+            call.pin(call.value(call.args[1]).ids, Code.SAMPLES)
         if any(axis >= tensor.dim() - num for axis in varying(value.ids)):
             neighbours = isinstance(call.tracer.module, nn.LocalResponseNorm)
             call.pin(value.ids, Code.NEIGHBOURS if neighbours else Code.POOLS)
@@ -221,14 +221,14 @@ def pools(how: Pooled = "", *, windows: bool = False, unpools: bool = False, sam
 def glu(call: Call) -> Result:
     """Tie the two halves: out = a sigmoid(b)."""
     tensor = call.args[0]
-    value = call.tracer.value(tensor)
+    value = call.value(tensor)
     dim = int(call.arg(1, "dim", -1)) % tensor.dim()
     if dim not in varying(value.ids):
         return _ended(value)
     first, second = np.split(value.ids, 2, axis=dim)
-    call.tracer.findings.tie(first, second)
-    lone = np.where((first == 0) != (second == 0), first + second, 0)
-    call.pin(lone, Code.GATES_NONE)
+    call.tie(first, second)
+    unpaired = np.where((first == 0) != (second == 0), first + second, 0)
+    call.pin(unpaired, Code.GATES_NONE)
     return Value(first, paths=drop_paths([value.paths]))
 
 

@@ -285,11 +285,11 @@ def register_rule(operator: str, rule: Rule) -> None:
     - `call.args`, `call.kwargs`, `call.arg(index, name, default)`: what the operator was called with. Defaults are left
       out by the dispatcher, so give them again; `call.outs`: the tensors that came out, in order;
     - `call.tensors()`: all tensors among the arguments, those in lists included;
-    - `call.tracer.value(tensor)`: the Value of an operand. `.ids` is an integer array with as many axes as the tensor
+    - `call.value(tensor)`: the Value of an operand. `.ids` is an integer array with as many axes as the tensor
       has, 0 for no channel; an axis along which the ids are constant has size 1. `.has_channels`: any channel at all;
-    - `call.tracer.view(tensor)`: the parameter or buffer that an operand is (a view of), else None;
+    - `call.view(tensor)`: the parameter or buffer that an operand is (a view of), else None;
     - `call.pin(ids, text, remedy)`: these channels are never removed. `text` goes on "operator aten.name in 'module'";
-    - `call.tracer.findings.tie(ids, ids)`: the channels at the same places, after broadcasting, are removed together.
+    - `call.tie(ids, ids)`: the channels at the same places, after broadcasting, are removed together.
 
     It returns the Value of the output, a list of Values for several outputs, or None for outputs without channels. The
     in-place form of an operator is served by the same rule, whose answer is then written to the operand. A rule that
@@ -316,7 +316,7 @@ def register_rule(operator: str, rule: Rule) -> None:
         >>> analyse(net, (x,)).groups[0].pin.reason
         "operator aten.special_airy_ai in '1' has no rule"
         >>> from apoptosis.graph.trace.values import Value
-        >>> register_rule("special_airy_ai", lambda call: Value(call.tracer.value(call.args[0]).ids))
+        >>> register_rule("special_airy_ai", lambda call: Value(call.value(call.args[0]).ids))
         >>> analyse(net, (x,)).groups[0].pin is None
         True
         >>> del OPERATORS["special_airy_ai"]

@@ -105,14 +105,14 @@ def _listed() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """A module that is a neuron type, as its forward begins: what it reads, and a sample of the numbers."""
+class RunningNeuron:
+    """A module that is a neuron type while its forward runs: what it reads, and a sample of the numbers."""
 
     module: nn.Module
     value: Value
     sample: Tensor | None
 
-    def ended(self, tracer: Tracer, output: Tensor) -> Value:
+    def on_exit(self, tracer: Tracer, output: Tensor) -> Value:
         """Return what is known of the module's output; where it is no such neuron after all, that is noted."""
         entry = _REGISTRY[type(self.module)]
         args, fault = _arguments(self.module, entry)
@@ -121,12 +121,12 @@ class Begun:
                 fault = _difference(NEURON_TYPES[entry.name], args, self.sample, output)
         paths = {key: None if fault else _step(path, entry.name, args) for key, path in self.value.paths.items()}
         note = f"{type(self.module).__name__} is no neuron of type '{entry.name}' here: {fault}"
-        if fault and note not in tracer.findings.notes:
-            tracer.findings.notes.append(note)
+        if fault and note not in tracer.trace.notes:
+            tracer.trace.notes.append(note)
         return replace(tracer.value(output), paths=paths)
 
 
-def begin(tracer: Tracer, module: nn.Module, args: Any) -> Begun | None:
+def on_enter(tracer: Tracer, module: nn.Module, args: Any) -> RunningNeuron | None:
     """Note what a module that is a neuron type reads (it may write to it); None for any other module."""
     entry = _REGISTRY.get(type(module))
     if entry is None or not args or not isinstance(args[0], Tensor):
@@ -134,7 +134,7 @@ def begin(tracer: Tracer, module: nn.Module, args: Any) -> Begun | None:
     with _unseen(tracer):
         sampled = entry.own and _holds_numbers(args[0])
         sample = args[0].detach().reshape(-1)[:_SAMPLE].clone() if sampled else None
-    return Begun(module, tracer.value(args[0]), sample)
+    return RunningNeuron(module, tracer.value(args[0]), sample)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from apoptosis.errors import CaptureError
 from apoptosis.graph.explain import Code
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import Tracer
 from apoptosis.graph.trace.values import CONSTANT, SIZE_LIMIT, Origin, Value, drop_paths, nothing, varying
 from apoptosis.model.kept import (
@@ -115,7 +115,7 @@ class Carried:
 
     def end(self, tracer: Tracer) -> None:
         """Note what tensors carry at the end of a pass."""
-        mode, findings = self._modes[tracer.mode], tracer.findings
+        mode, trace = self._modes[tracer.mode], tracer.trace
         rewritten = self._rewritten(tracer) - self.buffers
         self.buffers, self._new_buffers = self.buffers | rewritten, self._new_buffers or bool(rewritten)
         mode.found, mode.read = {}, set(tracer.memory.read_kept)
@@ -124,8 +124,8 @@ class Carried:
             if tensor.layout is not torch.strided:
                 continue
             if (view := tracer.view(tensor)) is not None:
-                if tuple(tensor.shape) == view.owner.shape and all(view.axes(d) <= {d} for d in view.varied()):
-                    self._copies[path] = view.owner.name
+                if tuple(tensor.shape) == view.info.shape and all(view.axes(d) <= {d} for d in view.varied()):
+                    self._copies[path] = view.info.name
                 continue
             value = tracer.memory.recorded(tensor) or nothing(tensor.dim())
             if id(tensor) in before and not value.has_channels:
@@ -136,18 +136,18 @@ class Carried:
             if rows is not None:
                 self._rows[path] = rows
             if path in mode.given and path in mode.read and value.has_channels:
-                _tie(findings, name_of(path), mode.given[path].ids, ids)
+                _tie(trace, name_of(path), mode.given[path].ids, ids)
 
     def _rewritten(self, tracer: Tracer) -> frozenset[str]:
         """Return buffers that a pass wrote channels to, and that have a row for each example."""
         found = []
         for name, tensor in self._model.named_buffers():
-            owner = tracer.findings.slots.owners.get(
+            info = tracer.trace.channel_ids.tensors.get(
                 name
             )  # None also of a second name that has a tensor of its own now
             if tensor.layout is not torch.strided:
                 continue
-            before, shape = () if owner is None else owner.shape, tuple(tensor.shape)
+            before, shape = () if info is None else info.shape, tuple(tensor.shape)
             if tracer.view(tensor) is not None:
                 written = name in tracer.memory.written
             else:
@@ -191,13 +191,13 @@ class Carried:
             for path, value in mode.found.items()
         )
 
-    def finish_round(self, findings: TraceResult, signature: object) -> None:
+    def finish_round(self, trace: TraceResult, signature: object) -> None:
         """Tie what one mode leaves to what the other reads, and keep what is known for passes to come."""
         training, evaluation = (self._modes.get(mode, _Mode()) for mode in ("training", "evaluation"))
         for path in training.found.keys() & evaluation.found.keys():
             one, other = training.found[path].ids, evaluation.found[path].ids
             if path in training.read | evaluation.read:
-                _tie(findings, name_of(path), one, other)
+                _tie(trace, name_of(path), one, other)
         values = {name: dict(mode.found) for name, mode in self._modes.items()}
         recent = dict([*self._known.values.items()][-3:])
         known = Known(rows=self._rows, buffers=self.buffers, read=self._is_read, values=recent | {signature: values})
@@ -208,7 +208,7 @@ class Carried:
         return any(path in mode.read for mode in self._modes.values() for path in mode.found)
 
     def kept(self, labels: IntArray) -> tuple[Kept, ...]:
-        """Return what the model keeps, with the numbers of channels by slot."""
+        """Return what the model keeps, with the numbers of channels by id."""
         found: dict[Path, Kept] = {}
         for mode in self._modes.values():
             for path, value in mode.found.items():
@@ -231,14 +231,14 @@ def _is_of(ids: IntArray, tensor: Tensor) -> bool:
     return ids.ndim == tensor.dim() and all(n in (1, size) for n, size in zip(ids.shape, tensor.shape, strict=True))
 
 
-def _tie(findings: TraceResult, name: str, one: IntArray, other: IntArray) -> None:
+def _tie(trace: TraceResult, name: str, one: IntArray, other: IntArray) -> None:
     if not (bool(one.any()) and bool(other.any())):
         return
     if varying(one) == varying(other) and one.shape == other.shape:
-        findings.tie(one, other)
+        trace.tie(one, other)
         return
     for ids in (one, other):
-        findings.pin(ids, Code.KEPT_TWO_WAYS(name=name))
+        trace.pin(ids, Code.KEPT_TWO_WAYS(name=name))
 
 
 def _completed(ids: IntArray) -> IntArray:

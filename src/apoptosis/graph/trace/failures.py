@@ -1,4 +1,4 @@
-"""What to tell a user whose model fails while it is captured: where, at which operator, and the way out.
+"""Errors of a model that fails while it is captured: where, at which operator, and the remedy.
 
 Holds: reading a traceback, hints for common errors. Elsewhere: running the model (capture.py).
 """

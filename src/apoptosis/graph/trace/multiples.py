@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, dtype, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.scalars import literal
 from apoptosis.graph.trace.values import CHANNELS, LITERAL, Multiple, Value
 from apoptosis.records import ScalarOperands
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class Numbers:
     """Notes the plain numbers of one pass and what they scale. `recorded` says what is known of a tensor."""
 
-    def __init__(self, findings: TraceResult, mode: str, recorded: Callable[[Tensor], Value | None]) -> None:
-        self._noted = findings.scalars[mode]
-        self._reads = findings.multiples[mode]
+    def __init__(self, trace: TraceResult, mode: str, recorded: Callable[[Tensor], Value | None]) -> None:
+        self._noted = trace.scalars[mode]
+        self._reads = trace.multiples[mode]
         self._recorded = recorded
         self._at = -1
 

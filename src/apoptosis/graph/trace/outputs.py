@@ -1,4 +1,4 @@
-"""The tensors inside what a model takes and returns, each with the way to it.
+"""The tensors inside what a model takes and returns, each with its path.
 
 Holds: tensors by name. Elsewhere: what containers and objects consist of (outputs), what becomes of the
 tensors.
@@ -25,31 +25,31 @@ def tensors_in(obj: Any) -> Iterator[Tensor]:
 
 
 def named_in(obj: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor with the way to it: "", "[1]", "logits", "cache.layers[0].keys".
+    """Yield every tensor with its path: "", "[1]", "logits", "cache.layers[0].keys".
 
     Raises: CaptureError: something that is still to run (a generator) would have to be used up to look into it.
 
     Example:
         >>> import torch
-        >>> [way for way, _ in named_in({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})]
+        >>> [path for path, _ in named_in({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})]
         ['logits', 'states[0]']
     """
     seen: set[int] = set()
     todo = [(name, obj)]
     while todo:
-        way, item = todo.pop()
+        path, item = todo.pop()
         if isinstance(item, Tensor):
-            yield way, item
+            yield path, item
         elif item is not None and not isinstance(item, _LEAVES) and id(item) not in seen:
             seen.add(id(item))
-            todo.extend(reversed(_parts(way, item)))
+            todo.extend(reversed(_parts(path, item)))
 
 
-def _parts(way: str, item: Any) -> list[tuple[str, Any]]:
+def _parts(path: str, item: Any) -> list[tuple[str, Any]]:
     if not isinstance(item, Mapping | list | tuple) and (isinstance(item, Iterator) or isawaitable(item)):
-        where = f" at '{way}'" if way else ""
+        where = f" at '{path}'" if path else ""
         raise CaptureError(
             f"the model returns a {type(item).__name__}{where}, which runs only when it is read: what it computes "
             "cannot be followed. Let forward return a list or a tuple."
         )
-    return parts(way, item)
+    return parts(path, item)

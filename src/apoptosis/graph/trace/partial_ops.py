@@ -15,11 +15,11 @@ import numpy as np
 from torch import nn
 
 from apoptosis.errors import StructureChangedError
-from apoptosis.graph.trace.findings import TraceResult
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.records import Group, IntArray, PartialOp, Split, Structure
 
-_FEW = 1 << 16  # ids of more elements are told by a part of them
+_FEW = 1 << 16  # calls on more ids are not recorded
 
 
 def note_work(call: Call) -> None:
@@ -31,22 +31,22 @@ def note_work(call: Call) -> None:
     for tensor in call.tensors():
         value = tracer.memory.recorded(tensor) if tracer.view(tensor) is None else None
         if value is not None and value.has_channels and value.ids.size <= _FEW:
-            found.append(_slots(tracer.findings, value.ids))
+            found.append(_distinct_ids(tracer.trace, value.ids))
     if found:
-        slots = found[0] if len(found) == 1 else np.unique(np.concatenate(found))
-        tracer.findings.worked[tracer.mode].append((call.label, tracer.module_name, tracer.where(), slots))
+        ids = found[0] if len(found) == 1 else np.unique(np.concatenate(found))
+        tracer.trace.operations[tracer.mode].append((call.label, tracer.module_name, tracer.where(), ids))
 
 
-def _slots(findings: TraceResult, ids: IntArray) -> IntArray:
+def _distinct_ids(trace: TraceResult, ids: IntArray) -> IntArray:
     """Return the different ids, ascending; what moves through many operators unchanged is looked at once."""
-    known = findings.distinct.get(id(ids))
+    known = trace.distinct.get(id(ids))
     if known is None:
-        known = findings.distinct[id(ids)] = (ids, np.unique(ids))  # held, so that the address stays its own
+        known = trace.distinct[id(ids)] = (ids, np.unique(ids))  # held, so that the address stays its own
     return known[1]
 
 
 def partial_work(
-    findings: TraceResult, groups: Sequence[Group], labels: IntArray, classes: Mapping[str, tuple[IntArray, ...]]
+    trace: TraceResult, groups: Sequence[Group], labels: IntArray, classes: Mapping[str, tuple[IntArray, ...]]
 ) -> dict[str, tuple[PartialOp, ...]]:
     """Return per mode the calls that worked on part of a group that may shrink."""
     group_of = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
@@ -57,10 +57,10 @@ def partial_work(
             group_of[classes[member.tensor][member.dim][member.positions[:, 0]]] = len(sizes)
             sizes.append(group.num_channels)
     out: dict[str, tuple[PartialOp, ...]] = {}
-    for mode, calls in findings.worked.items():
+    for mode, calls in trace.operations.items():
         kept = []
-        for operator, module, where, slots in calls:
-            found = np.unique(labels[slots[slots != 0]])
+        for operator, module, where, ids in calls:
+            found = np.unique(labels[ids[ids != 0]])
             found = found[group_of[found] >= 0]
             if not found.size:
                 continue
@@ -82,8 +82,8 @@ def changed_work(old: Structure, new: Structure, old_of: Mapping[int, int]) -> S
     old_of: class after the edit -> before.
     """
     left = frozenset(old_of.values())
-    for mode, calls in old.worked.items():
-        after = new.worked.get(mode, ())
+    for mode, calls in old.partial_ops.items():
+        after = new.partial_ops.get(mode, ())
         before = [(call, frozenset(call.classes.tolist()) & left) for call in calls]
         now = [(call, frozenset(old_of[c] for c in call.classes.tolist() if c in old_of)) for call in after]
         pairs = zip(before, now, strict=False)
@@ -108,7 +108,7 @@ def changed_split(old: Structure, new: Structure, old_of: Mapping[int, int]) -> 
 
 
 def _forms(split: Split, old_of: Mapping[int, int]) -> set[tuple[tuple[int, ...], ...]]:
-    """Write the grid in classes before the edit, without what is gone; one column is told like one row.
+    """Write the grid in classes before the edit, without what is gone; one column is written like one row.
 
     The order inside a row does not count: shuffled rows that are left with one column each lie in another one, and what
     meets at every place is compared by itself.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.graph.explain import Code, Reason
-from apoptosis.graph.trace.ids import Slots, TensorInfo, View
+from apoptosis.graph.trace.ids import ChannelIds, TensorInfo, View
 from apoptosis.graph.trace.values import CONSTANT, INPUT, SIZE_LIMIT, Origin, Value, collapse, drop_paths, nothing
 from apoptosis.records import IntArray
 
@@ -42,7 +42,7 @@ def _strided(flat: IntArray, at: Geometry) -> IntArray:
 
 
 class StorageMap:
-    """Values and parameters by storage. `pin(slots, why)` is called for what cannot be followed.
+    """Values and parameters by storage. `pin(ids, why)` is called for what cannot be followed.
 
     Attributes: kept: the way to what the model keeps from pass to pass, by its place; read_kept: those that the pass
         asked for. written: names of buffers that channels were written to in place.
@@ -50,24 +50,24 @@ class StorageMap:
 
     def __init__(
         self,
-        slots: Slots,
+        ids: ChannelIds,
         tensors: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
         pin: Callable[[IntArray, Code | Reason], None],
     ) -> None:
-        self._slots = slots
+        self._channel_ids = ids
         self._pin = pin
         self._blocks: dict[int, _Block] = {}
-        self._owned: dict[int, list[tuple[int, TensorInfo]]] = {}
+        self._parameters: dict[int, list[tuple[int, TensorInfo]]] = {}
         self._keep: list[Any] = []
         self._element_sizes: dict[int, int] = {}
-        self._made: dict[int, Any] = {}
+        self._computed: dict[int, Any] = {}
         self._kept: int | None = None
         self._multiplied: dict[tuple[int, Geometry], tuple[tuple[Tensor, ...], tuple[int, ...]]] = {}
         self._tensors = tensors
         for name, tensor in tensors.items():
-            self._own(tensor, slots.owners[name], int(tensor.storage_offset()))
-        self._originals = frozenset(self._owned)
+            self._add(tensor, ids.tensors[name], int(tensor.storage_offset()))
+        self._originals = frozenset(self._parameters)
         self._pin_overlaps()
         self._inputs = {self._storage(t)[0] for t in inputs}
         self.kept: dict[tuple[int, Geometry], Any] = {}
@@ -82,36 +82,36 @@ class StorageMap:
             return id(tensor), tensor
         return storage._cdata, storage
 
-    def _own(self, tensor: Tensor, owner: TensorInfo, start: int) -> None:
+    def _add(self, tensor: Tensor, info: TensorInfo, start: int) -> None:
         key, storage = self._storage(tensor)
         self._keep.append(storage)
         self._element_sizes[key] = tensor.element_size()
-        self._owned.setdefault(key, []).append((start, owner))
+        self._parameters.setdefault(key, []).append((start, info))
 
     def _pin_overlaps(self) -> None:
         """Pin parameters that lie in one another's memory without being one tensor."""
-        for owned in self._owned.values():
+        for owned in self._parameters.values():
             for (first, left), (second, right) in pairwise(sorted(owned, key=lambda item: item[0])):
                 if second < first + left.span:
                     why = Code.SHARED_MEMORY(one=left.name, other=right.name)
-                    self._pin(np.concatenate([left.slots(), right.slots()]), why)
+                    self._pin(np.concatenate([left.ids(), right.ids()]), why)
 
     def view(self, tensor: Tensor) -> View | None:
         """Return which part of which parameter or buffer this tensor is, or None."""
-        if not self._owned or tensor.layout is not torch.strided:
+        if not self._parameters or tensor.layout is not torch.strided:
             return None
-        owned = self._owned.get(self._storage(tensor)[0])
+        owned = self._parameters.get(self._storage(tensor)[0])
         if owned is None:
             return None
         offset = int(tensor.storage_offset())
         size = self._element_sizes[self._storage(tensor)[0]]
         if tensor.element_size() != size:  # its numbers taken for others: offsets and strides count other units
-            for start, owner in owned:
-                if start * size <= offset * tensor.element_size() < (start + owner.span) * size:
-                    return View(owner, tensor.dim(), tuple(tensor.shape), None, False)
-        for start, owner in owned:
-            if start <= offset < start + owner.span:
-                return self._slots.view(owner, offset - start, tensor)
+            for start, info in owned:
+                if start * size <= offset * tensor.element_size() < (start + info.span) * size:
+                    return View(info, tensor.dim(), tuple(tensor.shape), None, False)
+        for start, info in owned:
+            if start <= offset < start + info.span:
+                return self._channel_ids.view(info, offset - start, tensor)
         return None
 
     def adopt(self, copy: Tensor, original: Tensor) -> bool:
@@ -119,13 +119,13 @@ class StorageMap:
         view = self.view(original)
         if view is None:
             return False
-        if (how := self.making(original)) is not None:
-            self.made(copy, how)
-        owned = self._owned[self._storage(original)[0]]
-        start, layout = next((s, o) for s, o in owned if o.name == view.owner.name)
+        if (how := self.computed_weight(original)) is not None:
+            self.note_computed(copy, how)
+        owned = self._parameters[self._storage(original)[0]]
+        start, layout = next((s, o) for s, o in owned if o.name == view.info.name)
         if copy.stride() == original.stride():
             shift = int(copy.storage_offset()) - int(original.storage_offset())
-            self._own(copy, layout, start + shift)
+            self._add(copy, layout, start + shift)
             return True
         if copy.element_size() != original.element_size() or layout.raw is not None or len(layout.shape) not in (2, 3):
             return False
@@ -136,16 +136,16 @@ class StorageMap:
         if [view.shape[found[0]] if found else 1 for found in axes] != list(layout.shape):
             return False  # a part of it, or several axes as one
         stride = tuple(copy.stride(a[0]) if a else 1 for a in axes)
-        self._own(copy, replace(layout, stride=stride, raw=layout), int(copy.storage_offset()))
+        self._add(copy, replace(layout, stride=stride, raw=layout), int(copy.storage_offset()))
         return True
 
-    def made(self, copy: Tensor, how: Any) -> None:
+    def note_computed(self, copy: Tensor, how: Any) -> None:
         """Note how the copy of a parameter was computed from it."""
-        self._made[self._storage(copy)[0]] = how
+        self._computed[self._storage(copy)[0]] = how
 
-    def making(self, tensor: Tensor) -> Any:
+    def computed_weight(self, tensor: Tensor) -> Any:
         """Return how what stands for a parameter was computed from it; None for the parameter itself."""
-        return self._made.get(self._storage(tensor)[0])
+        return self._computed.get(self._storage(tensor)[0])
 
     def multiplied(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """Note that a tensor is the product of two others, element by element."""
@@ -161,30 +161,28 @@ class StorageMap:
             return None
         return tensors[1], tensors[2]
 
-    def raw_and_used(self, tensor: Tensor, owner: TensorInfo) -> tuple[Tensor, Tensor]:
+    def raw_and_used(self, tensor: Tensor, info: TensorInfo) -> tuple[Tensor, Tensor]:
         """Return a parameter, and what stands for it and `tensor` is a view of, both laid out as the parameter."""
-        start = next(s for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
-        return self._tensors[owner.name].detach(), tensor.detach().as_strided(owner.shape, owner.stride, start)
+        start = next(s for s, o in self._parameters[self._storage(tensor)[0]] if o.name == info.name)
+        return self._tensors[info.name].detach(), tensor.detach().as_strided(info.shape, info.stride, start)
 
     def look_up(self, copy: Tensor, original: Tensor) -> bool:
         """Let some matrices of a stack (a whole parameter of three axes), picked by number, stand for all of it."""
         view = self.view(original)
-        if view is None or not view.whole or view.ndim != 3 or view.owner.is_buffer or not copy.is_contiguous():
+        if view is None or not view.whole or view.ndim != 3 or view.info.is_buffer or not copy.is_contiguous():
             return False
-        layout = replace(
-            view.owner, shape=tuple(copy.shape), stride=tuple(copy.stride()), raw=view.owner, looked_up=(0,)
-        )
-        self._own(copy, layout, int(copy.storage_offset()))
+        layout = replace(view.info, shape=tuple(copy.shape), stride=tuple(copy.stride()), raw=view.info, looked_up=(0,))
+        self._add(copy, layout, int(copy.storage_offset()))
         return True
 
-    def start(self, tensor: Tensor, owner: TensorInfo) -> int | None:
+    def start(self, tensor: Tensor, info: TensorInfo) -> int | None:
         """Return where in its memory the parameter begins that a tensor is a view of; None in a copy in other order."""
-        found = next((s, o) for s, o in self._owned[self._storage(tensor)[0]] if o.name == owner.name)
+        found = next((s, o) for s, o in self._parameters[self._storage(tensor)[0]] if o.name == info.name)
         return found[0] if found[1].raw is None else None
 
-    def same(self, tensor: Tensor, owner: TensorInfo) -> bool:
+    def same(self, tensor: Tensor, info: TensorInfo) -> bool:
         """Whether the tensor lies in the memory of this parameter or buffer."""
-        return any(o.name == owner.name for _, o in self._owned.get(self._storage(tensor)[0], ()))
+        return any(o.name == info.name for _, o in self._parameters.get(self._storage(tensor)[0], ()))
 
     def place(self, tensor: Tensor) -> int:
         """Return a number that tells the memory a tensor lies in from all other memory of this pass."""
@@ -201,7 +199,7 @@ class StorageMap:
     def is_other(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the memory of no parameter, buffer or input."""
         key = self._storage(tensor)[0]
-        return key not in self._owned and key not in self._inputs
+        return key not in self._parameters and key not in self._inputs
 
     def recorded(self, tensor: Tensor) -> Value | None:
         """Return the value on record for exactly this view, or None."""
@@ -229,7 +227,7 @@ class StorageMap:
     def put(self, tensor: Tensor, value: Value) -> None:
         """Record the value of a new tensor (or of a new view)."""
         key, storage = self._storage(tensor)
-        if key in self._owned:
+        if key in self._parameters:
             return
         block = self._blocks.get(key)
         if block is None:
@@ -239,8 +237,8 @@ class StorageMap:
     def write(self, tensor: Tensor, value: Value) -> None:
         """Record that `tensor` was overwritten in place; views that share its memory follow."""
         key, _ = self._storage(tensor)
-        if key in self._owned:
-            self._write_owned(key, tensor, value)
+        if key in self._parameters:
+            self._write_parameter(key, tensor, value)
             return
         block, at = self._blocks.get(key), geometry(tensor)
         if block is None:
@@ -263,15 +261,15 @@ class StorageMap:
         """Let the write that follows leave a parameter the parameter that it is."""
         self._kept = self._storage(tensor)[0]
 
-    def _write_owned(self, key: int, tensor: Tensor, value: Value) -> None:
+    def _write_parameter(self, key: int, tensor: Tensor, value: Value) -> None:
         kept, self._kept = self._kept, None
         if kept == key:
             return
         view = self.view(tensor)
         if view is not None and value.has_channels:
-            self.written.add(view.owner.name)
-        if view is not None and not (view.owner.is_buffer and key in self._originals):
-            self._pin(view.owner.slots(), Code.OVERWRITTEN(name=view.owner.name))
+            self.written.add(view.info.name)
+        if view is not None and not (view.info.is_buffer and key in self._originals):
+            self._pin(view.info.ids(), Code.OVERWRITTEN(name=view.info.name))
 
     def _rebuild(self, tensor: Tensor, block: _Block, value: Value) -> None:
         size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from apoptosis.graph.explain import Code, Reason, parametrized, reason_of
-from apoptosis.graph.trace.activations import Begun, begin
+from apoptosis.graph.trace.activations import RunningNeuron, on_enter
 from apoptosis.graph.trace.entries import Entries, Mark, Pad
-from apoptosis.graph.trace.findings import TraceResult
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
 from apoptosis.graph.trace.operators import UNKNOWN, Operator, Result
+from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.storage import StorageMap
 from apoptosis.graph.trace.values import Origin, TooLargeError, Value, nothing
 from apoptosis.records import IntArray, Seen
 
 FRAME_MARKS: set[CodeType] = set()
-"""Code objects that call the user's model: beyond them lies no line of the model."""
+"""Code objects that call the user's model: frames outside of them are no lines of the model."""
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(__file__))  # all of graph
@@ -54,6 +54,23 @@ class Call:
     inplace: bool = False
     operator: Operator = UNKNOWN
 
+    @property
+    def trace(self) -> TraceResult:
+        """What the captures of the model have found so far."""
+        return self.tracer.trace
+
+    def value(self, tensor: Tensor) -> Value:
+        """Return what is known of an operand."""
+        return self.tracer.value(tensor)
+
+    def view(self, tensor: Tensor) -> View | None:
+        """Return which part of which parameter or buffer an operand is, or None."""
+        return self.tracer.memory.view(tensor)
+
+    def tie(self, one: IntArray, other: IntArray) -> None:
+        """Record that the channels at the same places, after broadcasting, are removed together."""
+        self.tracer.trace.tie(one, other)
+
     def arg(self, index: int, key: str, default: Any = None) -> Any:
         """Return an argument, given by position or by name."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(key, default)
@@ -66,26 +83,26 @@ class Call:
         """Complete a reason: the operator, the module it runs in and the user's line."""
         return self.tracer.reason(why, remedy, self.label)
 
-    def pin(self, slots: IntArray, why: Code | Reason | str, remedy: str = "", *, inner: bool = False) -> None:
-        """Pin the channels of these slots. inner: but not the whole heads that they are in."""
-        if bool((slots != 0).any()):
-            self.tracer.findings.pin(slots, self.reason(why, remedy), inner=inner)
+    def pin(self, ids: IntArray, why: Code | Reason | str, remedy: str = "", *, inner: bool = False) -> None:
+        """Pin the channels of these ids. inner: but not the whole heads that they are in."""
+        if bool((ids != 0).any()):
+            self.tracer.trace.pin(ids, self.reason(why, remedy), inner=inner)
 
-    def pin_owner(self, owner: TensorInfo, why: Code | Reason | str, remedy: str = "") -> None:
+    def pin_parameter(self, info: TensorInfo, why: Code | Reason | str, remedy: str = "") -> None:
         """Pin every position of a parameter, and list it as a group of its own unless it has one."""
-        self.pin(owner.slots(), why, remedy)
-        if len(owner.shape) > 1 and not owner.is_buffer:
-            self.tracer.findings.owners.setdefault((owner.name, 0), owner.name)
+        self.pin(info.ids(), why, remedy)
+        if len(info.shape) > 1 and not info.is_buffer:
+            self.tracer.trace.listed.setdefault((info.name, 0), info.name)
 
     def pin_all(self, why: Code | Reason | str, remedy: str = "") -> None:
         """Pin everything that reaches the operator; its results carry no channels."""
         for tensor in self.tensors():
-            if (view := self.tracer.view(tensor)) is not None:
-                self.pin_owner(view.owner, why, remedy)
+            if (view := self.view(tensor)) is not None:
+                self.pin_parameter(view.info, why, remedy)
             else:
-                self.pin(self.tracer.value(tensor).ids, why, remedy)
+                self.pin(self.value(tensor).ids, why, remedy)
 
-    def made(self) -> Origin:
+    def origin(self) -> Origin:
         """Return what results without channels are."""
         return Origin(f"the result of {self.label}", literal=self.operator.literal)
 
@@ -113,11 +130,11 @@ def _flatten(items: Iterable[Any]) -> list[Tensor]:
 
 
 class Tracer:
-    """Follows one forward pass of `model` in one mode and writes what the rules find into `findings`."""
+    """Follows one forward pass of `model` in one mode and writes what the rules find into `trace`."""
 
     def __init__(
         self,
-        findings: TraceResult,
+        trace: TraceResult,
         model: nn.Module,
         tensors: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
@@ -126,7 +143,7 @@ class Tracer:
         watch: Callable[[Seen], None] | None = None,
         note: Callable[[Call], None] | None = None,
     ) -> None:
-        self.findings = findings
+        self.trace = trace
         self.mode = mode
         self._operators = operators
         self._watch, self._note = watch, note
@@ -134,12 +151,12 @@ class Tracer:
         self.suspended = False
         self._kinds: dict[Any, _Kind] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._stack: list[tuple[str, nn.Module, Begun | None, Mark | None]] = []
+        self._stack: list[tuple[str, nn.Module, RunningNeuron | None, Mark | None]] = []
         self._label = ""
         here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
-        self.memory = StorageMap(findings.slots, tensors, inputs, lambda slots, why: here._pin(slots, why))
+        self.memory = StorageMap(trace.channel_ids, tensors, inputs, lambda ids, why: here._pin(ids, why))
         self.entries = Entries(self.memory)
-        self.numbers = Numbers(findings, mode, self.memory.recorded)
+        self.numbers = Numbers(trace, mode, self.memory.recorded)
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -148,17 +165,17 @@ class Tracer:
         return self.memory.view(tensor)
 
     def value(self, tensor: Tensor) -> Value:
-        """Return what is known of an operand; a parameter along one axis of which it runs gives that axis' slots."""
+        """Return what is known of an operand; a parameter along one axis of which it runs gives that axis' ids."""
         return self.memory.value(tensor) if (view := self.memory.view(tensor)) is None else self._as_value(view)
 
     def _as_value(self, view: View) -> Value:
         varied = view.varied()
-        self.read(view.owner, "operator")
+        self.read(view.info, "operator")
         if view.dims is not None and len(varied) == 1:
-            return Value(view.slots(varied[0]), origin=Origin(f"'{view.owner.name}'"))
+            return Value(view.ids(varied[0]), origin=Origin(f"'{view.info.name}'"))
         if view.dims is None or varied:
-            self._pin(view.owner.slots(), Code.REARRANGED(name=view.owner.name))
-        return nothing(view.ndim, Origin(f"'{view.owner.name}'"))
+            self._pin(view.info.ids(), Code.REARRANGED(name=view.info.name))
+        return nothing(view.ndim, Origin(f"'{view.info.name}'"))
 
     def reason(self, why: Code | Reason | str, remedy: str, label: str) -> Reason:
         """Complete a reason: the operator, the module it runs in, the user's line, what takes a parametrization off."""
@@ -167,12 +184,12 @@ class Tracer:
         operator = f"operator {label}{place} " if label else ""
         return replace(found, text=operator + found.text, where=self.where())
 
-    def _pin(self, slots: IntArray, why: Code | Reason) -> None:
-        if bool((slots != 0).any()):
-            self.findings.pin(slots, self.reason(why, "", self._label))
+    def _pin(self, ids: IntArray, why: Code | Reason) -> None:
+        if bool((ids != 0).any()):
+            self.trace.pin(ids, self.reason(why, "", self._label))
 
     def show(self, site: str, make: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
-        """Hand what a site reads to whoever watches this pass."""
+        """Hand what a site reads to the function that watches this pass."""
         if self._watch is not None:
             x, right = make()
             self._watch(Seen(site=site, x=x, right=right))
@@ -191,7 +208,7 @@ class Tracer:
 
     @property
     def watched(self) -> bool:
-        """Whether somebody only looks at what sites read in this pass."""
+        """Whether this pass is only run to show what sites read."""
         return self._watch is not None
 
     @property
@@ -204,34 +221,34 @@ class Tracer:
         if not self.suspended:
             name = self._names.get(id(module), type(module).__name__)
             entry = self.entries.mark(args[0]) if isinstance(args, tuple) and args else None
-            self._stack.append((name, module, begin(self, module, args), entry))
+            self._stack.append((name, module, on_enter(self, module, args), entry))
 
     def left(self, module: nn.Module, output: Any) -> None:
         """Note that a module's forward ended."""
         if self.suspended or not self._stack:
             return
-        _, _, begun, _ = self._stack.pop()
-        if begun is not None and isinstance(output, Tensor) and self.view(output) is None:
-            self.memory.put(output, begun.ended(self, output))
+        _, _, neuron, _ = self._stack.pop()
+        if neuron is not None and isinstance(output, Tensor) and self.view(output) is None:
+            self.memory.put(output, neuron.on_exit(self, output))
 
     def pads_from_input(self, tensor: Tensor) -> tuple[Pad, ...] | None:
         """Return what pads the innermost module's first argument into this tensor; None where it is another."""
         return self.entries.pads_from(self._stack[-1][3] if self._stack else None, tensor)
 
-    def owner_of(self, module: nn.Module, leaf: str) -> TensorInfo | None:
+    def info_of(self, module: nn.Module, leaf: str) -> TensorInfo | None:
         """Return the raw parameter or buffer that `module.leaf` is, or None (absent, or computed)."""
         tensor = getattr(module, leaf, None)
         view = self.view(tensor) if isinstance(tensor, Tensor) else None
-        return view.owner if view is not None and view.whole else None
+        return view.info if view is not None and view.whole else None
 
-    def read(self, owner: TensorInfo, reader: str) -> None:
+    def read(self, info: TensorInfo, reader: str) -> None:
         """Note who reads a parameter or buffer: its own module, or some operator."""
-        self.findings.read_counts[owner.name, self.mode] += 1
+        self.trace.read_counts[info.name, self.mode] += 1
         module = self.module
-        if module is not None and any(t is not None and self.memory.same(t, owner) for t in self._direct(module)):
+        if module is not None and any(t is not None and self.memory.same(t, info) for t in self._direct(module)):
             reader = self.module_name
-        if reader not in self.findings.reads[owner.name]:
-            self.findings.reads[owner.name].add(reader)
+        if reader not in self.trace.reads[info.name]:
+            self.trace.reads[info.name].add(reader)
 
     @staticmethod
     def _direct(module: nn.Module) -> Iterable[Tensor | None]:
@@ -278,7 +295,7 @@ class Tracer:
     def before(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments as they will be wanted after the operator has run.
 
-        An operator that changes the shape of the tensor object itself is told by a second object for the same memory.
+        Of an operator that changes the shape of the tensor object itself, a second object for the same memory is kept.
         """
         if self._kind(func).reshapes and isinstance(args[0], Tensor):
             return (args[0].detach(), *args[1:])
@@ -319,7 +336,7 @@ class Tracer:
         values = [result] * len(outs[:1]) if isinstance(result, Value) else list(result or ())
         values += [None] * (len(outs) - len(values))
         multiple = self.numbers.follow(call, at, values[0] if values else None)
-        made = [value or nothing(t.dim(), call.made()) for t, value in zip(outs, values, strict=False)]
+        made = [value or nothing(t.dim(), call.origin()) for t, value in zip(outs, values, strict=False)]
         made = [v if v.multiple is multiple else replace(v, multiple=multiple) for v in made]
         if kind.writes:
             self._written(call, kind, made)
@@ -331,34 +348,34 @@ class Tracer:
         targets = [call.args[i] for i in kind.writes if i < len(call.args) and isinstance(call.args[i], Tensor)]
         targets += [t for t in _flatten(call.kwargs.values()) if any(t is o for o in call.outs)]
         for i, tensor in enumerate(targets):
-            value = values[i] if i < len(values) else nothing(tensor.dim(), call.made())
+            value = values[i] if i < len(values) else nothing(tensor.dim(), call.origin())
             self.memory.write(tensor, value)
         for tensor in call.outs:
             if not any(self.memory.shared(tensor, target) for target in targets):
-                self.memory.put(tensor, nothing(tensor.dim(), call.made()))
+                self.memory.put(tensor, nothing(tensor.dim(), call.origin()))
 
     def _note_reads(self, call: Call) -> None:
         reader = f"@{self.module_name}" if call.operator.folds else "operator"
         for tensor in call.tensors():
             if (view := self.view(tensor)) is not None:
-                self.read(view.owner, reader)
+                self.read(view.info, reader)
                 continue
             value = self.memory.recorded(tensor)
             if value is not None and value.source is not None:
-                self.findings.readers[value.source].add("operator")
+                self.trace.readers[value.source].add("operator")
 
     def finished(self, outputs: Sequence[tuple[str, Tensor]]) -> None:
-        """Pin what the model returns: tensors, each with the way to it inside the output."""
-        for way, tensor in outputs:
+        """Pin what the model returns: tensors, each with its path inside the output."""
+        for path, tensor in outputs:
             self.numbers.read_all(tensor)
-            which = f" '{way}'" if way else ""
+            which = f" '{path}'" if path else ""
             view = self.view(tensor)
             if view is not None:
-                self.findings.pin(view.owner.slots(), Code.RETURNED_PARAMETER(which=which and f" as{which}"))
+                self.trace.pin(view.info.ids(), Code.RETURNED_PARAMETER(which=which and f" as{which}"))
                 continue
             value = self.value(tensor)
-            self.findings.pin(value.ids, Code.OUTPUT(which=which))
+            self.trace.pin(value.ids, Code.OUTPUT(which=which))
             if value.has_channels:
-                self.findings.made[len(self.findings.pins) - 1] = frozenset(value.paths)
+                self.trace.output_producers[len(self.trace.pins) - 1] = frozenset(value.paths)
             if value.source is not None:
-                self.findings.readers[value.source].add("output")
+                self.trace.readers[value.source].add("output")

@@ -42,7 +42,7 @@ CONSTANT = Origin("a constant", literal=True)
 INPUT = Origin("the network input")
 
 CHANNELS, LITERAL = "channels", "literal"
-"""What a Multiple may be of, beside the sums of a product of activations (by `findings.pairs_of`)."""
+"""What a Multiple may be of, beside the sums of a product of activations (by `result.pairs_of`)."""
 
 
 def weight_named(name: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes, own_readers
-from apoptosis.graph.trace.findings import TraceResult, pairs_of
+from apoptosis.graph.trace.result import TraceResult, pairs_of
 from apoptosis.graph.trace.scalars import changed_numbers, changed_scalar
 from apoptosis.graph.trace.values import CHANNELS, LITERAL, Axis, weight_named
 from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, TensorEdit
@@ -29,7 +29,7 @@ Parts = tuple[tuple[str, int, IntArray], ...]
 
 _POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _CLOSE = 1e-9
-_NOBODY, _SEVERAL = -1, -2  # readers of a slot
+_NO_READER, _SEVERAL = -1, -2  # readers of an id
 _ELSEWHERE = "which scales more than a product of activations"
 _APART = "which does not scale all that reads a product of activations"
 _NO_SIDE = "which scales a product of activations neither side of which scales with weights of its own alone"
@@ -37,87 +37,87 @@ _LEFT_OUT = "which only weights that are left out by exclude= could make up for"
 _NO_SIZE = "which scales a product of activations, but not with the root of a number of channels"
 
 
-def scalable(findings: TraceResult, classes: Classes) -> dict[str, Parts]:
+def scalable(trace: TraceResult, classes: Classes) -> dict[str, Parts]:
     """Return what scales the sums of each product, and nothing else: (tensor, dim, positions), by `pairs_of`.
 
     That is one operand's producers and their biases. Products without such an operand are left out.
     """
     sides: dict[str, dict[bytes, tuple[IntArray, frozenset[Axis]]]] = {}
-    for product in findings.products.values():
+    for product in trace.products.values():
         found = sides.setdefault(pairs_of(product), {})
-        for slots, axes in zip((product.left, product.right), product.sides, strict=True):
-            _, known = found.get(slots.tobytes(), (slots, axes))
-            found[slots.tobytes()] = (slots, axes & known)
+        for ids, axes in zip((product.left, product.right), product.sides, strict=True):
+            _, known = found.get(ids.tobytes(), (ids, axes))
+            found[ids.tobytes()] = (ids, axes & known)
     out: dict[str, Parts] = {}
-    readers, numbers = _readers(findings)
+    readers, numbers = _readers(trace)
     for key, found in sides.items():
         if len(found) < 2:  # times itself
             continue
-        both, counts = np.unique(np.concatenate([np.unique(slots) for slots, _ in found.values()]), return_counts=True)
+        both, counts = np.unique(np.concatenate([np.unique(ids) for ids, _ in found.values()]), return_counts=True)
         if int(counts.max()) > 1:
             continue
-        unread = np.isin(readers, (_NOBODY, numbers[key]))
+        unread = np.isin(readers, (_NO_READER, numbers[key]))
         parts = (
-            _parts(findings, classes, slots, axes, (both, readers))
-            for slots, axes in found.values()
-            if bool(unread[slots].all())
+            _parts(trace, classes, ids, axes, (both, readers))
+            for ids, axes in found.values()
+            if bool(unread[ids].all())
         )
         first = next((part for part in parts if part), ())
         if first:
             out[key] = first
-    return out | _weights(findings)
+    return out | _weights(trace)
 
 
-def _weights(findings: TraceResult) -> dict[str, Parts]:
+def _weights(trace: TraceResult) -> dict[str, Parts]:
     """Return the weights that are multiplied by numbers before every use of them, rows of whole parameters."""
     factors: dict[str, set[tuple[float, float]]] = {}
-    for consumer in findings.consumers.values():
-        alone = not findings.reads[consumer.weight] - own_readers(consumer)
+    for consumer in trace.consumers.values():
+        alone = not trace.reads[consumer.weight] - own_readers(consumer)
         factors.setdefault(consumer.weight, set()).add(consumer.factors if alone else (math.nan, math.nan))
-    scaled = {multiple.of for multiples in findings.multiples.values() for multiple in multiples}
+    scaled = {multiple.of for multiples in trace.multiples.values() for multiple in multiples}
     return {
-        of: ((name, 0, np.arange(findings.slots.owners[name].shape[0], dtype=np.int64)),)
+        of: ((name, 0, np.arange(trace.channel_ids.tensors[name].shape[0], dtype=np.int64)),)
         for name, found in factors.items()
         if (of := weight_named(name)) in scaled and len(found) == 1 and not math.isnan(next(iter(found))[0])
     }
 
 
-def _readers(findings: TraceResult) -> tuple[IntArray, dict[str, int]]:
-    """Return for every slot which site or product reads it, by number, and these numbers."""
-    readers = np.full(findings.slots.num_slots, _NOBODY, dtype=np.int64)
+def _readers(trace: TraceResult) -> tuple[IntArray, dict[str, int]]:
+    """Return for every id which site or product reads it, by number, and these numbers."""
+    readers = np.full(trace.channel_ids.num_ids, _NO_READER, dtype=np.int64)
     numbers: dict[str, int] = {}
-    for slots, key in findings.uses:
+    for ids, key in trace.uses:
         number = numbers.setdefault(key, len(numbers))
-        known = readers[slots]
-        readers[slots] = np.where((known == _NOBODY) | (known == number), number, _SEVERAL)
+        known = readers[ids]
+        readers[ids] = np.where((known == _NO_READER) | (known == number), number, _SEVERAL)
     return readers, numbers
 
 
 def _parts(
-    findings: TraceResult,
+    trace: TraceResult,
     classes: Classes,
-    slots: IntArray,
+    ids: IntArray,
     axes: frozenset[Axis],
     known: tuple[IntArray, IntArray],
 ) -> Parts:
     """Return what scales one operand; () where that is not all it consists of.
 
-    known: the slots of both operands, and the reader of every slot.
+    known: the ids of both operands, and the reader of every id.
     """
-    owned, (both, readers) = findings.slots.axes_of(slots), known
-    if {(name, dim) for name, dim, _ in owned} != axes or any(len(findings.reads[name]) > 1 for name, _ in axes):
+    owned, (both, readers) = trace.channel_ids.axes_of(ids), known
+    if {(name, dim) for name, dim, _ in owned} != axes or any(len(trace.reads[name]) > 1 for name, _ in axes):
         return ()
     found: list[tuple[str, int, IntArray]] = []
-    labels = np.unique(classes.labels[slots])
+    labels = np.unique(classes.labels[ids])
     for name, dim, here in owned:
-        owner = findings.slots.owners[name]
-        every = owner.axis(dim).reshape(-1)
+        info = trace.channel_ids.tensors[name]
+        every = info.axis(dim).reshape(-1)
         tied = every[np.isin(classes.labels[every], labels) & ~np.isin(every, both)]
-        if bool((readers[tied] == _NOBODY).any()):
+        if bool((readers[tied] == _NO_READER).any()):
             return ()  # more of the axis is in the operand than its ids say: a sum of two of its parts
-        positions = np.unique(slots[here]) - owner.bases[dim]
-        biases = sorted(findings.bias_of.get((name, dim), ()))
-        if any(len(findings.reads[bias]) > 1 for bias in biases):
+        positions = np.unique(ids[here]) - info.bases[dim]
+        biases = sorted(trace.bias_of.get((name, dim), ()))
+        if any(len(trace.reads[bias]) > 1 for bias in biases):
             return ()
         found += [(name, dim, positions), *((bias, 0, positions) for bias in biases)]
     return tuple(found)

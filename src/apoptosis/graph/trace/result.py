@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from apoptosis.graph.explain import Reason
-from apoptosis.graph.trace.ids import Slots
+from apoptosis.graph.trace.ids import ChannelIds
 from apoptosis.graph.trace.values import Axis, Multiple, Paths
 from apoptosis.records import Convolution, IntArray, Normal, NormStrategy, ScalarOperands, SiteKind
 
@@ -55,7 +55,7 @@ class Consumer:
 class Product:
     """One place where channels of two activations are multiplied and summed in pairs (queries times keys).
 
-    left, right: (positions,), the slots that meet. fold: the axis that the right slots lie on, where their producer's
+    left, right: (positions,), the ids that meet. fold: the axis that the right ids lie on, where their producer's
     rows may take over; None where only slicing is right. own_scale: the operator divides by the root of the number of
     channels by itself. linear: producers that the left operand, or else the right, scales with. num_rows: sums that run
     side by side. sides: producers that the left and the right operand scale with as a whole. number: of the products of
@@ -79,15 +79,15 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """One norm over channels that may go: its module, the slots it reads in order, its weight, and the way they go.
+    """One norm over channels that may go: its module, the ids it reads in order, its weight, and its strategy.
 
     dim: of the weight along which the channels lie. first: they are the first axis of its input after the examples.
     """
 
     module: str
-    slots: IntArray
+    ids: IntArray
     weight: str
-    way: NormStrategy
+    strategy: NormStrategy
     dim: int = 0
     first: bool = False
 
@@ -97,27 +97,27 @@ class Grid:
     """Slots (rows, columns) of an axis that `module` splits into rows, or cuts into parts, of equal length."""
 
     module: str
-    slots: IntArray
+    ids: IntArray
     where: str = ""
 
 
 @dataclass(slots=True)
 class TraceResult:
-    """Everything that the rules found out. Arrays hold slots.
+    """Everything that the rules found out. Arrays hold ids.
 
-    ties: removed together. broadcast_ties: ties in which one slot meets several along an axis of the other side; they
-    hold for channels, not for whole heads. heads: (fresh slots, slots inside each, module). bias_of: the biases added
-    to what a weight axis makes. uses: (slots, key of the site that reads them). distinct: by address, an array of ids
+    ties: removed together. broadcast_ties: ties in which one id meets several along an axis of the other side; they
+    hold for channels, not for whole heads. heads: (fresh ids, ids inside each, module). bias_of: the biases added
+    to what a weight axis makes. uses: (ids, key of the site that reads them). distinct: by address, an array of ids
     and the different ones of it. ran: the modules that were called; fed: those that had any rows. compensated: channels
-    under norms may go, and norms are sites. atomic_blocks: (a slot of what goes as a whole, why). inner_pins: places in
+    under norms may go, and norms are sites. atomic_blocks: (an id of what goes as a whole, why). inner_pins: places in
     `pins` of those that hold for channels, not for whole heads. parts: as heads, of what is computed row by row (a norm
     over each head). made: by place in `pins` of an output, the axes of the producers that it is made of. joins: where
-    channels of different axes meet: the first slots of both, the operator in words, the line. counts: by (modules,
-    line, number, slots), the numbers of places that operators were given, with their slots. extents: by token of what
-    is of one size, without channels and all alike along that axis, the slots that it meets.
+    channels of different axes meet: the first ids of both, the operator in words, the line. counts: by (modules,
+    line, number, ids), the numbers of places that operators were given, with their ids. size_constraints: by token
+    of what is of one size, without channels and all alike along that axis, the ids that it meets.
     """
 
-    slots: Slots
+    channel_ids: ChannelIds
     compensated: bool = False
     atomic_blocks: list[tuple[IntArray, Reason]] = field(default_factory=list)
     norms: dict[str, Norm] = field(default_factory=dict)
@@ -126,14 +126,14 @@ class TraceResult:
     inner_pins: set[int] = field(default_factory=set)
     parts: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
     producers: dict[Axis, str] = field(default_factory=dict)
-    owners: dict[Axis, str] = field(default_factory=dict)
+    listed: dict[Axis, str] = field(default_factory=dict)
     biases: set[Axis] = field(default_factory=set)
     broadcast_ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     consumers: dict[tuple[str | None, str, int, tuple[tuple[int, int], ...]], Consumer] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
     grids: list[Grid] = field(default_factory=list)
     grid_keys: set[tuple[str, bytes]] = field(default_factory=set)
-    made: dict[int, frozenset[Axis]] = field(default_factory=dict)
+    output_producers: dict[int, frozenset[Axis]] = field(default_factory=dict)
     joins: list[tuple[IntArray, IntArray, str, str]] = field(default_factory=list)
     counts: dict[tuple[tuple[str, ...], str, int, bytes], IntArray] = field(default_factory=dict)
     heads: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
@@ -143,19 +143,19 @@ class TraceResult:
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ran: set[str] = field(default_factory=set)
     fed: set[str] = field(default_factory=set)
-    extents: dict[object, list[IntArray]] = field(default_factory=lambda: defaultdict(list))
+    size_constraints: dict[object, list[IntArray]] = field(default_factory=lambda: defaultdict(list))
     reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     read_counts: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     readers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     normalised: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    worked: dict[str, list[tuple[str, str, str, IntArray]]] = field(default_factory=lambda: defaultdict(list))
+    operations: dict[str, list[tuple[str, str, str, IntArray]]] = field(default_factory=lambda: defaultdict(list))
     distinct: dict[int, tuple[IntArray, IntArray]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     scalars: dict[str, list[ScalarOperands]] = field(default_factory=lambda: defaultdict(list))
     multiples: dict[str, dict[Multiple, None]] = field(default_factory=lambda: defaultdict(dict))
 
     def tie(self, a: IntArray, b: IntArray) -> None:
-        """Record that slots which meet (after broadcasting, both not 0) are removed together."""
+        """Record that ids which meet (after broadcasting, both not 0) are removed together."""
         spread = (
             any((m == 1) != (n == 1) for m, n in zip(a.shape, b.shape, strict=False)) if a.ndim == b.ndim else False
         )
@@ -168,26 +168,26 @@ class TraceResult:
         if a.size:
             (self.broadcast_ties if spread else self.ties).append((a, b))
 
-    def contain(self, heads: IntArray, slots: IntArray, module: str, *, part: bool = False) -> None:
-        """Record that each of these heads consists of the channels at the same place of `slots` (broadcast).
+    def contain(self, heads: IntArray, ids: IntArray, module: str, *, part: bool = False) -> None:
+        """Record that each of these heads consists of the channels at the same place of `ids` (broadcast).
 
         part: the module works on every head by itself, and gives the heads no name where another does.
         """
-        outer, inner = (x.reshape(-1) for x in np.broadcast_arrays(heads, slots))
+        outer, inner = (x.reshape(-1) for x in np.broadcast_arrays(heads, ids))
         both = (outer != 0) & (inner != 0)
         if bool(both.any()):
             (self.parts if part else self.heads).append((outer[both], inner[both], module))
 
-    def pin(self, slots: IntArray, reason: Reason, *, inner: bool = False) -> None:
-        """Record that the channels of these slots are never removed; zeros are passed over.
+    def pin(self, ids: IntArray, reason: Reason, *, inner: bool = False) -> None:
+        """Record that the channels of these ids are never removed; zeros are passed over.
 
         inner: they are not removed one by one, but may go with the whole head that they are in.
         """
-        slots = slots.reshape(-1)
-        slots = slots[slots != 0]
-        if slots.size:
+        ids = ids.reshape(-1)
+        ids = ids[ids != 0]
+        if ids.size:
             self.inner_pins.update((len(self.pins),) if inner else ())
-            self.pins.append((slots, reason))
+            self.pins.append((ids, reason))
 
 
 def site_key(consumer: Consumer) -> str:
