@@ -174,7 +174,7 @@ def test_a_model_of_another_type_in_a_run_is_one_clear_error(runs, steps):
             optimizer.zero_grad()
             apo.step()
 
-    with pytest.raises(CaptureError, match=r"changed in the course of the run.*Make Apoptosis anew"):
+    with pytest.raises(CaptureError, match=r"changed in the course of the run.*Make a new Apoptosis"):
         go_on()
     assert net[0].out_features == 32
     net(runs.inputs(4, 0).double())

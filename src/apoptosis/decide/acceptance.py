@@ -108,8 +108,8 @@ class AcceptanceTest:
             return
         if self.probe is None:
             raise BudgetError(
-                "budget= needs probe=: held-out inputs (and labels) to measure on; training inputs bound nothing about "
-                "the population."
+                "budget= needs probe=: held-out inputs (and labels) to measure on; training inputs give no bound for "
+                "other inputs."
             )
         if not readable:
             raise BudgetError(
@@ -137,7 +137,7 @@ class AcceptanceTest:
     def _certificate(self, examples: Examples, change: Change) -> Certificate:
         """Return the limit on the share of predictions that changed; the error budget counts the attempt."""
         self._tested += 1
-        what = "" if self.named else "share of examples whose largest output changed, no claim about accuracy; "
+        what = "" if self.named else "share of examples whose largest output changed, which need not be accuracy; "
         if not self.held_out:
             note = f"{what}on training inputs: no held-out data, so no bound"
             value = change.flips / change.rows
@@ -156,9 +156,10 @@ class AcceptanceTest:
         """Say why a change is not accepted, "" if it is."""
         budget, spent = self.error_budget.budget, self.error_budget.spent
         if certificate is not None and certificate.population and not self.error_budget.allows(certificate.value):
-            return f"accuracy limit {certificate.value:.3g} on top of {spent:.3g} exceeds the budget {budget:g}"
+            limit = f"what it may cost in accuracy ({certificate.value:.3g})"
+            return f"{limit}, on top of {spent:.3g} of earlier events, exceeds the budget {budget:g}"
         if budget is not None and certificate is None:
-            return "the outputs on the probe have no row of classes for every example, so that no limit can be given"
+            return "the outputs on the probe have not one row of classes per example, so that no limit can be given"
         return self._beyond_sanity(change) if budget is None or self.sanity < SANITY_RMS else ""
 
     def _beyond_sanity(self, change: Change) -> str:

@@ -25,7 +25,7 @@ REMEDIES = {
     "limit": "A larger tolerance= allows more over the whole run.",
     "rows": "Larger batches, or a longer run, show more rows.",
     "waiting": "Larger batches, or a longer run, show more rows.",
-    "unseen": "Call the model in training mode, with gradients, on what it trains on.",
+    "unseen": "Call the model in training mode, with gradients, on the batches of training.",
     "gain": "A longer run, or a larger tolerance=, saves more; on a network this small events may never pay.",
     "": "",
 }
@@ -67,7 +67,7 @@ def read_attempts(state: Mapping[str, Any]) -> tuple[Attempt, ...]:
     for past in state["history"]:
         saved = past["macs_after"] < past["macs_before"]
         outcome: Outcome = "rolled back" if past["rolled_back"] else "event" if saved else "nothing"
-        reason = "" if outcome == "event" else "the checkpoint that the run went on from does not say why"
+        reason = "" if outcome == "event" else "the checkpoint that the run was resumed from does not say why"
         found.append(Attempt(step=past["step"], opened=past["step"], outcome=outcome, reason=reason))
     return tuple(found)
 

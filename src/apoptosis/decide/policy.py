@@ -192,7 +192,7 @@ def decide(telemetry: Telemetry) -> Decision:
                 at_step=None,
                 tolerance=0.0,
                 reason=f"an event is expected to save {saved:.3g} multiply-adds in the steps that remain, "
-                f"and to cost the time of {cost:.3g}",
+                f"and to cost as much time as {cost:.3g}",
             )
     return Decision(at_step=step, tolerance=tolerance, reason="next event step of the schedule")
 
@@ -250,12 +250,12 @@ def loss_of(telemetry: Telemetry, macs_after: float) -> str:
     """Say why a plan does not pay in the steps that remain, "" if it does; the window is not counted any more."""
     share = 1.0 - macs_after / telemetry.macs if telemetry.macs > 0 else 0.0
     if share <= 0.0:
-        return "what could go saves no multiply-adds"
+        return "what can be removed saves no multiply-adds"
     saved = saves(telemetry, share, telemetry.step)
     if telemetry.total_steps is None or saved > telemetry.overhead_macs:
         return ""
     remain = max(0, telemetry.total_steps - telemetry.step)
     return (
-        f"{100 * share:.3g} % of the multiply-adds could go, which saves {saved:.3g} of them in the {remain:,} steps "
-        f"that remain and costs the time of {telemetry.overhead_macs:.3g}"
+        f"removing {100 * share:.3g} % of the multiply-adds saves {saved:.3g} of them in the {remain:,} steps that "
+        f"remain, and costs as much time as {telemetry.overhead_macs:.3g}"
     )

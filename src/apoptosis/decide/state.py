@@ -321,41 +321,41 @@ def idle(memory: RunState, settings: Settings, *, watching: bool, num_open: int)
 
 def make_ledger(
     memory: RunState,
+    settings: Settings,
     acceptance: AcceptanceTest,
     *,
     parameters: int,
     macs: float,
-    has_classes: bool,
-    site_limit: float,
     hook_seconds: float,
-    idle: str,
+    has_classes: bool,
+    watching: bool,
+    num_open: int,
 ) -> Ledger:
     """Make the ledger of a run.
 
-    parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. idle: why no
-    event happened, or "".
+    parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. has_classes:
+    whether classes can be read off the outputs. watching, num_open: as in `idle`.
     """
-    error_budget, held_out = acceptance.error_budget, acceptance.held_out
-    cost = min(
-        1.0, error_budget.spent if held_out else acceptance.training_flips
-    )  # a share, though limits add up to more
+    budget, held_out = acceptance.error_budget, acceptance.held_out
+    cost = budget.spent if held_out else acceptance.training_flips
+    reused = "some probe rows were used by several attempts, or are counted so, which widens the limits"
     return Ledger(
         events=memory.num_events,
         attempts=sum(one.outcome != "skipped" for one in memory.attempts),
         rolled_back=memory.rolled_back,
         parameters=(memory.full[0], parameters),
         macs=(memory.full[1], macs),
-        accuracy_cost=cost if has_classes else None,
+        accuracy_cost=min(1.0, cost) if has_classes else None,  # a share, though limits add up to more
         confidence=1.0 - ALPHA if held_out else 1.0,
         population=held_out,
-        probe_rows=error_budget.rows * error_budget.ranks,
-        budget=error_budget.budget,
+        probe_rows=budget.rows * budget.ranks,
+        budget=budget.budget,
         classes=acceptance.named,
         site_cost=dict(memory.site_cost),
-        site_limit=site_limit,
+        site_limit=settings.site_limit,
         seconds=memory.own_seconds + hook_seconds,
         hook_seconds=hook_seconds,
         history=memory.attempts,
-        idle=idle,
-        notes=("some probe rows served more than one attempt, or count as if they had",) if error_budget.reused else (),
+        idle=idle(memory, settings, watching=watching, num_open=num_open),
+        notes=(reused,) if budget.reused else (),
     )

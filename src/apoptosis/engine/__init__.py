@@ -29,7 +29,6 @@ from apoptosis.decide.state import (
     Settings,
     allowed,
     check_fits,
-    idle,
     make_ledger,
     read_state,
     telemetry,
@@ -232,13 +231,14 @@ class Apoptosis:
         """Sum up what all removals so far cost at most, and with what confidence."""
         return make_ledger(
             self._memory,
+            self._settings,
             self._acceptance,
             parameters=num_parameters(self._target.model),
             macs=self._structure.macs / self._target.num_examples,
-            has_classes=self._has_classes,
-            site_limit=self._settings.site_limit,
             hook_seconds=self.hook_seconds,
-            idle=idle(self._memory, self._settings, watching=self.watching, num_open=len(self.groups())),
+            has_classes=self._has_classes,
+            watching=self.watching,
+            num_open=len(self.groups()),
         )
 
     def follow(self, averaged: Any) -> None:

@@ -91,7 +91,7 @@ def _resized(change: Change | None) -> tuple[str, ...]:
         return ()
     shown = ", ".join(f"'{way}'" if way else "the output" for way in change.resized[:_SHOWN])
     more = f" and {len(change.resized) - _SHOWN} more" if len(change.resized) > _SHOWN else ""
-    return (f"not compared, because its size is another one after the event: {shown}{more}",)
+    return (f"not compared, because the size differs after the event: {shown}{more}",)
 
 
 def state_bytes(target: Target) -> int:

@@ -167,7 +167,7 @@ class PruningStep:
     def _notes(self, sent: int, compiling: float) -> tuple[str, ...]:
         ranks = self.target.ranks
         summed = f"{ranks.bytes_sent - sent:,} bytes summed over {ranks.size} ranks" if ranks.size > 1 else ""
-        again = f"what torch.compile took {compiling:.1f} s for is compiled again" if compiling > 0 else ""
+        again = f"torch.compile compiles again what took it {compiling:.1f} s" if compiling > 0 else ""
         return tuple(note for note in (summed, again) if note)
 
 

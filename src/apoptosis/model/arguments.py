@@ -36,8 +36,8 @@ def check_model(model: object) -> Unwrapped:
         forward = vars(module).get("forward")
         if "make_graphed_callables" in str(getattr(forward, "__qualname__", "")):
             raise ArgumentError(
-                f"module '{name}' replays a CUDA graph (torch.cuda.make_graphed_callables), which goes on computing "
-                "with the tensors it was recorded with, whatever becomes of them. Give the model before it is graphed; "
+                f"module '{name}' replays a CUDA graph (torch.cuda.make_graphed_callables), which keeps computing "
+                "with the tensors that it was recorded with. Give the model before it is graphed; "
                 "torch.compile(mode='reduce-overhead') records its graphs again after an event."
             )
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
@@ -47,7 +47,7 @@ def check_model(model: object) -> Unwrapped:
             where = _without_data(tensor)
             if where:
                 raise ArgumentError(
-                    f"{kind} '{name}' {where}, and where there are no numbers there is nothing to remove. "
+                    f"{kind} '{name}' {where}, so that nothing can be measured. "
                     "Materialise the model (model.to_empty(device=...), then initialise or load it); "
                     "`apoptosis inspect` needs none."
                 )

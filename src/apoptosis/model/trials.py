@@ -90,7 +90,7 @@ def _fault_of_cut(model: nn.Module, probe: Probe, read: ReadLogits | None) -> st
         if dims:
             y = y.narrow(dims[0], 0, most - 1)
         if y.shape != x.shape or float((y - x).abs().max()) > _INDEPENDENT * float(y.abs().max()):
-            return "probe: the output of an example depends on which others come along."
+            return "probe: the output of an example depends on the other examples of the batch."
     return ""
 
 
@@ -138,7 +138,7 @@ def warn_if_not_compared(
     trains = ranks.all(training_outputs(model, part, read) is not None)
     what = "what training mode returns is compared instead"
     if not trains:
-        what = "nor does training mode give any that can be, so that events say 'outputs not compared'"
+        what = "nor can that of training mode be compared, so that events say 'outputs not compared'"
     warnings.warn(
         f"{type(model).__name__} returns {kind_of(outs[0])} in evaluation mode, without numbers that could be compared "
         f"before and after an event: {what}. {remedy}",

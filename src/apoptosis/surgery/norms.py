@@ -127,8 +127,8 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
 def _check_unhooked(module: nn.Module) -> None:
     if not is_unhooked(module):
         raise ShapeError(
-            f"a {type(module).__name__} can lose channels where its own forward pass is all that runs: take its "
-            f"forward pre-hooks, or the forward that was set on the module itself, off."
+            f"a {type(module).__name__} can lose channels only where nothing but its own forward pass runs: remove "
+            "its forward pre-hooks, or the forward that was set on the module itself."
         )
 
 

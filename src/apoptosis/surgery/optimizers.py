@@ -75,7 +75,7 @@ _REFUSED = {
     ),
     "DPOptimizer": (
         "opacus",
-        "it steps on gradients of single examples, and noise per parameter pays for its privacy. Train with it without "
+        "it steps on per-example gradients, and its privacy rests on noise in every parameter. Train with it without "
         "apoptosis, then shrink_() the trained network.",
     ),
 }

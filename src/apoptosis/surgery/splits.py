@@ -34,26 +34,22 @@ class SplitChange:
     where: str = ""
 
 
-_Follow = Callable[
-    [int, SplitChange], int | None
-]  # what an attribute of this value becomes; None: it is not about this
+_Follow = Callable[[int, SplitChange], int | None]
+"""What an attribute of this value becomes; None: it is not about this grid."""
 
 
-def _columns(value: int, change: SplitChange) -> int | None:
-    return change.new[1] if value == change.old[1] else None
+def _as(number: Callable[[int, int], int]) -> _Follow:
+    """Follow a number of the grid, given by its rows and columns."""
+    return lambda value, change: number(*change.new) if value == number(*change.old) else None
 
 
-def _rows(value: int, change: SplitChange) -> int | None:
-    return change.new[0] if value == change.old[0] else None
+_rows, _columns = _as(lambda rows, columns: rows), _as(lambda rows, columns: columns)
+_total = _as(lambda rows, columns: rows * columns)
 
 
 def _lone_columns(value: int, change: SplitChange) -> int | None:
     """Follow one group per channel."""
     return _columns(value, change) if change.old[0] == 1 else None
-
-
-def _total(value: int, change: SplitChange) -> int | None:
-    return change.new[0] * change.new[1] if value == change.old[0] * change.old[1] else None
 
 
 def _columns_or_total(value: int, change: SplitChange) -> int | None:
@@ -167,7 +163,7 @@ def split_changes(structure: Structure, edits: Iterable[TensorEdit]) -> dict[str
         if bool((left != left[0]).any()):
             place = f" ({split.where})" if split.where else ""
             raise ShapeError(
-                f"'{split.module}' splits channels into rows of equal length{place}: they would end unequal."
+                f"'{split.module}' splits channels into rows of equal length{place}, and would get unequal ones."
             )
         rows, columns = stays.shape
         new = int(left.size), int(left[0])

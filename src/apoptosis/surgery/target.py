@@ -93,7 +93,7 @@ def refreshed(target: Target, structure: Structure) -> Structure:
     except CaptureError as error:
         raise CaptureError(
             f"the model was changed in the course of the run (layers, shapes or types), and what it is now cannot be "
-            f"captured: {error} Make Apoptosis anew with what it takes now, and a new optimizer."
+            f"captured: {error} Make a new Apoptosis with an example input of today, and a new optimizer."
         ) from error
     return with_known(target, structure, new)
 

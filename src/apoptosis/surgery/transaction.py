@@ -107,12 +107,7 @@ class Transaction:
             ArgumentError: an edit of an unknown tensor, two edits of one tensor, or a transaction that is over.
             Whatever is raised, everything is as before the call.
         """
-        if not self._open or len(self._undo_log):
-            raise ArgumentError("a transaction takes one set of edits; open another one.")
-        by_name = {edit.tensor: edit for edit in edits}
-        if len(by_name) < len(edits):
-            raise ArgumentError("two edits of one tensor in one transaction.")
-        self._write(by_name, _around(self._targets[0], structure, edits, norms))
+        self._apply(edits, structure, norms, values=True)
 
     def rehearse(self, edits: Sequence[TensorEdit], structure: Structure, norms: Sequence[NormEdit]) -> None:
         """Give tensors and attributes the sizes that `apply` would give them, to try a forward pass; then roll back.
@@ -122,11 +117,17 @@ class Transaction:
 
         Raises: as `apply`.
         """
+        self._apply(edits, structure, norms, values=False)
+
+    def _apply(
+        self, edits: Sequence[TensorEdit], structure: Structure | None, norms: Sequence[NormEdit], *, values: bool
+    ) -> None:
         if not self._open or len(self._undo_log):
             raise ArgumentError("a transaction takes one set of edits; open another one.")
         by_name = {edit.tensor: edit for edit in edits}
-        around = _around(self._targets[0], structure, edits, norms)
-        self._write(by_name, around, values=False)
+        if len(by_name) < len(edits):
+            raise ArgumentError("two edits of one tensor in one transaction.")
+        self._write(by_name, _around(self._targets[0], structure, edits, norms), values=values)
 
     def rescale(self, edits: Sequence[TensorEdit]) -> None:
         """Multiply parts of tensors that `apply` has written, as `verify_up_to_scale` wants it.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apoptosis.errors import ShapeError
 from apoptosis.numerics.decompose import complement, stands_for_itself
-from apoptosis.records import ColumnFold, OffsetFold, TensorEdit
+from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
 
 _ROWS = 256  # of a tensor that are folded in float64 at once
 VARIANCE_FLOOR = 1e-3
@@ -59,10 +59,7 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
         for fold in edit.folds:
             _fold_(value, fold)
         for scale in edit.scales:
-            along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
-            positions = positions.to(value.device)
-            factor = torch.as_tensor(scale.factor, dtype=torch.float64, device=value.device)
-            along[..., positions] = (_wide(along[..., positions]) * factor).to(value.dtype)
+            _scale_(value, scale)
         return _sliced(value.to(old.dtype), todo, old)
 
 
@@ -109,11 +106,15 @@ def unscaled(edit: TensorEdit, tensor: Tensor, power: int = 1) -> Tensor:
         return tensor
     value = tensor.detach().clone()
     for scale in scales:
-        along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1))
-        positions = positions.to(value.device)
-        factor = torch.as_tensor(scale.factor, dtype=torch.float64, device=value.device) ** power
-        along[..., positions] = (_wide(along[..., positions]) / factor).to(value.dtype)
+        _scale_(value, scale, divide_by_power=power)
     return value
+
+
+def _scale_(value: Tensor, scale: RowScale, *, divide_by_power: int = 0) -> None:
+    """Multiply the positions of a scale by its factor in place, or divide them by a power of it."""
+    along, positions = value.movedim(scale.dim, -1), torch.from_numpy(scale.positions.reshape(-1)).to(value.device)
+    factor, wide = torch.as_tensor(scale.factor, dtype=torch.float64, device=value.device), _wide(along[..., positions])
+    along[..., positions] = (wide / factor**divide_by_power if divide_by_power else wide * factor).to(value.dtype)
 
 
 def _check_fits(edit: TensorEdit, tensor: Tensor) -> None:
