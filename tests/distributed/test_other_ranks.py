@@ -93,7 +93,7 @@ def test_limits_are_carried_to_another_number_of_ranks(tmp_path):
             least = clopper_pearson_upper(0, ROWS, alpha_for_attempt(2, ALPHA, earlier_results=1))
             assert limit.value >= least > clopper_pearson_upper(0, ROWS, alpha_for_attempt(2, ALPHA))
             assert ledger.accuracy_cost == pytest.approx(spent[budget] + limit.value)
-            assert any("count as if they had" in note for note in ledger.notes)
+            assert any("used by several attempts" in note for note in ledger.notes)
     for options, told in (({"probe": False}, "this run has none"), ({"labels": False, "budget": None}, "labels")):
         model, optimizer, apo = start(0, 1, seed=1, **options)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
