@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from apoptosis.decide.acceptance import SANITY_RMS, AcceptanceTest
-from apoptosis.decide.error_budget import ALPHA, ErrorBudget
+from apoptosis.decide.acceptance import ALPHA, SANITY_RMS, AcceptanceTest, ErrorBudget
 from apoptosis.errors import BudgetError, CheckpointError
 from apoptosis.model.evaluate import Change, make_probe
 from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper, required_probe_rows

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save
-from apoptosis.decide.error_budget import ALPHA
+from apoptosis.decide.acceptance import ALPHA
 from apoptosis.errors import CheckpointError
 from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper
 from distributed.processes import together

@@ -1,30 +1,33 @@
 """Whether a measured change of the outputs is accepted, and the certificate for it.
 
-Holds: which examples an attempt is measured on, the test against error budget and sanity limit, and its result as a
-value. Elsewhere: measuring (model.evaluate), the arithmetic of limits (error_budget, numerics.bounds).
+Holds: which examples an attempt is measured on, the test against error budget and sanity limit, its result as a value,
+and the arithmetic of spending the budget (Theorem "Ledger sum" of docs/theory.md). Elsewhere: running the network
+(model.evaluate), the limits themselves (numerics.bounds).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from apoptosis.decide.error_budget import ALPHA, ErrorBudget
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
 from apoptosis.model.evaluate import Probe, as_probe
 from apoptosis.model.outputs import Change
+from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper, required_probe_rows
 from apoptosis.records import Certificate
 
 SANITY_RMS = 0.25  # without a budget: relative rms change of the outputs beyond which an event is rolled back
 EXACT_RMS = 1e-3  # the same at tolerance 0 in float32, where more than round-off can only be a wrong structure
 EXACT_RMS_DOUBLE = 1e-5  # and in float64, where sums of squares resolve some 1e-6 of a site's output
+ALPHA = 0.05  # the ledger's limit holds with confidence 1 - ALPHA over all attempts of a run
+CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean events fit the budget
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -39,6 +42,97 @@ def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
     coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
     least = EXACT_RMS_DOUBLE if coarsest <= torch.finfo(torch.float64).eps else EXACT_RMS
     return min(SANITY_RMS, max(least, 8 * coarsest))
+
+
+@dataclass(slots=True)
+class ErrorBudget:
+    """Upper limits of the accepted events so far.
+
+    budget: share of accuracy, or None when only the sum is kept; rows: of the probe, ranks: how many probes like it are
+    tested together. spent: sum of the limits of accepted events.
+    tested: (start, stop) of the probe rows of every attempt so far.
+    """
+
+    budget: float | None
+    rows: int
+    ranks: int = 1
+    spent: float = 0.0
+    tested: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def attempts(self) -> int:
+        """Attempts so far, rolled back ones included."""
+        return len(self.tested)
+
+    @property
+    def used(self) -> int:
+        """Rows from here on were not used by any attempt."""
+        return max((stop for _, stop in self.tested), default=0)
+
+    @property
+    def reused(self) -> bool:
+        """Whether some rows served more than one attempt, or count as if they had."""
+        return any(_overlaps(*rows, self.tested[:i]) for i, rows in enumerate(self.tested))
+
+    def check(self) -> None:
+        """Refuse a probe that is too small for the budget, naming the number of rows that would do.
+
+        Raises: BudgetError: even one clean event costs more than the budget.
+        """
+        if self.budget is None:
+            return
+        needed = required_probe_rows(self.budget, alpha_for_attempt(1, ALPHA))
+        if self.rows * self.ranks < needed:
+            raise BudgetError(
+                f"budget={self.budget:g} can never be kept with a probe of {self.rows * self.ranks} examples: even an "
+                f"event that changes no prediction needs N = {needed}. Give a larger probe or a larger budget."
+            )
+
+    def next_rows(self) -> tuple[int, int]:
+        """Probe rows (start, stop) of the next attempt: rows no attempt has used while there are enough, else all."""
+        if self.budget is None:
+            block = max(1, self.rows // CLEAN_EVENTS)
+        else:
+            wanted = required_probe_rows(self.budget / CLEAN_EVENTS, alpha_for_attempt(self.attempts + 1, ALPHA))
+            block = -(-wanted // self.ranks)
+        if self.used + block <= self.rows:
+            return self.used, self.used + block
+        return 0, self.rows
+
+    def reshard_probe(self) -> None:
+        """Count all rows as tested by every attempt so far: other ranks hold them now, and which were is not known.
+
+        The limits so far are of the population and stay true however the rows lie. The limits to come stay true where
+        more results are counted against them than there were on their rows (Theorem "Alpha spending").
+        """
+        self.tested = [(0, self.rows)] * len(self.tested)
+
+    def attempt(self, start: int, stop: int, losses: int, *, rows: int | None = None) -> float:
+        """Book an attempt on rows start..stop with `losses` changed examples; returns its upper limit (a share).
+
+        rows: examples of all ranks' probes together, where they are others than start..stop. Every attempt spends
+        confidence, rolled back or not.
+        """
+        # On rows tested before, what is tried may depend on those results: each doubles what might have been tried.
+        earlier = _overlaps(start, stop, self.tested)
+        self.tested.append((start, stop))
+        alpha = alpha_for_attempt(self.attempts, ALPHA, earlier_results=earlier)
+        return clopper_pearson_upper(losses, stop - start if rows is None else rows, alpha)
+
+    def allows(self, limit: float) -> bool:
+        """Whether the budget still covers a limit."""
+        return self.budget is None or self.spent + limit <= self.budget
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"spent": self.spent, "judged": [list(rows) for rows in self.tested]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` wrote, or raise and change nothing."""
+        spent, tested = float(state["spent"]), [(int(start), int(stop)) for start, stop in state["judged"]]
+        if not 0 <= spent < math.inf or any(not 0 <= start <= stop for start, stop in tested):
+            raise ValueError(f"the error budget, {spent} spent, is damaged")
+        self.spent, self.tested = spent, tested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,3 +365,8 @@ def _check_same(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None,
 
 def _of_every_share(mark: Mapping[str, Any]) -> dict[str, Any]:
     return {"held_out": mark["held_out"], "shape": mark["shape"][1:], "labels": mark["labels"] is not None}
+
+
+def _overlaps(start: int, stop: int, earlier: list[tuple[int, int]]) -> int:
+    """How many of the earlier row ranges share rows with start..stop."""
+    return sum(first < stop and start < last for first, last in earlier)

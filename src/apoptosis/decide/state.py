@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from apoptosis.criteria import Criterion
-from apoptosis.decide.acceptance import AcceptanceTest
-from apoptosis.decide.error_budget import ALPHA
+from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
 from apoptosis.decide.history import REMEDIES, STEPS_NOT_EPOCHS, Attempt, Outcome, read_attempts
 from apoptosis.decide.ledger import Ledger
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
