@@ -1,7 +1,7 @@
 """Bounds on what a removal costs: worst case from weights, changed predictions, accuracy with confidence.
 
 Holds: pure arithmetic on outputs, counts and weights. Elsewhere: running a network, deciding anything, certificates
-(decide.acceptance, criteria), the sum over a run (decide.error_budget). The theorems named below are proved in
+(decide.acceptance, criteria), the sum over a run (decide.acceptance). The theorems named below are proved in
 docs/theory.md.
 """
 
