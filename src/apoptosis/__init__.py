@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apoptosis.oneshot import shrink_
     from apoptosis.planner import Plan
     from apoptosis.surgery.attributes import register_attributes
+    from apoptosis.surgery.optimizers import register_optimizer
 
 __all__ = [
     "Apoptosis",
@@ -35,6 +36,7 @@ __all__ = [
     "register_activation",
     "register_attributes",
     "register_criterion",
+    "register_optimizer",
     "register_rule",
     "register_wrapper",
     "save",
@@ -52,6 +54,7 @@ _HOMES = {
     "register_activation": "graph.trace.activations",
     "register_attributes": "surgery.attributes",
     "register_criterion": "criteria",
+    "register_optimizer": "surgery.optimizers",
     "register_rule": "graph.rules.table",
     "register_wrapper": "distributed.protocol",
     "shrink_": "oneshot",

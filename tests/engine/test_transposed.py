@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis, shrink_
+from apoptosis.criteria import criteria
 from apoptosis.graph import analyse
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -54,7 +55,7 @@ def test_a_duplicate_in_every_block_goes_exactly(dims: int, middle: str) -> None
     torch.testing.assert_close(net(x), before(x), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("criterion", ["interpolative", "pairwise", "constant", "duplicate"])
+@pytest.mark.parametrize("criterion", criteria())
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_criterion_takes_blocks(bias: bool, criterion: str) -> None:
     for dims in (1, 2, 3):

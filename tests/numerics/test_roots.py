@@ -51,9 +51,9 @@ def test_a_signal_below_the_root_of_round_off_is_seen_and_kept(mean: float) -> N
     root = moments.root()
     assert root is not None
     factor = pivoted_qr(root, torch.ones(6))
-    left = factor.remainder_trace.sqrt()
+    left = factor.lower.square().sum(0).flip(0).cumsum(0).flip(0).sqrt()
     assert 1e-10 < float(left[4]) < 1e-8
-    assert float(left[5]) < 1e-12 * max(1.0, mean)
+    assert factor.rank == 5 or float(left[5]) < 1e-12 * max(1.0, mean)
     assert pivoted_cholesky(moments.covariance()).rank < 6
     keep = factor.order[:5].sort().values
     mix = solve_mix_of_root(root, keep)

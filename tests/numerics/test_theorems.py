@@ -21,14 +21,14 @@ from apoptosis.modules.response_norms import Response, response
 from apoptosis.numerics import bounds
 from apoptosis.numerics.activations import NEURON_TYPES, neuron_type
 from apoptosis.numerics.bilinear import joint, product_error
-from apoptosis.numerics.decompose import joint_error_curve, solve_mix
+from apoptosis.numerics.decompose import joint_error_curve
 from apoptosis.numerics.linalg import ordered_cholesky, pivoted_cholesky
 from apoptosis.numerics.moments import Moments
 from apoptosis.numerics.sketch import Sketch
 from apoptosis.records import ColumnFold, OffsetFold, RowScale, TensorEdit
 from apoptosis.surgery import apply_edit, merge_like
 from apoptosis.surgery.norms import norm_changes
-from numerics.twins import residual_gram, site_diag
+from numerics.twins import fit_mix, residual_gram, site_diag
 
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=40, deadline=None)
@@ -88,7 +88,7 @@ def test_error_curve(seed: int, channels: int, out: int, centred: bool) -> None:
         curve = joint_error_curve(weight, factor)
         for k in range(1, channels + 1):
             keep = factor.order[:k].sort().values
-            mix, shift = solve_mix(gram, keep, mean_C=moments.mean if centred else None)
+            mix, shift = fit_mix(gram, keep, mean_C=moments.mean if centred else None)
             error = z - z[:, keep] @ mix - (0.0 if shift is None else shift)
             assert float(curve[k]) == pytest.approx(mean_square(error @ weight.T), rel=1e-5, abs=1e-7 * float(curve[0]))
     torch.testing.assert_close(factor.factor @ factor.factor.T, gram, rtol=1e-9, atol=1e-9)
@@ -114,7 +114,7 @@ def test_several_taps(seed: int, taps: int, same: bool) -> None:
 def test_batchnorm_after_the_consumer(seed: int, channels: int, kept: int) -> None:
     z, weight = correlated(seed, 60, channels), draw(seed + 3, 5, channels)
     moments, keep = moments_of(z), torch.arange(min(kept, channels))
-    mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+    mix, shift = fit_mix(moments.covariance(), keep, mean_C=moments.mean)
     old, new = z @ weight.T, (z[:, keep] @ mix + shift) @ weight.T
     residual = residual_gram(moments.covariance(), moments.mean, keep, mix, shift)
     torch.testing.assert_close(new.mean(0), old.mean(0), rtol=1e-9, atol=1e-9)
@@ -231,7 +231,7 @@ def test_tied_weights(seed: int, places: int, kept: int) -> None:
     rows = [correlated(seed + 10 * i, 30, 5) for i in range(places)]
     weight, keep = draw(seed + 3, 4, 5), torch.arange(kept)
     moments = moments_of(torch.cat(rows))
-    mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+    mix, shift = fit_mix(moments.covariance(), keep, mean_C=moments.mean)
     assert shift is not None
     total = sum(mean_square((z - z[:, keep] @ mix - shift) @ weight.T) for z in rows)
     pooled = residual_gram(moments.covariance(), moments.mean, keep, mix, shift)
@@ -356,7 +356,7 @@ def test_compounding(seed: int, least_squares: bool) -> None:
     channels = 8
     for _ in range(3):  # take one or two channels away, again and again; never all, which surgery refuses
         moments, keep = moments_of(z), torch.arange(channels - 1 - (seed + channels) % 2)
-        mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+        mix, shift = fit_mix(moments.covariance(), keep, mean_C=moments.mean)
         if not least_squares:
             mix = torch.eye(channels, dtype=torch.float64)[keep]
         old = z @ weight.T
@@ -429,9 +429,9 @@ def test_zero_padding(seed: int, kernel: int, stride: int, dilation: int, transp
     rows = z.movedim(1, -1).reshape(-1, channels)
     moments, keep = moments_of(rows), torch.arange(kept)
     if constant:  # the fit with an offset
-        mix, shift = solve_mix(moments.covariance(), keep, mean_C=moments.mean)
+        mix, shift = fit_mix(moments.covariance(), keep, mean_C=moments.mean)
     else:
-        mix, shift = solve_mix(moments.second_moment(), keep)
+        mix, shift = fit_mix(moments.second_moment(), keep)
     columns = np.arange(channels)[:, None]
     edit = TensorEdit(tensor="w", keep={dim: keep}, folds=(ColumnFold(dim=dim, columns=columns, keep=keep, mix=mix),))
     moves = () if shift is None else (OffsetFold(weight="w", dim=dim, columns=columns, offset=shift),)

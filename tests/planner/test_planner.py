@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apoptosis import shrink_
-from apoptosis.criteria import get_criterion
+from apoptosis.criteria import criteria, get_criterion
 from apoptosis.graph import analyse
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.observe import Observer
@@ -56,7 +56,7 @@ def relative(before, after):
     return float(((after - before).square().sum() / (before - before.mean(over, keepdim=True)).square().sum()).sqrt())
 
 
-@pytest.mark.parametrize("criterion", ["interpolative", "greedy", "duplicate", "magnitude", "random", "constant"])
+@pytest.mark.parametrize("criterion", criteria())
 def test_certificate_is_the_measured_change_of_the_consumer(runs, criterion):
     net = runs.mlp(48).double()
     x = runs.inputs(600, 3).double()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from apoptosis import shrink_
-from apoptosis.criteria import get_criterion
+from apoptosis.criteria import criteria, get_criterion
 from apoptosis.graph import analyse, replay
 from apoptosis.observe import Observer
 from apoptosis.planner import Request, macs_after, make_plan
@@ -18,8 +18,8 @@ from apoptosis.planner.views import make_view
 from apoptosis.records import Group, Member, ProductSite, Seen, Structure
 
 HEADS, SIZE, WIDTH, LENGTH = 4, 6, 10, 5
-criteria_with_data = pytest.mark.parametrize(
-    "criterion", ["interpolative", "greedy", "duplicate", "constant", "magnitude", "random"]
+criteria_of_products = pytest.mark.parametrize(  # "pairwise" compares neurons, which a pair of channels is not
+    "criterion", [name for name in criteria() if name != "pairwise"]
 )
 
 
@@ -109,7 +109,7 @@ def _mean_key(q, k):
 
 
 @pytest.mark.parametrize("shared", [1, 2, 4])
-@criteria_with_data
+@criteria_of_products
 def test_the_certificate_of_a_product_is_the_measured_change_of_all_scores(runs, shared, criterion):
     net = Attention(shared).double()
     with torch.no_grad():  # one channel of every head nearly follows another

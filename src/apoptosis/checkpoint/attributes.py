@@ -121,12 +121,12 @@ def _agrees(row: Row, old: tuple[int, ...], new: tuple[int, ...], own: Any, valu
 def _exchanged_class(
     name: str, module: nn.Module, stored: Mapping[str, Any], shapes: Mapping[int, tuple[int, ...]]
 ) -> list[Change]:
-    """Say what makes a stock nn.MultiheadAttention, nn.LayerNorm or nn.RMSNorm the narrowed one that was saved.
+    """Say what makes an nn.MultiheadAttention or a norm the narrowed one that was saved.
 
     A checkpoint names a class, but never chooses one: only these are restored, each in the place of its own.
     """
     try:
-        norm = shrunk_norm(module, stored)
+        norm = shrunk_norm(module, stored, {row.attribute for row in rows_of(module)})
     except ShapeError as error:
         raise CheckpointError(f"module '{name}': {error}") from error
     if norm is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from apoptosis.criteria.exact import gram_root
 from apoptosis.criteria.merging import Pairs, merge_order, moment_pairs
 from apoptosis.criteria.views import Criterion, GroupView, Ranking, SiteView, device_of, gram, moments_of, selection
-from apoptosis.numerics.decompose import complement, solve_mix, solve_mix_of_root
+from apoptosis.numerics.decompose import complement, mean_offset, solve_mix, solve_mix_of_root
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.records import Reduction, SiteReduction
 
@@ -100,13 +100,10 @@ def _reduce_site(site: SiteView, keep: Tensor, gone: Tensor, to: Tensor, fixed: 
         inexact = left > roundoff_floor(num) ** 2 * own
         if bool(inexact.any()):
             ridge, root = None if site.moments is None else site.moments.resolution, gram_root(site)
-            fitted = (
-                solve_mix(matrix, keep_here, ridge=ridge)[0] if root is None else solve_mix_of_root(root, keep_here)
-            )
+            if root is None:
+                fitted = solve_mix(lambda r, c: matrix[r][:, c].double(), keep_here, num, ridge)
+            else:
+                fitted = solve_mix_of_root(root, keep_here)
             mix[:, gone[inexact]] = fitted[:, gone[inexact]]
-    offset = None
-    if site.centred:
-        mean = moments_of(site).mean.to(device)
-        offset = mean - mean[keep_here] @ mix
-        offset[keep_here] = 0.0
+    offset = mean_offset(moments_of(site).mean.to(device), keep_here, mix) if site.centred else None
     return SiteReduction(mix=mix, offset=offset)

@@ -30,7 +30,7 @@ from apoptosis.criteria.views import (
     selection,
     working_dtype,
 )
-from apoptosis.numerics.decompose import complement, joint_error_curve, solve_blocks, solve_mix_of_root
+from apoptosis.numerics.decompose import joint_error_curve, mean_offset, solve_mix, solve_mix_of_root
 from apoptosis.numerics.linalg import Factor, greedy_order, ordered_cholesky, pivoted_cholesky, pivoted_qr
 from apoptosis.records import Reduction, SiteReduction
 
@@ -105,26 +105,15 @@ def _reduce(view: GroupView, keep: Tensor) -> Reduction:
         if not site.mixes:
             sites[site.key] = SiteReduction(mix=selection(keep, view.num_channels, device_of(site)), offset=None)
             continue
-        root, mean = gram_root(site), moments_of(site).mean
-        mix = _fitted(site, keep) if root is None else solve_mix_of_root(root, keep)
-        offset = None
-        if site.centred:
-            offset = mean - mean[keep.to(mean.device)] @ mix
-            offset[keep.to(mean.device)] = 0.0
+        root, moments = gram_root(site), moments_of(site)
+        here = keep.to(moments.device)
+        if root is None:
+            mix = solve_mix(gram_blocks(site), here, moments.num_channels, moments.resolution)
+        else:
+            mix = solve_mix_of_root(root, keep)
+        offset = mean_offset(moments.mean, here, mix) if site.centred else None
         sites[site.key] = SiteReduction(mix=mix, offset=offset)
     return Reduction(group=view.name, keep=keep, sites=sites)
-
-
-def _fitted(site: SiteView, keep: Tensor) -> Tensor:
-    """Least squares as solve_mix does it, from blocks of what was summed."""
-    moments = moments_of(site)
-    keep = keep.to(moments.device)
-    gone = complement(keep, moments.num_channels)
-    solved = solve_blocks(gram_blocks(site), keep, gone, moments.resolution) if gone.numel() else None
-    mix = selection(keep, moments.num_channels, moments.device)
-    if solved is not None:
-        mix[:, gone] = solved
-    return mix
 
 
 INTERPOLATIVE = Criterion(

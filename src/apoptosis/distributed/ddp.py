@@ -179,7 +179,7 @@ def _reported(parallel: Any) -> dict[str, Any]:
 
 
 def _next_buckets(parallel: Any, order: list[int]) -> list[list[int]] | None:
-    """Return the buckets that will be made of the order in which one step's gradients came, None for no such step."""
+    """Return the buckets that torch will build from the order in which one step's gradients came; None if unknown."""
     parameters, sparse = parallel._build_params_for_reducer()
     config = getattr(parallel, "_bucket_config", None)  # older releases of torch have none
     if config is None or sorted(order) != list(range(len(parameters))):
@@ -195,10 +195,10 @@ def _next_buckets(parallel: Any, order: list[int]) -> list[list[int]] | None:
 
 @contextmanager
 def _first_buckets(parallel: Any, layout: Layout | None) -> Iterator[None]:
-    """Let gradient buffers that are set up inside begin with a layout that fits them.
+    """Let gradient buckets that are set up inside begin with a stored layout, if it fits.
 
-    torch asks a function of its own for the first buckets, and no argument says others: meanwhile it is another
-    function, which answers for these very parameters.
+    torch computes the first buckets by a function of its own and takes no argument for them: that function is replaced
+    meanwhile, for exactly these parameters.
     """
     _FIRST_BUCKETS.pop(parallel, None)
     buckets = None if layout is None else _fitting(parallel, layout)
@@ -221,7 +221,7 @@ def _first_buckets(parallel: Any, layout: Layout | None) -> Iterator[None]:
 
 
 def _fitting(parallel: Any, layout: Layout) -> list[list[int]] | None:
-    """Return the buckets by the places of their parameters, None if they are of others, or of other ranks."""
+    """Return the buckets as indices of parameters; None if they are of other parameters or another number of ranks."""
     places = {name: place for place, name in enumerate(_names(parallel))}
     found = [[places.get(name, -1) for name in bucket] for bucket in layout["buckets"]]
     if layout["ranks"] != parallel.process_group.size() or not all(found):

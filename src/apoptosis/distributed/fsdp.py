@@ -10,7 +10,7 @@ order.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -224,7 +224,7 @@ def _group(mesh: Any) -> Any:
 
 
 class _FullParameter:
-    """A parameter in full that stands in for a sharded one; its memory is there while a unit that holds it runs."""
+    """A plain parameter in the place of a sharded one; it has memory only while a unit that uses it runs."""
 
     def __init__(self, sharded: Tensor) -> None:
         self.sharded = sharded
@@ -288,7 +288,7 @@ def _unsharded_forward(units: list[nn.Module]) -> Iterator[None]:
         for stand_in in by_unit.get(id(module), ()):
             stand_in.end()
 
-    put_back = _hooks_of(units)
+    hooks = [(table, dict(table)) for unit in units for table in (unit._forward_pre_hooks, unit._forward_hooks)]
 
     def undo() -> None:
         for unit in units:
@@ -297,10 +297,10 @@ def _unsharded_forward(units: list[nn.Module]) -> Iterator[None]:
                     table.pop(key, None)
         for module, leaf, parameter in places:
             module._parameters[leaf] = parameter
-        put_back()
+        _put_back(units, hooks)
 
     with restoring(undo):
-        _take_off_hooks(units)
+        _take_off(units, hooks)
         for module, leaf, parameter in places:
             module._parameters[leaf] = stand_ins[id(parameter)].plain
         with hooks_on_all_modules(enter):  # before all others, which may read weights
@@ -311,39 +311,36 @@ def _unsharded_forward(units: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _unwatched() -> Iterator[None]:
-    """Let what a capture watches pass over what is done inside."""
+    """Hide the operators inside from a capture."""
     # untyped in some releases of torch, typed in others
     with _disable_current_modes(), torch.no_grad():  # type: ignore[no-untyped-call, unused-ignore]
         yield
 
 
-def _hooks_of(units: Iterable[nn.Module]) -> Callable[[], None]:
-    """Take down the hooks of units; return what puts them back, and fully_shard's explicit gathering."""
-    units = list(units)
-    saved = [(table, dict(table)) for unit in units for table in (unit._forward_pre_hooks, unit._forward_hooks)]
-
-    def put_back() -> None:
-        for table, before in saved:
-            after = before | {key: hook for key, hook in table.items() if key not in before}
-            if list(table) != list(after):
-                table.clear()
-                table.update(after)
-        for unit in units:
-            for name in _EXPLICIT:
-                if vars(unit).get(name) is _refuse:
-                    del vars(unit)[name]
-
-    return put_back
+_Hooks = list[tuple[dict[int, Any], dict[int, Any]]]  # (table of hooks, its content)
 
 
-def _take_off_hooks(units: Iterable[nn.Module]) -> None:
-    """Take fully_shard's hooks off units, and its explicit gathering."""
-    for unit in units:
-        for table in (unit._forward_pre_hooks, unit._forward_hooks):
-            for key in [k for k, hook in table.items() if str(getattr(hook, "__module__", "")).startswith(_FSDP)]:
+def _take_off(units: Iterable[nn.Module], hooks: _Hooks) -> None:
+    """Take fully_shard's hooks off units, and refuse its explicit gathering."""
+    for table, before in hooks:
+        for key, hook in before.items():
+            if str(getattr(hook, "__module__", "")).startswith(_FSDP):
                 del table[key]
+    for unit in units:
+        vars(unit).update(dict.fromkeys(_EXPLICIT, _refuse))
+
+
+def _put_back(units: Iterable[nn.Module], hooks: _Hooks) -> None:
+    """Undo `_take_off`; hooks that were added since stay."""
+    for table, before in hooks:
+        after = before | {key: hook for key, hook in table.items() if key not in before}
+        if list(table) != list(after):
+            table.clear()
+            table.update(after)
+    for unit in units:
         for name in _EXPLICIT:
-            vars(unit)[name] = _refuse
+            if vars(unit).get(name) is _refuse:
+                del vars(unit)[name]
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:

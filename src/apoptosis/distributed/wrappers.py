@@ -6,7 +6,8 @@ Holds: what the other packages ask of all kinds. Elsewhere: the kinds (protocol.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -134,6 +135,12 @@ def check_alone(found: Unwrapped) -> Unwrapped:
                 "Apoptosis shrink it while it trains."
             )
     return found
+
+
+def step_checks(wrappers: Iterable[nn.Module]) -> tuple[Callable[[], None], ...]:
+    """Return what every training step has to call: the `check_step` of wrappers that have one."""
+    kinds_of = ((kind_of(wrapper), wrapper) for wrapper in wrappers)
+    return tuple(partial(k.check_step, w) for k, w in kinds_of if type(k).check_step is not Wrapper.check_step)
 
 
 def kind_in_place(module: nn.Module) -> str:

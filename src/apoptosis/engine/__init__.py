@@ -36,7 +36,7 @@ from apoptosis.decide.state import (
 )
 from apoptosis.distributed.protocol import kind_of
 from apoptosis.distributed.ranks import ranks_of
-from apoptosis.distributed.wrappers import layouts_of, read_layouts
+from apoptosis.distributed.wrappers import layouts_of, read_layouts, step_checks
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.engine.step import PruningStep, StepResult
 from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short
@@ -134,7 +134,7 @@ class Apoptosis:
         patterns, chosen = check_exclude(exclude), get_criterion(criterion)
         tolerance = chosen.tolerance if tolerance is None else tolerance
         check_optimizers(optimizers, model)
-        ranks = ranks_of(wrappers, model)
+        ranks, self._step_checks = ranks_of(wrappers, model), step_checks(wrappers)
         target = Target(model=model, optimizers=optimizers, call=as_call(example_input), ranks=ranks)
         self._target, self._log = replace(target, read=logits, wrappers=wrappers, **options), log
         held_out = None if probe is None else make_probe(probe, example_input)
@@ -324,8 +324,8 @@ class Apoptosis:
         """Call once after optimizer.step(). Returns an Event if shapes changed, else None."""
         if self._memory.closed:
             return None
-        for wrapper in self._target.wrappers:
-            kind_of(wrapper).check_step(wrapper)
+        for check in self._step_checks:
+            check()
         self._memory.step += 1
         if self._memory.step - 1 == self._settings.total_steps:
             warn_at_end(self._memory.step)

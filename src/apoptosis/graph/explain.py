@@ -30,10 +30,7 @@ _TAKE_OFF = (
     "Without its forward pre-hooks, or the forward that was set on the module itself, norm_widths='compensated' lets "
     "go what the norm's statistics can do without."
 )
-_NOT_STOCK = (
-    "norm_widths='compensated' lets go what the statistics of nn.LayerNorm and nn.RMSNorm can do without; this norm is "
-    "none of these{}."
-)
+_NOT_STOCK = "norm_widths='compensated' lets go what the statistics of {} can do without; this norm is none of these{}."
 ROWS_REMEDY = "Each of its rows (a head) is normalised by itself: whole ones may go, as a group of their own, ':heads'."
 _FRONT = "An nn.Linear or 1x1 convolution in front of it would free what lies before."
 _RAW = "Contract the raw parameter (nn.Linear, nn.Conv, F.linear), or freeze what is computed into one."
@@ -321,8 +318,12 @@ def opt_in(module: nn.Module | None) -> str:
     if module is not None and (stock or is_shrunk(module) or eps_name(module) is not None):
         return f"{NORM_REMEDY} {OPT_IN}" if is_unhooked(module) else f"{NORM_REMEDY} {_TAKE_OFF}"
     kind = type(module).__name__
-    own = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and type(module) not in SHRUNK
-    return f"{NORM_REMEDY} {_NOT_STOCK.format(f' ({kind} has a forward pass of its own)' if own else '')}"
+    own = isinstance(module, tuple(SHRUNK)) and type(module) not in SHRUNK
+    return f"{NORM_REMEDY} {_NOT_STOCK.format(_stock(), f' ({kind} has a forward pass of its own)' if own else '')}"
+
+
+def _stock() -> str:
+    return " and ".join(f"nn.{cls.__name__}" if hasattr(nn, cls.__name__) else cls.__name__ for cls in SHRUNK)
 
 
 def layer_of(name: str) -> str:

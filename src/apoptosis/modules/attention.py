@@ -155,7 +155,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module runs torch's own multi-head attention, or ours."""
+    """Whether a module runs the forward pass of nn.MultiheadAttention or ShrunkMultiheadAttention."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward in (
         _STOCK_FORWARD,
         ShrunkMultiheadAttention.forward,
@@ -163,7 +163,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def attention_attributes(module: nn.Module) -> dict[str, Any]:
-    """Read what a narrowed attention is made of: the name of its class, widths, scale; nothing of another module."""
+    """Return the name of the class, widths and scale of a narrowed attention; nothing for other modules."""
     if not isinstance(module, ShrunkMultiheadAttention):
         return {}
     found = {name: getattr(module, name) for name in (*_OWN, "_qkv_same_embed_dim")}
@@ -171,9 +171,9 @@ def attention_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def shrunk_attributes(module: nn.MultiheadAttention) -> dict[str, Any]:
-    """Say what turns an nn.MultiheadAttention into a narrowed one of the same widths; its class included.
+    """Return the attributes that turn an nn.MultiheadAttention into a narrowed one of the same widths, with its class.
 
-    Raises: ShapeError: it has learned or zero rows beside the keys, or a class of the user's own.
+    Raises: ShapeError: it has learned or zero rows beside the keys, or a class derived by the user.
 
     Example:
         >>> shrunk_attributes(nn.MultiheadAttention(8, 2))["query_width"]
@@ -196,7 +196,7 @@ def shrunk_attributes(module: nn.MultiheadAttention) -> dict[str, Any]:
 
 
 def attention_changes(module: nn.Module, edited: Mapping[int, TensorEdit]) -> dict[str, Any]:
-    """Say what the attributes of an attention become, its class included.
+    """Return the new attributes of an attention after edits, with its class.
 
     Args:
         module: any module; one whose forward pass is the user's own is left alone.

@@ -259,7 +259,7 @@ class ShrunkResponseNorm(_Compensated):
 
 
 SHRUNK: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: ShrunkLayerNorm, nn.RMSNorm: ShrunkRMSNorm}
-"""Class as built -> class once channels are gone."""
+"""Class as built -> class once channels are gone. A further norm layer is a class above and an entry here."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ def eps_name(module: nn.Module) -> str | None:
 
 
 def norm_strategy_of(module: nn.Module) -> NormStrategy:
-    """Say how channels of a module's input can go: "class", "plain", "either", or "" where they cannot.
+    """Return how channels of a module's input can be removed: "class", "plain", "either", or "" where they cannot.
 
     "class": the module becomes a norm that knows what is gone, be it multiples of kept channels or constants; so does a
     global response norm, "response", of multiples. "plain": channels that are always zero go, with ε and the weight
@@ -337,12 +337,13 @@ def norm_strategy_of(module: nn.Module) -> NormStrategy:
     weight = module._parameters.get("weight")
     if not is_unhooked(module) or weight is None or weight.dim() != 1 or weight.is_meta or hasattr(weight, "fake_mode"):
         return ""
-    if type(module) in (nn.LayerNorm, ShrunkLayerNorm, ShrunkRMSNorm):
+    if is_shrunk(module):
         return "class"
-    if type(module) is nn.RMSNorm:
-        return "class" if module.eps is None else "either"
     name = eps_name(module)
-    return "plain" if name is not None and _is_rms_norm(module, weight, getattr(module, name)) else ""
+    is_rms = name is not None and (type(module) is nn.RMSNorm or _is_rms_norm(module, weight, getattr(module, name)))
+    if type(module) in SHRUNK:
+        return "either" if is_rms else "class"
+    return "plain" if is_rms else ""
 
 
 def _is_rms_norm(module: nn.Module, weight: Tensor, eps: float) -> bool:

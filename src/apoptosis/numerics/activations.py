@@ -1,7 +1,7 @@
 """Neuron types: for every elementwise activation of torch.nn its formula, Lipschitz constant and symmetry.
 
 Holds: one table of scalar functions φ with their scalar arguments, named as in torch.nn.functional, arguments in
-the order of the torch.nn constructor, and the check of what a type added to it claims. A new one is a row here and
+the order of the torch.nn constructor, and the check of their claims. A new one is a row here and
 nothing else: captures recognise it by its operators, or by its module's class where it has none. Elsewhere: types of
 the user's own (graph.trace.activations), merging (criteria).
 """
@@ -217,8 +217,8 @@ def neuron_type(name: str) -> NeuronType:
 def register_neuron_type(kind: NeuronType) -> None:
     """Add a neuron type; `register_activation` does so together with the module that computes it.
 
-    Raises: ArgumentError: the name is taken, or φ breaks, on a grid over [-30, 30] and at the default arguments, what
-    the type says of it; the message gives the place.
+    Raises: ArgumentError: the name is taken, or a claim about φ does not hold on a grid over [-30, 30] at the
+    default arguments; the message gives the place.
     """
     if not kind.name or kind.name in _REGISTRY:
         raise ArgumentError(f"neuron type '{kind.name}' is there already; there are {', '.join(sorted(_REGISTRY))}.")
@@ -229,7 +229,7 @@ def register_neuron_type(kind: NeuronType) -> None:
 
 
 def broken_claim(kind: NeuronType) -> str:
-    """Try on a grid what a neuron type says of its φ, at its default arguments.
+    """Check on a grid what a neuron type claims about φ, at its default arguments.
 
     Returns: the first claim that fails, with the place; "" when all hold.
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from scipy.linalg import lstsq
 from torch import Tensor
 
-from apoptosis.errors import ArgumentError, ShapeError
-from apoptosis.numerics.linalg import EPS, TINY, Factor, tails
+from apoptosis.errors import ShapeError
+from apoptosis.numerics.linalg import EPS, TINY, Factor
 
 Blocks = Callable[[Tensor, Tensor], Tensor]  # rows, columns -> that block of a symmetric matrix, a new tensor
 _BLOCK = 128  # columns of a triangular factor that are multiplied at once
@@ -61,48 +62,32 @@ def joint_error_curve(weight_OC: Tensor, factor: Factor, *, dtype: torch.dtype =
                 block = factor.lower[start:, start : start + _BLOCK].to(dtype)
                 columns[start : start + _BLOCK] += (weight[:, start:] @ block).square_().sum(0, dtype=torch.float64)
             del weight  # before the next ones
-    curve = torch.zeros(num + 1, dtype=torch.float64, device="cpu")
-    curve[: factor.rank + 1] = torch.from_numpy(tails(columns.numpy()))
+    curve = torch.zeros(num + 1, dtype=torch.float64, device="cpu")  # summed from the small end: it keeps its digits
+    curve[: factor.rank] = torch.from_numpy(np.cumsum(columns.numpy()[::-1])[::-1].copy())
     return curve
 
 
-def solve_mix(
-    gram_CC: Tensor, keep_K: Tensor, *, mean_C: Tensor | None = None, ridge: float | None = None
-) -> tuple[Tensor, Tensor | None]:
+def solve_mix(block: Blocks, keep_K: Tensor, num_channels: int, ridge: float | None = None) -> Tensor:
     """Least squares: the best linear stand-in for every channel from the kept ones.
 
     mix_K,R = G_KK⁻¹ G_KR by Cholesky on the matrix scaled to unit diagonal, with a ridge; where that fails, by a
     truncated eigendecomposition. Kept columns are exactly the identity.
 
     Args:
-        gram_CC: the covariance when mean_C is given, else the uncentred second moment.
-        keep_K: (kept,) int64.
-        mean_C: (channels,): also fit an offset μ - mixᵀ μ_K, exactly zero for kept channels.
+        block: gives G at some rows and columns as a new float64 tensor.
+        keep_K: (kept,) int64, on the device of G.
+        num_channels: rows of G.
         ridge: relative to every channel's own variance; give the resolution of the moments, else more kept channels
             than the data have directions turn round-off into large weights. None: channels * eps.
 
-    Returns: mix (kept, channels) and offset (channels,) or None, float64 on the device of gram_CC.
-
-    Raises: ArgumentError: keep_K is empty and there is no mean, repeats, or lies outside the channels.
+    Returns: (kept, channels) float64.
     """
-    gram = gram_CC.double()
-    keep = _index(keep_K, gram.shape[0], "solve_mix").to(gram.device)
-
-    def solve(removed: Tensor) -> Tensor:
-        level = gram.shape[0] * EPS if ridge is None else ridge
-        return solve_blocks(lambda rows, columns: gram[rows][:, columns], keep, removed, level)
-
-    mix = _mix(keep, gram.shape[0], solve)
-    if mean_C is None:
-        return mix, None
-    mean = mean_C.double().to(gram.device)
-    offset = mean - mean[keep] @ mix
-    offset[keep] = 0.0
-    return mix, offset
+    level = num_channels * EPS if ridge is None else ridge
+    return _mix(keep_K, num_channels, lambda removed: _solve_blocks(block, keep_K, removed, level))
 
 
 def solve_mix_of_root(root_NC: Tensor, keep_K: Tensor) -> Tensor:
-    """Return the mix (kept, channels) of solve_mix for FᵀF, from F: kept columns are exactly the identity.
+    """Return the mix (kept, channels) of solve_mix for G = FᵀF, from F: kept columns are exactly the identity.
 
     Kept channels that depend on one another to round-off share the work (least norm on the scale of unit columns).
     """
@@ -129,6 +114,13 @@ def _mix(keep_K: Tensor, num: int, solve: Callable[[Tensor], Tensor] | None) -> 
     return mix
 
 
+def mean_offset(mean_C: Tensor, keep_K: Tensor, mix_KC: Tensor) -> Tensor:
+    """Return the offset that makes a mix exact in the mean, μ - mixᵀ μ_K: (channels,), zero for kept channels."""
+    offset = mean_C - mean_C[keep_K] @ mix_KC
+    offset[keep_K] = 0.0
+    return offset
+
+
 def stands_for_itself(mix_KC: Tensor, keep_K: Tensor) -> bool:
     """Whether a mix leaves every kept channel as it is."""
     for start in range(0, keep_K.numel(), _COLUMNS):
@@ -146,16 +138,10 @@ def complement(keep: Tensor, num_channels: int) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def solve_blocks(block: Blocks, keep_K: Tensor, removed_R: Tensor, ridge: float) -> Tensor:
+def _solve_blocks(block: Blocks, keep_K: Tensor, removed_R: Tensor, ridge: float) -> Tensor:
     """Return G_KK⁻¹ G_KR, (kept, removed) float64, from blocks of G that are written out one after the other.
 
     Solved on the unit-diagonal scale, in place; channels of zero energy get coefficient zero.
-
-    Args:
-        block: gives G at some rows and columns as a new float64 tensor.
-        keep_K: (kept,) int64.
-        removed_R: (removed,) int64.
-        ridge: as in solve_mix, a number.
     """
     unit, inverse = _unit(block, keep_K, ridge)
     # LAPACK reads columns: a symmetric matrix is its own transpose, and the right side is asked for as one.
@@ -182,11 +168,3 @@ def _unit(block: Blocks, keep_K: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     matrix.mul_(inverse[:, None]).mul_(inverse)
     matrix.diagonal().fill_(1.0 + ridge)
     return matrix, inverse
-
-
-def _index(keep: Tensor, num: int, who: str) -> Tensor:
-    if keep.ndim != 1 or (keep.numel() and (int(keep.min()) < 0 or int(keep.max()) >= num)):
-        raise ArgumentError(f"{who}: keep must list channels between 0 and {num - 1}.")
-    if torch.unique(keep).numel() != keep.numel():
-        raise ArgumentError(f"{who}: keep names a channel twice.")
-    return keep

@@ -82,13 +82,11 @@ class Factor:
 
     order: (channels,) int64, all channels, best to keep first; the first `rank` are the pivots.
     lower: (channels, rank) float64, lower triangular: the factor, its rows in that order.
-    remainder_trace: (rank + 1,) trace of that remainder for k = 0 .. rank, in the weights the order was chosen with.
     """
 
     order: Tensor
     lower: Tensor
     rank: int
-    remainder_trace: Tensor
 
     @property
     def factor(self) -> Tensor:
@@ -120,7 +118,6 @@ def pivoted_cholesky(
     gram_CC: Tensor,
     *,
     weights_C: Tensor | None = None,
-    relative_tolerance: float | None = None,
     overwrite: bool = False,
 ) -> Factor:
     """Order the channels by one pivoted Cholesky factorisation (LAPACK dpstrf, C³/3 multiply-adds).
@@ -132,8 +129,6 @@ def pivoted_cholesky(
         gram_CC: (channels, channels), symmetric positive semidefinite.
         weights_C: (channels,) non-negative, for instance the norms of the consumer's columns; a channel of weight
             zero has no reader and comes last. None: ones.
-        relative_tolerance: stop where the largest weighted remainder falls below this share of the largest weighted
-            diagonal; None: channels * eps.
         overwrite: let the factor take the memory of gram_CC, where that is a float64 matrix on the CPU.
 
     Raises:
@@ -153,28 +148,19 @@ def pivoted_cholesky(
     scaled *= weights
     largest = float(scaled.diagonal().max())
     if largest <= 0.0:
-        empty = torch.zeros(num, 0, dtype=torch.float64, device="cpu")
         return Factor(
             order=torch.arange(num, device="cpu"),
-            lower=empty,
+            lower=torch.zeros(num, 0, dtype=torch.float64, device="cpu"),
             rank=0,
-            remainder_trace=torch.zeros(1, dtype=torch.float64, device="cpu"),
         )
-    tolerance = (num * EPS if relative_tolerance is None else relative_tolerance) * largest
     # A symmetric C-ordered array is its own Fortran-ordered transpose: LAPACK works in place, nothing is copied.
     with one_thread():
-        packed, pivots, rank, _ = lapack.dpstrf(scaled.T, tol=tolerance, lower=1, overwrite_a=1)
+        packed, pivots, rank, _ = lapack.dpstrf(scaled.T, tol=num * EPS * largest, lower=1, overwrite_a=1)
     order = pivots.astype(np.int64) - 1
     lower = torch.from_numpy(packed)[:, :rank].tril_().numpy()
-    remainder = tails(np.einsum("ij,ij->j", lower, lower))
     kept = weights[order]
     lower *= np.divide(1.0, kept, out=np.zeros(num), where=kept > 0)[:, None]
-    return Factor(
-        order=torch.from_numpy(order),
-        lower=torch.from_numpy(lower),
-        rank=int(rank),
-        remainder_trace=torch.from_numpy(remainder),
-    )
+    return Factor(order=torch.from_numpy(order), lower=torch.from_numpy(lower), rank=int(rank))
 
 
 def ordered_cholesky(gram_CC: Tensor, order: Tensor) -> Factor:
@@ -198,8 +184,7 @@ def ordered_cholesky(gram_CC: Tensor, order: Tensor) -> Factor:
     np.fill_diagonal(unit, 1.0 + num * EPS)
     lower = _semidefinite(unit, num * EPS)
     lower *= scale[:, None]
-    remainder = torch.from_numpy(tails(np.einsum("ij,ij->j", lower, lower)))
-    return Factor(order=order.cpu().clone(), lower=torch.from_numpy(lower), rank=num, remainder_trace=remainder)
+    return Factor(order=order.cpu().clone(), lower=torch.from_numpy(lower), rank=num)
 
 
 def _semidefinite(unit: FloatArray, ridge: float) -> FloatArray:
@@ -254,10 +239,9 @@ def pivoted_qr(root_NC: Tensor, weights_C: Tensor) -> Factor:
     sizes = np.abs(upper.diagonal())
     rank = int((sizes > len(pivots) * EPS * sizes.max(initial=0.0)).sum())
     upper, order = upper[:rank], torch.from_numpy(pivots.astype(np.int64))
-    energies = np.square(upper).sum(1)
     kept = weights[order]
     lower = torch.from_numpy(upper.T.copy()) * torch.where(kept > 0, 1.0 / kept, 0.0)[:, None]
-    return Factor(order=order, lower=lower, rank=rank, remainder_trace=torch.from_numpy(tails(energies)))
+    return Factor(order=order, lower=lower, rank=rank)
 
 
 def greedy_order(gram_CC: Tensor, weight_OC: Tensor) -> Tensor:
@@ -311,11 +295,6 @@ def greedy_order(gram_CC: Tensor, weight_OC: Tensor) -> Tensor:
             gains = np.square(seen - images[: step + 1].T @ columns[: step + 1]).sum(0)
     rest = np.flatnonzero(open_)
     return torch.from_numpy(np.concatenate([np.array(chosen, dtype=np.int64), rest]).astype(np.int64))
-
-
-def tails(values: FloatArray) -> FloatArray:
-    """Sum values[k:] for k = 0 .. n, from the small end so that the tail keeps its digits."""
-    return np.concatenate([np.cumsum(values[::-1])[::-1], [0.0]])
 
 
 def _array(tensor: Tensor, who: str) -> FloatArray:

@@ -8,7 +8,7 @@ which are members of the group (build.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,7 @@ from apoptosis.errors import ShapeError
 from apoptosis.modules.norms import (
     SHRUNK,
     NormEdit,
-    ShrunkLayerNorm,
     ShrunkResponseNorm,
-    ShrunkRMSNorm,
     Statistics,
     eps_name,
     gain_of,
@@ -103,16 +101,15 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
         >>> mix = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
         >>> norm = nn.LayerNorm(3)
         >>> found = norm_changes(norm, NormEdit(module="n", mix=mix, offset=None, plain=False))
-        >>> found["__class__"].__name__, found["normalized_shape"], found["full_width"]
-        ('ShrunkLayerNorm', (2,), 3)
+        >>> found["__class__"].__name__, found["mean_weights"].tolist(), found["full_width"]
+        ('ShrunkLayerNorm', [2.0, 1.0], 3)
     """
-    kept, width = edit.mix.shape
     _check_unhooked(module)
     if edit.plain:
         name = eps_name(module)
         if name is None:
             raise ShapeError(f"{type(module).__name__} is no norm that takes the root of a mean square.")
-        return {name: float(getattr(module, name)) * width / kept}
+        return {name: float(getattr(module, name)) * edit.mix.shape[1] / edit.mix.shape[0]}
     layout = response_of(module)
     if layout is not None:  # of multiples it is the sizes that are added up
         found = statistics_of(module).after(edit.mix.abs(), None)
@@ -120,8 +117,7 @@ def norm_changes(module: nn.Module, edit: NormEdit) -> dict[str, Any]:
     if type(module) not in SHRUNK and not is_shrunk(module):
         raise ShapeError(f"{type(module).__name__} is no norm whose class can be exchanged.")
     found = statistics_of(module).after(edit.mix, edit.offset)
-    cls = SHRUNK.get(type(module), type(module))
-    return {**_on_device(found, module), "normalized_shape": (kept,), "__class__": cls}
+    return {**_on_device(found, module), "__class__": SHRUNK.get(type(module), type(module))}
 
 
 def _check_unhooked(module: nn.Module) -> None:
@@ -143,50 +139,38 @@ def _on_device(found: Statistics, module: nn.Module) -> dict[str, Any]:
 
 def norm_attributes(module: nn.Module) -> dict[str, Any]:
     """Read what events change of a norm beside its shapes: ε, or the class and its statistics; nothing elsewhere."""
-    if isinstance(module, ShrunkLayerNorm | ShrunkRMSNorm | ShrunkResponseNorm):
-        return {"__class__": type(module).__name__, **module.statistics.attributes()}
+    if is_shrunk(module):
+        return {"__class__": type(module).__name__, **statistics_of(module).attributes()}
     name = eps_name(module)
     return {} if name is None else {name: getattr(module, name)}
 
 
-def shrunk_norm(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any] | None:
+def shrunk_norm(module: nn.Module, stored: Mapping[str, Any], table: Iterable[str]) -> dict[str, Any] | None:
     """Say what makes a norm the one that was saved; None for a module or an entry of another kind.
 
     Args:
         module: of the model that a checkpoint is loaded into, as built or shrunk.
         stored: what `norm_attributes` said, with the attributes of the module's table.
+        table: names of these attributes; all hold the width.
 
     Raises: ShapeError: statistics that do not fit the width, or a module whose own forward pass does not run.
     """
-    if stored.get("__class__") == ShrunkResponseNorm.__name__:
-        return _shrunk_response(module, stored)
-    cls = SHRUNK.get(type(module), type(module))
-    if (not is_shrunk(module) and type(module) not in SHRUNK) or stored.get("__class__") != cls.__name__:
+    layout = response_of(module) if stored.get("__class__") == ShrunkResponseNorm.__name__ else None
+    cls = SHRUNK.get(type(module), type(module)) if layout is None else ShrunkResponseNorm
+    known = cls is ShrunkResponseNorm or type(module) in SHRUNK or is_shrunk(module)
+    if not known or stored.get("__class__") != cls.__name__:
         return None
-    if type(module) is not cls and "forward" in vars(module):
+    if layout is None and type(module) is not cls and "forward" in vars(module):
         raise ShapeError(
             f"a forward that was set on this {type(module).__name__} itself would run in place of its own."
         )
-    known = set(Statistics.plain(1).attributes()) | {"__class__", "normalized_shape"}
-    (width,) = stored["normalized_shape"]
-    return {**_checked(module, stored, known, width, cls.__name__), "__class__": cls}
-
-
-def _shrunk_response(module: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any] | None:
-    layout, known = response_of(module), {*Statistics.plain(1).attributes(), "__class__"}
-    weights = stored.get("mean_weights")
-    if layout is None:
-        return None
-    width = weights.numel() if isinstance(weights, Tensor) else 0
-    found = _checked(module, stored, known, width, ShrunkResponseNorm.__name__)
-    return {**found, "layout": layout, "__class__": ShrunkResponseNorm}
-
-
-def _checked(module: nn.Module, stored: Mapping[str, Any], known: set[str], width: int, name: str) -> dict[str, Any]:
-    """Return the stored statistics on the module's device. Raises: ShapeError: they do not fit the width."""
+    weights, fields, sizes = stored.get("mean_weights"), set(Statistics.plain(1).attributes()), set(table)
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else ()
     tensors = [value for value in stored.values() if isinstance(value, Tensor)]
-    if known - set(stored) or len(tensors) != 3 or any(tuple(value.shape) != (width,) for value in tensors):
-        raise ShapeError(f"the statistics of a {name} over {width} channels are damaged.")
+    fits = len(shape) == 1 and all(stored[name] in (shape, *shape) for name in sizes & set(stored))
+    if not fits or (fields | sizes) - set(stored) or [tuple(x.shape) for x in tensors] != [shape] * 3:
+        raise ShapeError(f"the statistics of a {cls.__name__} over {shape} channels are damaged.")
     own = gain_of(module)
     device = torch.device("cpu") if own is None or own.device.type == "mps" else own.device
-    return {k: v.double().to(device) if isinstance(v, Tensor) else v for k, v in stored.items() if k in known}
+    found = {k: v.double().to(device) if isinstance(v, Tensor) else v for k, v in stored.items() if k in fields | sizes}
+    return {**found, **({} if layout is None else {"layout": layout}), "__class__": cls}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apoptosis.distributed.sharded import FullTensors, full_tensor, shard_like
-from apoptosis.errors import UnsupportedOptimizerError
+from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.records import TensorEdit
 from apoptosis.surgery.nested_optimizers import layers, parameters_of
 from apoptosis.surgery.values import apply_edit, merge_like, slice_like, unscaled
@@ -66,6 +66,7 @@ OPTIMIZERS: Mapping[str, StateRules] = {
     "SparseAdam": _ADAM,
 }
 """The classes of torch.optim; subclasses follow their parent."""
+_REGISTERED: dict[type, Mapping[str, Rule]] = {}  # by register_optimizer
 _CONVENTION: Mapping[str, Rule] = {"exp_avg": "first", "momentum_buffer": "first"}  # of all other classes
 _SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"))  # without a rule, of any class
 _REFUSED = {
@@ -134,10 +135,49 @@ def check_class(optimizer: Optimizer) -> None:
             raise UnsupportedOptimizerError(f"{type(optimizer).__name__} cannot follow a shrinking network: {why}")
 
 
+def register_optimizer(
+    optimizer_type: type[Optimizer], rules: Mapping[str, Literal["first", "square", "value"]]
+) -> None:
+    """Say which state of an optimizer is a first or second moment, or an average of the parameter itself.
+
+    Only needed where neither the key nor the values say it: state of the parameter's shape loses the removed positions,
+    whatever it is. A first moment follows merges of neurons, too, by the chain rule; a second moment falls by the
+    square of a factor that the parameter takes; an average of the parameter is folded as the parameter is. `exp_avg`
+    and `momentum_buffer` are taken for first moments in any class.
+
+    Args:
+        optimizer_type: the class; its subclasses follow it.
+        rules: key of `optimizer.state[parameter]` -> "first", "square" or "value".
+
+    Raises: ArgumentError: no optimizer class, a class that has rules already, or another rule.
+
+    Example:
+        >>> class HeavyBall(Optimizer):
+        ...     pass
+        >>> register_optimizer(HeavyBall, {"velocity": "first"})
+        >>> rules_of(HeavyBall([torch.zeros(2)], {}))
+        {'velocity': 'first'}
+    """
+    if not (isinstance(optimizer_type, type) and issubclass(optimizer_type, Optimizer)):
+        raise ArgumentError(f"register_optimizer takes a subclass of torch.optim.Optimizer, not {optimizer_type!r}.")
+    if optimizer_type in _REGISTERED or _has_table(optimizer_type):
+        raise ArgumentError(f"optimizer {optimizer_type.__qualname__} has rules already.")
+    wrong = {key: rule for key, rule in rules.items() if rule not in ("first", "square", "value")}
+    if wrong:
+        raise ArgumentError(f"register_optimizer: a rule is 'first', 'square' or 'value', not {wrong}.")
+    _REGISTERED[optimizer_type] = dict(rules)
+
+
+def _has_table(cls: type) -> bool:
+    return cls.__module__.startswith("torch.optim") and cls.__name__ in OPTIMIZERS
+
+
 def rules_of(optimizer: Optimizer) -> Mapping[str, Rule]:
-    """Map state keys to rules, for keys with a rule of their own; a subclass follows its torch.optim parent."""
+    """Map state keys to rules, for keys with a rule of their own; a subclass follows its parent."""
     for cls in type(optimizer).__mro__:
-        if cls.__module__.startswith("torch.optim") and cls.__name__ in OPTIMIZERS:
+        if cls in _REGISTERED:
+            return _REGISTERED[cls]
+        if _has_table(cls):
             return OPTIMIZERS[cls.__name__].rules
     return _CONVENTION
 
