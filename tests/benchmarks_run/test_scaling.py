@@ -277,7 +277,7 @@ def test_a_share_that_noise_hides_is_called_unknown():
     assert _rate(1e-9, 1e-11) == "100"
 
 
-def test_twins_of_larger_networks_compute_and_may_shrink():
+def test_stand_ins_of_larger_networks_compute_and_may_shrink():
     """Both plans: ten logits, and groups that are free to shrink, the residual width among them."""
     stand_ins = importlib.import_module("benchmarks.cluster.stand_ins")
     for name, least in (("vgg", 9), ("residual", 16)):

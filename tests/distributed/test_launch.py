@@ -125,7 +125,7 @@ def test_devices_of_several_processes(monkeypatch):
     assert group._device("cpu", place) == torch.device("cpu")
     with pytest.raises(ArgumentError, match="cannot share one GPU"):
         group._device("cuda:0", place)
-    with pytest.raises(ArgumentError, match="100 processes on this machine and GPUs for "):
+    with pytest.raises(ArgumentError, match="100 processes on this machine, but it has "):
         group._device("cuda", ProcessInfo(launcher="torchrun", size=100, rank=0, local_size=100))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert group._device("cuda", ProcessInfo(launcher="slurm", size=4, local_rank=3)) == torch.device("cuda", 0)
@@ -247,7 +247,7 @@ def test_what_works_alone_is_refused_in_each_of_several(tmp_path, monkeypatch, c
     told = capsys.readouterr()
     name, place = command.split()[0], detect_launcher("auto", environ)
     assert told.err.startswith(
-        f"apoptosis: error: {name} works in one process, and this is one of {place.size} ({place})"
+        f"apoptosis: error: 'apoptosis {name}' runs in one process, and this is one of {place.size} ({place})"
     )
     assert told.err.count("\n") == 1
     monkeypatch.setenv(local, "1")  # another process of this machine says it
@@ -279,7 +279,7 @@ def test_compare_under_a_launcher_is_one_line(tmp_path, launcher):
     refused = Launched(launcher, 2, *program, cwd=tmp_path, fresh=fresh)
     assert refused.wait() != 0
     assert len(refused.lines()) == 1, refused.told()
-    assert "compare works in one process, and this is one of 2" in refused.lines()[0]
+    assert "'apoptosis compare' runs in one process, and this is one of 2" in refused.lines()[0]
     assert not (tmp_path / "run").exists()
 
 

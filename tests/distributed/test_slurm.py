@@ -15,11 +15,11 @@ from distributed.test_mpi import has_mpi
 pytestmark = pytest.mark.skipif(not has_slurm(), reason="needs srun and a Slurm controller that answers")
 
 WHO = """
-from apoptosis.tools.launch import recognise, start_group
+from apoptosis.tools.launch import detect_launcher, start_group
 with start_group(timeout=200) as group:
-    print(group.launcher, group.rank, group.size, group.place.local_size, group.ranks.gathered(group.rank))
+    print(group.launcher, group.rank, group.size, group.process.local_size, group.ranks.gathered(group.rank))
 """
-ALONE = "from apoptosis.tools.launch import recognise; print('alone', recognise().size)"
+ALONE = "from apoptosis.tools.launch import detect_launcher; print('alone', detect_launcher().size)"
 
 
 def told_by(*command, cwd):

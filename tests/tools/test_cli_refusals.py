@@ -87,7 +87,7 @@ def test_train_says_what_is_wrong_in_one_line(here, capsys, arguments, what):
 
 
 def test_resume_and_out_together(here, capsys):
-    refusal(capsys, ["train", "--resume", "one", "--out", "two"], "goes on in its own folder, 'one'; leave --out out")
+    refusal(capsys, ["train", "--resume", "one", "--out", "two"], "continues in its own folder, 'one'; leave --out out")
 
 
 @pytest.mark.parametrize("kind", ["deep", "list", "text", "binary", "pipe", "folder", "number", "empty"])
@@ -115,7 +115,7 @@ def test_a_run_without_a_first_checkpoint_is_resumed_or_taken_anew(here, capsys)
     log = (here / "one" / "events.jsonl").read_text()
     capsys.readouterr()
     assert run(["train", "--resume", "one", "--quiet"]) == 0
-    assert "'one' holds no checkpoint yet: the run begins anew" in capsys.readouterr().out
+    assert "'one' holds no checkpoint yet: the run starts again" in capsys.readouterr().out
     assert (here / "one" / "events.jsonl").read_text().startswith(log)  # what was logged stays
     refusal(capsys, ["train", *TINY, "--out", "one"], "'one' holds a run already")
     for name in ("last.safetensors", "summary.json"):
@@ -192,7 +192,7 @@ def test_output_that_nobody_reads_ends_the_run_with_a_line_of_its_own(here, capf
         monkeypatch.undo()
     assert status == 141
     err = capfd.readouterr().err
-    assert err.startswith("apoptosis: error: nobody reads the output any more")
+    assert err.startswith("apoptosis: error: the output was closed")
     assert err.count("\n") == 1
     os.chdir(here)
     assert (here / "one" / "config.json").exists()
@@ -242,10 +242,15 @@ SMALL += "from apoptosis.tools.cli import main; main(['--help'])"
 @pytest.mark.parametrize(
     ("code", "arguments", "status", "text"),
     [
-        (BEGUN, [], 130, "interrupted before anything was begun"),
-        (SMALL, ["150"], 2, "there is not enough memory to begin"),  # too little for numpy
-        (SMALL, ["400"], 2, "there is not enough memory to begin"),  # torch would end the process by itself
-        (SMALL, ["600"], 2, "there is not enough memory to begin"),  # too little for torch
+        (BEGUN, [], 130, "interrupted while the libraries were loaded"),
+        (SMALL, ["150"], 2, "there is not enough memory to load the libraries"),  # too little for numpy
+        (
+            SMALL,
+            ["400"],
+            2,
+            "there is not enough memory to load the libraries",
+        ),  # torch would end the process by itself
+        (SMALL, ["600"], 2, "there is not enough memory to load the libraries"),  # too little for torch
     ],
 )
 def test_what_keeps_torch_from_being_loaded_is_one_line(here, code, arguments, status, text):

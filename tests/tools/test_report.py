@@ -60,9 +60,9 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.sections[section] if section else self.words).split())
 
 
-def epoch(log, contestant, number, width, *, seed=0, slower=1.0, **more):
+def epoch(log, method, number, width, *, seed=0, slower=1.0, **more):
     fields = {
-        "contestant": contestant,
+        "method": method,
         "seed": seed,
         "epoch": number,
         "step": number * STEPS,
@@ -281,10 +281,10 @@ def test_several_seeds_are_averaged_and_named(tmp_path):
     assert page.text("events").count("committed") == 2
 
 
-def test_without_a_twin_the_page_says_so(tmp_path):
+def test_without_a_paired_run_the_page_says_so(tmp_path):
     page = page_of(whole_run(tmp_path / "run", dense=False))
     assert "time" not in page.labels
-    assert "no twin" in page.text("time")
+    assert "no paired run" in page.text("time")
     assert "faster" not in page.text()
     assert "1.33x fewer" in page.text()
     assert not (tmp_path / "run" / "plots" / "time.png").exists()
@@ -314,7 +314,7 @@ def test_an_empty_log_is_a_page_of_sentences(tmp_path):
 def test_odd_records_do_not_stop_the_page(tmp_path):
     with EventLog(tmp_path / "events.jsonl") as log:
         log.append("run")
-        log.append("epoch", contestant="apoptosis", epoch=1, step=10, seconds=1.0, loss=float("nan"), metric=None)
+        log.append("epoch", method="apoptosis", epoch=1, step=10, seconds=1.0, loss=float("nan"), metric=None)
         event(log, 5, 8, 4, certificates=None, measured=None, parameters=None, macs=None)
         event(log, 7, 4, 2, certificates=[{"kind": "empirical", "subject": "x", "value": float("inf")}], parameters=7)
         log.append("something-new", a=1)

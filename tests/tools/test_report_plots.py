@@ -10,7 +10,7 @@ from apoptosis.tools.report import figures, write_report
 
 def test_one_function_adds_a_plot(tmp_path):
     with EventLog(tmp_path / "events.jsonl") as log:
-        log.append("epoch", contestant="apoptosis", seed=0, epoch=1, step=10, seconds=1.0, loss=0.5, metric=0.9)
+        log.append("epoch", method="apoptosis", seed=0, epoch=1, step=10, seconds=1.0, loss=0.5, metric=0.9)
 
     @figures.plot("epochs-drawn", "A <new> plot", "Losses.")
     def draw(run):

@@ -1,4 +1,4 @@
-"""Metrics against independent twins."""
+"""Metrics against independent ways to compute them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A run: twins see the same, an interrupted run goes on exactly, failures lose nothing."""
+"""A run: paired runs see the same, an interrupted run goes on exactly, failures lose nothing."""
 
 import json
 import signal
@@ -96,16 +96,16 @@ def test_a_run_shrinks_learns_and_is_a_function_of_its_seed(tmp_path):
     assert (tmp_path / "one" / "config.json").exists()
 
 
-def test_without_events_twins_are_bitwise_the_same():
+def test_without_events_paired_runs_are_bitwise_the_same():
     config = RunConfig.checked(**{**SMALL, "probe_rows": 0}, dropout=0.2, exclude=("*",))
     data, device = prepare(config.model_copy(update={"epochs": 1}))
-    twins = [Trainer(config.model_copy(update={"apoptosis": on}), data, device) for on in (False, True)]
+    pair = [Trainer(config.model_copy(update={"apoptosis": on}), data, device) for on in (False, True)]
     epochs = [[], []]
     for number in range(2):
         for index in (0, 1) if number else (1, 0):
-            epochs[index].append(twins[index].run_epoch())
-    assert twins[1].apo.groups() == ()
-    assert same(weights(twins[0]), weights(twins[1]))
+            epochs[index].append(pair[index].run_epoch())
+    assert pair[1].apo.groups() == ()
+    assert same(weights(pair[0]), weights(pair[1]))
     assert [e.loss for e in epochs[0]] == [e.loss for e in epochs[1]]
 
 
@@ -234,7 +234,7 @@ def test_a_folder_is_never_written_over_and_must_hold_what_is_resumed(tmp_path):
             train_module.read_checkpoint(folder, Trainer(config, data, device))
 
 
-def test_compare_trains_each_twin_as_it_would_train_alone(tmp_path):
+def test_compare_trains_each_run_as_it_would_train_alone(tmp_path):
     config = RunConfig.checked(**{**SMALL, "epochs": 2}, tolerance=0.1)
     with RunFolder(tmp_path / "pair") as folder:
         summary = compare(folder, config, [0, 3])
@@ -247,7 +247,7 @@ def test_compare_trains_each_twin_as_it_would_train_alone(tmp_path):
         assert run["parameters_ratio"] == run["dense"]["parameters"] / run["apoptosis"]["parameters"]
         assert run["speedup_run"] == run["dense"]["seconds_run"] / run["apoptosis"]["seconds_run"]
         assert 0 < run["apoptosis_share"] < 1
-    order = [r["contestant"] for r in read_events(tmp_path / "pair" / "events.jsonl") if r["kind"] == "epoch"]
+    order = [r["method"] for r in read_events(tmp_path / "pair" / "events.jsonl") if r["kind"] == "epoch"]
     assert order == ["dense", "apoptosis", "apoptosis", "dense", "apoptosis", "dense", "dense", "apoptosis"]
     total = summary["overall"]
     seconds = [sum(run[name]["seconds_run"] for run in summary["runs"]) for name in ("dense", "apoptosis")]

@@ -1,6 +1,6 @@
 """The command `apoptosis`: train, compare, inspect, plan, report.
 
-Holds: the entry point, which needs none of the optional packages, and what keeps torch from being loaded.
+Holds: the entry point, which needs none of the optional packages, and what it says where torch cannot be loaded.
 Elsewhere: any command.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 _LEAST = 512 * 2**20  # bytes of address space below which loading torch ends the process without an exception
+_SHORT_OF_MEMORY = "there is not enough memory to load the libraries; raise the limit (ulimit -v)"
 _SHORT = ("failed to map", "cannot allocate", "out of memory", "can't start new thread")
 
 
@@ -24,30 +25,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _loaded() -> Callable[[Sequence[str]], int]:
-    """Import the commands, and torch with them; what keeps that from being done is one line, and the end."""
+    """Import the commands, and torch with them; if that fails, print one line and end."""
     if _limit() < _LEAST:
-        _end(2, "there is not enough memory to begin; raise the limit (ulimit -v)")
-    alone = threading.current_thread() is threading.main_thread()
-    waits = alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        _end(2, _SHORT_OF_MEMORY)
+    is_main = threading.current_thread() is threading.main_thread()
+    waits = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if waits:  # an exception would come out of the midst of a library's import
-        signal.signal(signal.SIGINT, lambda *_: _end(130, "interrupted before anything was begun"))
+        signal.signal(
+            signal.SIGINT, lambda *_: _end(130, "interrupted while the libraries were loaded; nothing was started")
+        )
     try:
         from apoptosis.tools.cli.app import run
     except MemoryError:
-        _end(2, "there is not enough memory to begin; raise the limit (ulimit -v)")
+        _end(2, _SHORT_OF_MEMORY)
     except ModuleNotFoundError as error:
         _end(2, f"{error}; install the command with: pip install 'torch-apoptosis[cli]'")
     except (ImportError, OSError, RuntimeError) as error:
         if not any(part in text.lower() for text in _texts(error) for part in _SHORT):
             raise
-        _end(2, "there is not enough memory to begin; raise the limit (ulimit -v)")
+        _end(2, _SHORT_OF_MEMORY)
     if waits:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return run
 
 
 def _texts(error: BaseException | None) -> Iterator[str]:
-    """Yield what an error says, and what those say that it came from."""
+    """Yield the text of an error and of its causes."""
     while error is not None:
         yield str(error)
         error = error.__cause__ or error.__context__
@@ -64,6 +67,6 @@ def _limit() -> float:
 
 
 def _end(status: int, text: str) -> NoReturn:
-    """Say why, and end at once: half imported libraries may not bear an orderly end."""
+    """Print why, and end at once: with libraries half imported an orderly end may fail."""
     os.write(2, f"apoptosis: error: {text}\n".encode())
     os._exit(status)

@@ -1,4 +1,4 @@
-"""`python -m apoptosis.cli`, which is what torchrun -m takes.
+"""`python -m apoptosis.tools.cli`, for torchrun -m (`apoptosis.cli` is the same).
 
 Holds: that call. Elsewhere: anything else.
 """

@@ -18,7 +18,7 @@ from apoptosis.errors import ApoptosisError
 from apoptosis.tools.cli.compare import compare
 from apoptosis.tools.cli.inspect import inspect
 from apoptosis.tools.cli.plan import plan
-from apoptosis.tools.cli.rank_errors import Failure, speaks_alone
+from apoptosis.tools.cli.rank_errors import Failure, reports_alone
 from apoptosis.tools.cli.report import report
 from apoptosis.tools.cli.train import train
 
@@ -35,15 +35,15 @@ for _command in (train, compare, inspect, plan, report):
     app.command()(_command)
 
 _FORESEEN = (ApoptosisError, OSError, MemoryError, torch.OutOfMemoryError)
-# What torch and Python say in a RuntimeError where memory, or what a thread needs of it, is not to be had.
-_NO_MEMORY = re.compile(
+# How torch and Python say in a RuntimeError that memory is short, also for a thread.
+_OUT_OF_MEMORY = re.compile(
     r"alloc_cpu|can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|"
     r"failed to map segment|std::length_error|storage size calculation overflowed|can't start new thread|"
     r"resource temporarily unavailable",
     re.IGNORECASE,
 )
-_UNREAD = "nobody reads the output any more; what was saved stays, and train goes on from it with --resume"
-_STOPPED = "interrupted; what was saved stays, and train goes on from it with --resume"
+_UNREAD = "the output was closed; what was saved stays: continue a run with train --resume FOLDER"
+_STOPPED = "interrupted; what was saved stays: continue a run with train --resume FOLDER"
 # typer hands on the errors of its parser, whose base class it exports in some versions only.
 _ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -57,11 +57,11 @@ def run(argv: Sequence[str]) -> int:
     try:
         status = _status(argv)
     except Failure as failure:
-        status, message = _judge(failure.error)
-        return _fail(message, status) if failure.speaks else status
+        status, message = _exit_of(failure.error)
+        return _fail(message, status) if failure.reports else status
     except (*_FORESEEN, _ParserError, RuntimeError, ImportError) as error:
-        status, message = _judge(error)
-        return _fail(message, status) if speaks_alone(argv) else status
+        status, message = _exit_of(error)
+        return _fail(message, status) if reports_alone(argv) else status
     if status == INTERRUPTED:  # typer turns an interrupt into this status by itself, in some versions
         return _fail(_STOPPED, INTERRUPTED)
     return status
@@ -78,17 +78,17 @@ def _status(argv: Sequence[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _judge(error: BaseException) -> tuple[int, str]:
+def _exit_of(error: BaseException) -> tuple[int, str]:
     """Return the exit status and the line for a foreseen failure; raise any other."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, _STOPPED
     if isinstance(error, BrokenPipeError):
-        _let_go_of_output()
+        _discard_output()
         return UNREAD, _UNREAD
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(str(error))
+        isinstance(error, RuntimeError | ImportError) and _OUT_OF_MEMORY.search(str(error))
     ):
-        return BAD_INPUT, _memory_words(error)
+        return BAD_INPUT, _memory_text(error)
     if isinstance(error, _ParserError):
         return BAD_INPUT, getattr(error, "format_message", error.__str__)()
     if isinstance(error, _FORESEEN):
@@ -96,7 +96,7 @@ def _judge(error: BaseException) -> tuple[int, str]:
     raise error
 
 
-def _memory_words(error: BaseException) -> str:
+def _memory_text(error: BaseException) -> str:
     asked = re.search(r"allocate (\d+) bytes", str(error))
     size = f" for {int(asked[1]) / 2**30:,.1f} GiB at once" if asked else ""
     first = "" if asked else next(iter(str(error).strip().splitlines()), "")
@@ -106,7 +106,7 @@ def _memory_words(error: BaseException) -> str:
     )
 
 
-def _let_go_of_output() -> None:
+def _discard_output() -> None:
     """Point stdout elsewhere: Python would complain about the broken pipe once more when it ends."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)

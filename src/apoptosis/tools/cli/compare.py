@@ -1,6 +1,6 @@
 """`apoptosis compare`: the same network with and without apoptosis, side by side.
 
-Holds: arguments to run, and the table. Elsewhere: the run (recipes.compare).
+Holds: from options to runs, and the tables. Elsewhere: the run (recipes.compare).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.table import Table
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli.display import console, display
 from apoptosis.tools.cli.options import JsonFile, Out, Quiet, check_json_file, integers, with_run_options
-from apoptosis.tools.cli.rank_errors import works_alone
+from apoptosis.tools.cli.rank_errors import refuse_several
 from apoptosis.tools.cli.train import default_folder
 from apoptosis.tools.recipes.compare import compare as run_compare
 from apoptosis.tools.recipes.config import RunConfig
@@ -27,13 +27,13 @@ from apoptosis.tools.report.words import metric_value
 @with_run_options(instead={"seed": "seeds", "apoptosis": None})
 def compare(
     typed: Mapping[str, Any],
-    seeds: Annotated[str, typer.Option(help="Seeds, 0,1,2: one pair of twins each.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Seeds, 0,1,2: one pair of runs each.")] = "0",
     out: Out = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train twins, with and without apoptosis, epoch by epoch in turn; print and write what differs."""
-    works_alone("compare")
+    """Train the same network with and without apoptosis, epoch by epoch in turn; print and write the differences."""
+    refuse_several("compare")
     config = RunConfig.checked(**typed)
     numbers = integers("--seeds", seeds)
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
@@ -56,11 +56,11 @@ def show(out: Console, summary: Mapping[str, Any]) -> None:
     if len(runs) > 1:
         out.print(_seeds_table(summary))
     for run in runs:
-        out.print(_seed_words(run), soft_wrap=True, markup=False)
+        out.print(_seed_text(run), soft_wrap=True, markup=False)
 
 
 def _overall_table(summary: Mapping[str, Any]) -> Table:
-    """Both contestants side by side, means over the seeds."""
+    """Both runs side by side, means over the seeds."""
     total, runs = summary["overall"], summary["runs"]
     name = runs[0]["dense"]["metric_name"]
     table = Table(box=box.SIMPLE, pad_edge=False)
@@ -83,7 +83,7 @@ def _overall_table(summary: Mapping[str, Any]) -> Table:
         sizes = (f"{value:,.0f}" for value in pair(key))
         label = "parameters" if key == "parameters" else "MACs per example"
         table.add_row(label, *sizes, f"{total[f'{key}_ratio']:.1f}x")
-    table.add_row("spent on apoptosis", "", f"{100 * total['apoptosis_share']:.1f} %", "of its run")
+    table.add_row("time in apoptosis", "", f"{100 * total['apoptosis_share']:.1f} %", "of its run")
     return table
 
 
@@ -110,7 +110,7 @@ def _difference(name: str, value: float) -> str:
     return f"{100 * value:+.2f} points" if name == "accuracy" else f"{value:+.4f}"
 
 
-def _seed_words(run: Mapping[str, Any]) -> str:
+def _seed_text(run: Mapping[str, Any]) -> str:
     widths = "-".join(str(width) for width in run["apoptosis"]["widths"].values())
     seconds, dense = run["seconds_to_dense_metric"], run["dense"]["seconds_training"]
     reached = "validation metric of the dense network not reached"

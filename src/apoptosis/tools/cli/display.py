@@ -1,4 +1,4 @@
-"""What a person sees while a network trains, and the numbers' wording.
+"""What is printed while a network trains, and how numbers are written.
 
 Holds: progress bars on a terminal, one plain line per epoch elsewhere. Elsewhere: results' tables.
 """
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from apoptosis.decide.ledger import Event
-from apoptosis.tools.recipes.loop import Epoch, Trainer, Watcher
+from apoptosis.tools.recipes.loop import SILENT, Epoch, Trainer, Watcher
 from apoptosis.tools.report.words import metric_value
 
 PLAIN_WIDTH = 140
@@ -21,7 +21,7 @@ PLAIN_WIDTH = 140
 
 class _Output(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to the command to say how it ends; rich would end it without a word."""
+        """Raise: the command reports it; rich would exit without a message."""
         raise BrokenPipeError
 
 
@@ -31,20 +31,7 @@ def console() -> Console:
     return out if out.is_terminal else _Output(highlight=False, width=PLAIN_WIDTH, no_color=True)
 
 
-class Silent:
-    """Shows nothing."""
-
-    def step(self, trainer: Trainer, loss: float) -> None:
-        """Do nothing."""
-
-    def event(self, trainer: Trainer, event: Event) -> None:
-        """Do nothing."""
-
-    def epoch(self, trainer: Trainer, epoch: Epoch) -> None:
-        """Do nothing."""
-
-
-class Lines(Silent):
+class Lines(Watcher):
     """One plain line per epoch and per event."""
 
     def __init__(self, out: Console) -> None:
@@ -56,11 +43,11 @@ class Lines(Silent):
 
     def epoch(self, trainer: Trainer, epoch: Epoch) -> None:
         """Print the epoch's numbers."""
-        self.out.print(f"{contestant(trainer)}  {epoch_words(trainer, epoch)}", soft_wrap=True, markup=False)
+        self.out.print(f"{method(trainer)}  {epoch_words(trainer, epoch)}", soft_wrap=True, markup=False)
 
 
 class Bars(Lines):
-    """One progress bar per contestant: loss, metric, widths, time left; events as lines above."""
+    """One progress bar per run: loss, metric, widths, time left; events as lines above."""
 
     def __init__(self, out: Console) -> None:
         super().__init__(out)
@@ -96,7 +83,7 @@ class Bars(Lines):
     def _task(self, trainer: Trainer) -> TaskID:
         if id(trainer) not in self._tasks:
             self._tasks[id(trainer)] = self.progress.add_task(
-                contestant(trainer), total=trainer.total_steps, state="", completed=trainer.step
+                method(trainer), total=trainer.total_steps, state="", completed=trainer.step
             )
         return self._tasks[id(trainer)]
 
@@ -105,7 +92,7 @@ class Bars(Lines):
 def display(out: Console, quiet: bool) -> Iterator[Watcher]:
     """Choose by terminal and --quiet; a context because bars have to be cleared away."""
     if quiet:
-        yield Silent()
+        yield SILENT
     elif out.is_terminal:
         bars = Bars(out)
         with bars.progress:
@@ -114,8 +101,8 @@ def display(out: Console, quiet: bool) -> Iterator[Watcher]:
         yield Lines(out)
 
 
-def contestant(trainer: Trainer) -> str:
-    """Name the contestant of a trainer, with its seed."""
+def method(trainer: Trainer) -> str:
+    """Return a run's method and seed."""
     return f"{'apoptosis' if trainer.apo is not None else 'dense':9} seed {trainer.config.seed}"
 
 

@@ -1,4 +1,4 @@
-"""`apoptosis inspect`: what may shrink in a network, and what may not, and why.
+"""`apoptosis inspect`: what can be pruned in a network, and what cannot, and why.
 
 Holds: importing the user's network, the tables. Elsewhere: the analysis (graph).
 """
@@ -32,12 +32,12 @@ from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import Target
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import JsonFile, check_json_file, integers
-from apoptosis.tools.cli.rank_errors import works_alone
+from apoptosis.tools.cli.rank_errors import refuse_several
 from apoptosis.tools.recipes.folder import write_json
 from apoptosis.tools.recipes.networks import num_parameters
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-ProcessInfo = Callable[[nn.Module, Call], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+Placer = Callable[[nn.Module, Call], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.',]|$)")  # of a module among others: layers.3.fc
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
@@ -62,8 +62,8 @@ def inspect(
     ] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """List the coupled channel groups of a network, their widths and consumer sites, and what is pinned and why."""
-    works_alone("inspect")
+    """List the channel groups of a network, their widths and consumer sites, and what cannot be pruned and why."""
+    refuse_several("inspect")
     check_json_file(json_file)
     inputs = [_trial(shape, batch, input_dtype) for shape in input_shape or ()]
     with placed(device) as place:
@@ -85,7 +85,7 @@ def inspect(
 
 
 @contextmanager
-def placed(device: str) -> Iterator[ProcessInfo]:
+def placed(device: str) -> Iterator[Placer]:
     """Build what is built inside on a device, or as fake tensors: shapes without numbers (but for what is small).
 
     Yields: a function that puts a model and the arguments of a call there, as far as they are not.
@@ -124,7 +124,9 @@ def build(model: str, kwargs: str) -> tuple[nn.Module, Any]:
     """
     module_name, _, name = model.partition(":")
     if not module_name or not name:
-        raise ArgumentError(f"'{model}' is not of the form package.module:factory.")
+        raise ArgumentError(
+            f"'{model}' is not of the form package.module:factory (for example torchvision.models:resnet18)."
+        )
     try:
         arguments = parse(kwargs)
     except ValueError as error:
@@ -140,7 +142,8 @@ def build(model: str, kwargs: str) -> tuple[nn.Module, Any]:
             found = getattr(found, part)
         network = found if isinstance(found, nn.Module) else found(**arguments)
     except Exception as error:  # the user's code may raise anything
-        raise ArgumentError(f"'{model}' cannot be built: {type(error).__name__}: {error}") from error
+        hint = " (its arguments are given with --kwargs)" if isinstance(error, TypeError) else ""
+        raise ArgumentError(f"'{model}' cannot be built: {type(error).__name__}: {error}{hint}") from error
     example = None
     if isinstance(network, tuple) and len(network) == 2:
         network, example = network
@@ -209,16 +212,17 @@ def show(record: dict[str, Any]) -> None:
     """Print what `describe` returned: two tables, and the notes. Rows that differ in numbers alone are put together."""
     out = console()
     free = [group for group in record["groups"] if not group["pinned"]]
-    table = _table("groups that may shrink", {"group": "left", "channels": "right", "MACs per channel": "right",
+    table = _table("groups that can be pruned", {"group": "left", "channels": "right", "MACs per channel": "right",
                                               "read by": "left"})  # fmt: skip
     for row in _merged(
         (g["name"], str(g["channels"]), f"{g['macs_per_channel']:,.0f}", ", ".join(s["module"] for s in g["sites"]))
         for g in free
     ):
         table.add_row(*row)
-    out.print(table if free else "nothing can be removed from this network: no group may shrink", markup=False)
-    table = _table("pinned", {"group": "left", "channels": "right", "why": "left", "operator": "left", "line": "left",
-                              "what would unpin it": "left"})  # fmt: skip
+    nothing = "nothing can be removed from this network: no group can be pruned"
+    out.print(table if free else nothing, markup=False)
+    table = _table("cannot be pruned", {"group": "left", "channels": "right", "why": "left", "operator": "left",
+                                        "line": "left", "what would unpin it": "left"})  # fmt: skip
     for row in _merged(
         (p["group"], str(p["channels"]), _why(p), p["operator"], p["where"], p["remedy"]) for p in record["pins"]
     ):

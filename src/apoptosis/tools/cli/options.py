@@ -97,7 +97,7 @@ def check_json_file(path: Path | None) -> None:
     if path is None:
         return
     if not path.parent.is_dir():
-        raise ArgumentError(f"--json: there is no folder '{path.parent}'.")
+        raise ArgumentError(f"--json: there is no folder '{path.parent}': create it, or name a file elsewhere.")
     try:
         check_regular(path)
     except OSError as error:

@@ -20,7 +20,7 @@ from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import JsonFile, check_json_file, path_of, with_run_options
-from apoptosis.tools.cli.rank_errors import works_alone
+from apoptosis.tools.cli.rank_errors import refuse_several
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.datasets import Dataset
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, write_json
@@ -35,7 +35,7 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Say what would be removed from the network of a checkpoint, and what that would change. Nothing is written."""
-    works_alone("plan")
+    refuse_several("plan")
     check_json_file(json_file)
     path, config = _find(checkpoint)
     config = RunConfig.checked(**{**config.model_dump(), **typed})
@@ -72,7 +72,7 @@ def plan(
 def _find(given: Path) -> tuple[Path, RunConfig]:
     """Find the checkpoint and the configuration of a run folder, or of a file in one."""
     if not given.exists():
-        raise ArgumentError(f"there is no '{given}'.")
+        raise ArgumentError(f"'{given}' does not exist: give a run folder, or a checkpoint file in one.")
     folder = given if given.is_dir() else given.parent
     config = RunConfig.read(folder / CONFIG)
     if given.is_file():

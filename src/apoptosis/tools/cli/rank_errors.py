@@ -1,6 +1,6 @@
 """One line for one failure, however many processes fail.
 
-Holds: which process of a run speaks, and the refusal of several. Elsewhere: the line itself (app).
+Holds: which process of a run reports an error, and the refusal of several. Elsewhere: the line itself (app).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from apoptosis.tools.launch.detect import STARTERS
 
 
 class Failure(Exception):
-    """What ended one process of several. error: it. speaks: whether this process tells it, or another one does."""
+    """The error that ended one process of several. reports: whether this process prints it, or another one."""
 
-    def __init__(self, error: BaseException, *, speaks: bool) -> None:
+    def __init__(self, error: BaseException, *, reports: bool) -> None:
         super().__init__(str(error))
-        self.error, self.speaks = error, speaks
+        self.error, self.reports = error, reports
 
 
 @contextmanager
-def one_voice(launcher: str, device: str) -> Iterator[Group]:
-    """Begin the group of a run; what makes it fail leaves as it is from one process alone, as Failure from several.
+def joined_group(launcher: str, device: str) -> Iterator[Group]:
+    """Join the group of a run; an error leaves as it is from one process alone, as Failure from several.
 
     Warnings are shown by rank 0 alone, for all have the same.
     """
@@ -39,31 +39,31 @@ def one_voice(launcher: str, device: str) -> Iterator[Group]:
             raise
         if group.rank and isinstance(error, ApoptosisError) and not isinstance(error, RankError):
             error = type(error)(f"rank {group.rank} of {group.size}: {error}")
-        raise Failure(error, speaks=not group.silent) from error
+        raise Failure(error, reports=not group.reported_elsewhere) from error
 
 
-def works_alone(command: str) -> None:
-    """Refuse to be one of several processes: each would do the whole work, and write into the same folder.
+def refuse_several(command: str) -> None:
+    """Refuse to run as one of several processes: each would do all the work, and write into the same folder.
 
     Args: command: its name, "compare".
 
     Raises: Failure: a launcher started several; one on each machine says so.
     """
     try:
-        place = detect_launcher()
-    except ArgumentError:  # a cluster's own variables, by which nobody could run as one of several
+        process = detect_launcher()
+    except ArgumentError:  # variables of the cluster itself, which no launcher would set so
         return
-    if place.size > 1:
+    if process.size > 1:
         error = ArgumentError(
-            f"{command} works in one process, and this is one of {place.size} ({place}): start it without "
-            f"{STARTERS[place.launcher]}, or unset these variables where they are left from something else. Only train "
+            f"'apoptosis {command}' runs in one process, and this is one of {process.size} ({process}): start it "
+            f"without {STARTERS[process.launcher]}, or unset these variables if they are stale. Only 'apoptosis train' "
             "runs in several."
         )
-        raise Failure(error, speaks=place.local_rank == 0)
+        raise Failure(error, reports=process.local_rank == 0)
 
 
-def speaks_alone(argv: Sequence[str]) -> bool:
-    """Whether this process tells of an error that it met before it could ask the others: one per machine does.
+def reports_alone(argv: Sequence[str]) -> bool:
+    """Whether this process reports an error met before it could ask the others: one per machine does.
 
     Args: argv: of the command; `train` alone runs as one of several processes.
     """

@@ -12,12 +12,12 @@ import typer
 
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import path_of
-from apoptosis.tools.cli.rank_errors import works_alone
+from apoptosis.tools.cli.rank_errors import refuse_several
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run of train or compare.", parser=path_of)]) -> None:
     """Write one self-contained HTML page about a run, and its plots as PNGs."""
-    works_alone("report")
+    refuse_several("report")
     from apoptosis.tools.report import write_report
 
     console().print(f"report: {write_report(run)}", soft_wrap=True, markup=False)

@@ -1,6 +1,6 @@
 """`apoptosis train`: one run in a folder.
 
-Holds: arguments to run and back to words. Elsewhere: the run (recipes.train).
+Holds: from options to a run, and the result as text. Elsewhere: the run (recipes.train).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli.display import console, display, widths_words
 from apoptosis.tools.cli.options import Out, Quiet, path_of, same_config, with_run_options
-from apoptosis.tools.cli.rank_errors import one_voice
+from apoptosis.tools.cli.rank_errors import joined_group
 from apoptosis.tools.launch import Group
 from apoptosis.tools.recipes.config import RunConfig, resolve_device
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, RunFolder, has_results
@@ -40,13 +40,13 @@ def train(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train one network; with apoptosis unless told otherwise."""
+    """Train one network, with apoptosis by default."""
     if resume is not None and out is not None:
-        raise ArgumentError(f"--out: a run that is resumed goes on in its own folder, '{resume}'; leave --out out.")
+        raise ArgumentError(f"--out: a resumed run continues in its own folder, '{resume}'; leave --out out.")
     config = RunConfig.checked(**typed) if resume is None else same_config(_stored(resume), typed, resume)
     if config.device not in ("auto", "cuda"):  # the launcher says which process has which
         resolve_device(config.device)
-    with one_voice(launcher, config.device) as group:
+    with joined_group(launcher, config.device) as group:
         where = _where(group, config, out, resume)
         _run(group, config, *where, quiet=quiet)
 
@@ -54,29 +54,33 @@ def train(
 def _run(group: Group, config: RunConfig, path: Path, resume: str, *, quiet: bool) -> None:
     first, shown = group.rank == 0, console()
     if first and resume == "folder":
-        shown.print(f"'{path}' holds no checkpoint yet: the run begins anew", soft_wrap=True, markup=False)
+        shown.print(
+            f"'{path}' holds no checkpoint yet: the run starts again from its configuration",
+            soft_wrap=True,
+            markup=False,
+        )
     opened = group.ranks.run_collectively(lambda: RunFolder(path, resume=resume != "", writes=first))
     with opened as folder, display(shown, quiet or not first) as watch:
         summary = run_train(folder, config, resume=resume == "checkpoint", watch=watch, group=group)
     if first:
-        shown.print(_words(summary), soft_wrap=True, markup=False)
+        shown.print(_text(summary), soft_wrap=True, markup=False)
         shown.print(f"run folder: {path}", soft_wrap=True, markup=False)
 
 
 def _where(group: Group, config: RunConfig, out: Path | None, resume: Path | None) -> tuple[Path, str]:
     """Return the run's folder, the same on all ranks, and what of it to go on from: "checkpoint", "folder" or "".
 
-    Processes that torchrun started anew go on with the run that they were started for.
+    Processes that torchrun restarted continue the run that they were started for.
 
-    Raises: ArgumentError: they may be started anew, and would not find it. DataError: another run lies there.
+    Raises: ArgumentError: they may be restarted, and would not find it. DataError: another run lies there.
     """
     if resume is not None:
         return resume, group.ranks.first("checkpoint" if has_results(resume) else "folder")
-    if group.place.restartable and out is None:
-        raise ArgumentError("torchrun --max-restarts needs --out: processes started anew go on with the run in there.")
+    if group.process.restartable and out is None:
+        raise ArgumentError("torchrun --max-restarts needs --out: restarted processes continue the run in that folder.")
     path = group.ranks.first(out or default_folder(config))
     found = ""
-    if group.rank == 0 and group.place.restarts and (path / CONFIG).is_file():
+    if group.rank == 0 and group.process.restarts and (path / CONFIG).is_file():
         if _stored(path) == config:
             found = "checkpoint" if (path / CHECKPOINT).exists() else "folder"
     return path, group.ranks.first(found)
@@ -93,7 +97,7 @@ def _stored(path: Path) -> RunConfig:
     return RunConfig.read(path / "config.json")
 
 
-def _words(summary: dict[str, Any]) -> str:
+def _text(summary: dict[str, Any]) -> str:
     result = summary["result"]
     lines = [
         f"test {result.metric_name} {metric_value(result.metric_name, result.test_metric)}, "

@@ -1,4 +1,4 @@
-"""Several processes for one network: how they were started, and the group they form.
+"""Several processes that train one network: how they were started, and the group they form.
 
     >>> from apoptosis.tools.launch import start_group
     >>> with start_group("none") as group:

@@ -1,7 +1,7 @@
-"""Who started this process, and as which of how many: read off the environment.
+"""What started this process, and its rank and size, from the environment.
 
 Holds: the variables of torchrun, mpirun (Open MPI, MPICH and other Hydra launchers) and srun, and what is refused
-about them. Elsewhere: anything that talks to another process (group, mpi).
+of them. Elsewhere: anything that talks to another process (group, mpi).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class ProcessInfo:
 
     launcher: "none", "torchrun", "mpi" or "slurm". rank, size: of all processes; local_rank, local_size: of those on
     this machine. address, port: where rank 0 waits for the others, None where the launcher has another way. restarts:
-    how often torchrun has started all processes anew; restartable: whether it may. told_by: the variables that say so.
+    how often torchrun has started all processes anew; restartable: whether it may. variables: the two that
+    gave rank and size.
     """
 
     launcher: str = "none"
@@ -38,30 +39,28 @@ class ProcessInfo:
     port: int | None = None
     restarts: int = 0
     restartable: bool = False
-    told_by: tuple[str, str] = ("", "")
+    variables: tuple[str, str] = ("", "")
 
     def __str__(self) -> str:
-        return f"{self.told_by[0]}={self.rank}, {self.told_by[1]}={self.size}"
+        return f"{self.variables[0]}={self.rank}, {self.variables[1]}={self.size}"
 
 
 def detect_launcher(launcher: str = "auto", environ: Environment | None = None) -> ProcessInfo:
-    """Say as which of how many processes this one was started.
+    """Return rank and size of this process as its launcher set them in the environment.
 
     Args:
-        launcher: one of LAUNCHERS. "auto" takes whoever started this very process: torchrun before mpirun before srun,
-            since each may start the one before it. "none" looks at nothing. Any other name reads the variables of that
-            one alone.
+        launcher: one of LAUNCHERS. "auto" takes the innermost: torchrun before mpirun before srun, since each may start
+            the one before it. "none" looks at nothing. Any other name reads the variables of that launcher alone.
         environ: variables by name; the process's own where None.
 
-    Returns: the place. Under "mpi" MPI itself has the last word (`start_group` asks it); what is read here serves
-        until then.
+    Returns: the process. Under "mpi" `start_group` asks MPI itself again, which decides.
 
     Raises: ArgumentError: a variable is missing, no number or contradicts another, by name; or `launcher` names one
         that did not start this process.
 
     Example:
-        >>> place = detect_launcher("auto", {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
-        >>> place.launcher, place.rank, place.size
+        >>> process = detect_launcher("auto", {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
+        >>> process.launcher, process.rank, process.size
         ('mpi', 3, 4)
         >>> detect_launcher("auto", {"RANK": "4", "WORLD_SIZE": "4"})
         Traceback (most recent call last):
@@ -74,12 +73,12 @@ def detect_launcher(launcher: str = "auto", environ: Environment | None = None) 
     if launcher == "none":
         return ProcessInfo()
     if launcher == "auto":
-        return _innermost([place for read in _READERS.values() if (place := read(environ)) is not None], environ)
+        return _innermost([process for read in _READERS.values() if (process := read(environ)) is not None], environ)
     found = _READERS[launcher](environ)
     if found is None and launcher == "mpi" and (srun := _slurm(environ)) is not None:
         return srun  # srun starts MPI programs by itself (--mpi=pmix)
     if found is None:
-        others = [place for read in _READERS.values() if (place := read(environ)) is not None and place.size > 1]
+        others = [process for read in _READERS.values() if (process := read(environ)) is not None and process.size > 1]
         if launcher == "mpi" and not others:
             return ProcessInfo(launcher="mpi")
         wanted = " or ".join(" and ".join(names) for names in _NAMES[launcher])
@@ -149,7 +148,7 @@ def _torchrun(environ: Environment) -> ProcessInfo | None:
         port=_number(environ, "MASTER_PORT", 0) or None,
         restarts=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0) if elastic else 0,
         restartable=elastic and _number(environ, "TORCHELASTIC_MAX_RESTARTS", 0) > 0,
-        told_by=names,
+        variables=names,
     )
 
 
@@ -159,18 +158,18 @@ def _mpirun(environ: Environment) -> ProcessInfo | None:
         if ranks.startswith("PMI_") and local_rank not in environ:
             continue  # srun sets PMI_RANK as well, and is read by its own variables
         if (pair := _pair(environ, ranks, sizes)) is not None:
-            place = ProcessInfo(
+            process = ProcessInfo(
                 launcher="mpi",
                 rank=pair[0],
                 size=pair[1],
                 local_rank=_number(environ, local_rank, pair[0]),
                 local_size=_number(environ, local_size, 1),
-                told_by=(ranks, sizes),
+                variables=(ranks, sizes),
             )
-            found.append(place)
+            found.append(process)
     if len(found) == 2 and (found[0].rank, found[0].size) != (found[1].rank, found[1].size):
         raise ArgumentError(
-            f"{found[0]} contradicts {found[1]}: unset those of the MPI that did not start this process."
+            f"{found[0]} contradicts {found[1]}: unset the variables of the MPI that did not start this process."
         )
     return found[0] if found else None
 
@@ -206,14 +205,14 @@ def _slurm(environ: Environment) -> ProcessInfo | None:
         local_size=_tasks_on(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"), node),
         address=address,
         port=_number(environ, "MASTER_PORT", 0) or _FIRST_PORT + (job * 131 + step) % _NUM_PORTS,
-        told_by=("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        variables=("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     )
 
 
-def _tasks_on(told: str, node: int) -> int:
+def _tasks_on(nodes: str, node: int) -> int:
     """Return the tasks of one node from a list like "4(x2),3"."""
     counts: list[int] = []
-    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", told):
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", nodes):
         counts += [int(number)] * int(times or 1)
     return counts[node] if node < len(counts) else 1
 

@@ -1,7 +1,7 @@
-"""The group of processes that train one network together: begun, used by a loop, and ended.
+"""The group of processes that train one network together: its start, its use in a loop, its end.
 
-Holds: `start_group`, the torch.distributed process group behind it, which of several failing ranks speaks.
-Elsewhere: the environment (place), sums over MPI (mpi), what is trained.
+Holds: `start_group`, the torch.distributed process group behind it, which of several failing ranks reports the error.
+Elsewhere: the environment (detect), sums over MPI (mpi), what is trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from apoptosis.tools.launch.mpi import MpiRanks, average_gradients, load_mpi
 
 TIMEOUT = 1800.0  # seconds, as torch.distributed has it
 _DEFER = 0.5  # seconds
-_LINGER = 3.0  # seconds in which other ranks may ask who has spoken already
+_LINGER = 3.0  # seconds in which other ranks may ask whether the error was reported
 _FAILURES = "apoptosis/failures"
 # Threads of gloo let go of the last tensors a moment after a sum, and abort a process that is at its end by then.
 _SETTLE = 0.2  # seconds
@@ -38,14 +38,14 @@ _stores: Any = dist  # its stubs leave out the stores
 class Group:
     """The processes of a run; use it as a context.
 
-    Attributes: place: how this process was started. rank, size, launcher: of it. device: where this process trains.
+    Attributes: process: how this process was started. rank, size, launcher: of it. device: where this process trains.
         ranks: sums, votes and exchanges over all processes; `ranks.run_collectively(work)` fails on all where it fails
-        on one. silent: after an error left the context: whether another rank was the first to fail, and has told it.
+        on one. reported_elsewhere: after an error left the context: whether another rank failed first and reports it.
     """
 
     def __init__(
         self,
-        place: ProcessInfo,
+        process: ProcessInfo,
         device: torch.device,
         ranks: Ranks,
         *,
@@ -53,25 +53,25 @@ class Group:
         hosts: bool = False,
         mpi: Any = None,
     ) -> None:
-        self.place, self.device, self.ranks = place, device, ranks
-        self.silent = False
+        self.process, self.device, self.ranks = process, device, ranks
+        self.reported_elsewhere = False
         self._store, self._hosts, self._mpi = store, hosts, mpi
         self._open = True
 
     @property
     def rank(self) -> int:
         """Of this process, from 0."""
-        return self.place.rank
+        return self.process.rank
 
     @property
     def size(self) -> int:
         """Number of processes."""
-        return self.place.size
+        return self.process.size
 
     @property
     def launcher(self) -> str:
         """Return "none", "torchrun", "mpi" or "slurm"."""
-        return self.place.launcher
+        return self.process.launcher
 
     def parallel(self, model: nn.Module, **options: Any) -> nn.Module:
         """Wrap a model, on `device` already, in DistributedDataParallel; one process alone gets the model itself.
@@ -146,34 +146,34 @@ class Group:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is not None and self.size > 1 and self._open:
-            if isinstance(error, RankError):  # the rank that knows why may be about to say so
+            if isinstance(error, RankError):  # the rank that knows the cause may be about to report it
                 time.sleep(_DEFER)
-            self.silent = not self._first_to_fail()
+            self.reported_elsewhere = not self._first_to_fail()
         self.close(failed=error is not None)
 
     def _first_to_fail(self) -> bool:
         try:
             return bool(self._store.add(_FAILURES, 1) == 1)
-        except RuntimeError:  # its host was killed, and has told nothing
+        except RuntimeError:  # its host was killed and reported nothing
             return True
 
     def _linger(self) -> None:
-        """Keep the store up until all others have failed and asked, so that one of them speaks and not each."""
+        """Keep the store up until all others have failed and asked, so that only one of them reports the error."""
         deadline = time.monotonic() + _LINGER
         while time.monotonic() < deadline and self._store.add(_FAILURES, 0) < self.size:
             time.sleep(0.05)
 
 
 def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float = TIMEOUT) -> Group:
-    """Begin the process group of this run, as whoever started the process says; alone where nobody did.
+    """Join the process group of this run, as the launcher set it up; without one the process is alone.
 
     Args:
         launcher: as for `detect_launcher`.
         device: "auto" (the GPU of the local rank where there is one), "cpu" or "cuda".
         timeout: seconds after which a rank that does not answer is an error.
 
-    Returns: the group: gloo on the CPU, NCCL on GPUs and gloo beside it for votes; under "mpi" sums go through MPI, and
-        a gloo group is begun besides, which DistributedDataParallel cannot be without.
+    Returns: the group: gloo on the CPU, NCCL on GPUs with gloo for votes; under "mpi" sums go through MPI, and a gloo
+        group is started for DistributedDataParallel, which needs one.
 
     Raises: ArgumentError: variables that contradict one another, a device that is not there, a missing MPI. RankError:
         the others did not come.
@@ -186,18 +186,18 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
     """
     if not timeout > 0:
         raise ArgumentError(f"timeout={timeout}: a number of seconds above 0.")
-    place, comm, mpi = detect_launcher(launcher), None, None
-    if launcher == "mpi" or (place.launcher == "mpi" and place.size > 1):
-        place, comm, mpi = _mpi_place(place)
-    target = _device(device, place)
-    if place.size == 1:
-        return Group(place, target, Ranks(), mpi=mpi)
+    process, comm, mpi = detect_launcher(launcher), None, None
+    if launcher == "mpi" or (process.launcher == "mpi" and process.size > 1):
+        process, comm, mpi = _mpi_process(process)
+    target = _device(device, process)
+    if process.size == 1:
+        return Group(process, target, Ranks(), mpi=mpi)
     if dist.is_initialized():
         raise ArgumentError(
-            "start_group() begins the process group of this run, and one has begun already: leave out "
-            "init_process_group(), or wrap the model in DistributedDataParallel yourself and go without start_group()."
+            "start_group() starts the process group of this run, and one was started already: leave out "
+            "init_process_group(), or wrap the model in DistributedDataParallel yourself and do not call start_group()."
         )
-    store, hosts = _mpi_store(comm, timeout) if comm is not None else _store(place, timeout)
+    store, hosts = _mpi_store(comm, timeout) if comm is not None else _store(process, timeout)
     nccl = target.type == "cuda"
     if nccl:
         torch.cuda.set_device(target)
@@ -205,109 +205,111 @@ def start_group(launcher: str = "auto", *, device: str = "auto", timeout: float 
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=_stores.PrefixStore("apoptosis", store),
-            rank=place.rank,
-            world_size=place.size,
+            rank=process.rank,
+            world_size=process.size,
             timeout=timedelta(seconds=timeout),
         )
     except RuntimeError as error:
-        raise _not_come(place, error) from error
+        raise _not_come(process, error) from error
     ranks = TorchRanks(dist.group.WORLD, target) if comm is None else MpiRanks(comm, timeout=timeout)
-    return Group(place, target, ranks, store=store, hosts=hosts, mpi=mpi)
+    return Group(process, target, ranks, store=store, hosts=hosts, mpi=mpi)
 
 
-def _device(name: str, place: ProcessInfo) -> torch.device:
+def _device(name: str, process: ProcessInfo) -> torch.device:
     """Return where this process trains.
 
     Raises: ArgumentError: no such device, several processes on one GPU, or GPUs under MPI.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if place.size == 1 or not name.startswith("cuda"):
+    if process.size == 1 or not name.startswith("cuda"):
         try:
             return torch.device(name)
         except RuntimeError as error:
             raise ArgumentError(f"device '{name}' is unknown: {str(error).splitlines()[0]}") from error
-    if place.launcher == "mpi":
+    if process.launcher == "mpi":
         raise ArgumentError(
             "launcher 'mpi' sums gradients that lie in the memory of the CPU, and this run has GPUs: name device "
             "'cpu', or start with torchrun or srun, where NCCL sums them."
         )
     if name != "cuda":
-        raise ArgumentError(f"device '{name}': {place.size} processes cannot share one GPU; 'cuda' gives each its own.")
-    there, wanted = torch.cuda.device_count(), max(place.local_size, place.local_rank + 1)
-    if there == 1 and place.launcher == "slurm":  # --gpus-per-task=1 shows every task its own
+        raise ArgumentError(
+            f"device '{name}': {process.size} processes cannot share one GPU; 'cuda' gives each its own."
+        )
+    there, wanted = torch.cuda.device_count(), max(process.local_size, process.local_rank + 1)
+    if there == 1 and process.launcher == "slurm":  # --gpus-per-task=1 shows every task its own
         return torch.device("cuda", 0)
     if there < wanted:  # on every process of the machine, so that none waits for one that cannot come
         raise ArgumentError(
-            f"{wanted} processes on this machine and GPUs for {there}: start fewer, or name device 'cpu'."
+            f"{wanted} processes on this machine, but it has {there} GPUs: start fewer processes, or name device 'cpu'."
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", process.local_rank)
 
 
-def _store(place: ProcessInfo, timeout: float) -> tuple[Any, bool]:
-    """Meet the others at rank 0's address; torchrun keeps the meeting place itself, and hosts nothing here."""
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and place.launcher == "torchrun"
-    assert place.address is not None
-    assert place.port is not None
-    hosts = place.rank == 0 and not agent
+def _store(process: ProcessInfo, timeout: float) -> tuple[Any, bool]:
+    """Meet the others at rank 0's address; torchrun hosts the store itself."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and process.launcher == "torchrun"
+    assert process.address is not None
+    assert process.port is not None
+    hosts = process.rank == 0 and not agent
     try:
         store = _stores.TCPStore(
-            place.address,
-            place.port,
-            place.size,
+            process.address,
+            process.port,
+            process.size,
             is_master=hosts,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
         )
     except (RuntimeError, OSError) as error:
-        raise _not_come(place, error) from error
-    return _stores.PrefixStore(f"attempt-{place.restarts}", store), hosts
+        raise _not_come(process, error) from error
+    return _stores.PrefixStore(f"attempt-{process.restarts}", store), hosts
 
 
-def _mpi_place(told: ProcessInfo) -> tuple[ProcessInfo, Any, Any]:
-    """Ask MPI itself for the place.
+def _mpi_process(detected: ProcessInfo) -> tuple[ProcessInfo, Any, Any]:
+    """Ask MPI itself for rank and size.
 
-    Raises: ArgumentError: MPI knows of another number of processes than whoever started them.
+    Raises: ArgumentError: MPI knows of another number of processes than the launcher set.
     """
     ours = "mpi4py.MPI" not in sys.modules
     mpi = load_mpi()
     comm = mpi.COMM_WORLD.Dup()
     near = comm.Split_type(mpi.COMM_TYPE_SHARED)
-    place = ProcessInfo(
+    process = ProcessInfo(
         launcher="mpi",
         rank=comm.Get_rank(),
         size=comm.Get_size(),
         local_rank=near.Get_rank(),
         local_size=near.Get_size(),
-        told_by=told.told_by,
+        variables=detected.variables,
     )
     near.Free()
-    if told.size not in (1, place.size):
+    if detected.size not in (1, process.size):
         library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip()
         raise ArgumentError(
-            f"{told}, but the MPI library that mpi4py loads ({library}) knows of {place.size} process"
-            f"{'es' if place.size > 1 else ''}: the launcher belongs to another MPI. Take the mpirun of this Python "
+            f"{detected}, but the MPI library that mpi4py loads ({library}) knows of {process.size} process"
+            f"{'es' if process.size > 1 else ''}: the launcher belongs to another MPI. Take the mpirun of this Python "
             "environment, or srun --mpi=pmix with an MPI built for it."
         )
-    return place, comm, mpi if ours else None
+    return process, comm, mpi if ours else None
 
 
 def _mpi_store(comm: Any, timeout: float) -> tuple[Any, bool]:
-    """Meet at a port that rank 0 was given by its system and has told the others by MPI."""
+    """Meet at a free port of rank 0, which sends its number by MPI."""
     from mpi4py import MPI
 
     near = comm.Split_type(MPI.COMM_TYPE_SHARED)
     host = "127.0.0.1" if near.Get_size() == comm.Get_size() else socket.gethostname()
     near.Free()
-    store, told = None, ("", 0, "")
+    store, found = None, ("", 0, "")
     limit = timedelta(seconds=timeout)
     if comm.Get_rank() == 0:
         try:
             store = _stores.TCPStore(host, 0, comm.Get_size(), is_master=True, timeout=limit, wait_for_workers=False)
-            told = (host, store.port, "")
+            found = (host, store.port, "")
         except (RuntimeError, OSError) as error:
-            told = ("", 0, str(error).splitlines()[0])
-    address, port, fault = comm.bcast(told)
+            found = ("", 0, str(error).splitlines()[0])
+    address, port, fault = comm.bcast(found)
     if fault:
         raise RankError(f"rank 0 could not open a port for the others: {fault}")
     if store is None:
@@ -322,10 +324,10 @@ def _mpi_store(comm: Any, timeout: float) -> tuple[Any, bool]:
     return store, comm.Get_rank() == 0
 
 
-def _not_come(place: ProcessInfo, error: Exception) -> RankError:
-    where = f" at {place.address}:{place.port}" if place.address else ""
+def _not_come(process: ProcessInfo, error: Exception) -> RankError:
+    where = f" at {process.address}:{process.port}" if process.address else ""
     return RankError(
-        f"rank {place.rank} of {place.size} did not meet the others{where} ({place.launcher}): "
+        f"rank {process.rank} of {process.size} did not meet the others{where} ({process.launcher}): "
         f"{str(error).splitlines()[0]}"
     )
 

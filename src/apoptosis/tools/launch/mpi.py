@@ -1,10 +1,10 @@
 """Sums over MPI: gradients while backward still runs, and moments, votes and exchanges of events.
 
-Holds: `MpiRanks`, the thread that speaks MPI, and the communication hook of DistributedDataParallel.
-Elsewhere: how processes are started and found (place, group).
+Holds: `MpiRanks`, the thread that makes all MPI calls, and the communication hook of DistributedDataParallel.
+Elsewhere: how processes are started and found (detect, group).
 
-MPI is spoken by one thread alone, which starts reductions without blocking and looks after all that are under way. So
-calls have the order in which they were asked for, the same on every rank, backward goes on meanwhile, no core spins,
+One thread makes all calls of MPI: it starts reductions without blocking and polls those under way. So calls have the
+order in which they were asked for, the same on every rank, backward goes on meanwhile, no core spins,
 and a rank that does not answer is an error after `timeout` seconds (MPI itself waits for ever).
 """
 
@@ -44,7 +44,7 @@ class _Job(NamedTuple):
 class MpiRanks(Ranks):
     """The ranks of an MPI communicator.
 
-    Args: comm: of mpi4py, used by nobody else from now on. timeout: seconds to wait for other ranks.
+    Args: comm: of mpi4py, for this object alone from now on. timeout: seconds to wait for other ranks.
 
     Sums are MPI_Iallreduce: every rank has the same bits wherever the library adds in the same order for all, as MPI
     recommends; events compare checksums of all parameters, so that a library that does not is found out.
@@ -93,8 +93,8 @@ class MpiRanks(Ranks):
         found = torch.empty(int(sizes.sum()), dtype=torch.uint8, device="cpu")
         parts = (found.numpy(), sizes.tolist())
         self._wait("an exchange", lambda: self._comm.Iallgatherv(own.numpy(), parts))
-        told = [pickle.loads(part.numpy().tobytes()) for part in torch.split(found, sizes.tolist())]
-        return self._heard(value, told)
+        values = [pickle.loads(part.numpy().tobytes()) for part in torch.split(found, sizes.tolist())]
+        return self._heard(value, values)
 
     def all(self, vote: bool) -> bool:
         """Vote by one number."""
@@ -111,8 +111,8 @@ class MpiRanks(Ranks):
         wide.div_(self.size)
         future: torch.futures.Future[Exception | None] = torch.futures.Future()
 
-        def finish(told: torch.futures.Future[Exception | None]) -> Tensor:
-            if (error := told.value()) is not None:
+        def finish(done: torch.futures.Future[Exception | None]) -> Tensor:
+            if (error := done.value()) is not None:
                 raise error
             return gradients if wide is gradients else gradients.copy_(wide)
 
@@ -208,7 +208,7 @@ def average_gradients(ranks: MpiRanks, bucket: GradBucket) -> torch.futures.Futu
 
 
 def load_mpi() -> Any:
-    """Import mpi4py and initialise MPI; who imported it first also says how it ends.
+    """Import mpi4py and initialise MPI; whichever code imported it first also decides how it ends.
 
     Returns: the module, and MPI ends by `MPI.Finalize()` where this function began it (not at exit: a process that
         failed would wait there for the others).

@@ -1,13 +1,13 @@
-"""Twins: the same network with and without apoptosis, epoch by epoch in one process.
+"""Paired runs: the same network with and without apoptosis, epoch by epoch in one process.
 
-Holds: the order in which twins train, and the record of all seeds. Elsewhere: steps (loop), tables.
-Interleaving keeps the comparison fair: whatever else the machine does meets both contestants alike, and which of them
-goes first alternates.
+Holds: the order in which they train, and the record of all seeds. Elsewhere: steps (loop), tables.
+Interleaving keeps the comparison fair: whatever else the machine does meets both runs alike, and which of them goes
+first alternates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,9 @@ from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.datasets import Dataset
 from apoptosis.tools.recipes.folder import RunFolder
 from apoptosis.tools.recipes.interrupt import Interrupt
-from apoptosis.tools.recipes.loop import Epoch, Trainer, Watcher
-from apoptosis.tools.recipes.machine import machine, versions
-from apoptosis.tools.recipes.results import SCHEMA, Pair, finish, overall
+from apoptosis.tools.recipes.loop import SILENT, Epoch, Trainer, Watcher
+from apoptosis.tools.recipes.results import METHODS, Pair, finish, overall
 from apoptosis.tools.recipes.train import prepare
-
-CONTESTANTS = ("dense", "apoptosis")
 
 
 def compare(
@@ -30,17 +27,15 @@ def compare(
     config: RunConfig,
     seeds: Sequence[int],
     *,
-    watch: Watcher | None = None,
-    announce: Callable[[Pair], None] | None = None,
+    watch: Watcher = SILENT,
 ) -> dict[str, Any]:
-    """Train twins for every seed; returns the summary that is also written into the folder.
+    """Train a pair of runs for every seed; returns the summary that is also written into the folder.
 
     Args:
         folder: gets the log, the summary and the final networks.
-        config: the run; its `seed` and `apoptosis` are set per contestant.
-        seeds: one pair of twins each, trained one pair after the other.
-        watch: told of progress.
-        announce: told of every pair that is done.
+        config: the run; its `seed` and `apoptosis` are set for each run.
+        seeds: one pair of runs each, trained one pair after the other.
+        watch: sees the progress.
 
     Raises: as `train`; what is logged stays.
     """
@@ -49,52 +44,43 @@ def compare(
     pairs = []
     with Interrupt() as interrupt:
         for seed in seeds:
-            pair = _twins(folder, config, seed, data, device, interrupt, watch)
+            pair = _paired_runs(folder, config, seed, data, device, interrupt, watch)
             pairs.append(pair)
             if config.calibration is None:  # one for all seeds: later timings are reported and never decide
                 config = config.model_copy(update={"calibration": pair.calibration})
-            if announce is not None:
-                announce(pair)
-    summary = {
-        "kind": "compare",
-        "schema": SCHEMA,
-        "config": config.model_dump(mode="json"),
-        "seeds": list(seeds),
-        "versions": versions(),
-        "machine": machine(device),
-        "runs": [pair.as_dict() for pair in pairs],
-        "overall": overall(pairs),
-    }
-    folder.finish(summary)
-    return summary
+    return folder.finish(
+        "compare",
+        config=config.model_dump(mode="json"),
+        seeds=list(seeds),
+        runs=[pair.as_dict() for pair in pairs],
+        overall=overall(pairs),
+    )
 
 
-def _twins(
+def _paired_runs(
     folder: RunFolder,
     config: RunConfig,
     seed: int,
     data: Dataset,
     device: torch.device,
     interrupt: Interrupt,
-    watch: Watcher | None,
+    watch: Watcher,
 ) -> Pair:
     events: list[Mapping[str, Any]] = []
     trainers, epochs = {}, {}
-    for name in CONTESTANTS:
+    for name in METHODS:
         own = config.model_copy(update={"seed": seed, "apoptosis": name == "apoptosis"})
         log = folder.event_logger(seed, events) if own.apoptosis else None
         trainers[name] = Trainer(own, data, device, log=log, interrupt=interrupt)
         epochs[name] = list[Epoch]()
     for number in range(config.epochs):
-        for name in CONTESTANTS if (number + seed) % 2 == 0 else CONTESTANTS[::-1]:
+        for name in METHODS if (number + seed) % 2 == 0 else METHODS[::-1]:
             epoch = trainers[name].run_epoch(watch)
             epochs[name].append(epoch)
-            folder.add_epoch(name, seed, epoch, data.metric)
-            if config.tensorboard:
-                folder.add_scalars(name, seed, epoch)
+            folder.add_epoch(trainers[name], epoch)
             if interrupt.requested:
                 raise KeyboardInterrupt
-    results = {name: finish(trainers[name], epochs[name]) for name in CONTESTANTS}
+    results = {name: finish(trainers[name], epochs[name]) for name in METHODS}
     for name, trainer in trainers.items():
         path = folder.path / f"{name}-seed{seed}.safetensors"
         save(path, trainer.model, config=trainer.config.model_dump(mode="json"))

@@ -6,6 +6,7 @@ Holds: `RunConfig`, whose fields are the options of the command. Elsewhere: what
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -134,10 +135,15 @@ class RunConfig(BaseModel):
         with replacing(path) as partial:
             partial.write_text(self.model_dump_json(indent=2) + "\n")
 
-    @field_validator("data", "network", "activation")
+    @field_validator("data", "network", "activation", "criterion")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        known = {"data": DATASETS, "network": NETWORKS, "activation": ACTIVATIONS}[info.field_name]
+        known: Collection[str] = {
+            "data": DATASETS,
+            "network": NETWORKS,
+            "activation": ACTIVATIONS,
+            "criterion": criteria(),
+        }[info.field_name]
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
@@ -163,5 +169,7 @@ def resolve_device(name: str) -> torch.device:
         torch.zeros(1, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
-        raise ArgumentError(f"--device: '{name}' is not there ({why}).") from error
+        raise ArgumentError(
+            f"--device: '{name}' cannot be used here ({why}). Use auto, cpu, cuda or cuda:N."
+        ) from error
     return device

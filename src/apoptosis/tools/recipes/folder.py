@@ -19,9 +19,10 @@ from apoptosis.decide.log import EventLog, to_json
 from apoptosis.errors import ArgumentError, DataError
 from apoptosis.storage.files import replacing
 from apoptosis.tools.recipes.config import RunConfig
-from apoptosis.tools.recipes.loop import Epoch, LogRecord
+from apoptosis.tools.recipes.loop import Epoch, LogRecord, Trainer
 from apoptosis.tools.recipes.machine import machine, versions
 
+SCHEMA = 1  # of summaries
 CONFIG, LOG, SUMMARY, CHECKPOINT = "config.json", "events.jsonl", "summary.json", "last.safetensors"
 
 
@@ -60,70 +61,58 @@ class RunFolder:
         """Where the last checkpoint lies."""
         return self.path / CHECKPOINT
 
-    def config(self) -> RunConfig:
-        """Read the run's configuration.
-
-        Raises: DataError: missing or not readable.
-        """
-        return RunConfig.read(self.path / CONFIG)
-
     def begin(self, config: RunConfig, device: torch.device, **more: Any) -> None:
         """Write configuration, versions and machine; from here on the folder is that of a run."""
-        if not self._writes:
-            return
-        self._begun = True
-        config.write(self.path / CONFIG)
-        self._log.append(
-            "run", config=config.model_dump(mode="json"), versions=versions(), machine=machine(device), **more
-        )
+        self._head = {"config": config.model_dump(mode="json"), "versions": versions(), "machine": machine(device)}
+        if self._writes:
+            self._begun = True
+            config.write(self.path / CONFIG)
+            self._log.append("run", **self._head, **more)
 
     def event_logger(self, seed: int, kept: list[Mapping[str, Any]] | None = None) -> LogRecord:
         """Return what apoptosis' records are to be given to; `kept` collects the events among them as well."""
 
         def log(record: Mapping[str, Any]) -> None:
             fields = {key: value for key, value in record.items() if key not in ("kind", "time")}
-            self.add(str(record.get("kind", "event")), contestant="apoptosis", seed=seed, **fields)
+            self.add(str(record.get("kind", "event")), method="apoptosis", seed=seed, **fields)
             if kept is not None and record.get("kind", "event") == "event":
                 kept.append(fields)
 
         return log
 
-    def add_epoch(self, contestant: str, seed: int, epoch: Epoch, metric_name: str) -> None:
-        """Log one epoch of one contestant."""
-        self.add("epoch", contestant=contestant, seed=seed, metric_name=metric_name, **asdict(epoch))
+    def add_epoch(self, trainer: Trainer, epoch: Epoch) -> None:
+        """Log one epoch of a run, for TensorBoard, too, where that is asked for."""
+        fields = asdict(epoch)
+        method, seed = trainer.method, trainer.config.seed
+        self.add("epoch", method=method, seed=seed, metric_name=trainer.data.metric, **fields)
+        if trainer.config.tensorboard and self._writes:
+            self._add_scalars(f"{method}-seed{seed}", epoch)
 
     def add(self, kind: str, **fields: Any) -> None:
         """Log a record of another kind."""
         if self._writes:
             self._log.append(kind, **fields)
 
-    def add_scalars(self, contestant: str, seed: int, epoch: Epoch) -> None:
+    def _add_scalars(self, name: str, epoch: Epoch) -> None:
         """Write one epoch's scalars for TensorBoard, below tensorboard/."""
-        if not self._writes:
-            return
-        name = f"{contestant}-seed{seed}"
         if name not in self._scalars:
             from torch.utils.tensorboard import SummaryWriter
 
             self._scalars[name] = SummaryWriter(str(self.path / "tensorboard" / name))
-        writer = self._scalars[name]
-        values: dict[str, float | None] = {
-            "loss": epoch.loss,
-            "metric": epoch.metric,
-            "seconds": epoch.seconds,
-            "parameters": epoch.parameters,
-            "macs": epoch.macs,
-        }
+        values = {key: getattr(epoch, key) for key in ("loss", "metric", "seconds", "parameters", "macs")}
         values |= {f"width/{group}": width for group, width in epoch.widths.items()}
         for tag, value in values.items():
             if value is not None:
-                writer.add_scalar(tag, value, epoch.step)
+                self._scalars[name].add_scalar(tag, value, epoch.step)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Log the summary and write it as JSON."""
-        self.add("summary", **{k: v for k, v in summary.items() if k not in ("kind", "time")})
+    def finish(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Log the summary and write it as JSON; return it."""
+        summary = {"schema": SCHEMA, **self._head, **fields}
+        self.add("summary", **summary)
+        summary = {"kind": kind, **summary}
         if self._writes:
             write_json(self.path / SUMMARY, summary)
+        return summary
 
     def close(self) -> None:
         """Close what is open; closing twice does nothing. A folder whose run never began is removed if it is empty."""

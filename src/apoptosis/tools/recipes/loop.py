@@ -1,9 +1,9 @@
-"""The training loop behind the command: one contestant, epoch by epoch.
+"""The training loop behind the command: one run, epoch by epoch.
 
 Holds: `Trainer`, the same for a network with and without apoptosis, used by train and compare alike.
-Elsewhere: folders, logs, displays; which contestant goes when.
+Elsewhere: folders, logs, displays; the order of paired runs.
 Everything random in an epoch follows from (seed, epoch): the order of the examples, and the generator that dropout
-draws from. So twins see the same, and a run can be continued in the middle of an epoch.
+draws from. So paired runs see the same, and a run can be continued in the middle of an epoch.
 
 Several processes train one network: each takes its rows of every batch, and weights its loss by their number, so that
 the averaged gradient is that of the mean over the batch, whether the rows divide or not.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,8 @@ Record = dict[str, Any]
 LogRecord = Callable[[Mapping[str, Any]], None]
 
 
-class Watcher(Protocol):
-    """Told of progress; must be quick, for its time counts as training."""
+class Watcher:
+    """Sees a run's progress; this one shows nothing. Must be quick, for its time counts as training."""
 
     def step(self, trainer: Trainer, loss: float) -> None:
         """Every CHECK_EVERY steps: mean loss of the epoch so far."""
@@ -61,6 +61,9 @@ class Watcher(Protocol):
 
     def epoch(self, trainer: Trainer, epoch: Epoch) -> None:
         """After an epoch and its evaluation."""
+
+
+SILENT = Watcher()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +101,13 @@ class Trainer:
     Args:
         config: the run. data: parts on the device already (see `Part.resident`). device: where to train.
         log: gets apoptosis' own records.
-        interrupt: asked after every step; None when nobody may interrupt.
+        interrupt: asked after every step; None for a run that cannot be interrupted.
         group: the processes that train together, each with a Trainer of its own; None for one alone. Everything below
             is collective then: all of them call it.
 
     `seconds` is wall time of training so far: setting apoptosis up and all it does included, evaluation excluded;
     `evaluation_seconds` is the rest of the run. `put_off`: done once, after the first step of an epoch that leaves
-    nobody `watching`; its time is no training time.
+    no window open on any rank; its time is no training time.
     """
 
     def __init__(
@@ -165,6 +168,11 @@ class Trainer:
         )
 
     @property
+    def method(self) -> str:
+        """How the run is called in logs and results."""
+        return "dense" if self.apo is None else "apoptosis"
+
+    @property
     def finished(self) -> bool:
         """Whether all epochs are done."""
         return self.step >= self.total_steps
@@ -194,7 +202,7 @@ class Trainer:
             self._macs = (size, num_macs(self.model, self.data.shape))
         return self._macs[1]
 
-    def run_epoch(self, watch: Watcher | None = None) -> Epoch:
+    def run_epoch(self, watch: Watcher = SILENT) -> Epoch:
         """Train to the end of the current epoch, then evaluate on the validation part.
 
         Raises: NonFiniteError: the loss is NaN or infinite. Stopped: asked for by `interrupt`, after a whole
@@ -220,8 +228,7 @@ class Trainer:
             macs=self.macs(),
             widths=self.widths(),
         )
-        if watch is not None:
-            watch.epoch(self, done)
+        watch.epoch(self, done)
         return done
 
     def evaluate_on(self, which: str) -> float:
@@ -230,7 +237,7 @@ class Trainer:
         part = self.data.validation if which == "validation" else self.data.test
         ranks = self.group.ranks
 
-        def value_of_rank_0() -> float:  # whose running averages of BatchNorm are those of the run
+        def value_of_rank_0() -> float:  # the running averages of its BatchNorm are those of the run
             return evaluate(self.model, part, self.data.metric, self.device) if ranks.rank == 0 else 0.0
 
         value = ranks.first(ranks.run_collectively(value_of_rank_0))
@@ -270,7 +277,7 @@ class Trainer:
         self.step = step
         several.take_layouts(self.parallel, state.get("buckets", ()))
 
-    def _train(self, watch: Watcher | None) -> None:
+    def _train(self, watch: Watcher) -> None:
         """Run the steps that are left of the current epoch."""
         data, model, optimizer, apo = self.data.train, self.parallel, self.optimizer, self.apo
         own, alone = self._share, self.group.size == 1
@@ -290,10 +297,8 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
             optimizer.step()
-            if apo is not None:
-                event = apo.step()
-                if event and watch is not None:
-                    watch.event(self, event)
+            if apo is not None and (event := apo.step()):
+                watch.event(self, event)
             self._loss_sum += loss.detach()
             self.step += 1
             if self.step % CHECK_EVERY == 0:
@@ -336,15 +341,14 @@ class Trainer:
             return float(self._loss_sum)
         return float(self.group.ranks.total(self._loss_sum)) / self.group.size
 
-    def _check(self, epoch: int, done: int, watch: Watcher | None) -> None:
+    def _check(self, epoch: int, done: int, watch: Watcher) -> None:
         mean = self._loss() / done
         if not math.isfinite(mean):
             raise NonFiniteError(
                 f"the training loss is {mean} by step {self.step} (epoch {epoch + 1}); "
                 f"lower --lr (now {self.config.lr:g}) or check the data."
             )
-        if watch is not None:
-            watch.step(self, mean)
+        watch.step(self, mean)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.config.precision == "bf16":

@@ -1,4 +1,4 @@
-"""What a run amounts to: the numbers of one contestant, of a pair of twins, and of all seeds together.
+"""What a run amounts to: the numbers of one run, of a pair of runs, and of all seeds together.
 
 Holds: these records and their arithmetic. Elsewhere: any measuring.
 """
@@ -12,12 +12,12 @@ from typing import Any
 from apoptosis.tools.recipes.loop import Epoch, Trainer
 
 Record = dict[str, Any]
-SCHEMA = 1
+METHODS = ("dense", "apoptosis")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One contestant at the end of its run.
+    """One run at its end.
 
     seconds_training: wall time of training, apoptosis included; seconds_run: evaluations included as well.
     step_seconds: seconds_training over steps; last_step_seconds: the same over the last epoch alone.
@@ -25,7 +25,7 @@ class Result:
     macs: multiply-adds per example. apoptosis_seconds, hook_seconds: None without apoptosis.
     """
 
-    contestant: str
+    method: str
     seed: int
     steps: int
     seconds_training: float
@@ -46,7 +46,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Twins of one seed. ledger: what the removals cost at most, as plain values and as text."""
+    """Both runs of one seed. ledger: what the removals cost at most, as plain values and as text."""
 
     seed: int
     dense: Result
@@ -81,7 +81,7 @@ def finish(trainer: Trainer, epochs: Sequence[Epoch]) -> Result:
     test_metric = trainer.evaluate_on("test")
     apo = trainer.apo
     return Result(
-        contestant="dense" if apo is None else "apoptosis",
+        method=trainer.method,
         seed=trainer.config.seed,
         steps=trainer.step,
         seconds_training=trainer.seconds,
@@ -118,8 +118,8 @@ def overall(pairs: Sequence[Pair]) -> Record:
     """All seeds together: speed-ups as ratios of summed seconds, everything else as means over the seeds."""
     records = [pair.as_dict() for pair in pairs]
 
-    def mean(key: str, side: str | None = None) -> float:
-        values = [record[key] if side is None else record[side][key] for record in records]
+    def mean(key: str, method: str | None = None) -> float:
+        values = [record[key] if method is None else record[method][key] for record in records]
         return float(sum(values) / len(values))
 
     def ratio(key: str) -> float:
@@ -127,21 +127,15 @@ def overall(pairs: Sequence[Pair]) -> Record:
 
     reached = [record["seconds_to_dense_metric"] for record in records]
     known = [seconds for seconds in reached if seconds is not None]
+    means = ("test_metric", "step_seconds", "parameters", "macs")
     return {
         "num_seeds": len(records),
         "speedup_run": ratio("seconds_run"),
         "speedup_training": ratio("seconds_training"),
-        "test_metric_dense": mean("test_metric", "dense"),
-        "test_metric_apoptosis": mean("test_metric", "apoptosis"),
-        "test_metric_difference": mean("test_metric_difference"),
-        "step_seconds_dense": mean("step_seconds", "dense"),
-        "step_seconds_apoptosis": mean("step_seconds", "apoptosis"),
-        "parameters_dense": mean("parameters", "dense"),
-        "parameters_apoptosis": mean("parameters", "apoptosis"),
         "parameters_ratio": ratio("parameters"),
-        "macs_dense": mean("macs", "dense"),
-        "macs_apoptosis": mean("macs", "apoptosis"),
         "macs_ratio": ratio("macs"),
+        "test_metric_difference": mean("test_metric_difference"),
+        **{f"{key}_{method}": mean(key, method) for key in means for method in METHODS},
         "apoptosis_share": mean("apoptosis_seconds", "apoptosis") / mean("seconds_run", "apoptosis"),
         "num_seeds_reaching_dense_metric": len(known),
         "seconds_to_dense_metric": sum(known) / len(known) if len(known) == len(reached) else None,

@@ -1,4 +1,4 @@
-"""What the training loop does otherwise when several processes train one network.
+"""What the training loop does differently when several processes train one network.
 
 Holds: each process's rows, the random state of its dropout, the buckets of its gradients, and the vote on
 stopping. Elsewhere: the steps (loop), the processes themselves (apoptosis.tools.launch).
@@ -43,7 +43,7 @@ def batch_share(group: Group, batch: int) -> slice:
 
 
 def probe_share(group: Group, rows: int) -> tuple[int, int]:
-    """Return where this rank's probe rows begin and end: equal shares, of which limits speak; a rest is left out.
+    """Return where this rank's probe rows begin and end: equal shares, which limits assume; a rest is left out.
 
     Raises: ArgumentError: fewer rows than ranks.
     """
@@ -99,7 +99,7 @@ def bucket_layouts(parallel: nn.Module) -> list[dict[str, Any] | None]:
 
 
 def take_layouts(parallel: nn.Module, layouts: Sequence[dict[str, Any] | None]) -> None:
-    """Sum gradients in the buckets that a checkpoint tells of, the same on all processes."""
+    """Sum gradients in the buckets that a checkpoint holds, the same on all processes."""
     wrappers = wrappers_of(parallel)
     rebuild_wrappers(wrappers, unwrapped(parallel), layouts=read_layouts(wrappers, layouts))
 

@@ -21,9 +21,8 @@ from apoptosis.tools.recipes.config import RunConfig, resolve_device
 from apoptosis.tools.recipes.datasets import Dataset, load_dataset
 from apoptosis.tools.recipes.folder import RunFolder
 from apoptosis.tools.recipes.interrupt import Interrupt, Stopped
-from apoptosis.tools.recipes.loop import Epoch, Trainer, Watcher
-from apoptosis.tools.recipes.machine import machine, versions
-from apoptosis.tools.recipes.results import SCHEMA, Result, finish
+from apoptosis.tools.recipes.loop import SILENT, Epoch, Trainer, Watcher
+from apoptosis.tools.recipes.results import Result, finish
 from apoptosis.tools.recipes.several import INTERRUPT_GRACE, threads_of_one
 
 LONGEST_PUT_OFF = 600.0  # seconds; then a checkpoint of several processes is written inside a window too
@@ -42,7 +41,7 @@ def prepare(config: RunConfig, group: Group | None = None) -> tuple[Dataset, tor
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     elif several and group is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_of_one(group.place.local_size))
+        torch.set_num_threads(threads_of_one(group.process.local_size))
     data = load_dataset(
         config.data,
         data_dir=None if config.data_dir is None else Path(config.data_dir),
@@ -108,7 +107,7 @@ def train(
     config: RunConfig,
     *,
     resume: bool = False,
-    watch: Watcher | None = None,
+    watch: Watcher = SILENT,
     group: Group | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or on to the end; returns the summary that is also written into the folder.
@@ -126,7 +125,6 @@ def train(
     """
     each = Ranks().run_collectively if group is None else group.ranks.run_collectively
     data, device = each(lambda: prepare(config, group))
-    contestant = "apoptosis" if config.apoptosis else "dense"
     several = group is not None and group.size > 1
     with Interrupt(grace=INTERRUPT_GRACE if several else 0.0) as interrupt:
         log = folder.event_logger(config.seed)
@@ -141,9 +139,7 @@ def train(
             while not trainer.finished:
                 epoch = trainer.run_epoch(watch)
                 epochs.append(epoch)
-                folder.add_epoch(contestant, config.seed, epoch, data.metric)
-                if config.tensorboard:
-                    folder.add_scalars(contestant, config.seed, epoch)
+                folder.add_epoch(trainer, epoch)
                 if checkpoints.after_epoch() and not trainer.finished:
                     raise KeyboardInterrupt
         except Stopped:
@@ -178,22 +174,13 @@ class _Checkpoints:
 
 
 def _summary(folder: RunFolder, trainer: Trainer, result: Result) -> dict[str, Any]:
-    config, apo = trainer.config, trainer.apo
-    summary: dict[str, Any] = {
-        "kind": "train",
-        "schema": SCHEMA,
-        "config": config.model_dump(mode="json"),
-        "versions": versions(),
-        "machine": machine(trainer.device),
-        "result": result,
-    }
+    apo, fields = trainer.apo, dict[str, Any]()
     if apo is not None:
         ledger = apo.ledger()
-        summary |= {"ledger": ledger.as_dict(), "ledger_text": str(ledger)}
-        folder.add("ledger", seed=config.seed, ledger=ledger.as_dict(), text=str(ledger))
+        fields = {"ledger": ledger.as_dict(), "ledger_text": str(ledger)}
+        folder.add("ledger", seed=trainer.config.seed, ledger=ledger.as_dict(), text=str(ledger))
         apo.close()
-    folder.finish(summary)
-    return summary
+    return folder.finish("train", result=result, **fields)
 
 
 def _epoch_fields(epoch: Epoch) -> dict[str, Any]:

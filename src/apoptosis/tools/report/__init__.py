@@ -22,7 +22,7 @@ PLOTS = "plots"
 def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
     """Write the report of a run: one HTML page that needs nothing else, and its plots as PNG files.
 
-    Whatever the log does not hold yet (a twin without apoptosis, events, a ledger) is a sentence on the page.
+    Whatever the log does not hold yet (a paired run without apoptosis, events, a ledger) is a sentence on the page.
 
     Args:
         run_dir: folder of a run, with its `events.jsonl`; the plots go to `run_dir/plots/`.

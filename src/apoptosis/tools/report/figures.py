@@ -234,7 +234,7 @@ def _learning(run: RunData) -> Drawn | str:
     drawn = _over_time(run, {"loss": "training loss", "metric": f"validation {metric}"}, draw)
     if drawn is None:
         return "The log has no finished epoch yet."
-    alone = " This run has no twin without apoptosis; the command apoptosis compare trains one beside it."
+    alone = " This run has no paired run without apoptosis; the command apoptosis compare trains both."
     return Drawn(drawn[0], f"Line plots over training time. {drawn[1]}.", alone if run.curve(DENSE) is None else "")
 
 
@@ -323,15 +323,15 @@ def _time(run: RunData) -> Drawn | str:
         if d and a and d.points("epoch", "seconds")[0] and a.points("epoch", "seconds")[0]
     ]
     if not both:
-        why = "This run has no twin without apoptosis, so no time saved can be told."
+        why = "This run has no paired run without apoptosis, so the time saved is not known."
         return why if run.curves else "The log has no epoch yet."
     fig, (ax,) = _axes(1)
     said = []
     for dense, apo, seed in both:
         for curve in (dense, apo):
             x, y = curve.points("epoch", "seconds")
-            look = LOOKS[curve.contestant] | {"markersize": 4}
-            ax.plot([0.0, *x], [0.0, *y], label=_once(ax, _name(curve.contestant)), **look)
+            look = LOOKS[curve.method] | {"markersize": 4}
+            ax.plot([0.0, *x], [0.0, *y], label=_once(ax, _name(curve.method)), **look)
         if len(both) == 1:
             x, low, high = _shared(apo, dense)
             ax.fill_between([0.0, *x], [0.0, *low], [0.0, *high], color=APOPTOSIS_COLOUR, alpha=0.12, linewidth=0)
@@ -384,8 +384,8 @@ def _lines(run: RunData) -> list[tuple[str, int]]:
     return [(c, s) for c in (DENSE, APOPTOSIS) for s in run.seeds if run.curve(c, s)]
 
 
-def _name(contestant: str) -> str:
-    return "with apoptosis" if contestant == APOPTOSIS else "without"
+def _name(method: str) -> str:
+    return "with apoptosis" if method == APOPTOSIS else "without"
 
 
 def _once(ax: Axes, label: str) -> str:

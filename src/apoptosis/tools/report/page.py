@@ -73,7 +73,9 @@ def _lead(run: RunData) -> str:
             f"{num_events} event{'s' * (num_events != 1)} removed channels while the network trained{seeds}.{back}"
         ]
     if run.curve(DENSE) is None and run.curves:
-        said += ["The run has no twin without apoptosis, so there is nothing to compare its time and metric with."]
+        said += [
+            "The run has no paired run without apoptosis, so there is nothing to compare its time and metric with."
+        ]
     if run.summary is None and not run.ledgers:
         said += ["The log has no ledger and no summary: the run goes on, or it was interrupted."]
     return " ".join(s for s in said if s)
@@ -104,11 +106,11 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
             first, last = (_mean([y[i] for y in sizes if y]) or 0.0 for i in (0, -1))
             fewer = "unchanged" if shrunk == 1 else f"{times(shrunk)} fewer"
             tiles.append((label, fewer, f"{short_number(first)} to {short_number(last)}"))
-    for contestant, words in ((APOPTOSIS, "with apoptosis"), (DENSE, "without")):
-        test = summary_value(run, "overall", f"test_metric_{contestant}")
-        if test is None and [c.contestant for c in run.curves] == [contestant]:
+    for method, words in ((APOPTOSIS, "with apoptosis"), (DENSE, "without")):
+        test = summary_value(run, "overall", f"test_metric_{method}")
+        if test is None and [c.method for c in run.curves] == [method]:
             test = summary_value(run, "result", "test_metric")
-        values = [c.last("metric") for c in run.curves if c.contestant == contestant]
+        values = [c.last("metric") for c in run.curves if c.method == method]
         over = f"mean of {len(values)} seeds, " if len(values) > 1 else ""
         if test is not None:
             tiles.append(

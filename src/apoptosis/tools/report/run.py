@@ -1,4 +1,4 @@
-"""From the log's records to what the page tells: curves, events, widths, times.
+"""From the log's records to the data of the page: curves, events, widths, times.
 
 Holds: pure reading and sorting of records. Elsewhere: any drawing or markup.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from apoptosis.decide.log import read_events
 from apoptosis.errors import DataError
@@ -25,9 +26,9 @@ _LARGEST = 1e100  # beyond, axes overflow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """The epochs of one contestant ("dense" or "apoptosis") with one seed, in order."""
+    """The epochs of one method ("dense" or "apoptosis") with one seed, in order."""
 
-    contestant: str
+    method: str
     seed: int
     epochs: tuple[Record, ...]
 
@@ -70,9 +71,9 @@ class RunData:
         names = [e["metric_name"] for c in self.curves for e in c.epochs if isinstance(e.get("metric_name"), str)]
         return names[-1] if names else "metric"
 
-    def curve(self, contestant: str, seed: int | None = None) -> Curve | None:
-        """Return the contestant's curve; the first seed's by default."""
-        found = [c for c in self.curves if c.contestant == contestant and seed in (None, c.seed)]
+    def curve(self, method: str, seed: int | None = None) -> Curve | None:
+        """Return the method's curve; the first seed's by default."""
+        found = [c for c in self.curves if c.method == method and seed in (None, c.seed)]
         return found[0] if found else None
 
     def shared_seconds(self) -> tuple[float, float]:
@@ -108,21 +109,21 @@ class RunData:
             line.append((max([*ends, line[-1][0]]), line[-1][1]))
         return lines
 
-    def size_over_time(self, contestant: str, seed: int, key: str) -> tuple[list[float], list[float]]:
+    def size_over_time(self, method: str, seed: int, key: str) -> tuple[list[float], list[float]]:
         """(training seconds, parameters or MACs): a staircase that falls at the events.
 
         Events are placed in time by their step, linearly between the two epoch ends around it.
         """
-        curve = self.curve(contestant, seed)
+        curve = self.curve(method, seed)
         if curve is None:
             return [], []
         steps = [0.0, *curve.points("step", "seconds")[0]]
         seconds = [0.0, *curve.points("step", "seconds")[1]]
         points = list(zip(*curve.points("seconds", key), strict=True))
-        if contestant == APOPTOSIS:
+        if method == APOPTOSIS:
             unit = self._epoch_unit(curve, key)
             for event in self.committed(seed):
-                at = interpolate(step_of(event), steps, seconds)
+                at = float(np.interp(step_of(event), steps, seconds))
                 points += [(at, unit * size) for size in before_after(event, key)]
         if points:  # the network begins as wide as it ever is
             points.append((0.0, max(size for _, size in points)))
@@ -157,23 +158,22 @@ def read_run(run_dir: Path) -> RunData:
             f"'{run_dir}' is not a run folder: it has no {LOG}; give the folder that train or compare wrote"
         )
     records = read_events(run_dir / LOG)
-    kept = _superseded_left_out(records)
     curves: dict[tuple[int, str], list[Record]] = {}
     events: dict[int, list[Record]] = {}
     attempts: dict[int, list[Record]] = {}
-    for record in kept:
+    for record in _superseded_left_out(records):
+        seed = seed_of(record)
         if record["kind"] == "epoch":
-            curves.setdefault((seed_of(record), str(record.get("contestant", APOPTOSIS))), []).append(record)
-        elif record["kind"] == "event":
-            events.setdefault(seed_of(record), []).append(record)
-        elif record["kind"] == "attempt":
-            attempts.setdefault(seed_of(record), []).append(record)
+            method = record.get("method", record.get("contestant", APOPTOSIS))  # the latter in older logs
+            curves.setdefault((seed, str(method)), []).append(record)
+        else:
+            (events if record["kind"] == "event" else attempts).setdefault(seed, []).append(record)
     of_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("run", "ledger", "summary")}
     ledgers = {seed_of(r): r for r in of_kind["ledger"]}
     return RunData(
         name=run_dir.resolve().name,
         run=of_kind["run"][-1] if of_kind["run"] else {},
-        curves=tuple(Curve(contestant=c, seed=s, epochs=tuple(e)) for (s, c), e in sorted(curves.items())),
+        curves=tuple(Curve(method=c, seed=s, epochs=tuple(e)) for (s, c), e in sorted(curves.items())),
         events={seed: tuple(e) for seed, e in events.items()},
         ledgers=tuple(ledgers.values()),
         summary=of_kind["summary"][-1] if of_kind["summary"] else None,
@@ -239,19 +239,6 @@ def measured_points(events: Iterable[Record], name: str) -> list[tuple[float, fl
     """Return (step, value) of every event that measured `name`."""
     pairs = [(step_of(e), number(_mapping(e.get("measured")).get(name))) for e in events]
     return [(step, value) for step, value in pairs if value is not None]
-
-
-def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
-    """Piecewise linear through (xs, ys), xs ascending; constant outside.
-
-    Example:
-        >>> interpolate(5.0, [0.0, 10.0], [0.0, 4.0]), interpolate(99.0, [0.0, 10.0], [0.0, 4.0])
-        (2.0, 4.0)
-    """
-    for (x0, x1), (y0, y1) in zip(pairwise(xs), pairwise(ys), strict=True):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
-    return ys[-1]
 
 
 def _superseded_left_out(records: Iterable[Record]) -> list[Record]:

@@ -28,12 +28,12 @@ LEDGER_WORDS = {
     "macs": "multiply-adds per example, before and after",
     "accuracy_cost": "upper limit on the cost in accuracy, before training went on (a share; 1: none can be given)",
     "confidence": "confidence of that limit",
-    "population": "speaks of the population (not only of the rows measured)",
+    "population": "holds for the population (not only for the rows measured)",
     "probe_rows": "probe rows",
     "budget": "budget (a share)",
     "site_cost": "relative error summed over events, per site",
     "site_limit": "limit of that sum",
-    "seconds": "seconds spent on apoptosis",
+    "seconds": "seconds in apoptosis",
     "hook_seconds": "of these, in hooks",
     "idle": "why nothing was removed",
     "refused": "refused",
@@ -88,10 +88,10 @@ def events_table(run: RunData) -> Table:
 def epochs_table(run: RunData) -> Table:
     """Return one row per epoch, of the runs with and without apoptosis."""
     columns = ("epoch", "step", "seconds", "loss", "metric", "parameters", "macs")
-    head = ("contestant", "epoch", "step", "training seconds", "training loss", run.metric_name, "parameters", "MACs")
+    head = ("method", "epoch", "step", "training seconds", "training loss", run.metric_name, "parameters", "MACs")
     rows = []
     for curve in run.curves:
-        name = "with apoptosis" if curve.contestant == APOPTOSIS else "without"
+        name = "with apoptosis" if curve.method == APOPTOSIS else "without"
         rows += [(curve.seed, [name, *(cell(epoch.get(c)) for c in columns)]) for epoch in curve.epochs]
     return _by_seed(run, "After every epoch", head, rows, set(range(1, len(head))), at=1)
 
