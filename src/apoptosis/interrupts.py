@@ -59,8 +59,8 @@ class uninterrupted:
 def restoring(undo: Callable[[], object]) -> Iterator[None]:
     """Call `undo` when the block ends, however it ends; torch's modes are then those of its beginning.
 
-    It is called twice, since an interrupt may come on the way to it or inside, so it must bear to be; and it is made
-    before anything changes.
+    It is called twice, as an interrupt may come just before it or inside: calling it again must do no harm. It is
+    made before anything changes.
     """
     grad, modes = torch.is_grad_enabled(), _len_torch_dispatch_stack()
 

@@ -154,7 +154,7 @@ class _Job:
         self.notes: list[str] = []
 
     def exactly(self) -> Result:
-        """Remove what is redundant; groups whose removal changes the outputs all the same are left out one by one."""
+        """Remove what is redundant; groups whose removal still changes the outputs are left out one by one."""
         for _ in range(1 + len(self.structure.groups)):
             result, refused = self._try(0.0)
             if not refused:

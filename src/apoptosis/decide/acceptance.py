@@ -184,7 +184,7 @@ class AcceptanceTest:
 
     @property
     def held_out(self) -> bool:
-        """Whether limits speak of a population."""
+        """Whether limits hold for a population."""
         return self.probe is not None
 
     def check_budget(self, *, readable: bool, named: bool = False) -> None:
@@ -289,8 +289,8 @@ class AcceptanceTest:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` wrote, or raise and change nothing.
 
-        On another number of ranks the rows held out are divided anew, and no rank knows which it had before: every row
-        then counts as tested by every attempt so far.
+        On another number of ranks the rows held out are divided otherwise, and no rank knows which it had before: then
+        every row counts as tested by every attempt so far.
 
         Raises: CheckpointError: attempts were tested on another probe; what differs is named.
         """

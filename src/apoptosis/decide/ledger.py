@@ -128,8 +128,8 @@ class Ledger:
     events added up may say nothing), before training went on;
     None where nothing could be read off the outputs. classes: whether labels or logits= said that the outputs are
     classes; else accuracy_cost is the share of predictions (largest output) that changed, and no accuracy.
-    confidence: of that limit; population: whether it speaks of the population the probe was drawn from, or only of the
-    training inputs it was measured on.
+    confidence: of that limit; population: whether it holds for the population that the probe was drawn from, or for the
+    training inputs alone that it was measured on.
     site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
     event; site_limit: what that sum may reach at most.
     history: every attempt, those that removed nothing included. idle: why nothing was removed at all, and what to do;

@@ -24,7 +24,7 @@ def macs_per_second(device: torch.device | str = "cpu") -> float:
     for _ in range(_REPEATS):
         start = time.perf_counter()
         torch.mm(a, a)
-        if cuda:  # a product is only handed over there
+        if cuda:  # the call returns before the product is computed
             torch.cuda.synchronize(a.device)
         best = min(best, time.perf_counter() - start)
     return _SIZE**3 / best

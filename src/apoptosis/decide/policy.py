@@ -20,7 +20,7 @@ TRIAL_STEPS, TRIAL_WARMUP = 400, 0.1  # a run of fewer steps is a trial, which h
 NUM_EVENT_STEPS = 8  # between warm-up and LAST_SHARE of the run, dense at first (docs/schedule.md)
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
 PATIENCE_STEPS = 16  # a window lasts so long at least before groups that see few rows are left for the next one
-SOON_SHARE = 0.25  # of the steps that a window has lasted: so long it waits for anything
+SOON_SHARE = 0.25  # of the steps that a window has lasted: so long it waits in any case
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
 
@@ -200,8 +200,8 @@ def decide(telemetry: Telemetry) -> Decision:
 def delay_of(telemetry: Telemetry, elapsed: int) -> int:
     """Return the steps by which a group comes later that an event leaves for the next window.
 
-    Those until the next event step, and those that this window has lasted (elapsed), because the next one begins
-    anew; all that remain of the run where no other event is expected to pay.
+    Those until the next event step, and those that this window has lasted (elapsed), because the next one starts
+    over; all that remain of the run where no other event is expected to pay.
     """
     upcoming = _next_event(telemetry)
     if upcoming is not None:

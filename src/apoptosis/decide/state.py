@@ -48,7 +48,7 @@ class Settings:
     """
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: a run that is resumed under other settings decides anew."""
+        """Plain values: a run that is resumed under other settings decides again."""
         return {
             "criterion": self.criterion.name,
             "tolerance": self.tolerance,
@@ -188,7 +188,7 @@ def check_fits(state: object, widths: Mapping[str, int]) -> Mapping[str, Any]:
             raise CheckpointError(
                 f"apoptosis state is of other widths: '{name}' had {str(stored[name])[:40]} channels and has "
                 f"{widths[name]} now. Load the checkpoint that it belongs to into a freshly built model with "
-                "apoptosis.load, which sees to the widths."
+                "apoptosis.load, which sets the widths."
             )
         raise CheckpointError(f"apoptosis state is of another network or other widths, for instance {odd}.")
     return state
@@ -246,7 +246,7 @@ def read_state(
 
 
 def telemetry(memory: RunState, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:
-    """Gather what the policy sees. rows: examples in the example input, which `structure.macs` speaks of."""
+    """Gather what the policy sees. rows: examples in the example input, which `structure.macs` is for."""
     event = 0.0
     for group in structure.groups:
         if group.pin is None:

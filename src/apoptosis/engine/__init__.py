@@ -214,7 +214,7 @@ class Apoptosis:
 
     @property
     def watching(self) -> bool:
-        """Whether a window is open; a checkpoint that several ranks write then makes them open it anew."""
+        """Whether a window is open; a checkpoint of several ranks does not hold it, and they open another one."""
         return self._observer is not None
 
     def plan(self) -> Plan:
@@ -264,13 +264,13 @@ class Apoptosis:
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
-        alone = self._target.ranks.size == 1  # else a resumed run opens its window anew
+        alone = self._target.ranks.size == 1  # else a resumed run opens another window
         window = self._observer.state_dict() if self._observer is not None and alone else None
         buckets = layouts_of(self._target.wrappers)
         return write_state(self._memory, self._settings, self._structure, self._acceptance, window, buckets)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` stopped. The model must have the widths it had then (apoptosis.load sees to that).
+        """Go on where `state_dict` stopped. The model must have the widths it had then (apoptosis.load sets them).
 
         Raises: CheckpointError: the state is of another network or other widths. RankError: ranks load different ones.
         Nothing has changed then.

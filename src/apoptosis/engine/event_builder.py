@@ -89,7 +89,7 @@ def _resized(change: Change | None) -> tuple[str, ...]:
     """Name outputs that could not be compared because their size changed with their values."""
     if change is None or not change.resized:
         return ()
-    shown = ", ".join(f"'{way}'" if way else "the output" for way in change.resized[:_SHOWN])
+    shown = ", ".join(f"'{path}'" if path else "the output" for path in change.resized[:_SHOWN])
     more = f" and {len(change.resized) - _SHOWN} more" if len(change.resized) > _SHOWN else ""
     return (f"not compared, because the size differs after the event: {shown}{more}",)
 

@@ -126,11 +126,11 @@ def make_probe(probe: Any, example: Any) -> Probe:
         if len(labels) not in sizes and all(x.shape[0] == rows for x in _tensors((args, kwargs))):
             raise ArgumentError(f"probe labels must be a tensor of shape ({rows},): one class index per example.")
     found = Probe(args=args, kwargs=kwargs, labels=labels, rows=rows, held_out=True)
-    ways = ways_to_cut(found)
-    return ways[0] if ways else replace(found, rows=len(labels) if labels is not None else rows)
+    cuts = cuts_of(found)
+    return cuts[0] if cuts else replace(found, rows=len(labels) if labels is not None else rows)
 
 
-def ways_to_cut(probe: Probe) -> list[Probe]:
+def cuts_of(probe: Probe) -> list[Probe]:
     """Return the probe with its first input's dimension 0 as the one that counts examples, and with dimension 1."""
     leaves, _ = tree_flatten((probe.args, dict(probe.kwargs)))
     first = next(x for x in leaves if isinstance(x, Tensor) and x.dim())
@@ -183,7 +183,7 @@ def check_rows(out: Any, logits: Tensor | None, rows: int) -> None:
 def like_example(
     call: tuple[tuple[Any, ...], Mapping[str, Any]], example: tuple[tuple[Any, ...], Mapping[str, Any]]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Cast inputs to the floating dtypes of the example: under autocast a loop may hand over others."""
+    """Cast inputs to the floating dtypes of the example: under autocast a loop may pass others."""
     leaves, form = tree_flatten(call)
     wanted, other = tree_flatten(example)
     if form != other:
@@ -309,7 +309,7 @@ def compare(
         after: the same after surgery.
         labels: (examples,) class indices, or None.
         read: as logits=.
-        probe: what the passes were made on. Outputs without a row for each example then bound nothing.
+        probe: what the passes were made on. Outputs without a row for each example then give no bound.
         training: the same two of training mode, which count where evaluation returns no numbers, or as many as it
             happens to find.
 
@@ -368,5 +368,5 @@ def _compare_classes(
 
 
 def as_probe(call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Probe:
-    """Return inputs of the user's as a probe that is run as it is and bounds nothing about a population."""
+    """Return inputs of the user's as a probe that is run as it is, and gives no bound for a population."""
     return Probe(args=call[0], kwargs=call[1], labels=None, rows=max(1, num_rows(call)), held_out=False)

@@ -3,7 +3,7 @@
 Holds: which tensors those are, rows that fit another batch, and cutting removed channels out of them.
 Elsewhere: which of their positions are channels (graph), putting back what a pass changed (module_state).
 
-A tensor is known by the way to it. Of a list, entries that were not there at capture are taken for what its others are.
+A tensor is known by its path. Of a list, entries that were not there at capture are taken for what its others are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rows:
 
 @dataclass(slots=True)
 class Known:
-    """What captures found out about a model: rows by the way to a tensor, buffers that are rewritten by every pass.
+    """What captures found out about a model: rows by the path of a tensor, buffers that are rewritten by every pass.
 
     read: whether any of it is read by a later pass. values: by the widths of a capture, what its tensors carry.
     """
@@ -70,7 +70,7 @@ def entry_of(path: Path, table: Mapping[Path, _T]) -> _T | None:
 
 
 def kept_tensors(model: nn.Module, buffers: Iterable[str], walk: Walk | None = None) -> dict[Path, Tensor]:
-    """Return the tensors in plain attributes, and the named buffers, by the way to them."""
+    """Return the tensors in plain attributes, and the named buffers, by their paths."""
     found = dict((walk or Walk(model)).tensors)
     wanted = frozenset(buffers)
     for name, tensor in model.named_buffers() if wanted else ():
@@ -132,7 +132,7 @@ def fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, s
 
 
 def exchange(walk: Walk, new: Mapping[int, Any]) -> list[Exchange]:
-    """Put others in the places of some objects, wherever a model holds them."""
+    """Replace some objects, given by their ids, wherever a model holds them."""
     found = list(exchanges(walk, new))
     for setter, _, value in found:
         setter(value)
@@ -142,7 +142,7 @@ def exchange(walk: Walk, new: Mapping[int, Any]) -> list[Exchange]:
 def run_fitted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run a model on examples, with a row of what it keeps for each. To be called inside `internal_passes` alone.
 
-    A model may begin anew with a batch of another size, and sizes may be alike by chance: what is kept is made to fit
+    A model may start over with a batch of another size, and sizes may be alike by chance: what is kept is made to fit
     where the model fails without, or where one row would be spread over others.
     """
     known = _KNOWN.get(model)
@@ -164,7 +164,7 @@ def run_fitted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def exchanges(walk: Walk, new: Mapping[int, Any]) -> Iterator[Exchange]:
-    """Yield how to put others in the places of some objects, given by their ids."""
+    """Yield how to replace some objects, given by their ids."""
     for container in walk.containers if new else ():
         yield from container.exchanges(new)
 

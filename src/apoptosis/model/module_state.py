@@ -1,11 +1,11 @@
-"""What a forward pass may change beside its outputs, taken down before it and put back after it.
+"""What a forward pass may change beside its outputs, recorded before it and put back after it.
 
 Holds: attributes of modules and what is reached through them (lists, dicts, sets, deques, plain objects, arrays,
 random generators), tensors written in place, gradients, global random states. Elsewhere: running the pass
 (passes.py).
 
 Containers are copied shallowly, tensors only once something writes to them. What is put back is put back in place, so
-that whoever holds a container finds it as it was. Not taken down: attributes of classes, globals, what functions
+that whoever holds a container finds it as it was. Not recorded: attributes of classes, globals, what functions
 enclose, and more than `LIMIT` objects.
 """
 
@@ -43,7 +43,7 @@ _LEAVES = (
 _NEVER = ("torch.distributed", "torch._dynamo", "torch.fx", "torch.autograd", "threading", "logging", "concurrent")
 
 Path = tuple[str | int, ...]
-"""The way to a tensor: the module's name, the attribute, then keys and places inside of it."""
+"""Where a tensor is: the module's name, the attribute, then keys and places inside of it."""
 
 Exchange = tuple[Callable[[Any], object], Any, Any]
 """A setter of one entry of a container, the value that it has and the one that it is to have."""
@@ -63,7 +63,7 @@ class _Container:
     def exchanges(self, new: Mapping[int, Any]) -> Iterator[Exchange]:
         """Yield (setter, old value, new value) for every entry that holds one of some objects, by their ids.
 
-        Tuples are made anew. Entries of sets stay.
+        New tuples are made. Entries of sets stay.
         """
         if isinstance(self.content, set):
             return
@@ -197,7 +197,7 @@ class _TensorState:
 
 
 def set_version(tensor: Tensor, version: int) -> None:
-    """Say that a tensor holds the numbers of an earlier version of it again, for graphs of then."""
+    """Say that a tensor holds the numbers of an earlier version of it again, for graphs that were made then."""
     change: Any = torch._C._autograd._unsafe_set_version_counter
     try:
         change((tensor,), (version,))
@@ -303,12 +303,12 @@ class ModuleState:
                 tensor.restore()
 
     def tensors(self) -> dict[Path, Tensor]:
-        """Return tensors in plain attributes, as they were, by the way to them."""
+        """Return tensors in plain attributes, as they were, by their paths."""
         return self._walk.tensors
 
 
 def name_of(path: Path) -> str:
-    """Return the way to a tensor as a user would write it.
+    """Return the path of a tensor as a user would write it.
 
     Example:
         >>> name_of(("body.cell", "hidden", 0)), name_of(("", "memory", "left"))

@@ -23,7 +23,7 @@ _NO_CONTAINERS = (Tensor, str, bytes, int, float, complex, bool, type, nn.Module
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """What one output holds, by the way to it: "", "[1]", "logits", "cache.layers[0].keys".
+    """What one output holds, by its path: "", "[1]", "logits", "cache.layers[0].keys".
 
     numbers: floating-point values, float64; of complex ones real and imaginary parts along a last dimension. whole:
     integers and truth values (class indices, masks), of which can be said only whether they changed.
@@ -39,7 +39,7 @@ class Difference:
 
     moved, spread: squared sums over everything that could be compared, the root of whose ratio is the relative rms.
     compared: how many tensors that was. whole, changed: integers and truth values, and how many of them changed.
-    resized: ways to what has another size than before, or is there in one of the two alone.
+    resized: paths of what has another size than before, or is there in one of the two alone.
     """
 
     moved: float = 0.0
@@ -50,22 +50,22 @@ class Difference:
     resized: tuple[str, ...] = ()
 
 
-def parts(way: str, item: Any) -> list[tuple[str, Any]]:
-    """Return what a container or object is made of, each part with the way to it."""
+def parts(path: str, item: Any) -> list[tuple[str, Any]]:
+    """Return what a container or object is made of, each part with its path."""
     if isinstance(item, Mapping):
-        return [(join(way, key), value) for key, value in item.items()]
+        return [(join(path, key), value) for key, value in item.items()]
     if isinstance(item, (list, tuple, set, frozenset)):
-        return [(f"{way}[{i}]", value) for i, value in enumerate(item)]
+        return [(f"{path}[{i}]", value) for i, value in enumerate(item)]
     if is_dataclass(item):
-        return [(join(way, f.name), getattr(item, f.name, None)) for f in fields(item)]
+        return [(join(path, f.name), getattr(item, f.name, None)) for f in fields(item)]
     slots = [s for c in type(item).__mro__ for s in _names(vars(c).get("__slots__", ()))]
     found = {s: getattr(item, s, None) for s in slots if not s.startswith("__")} | dict(getattr(item, "__dict__", {}))
-    return [(join(way, key), value) for key, value in found.items()]
+    return [(join(path, key), value) for key, value in found.items()]
 
 
-def join(way: str, key: object) -> str:
-    """Return the way to what a container holds under a key."""
-    return f"{way}.{key}" if way else str(key)
+def join(path: str, key: object) -> str:
+    """Return the path of what a container holds under a key."""
+    return f"{path}.{key}" if path else str(key)
 
 
 def _names(slots: Any) -> tuple[str, ...]:
@@ -86,14 +86,14 @@ def read(out: Any, logits: ReadLogits | None = None) -> Readings:
         {'scores': tensor([0.5000, 0.2500], dtype=torch.float64)}
     """
     found, plain = Readings(), Readings()
-    for way, item in _leaves(out):
+    for path, item in _leaves(out):
         if isinstance(item, Tensor):
-            _put(found, way, item)
+            _put(found, path, item)
         elif isinstance(item, np.ndarray | np.generic):
             if item.dtype.kind in "fciub":
-                _put(found, way, torch.from_numpy(np.array(item)))
+                _put(found, path, torch.from_numpy(np.array(item)))
         elif (array := _array(item)) is not None:
-            _put(plain, way, array)
+            _put(plain, path, array)
     if not found.numbers:
         found = Readings(numbers=plain.numbers, whole=found.whole | plain.whole)
     if not found.numbers and logits is not None:
@@ -131,12 +131,12 @@ def _leaves(out: Any) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
     todo = [("", out)]
     while todo:
-        way, item = todo.pop()
+        path, item = todo.pop()
         if isinstance(item, _NO_CONTAINERS) or _is_array(item):
-            yield way, item
+            yield path, item
         elif item is not None and not isinstance(item, Iterator) and not callable(item) and id(item) not in seen:
             seen.add(id(item))
-            todo.extend(reversed(parts(way, item)))
+            todo.extend(reversed(parts(path, item)))
 
 
 def _is_array(item: Any) -> bool:
@@ -157,7 +157,7 @@ def _array(item: Any) -> Tensor | None:
     return torch.from_numpy(array.copy()) if array.dtype.kind in "fciub" else None
 
 
-def _put(found: Readings, way: str, tensor: Tensor) -> None:
+def _put(found: Readings, path: str, tensor: Tensor) -> None:
     x = tensor.detach()
     if is_masked(x):
         x = x.to_tensor(0.0)  # type: ignore[attr-defined]
@@ -165,15 +165,15 @@ def _put(found: Readings, way: str, tensor: Tensor) -> None:
         x = x.dequantize()
     if x.is_nested:
         for i, part in enumerate(x.unbind()):
-            _put(found, f"{way}[{i}]", part)
+            _put(found, f"{path}[{i}]", part)
         return
     x = x.to_dense() if x.layout is not torch.strided else x
     if x.is_complex():
-        found.numbers[way] = torch.view_as_real(x.resolve_conj()).double()
+        found.numbers[path] = torch.view_as_real(x.resolve_conj()).double()
     elif x.is_floating_point():
-        found.numbers[way] = x.double()
+        found.numbers[path] = x.double()
     else:
-        found.whole[way] = x
+        found.whole[path] = x
 
 
 def is_masked(tensor: Tensor) -> bool:
@@ -190,26 +190,26 @@ def difference(before: Sequence[Readings], after: Sequence[Readings]) -> Differe
     compared = whole = changed = 0
     resized: dict[str, None] = {}
     for old, new in zip(before, after, strict=True):
-        for way, x in old.numbers.items():
-            y = new.numbers.get(way)
+        for path, x in old.numbers.items():
+            y = new.numbers.get(path)
             y = None if y is None or y.shape != x.shape else y.to(x.device)
             masked = torch.zeros_like(x, dtype=torch.bool) if y is None else _masked(x, y)
             if not bool((torch.isfinite(x) | masked).all()):
                 raise NonFiniteError("the network's outputs on the probe hold NaN or infinity before any change.")
             if y is None:
-                resized[way] = None
+                resized[path] = None
             elif x.numel():
                 compared += 1
                 moved += float((y - x).masked_fill(masked, 0.0).square().sum())
                 spread += _spread(x, ~masked, whole=len(before) == 1)
-        for way, a in old.whole.items():
-            b = new.whole.get(way)
+        for path, a in old.whole.items():
+            b = new.whole.get(path)
             if b is None or b.shape != a.shape:
-                resized[way] = None
+                resized[path] = None
             else:
                 whole += a.numel()
                 changed += int((a != b.to(a.device)).sum())
-        resized |= dict.fromkeys(way for way in (*new.numbers, *new.whole) if way not in old.numbers | old.whole)
+        resized |= dict.fromkeys(path for path in (*new.numbers, *new.whole) if path not in old.numbers | old.whole)
     return Difference(
         moved=moved, spread=spread, compared=compared, whole=whole, changed=changed, resized=tuple(resized)
     )
@@ -247,7 +247,7 @@ class Change:
     logit. readable: whether the outputs have columns to compare, one row per example. moved, spread: squared sums, the
     root of whose ratio is rms. mode: whose outputs rms is of, "evaluation" or "training"; "" where there was nothing to
     compare, and rms says nothing. changed: share of integers and truth values among the outputs that changed, None
-    without any. resized: ways to outputs whose size changed.
+    without any. resized: paths of outputs whose size changed.
     """
 
     rms: float
@@ -285,7 +285,7 @@ def together(changes: Sequence[Change]) -> Change:
         readable=all(change.readable for change in changes),
         whole=whole,
         changed=sum(change.whole * (change.changed or 0.0) for change in changes) / whole if whole else None,
-        resized=tuple(dict.fromkeys(way for change in changes for way in change.resized)),
+        resized=tuple(dict.fromkeys(path for change in changes for path in change.resized)),
     )
 
 

@@ -23,10 +23,10 @@ from apoptosis.model.evaluate import (
     check_labels,
     check_rows,
     comparable,
+    cuts_of,
     logits_of,
     outputs,
     training_outputs,
-    ways_to_cut,
 )
 from apoptosis.model.outputs import ReadLogits, kind_of
 from apoptosis.model.outputs import read as read_output
@@ -49,10 +49,10 @@ def check_runs(model: nn.Module, probe: Probe, read: ReadLogits | None = None, r
     Raises: ArgumentError: the model fails on it, labels name no class, or its outputs have no row for each example.
     """
     ranks, faults = ranks or Ranks(), list[str]()
-    for way in ways_to_cut(probe):
-        fault = ranks.first_error(ranks.run_collectively(partial(_fault_of_cut, model, way, read)))
+    for cut in cuts_of(probe):
+        fault = ranks.first_error(ranks.run_collectively(partial(_fault_of_cut, model, cut, read)))
         if not fault:
-            return way
+            return cut
         faults.append(fault)
     rows = probe.rows if probe.labels is None else len(probe.labels)
     whole = replace(probe, rows=rows, cut=None)
@@ -82,9 +82,9 @@ def _fault_of_cut(model: nn.Module, probe: Probe, read: ReadLogits | None) -> st
         if logits is not None and probe.labels is not None:
             check_labels(probe.labels, logits.shape[1])
     among, alone, again = (read_output(out, read) for out in outs)
-    for way, x in alone.numbers.items():
-        y = among.numbers.get(way)
-        if y is None or not x.numel() or not torch.equal(x, again.numbers.get(way, x)):
+    for path, x in alone.numbers.items():
+        y = among.numbers.get(path)
+        if y is None or not x.numel() or not torch.equal(x, again.numbers.get(path, x)):
             continue  # what is drawn at random says nothing
         dims = [dim for dim in range(x.dim()) if x.shape[dim] == most - 1 and y.shape[dim] == most]
         if dims:

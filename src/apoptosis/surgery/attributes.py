@@ -258,7 +258,7 @@ def groups_name(module: nn.Module) -> str | None:
 
 
 def _kept_groups(module: nn.Module, name: str, keep: Mapping[int, Tensor], num_rows: int) -> int:
-    """Count the groups that are left: whole groups may go, and the rest may be thinned if all alike."""
+    """Count the groups that are left: whole groups may go, and the rest may all lose equally many channels."""
     num_groups: int = getattr(module, name)
     if num_groups == 1 or 0 not in keep:
         return num_groups

@@ -24,7 +24,7 @@ _LISTS = ("shadow_params", "shadow")  # torch-ema's and diffusers', and what man
 
 
 class Tensors(nn.Module):
-    """An average that is a dict or a list. It is read anew whenever it is asked for, since updates may replace entries.
+    """An average that is a dict or a list. It is read every time, since updates may replace entries.
 
     Args:
         read: returns the dict or the list.

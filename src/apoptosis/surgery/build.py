@@ -48,13 +48,13 @@ def build_edits(
 ) -> tuple[TensorEdit, ...]:
     """Combine all reductions of one event into one edit per tensor.
 
-    All positions speak of the widths before the event. Columns that different groups own of one weight are disjoint,
+    Positions are those of the widths before the event. Columns that different groups own of one weight are disjoint,
     so their folds and offsets add up; a tensor that loses rows to one group and columns to another loses both.
     At a product of activations the right operand's producer is folded, y = sum l_c r_c with l_c = sum_k mix[k, c] l_k
     being sum_k l_k (sum_c mix[k, c] r_c), and an operator that divides by the root of the width is made up for.
 
     Args:
-        structure: the structure that the reductions speak of.
+        structure: the structure that the reductions are for.
         reductions: at most one per group; a reduction that keeps every channel is passed over.
         dropped_variance: site key -> (out,), diag(W R Wᵀ): the variance that the site's outputs lose. Where a BatchNorm
             reads the site, its running variance falls by that much. Sites that lose nothing may be named.

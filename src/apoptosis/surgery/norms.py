@@ -64,7 +64,7 @@ def norm_edits(structure: Structure, reductions: Sequence[Reduction]) -> tuple[N
     """Say what the norms of a model have to know of the reductions of one event.
 
     Args:
-        structure: the structure that the reductions speak of.
+        structure: the structure that the reductions are for.
         reductions: as given to `build_edits`, which raises what is wrong with them.
 
     Returns: one edit per norm that loses channels.

@@ -1,4 +1,4 @@
-"""Plain numbers of modules that were found to be widths: what an event makes of them, and their way into a checkpoint.
+"""Plain numbers of modules that were found to be widths: what an event makes of them, and how a checkpoint holds them.
 
 Holds: reading and writing them, whatever they are called. Elsewhere: finding them (rehearsal), the
 attributes of known types and names (attributes.py, splits.py).

@@ -82,7 +82,7 @@ def timed_capture(target: Target) -> tuple[Structure, float]:
 def refreshed(target: Target, structure: Structure) -> Structure:
     """Return the structure, captured again if the model was changed outside of apoptosis: shapes, types or layers.
 
-    Or if the user froze or unfroze parameters: pins that spoke of frozen ones go where they do not hold any more.
+    Or if the user froze or unfroze parameters: pins because of frozen ones go where they do not hold any more.
     """
     reshard(target.model)
     frozen = frozen_names(target.model) if target.frozen == "keep" else frozenset()

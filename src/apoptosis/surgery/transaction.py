@@ -97,7 +97,7 @@ class Transaction:
         """Compute everything that changes, then change it.
 
         Args:
-            edits: at most one per tensor, all speaking of the shapes before the event.
+            edits: at most one per tensor, all for the shapes before the event.
             structure: before the event; attributes by which a forward pass splits channels (number of heads, size of a
                 head) follow its splits. Without it only attributes that follow a tensor's shape change.
             norms: what norms have to know of the channels that go, see `norm_edits`.
@@ -133,7 +133,7 @@ class Transaction:
         """Multiply parts of tensors that `apply` has written, as `verify_up_to_scale` wants it.
 
         Args:
-            edits: at most one per tensor, of scales alone, speaking of the shapes as they are now.
+            edits: at most one per tensor, of scales alone, for the shapes as they are now.
 
         Raises:
             ArgumentError: an edit that does more than scale, of an unknown tensor, two edits of one tensor, or a
@@ -285,7 +285,7 @@ def _plan_targets(
             if name not in tensors and number in tensors_only:
                 continue
             if name not in tensors:
-                raise ArgumentError(f"an edit speaks of tensor '{name}', which {type(target).__name__} does not have.")
+                raise ArgumentError(f"an edit names tensor '{name}', which {type(target).__name__} does not have.")
             tensor = tensors[name]
             if id(tensor) in edited:
                 raise ShapeError(f"tensor '{name}' is tied to another one, and both have an edit.")

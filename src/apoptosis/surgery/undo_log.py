@@ -95,7 +95,7 @@ class UndoLog:
 
 
 def _exchange(tensor: Tensor, value: Tensor, grad: Tensor | None, version: int | None = None) -> None:
-    """Exchange storage, shape and gradient. version: of the tensor when it had these numbers, for graphs of then."""
+    """Exchange storage, shape and gradient. version: of the tensor when it had these numbers, for graphs made then."""
     with torch.no_grad():
         if tensor.is_leaf:
             tensor.grad = None

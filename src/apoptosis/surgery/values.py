@@ -28,7 +28,7 @@ def apply_edit(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> 
 
     Args:
         edit: the edit.
-        old: the tensor before, of the shape that the edit speaks of.
+        old: the tensor before, of the shape that the edit is for.
         tensors: name -> tensor before the event, for the weights that the edit's offsets name.
 
     Returns: a new tensor in the dtype, on the device and in the memory format of `old`, without gradient history.
