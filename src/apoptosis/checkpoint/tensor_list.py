@@ -38,24 +38,12 @@ class _Tensor(_Holder):
     pass
 
 
-class _Bytes(_Holder):
-    pass
-
-
-def _joined(*parts: str) -> str:
-    return "/".join(map(str, parts))
-
-
 _NAMES: dict[tuple[str, str], Callable[..., Any]] = {
-    (_METADATA, "Metadata"): type("_Metadata", (_Holder,), {}),
+    **{(_METADATA, name): _Holder for name in ("Metadata", "BytesStorageMetadata", "ChunkStorageMetadata")},
+    **{(_METADATA, name): _Holder for name in ("TensorProperties", "MetadataIndex", "StorageMeta")},
     (_METADATA, "TensorStorageMetadata"): _Tensor,
-    (_METADATA, "BytesStorageMetadata"): _Bytes,
-    (_METADATA, "ChunkStorageMetadata"): type("_Chunk", (_Holder,), {}),
-    (_METADATA, "TensorProperties"): type("_Properties", (_Holder,), {}),
-    (_METADATA, "MetadataIndex"): type("_Index", (_Holder,), {}),
-    (_METADATA, "StorageMeta"): type("_Meta", (_Holder,), {}),
     (_METADATA, "_MEM_FORMAT_ENCODING"): int,
-    (_FILES, "_StorageInfo"): type("_Info", (_Holder,), {}),
+    (_FILES, "_StorageInfo"): _Holder,
     ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): str,
 }
@@ -65,7 +53,7 @@ class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _NAMES.get((module, name))
         if found is None and module.partition(".")[0] == "pathlib":
-            found = _joined
+            return lambda *parts: "/".join(map(str, parts))
         if found is None and module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if found is None:
