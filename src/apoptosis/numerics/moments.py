@@ -94,7 +94,7 @@ class Moments:
             self._move(rows_NC.device)
         with true_float32(rows_NC.device):
             rows = rows_NC.detach()
-            rooted = exact and rows.dtype == torch.float64
+            keeps_root = exact and rows.dtype == torch.float64
             if exact:
                 rows = rows.double()
             elif rows.dtype not in (torch.float32, torch.float64):
@@ -116,7 +116,7 @@ class Moments:
                 squares = torch.stack([part.square().sum(0) for part in torch.split(work, _ROWS)]).sum(0)
                 _check(mean, squares + self._scatter.diagonal(), "; the batch is not added")
             self._scatter.add_gram(work.to(self.device))
-            self._add_root(work if rooted else None)
+            self._add_root(work if keeps_root else None)
             self._mean.add_(step, alpha=num_rows / total) if self.num_rows else self._mean.copy_(mean)
         self.exact = self.exact and exact
         self.num_rows = total
