@@ -62,7 +62,10 @@ def test_align_is_blamed_only_where_it_is_to_blame(runs):
     run(runs, net, apo, optimizer, runs.STEPS)
     assert log
     assert {r["cause"] for r in log} == {"align"}
-    assert "its 32 channels go in steps of 32, so no narrower width is left: an align= below 32" in log[0]["reason"]
+    assert (
+        "its 32 channels can only be removed 32 at a time, so no narrower width is possible: an align= below 32"
+        in log[0]["reason"]
+    )
     net = runs.mlp(activation=nn.Tanh)
     apo, optimizer, log = started(runs, net, tolerance=1e-4, align=1)
     run(runs, net, apo, optimizer, runs.STEPS)
@@ -85,9 +88,9 @@ def test_too_few_rows_are_told_with_the_site_and_the_numbers(runs):
     apo, optimizer, log = started(runs, net, total_steps=100, tolerance=0.001)
     run(runs, net, apo, optimizer, 99, rows=8)
     assert log[0]["cause"] == "rows"
-    assert "'2' has seen" in log[0]["reason"]
-    assert "rows, and" in log[0]["reason"]
-    assert "of 400 channels suffice: more or larger batches" in log[0]["reason"]
+    assert "rows were observed at '2'" in log[0]["reason"]
+    assert "are needed to tell that" in log[0]["reason"]
+    assert "of 400 channels suffice: use more or larger batches" in log[0]["reason"]
 
 
 def test_before_the_first_window_the_ledger_says_when_it_comes(runs):

@@ -1,4 +1,4 @@
-"""What is given in the wrong place, or changed by other hands, is one clear line; nothing has changed then."""
+"""What is given in the wrong place, or changed by other code, is one clear line; nothing has changed then."""
 
 import copy
 import warnings
@@ -151,7 +151,7 @@ def test_a_layer_that_is_added_or_taken_in_a_run_is_met_at_the_next_window(runs,
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         events = runs.train(net, optimizer, apo, first=steps)
-    assert all("layers or types by other hands" in str(w.message) for w in told)
+    assert all("layers or types were changed otherwise" in str(w.message) for w in told)
     assert bool(told) == (steps == 6)
     assert events
     assert net[0].out_features < 32

@@ -164,7 +164,7 @@ def test_nothing_to_remove_is_falsy_and_says_why(runs):
     assert event.parameters[0] == event.parameters[1]
     few = shrink_(runs.mlp(64), runs.inputs(4, 0), [runs.inputs(40, 1)], tolerance=0.02)
     assert not few
-    assert "has seen 40 rows" in str(few)
+    assert "40 rows were observed at" in str(few)
 
 
 def test_a_large_tolerance_is_rolled_back_halved_and_noted(runs):

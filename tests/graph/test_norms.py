@@ -157,11 +157,11 @@ def test_surgery_checks_again():
     norm = nn.LayerNorm(2)
     assert norm_changes(norm, edit)["__class__"] is ShrunkLayerNorm
     handle = norm.register_forward_pre_hook(swap)
-    with pytest.raises(ShapeError, match="take its forward pre-hooks"):
+    with pytest.raises(ShapeError, match="remove its forward pre-hooks"):
         norm_changes(norm, edit)
     handle.remove()
     norm.forward = norm.forward
-    with pytest.raises(ShapeError, match="take its forward pre-hooks"):
+    with pytest.raises(ShapeError, match="remove its forward pre-hooks"):
         norm_changes(norm, edit)
 
 

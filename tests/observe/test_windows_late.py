@@ -72,7 +72,7 @@ def test_the_others_go_and_the_late_group_goes_the_next_time(runs):
     assert later["pooler"][1] < 112
     assert apo.ledger().history[0].step == first
     assert set(log[0]["groups"]) == {"first"}
-    assert log[0]["notes"][0].startswith("pooler: left for the next event, as waiting for its rows costs")
+    assert log[0]["notes"][0].startswith("pooler: left for the next event: the other groups do not wait")
 
 
 def test_an_attempt_that_finds_nothing_says_what_was_left_for_the_next_one(runs):
@@ -82,7 +82,7 @@ def test_an_attempt_that_finds_nothing_says_what_was_left_for_the_next_one(runs)
     train(runs, net, apo, optimizer, 0, 45)
     assert log[0]["cause"] in ("tolerance", "waiting")
     assert log[0]["groups"]["pooler"] == (
-        "left for the next event, as waiting for its rows costs the other groups more: "
+        "left for the next event: the other groups do not wait until it has enough rows: "
         "'classes' had seen 256 of the 384 rows that it needs"
     )
 

@@ -128,7 +128,7 @@ def test_allowance_caps_and_ends(runs):
     spent = make_plan(net, structure, observations, request(tolerance=0.1, remaining_error={sites["0"]: 0.0}))
     assert "0" not in spent.widths
     assert spent.left["0"].cause == "limit"
-    assert "what all events together may still change at '2' (0) is below round-off" in spent.left["0"].text
+    assert "the error budget that is left for all further events at '2' (0) is below round-off" in spent.left["0"].text
     spent = make_plan(net, structure, observations, request(tolerance=0.0, remaining_error={sites["0"]: 0.0}))
     assert {why.cause for why in spent.left.values()} == {"limit", "tolerance"}
 
@@ -151,7 +151,10 @@ def test_an_event_that_crosses_no_multiple_is_no_event(runs):
     plan = make_plan(net, structure, observations, request(align=48))
     assert plan.reductions == ()
     assert plan.macs_after == plan.macs_before == structure.macs
-    assert "its 48 channels go in steps of 48, so no narrower width is left: an align= below 48" in str(plan)
+    assert (
+        "its 48 channels can only be removed 48 at a time, so no narrower width is possible: an align= below 48"
+        in str(plan)
+    )
     assert {why.cause for why in plan.left.values()} == {"align"}
 
 
@@ -161,7 +164,7 @@ def test_too_few_rows_are_not_believed(runs):
     plan = make_plan(net, structure, observations, request(tolerance=0.02))
     assert plan.reductions == ()
     assert {why.cause for why in plan.left.values()} == {"rows"}
-    assert any("has seen 60 rows, and" in note for note in plan.notes)
+    assert any("60 rows were observed at '" in note for note in plan.notes)
 
 
 def test_unobserved_groups_are_said(runs):

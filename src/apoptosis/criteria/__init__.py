@@ -1,7 +1,7 @@
-"""Criteria: which channels of a group can go and how the rest makes up for them.
+"""Criteria: which channels of a group are removed, and how the kept ones replace them.
 
-A criterion orders the channels (rank) and says how the kept ones stand in for the others (reduce); every one answers
-with the same Reduction and is measured by the same certificate formula. Elsewhere: modules, budgets, edits.
+A criterion orders the channels (rank) and says how the kept ones reproduce the others (reduce); every one returns a
+Reduction, whose error is measured by one certificate formula. Elsewhere: modules, budgets, edits.
 """
 
 from apoptosis.criteria.certificate import Proposal, choose, dropped_variance, relative_error

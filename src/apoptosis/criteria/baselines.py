@@ -28,9 +28,9 @@ from apoptosis.records import Reduction, SiteReduction
 
 
 def dropping_curve(gram_CC: Tensor, weight_OC: Tensor, order: Tensor) -> Tensor:
-    """tr(W G_RR Wᵀ) over R = order[k:], for every k at once, (channels + 1,) float64.
+    """Return tr(W G_RR Wᵀ) over R = order[k:], for every k at once, (channels + 1,) float64.
 
-    Σ_{i,j in R} (WᵀW ∘ G)_ij: sums over the lower right corners of one matrix, with nothing standing in for R.
+    Σ_{i,j in R} (WᵀW ∘ G)_ij: sums over the lower right corners of one matrix: R is dropped, and nothing replaces it.
     """
     order = order.to(gram_CC.device)
     weight = weight_OC.to(gram_CC.device, torch.float64)

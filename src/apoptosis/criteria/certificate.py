@@ -1,4 +1,4 @@
-"""The one certificate formula, and the search for how many channels a tolerance lets go.
+"""The certificate formula, and the search for the smallest width within a tolerance.
 
 Holds: relative_error, dropped_variance, choose. Elsewhere: the order of the channels (each criterion's
 own), budgets over events, alignment to hardware beyond rounding up.
@@ -54,9 +54,7 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
     constant: 0.0 if the constant is kept to round-off, else infinity.
     """
     if site.grad_factor is not None:
-        error = float(
-            _output_errors(site, site.grad_factor, keep, reduction).sum()
-        )  # tr(V R Vᵀ), V what the loss feels
+        error = float(_output_errors(site, site.grad_factor, keep, reduction).sum())  # tr(V R Vᵀ), V = grad_factor
     elif site.measure is not None:
         error = site.measure(keep, reduction)
     else:
@@ -66,7 +64,7 @@ def relative_error(site: SiteView, keep: Tensor, reduction: SiteReduction) -> fl
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Proposal:
-    """A reduction within its limits and what it costs.
+    """A reduction within its limits, and its errors.
 
     errors: site key -> relative rms. kind: "empirical" when they were computed on a sample, "worst_case" when they are
     the data-free score of a criterion on sites without moments.
@@ -99,17 +97,17 @@ def choose(
 ) -> Proposal | None:
     """Remove as many channels as the limits allow.
 
-    Equally many channels of every row of the group are kept, and where a site says that nothing stands in for a
-    channel, nothing does, whatever the criterion. Where the error curve is known, the number kept is read off it;
-    elsewhere it is found by bisection with the certificate formula. Either way the certificate of the result is
-    computed from its actual mix and offset, and channels are added back until it holds.
+    Equally many channels of every row of the group are kept, and where a site allows no mix, channels are dropped,
+    whatever the criterion. Where the error curve is known, the number kept is read off it; elsewhere it is found by
+    bisection with the certificate formula. Either way the certificate of the result is computed from its actual mix and
+    offset, and channels are added back until it is within the limits.
 
     Args: criterion: how to order and to reduce. view: the group. limits: relative rms per site key, or one for all; a
         limit below round-off means that (views.roundoff_tolerance). align: the number kept is rounded up to a multiple
         (of the rows, too: see constraints.step_between). min_keep: fewer are never kept. ranking: what `interleaved`
         says for this criterion and view, where it is known already.
 
-    Returns: None when nothing can go.
+    Returns: None when nothing can be removed.
 
     Raises:
         ArgumentError: a site has no limit, or no moments though the criterion needs them.
@@ -162,7 +160,7 @@ class _Search:
     def from_curves(self) -> int:
         """Smallest number kept whose curves meet the caps, all channels where a curve is missing.
 
-        A measured site's curve is only a bound (over its measured energy), so it says where bisection ends.
+        A measured site's curve is only an upper bound (over its measured energy), so it says where bisection ends.
         """
         num = self._view.num_channels
         good = torch.ones(num + 1, dtype=torch.bool, device="cpu")
@@ -191,7 +189,7 @@ class _Search:
         return within and self.exact(reduction)
 
     def exact(self, reduction: Reduction) -> bool:
-        """Whether sites of which nothing may be lost lose nothing, as far as their moments tell."""
+        """Whether sites with a limit below round-off change by round-off only, as far as their moments tell."""
         return all(below_roundoff(site, reduction.keep, reduction.sites[site.key]) for site in self._strict)
 
     def bisect(self, low: int, high: int, align: int) -> int:

@@ -1,4 +1,4 @@
-"""What a view demands of any criterion's answer: equally many channels of every row, no mixing where none is right.
+"""Constraints on the answer of any criterion: equally many channels of every row, no mix where none is allowed.
 
 Holds: the rearranged order with its curves, the reduction cut down to what its sites allow, the step between
 numbers kept. Elsewhere: any criterion, the search for the number kept (certificate.py).
@@ -49,7 +49,7 @@ def balanced(order: Tensor, rows: int) -> Tensor:
 
 
 def interleaved(criterion: Criterion, view: GroupView) -> Ranking:
-    """Return a criterion's ranking, rearranged to what the group's rows demand, with curves of what really happens.
+    """Return a criterion's ranking, rearranged so that rows lose equally many channels, with the curves of that order.
 
     Raises: what the criterion raises.
     """
@@ -66,7 +66,7 @@ def interleaved(criterion: Criterion, view: GroupView) -> Ranking:
 
 
 def _lost_curve(site: SiteView, order: Tensor) -> Tensor:
-    """Relative rms error of keeping the first k where nothing stands in for the rest."""
+    """Return the relative rms error of keeping the first k where the others are dropped."""
     covariance, mean = statistics(site)
     found = dropping_curve(covariance.addr_(mean, mean), cost_weight(site), order)
     return relative_rms(cost_taps(site) * found, site)
@@ -75,7 +75,7 @@ def _lost_curve(site: SiteView, order: Tensor) -> Tensor:
 def allowed(view: GroupView, reduction: Reduction) -> Reduction:
     """Cut a reduction down to what its sites allow: no mixing between blocks, none at all, no offset that cannot fold.
 
-    With a mix cut down the merge of the producers' momenta is no chain rule any more, so it goes, too.
+    Where a mix was cut down, momenta no longer follow it by the chain rule, so that `merge` is dropped.
     """
     sites, whole = dict(reduction.sites), True
     for site in view.sites:

@@ -1,4 +1,4 @@
-"""Tolerance 0 in double precision: what a site sees of a removal is below the round-off it is computed with anyway.
+"""Tolerance 0 in double precision: whether a removal changes a site by round-off only.
 
 Holds: the root that least squares works on, the decision per output. Elsewhere: how roots are taken
 (numerics.moments), what else a removal must meet (certificate.py).
@@ -14,8 +14,8 @@ from apoptosis.numerics.decompose import complement
 from apoptosis.numerics.linalg import EPS
 from apoptosis.records import SiteReduction
 
-ROUNDINGS = 32.0  # of an output: what reproduces a channel goes through a few products, and through the fold
-EXACT_SHARE = 1e-11  # of what an output varies by: round-off of the layers before, which comes along with a channel
+ROUNDINGS = 32.0  # of an output: reproducing a channel takes a few products and the fold
+EXACT_SHARE = 1e-11  # of the variation of an output: round-off of the layers before
 
 
 def gram_root(site: SiteView) -> Tensor | None:
@@ -37,12 +37,12 @@ def gram_root(site: SiteView) -> Tensor | None:
 
 
 def below_roundoff(site: SiteView, keep: Tensor, reduction: SiteReduction) -> bool:
-    """Whether no output of the site changes by more than round-off; true where that cannot be told.
+    """Whether no output of the site changes by more than round-off; true where that is not known.
 
     Output o adds up products w_oc z_c, each known to eps: what it comes to is known to eps sqrt(Σ_c w_oc² E[z_c²]), the
-    mean of z included. ROUNDINGS of that, or EXACT_SHARE of what the output varies by, are no change. A BatchNorm
-    behind a small signal on a large mean makes much of it, so that errors are compared output by output, and as rms,
-    which moments alone do not resolve.
+    mean of z included. ROUNDINGS of that, or EXACT_SHARE of the output's variation, count as no change. A BatchNorm
+    amplifies a small signal on a large mean, so errors are compared output by output, and as rms, which moments alone
+    do not resolve.
     """
     root = None if site.moments is None else site.moments.root()
     if root is None or site.moments is None:

@@ -1,4 +1,4 @@
-"""The interpolative decomposition: keep channels that explain the rest, and mix the rest from them.
+"""The interpolative decomposition: keep channels that determine the others, and replace those by mixes.
 
 Holds: "interpolative" and "reconstruction" (order by one weighted pivoted Cholesky), "greedy" (order by forward
 selection on the consumers' full error). Elsewhere: the linear algebra (numerics), how many to keep
@@ -25,25 +25,26 @@ from apoptosis.criteria.views import (
     gram,
     gram_blocks,
     moments_of,
+    offset_of,
     output_variance,
     relative_rms,
     selection,
     working_dtype,
 )
-from apoptosis.numerics.decompose import joint_error_curve, mean_offset, solve_mix, solve_mix_of_root
+from apoptosis.numerics.decompose import joint_error_curve, solve_mix, solve_mix_of_root
 from apoptosis.numerics.linalg import Factor, greedy_order, ordered_cholesky, pivoted_cholesky, pivoted_qr
 from apoptosis.records import Reduction, SiteReduction
 
 
 def _column_norms(site: SiteView) -> Tensor:
-    """‖W_j‖ over outputs and taps, or what the loss feels of a channel, (channels,) float64 on the CPU."""
+    """Return ‖W_j‖ over outputs and taps, or of the grad_factor, (channels,) float64 on the CPU."""
     if site.grad_factor is not None:
         return column_squares(site.grad_factor[:, :, None]).sqrt()
     return column_squares(site.weight).sqrt()
 
 
 def _curve(site: SiteView, factor: Factor) -> Tensor:
-    """Relative rms error of keeping the first k: exact for P = 1, P times the sum over taps otherwise."""
+    """Return the relative rms error of keeping the first k: exact for P = 1, else P times the sum over taps."""
     costs = joint_error_curve(cost_weight(site, working_dtype(site)), factor, dtype=working_dtype(site))
     if site.centred and site.mixes and site.dropout == 0.0 and site.scale is None:
         site.memo.setdefault("energy", float(costs[0]))  # keeping none costs all: nothing to compute a second time
@@ -106,13 +107,11 @@ def _reduce(view: GroupView, keep: Tensor) -> Reduction:
             sites[site.key] = SiteReduction(mix=selection(keep, view.num_channels, device_of(site)), offset=None)
             continue
         root, moments = gram_root(site), moments_of(site)
-        here = keep.to(moments.device)
         if root is None:
-            mix = solve_mix(gram_blocks(site), here, moments.num_channels, moments.resolution)
+            mix = solve_mix(gram_blocks(site), keep.to(moments.device), moments.num_channels, moments.resolution)
         else:
             mix = solve_mix_of_root(root, keep)
-        offset = mean_offset(moments.mean, here, mix) if site.centred else None
-        sites[site.key] = SiteReduction(mix=mix, offset=offset)
+        sites[site.key] = SiteReduction(mix=mix, offset=offset_of(site, keep, mix))
     return Reduction(group=view.name, keep=keep, sites=sites)
 
 
@@ -121,8 +120,8 @@ INTERPOLATIVE = Criterion(
     needs_data=True,
     rank=_rank_interpolative,
     reduce=_reduce,
-    summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation; errors count by what the "
-    "loss makes of them",
+    summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation; errors are weighted by "
+    "the gradient of the loss",
     curves=_curves,
     grad_factor=True,
     tolerance=0.01,
@@ -131,7 +130,7 @@ INTERPOLATIVE = Criterion(
 RECONSTRUCTION = replace(
     INTERPOLATIVE,
     name="reconstruction",
-    summary="the same, but every output of a consumer counts alike, whatever the loss makes of it",
+    summary="the same, but all outputs of a consumer have the same weight",
     grad_factor=False,
     tolerance=0.025,
 )

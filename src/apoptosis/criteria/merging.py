@@ -1,4 +1,4 @@
-"""One channel stands in for another: pairwise on incoming weights (data-free) and duplicate in activations.
+"""One channel replaces another: pairwise on incoming weights (data-free), and duplicate on activations.
 
 Holds: the costs of replacing channel j by channel k or by a constant, and the greedy order over such costs.
 Elsewhere: the symmetries themselves (numerics.activations), certificates.
@@ -21,7 +21,7 @@ from apoptosis.criteria.views import (
     column_squares,
     device_of,
     gram,
-    moments_of,
+    offset_of,
     output_variance,
     selection,
 )
@@ -155,11 +155,11 @@ def moment_pairs(view: GroupView) -> tuple[Pairs, list[FloatArray]]:
 
 
 def merge_order(cost: FloatArray, constant_cost: FloatArray) -> tuple[npt.NDArray[np.int64], int]:
-    """Take away, again and again, the channel that is cheapest to replace by one that is still there.
+    """Remove, one after the other, the channel that is cheapest to replace by one that is left.
 
-    A channel that others were merged into takes their cost along: they would have to move to another.
+    The price of a channel includes that of those merged into it, which would have to be merged into another.
 
-    Returns: channels, best to keep first, and how many have to stay (the rest of the order has a replacement).
+    Returns: channels, best to keep first, and how many have no replacement and have to be kept.
     """
     num = len(constant_cost)
     cost = cost.copy()
@@ -187,12 +187,29 @@ def merge_order(cost: FloatArray, constant_cost: FloatArray) -> tuple[npt.NDArra
     return np.concatenate([best, np.array(removed[::-1], dtype=np.int64)]).astype(np.int64), len(kept)
 
 
-def _targets(pairs: Pairs, keep: Tensor, removed: Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """For every removed channel the position in `keep` of its replacement, and whether a constant is better."""
+def targets(pairs: Pairs, keep: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
+    """For every removed channel the place in `keep` of its replacement, and whether a constant is better."""
     rows = pairs.cost[removed.numpy()][:, keep.numpy()]
     best = rows.argmin(1).astype(np.int64)
     constant = pairs.constant_cost[removed.numpy()] <= rows[np.arange(len(best)), best]
-    return best, constant
+    return torch.from_numpy(best), torch.from_numpy(constant)
+
+
+def single_mix(gram: Tensor, keep: Tensor, removed: Tensor, to: Tensor, fixed: Tensor) -> Tensor:
+    """Return the mix in which each removed channel is the least-squares multiple of one kept channel, or a constant.
+
+    Args:
+        gram: (channels, channels) float64.
+        keep: (kept,), on the device of `gram` like all others.
+        removed: (removed,).
+        to: (removed,), place in `keep` of what replaces each.
+        fixed: (removed,), whether a constant does instead.
+    """
+    mix = selection(keep, len(gram), gram.device)
+    partner = keep[to]
+    square, cross = gram[partner, partner], gram[removed, partner]
+    mix[to, removed] = torch.where((square > 0) & ~fixed, cross / torch.where(square > 0, square, 1.0), 0.0)
+    return mix
 
 
 def _rank_pairwise(view: GroupView) -> Ranking:
@@ -201,7 +218,7 @@ def _rank_pairwise(view: GroupView) -> Ranking:
     pairs = weight_pairs(view.neuron, offsets=_offsets_fold(view))
     shares = _shares(view, view.neuron)
     seen = np.sum(shares, axis=0)
-    with np.errstate(invalid="ignore"):  # 0 * inf: a channel nobody reads, with no partner, still has none
+    with np.errstate(invalid="ignore"):  # 0 * inf: a channel that no site reads still has no partner
         cost = np.nan_to_num(seen[:, None] * pairs.cost, nan=np.inf, posinf=np.inf)
         constant = np.nan_to_num(seen * pairs.constant_cost, nan=np.inf, posinf=np.inf)
     order, min_keep = merge_order(cost, constant)
@@ -210,7 +227,7 @@ def _rank_pairwise(view: GroupView) -> Ranking:
 
 
 def _shares(view: GroupView, neuron: NeuronView) -> list[FloatArray]:
-    """Return what a unit of every channel's worst-case error costs relative to each site, (channels,) per site."""
+    """Return the error at each site, relative, for a unit of every channel's worst-case error, (channels,) per site."""
     norms = [site.weight.detach().double().square().sum(0).sqrt().sum(1).cpu().numpy() for site in view.sites]
     kind = neuron_type(neuron.activation)
     size = kind.lipschitz(*kind.fill(neuron.args)) * neuron.incoming.detach().double().norm(dim=1).cpu().numpy()
@@ -218,7 +235,7 @@ def _shares(view: GroupView, neuron: NeuronView) -> list[FloatArray]:
 
 
 def _pairwise_curves(view: GroupView, order: Tensor, min_keep: int) -> dict[str, Tensor]:
-    """Worst-case scores, where a site has no data to measure with."""
+    """Return worst-case scores, where a site has no moments."""
     if view.neuron is None or all(site.moments is not None or site.measure is not None for site in view.sites):
         return {}
     pairs = weight_pairs(view.neuron, offsets=_offsets_fold(view))
@@ -249,7 +266,7 @@ def _reduce_pairwise(view: GroupView, keep: Tensor) -> Reduction:
     removed = complement(keep, view.num_channels)
     if view.neuron is not None and removed.numel():
         pairs = weight_pairs(view.neuron, offsets=_offsets_fold(view))
-        best, constant = _targets(pairs, keep, removed)
+        best, constant = targets(pairs, keep, removed)
         for j, to, fixed in zip(removed.tolist(), best.tolist(), constant.tolist(), strict=True):
             k = int(keep[to])
             mix[to, j] = 0.0 if fixed else pairs.scale[j, k]
@@ -272,22 +289,11 @@ def _rank_duplicate(view: GroupView) -> Ranking:
 def _reduce_duplicate(view: GroupView, keep: Tensor) -> Reduction:
     pairs, grams = moment_pairs(view)
     removed = complement(keep, view.num_channels)
-    best, constant = _targets(pairs, keep, removed)
-    to, j = torch.from_numpy(best), removed
+    to, fixed = targets(pairs, keep, removed)
     sites = {}
     for site, matrix in zip(view.sites, grams, strict=True):
-        mix = selection(keep, view.num_channels, torch.device("cpu"))
-        k = keep[to].numpy()
-        square = matrix[k, k]
-        slope = np.where(square > 0, matrix[j.numpy(), k] / np.where(square > 0, square, 1.0), 0.0)
-        mix[to, j] = torch.from_numpy(np.where(constant, 0.0, slope))
-        offset = None
-        if site.centred:
-            mean = moments_of(site).mean
-            offset = mean.cpu() - mean.cpu()[keep] @ mix
-            offset[keep] = 0.0
-        device = device_of(site)
-        sites[site.key] = SiteReduction(mix=mix.to(device), offset=None if offset is None else offset.to(device))
+        mix = single_mix(torch.from_numpy(matrix), keep, removed, to, fixed).to(device_of(site))
+        sites[site.key] = SiteReduction(mix=mix, offset=offset_of(site, keep, mix))
     return Reduction(group=view.name, keep=keep, sites=sites)
 
 

@@ -1,6 +1,6 @@
 """The criteria by name.
 
-Holds: the registry, filled from one literal tuple, and the check of what a criterion of the user's own answers.
+Holds: the registry, filled from one literal tuple, and the check of the answers of a user's criterion.
 Elsewhere: any criterion.
 """
 
@@ -23,10 +23,10 @@ _REGISTRY: dict[str, Criterion] = {criterion.name: criterion for criterion in _B
 
 
 def register_criterion(criterion: Criterion) -> None:
-    """Add a criterion of one's own, to be named in `criterion=` and on the command line.
+    """Add a criterion, to be named in `criterion=` and on the command line.
 
-    What it answers is checked whenever it is asked: an order that is none, or a reduction of another shape, is refused
-    by name before anything changes. What it costs is measured by the same certificate as for every criterion.
+    Its answers are checked: an order without every channel, or a reduction of another shape, is refused by name before
+    anything changes. Its errors are measured by the same certificate as those of every criterion.
 
     Raises: ArgumentError: it has no name, or the name is taken; the message lists those that are.
 
@@ -63,7 +63,7 @@ def register_criterion(criterion: Criterion) -> None:
 
 
 def _wrong(criterion: Criterion, verb: str, view: GroupView, wanted: str) -> ArgumentError:
-    return ArgumentError(f"criterion '{criterion.name}': {verb} of group '{view.name}' has to give {wanted}.")
+    return ArgumentError(f"criterion '{criterion.name}': {verb} of group '{view.name}' must return {wanted}.")
 
 
 def _listed() -> str:

@@ -1,4 +1,4 @@
-"""What a criterion sees of a group, and what it answers: names, numbers and tensors, never modules.
+"""What a criterion gets and returns: names, numbers and tensors, never modules.
 
 Holds: SiteView, NeuronView, GroupView (in), Ranking and Criterion (out), and the plain statistics of a site.
 Elsewhere: any choice of channels; how a view is made from modules and moments (planner).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ArgumentError, ShapeError
-from apoptosis.numerics.decompose import Blocks
+from apoptosis.numerics.decompose import Blocks, mean_offset
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
@@ -34,12 +34,11 @@ class SiteView:
     no zero padding). dropout: p of an elementwise dropout that the moments were observed behind. measure: exact error
     on sampled inputs, for sites with P > 1, where pooled moments give only an estimate. scale: the energy that errors
     relate to, where it is not E‖W(z - μ)‖² by the moments; measure needs it. blocks: (channels,) int64, or None for one
-    block. Channels of different blocks never stand in for one another here (products of activations: other heads).
-    pairwise: a removed channel is a multiple of one kept channel, plus a constant (under a norm); never more than one.
-    mixes: False where nothing may stand in for a removed channel at all: what it contributes is lost. note: what the
-    errors speak of, for the certificate; "" for the output of a linear map. grad_factor: (rows, channels): what an
-    error r of the channels costs is ‖felt r‖², in place of ‖W r‖². Gradients of the loss; None where every output
-    counts alike.
+    block. Channels of different blocks never replace one another (products of activations: other heads).
+    pairwise: a removed channel is a multiple of one kept channel, plus a constant (under a norm); never of several.
+    mixes: False where removed channels can only be dropped. note: what the errors relate to, for the certificate; ""
+    for the output of a linear map. grad_factor: V (rows, channels): an error r of the channels costs ‖V r‖² instead of
+    ‖W r‖²; VᵀV is the second moment of the loss's gradients. None where all outputs have the same weight.
     """
 
     key: str
@@ -136,11 +135,11 @@ class Ranking:
 class Criterion:
     """A way of removing channels, as a value.
 
-    rank(view) orders the channels; reduce(view, keep) says how the kept ones stand in for the rest, for any sorted
+    rank(view) orders the channels; reduce(view, keep) says how the kept ones replace the others, for any sorted
     keep. needs_data: every site needs moments. summary: one line for humans.
     curves(view, order, min_keep), optional: what Ranking.curves says, for an order that is not the criterion's own
     (equally many of every row); without it the number kept is found by trying. min_keep: as in the criterion's ranking.
-    neurons: whether it looks at GroupView.neuron, which is None for a criterion that does not.
+    neurons: whether it reads GroupView.neuron, which is None for a criterion that does not.
     """
 
     name: str
@@ -177,7 +176,7 @@ def moments_of(site: SiteView) -> Moments:
 def gram(site: SiteView) -> Tensor:
     """Return what least squares works on: the covariance where an offset can be folded, else the second moment.
 
-    Only its diagonal where nothing mixes: no channel explains another there. A new tensor, (channels, channels).
+    Only its diagonal where no mix is allowed. A new tensor, (channels, channels).
     """
     moments = moments_of(site)
     if not site.mixes:
@@ -285,12 +284,19 @@ def roundoff_tolerance(site: SiteView) -> float:
 
 
 def selection(keep: Tensor, num_channels: int, device: torch.device) -> Tensor:
-    """Return the mix (kept, channels) in which every kept channel stands for itself alone."""
+    """Return the mix (kept, channels) that keeps the kept channels and drops the others."""
     mix = torch.zeros(keep.numel(), num_channels, dtype=torch.float64, device=device)
     mix[torch.arange(keep.numel(), device=device), keep.to(device)] = 1.0
     return mix
 
 
+def offset_of(site: SiteView, keep: Tensor, mix: Tensor) -> Tensor | None:
+    """Return the constants that a mix leaves, mean - mean[keep] @ mix, 0 for kept channels; None if none can fold."""
+    if not site.centred:
+        return None
+    return mean_offset(moments_of(site).mean.to(mix.device), keep.to(mix.device), mix)
+
+
 def device_of(site: SiteView) -> torch.device:
-    """Return where a site's mix and offset live: with its moments, else with its weight."""
+    """Return the device of a site's mix and offset: that of its moments, else of its weight."""
     return site.moments.device if site.moments is not None else site.weight.device

@@ -1,4 +1,4 @@
-"""Observation windows: the user's own forward passes become moments at consumer sites."""
+"""Observation windows: moments at consumer sites, collected from the user's forward passes."""
 
 from apoptosis.observe.accumulators import (
     MIN_EXAMPLES,

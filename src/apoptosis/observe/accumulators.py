@@ -1,4 +1,4 @@
-"""Rows and whole inputs of one consumer site, as they come by.
+"""Rows and whole inputs of one consumer site, collected during a window.
 
 Holds: which rows are taken from one input of a module, their moments, and when these are enough.
 Elsewhere: hooks and which passes count (window.py).
@@ -19,10 +19,10 @@ from apoptosis.numerics.devices import is_async, to_async
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import IntArray, LinearSite, Site
 
-ROWS_PER_CHANNEL = 3  # fewer rows understate the rank of the covariance and remove too much
+ROWS_PER_CHANNEL = 3  # fewer rows understate the rank of the covariance, and too much would be removed
 POSITIONAL_ROWS_PER_CHANNEL = 8  # positions of one image are correlated: ask for more of them
-LEAST_SHARE = 3  # a third of these rows serves, once a window has lasted STALE_STEPS
-MIN_ROWS = 256  # of few channels, too: a ReLU that is hardly ever on must have been on
+LEAST_SHARE = 3  # a third of these rows is enough, once a window has lasted STALE_STEPS
+MIN_ROWS = 256  # for few channels, too: a ReLU that is hardly ever active must have been active
 MIN_EXAMPLES = 256  # distinct examples every window sees, whatever the number of positions
 WHOLE_COLUMNS = 4096  # a Gram matrix of all columns of a shared site is kept up to this many, 128 MB
 SAMPLE_EXAMPLES = 64  # whole inputs kept for sites that read several positions at once
@@ -36,18 +36,18 @@ _LEAST_FLUSH = 256
 
 
 def needs_float64(tolerance: float) -> bool:
-    """Whether products in float32 cannot tell errors of this size (relative rms) from round-off."""
+    """Whether errors of this size (relative rms) are below the resolution of products in float32."""
     return tolerance < FLOAT32_RESOLVES
 
 
 def needs_whole_inputs(site: Site) -> bool:
-    """Whether errors at the site have to be measured on whole inputs: moments of its channels do not tell them."""
+    """Whether errors at the site have to be measured on whole inputs, as moments of its channels do not suffice."""
     return isinstance(site, LinearSite) and (site.is_complex or site.reads_positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Observation:
-    """What a window saw at one (group, site).
+    """What a window observed at one (group, site).
 
     moments: of the group's channels; of a product those of the left operand at every one of its positions, channel by
         channel (channels * P). right: of the right operand likewise, for products alone.
@@ -55,7 +55,8 @@ class Observation:
     whole: moments of every input column of the module, where others than the group's are read too and one position at
         a time; else None.
     dropout: rate of a dropout that the rows were taken behind, 0.0 for none. grad_factor: (rows, channels) float32,
-    rows that stand for the loss's gradients at the channels, in any unit; None where no backward pass came by.
+    rows V with VᵀV = the second moment of the loss's gradients at the channels, in any unit; None without a backward
+    pass.
     """
 
     moments: Moments
@@ -67,9 +68,9 @@ class Observation:
 
 
 def in_both(one: Observation | None, other: Observation | None) -> Observation:
-    """Return what two windows saw of the same examples in two modes as one; rows count once.
+    """Return the observations of two windows, of the same examples in two modes, as one; rows count once.
 
-    Raises: ValueError: neither saw anything.
+    Raises: ValueError: both are None.
     """
     if one is None or other is None:
         if (alone := one or other) is None:
@@ -92,20 +93,20 @@ def in_both(one: Observation | None, other: Observation | None) -> Observation:
 
 
 def _pooled(a: Moments, b: Moments) -> Moments:
-    """Join moments, with the count of the first: the same examples again say less than as many others would."""
+    """Join moments, with the count of the first: the same examples again are no further ones."""
     out = a.select(torch.arange(a.num_channels, device=a.device))
     out.merge(b)
     return out.counted(a.num_rows, a.num_examples)
 
 
 class Accumulator:
-    """Rows of some channels at one site: buffered raw, then folded into moments.
+    """Collects rows of some channels at one site: buffered first, then added to the moments.
 
     Args:
-        site: where they are read. columns: (channels, P), positions of each channel along the input's channel axis.
+        site: that reads the rows. columns: (channels, P), positions of each channel along the input's channel axis.
         rows_for: number of channels that the rows must suffice for. device: of the moments.
-        exact: products in float64. spread: take of every batch only its share of the positions that are needed, as
-            more batches will come; else as many as are needed of each.
+        exact: products in float64. spread: take only a share of the rows that are needed of every batch, as more
+            batches follow; else all that are needed of each.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Accumulator:
         self.examples = 0
         self.last_pass = -1
         self.dropout: float | None = None  # that the rows lie behind; known with the first ones
-        self.spoiled = ""  # why the rows cannot be used
+        self.unusable = ""  # why the rows cannot be used
         self._device = device
         self._flush_rows = _flush_rows(len(columns), exact=exact)
         blocks = site.input_columns.size // max(1, site.columns.size)  # of a grouped convolution
@@ -141,38 +142,38 @@ class Accumulator:
         return self.moments.num_rows + self.buffered
 
     def enough(self, examples: int = MIN_EXAMPLES) -> bool:
-        """Whether nothing more need be seen; examples: the least to see."""
-        return bool(self.spoiled) or (self.rows >= self.rows_needed and self.examples >= examples)
+        """Whether enough was observed; examples: the smallest number of them."""
+        return bool(self.unusable) or (self.rows >= self.rows_needed and self.examples >= examples)
 
     def serves(self) -> bool:
-        """Whether what was seen tells something: widths up to a share of the rows."""
-        return bool(self.spoiled) or (self.rows * LEAST_SHARE >= self.rows_needed and self.examples >= MIN_EXAMPLES)
+        """Whether what was observed is enough for widths up to a share of the rows."""
+        return bool(self.unusable) or (self.rows * LEAST_SHARE >= self.rows_needed and self.examples >= MIN_EXAMPLES)
 
-    def said(self) -> str:
-        """Say in words what has been seen of what is needed."""
+    def progress(self) -> str:
+        """Return in words how much was observed of what is needed."""
         rows = f"{self.rows:,} of the {self.rows_needed:,} rows" if self.rows < self.rows_needed else ""
         examples = f"{self.examples:,} of the {MIN_EXAMPLES} examples" if self.examples < MIN_EXAMPLES else ""
         return f"'{self.site.module}' had seen {' and '.join(filter(None, (rows, examples)))} that it needs"
 
     def missing_rows(self, steps: int, share: int = 1) -> float:
-        """Return the steps until rows / share are seen of those needed, if as many come as in the steps so far."""
+        """Return the steps until a part, 1 / share, of the rows needed is there, at the rate of the steps so far."""
         missing = max(0, -(-self.rows_needed // share) - self.rows)
         return missing * steps / self.rows if self.rows else (float("inf") if missing else 0.0)
 
     def missing_examples(self, steps: int) -> float:
-        """Return the steps until MIN_EXAMPLES are seen, if as many come as in the steps so far."""
+        """Return the steps until MIN_EXAMPLES are there, at the rate of the steps so far."""
         missing = max(0, MIN_EXAMPLES - self.examples)
         return missing * steps / self.examples if self.examples else (float("inf") if missing else 0.0)
 
-    def take(self, x: Tensor, picks: torch.Generator, *, examples: int, repeated: bool, dropout: float) -> None:
-        """Take rows (positions, channels) from one module input; of many positions an even share of every batch.
+    def take(self, x: Tensor, generator: torch.Generator, *, examples: int, repeated: bool, dropout: float) -> None:
+        """Take rows (positions, channels) from one module input; where there are many, a share of every batch.
 
         Args:
             x: the input.
-            picks: draws the positions.
-            examples: the most that the pass can have.
-            repeated: the module has run in this pass before, so these are the same examples again.
-            dropout: rate of the dropout that x lies behind; rows of another rate than the first ones are passed over.
+            generator: draws the positions.
+            examples: the largest number that the pass can have.
+            repeated: the module has run in this pass before, on the same examples.
+            dropout: rate of the dropout in front of x; rows behind another rate than the first ones are ignored.
         """
         if self.dropout is None:
             self.dropout = dropout
@@ -181,10 +182,10 @@ class Accumulator:
         rows = self.flat(x)
         examples = max(1, min(examples, x.shape[0] if x.dim() > 1 else 1))
         if not self.fits(rows):
-            self.spoiled = f"the input of '{self.site.module}' changed its width while it was watched"
+            self.unusable = f"the input of '{self.site.module}' changed its width while it was observed"
             return
         share = self.share(-(-self.rows_needed * examples // MIN_EXAMPLES) + 1)
-        taken = self.picked(rows, share if self.positional or rows.shape[0] > examples else None, picks)
+        taken = self.picked(rows, share if self.positional or rows.shape[0] > examples else None, generator)
         self.add(taken, 0 if repeated else examples)
 
     def flat(self, x: Tensor) -> Tensor:
@@ -196,15 +197,15 @@ class Accumulator:
         """Whether rows are as wide as the input that was captured."""
         return rows.shape[1] == self._width
 
-    def picked(self, rows: Tensor, share: int | None, picks: torch.Generator) -> Tensor:
-        """Return rows of the watch's channels, (rows * P, channels), or `share` of them drawn with replacement.
+    def picked(self, rows: Tensor, share: int | None, generator: torch.Generator) -> Tensor:
+        """Return the rows of these channels, (rows * P, channels), or `share` of them drawn with replacement.
 
-        What is returned may be the rows themselves.
+        The result may be `rows` itself.
         """
         taps = self.columns.shape[1]
         total = rows.shape[0] * taps
         if share is not None and total > share:
-            chosen = to_async(torch.randint(0, total, (share,), generator=picks, device="cpu"), rows.device)
+            chosen = to_async(torch.randint(0, total, (share,), generator=generator, device="cpu"), rows.device)
             taken = rows.index_select(0, chosen // taps)
             return taken if self._all else taken.gather(1, self.columns.T[chosen % taps])
         if self._all:
@@ -213,10 +214,10 @@ class Accumulator:
         return spread.transpose(1, 2).reshape(-1, len(self.columns))
 
     def share(self, even: int) -> int:
-        """Return the rows to take of one input; even: its share of what is needed, if more inputs come.
+        """Return how many rows to take of one input; even: its share of what is needed, if more inputs follow.
 
-        Where only what is exact may go, all rows within EXACT_MACS: a channel that is silent but for a few positions of
-        a thousand is not silent.
+        In exact mode all rows within EXACT_MACS: a channel that is zero but for a few of a thousand positions must not
+        count as zero.
         """
         wanted = even if self.spread else self.rows_needed
         return max(wanted, EXACT_MACS // self.moments.num_channels**2) if self.exact else wanted
@@ -224,7 +225,7 @@ class Accumulator:
     def add(self, rows: Tensor, examples: int) -> None:
         """Take rows (rows, channels); examples: how many new ones they come from.
 
-        What waits to be multiplied is copied; a batch of rows that suffices for a product is not.
+        Rows that are buffered are copied; a batch that is large enough for a product of its own is not.
         """
         self.examples += examples
         if rows.is_complex():  # a real mix fits real and imaginary parts alike: they are rows of their own
@@ -240,8 +241,8 @@ class Accumulator:
     def _flush(self) -> None:
         try:
             self._add_buffer(self.moments)
-        except NonFiniteError as error:  # the user's forward pass is running: it must not fail because of this
-            self.spoiled = str(error)
+        except NonFiniteError as error:  # the user's forward pass is running and must not fail
+            self.unusable = str(error)
         self.buffer, self.buffered = [], 0
 
     def _add_buffer(self, moments: Moments) -> None:
@@ -250,19 +251,19 @@ class Accumulator:
             moments.update(rows, exact=self.exact, checked=not is_async(rows.device))
 
     def apply_checkpoint(self, moments: Moments, examples: int) -> None:
-        """Take moments of more rows, these among them, in the place of its own."""
+        """Take over moments that include these rows and more."""
         self.moments, self.examples, self.buffer, self.buffered = moments, examples, [], 0
 
     def snapshot(self, *, last: bool = False) -> Moments:
         """Moments of all rows so far.
 
-        last: the watch hands its own over, without a copy, and takes no more rows. Else what is buffered stays
-        buffered, so that looking changes nothing.
+        last: return the moments themselves, not a copy; no more rows are taken. Else rows that are buffered stay so,
+        and nothing changes.
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
-        if self.spoiled:
-            raise NonFiniteError(self.spoiled)
+        if self.unusable:
+            raise NonFiniteError(self.unusable)
         found = self.moments if last else self.moments.copy()
         self._add_buffer(found)
         if last:
@@ -271,16 +272,16 @@ class Accumulator:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything exactly: buffered rows stay rows, so that a resumed run sums in the same order."""
-        moments, spoiled = self.moments, self.spoiled
+        """Return the exact state: buffered rows stay rows, so that a resumed run sums in the same order."""
+        moments, unusable = self.moments, self.unusable
         try:
             moments.check()
         except NonFiniteError as error:
-            moments, spoiled = Moments(moments.num_channels), spoiled or str(error)
+            moments, unusable = Moments(moments.num_channels), unusable or str(error)
         return {
             "examples": self.examples,
             "dropout": self.dropout,
-            "spoiled": spoiled,
+            "spoiled": unusable,
             "moments": moments.state_dict(),
             "buffer": list(self.buffer),
         }
@@ -292,19 +293,19 @@ class Accumulator:
         self.buffered = sum(len(rows) for rows in self.buffer)
         self.examples = int(state["examples"])
         self.dropout = None if state["dropout"] is None else float(state["dropout"])
-        self.spoiled = str(state["spoiled"])
+        self.unusable = str(state["spoiled"])
 
 
 def _flush_rows(channels: int, *, exact: bool) -> int:
     """Return how many rows are multiplied at once.
 
-    In float64 there is a triangular factorisation with each product, whose cost does not fall with the rows.
+    In float64 each product comes with a triangular factorisation, whose cost does not fall with the rows.
     """
     return _FLUSH_ROWS if exact else min(_FLUSH_ROWS, max(_LEAST_FLUSH, _FLUSH_NUMBERS // channels))
 
 
 def named_snapshot(watch: Accumulator, *, last: bool = False) -> Moments:
-    """Take a watch's moments; what is wrong with its rows is told of the module that read them."""
+    """Return the moments of an accumulator; an error names the module that read its rows."""
     try:
         return watch.snapshot(last=last)
     except NonFiniteError as error:
@@ -312,7 +313,7 @@ def named_snapshot(watch: Accumulator, *, last: bool = False) -> Moments:
 
 
 class Sample:
-    """The first whole inputs of one module, as many as are needed to measure what its outputs do."""
+    """The first whole inputs of one module, as many as are needed to measure errors of its outputs."""
 
     def __init__(self, *, exact: bool, most: int = SAMPLE_EXAMPLES) -> None:
         self.kept: list[Tensor] = []
@@ -321,7 +322,7 @@ class Sample:
 
     @classmethod
     def of(cls, site: Site, *, exact: bool) -> Sample:
-        """Make one for a site: of single positions more examples are needed than of whole maps."""
+        """Make one for a site; more examples where each is a single position, not a map."""
         return cls(exact=exact, most=SAMPLE_EXAMPLES if site.reads_positions else SAMPLE_ROWS)
 
     def _missing(self) -> int:
@@ -330,11 +331,11 @@ class Sample:
         return max(0, wanted - sum(len(x) for x in self.kept))
 
     def enough(self) -> bool:
-        """Whether nothing more need be seen."""
+        """Whether enough was observed."""
         return self._missing() == 0
 
     def take(self, x: Tensor) -> None:
-        """Keep examples of one input; of inputs of varying size those shaped like the first."""
+        """Keep examples of one input; where sizes vary, only those of the first size."""
         if self.kept and x.shape[1:] != self.kept[0].shape[1:]:
             return
         size = max(1, x[0].numel())
@@ -344,14 +345,14 @@ class Sample:
         self.kept.append(x[:free].to(device, dtype, copy=True))
 
     def joined(self) -> Tensor | None:
-        """All that was kept, (examples, ...); None before anything was."""
+        """Return all that was kept, (examples, ...); None if nothing was."""
         if not self.kept:
             return None
         return self.kept[0] if len(self.kept) == 1 else torch.cat(self.kept)
 
 
 def state_of(watches: Mapping[tuple[str, str], Accumulator], samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """Return what was seen by (group, site) and by name, exactly."""
+    """Return the exact state of accumulators by (group, site) and of samples by name."""
     return {
         "watches": [{"group": g, "site": k, **watch.state_dict()} for (g, k), watch in watches.items()],
         "samples": {name: list(sample.kept) for name, sample in samples.items()},

@@ -1,6 +1,6 @@
-"""Looking in front of a dropout module: behind it the covariance carries the noise of its masks.
+"""The input of a dropout module instead of its output, whose covariance holds the noise of the masks.
 
-Holds: what went into every dropout of a pass, and the same view of it. Elsewhere: other hooks
+Holds: inputs and outputs of every dropout of a pass. Elsewhere: other hooks
 (window.py), what a known rate means for moments (numerics).
 """
 
@@ -27,7 +27,7 @@ class Dropped:
         self._passed.clear()
 
     def hook(self, name: str, trains: Callable[[], bool]) -> Callable[..., None]:
-        """Make a hook that notes what the module of that name does while `trains` says so."""
+        """Make a hook that records the module of that name while `trains()` is true."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = args[0] if args else None
@@ -37,13 +37,13 @@ class Dropped:
         return hook
 
     def note(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        """Note what a dropout module made of its input, unless it did so in place."""
+        """Record input and output of a dropout module, unless it works in place."""
         own = x.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()
         if own or not module.training:
             self._passed[name] = (x.detach(), output.detach())
 
     def before(self, x: Tensor) -> tuple[Tensor, float]:
-        """Return the same view of what went into the dropout that x comes from, and 0.0; or x itself and 1.0."""
+        """Return the same view of the input of the dropout that x comes from, and 0.0; or x itself and 1.0."""
         rate, left = 1.0, list(self._passed.values())
         while left:
             storage = x.untyped_storage().data_ptr()

@@ -1,10 +1,10 @@
-"""What the loss makes of a change at the input of a site: its gradients there, taken in backward and kept sketched.
+"""The gradients of the loss at the inputs of sites: taken in backward passes and kept as sketches.
 
 Holds: hooks on tensors of the user's passes, and the rows of gradients they take. Elsewhere: which passes
-count and when a window is over (window.py), what the planner makes of the moments.
+count and when a window is over (window.py), how errors are weighted (planner).
 
 A change r of what a site reads changes the loss by g · r to first order, g the loss's gradient there (theory, "What the
-loss sees"). Scale does not matter: gradients of scaled losses and of means over batches serve as they are.
+loss sees"). Scale does not matter, so gradients of scaled losses and of means over batches are used as they are.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from apoptosis.observe.accumulators import WHOLE_COLUMNS, Accumulator
 from apoptosis.observe.hooks import is_wrapped
 from apoptosis.records import IntArray, NormSite, Site
 
-_SURELY = 8  # times the rows that are needed, where nobody knows how many of them are zero
+_SURELY = 8  # times the rows that are needed, where it is not known how many of them are zero
 _SHARE = 2  # batches, at least, that the rows of a window come from
 
 
 class GradientWatch(Accumulator):
-    """Rows of gradients at one site, those that are not zero: of T positions the loss may look at one. Kept sketched.
+    """Collects the gradients at one site that are not zero (the loss may read one position of many), as a sketch.
 
-    What is not finite is passed over: a loss scaler's overflow is no defect.
+    Gradients that are not finite are ignored: a loss scaler overflows now and then.
     """
 
     def __init__(self, site: Site, columns: IntArray, rows_for: int, device: torch.device) -> None:
@@ -43,8 +43,8 @@ class GradientWatch(Accumulator):
         """Rows taken so far."""
         return self.sketch.num_rows
 
-    def feel(self, gradient: Tensor, picks: torch.Generator) -> None:
-        """Take rows of one gradient, of many a share."""
+    def take_gradient(self, gradient: Tensor, generator: torch.Generator) -> None:
+        """Take rows of one gradient; where there are many, a share of them."""
         rows = self.flat(gradient)
         if not self.fits(rows):
             return
@@ -53,19 +53,19 @@ class GradientWatch(Accumulator):
         good, share = sizes.ne(0) & sizes.isfinite(), -(-self.rows_needed // _SHARE)
         ahead = is_async(rows.device)
         if ahead:
-            rows = sample_rows(rows, good, share, picks)
+            rows = sample_rows(rows, good, share, generator)
         elif not bool(good.all()):
             rows = rows[good]
-        self.sketch.add(self.picked(rows, share, picks), picks, some_empty=ahead)
+        self.sketch.add(self.picked(rows, share, generator), generator, some_empty=ahead)
 
     def enough(self, examples: int = 0) -> bool:
-        """Whether nothing more need be seen; where rows of zeros may be among them, so many that they hardly matter."""
+        """Whether enough was observed; more rows are asked for where some of them may be zero."""
         return super().enough(examples) and (not is_async(self._device) or self.rows >= _SURELY * self.rows_needed)
 
     def root(self, *, last: bool = False) -> Tensor | None:
         """Return V (rows, channels) float32 with VᵀV = Σ g gᵀ, sketched; None where that is not finite.
 
-        last: V is handed over, and the watch has none any more.
+        last: return V itself, not a copy; the sketch is empty afterwards.
         """
         found = self.sketch.rows(last=last)
         if last:
@@ -82,11 +82,11 @@ class GradientWatch(Accumulator):
 
 
 class Gradients:
-    """Gradients at the sites of a window, by the keys of its watches.
+    """Gradients at the sites of a window, by the keys of its accumulators.
 
     Args:
-        seed: of the private generator that picks positions.
-        wanted: False makes all of this do nothing.
+        seed: of the private generator that draws positions.
+        wanted: if False, nothing is observed.
     """
 
     def __init__(self, seed: int, *, wanted: bool) -> None:
@@ -98,7 +98,7 @@ class Gradients:
         self._seconds = 0.0
 
     def watch(self, key: tuple[str, str], site: Site, columns: IntArray, channels: int, device: torch.device) -> None:
-        """Take gradients at a site; columns: (channels, P) along its input's channel axis."""
+        """Observe gradients at a site; columns: (channels, P) along its input's channel axis."""
         if not self._wanted or isinstance(site, NormSite) or len(columns) > WHOLE_COLUMNS:
             return
         found = GradientWatch(site, columns, channels, device)
@@ -106,30 +106,30 @@ class Gradients:
         self._by_module.setdefault(site.module, []).append(found)
 
     def watches(self) -> list[GradientWatch]:
-        """Return all watches, in the order of their groups."""
+        """Return all accumulators, in the order of their groups."""
         return list(self._watches.values())
 
     def attach(self, module: str, x: Tensor, *, unbatched: bool) -> None:
-        """Look at the gradient of one input of a module when backward comes to it; unbatched: it lacks a batch axis."""
+        """Observe the gradient of one input of a module in backward; unbatched: the input lacks a batch axis."""
         watches = [watch for watch in self._by_module.get(module, ()) if not watch.enough(0)]
         if watches and x.requires_grad and not x.is_complex():
             take = partial(self._take, watches, unbatched)
             self._handles.append(x.register_hook(take))  # type: ignore[no-untyped-call]  # torch's own
 
     def _take(self, watches: list[GradientWatch], unbatched: bool, gradient: Tensor | None) -> None:
-        """Take rows of one gradient, inside the user's backward pass: nothing here may fail, whatever comes."""
+        """Take rows of one gradient, inside the user's backward pass, which must not fail because of this."""
         if gradient is None or gradient.layout is not torch.strided or is_wrapped(gradient):
-            return  # a function of the user's own says that it has none, or several gradients come at once
+            return  # a user-defined function returned none, or a functional transform is running
         start = time.perf_counter()
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             g = gradient.detach().unsqueeze(0) if unbatched else gradient.detach()
             for watch in watches:
                 if not watch.enough(0):
-                    watch.feel(g, self._generator)
+                    watch.take_gradient(g, self._generator)
         self._seconds += time.perf_counter() - start
 
     def end_step(self) -> float:
-        """Take the hooks of the step's tensors off; return the seconds that they took."""
+        """Remove the hooks of the step's tensors; return the seconds that they took."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -137,12 +137,12 @@ class Gradients:
         return seconds
 
     def need(self, key: tuple[str, str], rows: int) -> None:
-        """Ask for as many rows at least."""
+        """Ask for at least so many rows."""
         if key in self._watches:
             self._watches[key].rows_needed = max(self._watches[key].rows_needed, rows)
 
     def missing(self, key: tuple[str, str], channels: int, steps: int) -> float:
-        """Return the steps until `root` has what it needs, if as many rows come as in the steps so far; 0 without any.
+        """Return the steps until `root` has enough rows, at the rate of the steps so far; 0 without any row.
 
         Reads a number from the device.
         """
@@ -150,16 +150,16 @@ class Gradients:
         return max(0, channels - rows) * steps / rows if rows else 0.0
 
     def counted(self, key: tuple[str, str]) -> int:
-        """Return the rows of gradients seen by the watch of a key. Reads a number from the device."""
+        """Return the rows of gradients observed for a key. Reads a number from the device."""
         watch = self._watches.get(key)
         return 0 if watch is None else watch.sketch.counted()
 
     def roots(self, needed: Mapping[tuple[str, str], int], *, last: bool = False) -> dict[tuple[str, str], Tensor]:
-        """Return V (rows, columns of the watch) with VᵀV = Σ g gᵀ, sketched, by the keys of watches.
+        """Return V (rows, columns) with VᵀV = Σ g gᵀ, sketched, by key.
 
         Args:
-            needed: by key, the rows without which there is none.
-            last: what is returned is handed over, not copied.
+            needed: by key, the smallest number of rows.
+            last: return the tensors themselves, not copies.
         """
         found = {
             key: watch.root(last=last)

@@ -1,7 +1,7 @@
-"""The one thing a window puts on the user's modules, and where it finds itself when called.
+"""Hooks on the user's modules, and the circumstances that they are called in.
 
-Holds: a hook that does not travel with copies; whether a call comes from a backward pass or a transform; what a
-checkpoint can hold; what is told when a window saw nothing of use. Elsewhere: what hooks do (window.py).
+Holds: a hook that copies of a module do not carry; whether a call comes from a backward pass or a transform; what a
+checkpoint can hold; messages for windows that observed nothing of use. Elsewhere: what hooks do (window.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NOTHING_SEEN = (
-    "no training pass went through the modules it watches. The model must be called in training mode with gradients."
-)
+NOTHING_SEEN = "no training pass went through the modules it observes. Call the model in training mode with gradients."
 CHANGED_BY_OTHERS = (
-    "the model was changed by shrink_ or by another Apoptosis, or its layers or types by other hands, while its "
-    "channels were watched."
+    "the model was changed by shrink_ or by another Apoptosis, or its layers or types were changed otherwise, while "
+    "its channels were observed."
 )
-
 
 _TABLES = (
     "_forward_pre_hooks_with_kwargs",
@@ -31,16 +28,16 @@ _TABLES = (
 
 
 class Hook:
-    """A hook that copies and pickles of the user's modules lose: they carry one that does nothing.
+    """A hook that copies and pickles of the user's modules do not carry: they have one that does nothing.
 
-    mark: of the window that it belongs to.
+    mark: identifies the window that it belongs to.
     """
 
     def __init__(self, function: Callable[..., None], mark: object = None) -> None:
         self._function, self.mark = function, mark
 
     def __call__(self, *args: Any) -> None:
-        """Do what the hook is for."""
+        """Call the function."""
         self._function(*args)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
@@ -48,7 +45,7 @@ class Hook:
 
 
 def _inert(*args: object) -> None:
-    """Stand in a copy for a hook of the original."""
+    """Replace a hook of the original in a copy; does nothing."""
 
 
 def _make_inert() -> Callable[..., None]:
@@ -56,7 +53,7 @@ def _make_inert() -> Callable[..., None]:
 
 
 def take_off(module: nn.Module, mark: object) -> None:
-    """Take all hooks with this mark off a module."""
+    """Remove all hooks with this mark from a module."""
     forward = (module._forward_pre_hooks, module._forward_hooks)
     keys = [key for table in forward for key, hook in table.items() if isinstance(hook, Hook) and hook.mark is mark]
     for key in keys:
@@ -65,7 +62,7 @@ def take_off(module: nn.Module, mark: object) -> None:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running: a checkpointed segment is computed again."""
+    """Whether a backward pass is running, which computes a checkpointed segment again."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -1,6 +1,6 @@
 """Consumer sites as linear maps: a weight gathered per channel, and the exact response to whole inputs.
 
-Holds: what turns a Site and its module's weight into matrices, and the response of a site that reads several
+Holds: what turns a site and its module's weight into matrices, and the response of a site that reads several
 positions of a channel at once (kernels, flattened maps). Elsewhere: moments or any choice.
 """
 
@@ -18,15 +18,15 @@ from apoptosis.records import Convolution, IntArray, LinearSite, Normal, Product
 
 Respond = Callable[[Tensor, Tensor], Tensor]  # (input map restricted to columns, weight restricted alike) -> output
 
-_MEASURED = 2**22  # outputs that a reduction of a complex stack is measured on
+_MEASURED = 2**22  # outputs on which a reduction of a complex stack is measured
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def read_weight(site: LinearSite, weight: Tensor) -> Tensor:
     """Return the part of the weight that the site reads as (out, columns, *taps), in its own dtype.
 
-    Of a functional site: the selected slice, its axes but the contracted one taken together as outputs. Of a
-    convolution that no stock layer calls: laid out as the operator reads it.
+    Of a functional site: the selected slice, with all axes but the contracted one flattened into outputs. Of a
+    convolution called as a function: laid out as the operator reads it.
     """
     weight, dim = weight.detach(), site.dim
     if site.factors[0] != 1.0:
@@ -44,7 +44,7 @@ def read_weight(site: LinearSite, weight: Tensor) -> Tensor:
 
 
 def _normalised(normal: Normal, weight: Tensor) -> Tensor:
-    """Return a parameter as it is used once its rows are normalised, by what was seen of that at capture."""
+    """Return a parameter with its rows normalised as they were at capture."""
     rows = weight.double().flatten(1)
     rows = rows - rows.mean(1, keepdim=True) if normal.centred else rows
     scale, length = (torch.from_numpy(part).to(rows.device) for part in (normal.scale, normal.length))
@@ -62,7 +62,7 @@ def _laid_out(conv: Convolution, weight: Tensor) -> Tensor:
 
 
 def _convolve(conv: Convolution) -> Respond:
-    """Return a convolution without its bias, with what pads its input before."""
+    """Return a convolution without its bias, with the padding of its input."""
 
     def respond(x: Tensor, weight: Tensor) -> Tensor:
         for sizes, mode in conv.padded:
@@ -123,7 +123,7 @@ def real_rows(x: Tensor, dim: int) -> Tensor:
 def make_respond(module: nn.Module, site: LinearSite) -> Respond:
     """Return the module's own linear map without its bias, for inputs and weights restricted to some channels.
 
-    Works on the full weight too. Grouped convolutions are never restricted (their blocks must stay rectangular).
+    It takes the full weight, too. Grouped convolutions are never restricted, as their blocks must have equal sizes.
     """
     if isinstance(module, nn.Linear):
         return F.linear
@@ -159,7 +159,7 @@ class SampledSite:
 
     error: E||W (z - z_hat)||² over sampled outputs; scale: the same for everything the module reads minus its mean,
     other groups' channels included. Both in the units of the output, squared, summed over output channels and averaged
-    over output positions. dropped: what the variance of every output loses by the reduction last asked for.
+    over output positions. dropped: what the variance of every output loses by the reduction measured last.
     """
 
     def __init__(self, site: LinearSite, sample: Tensor, weight: Tensor, respond: Respond, num_blocks: int) -> None:
@@ -197,7 +197,7 @@ class SampledSite:
 
     @property
     def dropped(self) -> Tensor | None:
-        """What the variance of every output loses, (out,) float64; None before an error was asked for."""
+        """What the variance of every output loses, (out,) float64; None before an error was measured."""
         if self._change is None:
             return None
         if self._output is None:

@@ -1,10 +1,10 @@
-"""What the windows of all ranks saw, as if one rank had seen it all.
+"""Pools what the windows of all ranks observed, as if one rank had observed it all.
 
 Holds: two sums over all ranks per window, of counts and means first, then of scatter around the common mean, a
-few sites at a time; whole inputs are exchanged. Elsewhere: what is watched (window.py), ranks (ranks.py).
+few sites at a time; whole inputs are exchanged. Elsewhere: what is observed (window.py), ranks (ranks.py).
 
 The scatter of all rows is Σ_r [S_r + n_r (m_r - m)(m_r - m)ᵀ], m the mean of all (Chan, Golub, LeVeque): nothing
-cancels, and every rank gets the same bits. Sketches add up: their signs are drawn apart on every rank. Triangles of
+cancels, and every rank gets the same bits. Sketches are summed: every rank draws signs of its own. Triangles of
 float64 rows (tolerance 0) are exchanged and put below each other.
 """
 
@@ -23,13 +23,13 @@ from apoptosis.observe.accumulators import Accumulator, Sample, named_snapshot
 
 
 def share_out(watches: Iterable[Accumulator], ranks: Ranks) -> None:
-    """Let every rank wait for its share of the rows alone."""
+    """Let every rank collect its share of the rows only."""
     for watch in watches:
         watch.rows_needed = -(-watch.rows_needed // ranks.size)
 
 
 def pool(watches: Sequence[Accumulator], sketches: Sequence[Sketch], samples: Sequence[Sample], ranks: Ranks) -> None:
-    """Put into every rank's watches what all of them saw; the watches are the same ones, in the same order.
+    """Put into every rank's accumulators what all ranks observed; the accumulators correspond, in order.
 
     Raises: NonFiniteError: rows of some rank hold NaN or infinity. RankError: a rank is gone.
     """
@@ -48,7 +48,7 @@ def pool(watches: Sequence[Accumulator], sketches: Sequence[Sketch], samples: Se
     for sample in samples:
         own = sample.joined()
         share = None
-        if own is not None:  # as many in all as one rank keeps
+        if own is not None:  # as many examples in all as one rank keeps
             share = own[: len(own) // ranks.size + (ranks.rank < len(own) % ranks.size)].cpu()
         device = torch.device("cpu") if own is None else own.device
         kept = [x for x in ranks.gathered(share) if x is not None and len(x)]
@@ -81,7 +81,7 @@ def _pool_moments(watches: Sequence[Accumulator], found: Sequence[Moments], rank
 
 
 def _root(own: Moments, mean: Tensor, ranks: Ranks) -> Tensor | None:
-    """Put the triangles of all ranks below each other, in the order of the ranks: what tolerance 0 decides by."""
+    """Stack the triangles of all ranks, in the order of the ranks, for decisions at tolerance 0."""
     root = own.root_around(mean)
     parts = [part for part in ranks.gathered(None if root is None else root.cpu()) if part is not None]
     return torch.cat(parts).to(own.device) if len(parts) == ranks.size else None

@@ -1,7 +1,7 @@
-"""Rows of sites that no module's input shows: the model is run again on the user's own inputs, after the step.
+"""Rows of sites that no hook on a module can observe: the model is run again on the user's inputs, after the step.
 
 Holds: which passes are kept and run again, which rows of them are taken. Elsewhere: the second run itself
-(handed in as a callable), sites that a module's hook can see (window.py).
+(passed in as a callable), sites that a hook can observe (window.py).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from apoptosis.observe.accumulators import (
 from apoptosis.observe.linear_map import sums_of
 from apoptosis.records import Group, LinearSite, ProductSite, Seen, Site
 
-MAX_PASSES = 16  # passes after which fewer than MIN_EXAMPLES examples will do: each costs a forward pass
+MAX_PASSES = 16  # passes after which fewer than MIN_EXAMPLES examples are enough: each costs a forward pass
 LAST_PASS = 64  # passes after which a site that still lacks rows is given up
-_SLACK = 4  # rows are thinned out when there are this many times as many as wanted
+_SLACK = 4  # rows are thinned out when there are this many times as many as needed
 
 Replay = Callable[..., None]
 """graph.replay: (model, args, kwargs, watch, *, training) runs the model and calls watch(Seen) at every site."""
 
 
 class _Share:
-    """An even share of the rows of one pass, which come in pieces of unknown number (the steps of a recurrence)."""
+    """An even share of the rows of one pass, which arrive in an unknown number of pieces (steps of a recurrence)."""
 
-    def __init__(self, wanted: int, columns: Tensor, picks: torch.Generator) -> None:
-        self._wanted, self._columns, self._picks = wanted, columns, picks
+    def __init__(self, wanted: int, columns: Tensor, generator: torch.Generator) -> None:
+        self._wanted, self._columns, self._generator = wanted, columns, generator
         self._kept: list[Tensor] = []
         self._count, self._rate = 0, 1.0
 
@@ -66,37 +66,37 @@ class _Share:
             self._count = len(self._kept[0])
 
     def _thinned(self, rows: Tensor, rate: float) -> Tensor:
-        chosen = torch.rand(rows.shape[0], generator=self._picks, dtype=torch.float32, device="cpu") < rate
+        chosen = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float32, device="cpu") < rate
         return rows[to_async(torch.from_numpy(np.flatnonzero(chosen.numpy())), rows.device)]
 
     def taken(self) -> Tensor | None:
-        """Return at most as many rows as were wanted, (rows, positions)."""
+        """Return at most as many rows as are needed, (rows, positions)."""
         if not self._kept:
             return None
         rows = torch.cat(self._kept)
         if len(rows) <= self._wanted:
             return rows
         return rows[
-            to_async(torch.randperm(len(rows), generator=self._picks, device="cpu")[: self._wanted], rows.device)
+            to_async(torch.randperm(len(rows), generator=self._generator, device="cpu")[: self._wanted], rows.device)
         ]
 
 
 class Replayed:
-    """What is seen of functional sites by running passes of the user's again.
+    """Observes functional sites by running the user's forward passes again.
 
     Args:
         model, replay: what is run, and how.
-        picks: draws rows.
-        exact: products in float64. every: run every pass again, though fewer would do.
-        spread: take of every pass only a share of the rows, as more will come; else all that are needed.
-        ranks: where they gather a sharded model's parameters together at every pass, all make as many.
+        generator: draws rows.
+        exact: products in float64. every: run every pass again, though fewer are enough.
+        spread: take only a share of the rows of every pass, as more passes follow; else all that are needed.
+        ranks: of a sharded model, whose parameters are gathered at every pass: all ranks make equally many passes.
     """
 
     def __init__(
         self,
         model: nn.Module,
         replay: Replay | None,
-        picks: torch.Generator,
+        generator: torch.Generator,
         *,
         exact: bool,
         spread: bool,
@@ -104,8 +104,8 @@ class Replayed:
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks, self._asked = ranks if has_shards(model) else None, True
-        self._model, self._replay, self._picks, self._exact, self._spread = model, replay, picks, exact, spread
-        self._watches: dict[tuple[str, str], Accumulator] = {}  # group "": all columns that several groups share
+        self._model, self._replay, self._generator, self._exact, self._spread = model, replay, generator, exact, spread
+        self._watches: dict[tuple[str, str], Accumulator] = {}  # group "": all columns of a shared site
         self._places: list[tuple[str, Site, tuple[str, str]]] = []
         self._by_site: dict[str, list[tuple[str, str]]] = {}
         self._samples: dict[str, Sample] = {}
@@ -117,7 +117,7 @@ class Replayed:
         self._rates = {module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
 
     def watch(self, group: Group, site: Site) -> None:
-        """Accumulator one functional site of a group."""
+        """Observe a functional site of a group."""
         tensors: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         tensors |= dict(self._model.named_buffers(remove_duplicate=False))
         device = tensors[site.weight].device if site.weight in tensors else next(iter(tensors.values())).device
@@ -166,7 +166,7 @@ class Replayed:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will be seen."""
+        """Whether nothing more will be observed."""
         return not self.wants
 
     @property
@@ -176,11 +176,11 @@ class Replayed:
 
     @property
     def saw_nothing(self) -> bool:
-        """Whether nothing was seen at all."""
-        return all(watch.rows == 0 and not watch.spoiled for watch in self._watches.values())
+        """Whether nothing was observed at all."""
+        return all(watch.rows == 0 and not watch.unusable for watch in self._watches.values())
 
     def lacking(self) -> dict[str, float]:
-        """Return the groups whose sites have not seen enough, with the passes that they still need at today's pace."""
+        """Return the groups whose sites lack rows, with the passes that they still need at the rate so far."""
         found: dict[str, float] = {}
         if not self.wants:
             return found
@@ -203,7 +203,7 @@ class Replayed:
         )
 
     def keep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
-        """Keep what a pass was called with until `run`; of several passes a step, as many as are needed and fit.
+        """Keep the arguments of a pass until `run`; where a step has several passes, as many as are needed and fit.
 
         rows: examples in it, 0 if unknown.
         """
@@ -218,12 +218,12 @@ class Replayed:
         self._pending.append((own_args, own_kwargs, max(1, rows)))
 
     def _will_do(self) -> bool:
-        """Whether the passes kept so far bring enough examples."""
+        """Whether the passes kept so far have enough examples."""
         coming = sum(rows for _, _, rows in self._pending)
         return all(watch.enough(MIN_EXAMPLES - coming) for watch in self._watches.values())
 
     def run(self) -> None:
-        """Run the kept passes again. A model that cannot be run again is told of, once; its sites stay unobserved.
+        """Run the kept passes again. Warns once if the model cannot be run again; its sites are then not observed.
 
         Raises: OutOfMemoryError: memory ran out in one of them. RankError.
         """
@@ -245,8 +245,8 @@ class Replayed:
             if fault := self._ranks.first_error(fault) if self._ranks is not None else fault:
                 self._replay = None
                 warnings.warn(
-                    "apoptosis cannot run the model again on its inputs, so groups that are read by no module's input "
-                    f"are left alone: {fault}",
+                    "apoptosis cannot run the model again on its inputs, so groups that only a second run can observe "
+                    f"are not pruned: {fault}",
                     RuntimeWarning,
                     stacklevel=4,
                 )
@@ -258,9 +258,9 @@ class Replayed:
                 self._asked = self._ranks.any(not self._enough())
 
     def _fault_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Callable[[Seen], None]) -> str:
-        """Run one pass again; return why the model cannot be, "" if it can.
+        """Run one pass again; return why that fails, "" if it does not.
 
-        Raises: OutOfMemoryError: which says nothing about the model. RankError: it is raised on another rank.
+        Raises: OutOfMemoryError: memory ran out. RankError: another rank failed.
         """
 
         def run() -> str:
@@ -282,7 +282,7 @@ class Replayed:
                 continue
             wanted = watch.share(-(-watch.rows_needed * rows // min(MIN_EXAMPLES, MAX_PASSES * rows)) + 1)
             columns = watch.columns
-            shares[key] = _Share(max(1, -(-wanted // columns.shape[1])), columns.reshape(-1), self._picks)
+            shares[key] = _Share(max(1, -(-wanted // columns.shape[1])), columns.reshape(-1), self._generator)
         return shares
 
     def _see(self, seen: Seen, shares: Mapping[tuple[str, str], _Share], *, first: bool) -> None:
@@ -292,20 +292,22 @@ class Replayed:
                 continue
             watch = self._watches[key]
             if x.shape[-1] <= watch.last_column:
-                watch.spoiled = f"what '{watch.site.key}' reads changed its width while it was watched"
+                watch.unusable = f"what '{watch.site.key}' reads changed its width while it was observed"
                 continue
             shares[key].add(x.detach())
         sample = self._samples.get(seen.site)
         if first and sample is not None and not sample.enough():
             x = seen.x.detach().movedim(-1, 1) if self._convolves[seen.site] else seen.x.detach()
-            if x.is_complex() and not self._convolves[seen.site]:  # frequencies of all kinds, not the first ones alone
+            if (
+                x.is_complex() and not self._convolves[seen.site]
+            ):  # an even share of all frequencies, not the first ones
                 x = x.reshape(-1, x.shape[-1])
                 x = x[:: max(1, len(x) // SAMPLE_ROWS)]
             sample.take(x.reshape(-1, x.shape[-1]) if x.dim() < 2 else x)
 
     def _book(self, watch: Accumulator, share: _Share, examples: int) -> None:
         rows = share.taken()
-        if rows is None or watch.spoiled:
+        if rows is None or watch.unusable:
             return
         channels, taps = watch.columns.shape
         watch.add(rows.reshape(-1, channels, taps).transpose(1, 2).reshape(-1, channels), examples)
@@ -313,13 +315,13 @@ class Replayed:
     # ------------------------------------------------------------------ what was seen
 
     def observations(self, *, last: bool = False) -> dict[tuple[str, str], Observation]:
-        """Return what was seen by (group name, site key); sites that saw nothing are left out.
+        """Return the observations by (group name, site key); sites without any are left out.
 
-        last: moments are handed over, not copied.
+        last: return the moments themselves, not copies.
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
-        watches = ((key, watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled)
+        watches = ((key, watch) for key, watch in self._watches.items() if watch.rows or watch.unusable)
         moments = {key: named_snapshot(watch, last=last) for key, watch in watches}
         found = {}
         for group, site, key in self._places:
@@ -340,7 +342,7 @@ class Replayed:
         return found
 
     def _dropout(self, site: Site) -> float:
-        """Rate of a dropout that stays in a second run: one that is no module, which runs in training alone."""
+        """Return the rate of a dropout that is active in a second run: one that is no module, in training mode."""
         return site.dropout if self._model.training and site.dropout not in self._rates else 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -362,11 +364,11 @@ _RIGHT = ":right"
 
 
 def _right(key: tuple[str, str]) -> tuple[str, str]:
-    """Key of the watch of the right operand."""
+    """Return the key of the right operand's accumulator."""
     return key[0], key[1] + _RIGHT
 
 
 def _positions_per_sum(site: ProductSite, rows: int) -> int:
-    """Most positions of a product that one sum runs over: what its second moment has to be known for."""
+    """Return the most positions that one sum of a product runs over."""
     counts = np.unique(sums_of(site, rows).reshape(-1), return_counts=True)[1]
     return int(counts.max())

@@ -1,6 +1,6 @@
-"""Whether a training pass still waits for its backward pass: shapes cannot change then.
+"""Whether the last training pass has not had its backward pass yet: shapes cannot change then.
 
-Holds: marks on the graph of the user's last training pass, and what tells that backward has come by.
+Holds: a mark on the graph of the user's last training pass, and hooks that notice its backward pass.
 Elsewhere: which passes count (window.py), what follows (engine).
 """
 
@@ -21,11 +21,11 @@ UNFINISHED = (
     "not trained under torch.no_grad()."
 )
 _KEY = "apoptosis"
-_MOST = 4  # tensors of a pass that are asked whether backward has come by
+_MOST = 4  # tensors of a pass that get such a hook
 
 
 class _Mark:
-    """Lives as long as the graph that it is put on."""
+    """An object that lives as long as the graph that holds it."""
 
     __slots__ = ("__weakref__",)
 
@@ -44,7 +44,7 @@ class Unfinished:
         self._mark, self._came = None, False
 
     def ask(self, x: Tensor) -> None:
-        """Let backward be noted when it comes to a tensor of the pass."""
+        """Notice the backward pass at a tensor inside of the pass."""
         if len(self._handles) < _MOST and x.requires_grad and not is_wrapped(x):
             self._handles.append(x.register_hook(self._note))  # type: ignore[no-untyped-call]  # torch's own
 
@@ -52,7 +52,7 @@ class Unfinished:
         self._came = True
 
     def end(self, outputs: Iterable[Tensor]) -> None:
-        """Note what the pass returned; its graph is what backward would need."""
+        """Note what the pass returned, with the graph that backward needs."""
         for x in outputs:
             if not x.requires_grad or is_wrapped(x):
                 continue
@@ -64,12 +64,12 @@ class Unfinished:
             self._handles.append(x.register_hook(self._note))  # type: ignore[no-untyped-call]  # torch's own
 
     def release(self) -> None:
-        """Take every hook off; what is known stays."""
+        """Remove every hook; what is known is kept."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     @property
     def waits(self) -> bool:
-        """Whether the graph of the last training pass is still there, and no backward pass has come by."""
+        """Whether the graph of the last training pass still exists, without a backward pass so far."""
         return not self._came and self._mark is not None and self._mark() is not None

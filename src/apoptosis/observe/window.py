@@ -1,8 +1,8 @@
-"""Hooks that exist only during a window and turn the user's own forward passes into moments at consumer sites.
+"""Hooks that exist only during a window and collect moments at consumer sites from the user's forward passes.
 
-Holds: which forward passes count, when a window has seen enough. Elsewhere: which rows are taken
-(accumulators.py), sites that no hook can see (replay.py), what is done with the moments (planner), when a window opens
-(policy). Nothing here changes a tensor of the user's, draws from a global generator or raises inside the user's
+Holds: which forward passes count, when a window is over. Elsewhere: which rows are taken (accumulators.py),
+sites that no hook can observe (replay.py), what is done with the moments (planner), when a window opens (policy).
+Nothing here changes a tensor of the user's, draws from a global generator or raises inside the user's
 forward pass.
 """
 
@@ -42,10 +42,10 @@ from apoptosis.observe.replay import Replay, Replayed
 from apoptosis.observe.unfinished import Unfinished
 from apoptosis.records import Group, LinearSite, Site
 
-BLIND_STEPS = 64  # steps without any row after which a window gives up
-STALE_STEPS = 48  # the network of so many steps ago is another one, at the start of a run above all
+BLIND_STEPS = 64  # steps without any row after which a window ends
+STALE_STEPS = 48  # after so many steps the network has changed, above all at the start of a run
 KEPT_ELEMENTS = 1 << 24  # of the calls that are kept, 64 MB in float32
-_SPARE = 16  # steps beyond which a site that lags four times behind the rest is given up
+_SPARE = 16  # further steps after which a site that is four times slower than the rest is not waited for
 
 
 class Observer:
@@ -53,18 +53,17 @@ class Observer:
 
     Args:
         model: the user's model; hooks go onto its modules while the window is open.
-        groups: the groups to watch (unpinned ones).
-        seed: seed of the private generator that picks positions.
+        groups: the groups to observe (open ones).
+        seed: seed of the private generator that draws positions.
         exact: products in float64 (tolerances that float32 does not resolve). every: take rows of every pass, though
-            fewer would do (tolerance 0, where a channel that is silent in some batches is not silent).
+            fewer are enough (tolerance 0, where a channel that is zero in some batches only must be kept).
         keep_inputs: also keep the largest training batch, for the probe of a run without held-out data.
         keep_calls: also keep what training passes were called with, up to KEPT_ELEMENTS numbers, as `calls`.
         any_mode: take every forward pass (one-shot use on a trained network in evaluation mode) instead of training
-            passes alone.
-        replay: graph.replay, which runs the model again to show what functional sites read; without it they are not
-            observed.
-        gradients: also take the loss's gradients at the sites. ranks: that see the rows together.
-        whole: see all rows that every width asks for, however many steps it takes.
+            passes only.
+        replay: graph.replay, which runs the model again to observe functional sites; without it they are left out.
+        gradients: also observe the loss's gradients at the sites. ranks: that collect the rows together.
+        whole: collect all rows that every width needs, however many steps it takes.
     """
 
     def __init__(
@@ -103,10 +102,10 @@ class Observer:
         self._call_elements = 0
         self._passes, self._inside, self._root_rows, self._largest = 0, False, 0, 0
         self.steps = 0  # that the window has lasted
-        self.patience = 0  # steps before which nobody asks whether it should go on for groups that lack rows
+        self.patience = 0  # steps before which it is not asked whether to go on for groups that lack rows
         self.cut_short = False  # whether it ended without waiting for them
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._input_rows, self._eager, self._muted = 0, Eager(), False  # muted: while the model is run again
+        self._input_rows, self._eager, self._suspended = 0, Eager(), False  # suspended: while the model is run again
         self._only: frozenset[str] | None = None  # modules that take rows now, None for all
         self.hook_seconds = 0.0  # and what running it again takes
         self._replayed = Replayed(
@@ -122,7 +121,7 @@ class Observer:
         share_out([*self._every, *self._gradients.watches()], self._ranks)
 
     def pool(self) -> None:
-        """Take together what all ranks saw. Raises: NonFiniteError: rows of some rank hold NaN or infinity."""
+        """Pool what all ranks observed. Raises: NonFiniteError: rows of some rank hold NaN or infinity."""
         samples = [*self._samples.values(), *self._replayed.samples()]
         pool(self._every, [watch.sketch for watch in self._gradients.watches()], samples, self._ranks)
 
@@ -166,7 +165,7 @@ class Observer:
 
     def _put_on(self) -> None:
         self._eager.begin()  # compiled code does not see hooks that come later
-        # First of all hooks: it keeps arguments as the user gave them, before other hooks of his change them.
+        # The first of all hooks, to keep the arguments as the user gave them, before other hooks change them.
         enter = self._model.register_forward_pre_hook(Hook(self._enter, self._mark), with_kwargs=True, prepend=True)
         self._handles.append(enter)
         self._handles.append(self._model.register_forward_hook(Hook(self._leave, self._mark), always_call=True))
@@ -180,12 +179,12 @@ class Observer:
                     self._handles.append(module.register_forward_hook(hook))
 
     def close(self) -> None:
-        """Take every hook off; what was seen stays. Called again after an interrupt, it ends what it began."""
+        """Remove every hook; what was observed is kept. After an interrupt it can be called again."""
         with uninterrupted():
             for handle in self._handles:
                 handle.remove()
             for module in self._modules.values():
-                take_off(module, self._mark)  # one whose handle an interrupt kept from us
+                take_off(module, self._mark)  # a hook whose handle was lost in an interrupt
             self._handles = []
             self._dropped.clear()
             self._unfinished.release()
@@ -194,38 +193,38 @@ class Observer:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the last training pass still waits for its backward pass."""
+        """Whether the last training pass has not had its backward pass yet."""
         return self._unfinished.waits
 
     @property
     def examples(self) -> int:
-        """Examples seen so far, at the site that saw most."""
+        """Examples so far, at the site that has most."""
         return max((watch.examples for watch in self._watches.values()), default=self._replayed.examples)
 
     @property
     def saw_nothing(self) -> bool:
-        """Whether nothing was seen at all."""
-        return self._replayed.saw_nothing and all(w.rows == 0 and not w.spoiled for w in self._watches.values())
+        """Whether nothing was observed at all."""
+        return self._replayed.saw_nothing and all(w.rows == 0 and not w.unusable for w in self._watches.values())
 
     @property
     def unseen(self) -> frozenset[str]:
-        """Modules whose input no pass has shown yet."""
-        return frozenset(n for n, found in self._by_module.items() if not any(w.rows or w.spoiled for w in found))
+        """Modules that no pass has run yet."""
+        return frozenset(n for n, found in self._by_module.items() if not any(w.rows or w.unusable for w in found))
 
     def lacks(self) -> str:
-        """Say which site is furthest from the rows that it needs."""
+        """Return in words which site lacks most of the rows that it needs."""
         watch = min(self._every, key=lambda watch: watch.rows / watch.rows_needed, default=None)
-        return "anything was seen" if watch is None else watch.said()
+        return "anything was seen" if watch is None else watch.progress()
 
     def seen_by(self, group: str) -> list[str]:
-        """Say of every site of a group that has not seen enough what it has seen."""
+        """Return in words how much was observed of every site of a group that lacks rows."""
         own = [self._watches[key] for name, _, key in self._places if name == group]
-        late = [watch.said() for watch in (*own, *self._replayed.watches_of(group)) if not watch.enough()]
+        late = [watch.progress() for watch in (*own, *self._replayed.watches_of(group)) if not watch.enough()]
         return late or [f"too few gradients had come to '{watch.site.module}'" for watch in own]
 
     @contextmanager
     def only(self, modules: frozenset[str]) -> Iterator[None]:
-        """Take rows at these modules alone."""
+        """Take rows at these modules only."""
         self._only = modules
         try:
             yield
@@ -233,10 +232,10 @@ class Observer:
             self._only = None
 
     def end_step(self) -> bool:
-        """Note that an optimizer step has passed, run its passes again where needed; return whether the window is over.
+        """Note an optimizer step, run its passes again where needed, and return whether the window is over.
 
-        It is when every site has seen enough rows and examples; from STALE_STEPS on, when all have seen what serves;
-        or when some have not, though four times the steps went by that a site needs which runs once a step (it idles).
+        It is over when every site has enough rows and examples; from STALE_STEPS on, when all have enough for some
+        widths; or after four times the steps that a site needs which runs once a step.
         """
         self._calls.clear()
         self._dropped.clear()
@@ -253,17 +252,17 @@ class Observer:
         return watch.serves() if self.steps >= STALE_STEPS and not self._whole else watch.enough()
 
     def _last_step(self) -> int:
-        """Step of the window at which sites that have not seen enough are given up."""
+        """Return the step of the window after which sites that lack rows are not waited for."""
         if not self._largest:
             return BLIND_STEPS
         rows = max(MIN_EXAMPLES, self._replayed.rows_needed, *(w.rows_needed for w in self._watches.values()))
         return _SPARE + 4 * -(-rows // self._largest)
 
     def lacking(self, *, gradients: bool = False) -> dict[str, float]:
-        """Return the groups whose sites have not seen enough, with the steps that they still need at today's pace.
+        """Return the groups whose sites lack rows, with the steps that they still need at the rate so far.
 
-        None is left once the window has to end. gradients: those too that lack rows of gradients, so that the loss
-        would have no say; asking for them waits for an accelerator.
+        None once the window has to end. gradients: also those that lack gradients, without which errors would not be
+        weighted; this waits for an accelerator.
         """
         most = self._last_step() - self.steps
         if most <= 0:
@@ -288,11 +287,11 @@ class Observer:
 
     def _run_again(self) -> None:
         start = time.perf_counter()
-        self._muted = True
+        self._suspended = True
         try:
             self._replayed.run()
         finally:
-            self._muted = False
+            self._suspended = False
             self.hook_seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ hooks
@@ -301,7 +300,7 @@ class Observer:
         return self._model.training and torch.is_grad_enabled()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._muted or self._only is not None:
+        if self._suspended or self._only is not None:
             return
         start = time.perf_counter()
         leaves = _leaves(args, kwargs)
@@ -328,12 +327,12 @@ class Observer:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside = False
-        if self._trains() and not (self._any_mode or self._muted or self._only is not None or in_backward()):
+        if self._trains() and not (self._any_mode or self._suspended or self._only is not None or in_backward()):
             self._unfinished.end(x for x in tree_flatten(output)[0] if isinstance(x, Tensor))
 
     def _counts(self, name: str) -> bool:
-        """Training passes with gradients count; a checkpointed segment's recomputation in backward does not again."""
-        if self._muted or (self._only is not None and name not in self._only):
+        """Whether a call counts: in training passes with gradients; a checkpointed segment does not count again."""
+        if self._suspended or (self._only is not None and name not in self._only):
             return False
         if self._any_mode:
             return True
@@ -389,13 +388,13 @@ class Observer:
     # ------------------------------------------------------------------ what was seen
 
     def observations(self, *, last: bool = False) -> dict[tuple[str, str], Observation]:
-        """Return what was seen by (group name, site key); sites that saw nothing are left out.
+        """Return the observations by (group name, site key); sites without any are left out.
 
-        Changes nothing, unless these are the `last`: then moments are handed over, not copied.
+        last: return the moments themselves, not copies; the window takes no more rows.
 
         Raises: NonFiniteError: rows hold NaN or infinity.
         """
-        watches = ((key, watch) for key, watch in self._watches.items() if watch.rows or watch.spoiled)
+        watches = ((key, watch) for key, watch in self._watches.items() if watch.rows or watch.unusable)
         moments = {key: named_snapshot(watch, last=last) for key, watch in watches}
         samples = {name: sample.joined() for name, sample in self._samples.items()}
         places = [place for place in self._places if place[2] in moments]
@@ -409,8 +408,11 @@ class Observer:
             grad_factor = roots.get(key) if rows[key] >= len(site.input_columns) else None
             if not key[0]:
                 whole = own
-                picks = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
-                own, grad_factor = whole.select(picks), None if grad_factor is None else grad_factor[:, picks]
+                own_columns = torch.as_tensor(site.input_columns[:, 0], device=whole.device)
+                own, grad_factor = (
+                    whole.select(own_columns),
+                    None if grad_factor is None else grad_factor[:, own_columns],
+                )
             sample = samples.get(site.module) if needs_whole_inputs(site) else None
             dropout = self._watches[key].dropout or 0.0
             found[group, site.key] = Observation(
@@ -419,7 +421,7 @@ class Observer:
         return found | self._replayed.observations(last=last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the half-filled window, exactly."""
+        """Return the exact state of the unfinished window."""
         return {
             **state_of(self._watches, self._samples),
             "replayed": self._replayed.state_dict(),

@@ -1,4 +1,4 @@
-"""What a forward pass costs once groups have other widths.
+"""What a forward pass costs at other widths.
 
 Holds: multiply-adds of contractions along edited axes. Elsewhere: what they cost now (graph).
 """
@@ -15,10 +15,10 @@ Axis = tuple[str, int]
 
 
 def macs_after(structure: Structure, keeps: Mapping[str, int]) -> float:
-    """Multiply-adds of a forward pass once groups have the given widths: exact for contractions of two edited axes.
+    """Return the multiply-adds of a forward pass at the given widths: exact for contractions of two edited axes.
 
-    Every contraction costs rows times columns times positions, so its cost shrinks by the product of the shares that
-    stay along each of its axes. A product of two activations shrinks with its pairs.
+    Every contraction costs rows times columns times positions, so its cost falls by the product of the shares that are
+    kept along each of its axes. The cost of a product of two activations falls with its pairs.
     """
     gone = {g.name: g.num_channels - keeps.get(g.name, g.num_channels) for g in structure.groups}
     share: dict[Axis, float] = {}
@@ -40,13 +40,13 @@ def macs_after(structure: Structure, keeps: Mapping[str, int]) -> float:
 
 
 def _axes(group: Group) -> dict[Axis, int]:
-    """Positions that one channel owns along every contracted or producing axis, whatever reads it, and how often."""
+    """Return how many positions one channel owns along every contracted or producing axis."""
     found = {(m.tensor, m.dim): m.positions.shape[1] for m in group.members if m.macs or m.role == "producer"}
     return found | {(s.weight, s.dim): s.columns.shape[1] for s in group.sites if not isinstance(s, ProductSite)}
 
 
 def _totals(structure: Structure) -> dict[str, float]:
-    """Multiply-adds of every weight: all that its rows make, or all that reads its columns (slices, modules)."""
+    """Return the multiply-adds of every weight: those of its rows, or those of all sites that read its columns."""
     made: dict[Axis, float] = {}
     read: dict[Axis, dict[str, float]] = {}
     for group in structure.groups:
@@ -67,7 +67,7 @@ def _totals(structure: Structure) -> dict[str, float]:
 
 
 def _share_gone(structure: Structure, group: Group, gone: Mapping[str, int]) -> float:
-    """Share of a group's channels that go, with it or inside the channels of an alternative (whole heads)."""
+    """Return the share of a group's channels that is removed, by itself or inside of whole heads."""
     share = gone[group.name] / group.num_channels
     mine = {(m.tensor, m.dim): m.positions for m in group.members if m.role == "producer"}
     for other in structure.groups:

@@ -24,9 +24,9 @@ def show_product(site: ProductSite, seen: Observation, rows: int) -> SiteView:
     """Show a product as a linear map of its left operand.
 
     With L and R the second moments of the operands within one sum, an error e of the left one costs tr(E[e eᵀ] R), so
-    a square root of R is the weight, and blocks are the channels that run through the same sums. Errors relate to
-    tr(L Cov(r)), what the sums vary by as the right operand does: a softmax over it takes no notice of the rest, and it
-    is never more than the variance of the sums. Where the fold has nowhere to go nothing stands in for a channel.
+    a square root of R is the weight, and blocks are the channels of the same sums. Errors relate to tr(L Cov(r)), the
+    variance of the sums that the right operand causes: a softmax over it ignores the rest, and it is never more than
+    the variance of the sums. Where there is no weight to fold into, channels can only be dropped.
 
     Args:
         site: the product.
@@ -55,8 +55,8 @@ def show_product(site: ProductSite, seen: Observation, rows: int) -> SiteView:
             mixes=False,
             note=_NOTE,
         )
-    # Pooled over positions nothing is lost where the right operand is the same at all of them (several heads of queries
-    # read one of keys), each in a sum of its own.
+    # Pooling over positions is exact where the right operand is the same at all of them (several heads of queries read
+    # one of keys), each in a sum of its own.
     count = sums.shape[1]
     apart = all(len(np.unique(own)) == count for own in sums)
     plain = count == 1 or (apart and site.columns.shape[1] == 1)

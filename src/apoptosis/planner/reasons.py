@@ -19,11 +19,11 @@ Cause = Literal["rows", "unseen", "waiting", "tolerance", "align", "shared", "li
 class Why(NamedTuple):
     """Why a group is left as it is.
 
-    cause: "rows": a width was found that the rows seen cannot support. "unseen": no row was seen. "waiting": its sites
-    have not seen their rows yet and the others do not wait. "tolerance": no narrower width meets the tolerance.
-    "align": none does in steps of align=. "shared": other groups read by the same site took its tolerance. "limit":
-    what all events together may change there is used up. "another": the event changes a group of the same channels.
-    "tied": it has one width with a group that stays. "criterion": the criterion does not apply.
+    cause: "rows": a width was found, but too few rows were observed to rely on it. "unseen": no row was observed.
+    "waiting": its sites lack rows, and the event does not wait for them. "tolerance": no narrower width meets the
+    tolerance. "align": none does in steps of align=. "shared": other groups that the same site reads used up its
+    tolerance. "limit": the site's error budget over all events is used up. "another": the event changes a group of the
+    same channels. "tied": it keeps the width of a group that is not changed. "criterion": the criterion does not apply.
     text: one line, without the group's name.
     """
 
@@ -48,28 +48,28 @@ def module_of(key: str) -> str:
 
 
 def unseen(site: Site) -> Why:
-    """Say that a site has seen nothing."""
+    """Say that no input of a site was observed."""
     return Why("unseen", f"not observed yet: no pass of the window ran '{module_of(site.key)}', which reads it")
 
 
 def waits(sites: Sequence[str]) -> Why:
-    """Say that a group waits for a later event; sites: what its sites have seen, a phrase each."""
+    """Say that a group is left for a later event; sites: how much was observed of each of its sites, a phrase each."""
     seen = f": {sites[0]}" if sites else ""
-    return Why("waiting", f"left for the next event, as waiting for its rows costs the other groups more{seen}")
+    return Why("waiting", f"left for the next event: the other groups do not wait until it has enough rows{seen}")
 
 
 def used_up(site: Site, left: float) -> Why:
-    """Say that a site has no error left for any event. left: relative rms, of what all events together may make."""
-    what = f"what all events together may still change at '{module_of(site.key)}' ({max(0.0, left):.2g})"
-    return Why("limit", f"{what} is below round-off; a larger tolerance= allows more")
+    """Say that the error budget of a site is used up. left: what is left of it, relative rms."""
+    what = f"the error budget that is left for all further events at '{module_of(site.key)}' ({max(0.0, left):.2g})"
+    return Why("limit", f"{what} is below round-off; a larger tolerance= gives more")
 
 
 def too_few_rows(group: Group, key: str, *, rows: int, needed: int, kept: int) -> Why:
-    """Say that the rows seen do not support the width found. kept: channels of a row that would stay."""
+    """Say that too few rows were observed for the width that was found. kept: channels of a row that would be kept."""
     return Why(
         "rows",
-        f"'{module_of(key)}' has seen {rows:,} rows, and {needed:,} are needed to tell that {kept:,} of "
-        f"{group.num_channels:,} channels suffice: more or larger batches",
+        f"{rows:,} rows were observed at '{module_of(key)}', and {needed:,} are needed to tell that {kept:,} of "
+        f"{group.num_channels:,} channels suffice: use more or larger batches",
     )
 
 
@@ -79,23 +79,27 @@ def missed_tolerance(
     """Say why no narrower width was found.
 
     Args:
-        group: that stays.
-        view: what the criterion saw of it.
-        limits: by site key, what was allowed.
-        step: between the numbers kept that were tried.
+        group: that is not changed.
+        view: of the group, as the criterion saw it.
+        limits: by site key, the errors that were allowed.
+        step: between the widths that were tried.
         align: as the user gave it.
-        tolerance: that the group gets in this event.
+        tolerance: of the group in this event.
     """
     step, width = step_between(view, step), group.num_channels
     if align > 1:
         finer = f"an align= below {align} allows finer steps"
     else:
-        finer = f"its {group.rows} rows stay alike" if group.rows > 1 else "so do others that have one width with it"
+        rows = f"its {group.rows} rows keep one length"
+        finer = rows if group.rows > 1 else "other groups have to keep the same share of their channels"
     if step >= width:
-        return Why("align", f"its {width:,} channels go in steps of {step:,}, so no narrower width is left: {finer}")
+        return Why(
+            "align",
+            f"its {width:,} channels can only be removed {step:,} at a time, so no narrower width is possible: {finer}",
+        )
     taken = next((key for key, limit in limits.items() if limit <= 0.0), None)
     if tolerance > 0 and taken is not None:
-        return Why("shared", f"other groups that '{module_of(taken)}' reads took all of its tolerance in this event")
+        return Why("shared", f"other groups that '{module_of(taken)}' reads used up its tolerance in this event")
     if tolerance == 0:
         return Why("tolerance", f"none of its {width:,} channels is redundant to round-off (tolerance 0)")
     if step == 1:

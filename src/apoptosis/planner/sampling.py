@@ -1,6 +1,6 @@
-"""A model run on batches that are there, in place of those that training brings.
+"""Observes a model on batches that are given, instead of the batches of training.
 
-Holds: which modes it is run in, and when enough of them were read. Elsewhere: hooks and rows (observe),
+Holds: the modes it is run in, and when enough batches were read. Elsewhere: hooks and rows (observe),
 whose batches these are (oneshot, attempt).
 """
 
@@ -29,7 +29,7 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 def has_modes(model: nn.Module) -> bool:
-    """Whether a norm computes something else in training: a channel may be silent in one mode alone."""
+    """Whether a norm computes something else in training: a channel may be zero in one mode only."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
     return any(norm.track_running_stats for norm in norms)
 
@@ -47,15 +47,15 @@ def sample(
     """Run calls of the model until every site has seen enough; at tolerance 0 all of them.
 
     Args:
-        model: left without a trace of these passes.
+        model: not changed by these passes.
         groups: whose sites are observed.
         calls: positional and keyword arguments of one forward pass each.
         tolerance: decides how exactly rows are multiplied.
         modes: 1 for evaluation mode alone, 2 for training mode as well (dropout lets everything through).
-        seed: of the positions that are picked.
-        ranks: that pool what they see; every one of them calls this.
+        seed: of the positions that are sampled.
+        ranks: that pool what they observe; every one of them calls this.
 
-    Returns: the observer of evaluation mode, which kept the largest call, and what was seen in all modes.
+    Returns: the observer of evaluation mode, which kept the largest call, and what was observed in all modes.
 
     Raises: ArgumentError: there are no calls, or the model fails on one; on all ranks if on any.
     """
@@ -111,13 +111,13 @@ def _show(model: nn.Module, observers: Sequence[Observer], calls: Iterable[Call]
 
 
 def _copied(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy the tensors of a call: the model may write to them."""
+    """Copy the tensors of a call, which the model may write to."""
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (call[0], dict(call[1])))
     return args, kwargs
 
 
 def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
-    """Show a batch in training mode, and return whether that is enough; a model that cannot train on it shows none."""
+    """Observe a batch in training mode and return whether that is enough; nothing if the model fails on it."""
     observer.open()
     try:
         with internal_passes(model, training=True):
@@ -141,9 +141,9 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number
 def _run_late(
     model: nn.Module, observer: Observer, late: frozenset[str], call: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> frozenset[str]:
-    """Run a batch in training mode for modules that take part there alone (an auxiliary head); return those it shows.
+    """Run a batch in training mode for modules that only run there (an auxiliary head).
 
-    A batch on which the model cannot train (one example) shows nothing.
+    Returns: those of `late` that ran; none if the model cannot train on the batch (one example).
     """
     with internal_passes(model, training=True), observer.only(late), suppress(ArgumentError):
         _run(model, *call, 0)

@@ -1,7 +1,7 @@
 """How a group with its statistics is shown to a criterion, and what a proposal means for its sites.
 
 Holds: views, the scale that errors of a shared site relate to, worst cases, dropped variances. Elsewhere:
-how many channels go (plan.py), what a criterion does (criteria).
+how many channels are removed (proposals.py), what a criterion does (criteria).
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from apoptosis.observe.linear_map import SampledSite, gather_weight, read_weight
 from apoptosis.planner.products import show_product
 from apoptosis.records import Certificate, Group, LinearSite, Neuron, NormSite, ProductSite
 
-BY_THE_LOSS = "of what the loss sees of the output"
-CONSTANT_SHARE = 4.0  # of the channels' mean square, for a constant that is to be explained with them
+BY_THE_LOSS = "of the output, weighted by the gradient of the loss"
+CONSTANT_SHARE = 4.0  # of the channels' mean square: weight of a constant channel that is fitted with them
 OUTPUTS_ROWS = 128
 _ROWS = 64  # that are taken to float64 at once
-OUTPUTS_SHARE = 0.01  # of every output counted alike, beside what the loss makes of errors (docs/research.md)
+OUTPUTS_SHARE = 0.01  # share of unweighted outputs beside those weighted by gradients (docs/research.md)
 
 Observations = Mapping[tuple[str, str], Observation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupData:
-    """A group as its criterion sees it, and what the planner keeps to itself.
+    """A group as its criterion sees it, and what the planner needs beside that.
 
-    samples: by site key, for sites that were measured. ratios: by site key, what a criterion's error (relative to what
-    the group's own channels contribute) is divided by, to relate to the whole output of a site that reads others too.
+    samples: by site key, for sites that are measured on whole inputs. ratios: by site key, the rms of the site's whole
+    output over that of the group's contribution: a criterion's error relates to the latter, and is divided by it.
     """
 
     view: GroupView
@@ -57,15 +57,15 @@ def make_view(
     grad_factor: bool = False,
     neurons: bool = True,
 ) -> GroupData:
-    """Put together what a criterion sees of a group; every site of it was observed.
+    """Return what a criterion sees of a group, all sites of which were observed.
 
     Args:
         model: as it is now.
         group: to be shown.
         observations: by (group name, site key).
         seed: of random choices about it.
-        grad_factor: let errors count by what the loss makes of them, where its gradients were seen.
-        neurons: show how the channels are computed, too.
+        grad_factor: weight errors by the gradient of the loss, where gradients were observed.
+        neurons: include how the channels are computed.
     """
     grad_factor = grad_factor and not group.under_norm
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -119,9 +119,9 @@ def _show_linear(
 
 
 def _with_constant(moments: Moments) -> Moments:
-    """Return moments of channels and a constant one: what stands in for a channel weighs one in all.
+    """Return moments of the channels with a constant added, so that the weights of every mix add up to about one.
 
-    Rows of mean zero stay such rows only where the mix of every channel that goes adds up to one.
+    Rows of a weight that have mean zero keep it only where the mix of every removed channel adds up to one.
     """
     found, rows = moments.in_float64(), moments.num_rows
     size = float((moments.variances() + moments.mean.square()).mean()) if rows else 0.0
@@ -135,8 +135,8 @@ def _with_constant(moments: Moments) -> Moments:
 def blended(grad_factor: Tensor | None, weight: Tensor) -> Tensor | None:
     """Return V, VᵀV = E[g gᵀ] with a share of WᵀW, both of mean diagonal 1; None without gradients or where all are 0.
 
-    Gradients of one window leave directions out that the loss comes to see later on; the weights know of these. A small
-    share: of them, too, few rows tell enough.
+    The gradients of one window miss directions that matter to the loss later on, and the weights have them. A few rows
+    are enough for this small share.
 
     Args: grad_factor: (rows, channels). weight: (out, channels, P).
     Returns: (rows, channels) float32.
@@ -157,7 +157,7 @@ def blended(grad_factor: Tensor | None, weight: Tensor) -> Tensor | None:
 
 
 def _show_norm(site: NormSite, seen: Observation, module: nn.Module) -> SiteView:
-    """Show a norm as what it has to know of its input: every channel, weighted by how many it stands for."""
+    """Show a norm by the statistics that it takes: every channel, weighted by how many it represents."""
     found, plain = statistics_of(module), site.strategy in ("plain", "response")
     counts = found.mean_weights if site.strategy == "response" else found.square_weights.sqrt()
     counts = counts.to(seen.moments.device)
@@ -186,7 +186,7 @@ def _ratio(site: LinearSite, shown: SiteView, seen: Observation, weight: Tensor)
 
 
 def _takes_offset(site: LinearSite, weight: Tensor) -> bool:
-    """Whether a constant can be folded exactly: something takes it, and no zero padding lies at the borders.
+    """Whether a constant can be folded exactly: into a bias or a BatchNorm, and without zero padding at the borders.
 
     One slice of a stacked weight, or a weight of more axes, has no bias of one number per output.
     """
@@ -226,7 +226,7 @@ def _neuron_view(model: nn.Module, tensors: Mapping[str, Tensor], neuron: Neuron
 
 
 def worst_case(group: Group, view: GroupView, proposal: Proposal) -> list[Certificate]:
-    """State the data-free bound of exact-symmetry merges: for inputs with ‖(x, 1)‖ <= 1, per site."""
+    """Return the data-free bounds of merges by an exact symmetry, per site: for inputs with ‖(x, 1)‖ <= 1."""
     merge, neuron = proposal.reduction.merge, view.neuron
     if merge is None or neuron is None or neuron.slopes is not None:
         return []
@@ -252,7 +252,7 @@ def worst_case(group: Group, view: GroupView, proposal: Proposal) -> list[Certif
 
 
 def dropped(site: SiteView, proposal: Proposal, sample: SampledSite | None) -> Tensor:
-    """Return what the variance of every output of a site loses, (out,): a BatchNorm that reads it loses as much.
+    """Return what the variance of every output of a site loses, (out,), which a running variance loses as well.
 
     Exact for outputs of this group alone; with least squares it is diag(W R Wᵀ).
     """

@@ -12,12 +12,12 @@ from apoptosis.records.structure import FloatArray, IntArray
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ColumnFold:
-    """Along `dim`, the kept channels' columns take over the removed ones': W'[.., columns[keep]] = W[.., columns] mixᵀ.
+    """Along `dim`, columns of removed channels are added to the kept ones: W'[.., columns[keep]] = W[.., columns] mixᵀ.
 
     columns: (channels, P); keep: (kept,); mix: (kept, channels). Applied before the slice of TensorEdit.keep.
-    plain: kept channels stand for themselves, and mix has the columns of the removed ones alone, (kept, removed).
+    plain: every kept channel is reproduced by itself alone; mix has the columns of the removed ones, (kept, removed).
     select: (dim, index) pairs: only this slice of the tensor is folded; () for all of it.
-    centred: the rows of W (dim 0) lose their means before, which what normalises them takes off in any case.
+    centred: the mean of each row of W (dim 0) is subtracted first, as the normalisation of the rows does anyway.
     """
 
     dim: int
@@ -50,7 +50,7 @@ class OffsetFold:
 class RowScale:
     """Along `dim`, the entries at `positions` (any shape, without repeats) are multiplied by `factor`, one or one each.
 
-    follow: gradients and what is made of them are divided by it.
+    follow: gradients, and the optimizer's averages of them, are divided by it.
     """
 
     dim: int
@@ -64,7 +64,7 @@ class TensorEdit:
     """Everything that happens to one parameter or buffer in an event; applies unchanged to an averaged copy.
 
     Order: offsets, column folds and scales, each on the old shape, then the slice `keep` (dim -> kept positions).
-    `dropped_variance` (old size): what the outputs of a site lose, taken off the running variance that follows it.
+    `dropped_variance` (old size): what the variance of a site's outputs loses, subtracted from the running variance.
     `merge`: first moments along (dim): (positions kept, positions) matrix, else sliced.
     """
 

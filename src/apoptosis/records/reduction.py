@@ -21,7 +21,7 @@ class SiteReduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reduction:
-    """Which channels of one group stay, and how each site makes up for the rest.
+    """Which channels of one group are kept, and how each site replaces the others.
 
     keep: (kept,) sorted int64. sites: key `module:weight:dim` -> SiteReduction. merge: (kept, channels), set only for
     pairwise merges, whose producers' first moments follow the chain rule: m'_k = sum_j merge[k, j] m_j.
@@ -35,7 +35,7 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """One bound, named by kind, with what it speaks of.
+    """One bound on a change, with its kind and its subject.
 
     kind "worst_case": absolute rms at the site for inputs of the stated norm; "empirical": relative rms at the site on
     `rows` rows; "accuracy": upper limit on the share of predictions that changed, at `confidence`

@@ -24,7 +24,7 @@ Frozen = Literal["keep", "cut"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """Why channels are never removed.
+    """Why channels cannot be pruned.
 
     reason: one sentence that names the operator. where: "file.py:line" of the user's code, where known. remedy: what
     would change it, "" for nothing. code: the kind of reason, for programs (graph.explain.Code lists them; "" in files
@@ -46,11 +46,11 @@ class Pin:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Member:
-    """One tensor axis that loses positions when a channel of the group goes.
+    """One tensor axis that loses positions when a channel of the group is removed.
 
     positions: (channels, m): for every channel of the group, the m positions it owns along `dim` of `tensor`.
     role: "producer" for the weight whose rows make the channel, "bias" for that weight's bias,
-        "channelwise" for everything met on the way (normalisation weights and buffers, PReLU slopes, layer scales).
+        "channelwise" for what is applied channel by channel (weights and buffers of norms, PReLU slopes, layer scales).
     macs: multiply-adds per forward pass of the example input that one channel costs here (producers only).
     """
 
@@ -64,11 +64,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convolution:
-    """How an operator convolves, where no stock layer says it: the arguments of torch.convolution.
+    """The arguments of torch.convolution, for a convolution that no layer of torch.nn calls.
 
-    axes: for every axis of the operator's weight, the axis of the parameter that runs along it; -1: none, size 1.
-    padded: what pads the module's input before the operator reads it: (sizes as torch.nn.functional.pad takes them,
-        mode), one after the other.
+    axes: for every axis of the operator's weight, the axis of the parameter that becomes it; -1: none, size 1.
+    padded: the padding applied to the module's input before, (sizes as torch.nn.functional.pad takes them, mode) each,
+        in order.
     """
 
     stride: tuple[int, ...]
@@ -264,7 +264,7 @@ class NormSite(Site):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neuron:
-    """How every channel of a group is computed, where that is simple enough to say: z = φ(norm(w·x + b)).
+    """How every channel of a group is computed, where that is one formula: z = φ(norm(w·x + b)).
 
     activation: "identity", "relu", "tanh", ... (names of numerics.activations); args: its scalar arguments.
     slopes: qualified name of a PReLU weight. max_pool: a max-pooling lies between φ and a consumer site.
@@ -285,17 +285,18 @@ class Group:
     """A coupled channel group: `num_channels` channels that are removed together from all members and sites.
 
     name: qualified name of the module that owns the first producer (with ":dim" or "#k" appended only if needed to be
-        unique). pin: set when the group may not shrink; groups without any site are pinned with that reason.
-    rows: number of rows of equal length (heads, halves of a split) into which the channels fall, in order: channel c is
-        in row c // (num_channels // rows). An event keeps equally many of every row (the granularity).
-    conflicts_with: names of finer groups of the same channels, none of which an event may change together with this one
-        (whole heads beside the channels inside them); () for most.
-    tied_groups: names of groups of which an event keeps the same share as of this one, because one number of the model
+        unique).
+    pin: why the group cannot shrink, None if it can; groups without any site are pinned with that reason.
+    rows: number of rows of equal length (heads, halves of a split) that the channels form, in order: channel c is in
+        row c // (num_channels // rows). An event keeps equally many of every row.
+    conflicts_with: names of groups that share channels with this one (whole heads, and the channels inside them): an
+        event changes one of them only; () for most.
+    tied_groups: names of groups that keep the same share of their channels as this one, because one number of the model
         is the width of a row of all of them (the head size of queries and of values); () for most.
-    min_channels: so many stay: a grouped convolution with one channel per block would be a depthwise one, whose outputs
-        belong together in another way.
-    num_static: channels that stand beside the group's in every row of that width and stay (those that a partial
-        rotation turns), as many as would fill their places: shares are of both together.
+    min_channels: the smallest width: a grouped convolution with one channel per block would be a depthwise one, whose
+        outputs are grouped in another way.
+    num_static: channels that lie beside the group's in every row of that width and are never removed (those that a
+        partial rotation turns); the share that is kept counts both.
     """
 
     name: str
@@ -345,8 +346,8 @@ class PartialOp:
 class Split:
     """An axis of channels that the forward pass of `module` splits into rows of equal length, or cuts into equal parts.
 
-    classes: (rows, columns), the channel class (Structure.classes) at each place; where: "file.py:line". Names of plain
-    attributes of the module that hold rows, columns or rows * columns have to follow an event.
+    classes: (rows, columns), the channel class (Structure.classes) at each place; where: "file.py:line". Plain
+    attributes of the module that hold rows, columns or rows * columns are updated after an event.
     """
 
     module: str
@@ -359,7 +360,7 @@ class Count:
     """A number of places along an axis of channels that an operator was given: a size of a view, an end of a slice.
 
     modules: those that were running, the innermost first. classes: (number, further): the channel classes at each of
-    the places that it counts. where: "file.py:line". After an event it has to be the number of places at which a
+    the places that it counts. where: "file.py:line". After an event the number has to be that of the places at which a
     channel is left.
     """
 
@@ -390,10 +391,10 @@ def places_left(classes: IntArray, removed: IntArray) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Follow:
-    """A plain number of a module that has to follow a width: an int attribute, or the entry `index` of a sequence.
+    """A plain number of a module that is updated with a width: an int attribute, or the entry `index` of a sequence.
 
-    places: lines at which operators are given the number (Count.where); groups: whose width it is elsewhere. times: the
-    number is that many times what the operators are given (`split(x, self.width // 2)`).
+    places: lines at which operators are given the number (Count.where). groups: further groups of that width. times:
+    the number is that many times what the operators are given (`split(x, self.width // 2)`).
     """
 
     module: str
@@ -414,10 +415,10 @@ class Structure:
     compares. pinned_classes: the numbers that are pinned. scalars: per mode, the plain numbers that the arithmetic of
     the forward pass used, call by call. multiples: per mode, what is read times such numbers: (what, (call, place,
     power) each). scalable: per product of activations, the (tensor, dim, positions) that scale its sums alone.
-    frozen: parameters that require no gradient while others do, and therefore stay. layout: stands for the modules and
-    the shapes and types of parameters at capture.
+    frozen: parameters that require no gradient while others do, and are therefore not changed. layout: a hash of the
+    modules and of the shapes and types of parameters at capture.
     counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
-    kept: what the model keeps in attributes between passes and what of it are channels.
+    kept: tensors that the model keeps in attributes between passes, and where channels lie in them.
     """
 
     groups: tuple[Group, ...]
@@ -454,9 +455,9 @@ class Structure:
 class Kept:
     """A tensor that the model keeps in an attribute from one forward pass to the next (a hidden state, a cache).
 
-    path: the module's name, the attribute, then keys and places inside of it. labels: for every position the number of
+    path: the module's name, the attribute, then keys and indices inside of it. labels: for every position the number of
     its channel as in Structure.classes, -1 for none; an axis along which all are the same has size 1. copy_of: the
-    parameter or buffer that it is another view of, or is computed from position by position; it follows that one.
+    parameter or buffer that it is a view of, or is computed from position by position; it is cut alike.
     """
 
     path: tuple[str | int, ...]
@@ -466,7 +467,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Seen:
-    """What a contraction reads as a replayed pass runs through it; the tensors are the model's own, not to be kept.
+    """What a contraction reads in a replayed pass; the tensors are the model's own, and must not be kept.
 
     site: key of the site. x: (..., positions), positions as in Site.input_columns. right: the right operand of a sum of
     products laid out likewise, else None.
