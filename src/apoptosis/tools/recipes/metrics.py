@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import DataError, NonFiniteError
+from apoptosis.model.passes import internal_passes
 from apoptosis.tools.recipes.datasets.parts import MetricName, Part
 
 
@@ -42,9 +43,8 @@ def auc(logits_N2: Tensor, labels_N: Tensor) -> float:
 METRICS: Mapping[MetricName, Callable[[Tensor, Tensor], float]] = MappingProxyType({"accuracy": accuracy, "auc": auc})
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, part: Part, metric: MetricName, device: torch.device, batch: int = 512) -> float:
-    """Metric of `model` on a part, in evaluation mode and float32; every module's mode is as before afterwards.
+    """Metric of `model` on a part, in evaluation mode and float32; the model is as before afterwards.
 
     Args:
         model: maps (rows, *shape) to logits (rows, classes).
@@ -53,14 +53,7 @@ def evaluate(model: nn.Module, part: Part, metric: MetricName, device: torch.dev
         device: where the model lives.
         batch: rows per forward pass.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    logits = []
-    try:
-        for start in range(0, len(part), batch):
-            inputs, _ = part.between(start, min(start + batch, len(part)))
-            logits.append(model(inputs.to(device)).float())
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return METRICS[metric](torch.cat(logits), part.labels.to(device))
+    with internal_passes(model):
+        pieces = (part.between(start, min(start + batch, len(part)))[0] for start in range(0, len(part), batch))
+        logits = torch.cat([model(inputs.to(device)).float() for inputs in pieces])
+    return METRICS[metric](logits, part.labels.to(device))

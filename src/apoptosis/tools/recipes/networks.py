@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis.errors import ArgumentError
+from apoptosis.model.passes import internal_passes
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
     {
@@ -60,14 +61,13 @@ class Network:
 
 
 NETWORKS: dict[str, Network] = {}
+Builder = Callable[[Design], nn.Sequential]
 
 
-def network(
-    *widths: int, least: int = 1, images: bool = True
-) -> Callable[[Callable[[Design], nn.Sequential]], Callable[[Design], nn.Sequential]]:
+def network(*widths: int, least: int = 1, images: bool = True) -> Callable[[Builder], Builder]:
     """Add a builder to NETWORKS under its own name, with its default widths and the least number of them."""
 
-    def add(build: Callable[[Design], nn.Sequential]) -> Callable[[Design], nn.Sequential]:
+    def add(build: Builder) -> Builder:
         NETWORKS[build.__name__] = Network(build=build, widths=widths, least=least, images=images)
         return build
 
@@ -214,15 +214,9 @@ def num_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    training = {module: module.training for module in model.modules()}
     first = next(model.parameters())
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros((1, *shape), dtype=first.dtype, device=first.device))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with internal_passes(model), FlopCounterMode(display=False) as counter:
+        model(torch.zeros((1, *shape), dtype=first.dtype, device=first.device))
     return int(counter.get_total_flops()) // 2
 
 

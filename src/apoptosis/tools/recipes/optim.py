@@ -6,6 +6,8 @@ Holds: the choice by name. Elsewhere: loops.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,25 +16,22 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from apoptosis.tools.recipes.config import RunConfig
 
 ONE_CYCLE_RISE = 0.3
-SGD_MOMENTUM = 0.9
+
+
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+}
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer, fused where the device supports it; with and without apoptosis it is of the same kind."""
-    params = list(model.parameters())
+    """Build the optimizer, fused where the device supports it: with and without apoptosis it is of the same kind."""
+    make = partial(OPTIMIZERS[config.optimizer], lr=config.lr, weight_decay=config.weight_decay)
     try:
-        return _make(config, params, fused=True)
+        return make(model.parameters(), fused=True)
     except RuntimeError:  # no fused kernel for this device
-        return _make(config, params, fused=None)
-
-
-def _make(config: RunConfig, params: list[nn.Parameter], fused: bool | None) -> torch.optim.Optimizer:
-    lr, decay = config.lr, config.weight_decay
-    if config.optimizer == "adam":
-        return torch.optim.Adam(params, lr=lr, weight_decay=decay, fused=fused)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(params, lr=lr, weight_decay=decay, fused=fused)
-    return torch.optim.SGD(params, lr=lr, weight_decay=decay, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
+        return make(model.parameters())
 
 
 def learning_rates(schedule: str, peak: float, total_steps: int) -> tuple[float, ...]:
