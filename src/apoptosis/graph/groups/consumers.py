@@ -12,7 +12,7 @@ import numpy as np
 
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes, own_readers
-from apoptosis.graph.trace.result import Consumer, Product, TraceResult, pairs_of
+from apoptosis.graph.trace.result import NO_READER, Consumer, Product, TraceResult, pairs_of
 from apoptosis.records import IntArray, LinearSite, ProductSite
 
 
@@ -72,10 +72,7 @@ def per_forward(macs: dict[str, float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """All products of a model, and who reads each id: the number of the site's or product's key.
-
-    reader: (ids,), -1 where none does, -2 where several do.
-    """
+    """All products of a model; reader, numbers: as `TraceResult.readers_of_ids` returns them."""
 
     merged: list[Product]
     reader: IntArray
@@ -84,12 +81,7 @@ class Products:
 
 def products_of(trace: TraceResult) -> Products:
     """Gather the products once for all groups."""
-    reader, numbers = np.full(trace.channel_ids.num_ids, -1, dtype=np.int64), dict[str, int]()
-    for ids, key in trace.uses:
-        number = numbers.setdefault(key, len(numbers))
-        known = reader[ids]
-        reader[ids] = np.where((known == -1) | (known == number), number, -2)
-    return Products(_merged(trace.products.values()), reader, numbers)
+    return Products(_merged(trace.products.values()), *trace.readers_of_ids())
 
 
 def product_sites(
@@ -173,4 +165,4 @@ def _foldable(trace: TraceResult, products: Products, product: Product) -> bool:
         return False
     ids = np.concatenate([product.left, product.right]) if product.stepwise else product.right
     readers = products.reader[ids]
-    return bool(((readers == -1) | (readers == products.numbers.get(pairs_of(product), -1))).all())
+    return bool(((readers == NO_READER) | (readers == products.numbers.get(pairs_of(product), -1))).all())

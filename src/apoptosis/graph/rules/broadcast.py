@@ -13,11 +13,11 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from apoptosis.graph.explain import Code
+from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.rules.notes import note_count
 from apoptosis.graph.trace.ids import View
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import CONSTANT, Origin, Value, align, nothing, varying
+from apoptosis.graph.trace.values import CONSTANT, Origin, Value, align, nothing, unpaired, varying
 from apoptosis.records import IntArray
 
 
@@ -135,6 +135,20 @@ def tie_broadcast(
     return Value(result)
 
 
+def level(call: Call, ids: IntArray, axes: Set[int], why: Code | Reason) -> IntArray:
+    """Tie what lies along some axes to what lies at their first places, whose ids are returned.
+
+    why: the reason of channels that meet values without channels there.
+    """
+    first = ids
+    for axis in axes:
+        first = first.take([0], axis=axis)
+    call.tie(np.ascontiguousarray(np.broadcast_to(first, ids.shape)), ids)
+    broken = (ids == 0).any(axis=tuple(axes), keepdims=True)
+    call.pin(np.where(broken, ids, 0), why)
+    return first
+
+
 def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:
     """Tie two id arrays; the one that varies more is the result."""
     if a is b or (a.shape == b.shape and np.array_equal(a, b)):
@@ -156,9 +170,7 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
         call.tie(a, b)
         _note_join(call, a, b)
     wide_a, wide_b = np.broadcast_arrays(a, b)
-    unpaired = (wide_a == 0) != (wide_b == 0)
-    if bool(unpaired.any()):
-        call.pin(np.where(unpaired, wide_a + wide_b, 0), Code.MEETS_VALUES)
+    call.pin(unpaired(wide_a, wide_b), Code.MEETS_VALUES)
     return np.where(wide_a != 0, wide_a, wide_b) if along_b <= along_a else np.where(wide_b != 0, wide_b, wide_a)
 
 

@@ -17,7 +17,7 @@ from apoptosis.graph.rules.movement import same_memory
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.trace.operators import Result
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import SIZE_LIMIT, collapse, drop_paths, expand, nothing, varying
+from apoptosis.graph.trace.values import SIZE_LIMIT, collapse, drop_paths, expand, nothing, unpaired, varying
 from apoptosis.records import IntArray
 
 
@@ -113,8 +113,7 @@ def col2im(call: Call) -> Result:
     if ids.shape[lead] > 1:
         split = ids.reshape(*ids.shape[:lead], -1, taps, ids.shape[-1])
         call.tie(split, split[..., :1, :])  # a kernel's positions go together
-        unpaired = np.where((split == 0) != (split[..., :1, :] == 0), split + split[..., :1, :], 0)
-        call.pin(unpaired, Code.ADDS_NONE)
+        call.pin(unpaired(split, split[..., :1, :]), Code.ADDS_NONE)
         ids = split[..., 0, :]
     if ids.shape[-1] > 1:
         return _refused(call, Code.SUMS_WINDOWS)

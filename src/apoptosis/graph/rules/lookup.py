@@ -17,11 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.explain import Code
 from apoptosis.graph.rules.broadcast import tie_broadcast
-from apoptosis.graph.rules.experts import of_stack
+from apoptosis.graph.rules.contraction import of_stack
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.trace.operators import Result, Rule
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import Path, Value, align, collapse, drop_paths, expand, nothing, varying
+from apoptosis.graph.trace.values import (
+    Path,
+    Value,
+    align,
+    collapse,
+    drop_paths,
+    expand,
+    nothing,
+    unpaired,
+    varying,
+    without_gaps,
+)
 from apoptosis.records import IntArray
 
 
@@ -178,14 +189,8 @@ def index_fill(call: Call) -> Result:
 
 def _without_gaps(ids: IntArray) -> IntArray:
     """Collapse the axes along which there is one channel and, for the rest, nothing: rows that were not written."""
-    if np.unique(ids[ids != 0]).size < 2:
-        return collapse(ids)  # a single channel: no telling which axis is which
-    for axis, size in enumerate(ids.shape):
-        if size > 1:
-            most = ids.max(axis=axis, keepdims=True)
-            if bool(((ids == 0) | (ids == most)).all()):
-                ids = most
-    return ids
+    few = np.unique(ids[ids != 0]).size < 2  # a single channel: no telling which axis is which
+    return collapse(ids) if few else without_gaps(ids)
 
 
 def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source: Value) -> Result:
@@ -201,8 +206,7 @@ def _overlaid(call: Call, target: Tensor, new: IntArray, mask: IntArray, source:
         return replace(value, paths=paths, source=None, linear=frozenset(), even={})
     old, new, mask = np.broadcast_arrays(value.ids, new, mask)
     call.tie(np.where(mask, old, 0), new)
-    unpaired = np.where(mask & ((old == 0) != (new == 0)), old + new, 0)
-    call.pin(unpaired, Code.OVER_NONE)
+    call.pin(np.where(mask, unpaired(old, new), 0), Code.OVER_NONE)
     return Value(value.ids, paths=paths)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.graph.explain import Code
-from apoptosis.graph.rules.broadcast import tie_broadcast
+from apoptosis.graph.rules.broadcast import level, tie_broadcast
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.notes import note_axes, note_count, note_parts, note_split
 from apoptosis.graph.trace.operators import Result, Rule
@@ -302,9 +302,7 @@ def pixel_shuffle(call: Call) -> Result:
     keep, ids = max(0, tensor.dim() - 3), value.ids
     if ids.shape[keep] > 1:
         blocks = ids.reshape(*ids.shape[:keep], -1, int(call.arg(1, "upscale_factor")) ** 2, *ids.shape[keep + 1 :])
-        call.tie(blocks, np.broadcast_to(blocks.take([0], axis=keep + 1), blocks.shape))
-        broken = (blocks == 0).any(axis=keep + 1, keepdims=True)
-        call.pin(np.where(broken, blocks, 0), Code.LAID_OUT_WITH_NONE)
+        level(call, blocks, {keep + 1}, Code.LAID_OUT_WITH_NONE)
     return _rearranged(call, value)
 
 

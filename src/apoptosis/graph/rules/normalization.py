@@ -1,8 +1,8 @@
 """Normalisations of activations and of weights, and parameters that are computed with before they are used.
 
 Holds: group, layer and RMS normalisation, weight normalisation, `parameter_operand` (a parameter as an operand
-along one of its axes) and the remedies for parametrized weights. Elsewhere: batch normalisation
-(rules/batch_norm.py); norms that the model writes out by hand are reductions (rules/reduction.py).
+along one of its axes) and batch normalisation. Elsewhere: norms that the model writes out by hand are
+reductions (rules/reduction.py).
 
 A norm is harmless where every set of elements that shares its statistics belongs to one channel; else removing a
 channel changes all others of its set.
@@ -16,17 +16,20 @@ from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from apoptosis.graph.explain import ROWS_REMEDY, Code, layer_of, opt_in
-from apoptosis.graph.rules.broadcast import tie_broadcast
+from apoptosis.graph.rules.broadcast import level, tie_broadcast
 from apoptosis.graph.rules.computed_weights import normalised_copy
 from apoptosis.graph.rules.notes import note_grid
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.operators import Result
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import Axis, Origin, Value, drop_paths, nothing, reshape, varying
+from apoptosis.graph.trace.values import Axis, Origin, Path, Paths, Value, drop_paths, nothing, reshape, varying
 from apoptosis.records import IntArray
+
+_STOCK = (_BatchNorm.forward, SyncBatchNorm.forward)
 
 
 def parameter_operand(call: Call, tensor: Tensor, axes: Iterable[int] | None = None) -> Value:
@@ -144,12 +147,7 @@ def whole_channels(call: Call, value: Value) -> Value:
     inside = varying(value.ids) - {0, 1}
     if not inside or varying(value.ids) - inside != {1}:
         return value
-    ids = value.ids
-    for axis in inside:
-        ids = ids.take([0], axis=axis)
-    call.tie(np.ascontiguousarray(np.broadcast_to(ids, value.ids.shape)), value.ids)
-    broken = (value.ids == 0).any(axis=tuple(inside), keepdims=True)
-    call.pin(np.where(broken, value.ids, 0), Code.NORM_WITH_NONE)
+    ids = level(call, value.ids, inside, Code.NORM_WITH_NONE)
     return replace(value, ids=ids, paths=drop_paths([value.paths]), source=None)
 
 
@@ -197,3 +195,60 @@ def weight_norm(call: Call) -> Result:
         call.pin(value.ids, Code.ROWS_NORMALISED)
     met = tie_broadcast(call, [g], v.dim(), [(v, value)])
     return [replace(met, paths=value.paths), Value(met.ids)]
+
+
+def batch_norm(call: Call) -> Result:
+    """Statistics per channel along axis 1, one entry of each operand per channel."""
+    tracer, x = call.tracer, call.args[0]
+    if _of_rows(call, x):
+        return None
+    value = whole_channels(call, parameter_operand(call, x, [1]))
+    ndim = x.dim()
+    module = tracer.module
+    stock = isinstance(module, _BatchNorm) and type(module).forward in _STOCK
+    shape = [-1 if i == 1 else 1 for i in range(ndim)]
+    over = bool(varying(value.ids) - {1})
+    if over:
+        call.pin(value.ids, Code.NORM)
+    tensors = tracer.trace.channel_ids.tensors
+    # behind a permutation of channels its entries are not in the order of the rows that made them
+    stock = stock and all(np.array_equal(value.ids.reshape(-1), tensors[name].axis(dim)) for name, dim in value.paths)
+    sizes = {tracer.trace.channel_ids.tensors[name].shape[dim] for name, dim in value.paths}
+    stock = stock and not over and sizes <= {x.shape[1]} and value.ids.shape[1] == x.shape[1]
+    given: list[tuple[Tensor, Value]] = []
+    operands: list[Tensor] = []
+    for tensor in call.args[1:5]:
+        if not isinstance(tensor, Tensor) or tensor.dim() != 1:
+            continue
+        if tracer.view(tensor) is not None:
+            operands.append(tensor.view(shape))
+        else:
+            found = tracer.value(tensor)
+            given.append((tensor.view(shape), found.moved(found.ids.reshape(shape))))
+    if value.source is not None:
+        reader = tracer.module_name if stock else "operator"
+        tracer.trace.readers[value.source].add(reader)
+    if stock:
+        tracer.trace.normalised[tracer.module_name].add(value.source or "")
+    met = tie_broadcast(call, operands, ndim, [(x, value), *given])
+    result = replace(met, paths=_normalised(value.paths, tracer.module_name if stock else None))
+    moments = Value(met.ids.reshape(-1)) if met.ids.size == met.ids.shape[1] else None
+    return [result, *[moments if o.dim() == 1 and o.shape[0] == x.shape[1] else None for o in call.outs[1:]]]
+
+
+def _of_rows(call: Call, x: Tensor) -> bool:
+    """Whether the rows of a weight are standardised, laid out as the channels of one example."""
+    view = call.view(x)
+    if view is None or x.dim() < 2 or x.shape[:2] != (1, view.info.shape[0]) or x.stride(1) != view.info.stride[0]:
+        return False
+    own = isinstance(call.arg(3, "running_mean"), Tensor) or isinstance(call.arg(2, "bias"), Tensor)
+    gain = call.arg(1, "weight")
+    return not own and normalised_copy(call, x, call.outs[0], gain, centred=True)
+
+
+def _normalised(paths: Paths, norm: str | None) -> Paths:
+    out: dict[tuple[str, int], Path | None] = {}
+    for key, path in paths.items():
+        plain = path is not None and norm is not None and path == Path()
+        out[key] = Path(norm=norm) if plain else None
+    return out

@@ -30,6 +30,7 @@ from apoptosis.graph.trace.values import (
     drop_paths,
     expand,
     nothing,
+    unpaired,
     varying,
 )
 from apoptosis.records import IntArray
@@ -67,9 +68,7 @@ class _Operand:
         if not self.crossed:
             return self
         call.tie(self.ids[..., 1:, :], self.ids[..., :1, :].repeat(self.ids.shape[-2] - 1, -2))
-        unpaired = (self.ids == 0) != (self.ids[..., :1, :] == 0)
-        if bool(unpaired.any()):
-            call.pin(np.where(unpaired, self.ids + self.ids[..., :1, :], 0), Code.MULTIPLIES_NONE)
+        call.pin(unpaired(self.ids, self.ids[..., :1, :]), Code.MULTIPLIES_NONE)
         return _Operand(self.tensor, self.value, self.ids[..., :1, :], levelled=True)
 
 
@@ -162,9 +161,7 @@ def _pair(
     left, right = left.level(call), right.level(call)
     a, b = left.ids[..., 0, :], right.ids[..., 0, :]
     trace.tie(a, b)
-    unpaired = (a == 0) != (b == 0)
-    if bool(unpaired.any()):
-        call.pin(np.where(unpaired, a + b, 0), Code.MULTIPLIES_NONE)
+    call.pin(unpaired(a, b), Code.MULTIPLIES_NONE)
     laid = _rows(left, right)
     if laid is None:
         call.pin(a, Code.OTHER_ORDER)

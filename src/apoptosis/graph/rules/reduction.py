@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from apoptosis.graph.explain import ROWS_REMEDY, Code, opt_in
-from apoptosis.graph.rules.broadcast import tie_broadcast
+from apoptosis.graph.rules.broadcast import level, tie_broadcast
 from apoptosis.graph.rules.normalization import parameter_operand
 from apoptosis.graph.rules.product import sum_of_products
 from apoptosis.graph.trace.operators import Result, Rule
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import Paths, Value, drop_paths, varying
+from apoptosis.graph.trace.values import Paths, Value, drop_paths, unpaired, varying
 from apoptosis.records import IntArray
 
 Pooled = Literal["", "average", "largest"]
@@ -113,12 +113,7 @@ def _rows(call: Call, value: Value, reduced: frozenset[int]) -> IntArray | None:
 
 def _place_by_place(call: Call, value: Value, reduced: frozenset[int], verb: str = "combines") -> Value:
     """Tie the channels that meet at each place of the other axes, as an elementwise maximum, or a sum, does."""
-    first, axes = value.ids, tuple(reduced & varying(value.ids))
-    for axis in axes:
-        first = first.take([0], axis=axis)
-    call.tie(np.ascontiguousarray(np.broadcast_to(first, value.ids.shape)), value.ids)
-    broken = (value.ids == 0).any(axis=axes, keepdims=True)
-    call.pin(np.where(broken, value.ids, 0), Code.REDUCES_WITH_NONE(verb=verb))
+    first = level(call, value.ids, reduced & varying(value.ids), Code.REDUCES_WITH_NONE(verb=verb))
     return replace(value, ids=first, paths=drop_paths([value.paths]), even={})
 
 
@@ -227,8 +222,7 @@ def glu(call: Call) -> Result:
         return _ended(value)
     first, second = np.split(value.ids, 2, axis=dim)
     call.tie(first, second)
-    unpaired = np.where((first == 0) != (second == 0), first + second, 0)
-    call.pin(unpaired, Code.GATES_NONE)
+    call.pin(unpaired(first, second), Code.GATES_NONE)
     return Value(first, paths=drop_paths([value.paths]))
 
 

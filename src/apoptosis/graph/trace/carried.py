@@ -23,7 +23,7 @@ from apoptosis.errors import CaptureError
 from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import Tracer
-from apoptosis.graph.trace.values import CONSTANT, SIZE_LIMIT, Origin, Value, drop_paths, nothing, varying
+from apoptosis.graph.trace.values import CONSTANT, SIZE_LIMIT, Origin, Value, drop_paths, nothing, varying, without_gaps
 from apoptosis.model.kept import (
     Known,
     Rows,
@@ -130,7 +130,8 @@ class Carried:
             value = tracer.memory.recorded(tensor) or nothing(tensor.dim())
             if id(tensor) in before and not value.has_channels:
                 continue
-            ids, origin = _completed(value.ids), Origin(f"'{name_of(path)}' of the pass before", kept=True)
+            # a cache that is filled from one end, or a place at a time, carries the same channels at its other places
+            ids, origin = without_gaps(value.ids), Origin(f"'{name_of(path)}' of the pass before", kept=True)
             mode.found[path] = Value(ids, is_filler=value.is_filler, origin=origin, paths=drop_paths([value.paths]))
             rows = rows_of(tensor.shape, varying(ids), self._leaves)
             if rows is not None:
@@ -239,18 +240,6 @@ def _tie(trace: TraceResult, name: str, one: IntArray, other: IntArray) -> None:
         return
     for ids in (one, other):
         trace.pin(ids, Code.KEPT_TWO_WAYS(name=name))
-
-
-def _completed(ids: IntArray) -> IntArray:
-    """Fill positions that no channel has come to yet, along axes where all others have one and the same.
-
-    A cache that is filled from one end, or a place at a time, carries at its other places what it carries at these.
-    """
-    for axis in sorted(varying(ids)):
-        most = ids.max(axis=axis, keepdims=True)
-        if varying(most) and bool(((ids == 0) | (ids == most)).all()):
-            ids = most
-    return ids
 
 
 def _axis_of(tensor: Tensor, size: int) -> int | None:

@@ -16,6 +16,8 @@ from apoptosis.graph.trace.ids import ChannelIds
 from apoptosis.graph.trace.values import Axis, Multiple, Paths
 from apoptosis.records import Convolution, IntArray, Normal, NormStrategy, ScalarOperands, SiteKind
 
+NO_READER, SEVERAL_READERS = -1, -2
+
 
 @dataclass(slots=True)
 class Consumer:
@@ -177,6 +179,16 @@ class TraceResult:
         both = (outer != 0) & (inner != 0)
         if bool(both.any()):
             (self.parts if part else self.heads).append((outer[both], inner[both], module))
+
+    def readers_of_ids(self) -> tuple[IntArray, dict[str, int]]:
+        """Return for every id the number of the site or product that reads it, and the number of every key of these."""
+        readers = np.full(self.channel_ids.num_ids, NO_READER, dtype=np.int64)
+        numbers: dict[str, int] = {}
+        for ids, key in self.uses:
+            number = numbers.setdefault(key, len(numbers))
+            known = readers[ids]
+            readers[ids] = np.where((known == NO_READER) | (known == number), number, SEVERAL_READERS)
+        return readers, numbers
 
     def pin(self, ids: IntArray, reason: Reason, *, inner: bool = False) -> None:
         """Record that the channels of these ids are never removed; zeros are passed over.

@@ -21,6 +21,10 @@ from apoptosis.graph.trace.values import CONSTANT, INPUT, SIZE_LIMIT, Origin, Va
 from apoptosis.records import IntArray
 
 Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
+Mark = tuple[int, Geometry, int]
+"""A tensor as it is now: its memory, its place there, and how often it was written to."""
+Pad = tuple[tuple[int, ...], str]
+"""Sizes and mode as torch.nn.functional.pad takes them."""
 
 
 @dataclass(slots=True)
@@ -289,3 +293,39 @@ class StorageMap:
                 ids, is_filler=found.is_filler and value.is_filler, origin=value.origin, paths=paths
             )
         block.values[geometry(tensor)] = replace(value, ids=collapse(np.array(_strided(flat, geometry(tensor)))))
+
+
+class Entries:
+    """Whether an operator reads the very input of its module, padded or not, so that a hook sees what it reads."""
+
+    def __init__(self, memory: StorageMap) -> None:
+        self._memory = memory
+        self._pads: dict[Mark, tuple[Mark, Pad]] = {}
+
+    def mark(self, tensor: Any) -> Mark | None:
+        """Return the mark of a tensor; None of what is none, or does not count its writes (made in inference mode)."""
+        if not isinstance(tensor, Tensor) or tensor.is_inference():
+            return None
+        try:
+            return self._memory.place(tensor), geometry(tensor), tensor._version
+        except RuntimeError:  # a tensor without strides
+            return None
+
+    def padded(self, source: Tensor, out: Tensor, sizes: tuple[int, ...], mode: str) -> None:
+        """Note that a tensor is another one, padded along its last axes."""
+        before, after = self.mark(source), self.mark(out)
+        if before is not None and after is not None:
+            self._pads[after] = (before, (sizes, mode))
+
+    def pads_from(self, entry: Mark | None, tensor: Tensor) -> tuple[Pad, ...] | None:
+        """Return what turns the tensor marked `entry` into this one; () for the same, None where it is another."""
+        found: list[Pad] = []
+        mark = self.mark(tensor)
+        while entry is not None and mark is not None:
+            if mark == entry:
+                return tuple(reversed(found))
+            if mark not in self._pads:
+                return None
+            mark, pad = self._pads[mark]
+            found += [pad] if any(pad[0]) else []
+        return None

@@ -21,12 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from apoptosis.graph.explain import Code, Reason, parametrized, reason_of
 from apoptosis.graph.trace.activations import RunningNeuron, on_enter
-from apoptosis.graph.trace.entries import Entries, Mark, Pad
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
 from apoptosis.graph.trace.operators import UNKNOWN, Operator, Result
 from apoptosis.graph.trace.result import TraceResult
-from apoptosis.graph.trace.storage import StorageMap
+from apoptosis.graph.trace.storage import Entries, Mark, Pad, StorageMap
 from apoptosis.graph.trace.values import Origin, TooLargeError, Value, nothing
 from apoptosis.records import IntArray, Seen
 

@@ -168,6 +168,31 @@ def align(ids: IntArray, ndim: int) -> IntArray:
     return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
 
 
+def unpaired(one: IntArray, other: IntArray) -> IntArray:
+    """Return the ids that meet values without a channel, 0 elsewhere.
+
+    Example:
+        >>> unpaired(np.array([3, 0, 4]), np.array([5, 6, 0])).tolist()
+        [0, 6, 4]
+    """
+    found: IntArray = np.where((one == 0) != (other == 0), one + other, 0)
+    return found
+
+
+def without_gaps(ids: IntArray) -> IntArray:
+    """Fill positions without a channel, along axes on which all others carry one and the same.
+
+    Example:
+        >>> without_gaps(np.array([[3, 0], [3, 0], [4, 4]])).tolist()
+        [[3], [3], [4]]
+    """
+    for axis in sorted(varying(ids)):
+        most = ids.max(axis=axis, keepdims=True)
+        if varying(most) and bool(((ids == 0) | (ids == most)).all()):
+            ids = most
+    return ids
+
+
 def varying(ids: IntArray) -> frozenset[int]:
     """Return the axes along which the ids vary."""
     return frozenset(axis for axis, size in enumerate(ids.shape) if size > 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.classes import Classes, own_readers
-from apoptosis.graph.trace.result import TraceResult, pairs_of
+from apoptosis.graph.trace.result import NO_READER, TraceResult, pairs_of
 from apoptosis.graph.trace.scalars import changed_numbers, changed_scalar
 from apoptosis.graph.trace.values import CHANNELS, LITERAL, Axis, weight_named
 from apoptosis.records import IntArray, RowScale, ScalarOperands, Structure, TensorEdit
@@ -29,7 +29,6 @@ Parts = tuple[tuple[str, int, IntArray], ...]
 
 _POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _CLOSE = 1e-9
-_NO_READER, _SEVERAL = -1, -2  # readers of an id
 _ELSEWHERE = "which scales more than a product of activations"
 _APART = "which does not scale all that reads a product of activations"
 _NO_SIDE = "which scales a product of activations neither side of which scales with weights of its own alone"
@@ -49,14 +48,14 @@ def scalable(trace: TraceResult, classes: Classes) -> dict[str, Parts]:
             _, known = found.get(ids.tobytes(), (ids, axes))
             found[ids.tobytes()] = (ids, axes & known)
     out: dict[str, Parts] = {}
-    readers, numbers = _readers(trace)
+    readers, numbers = trace.readers_of_ids()
     for key, found in sides.items():
         if len(found) < 2:  # times itself
             continue
         both, counts = np.unique(np.concatenate([np.unique(ids) for ids, _ in found.values()]), return_counts=True)
         if int(counts.max()) > 1:
             continue
-        unread = np.isin(readers, (_NO_READER, numbers[key]))
+        unread = np.isin(readers, (NO_READER, numbers[key]))
         parts = (
             _parts(trace, classes, ids, axes, (both, readers))
             for ids, axes in found.values()
@@ -82,17 +81,6 @@ def _weights(trace: TraceResult) -> dict[str, Parts]:
     }
 
 
-def _readers(trace: TraceResult) -> tuple[IntArray, dict[str, int]]:
-    """Return for every id which site or product reads it, by number, and these numbers."""
-    readers = np.full(trace.channel_ids.num_ids, _NO_READER, dtype=np.int64)
-    numbers: dict[str, int] = {}
-    for ids, key in trace.uses:
-        number = numbers.setdefault(key, len(numbers))
-        known = readers[ids]
-        readers[ids] = np.where((known == _NO_READER) | (known == number), number, _SEVERAL)
-    return readers, numbers
-
-
 def _parts(
     trace: TraceResult,
     classes: Classes,
@@ -113,7 +101,7 @@ def _parts(
         info = trace.channel_ids.tensors[name]
         every = info.axis(dim).reshape(-1)
         tied = every[np.isin(classes.labels[every], labels) & ~np.isin(every, both)]
-        if bool((readers[tied] == _NO_READER).any()):
+        if bool((readers[tied] == NO_READER).any()):
             return ()  # more of the axis is in the operand than its ids say: a sum of two of its parts
         positions = np.unique(ids[here]) - info.bases[dim]
         biases = sorted(trace.bias_of.get((name, dim), ()))
