@@ -106,7 +106,7 @@ def analyse(
 def _followed(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], norm_widths: NormWidths
 ) -> tuple[TraceResult, Carried]:
-    """Return what rounds of captures found: one where nothing that is kept between passes carries channels.
+    """Capture the model in as many rounds as the tensors that it keeps between passes need: one for most models.
 
     Raises: CaptureError: the forward pass fails on this input or returns no tensor.
     """
@@ -146,7 +146,7 @@ def _captures(
 
 
 def signature_of(tensors: Mapping[str, Tensor], left_out: frozenset[str]) -> object:
-    """Return what tells the widths of one capture from those of another."""
+    """Return a key of the widths of one capture."""
     return tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items() if name not in left_out)
 
 

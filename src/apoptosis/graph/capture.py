@@ -66,7 +66,7 @@ def _operator(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], const
 
 
 class _Functions(TorchFunctionMode):
-    """Shows the tracer some functions of torch as one operator, whatever they come down to on this device."""
+    """Hands to the tracer, as one operator each, functions of torch that call other operators on other devices."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # untyped in some releases of torch
@@ -97,7 +97,7 @@ FRAME_MARKS.add(_forward.__code__)
 
 @contextmanager
 def _step_by_step(model: nn.Module) -> Iterator[None]:
-    """Run recurrences and attention as plain operators instead of fused ones, which say nothing of their inside."""
+    """Run recurrences and attention as plain operators: fused ones hide what happens to channels."""
     fast = torch.backends.mha.get_fastpath_enabled()
     # the setters themselves: flags() would set the precision of products, too, and warn of it
     fused = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
@@ -195,7 +195,7 @@ def capture(
 def _leave_behind(
     tracer: Tracer, constants: Constants | None, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Run the model without following it, for what it leaves in its attributes."""
+    """Run the model without following it, so that its attributes hold what a pass leaves there."""
     own_args, own_kwargs = tree_map_only(Tensor, Tensor.clone, (tuple(args), dict(kwargs)))
     tracer.suspended = True
     with _Watch(tracer, constants):

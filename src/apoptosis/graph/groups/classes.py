@@ -33,7 +33,7 @@ class Classes:
 
 
 def close(trace: TraceResult) -> None:
-    """Pin what only the whole picture shows: weights in two roles, weights that others read too."""
+    """Pin weights in two roles, and weights and gains that have further readers: known once all captures are done."""
     consumed = {(c.weight, c.dim) for c in trace.consumers.values()}
     tensors = trace.channel_ids.tensors
     for name, dim in sorted(consumed & trace.producers.keys()):

@@ -105,7 +105,7 @@ def product_sites(
 
 
 def _merged(products: Iterable[Product]) -> list[Product]:
-    """Take what is one product in both modes as one; where the ways there differ, only slicing is right."""
+    """Merge the records of one product in both modes; where these differ, its channels are only sliced."""
     out: dict[str, Product] = {}
     for product in products:
         key = pairs_of(product)

@@ -44,16 +44,16 @@ def pin_unreached(trace: TraceResult, model: nn.Module, aliases: Mapping[str, st
     lists = {name for name, module in modules.items() if isinstance(module, _LISTS)}
     _pin_shared(trace, {name: held for name, held in own.items() if name not in lists})
     _pin_beside(trace, own, unread)
-    starved = _starved(trace, own)
-    for name, count in starved.items():
-        notes.append(_starved_note(name, count))
+    without_rows = _without_rows(trace, own)
+    for name, count in without_rows.items():
+        notes.append(_no_rows_note(name, count))
         for info in _inside(own, name):
             _pin(trace, info, Code.NO_ROWS(module=name))
-    _pin_siblings(trace, modules, own, idle)
+    _pin_twins(trace, modules, own, idle)
     return tuple(notes)
 
 
-def _starved(trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, int]:
+def _without_rows(trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, int]:
     """Find the outermost modules that ran on empty tensors alone; the number of their parameters by name."""
     empty = [name for name in own if name in trace.ran - trace.fed]
     outer = [name for name in empty if not set(_lineage(name)[:-1]).intersection(empty)]
@@ -61,7 +61,7 @@ def _starved(trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]]) ->
     return {name: count for name, count in counts.items() if count}
 
 
-def _starved_note(name: str, count: int) -> str:
+def _no_rows_note(name: str, count: int) -> str:
     held = f"its {count} parameters stay" if count > 1 else "its parameter stays"
     return (
         f"module '{name}' runs on zero rows of example_input: {held} as they are; give a larger example_input (of "
@@ -74,7 +74,7 @@ def _inside(own: Mapping[str, Mapping[str, TensorInfo]], name: str) -> Iterator[
     return (info for module, held in own.items() if name in _lineage(module) for info in held.values())
 
 
-def _pin_siblings(
+def _pin_twins(
     trace: TraceResult,
     modules: Mapping[str, nn.Module],
     own: Mapping[str, Mapping[str, TensorInfo]],

@@ -182,7 +182,7 @@ def _note_join(call: Call, a: IntArray, b: IntArray) -> None:
 
 
 def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> bool:
-    """Whether one side are heads of scores, and the other the channels inside them (a sum that divides each head's)."""
+    """Whether one side holds heads, and the other the channels inside them (each divided by its head's sum)."""
     trace = call.trace
     for tensor, heads, inner in ((left, a, b), (right, b, a)):
         more = varying(inner) - varying(heads)
@@ -195,7 +195,7 @@ def _inside(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, n
 
 
 def _crossed(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndim: int) -> IntArray:
-    """Channels along one axis meet channels along another: the fewer are never removed, the others go on."""
+    """Pin the fewer of the channels where those along one axis meet those along another; the others go on."""
     if np.unique(a).size < np.unique(b).size:
         left, a, right, b = right, b, left, a
     call.pin(b, Code.CROSSES)

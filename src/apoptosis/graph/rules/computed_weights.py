@@ -1,7 +1,7 @@
 """Weights that are computed from one parameter before they are used, and stay as easy to fold into as the parameter.
 
 Holds: factors of a whole weight. Elsewhere: weights of which only the rows can be followed
-(rules/normalization.py, `held`).
+(rules/normalization.py).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def register(call: Call, weight: Matrix, value: Value, site: Consumer, direct: b
 
 
 def _in_several_ways(call: Call, weight: Matrix, known: Consumer, site: Consumer) -> None:
-    """Let the pass be run again where one weight convolves what a hook sees and what it does not see."""
+    """Handle a weight that is read in several ways: where padding alone differs, the pass is run again; else pin it."""
     if known.conv is None or site.conv is None:
         call.pin(weight.columns, Code.LAYER_AND_OTHER(name=weight.info.name))
     elif replace(known.conv, padded=()) != replace(site.conv, padded=()):

@@ -142,7 +142,7 @@ def _alike(call: Call, w: Tensor, view: View | None) -> bool:
 
 
 def _computed(call: Call, x: Tensor, w: Tensor, involved: bool) -> Value:
-    """Convolve with a computed weight, which may make channels but takes in no one's place.
+    """Convolve with a computed weight: it may make channels, and what it reads is pinned.
 
     involved: its rows are not simply the channels of the result.
     """

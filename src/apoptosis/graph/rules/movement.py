@@ -215,7 +215,7 @@ def cat(call: Call) -> Result:
 
 
 def _one_width(call: Call, values: Sequence[Value], dim: int) -> None:
-    """Let what is stacked keep one width: place by place where flattening would lay it out in turns, else as shares."""
+    """Give what is stacked one width: tied in places if flattening would lay it out in turns, else by shares."""
     carrying = [v for v in values if v.has_channels]
     if len({v.ids.tobytes() for v in carrying}) < 2:
         return

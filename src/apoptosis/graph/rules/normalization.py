@@ -97,7 +97,7 @@ def _flattened(call: Call, tensor: Tensor, info: TensorInfo) -> IntArray | None:
 
 
 def _listed(call: Call, axis: Axis) -> None:
-    """Let the weight that is computed for a layer be a producer of that layer."""
+    """Record the weight that is computed for a layer as a producer of that layer."""
     modules = {name: module for name, module, *_ in call.tracer._stack}
     name = layer_of(call.tracer.module_name)
     if isinstance(modules.get(name), nn.Linear | _ConvNd):
@@ -105,7 +105,7 @@ def _listed(call: Call, axis: Axis) -> None:
 
 
 def held_together(call: Call, tensors: Sequence[Tensor], ndim: int) -> list[tuple[Tensor, Value]]:
-    """Return the operands of an elementwise operator that are to be taken along one axis; the others meet as they are.
+    """Return the operands of an elementwise operator that are followed along one axis only; others meet as they are.
 
     Only where nothing but parameters meet and one runs along several axes: a weight is being computed. The axis is the
     one along which a smaller operand runs (a norm's gain), else the first.

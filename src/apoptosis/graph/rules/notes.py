@@ -58,7 +58,7 @@ def note_split(call: Call, old_ids: IntArray, old: Sequence[int], ids: IntArray,
 
 
 def _packed(call: Call, parts: Sequence[int]) -> bool:
-    """Whether torch's attention takes its packed projection apart: with narrower heads it does not any more."""
+    """Whether nn.MultiheadAttention splits its packed projection here: with narrower heads it does not any more."""
     module = call.tracer.module
     return (
         isinstance(module, nn.MultiheadAttention)

@@ -60,7 +60,7 @@ class _Operand:
 
     @property
     def whole_linear(self) -> frozenset[Axis]:
-        """The producers that every element scales with, all of whose ids `ids` tell."""
+        """The producers that every element scales with; none where `ids` does not hold all of theirs."""
         return frozenset() if self.levelled else self.value.linear
 
     def level(self, call: Call) -> _Operand:
@@ -96,7 +96,7 @@ def _plain(call: Call, operand: _Operand, ids: IntArray) -> Axis | None:
 
 
 def _rows(left: _Operand, right: _Operand) -> tuple[IntArray, IntArray, IntArray, int] | None:
-    """Slots of both operands as (rows, channels), the row of every batch entry, and the number of rows.
+    """Ids of both operands as (rows, channels), the row of every batch entry, and the number of rows.
 
     Entries of the batch that read the same channels are one row; rows have to come round and round in one order.
     """
@@ -151,7 +151,7 @@ def sum_of_products(call: Call, axis: int) -> Value | None:
 def _pair(
     call: Call, left: _Operand, right: _Operand, *, own_scale: bool, macs: float, stepwise: bool = False
 ) -> tuple[IntArray | None, Multiple | None]:
-    """Tie the pairs.
+    """Tie the channels that are multiplied in pairs.
 
     Returns: the ids of the heads, (batch axes..., 1, 1), or None where scores carry none; what the sums are a multiple
     of.
@@ -294,7 +294,7 @@ def attention(mask_name: str = "", *, has_mask: bool = True) -> Rule:
 
 
 def _attention(call: Call, mask: Any) -> Result:
-    """(..., length, channels) each; queries of several heads may share a key's."""
+    """Follow operands of (..., length, channels) each; queries of several heads may share a key's."""
     query, key, value = call.args[:3]
     ndim = query.dim()
     num = query.shape[-3] if ndim > 3 else 1

@@ -95,7 +95,7 @@ def _reduce(call: Call, how: _Reduction) -> Result:
 
 
 def _rows(call: Call, value: Value, reduced: frozenset[int]) -> IntArray | None:
-    """Give every row that is reduced by itself (a head, say) an id of its own, and let its channels be inside it.
+    """Give every row that is reduced by itself (a head, say) an id of its own, which contains its channels.
 
     None where some elements of a row carry no channel, or ids of rows already.
     """

@@ -154,7 +154,7 @@ def _nested(
 
 
 def _of_copy(view: View, layout: TensorInfo) -> View:
-    """Say of a view of a copy what it is of the parameter that was copied."""
+    """Turn a view of a copy into the same view of the copied parameter."""
     assert layout.raw is not None
     gone = layout.looked_up
     dims = view.dims and tuple((0, {}) if d in gone else found for d, found in enumerate(view.dims))

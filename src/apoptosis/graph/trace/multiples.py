@@ -40,7 +40,7 @@ class Numbers:
         return self._at
 
     def _note(self, call: Call, out: Any) -> int:
-        """Those of dropout follow its rate, which may be scheduled, and are left out."""
+        """Note all numbers but those of dropout, whose rate may be scheduled."""
         values = call.operator.numbers(call, out) if call.operator.numbers is not None else ()
         if not values or isinstance(call.tracer.module, (_DropoutNd, nn.MultiheadAttention)):
             return -1  # the head size that torch's attention divides by is kept by the surgery on it

@@ -49,7 +49,7 @@ class Consumer:
 
     @property
     def key(self) -> tuple[str | None, str, int, tuple[tuple[int, int], ...]]:
-        """What tells consumers apart."""
+        """The key under which calls of one consumer are gathered."""
         return self.module, self.weight, self.dim, self.select
 
 
@@ -96,7 +96,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Slots (rows, columns) of an axis that `module` splits into rows, or cuts into parts, of equal length."""
+    """Ids (rows, columns) of an axis that `module` splits into rows, or cuts into parts, of equal length."""
 
     module: str
     ids: IntArray
@@ -105,7 +105,7 @@ class Grid:
 
 @dataclass(slots=True)
 class TraceResult:
-    """Everything that the rules found out. Arrays hold ids.
+    """What the rules found in all captures of a model. Arrays hold channel ids.
 
     ties: removed together. broadcast_ties: ties in which one id meets several along an axis of the other side; they
     hold for channels, not for whole heads. heads: (fresh ids, ids inside each, module). bias_of: the biases added
@@ -209,7 +209,7 @@ def site_key(consumer: Consumer) -> str:
 
 
 def pairs_of(product: Product) -> str:
-    """Tell one set of pairs from another, whichever operand comes first."""
+    """Return a key of a set of pairs, the same whichever operand comes first."""
     sides = sorted((product.left.tobytes(), product.right.tobytes()))
     return f"{product.module}:{hash(tuple(sides))}"
 

@@ -119,7 +119,7 @@ class StorageMap:
         return None
 
     def adopt(self, copy: Tensor, original: Tensor) -> bool:
-        """Let a copy of a parameter's view stand for the parameter too: laid out alike, or whole in another order."""
+        """Treat a copy of a parameter's view as the parameter: laid out alike, or whole in another order."""
         view = self.view(original)
         if view is None:
             return False
@@ -171,7 +171,7 @@ class StorageMap:
         return self._tensors[info.name].detach(), tensor.detach().as_strided(info.shape, info.stride, start)
 
     def look_up(self, copy: Tensor, original: Tensor) -> bool:
-        """Let some matrices of a stack (a whole parameter of three axes), picked by number, stand for all of it."""
+        """Treat matrices that were picked by number from a stack (a whole parameter of three axes) as the stack."""
         view = self.view(original)
         if view is None or not view.whole or view.ndim != 3 or view.info.is_buffer or not copy.is_contiguous():
             return False
@@ -262,7 +262,7 @@ class StorageMap:
             self._rebuild(tensor, block, value)
 
     def keep_owned(self, tensor: Tensor) -> None:
-        """Let the write that follows leave a parameter the parameter that it is."""
+        """Ignore the next write to a parameter: the tensor still stands for the parameter."""
         self._kept = self._storage(tensor)[0]
 
     def _write_parameter(self, key: int, tensor: Tensor, value: Value) -> None:
