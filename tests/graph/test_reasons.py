@@ -18,16 +18,14 @@ from apoptosis.graph.explain import NO_REMEDY, Code, Reason, reason_of
 HERE = Path(apoptosis.__file__).parent
 # Where the place that gives the reason names the remedy of the case, or the user asked for it.
 WITHOUT_REMEDY = {Code.SHARED_WIDTH, Code.SHARED_NUMBER, Code.BROKEN, Code.EXCLUDED}
-# Text of others (torch, the operating system, a program's arguments), for which there is no code: file -> function.
+# Modules that read the text of others (torch, the operating system, what a user typed), for which there is no code.
 FOREIGN = {
-    ("graph/trace/failures.py", "_message"),  # what torch says of a failed forward pass
-    ("interrupts.py", "is_out_of_memory"),  # torch and allocators of other libraries
-    ("tools/cli/__init__.py", "_loaded"),  # the loader of shared libraries
-    ("tools/cli/app.py", "_judge"),  # allocators of other libraries
-    ("tools/cli/app.py", "_memory_words"),  # the same
-    ("tools/cli/options.py", "path_of"),  # what the user typed
-    ("tools/launch/group.py", "_of_a_lost_rank"),  # torch.distributed
-    ("tools/launch/group.py", "step"),  # torch, which words an exception of a hook anew
+    "graph/trace/failures.py",  # what torch says of a failed forward pass
+    "interrupts.py",  # allocators of torch and of other libraries
+    "tools/cli/__init__.py",  # the loader of shared libraries
+    "tools/cli/app.py",  # allocators of other libraries
+    "tools/cli/options.py",  # what the user typed
+    "tools/launch/group.py",  # torch.distributed
 }
 _MESSAGES = frozenset(("reason", "text", "message", "note", "remedy", "fault", "refused", "error"))
 _QUERIES = frozenset(("startswith", "endswith", "partition", "rpartition", "find"))
@@ -95,20 +93,13 @@ def _by_wording(tree: ast.AST) -> Iterator[ast.expr]:
                 yield node
 
 
-def _function_of(tree: ast.Module, line: int) -> str:
-    functions = [
-        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.lineno <= line <= (n.end_lineno or 0)
-    ]
-    return max(functions, key=lambda n: n.lineno).name if functions else ""
-
-
 def test_no_module_decides_by_the_wording_of_a_message() -> None:
     found = []
     for path in sorted(HERE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         name = path.relative_to(HERE).as_posix()
         for node in _by_wording(tree):
-            if (name, _function_of(tree, node.lineno)) not in FOREIGN:
+            if name not in FOREIGN:
                 found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
     assert found == []
 
