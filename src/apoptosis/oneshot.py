@@ -107,9 +107,8 @@ def shrink_(
     acceptance = AcceptanceTest(None, held_out, sanity=sanity_limit(model, tolerance))
     structure = rehearse(target, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
     modes = 2 if tolerance == 0 and optimizers and has_modes(model) else 1
-    groups = [group for group in structure.groups if group.pin is None]
     calls = (_call_of(batch, example_input) for batch in batches)
-    observer, observations = sample(model, groups, calls, tolerance=given, modes=modes, seed=seed)
+    observer, observations = sample(model, structure.open_groups, calls, tolerance=given, modes=modes, seed=seed)
     request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed)
     job = _Job(target, structure, request, observer, observations, acceptance)
     before = size_of(target, structure)

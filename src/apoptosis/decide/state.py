@@ -247,10 +247,7 @@ def read_state(
 
 def telemetry(memory: RunState, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:
     """Gather what the policy sees. rows: examples in the example input, which `structure.macs` is for."""
-    event = 0.0
-    for group in structure.groups:
-        if group.pin is None:
-            event += len(group.sites) * (ROWS_PER_CHANNEL + 1.0) * group.num_channels**3
+    event = sum(len(g.sites) * (ROWS_PER_CHANNEL + 1.0) * g.num_channels**3 for g in structure.open_groups)
     held = [g.num_channels * g.macs_per_channel for g in structure.groups if g.name in memory.behind]
     return Telemetry(
         step=memory.step,

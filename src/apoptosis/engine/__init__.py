@@ -333,17 +333,7 @@ class Apoptosis:
         if observer is None and (due is None or self._memory.step < due):
             return None
         if observer is not None and not self._is_over(observer):
-            text = ""
-            if self._memory.step == self._settings.total_steps:  # the run is over
-                text = f"apoptosis saw nothing of this run: {NOTHING_SEEN}" if observer.saw_nothing else ""
-                reason = NOTHING_SEEN if observer.saw_nothing else f"the run was over before {observer.lacks()}"
-                self._drop_window()
-                self._memory.decision = self._decide()
-                self._book(self._skipped("unseen" if observer.saw_nothing else "rows", reason))
-            elif not self._memory.attempts and not self._target.ranks.rank:
-                total = self._settings.total_steps
-                text = comes_too_late(observer, self.groups(), step=self._memory.step, total_steps=total)
-            if text:
+            if text := self._still_open(observer):
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             return None
         start = time.perf_counter()
@@ -404,6 +394,20 @@ class Apoptosis:
             over = is_cut_short(observer, self.groups(), self._telemetry(), self._memory.behind)
         return self._target.ranks.all(over)
 
+    def _still_open(self, observer: Observer) -> str:
+        """Give an open window up with the last step of the run; return the warning that is due, or ""."""
+        step, total = self._memory.step, self._settings.total_steps
+        if step == total:
+            lacks = f"the run was over before {observer.lacks()}"
+            cause, reason = ("unseen", NOTHING_SEEN) if observer.saw_nothing else ("rows", lacks)
+            self._drop_window()
+            self._memory.decision = self._decide()
+            self._book(self._skipped(cause, reason))
+            return f"apoptosis saw nothing of this run: {NOTHING_SEEN}" if observer.saw_nothing else ""
+        if self._memory.attempts or self._target.ranks.rank:
+            return ""
+        return comes_too_late(observer, self.groups(), step=step, total_steps=total)
+
     def _drop_window(self) -> None:
         if self._observer is not None:
             self._observer.close()
@@ -411,62 +415,55 @@ class Apoptosis:
             self._observer = None
 
     def _event(self, observer: Observer) -> Event | None:
-        start = time.perf_counter()
+        """End the window, take a pruning step with what it saw, and decide when the next window opens."""
+        start, memory, ranks = time.perf_counter(), self._memory, self._target.ranks
         self._drop_window()
-        ranks = self._target.ranks
-        rows = observer.examples / max(1, self._memory.step - self._memory.window_start)
-        own = torch.tensor([rows], dtype=torch.float64, device="cpu")
-        self._memory.batch_rows = float(ranks.total(own)) / ranks.size
-        macs, require_full_sample = self._structure.macs, self._memory.require_full_sample
-        stale, self._structure = self._structure, refreshed(self._target, self._structure)
+        rows = observer.examples / max(1, memory.step - memory.window_start)
+        memory.batch_rows = float(ranks.total(torch.tensor([rows], dtype=torch.float64, device="cpu"))) / ranks.size
+        before, full_sample = self._structure, memory.require_full_sample
+        self._structure = refreshed(self._target, before)
         try:
-            fault = NOTHING_SEEN if observer.saw_nothing else CHANGED_BY_OTHERS if stale is not self._structure else ""
-            if fault := ranks.first_error(UNFINISHED if observer.unfinished else fault):
+            changed = "" if self._structure is before else CHANGED_BY_OTHERS
+            fault = UNFINISHED if observer.unfinished else NOTHING_SEEN if observer.saw_nothing else changed
+            if fault := ranks.first_error(fault):
                 raise NonFiniteError(fault)
-            tried = PruningStep(
+            result = PruningStep(
                 target=self._target,
                 structure=self._structure,
-                memory=self._memory,
+                memory=memory,
                 settings=self._settings,
                 acceptance=self._acceptance,
                 observer=observer,
                 start=start,
             ).run()
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
-            tried = self._skipped("fault", str(error))
-            warnings.warn(
-                f"apoptosis skipped an event at step {self._memory.step}: {error}", RuntimeWarning, stacklevel=3
-            )
+            result = self._skipped("fault", str(error))
+            warnings.warn(f"apoptosis skipped an event at step {memory.step}: {error}", RuntimeWarning, stacklevel=3)
         else:
-            self._structure, undone = tried.structure, tried.attempt.outcome == "rolled back"
-            past = PastEvent(
-                step=self._memory.step, macs_before=macs, macs_after=self._structure.macs, rolled_back=undone
-            )
-            if (
-                tried.event or undone or require_full_sample == self._memory.require_full_sample
-            ):  # too few rows: no reason to back off either
-                self._memory.history += (past,)
+            self._structure, undone = result.structure, result.attempt.outcome == "rolled back"
+            # nor is it one that rows were too few: from then on windows see all that they ask for
+            if result.event or undone or full_sample == memory.require_full_sample:
+                macs = {"macs_before": before.macs, "macs_after": self._structure.macs}
+                memory.history += (PastEvent(step=memory.step, rolled_back=undone, **macs),)
         finally:
-            self._memory.decision = self._decide()
-        self._book(tried)
-        return tried.event
+            memory.decision = self._decide()
+        self._book(result)
+        return result.event
 
     def _skipped(self, cause: str, reason: str) -> StepResult:
         return StepResult(self._structure, self._memory.attempt(len(self.groups()), "skipped", cause, reason))
 
-    def _book(self, tried: StepResult) -> None:
+    def _book(self, result: StepResult) -> None:
         """Keep the record of an attempt, and pass it to the user's log."""
-        self._memory.attempts += (tried.attempt,)
+        attempt, event = result.attempt, result.event
+        self._memory.attempts += (attempt,)
         if self._log is None or self._target.ranks.rank:
             return
-        if tried.attempt.outcome in ("nothing", "skipped"):
-            self._log({"kind": "attempt", **tried.attempt.as_dict(), "groups": dict(tried.left)})
+        if attempt.outcome in ("nothing", "skipped"):
+            self._log({"kind": "attempt", **attempt.as_dict(), "groups": dict(result.left)})
             return
-        reported = {"step": self._memory.step, "measured": dict(tried.measured)}
-        if tried.event is not None:
-            reported = tried.event.as_dict()
-        reason = tried.attempt.reason
-        self._log({"kind": "event", "rolled_back": tried.event is None, "reason": reason, **reported})
+        found = {"step": attempt.step, "measured": dict(result.measured)} if event is None else event.as_dict()
+        self._log({"kind": "event", "rolled_back": event is None, "reason": attempt.reason, **found})
 
     # ------------------------------------------------------------------ small things
 

@@ -241,7 +241,7 @@ def _is_whole(group: Group) -> bool:
 
 def _open(structure: Structure, names: Iterable[str]) -> list[Group]:
     wanted = frozenset(names)
-    return [group for group in structure.groups if group.pin is None and group.name in wanted]
+    return [group for group in structure.open_groups if group.name in wanted]
 
 
 def _lineage(model: nn.Module, module: str) -> list[str]:
