@@ -43,7 +43,7 @@ def marked_internal() -> Iterator[None]:
 
     def undo() -> None:
         _RUNNING.depth = depth
-        _put_back()
+        _restore_stance()
 
     with restoring(undo):
         _RUNNING.depth = depth + 1
@@ -187,7 +187,7 @@ class Eager:
             if not _STANCE:
                 _STANCE[:] = [torch.compiler.set_stance("force_eager")]
             _EAGER.add(id(self))
-            self._leave = weakref.finalize(self, _leave, id(self))  # a window that is never closed ends with its run
+            self._leave = weakref.finalize(self, _release, id(self))  # a window that is never closed ends with its run
             self._leave.atexit = False
 
     def end(self) -> None:
@@ -197,12 +197,12 @@ class Eager:
             self._leave = None
 
 
-def _leave(key: int) -> None:
+def _release(key: int) -> None:
     _EAGER.discard(key)
-    _put_back()
+    _restore_stance()
 
 
-def _put_back() -> None:
+def _restore_stance() -> None:
     """Put back the stance unless a window needs it, or a pass of the library's own runs, which has set another."""
     if _EAGER or not _STANCE or is_internal_forward():
         return

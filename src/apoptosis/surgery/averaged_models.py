@@ -1,7 +1,7 @@
 """Averaged copies of a model: modules, and bare tensors in a dict by name or a list in the order of the parameters.
 
-Holds: finding the copy in what `apo.follow` was given, showing bare tensors as modules, which surgery edits, and the
-warning about an AveragedModel that `apo.follow` was not given. Elsewhere: the edits.
+Holds: finding the copy in what `apo.follow` was given, checking it, showing bare tensors as modules, which surgery
+edits, and the warning about an AveragedModel that `apo.follow` was not given. Elsewhere: the edits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from apoptosis.numerics.alike import alike
 
 _KINDS = "an AveragedModel or a copy of the model, a dict of its tensors by name, or a list of them in order"
 _INSIDE = ("ema_model", "module", "averaged_model", "ema", "average_model", "_average_model")  # of several libraries
+_COPY = "Its shapes, or the model's, were changed outside of apoptosis; give a copy of the model as it is now."
 _LISTS = ("shadow_params", "shadow")  # torch-ema's and diffusers', and what many write themselves
 
 
@@ -109,6 +110,50 @@ def _holds_tensors(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(isinstance(x, Tensor) for x in value.values())
     return isinstance(value, Sequence) and bool(value) and all(isinstance(x, Tensor) for x in value)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """List every parameter and buffer by qualified name: tied ones under each name, non-persistent ones too."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def check_averaged_models(averaged_models: Iterable[nn.Module], model: nn.Module, remedy: str = _COPY) -> None:
+    """Refuse averaged copies that are none: each needs the model's tensor names and shapes.
+
+    remedy: what to do where shapes differ.
+
+    Raises: ArgumentError: with the first name that differs.
+    """
+    mine = named_tensors(model)
+    for averaged in averaged_models:
+        if not isinstance(averaged, nn.Module):
+            raise ArgumentError(f"an averaged copy is an AveragedModel or a copy of the model, not a {type(averaged)}.")
+        _check_copy(averaged, mine, remedy)
+
+
+def _check_copy(averaged: nn.Module, mine: Mapping[str, Tensor], remedy: str) -> None:
+    theirs = named_tensors(copy_of(averaged))
+    tensors_only = isinstance(averaged, Tensors)
+    who = f"averaged copy: the {'list or dict' if tensors_only else type(averaged).__name__} given"
+    for name, tensor in mine.items():
+        if name not in theirs and tensors_only:  # which may hold the trained parameters alone
+            continue
+        if name not in theirs:
+            raise ArgumentError(f"{who} is no copy of the model: it has no '{name}'.")
+        if theirs[name].shape != tensor.shape:
+            raise ArgumentError(
+                f"{who} is no copy of the model: '{name}' has shape {tuple(theirs[name].shape)} "
+                f"instead of {tuple(tensor.shape)}. {remedy}"
+            )
+
+
+def copy_of(averaged: nn.Module) -> nn.Module:
+    """Return the module that holds the tensors of an averaged copy."""
+    if isinstance(averaged, Tensors):
+        return averaged.as_module()
+    return averaged.module if isinstance(averaged, AveragedModel) else averaged
 
 
 def warn_of_averages(model: nn.Module, averaged_models: Iterable[nn.Module]) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.distributed.sharded import FullTensors, full_tensor, shard_like
 from apoptosis.distributed.wrappers import kind_in_place
@@ -29,7 +28,7 @@ from apoptosis.modules.attention import attention_changes
 from apoptosis.modules.norms import NormEdit
 from apoptosis.records import IntArray, Kept, Structure, TensorEdit
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
-from apoptosis.surgery.averaged_models import Tensors
+from apoptosis.surgery.averaged_models import Tensors, check_averaged_models, copy_of, named_tensors
 from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.numbers import number_changes
@@ -37,8 +36,6 @@ from apoptosis.surgery.optimizers import StateChange, state_changes
 from apoptosis.surgery.splits import SplitChange, followed, removed_classes, split_changes
 from apoptosis.surgery.undo_log import UndoLog
 from apoptosis.surgery.values import apply_edit, merge_like
-
-_COPY = "Its shapes, or the model's, were changed outside of apoptosis; give a copy of the model as it is now."
 
 
 class Transaction:
@@ -74,7 +71,7 @@ class Transaction:
     ) -> None:
         check_optimizers(optimizers, model)
         self._optimizers = tuple(optimizers)
-        self._targets = [model, *(_copy_of(averaged) for averaged in averaged_models)]
+        self._targets = [model, *(copy_of(averaged) for averaged in averaged_models)]
         self._tensors_only = {i for i, averaged in enumerate(averaged_models, 1) if isinstance(averaged, Tensors)}
         check_averaged_models(averaged_models, model)
         built_shapes(model, {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
@@ -222,49 +219,6 @@ class _Plan:
         self.tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         self.kept: list[Exchange] = []
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List every parameter and buffer by qualified name: tied ones under each name, non-persistent ones too."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    return tensors
-
-
-def check_averaged_models(averaged_models: Iterable[nn.Module], model: nn.Module, remedy: str = _COPY) -> None:
-    """Refuse averaged copies that are none: each needs the model's tensor names and shapes.
-
-    remedy: what to do where shapes differ.
-
-    Raises: ArgumentError: with the first name that differs.
-    """
-    mine = named_tensors(model)
-    for averaged in averaged_models:
-        if not isinstance(averaged, nn.Module):
-            raise ArgumentError(f"an averaged copy is an AveragedModel or a copy of the model, not a {type(averaged)}.")
-        _check_copy(averaged, mine, remedy)
-
-
-def _check_copy(averaged: nn.Module, mine: Mapping[str, Tensor], remedy: str) -> None:
-    theirs = named_tensors(_copy_of(averaged))
-    tensors_only = isinstance(averaged, Tensors)
-    who = f"averaged copy: the {'list or dict' if tensors_only else type(averaged).__name__} given"
-    for name, tensor in mine.items():
-        if name not in theirs and tensors_only:  # which may hold the trained parameters alone
-            continue
-        if name not in theirs:
-            raise ArgumentError(f"{who} is no copy of the model: it has no '{name}'.")
-        if theirs[name].shape != tensor.shape:
-            raise ArgumentError(
-                f"{who} is no copy of the model: '{name}' has shape {tuple(theirs[name].shape)} "
-                f"instead of {tuple(tensor.shape)}. {remedy}"
-            )
-
-
-def _copy_of(averaged: nn.Module) -> nn.Module:
-    if isinstance(averaged, Tensors):
-        return averaged.as_module()
-    return averaged.module if isinstance(averaged, AveragedModel) else averaged
 
 
 def _plan_targets(
