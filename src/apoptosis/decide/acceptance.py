@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
-from apoptosis.model.evaluate import Probe, as_probe
+from apoptosis.model.evaluate import Call, Probe, as_probe
 from apoptosis.model.outputs import Change
 from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper, required_probe_rows
 from apoptosis.records import Certificate
@@ -28,8 +28,6 @@ EXACT_RMS = 1e-3  # the same at tolerance 0 in float32, where more than round-of
 EXACT_RMS_DOUBLE = 1e-5  # and in float64, where sums of squares resolve some 1e-6 of a site's output
 ALPHA = 0.05  # the ledger's limit holds with confidence 1 - ALPHA over all attempts of a run
 CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean events fit the budget
-
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 def sanity_limit(model: nn.Module, tolerance: float | None) -> float:

@@ -121,7 +121,7 @@ class RunState:
         return found
 
 
-def read_memory(state: Mapping[str, Any]) -> RunState:
+def read_run_state(state: Mapping[str, Any]) -> RunState:
     """Read what `RunState.as_dict` wrote.
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
@@ -239,7 +239,7 @@ def read_state(
     found = [_record(Pin, entry) for entry in state["pins"]]
     pins = {pin.group: pin for pin in found if pin.code != Code.FROZEN.code}
     structure = with_pins(with_pins(structure, pins), {pin.group: pin for pin in own if pin.group in names})
-    memory, window = read_memory(state["memory"]), state["window"]
+    memory, window = read_run_state(state["memory"]), state["window"]
     if state["settings"] != settings.as_dict():
         memory.decision, window = UNDECIDED, None
     return structure, memory, window

@@ -23,6 +23,7 @@ from apoptosis.model.outputs import read as read_output
 from apoptosis.model.passes import internal_passes
 from apoptosis.numerics.bounds import compare_logits
 
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arguments of a forward pass
 CHUNK = 256  # examples of a held-out probe per forward pass
 
 
@@ -75,7 +76,7 @@ def as_call(example: Any, what: str = "example input") -> tuple[tuple[Any, ...],
 
     Raises: ArgumentError: it is neither, or its tensors hold no example.
     """
-    tensors = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    tensors = _tensors(example)
     if tensors and all(leaf.shape[0] == 0 for leaf in tensors):
         raise ArgumentError(f"{what}: its tensors hold no example (0 rows).")
     if isinstance(example, Mapping):
@@ -94,8 +95,7 @@ def as_call(example: Any, what: str = "example input") -> tuple[tuple[Any, ...],
 
 def num_rows(call: Any) -> int:
     """Examples in a call: the size of dimension 0 of its first tensor."""
-    tensors = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor) and leaf.dim()]
-    return int(tensors[0].shape[0]) if tensors else 0
+    return next((int(tensor.shape[0]) for tensor in _tensors(call)), 0)
 
 
 def make_probe(probe: Any, example: Any) -> Probe:
@@ -122,8 +122,9 @@ def make_probe(probe: Any, example: Any) -> Probe:
         raise ArgumentError("probe labels must be a tensor of one dimension: one class index per example.")
     if labels is not None:
         check_labels(labels, None)
-        sizes = {size for x in _tensors((args, kwargs)) for size in x.shape[:2]}
-        if len(labels) not in sizes and all(x.shape[0] == rows for x in _tensors((args, kwargs))):
+        tensors = _tensors((args, kwargs))
+        sizes = {size for x in tensors for size in x.shape[:2]}
+        if len(labels) not in sizes and all(x.shape[0] == rows for x in tensors):
             raise ArgumentError(f"probe labels must be a tensor of shape ({rows},): one class index per example.")
     found = Probe(args=args, kwargs=kwargs, labels=labels, rows=rows, held_out=True)
     cuts = cuts_of(found)
@@ -133,7 +134,7 @@ def make_probe(probe: Any, example: Any) -> Probe:
 def cuts_of(probe: Probe) -> list[Probe]:
     """Return the probe with its first input's dimension 0 as the one that counts examples, and with dimension 1."""
     leaves, _ = tree_flatten((probe.args, dict(probe.kwargs)))
-    first = next(x for x in leaves if isinstance(x, Tensor) and x.dim())
+    first = _tensors(leaves)[0]
     found = []
     for axis in range(min(2, first.dim())):
         rows = int(first.shape[axis])
@@ -180,9 +181,7 @@ def check_rows(out: Any, logits: Tensor | None, rows: int) -> None:
         )
 
 
-def like_example(
-    call: tuple[tuple[Any, ...], Mapping[str, Any]], example: tuple[tuple[Any, ...], Mapping[str, Any]]
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def like_example(call: Call, example: Call) -> Call:
     """Cast inputs to the floating dtypes of the example: under autocast a loop may pass others."""
     leaves, form = tree_flatten(call)
     wanted, other = tree_flatten(example)
@@ -367,6 +366,6 @@ def _compare_classes(
     return rows, flips, losses, close, readable
 
 
-def as_probe(call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Probe:
+def as_probe(call: Call) -> Probe:
     """Return inputs of the user's as a probe that is run as it is, and gives no bound for a population."""
     return Probe(args=call[0], kwargs=call[1], labels=None, rows=max(1, num_rows(call)), held_out=False)

@@ -7,7 +7,7 @@ after an event can be compared, and the warning where not. Elsewhere: running an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, OutOfMemoryError, RankError
 from apoptosis.model.evaluate import (
+    Call,
     Probe,
     as_probe,
     check_labels,
@@ -120,7 +121,7 @@ def _run_whole(model: nn.Module, probe: Probe, read: ReadLogits | None, faults: 
     return replace(probe, rows=len(logits))
 
 
-def has_classes(model: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], read: ReadLogits | None) -> bool:
+def has_classes(model: nn.Module, call: Call, read: ReadLogits | None) -> bool:
     """Whether logits, one row per example, can be read off the model's output on the example input."""
     example = as_probe(call)
     logits = logits_of(outputs(model, example)[0], read)
@@ -150,7 +151,7 @@ def warn_if_not_compared(
 def looked_at(
     model: nn.Module,
     probe: Probe | None,
-    call: tuple[tuple[Any, ...], Mapping[str, Any]],
+    call: Call,
     read: ReadLogits | None,
     *,
     remedy: str,

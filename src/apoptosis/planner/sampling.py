@@ -6,7 +6,7 @@ whose batches these are (oneshot, attempt).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -18,14 +18,12 @@ from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, OutOfMemoryError
 from apoptosis.graph import replay
 from apoptosis.interrupts import is_out_of_memory
-from apoptosis.model.evaluate import num_rows
+from apoptosis.model.evaluate import Call, num_rows
 from apoptosis.model.kept import run_fitted
 from apoptosis.model.passes import internal_passes
 from apoptosis.observe import Observer, in_both, needs_float64
 from apoptosis.planner import Observations
 from apoptosis.records import Group
-
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 def has_modes(model: nn.Module) -> bool:
