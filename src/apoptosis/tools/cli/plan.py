@@ -27,6 +27,12 @@ from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, write_json
 from apoptosis.tools.recipes.loop import make_network
 from apoptosis.tools.recipes.train import prepare
 
+BOUNDS = {
+    "empirical": "relative error of what layer '{}' reads",
+    "worst_case": "largest possible error of what layer '{}' reads",
+    "accuracy": "share of the predictions that may change",
+}
+
 
 @with_run_options(fields=("tolerance", "criterion", "data_dir", "device"))
 def plan(
@@ -59,11 +65,8 @@ def plan(
     for name, (before, after) in event.groups.items():
         shown.print(f"  {name}: {before} -> {after} channels", markup=False)
     for certificate in event.certificates:
-        shown.print(
-            f"  {certificate.kind} <= {certificate.value:.3g} at '{certificate.subject}' on {certificate.rows} rows",
-            soft_wrap=True,
-            markup=False,
-        )
+        what = BOUNDS[certificate.kind].format(certificate.subject.partition(":")[0])
+        shown.print(f"  {what} <= {certificate.value:.3g} ({certificate.rows} rows)", soft_wrap=True, markup=False)
     shown.print(str(event), soft_wrap=True, markup=False)
     if json_file is not None:
         write_json(json_file, {"checkpoint": str(path), **event.as_dict()})
