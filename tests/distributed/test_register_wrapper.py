@@ -150,3 +150,55 @@ def test_a_kind_of_sharded_tensors_is_asked_for_them():
         assert net.weight.shape == (6, 2)
         assert type(net.weight) is nn.Parameter
     assert net.weight.shape == (3, 2)
+
+
+class Averaging(torch.optim.Optimizer):
+    """Steps by an optimizer inside, and keeps the gradients of the last step in one flat buffer."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.state = inner.state
+        self.inner = inner
+        self.set_up()
+
+    def set_up(self):
+        self.flat = torch.zeros(sum(p.numel() for group in self.param_groups for p in group["params"]))
+
+    def step(self, closure=None):
+        self.flat.copy_(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+        self.inner.step()
+
+
+class AveragingKind(Wrapper):
+    name = "Averaging"
+
+    def matches(self, candidate):
+        return isinstance(candidate, Averaging)
+
+    def unwrap(self, wrapped):
+        return wrapped.inner
+
+    def check_ranks(self, wrapped, size):
+        if size > 1:
+            raise ArgumentError("Averaging is of one process.")
+
+    def rebuild(self, wrapped, layout=None):
+        wrapped.set_up()
+
+
+def test_a_registered_optimizer_is_set_up_again_and_the_state_inside_follows(runs, tmp_path):
+    register_wrapper(AveragingKind())
+    net = runs.mlp()
+    runs.doubled(net, 0)
+    optimizer = Averaging(runs.adam(net))
+    apo = runs.start(net, optimizer)
+    assert runs.train(net, optimizer, apo)
+    assert optimizer.flat.numel() == sum(p.numel() for p in net.parameters())
+    assert all(optimizer.inner.state[p]["exp_avg"].shape == p.shape for p in net.parameters())
+    save(tmp_path / "net.safetensors", net, optimizer, apo)
+    fresh = runs.mlp(seed=1)
+    other = Averaging(runs.adam(fresh))
+    load(tmp_path / "net.safetensors", fresh, other)
+    assert other.flat.numel() == optimizer.flat.numel()
+    first, again = (o.inner.state[p]["exp_avg"] for o, p in ((optimizer, net[0].weight), (other, fresh[0].weight)))
+    assert torch.equal(first, again)
