@@ -190,7 +190,7 @@ def apply_checkpoint(
         states = _check_states(model, unpack(stored["states"], tensors))
         loaded = _check_optimizers(manifest["optimizers"], optimizer, model, tensors)
         if apo is not None and manifest["apoptosis"] is None:
-            raise CheckpointError("it holds no apoptosis state; it was saved without apo=.")
+            raise CheckpointError("it holds no apoptosis state; it was saved without apo=. Leave apo= out.")
         extra: dict[str, Any] = unpack(manifest["extra"], tensors)
     journal, todo = UndoLog(), [True]
     before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
@@ -244,8 +244,10 @@ def _check_optimizers(
         return []
     given = several(optimizer)
     if stored is None:
-        raise CheckpointError("it holds no optimizer state; it was saved without optimizer=.")
+        raise CheckpointError("it holds no optimizer state; it was saved without optimizer=. Leave optimizer= out.")
     if len(stored) != len(given):
-        raise CheckpointError(f"it holds {len(stored)} optimizers, {len(given)} were given.")
+        raise CheckpointError(
+            f"it holds {len(stored)} optimizers, {len(given)} were given. Give those that were saved."
+        )
     pairs = zip(stored, given, strict=True)
     return [loaded for entry, o in pairs for loaded in unpack_optimizer(entry, o, model, tensors)]

@@ -116,7 +116,10 @@ class Ranks:
             if fault is not None:
                 raise RankError(f"rank {rank} of {self.size} failed, so rank {self.rank} cannot go on: {fault[1]}")
         if len(ended) < self.size:
-            raise RankError(f"some ranks are still at what rank {self.rank} of {self.size} has ended")
+            raise RankError(
+                f"rank {self.rank} of {self.size} has finished work that other ranks have not: ranks made other calls, or "
+                "in another order. Call step(), save and load equally often on all ranks."
+            )
         return found[0]
 
     def _heard(self, value: T, found: list[T]) -> list[T]:
@@ -132,7 +135,7 @@ class Ranks:
                 raise error
         return found
 
-    def same(self, what: str, value: dict[str, Any]) -> None:
+    def same(self, what: str, value: dict[str, Any], remedy: str = "All ranks need the same.") -> None:
         """Check that named values are equal on all ranks.
 
         Raises: RankError: some are not; rank and name are given.
@@ -141,7 +144,7 @@ class Ranks:
             names = [n for n in dict.fromkeys((*value, *other)) if value.get(n) != other.get(n)]
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise RankError(f"rank {rank} and rank {self.rank} differ in {what}: '{names[0]}'{more}.")
+                raise RankError(f"rank {rank} and rank {self.rank} differ in {what}: '{names[0]}'{more}. {remedy}")
 
     def same_parameters(self, when: str, model: nn.Module) -> None:
         """Check that all parameters hold the same bits on all ranks.
@@ -158,7 +161,10 @@ class Ranks:
             least, most = self.range_of(numbers)
             equal = bool((least == most).all())
         if not equal:
-            self.same(f"parameters {when}", sums)
+            remedy = (
+                "Begin with the same weights on all ranks, and average all gradients (DistributedDataParallel does)."
+            )
+            self.same(f"parameters {when}", sums, remedy)
 
 
 class TorchRanks(Ranks):
