@@ -117,8 +117,8 @@ class Ranks:
                 raise RankError(f"rank {rank} of {self.size} failed, so rank {self.rank} cannot go on: {fault[1]}")
         if len(ended) < self.size:
             raise RankError(
-                f"rank {self.rank} of {self.size} has finished work that other ranks have not: ranks made other calls, or "
-                "in another order. Call step(), save and load equally often on all ranks."
+                f"rank {self.rank} of {self.size} has finished work that other ranks have not: they made other "
+                "calls, or in another order. Call step(), save and load equally often on all ranks."
             )
         return found[0]
 
