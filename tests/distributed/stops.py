@@ -37,6 +37,8 @@ def remembered(*args, **kwargs):
 
 def after_step(optimizer, args, kwargs):
     global done
+    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        return  # of the optimizer by which learning rates are worked out
     done += 1
     time.sleep(PAUSE)
     if WAITS and done in STEPS[ATTEMPT]:
