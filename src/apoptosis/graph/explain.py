@@ -326,6 +326,16 @@ def _stock() -> str:
     return " and ".join(f"nn.{cls.__name__}" if hasattr(nn, cls.__name__) else cls.__name__ for cls in SHRUNK)
 
 
+def place_of(module: str, where: str = "") -> str:
+    """Return a place in words.
+
+    Example:
+        >>> place_of("gate", "net.py:7"), place_of("", "")
+        (" in 'gate' (net.py:7)", '')
+    """
+    return (f" in '{module}'" if module else "") + (f" ({where})" if where else "")
+
+
 def layer_of(name: str) -> str:
     """Return the name of the layer that a parametrization belongs to, and any other name as it is.
 

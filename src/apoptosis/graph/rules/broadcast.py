@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from apoptosis.graph.explain import Code, Reason
+from apoptosis.graph.explain import Code, Reason, place_of
 from apoptosis.graph.rules.notes import note_count
 from apoptosis.graph.trace.ids import View
 from apoptosis.graph.trace.tracer import Call
@@ -177,7 +177,7 @@ def _join(call: Call, left: Tensor, a: IntArray, right: Tensor, b: IntArray, ndi
 def _note_join(call: Call, a: IntArray, b: IntArray) -> None:
     tracer = call.tracer
     if not tracer.watched:
-        text = f"operator {call.label}" + (f" in '{tracer.module_name}'" if tracer.module_name else "")
+        text = f"operator {call.label}{place_of(tracer.module_name)}"
         tracer.trace.joins.append((a[a != 0][:1], b[b != 0][:1], text, tracer.where()))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.result import Grid
 from apoptosis.graph.trace.tracer import Call
-from apoptosis.graph.trace.values import varying
+from apoptosis.graph.trace.values import blocks, varying
 from apoptosis.records import IntArray
 
 _LARGE = 1 << 18  # ids of more elements are not kept
@@ -43,29 +43,16 @@ _MANY = 256  # grids beyond this number at one operator are not told apart
 
 def note_split(call: Call, old_ids: IntArray, old: Sequence[int], ids: IntArray, new: Sequence[int]) -> None:
     """Record the grids that a reshape from shape `old` to shape `new` makes of axes with channels."""
-    i = j = 0
-    while i < len(old) and j < len(new):
-        i0, j0, a, b = i, j, old[i], new[j]
-        i, j = i + 1, j + 1
-        while a != b:
-            if a < b:
-                a, i = a * old[i], i + 1
-            else:
-                b, j = b * new[j], j + 1
-        before = [k for k in range(i0, i) if old_ids.shape[k] > 1]
-        if len(before) == 1 and j - j0 > 1 and not _packed(call, new[j0:j]):
-            note_grid(call, ids, range(j0, j))
+    for before, after in blocks(old, new) if 0 not in old else ():
+        parts = [new[k] for k in after]
+        if sum(old_ids.shape[k] > 1 for k in before) == 1 and len(parts) > 1 and not _packed(call, parts):
+            note_grid(call, ids, after)
 
 
 def _packed(call: Call, parts: Sequence[int]) -> bool:
     """Whether nn.MultiheadAttention splits its packed projection here: with narrower heads it does not any more."""
     module = call.tracer.module
-    return (
-        isinstance(module, nn.MultiheadAttention)
-        and len(parts) == 2
-        and parts[0] in (2, 3)
-        and parts[1] == module.embed_dim
-    )
+    return isinstance(module, nn.MultiheadAttention) and list(parts) in ([2, module.embed_dim], [3, module.embed_dim])
 
 
 def note_grid(call: Call, ids: IntArray, axes: Sequence[int]) -> None:

@@ -244,11 +244,11 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
     """Matrix product of two activations: the last axis of `a` with the last but one of `b`."""
     wide = max(a.dim(), b.dim(), 2)
     left, right = _operand(call, a, wide), _operand(call, b, wide, flip=True)
-    if ((left.paired and right.paired) or lone_pair(call, a, b)) and a.is_complex():
-        for operand in (left, right):
-            call.pin(operand.value.ids, Code.COMPLEX_PRODUCT)
-        return nothing(ndim, call.origin())
     if (left.paired and right.paired) or lone_pair(call, a, b):
+        if a.is_complex():
+            for operand in (left, right):
+                call.pin(operand.value.ids, Code.COMPLEX_PRODUCT)
+            return nothing(ndim, call.origin())
         heads, multiple = _pair(call, left, right, own_scale=False, macs=macs)
         scores = nothing(ndim, call.origin()) if heads is None else Value(_fit(heads, a, b, ndim))
         return replace(scores, multiple=multiple)
@@ -264,13 +264,10 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
         return nothing(ndim, call.origin())
     if left.crossed and right.crossed:  # keys times values, summed over positions: an element carries one channel here
         call.pin(left.value.ids, Code.OTHER_AXIS)
-        passed = _pass(call, None, right)
-        return Value(_fit(passed.ids, a, b, ndim), paths=passed.paths, linear=passed.linear)
-    if left.crossed:
-        passed = _pass(call, None, left)
-        return Value(_fit(passed.ids.swapaxes(-1, -2), a, b, ndim), paths=passed.paths, linear=passed.linear)
-    passed = _pass(call, left.ids if left.value.has_channels else None, right)
-    return Value(_fit(passed.ids, a, b, ndim), paths=passed.paths, linear=passed.linear, origin=passed.origin)
+    weights = left.ids if left.value.has_channels and not left.crossed else None
+    from_left = left.crossed and not right.crossed
+    passed = _pass(call, weights, left if from_left else right)
+    return replace(passed, ids=_fit(passed.ids.swapaxes(-1, -2) if from_left else passed.ids, a, b, ndim))
 
 
 def _fit(ids: IntArray, a: Tensor, b: Tensor, ndim: int) -> IntArray:

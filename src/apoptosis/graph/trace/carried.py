@@ -92,7 +92,7 @@ class Carried:
             size, number = self._guess
             walk, new = Walk(self._model), dict[int, Any]()
             for tensor in kept_tensors(self._model, (n for n, _ in self._model.named_buffers()), walk).values():
-                axis = _axis_of(tensor, size)
+                axis = next((axis for axis in range(min(2, tensor.dim())) if tensor.shape[axis] == size), None)
                 if axis is not None:
                     new[id(tensor)] = with_rows(tensor, axis, number)
             exchange(walk, new)
@@ -240,10 +240,6 @@ def _tie(trace: TraceResult, name: str, one: IntArray, other: IntArray) -> None:
         return
     for ids in (one, other):
         trace.pin(ids, Code.KEPT_TWO_WAYS(name=name))
-
-
-def _axis_of(tensor: Tensor, size: int) -> int | None:
-    return next((axis for axis in range(min(2, tensor.dim())) if tensor.shape[axis] == size), None)
 
 
 def _has_rows(shape: Sequence[int], leaves: Sequence[Tensor]) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from apoptosis.errors import StructureChangedError
+from apoptosis.graph.explain import place_of
 from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import Call
 from apoptosis.records import Group, IntArray, PartialOp, Split, Structure
@@ -121,6 +122,5 @@ def _forms(split: Split, old_of: Mapping[int, int]) -> set[tuple[tuple[int, ...]
 
 
 def _changed(what: str, how: str, at: PartialOp | Split) -> StructureChangedError:
-    place = (f" in '{at.module}'" if at.module else "") + (f" ({at.where})" if at.where else "")
-    text = f"{what}{place} {how}: the model picks channels by literal positions or sizes."
+    text = f"{what}{place_of(at.module, at.where)} {how}: the model picks channels by literal positions or sizes."
     return StructureChangedError(text, module=at.module, places=(at.where,))

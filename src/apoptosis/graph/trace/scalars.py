@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apoptosis.errors import StructureChangedError
+from apoptosis.graph.explain import place_of
 from apoptosis.records import ScalarOperands
 
 if TYPE_CHECKING:
@@ -109,5 +110,4 @@ def _changed(text: str, *calls: ScalarOperands) -> StructureChangedError:
 
 
 def _call(call: ScalarOperands) -> str:
-    place = (f" in '{call.module}'" if call.module else "") + (f" ({call.where})" if call.where else "")
-    return f"operator {call.operator}{place}"
+    return f"operator {call.operator}{place_of(call.module, call.where)}"

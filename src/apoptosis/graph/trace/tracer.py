@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from apoptosis.graph.explain import Code, Reason, parametrized, reason_of
+from apoptosis.graph.explain import Code, Reason, parametrized, place_of, reason_of
 from apoptosis.graph.trace.activations import RunningNeuron, on_enter
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
@@ -179,8 +179,7 @@ class Tracer:
     def reason(self, why: Code | Reason | str, remedy: str, label: str) -> Reason:
         """Complete a reason: the operator, the module it runs in, the user's line, what takes a parametrization off."""
         found = reason_of(why, self.take_off() or remedy)
-        place = f" in '{self.module_name}'" if self.module_name else ""
-        operator = f"operator {label}{place} " if label else ""
+        operator = f"operator {label}{place_of(self.module_name)} " if label else ""
         return replace(found, text=operator + found.text, where=self.where())
 
     def _pin(self, ids: IntArray, why: Code | Reason) -> None:

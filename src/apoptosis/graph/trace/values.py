@@ -8,7 +8,7 @@ tensor's size is there. Id 0 means "not a channel".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -198,6 +198,26 @@ def varying(ids: IntArray) -> frozenset[int]:
     return frozenset(axis for axis, size in enumerate(ids.shape) if size > 1)
 
 
+def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """Yield the smallest blocks of consecutive axes that a reshape maps onto each other, before and after.
+
+    Example:
+        >>> list(blocks((10, 2, 3), (10, 6)))
+        [(range(0, 1), range(0, 1)), (range(1, 3), range(1, 2))]
+    """
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i0, j0 = i, j
+        a, i = (old[i], i + 1) if i < len(old) else (1, i)
+        b, j = (new[j], j + 1) if j < len(new) else (1, j)
+        while a != b:
+            if a < b:
+                a, i = a * old[i], i + 1
+            else:
+                b, j = b * new[j], j + 1
+        yield range(i0, i), range(j0, j)
+
+
 def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
     """Reshape an id array of a tensor of shape `old` as the tensor is reshaped to `new`.
 
@@ -212,19 +232,10 @@ def reshape(ids: IntArray, old: Sequence[int], new: Sequence[int]) -> IntArray:
     if ids.size == 1 or 0 in old:
         return ids.reshape(-1)[:1].reshape((1,) * len(new)) if ids.size else np.zeros((1,) * len(new), dtype=np.int64)
     source, target = list(ids.shape), [1] * len(new)
-    i = j = 0
-    while i < len(old) or j < len(new):
-        i0, j0 = i, j
-        a, i = (old[i], i + 1) if i < len(old) else (1, i)
-        b, j = (new[j], j + 1) if j < len(new) else (1, j)
-        while a != b:
-            if a < b:
-                a, i = a * old[i], i + 1
-            else:
-                b, j = b * new[j], j + 1
-        if any(source[k] > 1 for k in range(i0, i)):
-            source[i0:i] = old[i0:i]
-            target[j0:j] = new[j0:j]
+    for before, after in blocks(old, new):
+        if any(source[k] > 1 for k in before):
+            source[before.start : before.stop] = old[before.start : before.stop]
+            target[after.start : after.stop] = new[after.start : after.stop]
     if int(np.prod(source, dtype=np.float64)) > SIZE_LIMIT:
         raise TooLargeError
     return collapse(np.broadcast_to(ids, source).reshape(target))

@@ -143,7 +143,7 @@ def rescale_edits(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdi
     scales: dict[str, list[RowScale]] = {}
     for of, ratio in ratios.items():
         for name, dim, positions in old.scalable[of]:
-            left = _left(kept, name, dim)
+            left = positions_left(kept, name, dim)
             places = positions if left is None else np.flatnonzero(np.isin(left, positions))
             if places.size:
                 scales.setdefault(name, []).append(RowScale(dim=dim, positions=places, factor=1.0 / ratio, follow=True))
@@ -214,12 +214,13 @@ def _same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=_CLOSE)
 
 
-def _left(kept: Kept, name: str, dim: int) -> IntArray | None:
+def positions_left(kept: Kept, name: str, dim: int) -> IntArray | None:
     """Return the positions that an event keeps along one axis, None for all."""
     found = kept.get(name, {}).get(dim)
     if found is None:
         return None
-    return found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
+    array = found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
+    return array.astype(np.int64).reshape(-1)
 
 
 def _shares(old: Structure, kept: Kept) -> list[float]:
@@ -227,7 +228,7 @@ def _shares(old: Structure, kept: Kept) -> list[float]:
     found = set()
     for group in old.groups:
         for member in group.members[:1]:
-            left = _left(kept, member.tensor, member.dim)
+            left = positions_left(kept, member.tensor, member.dim)
             if left is not None:
                 found.add(float(np.isin(member.positions[:, 0], left).mean()))
     return sorted(found)
@@ -237,7 +238,7 @@ def _own_shares(old: Structure, of: str, kept: Kept) -> list[float]:
     """Return the share that is left of the channels of one product."""
     total = remaining = 0
     for name, dim, positions in old.scalable[of]:
-        left = _left(kept, name, dim)
+        left = positions_left(kept, name, dim)
         total += positions.size
         remaining += positions.size if left is None else int(np.isin(positions, left).sum())
     return [remaining / total]
@@ -264,7 +265,7 @@ def gains(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdit, ...]:
     for site, normal in old.normalised.values():
         if site.key not in after or site.dim not in kept.get(site.weight, {}):
             continue
-        now, rows = after[site.key][1], _left(kept, site.weight, 0)
+        now, rows = after[site.key][1], positions_left(kept, site.weight, 0)
         before = normal.scale if rows is None else normal.scale[rows]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(before == 0.0, 1.0, before / now.scale)

@@ -8,20 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor
 
 from apoptosis.errors import StructureChangedError
 from apoptosis.graph.trace.partial_ops import changed_split, changed_work
 from apoptosis.graph.trace.scalars import changed_scalar
-from apoptosis.graph.verify.factors import rescale_edits
+from apoptosis.graph.verify.factors import Kept, positions_left, rescale_edits
 from apoptosis.model.kept import labels_after
 from apoptosis.model.module_state import name_of
 from apoptosis.records import IntArray, Structure, TensorEdit
-
-
-def _indices(kept: Tensor | IntArray) -> IntArray:
-    array = kept.detach().cpu().numpy() if isinstance(kept, Tensor) else np.asarray(kept)
-    return array.astype(np.int64).reshape(-1)
 
 
 def _group_names(structure: Structure) -> dict[int, str]:
@@ -60,9 +54,7 @@ def _changed(structure: Structure, axis: tuple[str, int], label: int, text: str)
     return StructureChangedError(f"group '{name}', at {place} {text}." if name else f"{place} {text}.", group=name)
 
 
-def _verify_classes(
-    old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]
-) -> dict[int, int]:
+def _verify_classes(old: Structure, new: Structure, kept: Kept) -> dict[int, int]:
     """Raise unless every position of every tensor carries the channel it carried, and no other.
 
     An axis that is left with one position carries no id of its own (it may as well be broadcast) and is passed over.
@@ -75,8 +67,8 @@ def _verify_classes(
     for tensor, labels in new.classes.items():
         for dim, label in enumerate(labels):
             before = old.classes[tensor][dim]
-            if dim in kept.get(tensor, {}):
-                before = before[_indices(kept[tensor][dim])]
+            if (left := positions_left(kept, tensor, dim)) is not None:
+                before = before[left]
             if before.shape != label.shape:
                 raise StructureChangedError(
                     f"'{tensor}' has {label.size} positions along dim {dim}, {before.size} were kept."
@@ -107,7 +99,7 @@ def _verify_classes(
     return dict(zip(right.tolist(), left.tolist(), strict=True))
 
 
-def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
+def verify(old: Structure, new: Structure, kept: Kept) -> None:
     """Compare the structure after an edit with the one before, through the positions that were kept.
 
     Every channel of `new` must be exactly one channel of `old`: the same positions of the same tensors tied together.
@@ -130,9 +122,7 @@ def verify(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tenso
             raise error
 
 
-def verify_up_to_scale(
-    old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]
-) -> tuple[TensorEdit, ...]:
+def verify_up_to_scale(old: Structure, new: Structure, kept: Kept) -> tuple[TensorEdit, ...]:
     """Verify as `verify` does, but for numbers that can be made up for: `scores / keys.size(-1) ** 0.5`.
 
     Args:
@@ -149,7 +139,7 @@ def verify_up_to_scale(
     return rescale_edits(old, new, kept)
 
 
-def _verify_structure(old: Structure, new: Structure, kept: Mapping[str, Mapping[int, Tensor | IntArray]]) -> None:
+def _verify_structure(old: Structure, new: Structure, kept: Kept) -> None:
     if set(old.shapes) != set(new.shapes):
         odd = sorted(set(old.shapes) ^ set(new.shapes))
         raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
