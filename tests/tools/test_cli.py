@@ -275,6 +275,7 @@ def test_inspect_takes_a_factory_of_model_and_example(here, capsys, monkeypatch,
     assert record["macs"] == 4 * 6 + 3 * 2 * 6 * 16 + 6 * 2  # per example, of which there are five
     pins = {pin["group"]: pin for pin in record["pins"]}
     assert pins["stem"]["operator"] == "aten.native_layer_norm"
+    assert pins["stem"]["code"] == "norm"
     assert pins["head"]["reason"] == "they are the network's output 'logits'"
     assert "BatchNorm" in pins["stem"]["remedy"]
     assert re.search(r"blocks\.\*\.up \(x 3\) +16 +12", out)

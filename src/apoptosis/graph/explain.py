@@ -59,12 +59,13 @@ NO_REMEDY = ""
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why something is never removed: the code, one sentence, the user's line, the remedy."""
+    """Why something is never removed: the code, one sentence, the user's line, the remedy, the operator."""
 
     code: Code
     text: str
     where: str = ""
     remedy: str = ""
+    operator: str = ""
 
     def pin(self, group: str, num_channels: int) -> Pin:
         """Return the pin of a group for this reason."""
@@ -75,6 +76,7 @@ class Reason:
             where=self.where,
             remedy=self.remedy,
             code=self.code.code,
+            operator=self.operator,
         )
 
 

@@ -28,7 +28,7 @@ class Pin:
 
     reason: one sentence that names the operator. where: "file.py:line" of the user's code, where known. remedy: what
     would change it, "" for nothing. code: the kind of reason, for programs (graph.explain.Code lists them; "" in files
-    of earlier versions); sentences may change from version to version, codes do not.
+    of earlier versions); sentences may change from version to version, codes do not. operator: "aten.mul", "" for none.
     """
 
     group: str
@@ -37,6 +37,7 @@ class Pin:
     where: str = ""
     remedy: str = ""
     code: str = ""
+    operator: str = ""
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""

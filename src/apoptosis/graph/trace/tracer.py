@@ -180,7 +180,7 @@ class Tracer:
         """Complete a reason: the operator, the module it runs in, the user's line, what takes a parametrization off."""
         found = reason_of(why, self.take_off() or remedy)
         operator = f"operator {label}{place_of(self.module_name)} " if label else ""
-        return replace(found, text=operator + found.text, where=self.where())
+        return replace(found, text=operator + found.text, where=self.where(), operator=label)
 
     def _pin(self, ids: IntArray, why: Code | Reason) -> None:
         if bool((ids != 0).any()):

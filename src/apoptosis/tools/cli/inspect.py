@@ -172,7 +172,8 @@ def describe(structure: Structure, network: nn.Module, batch: int) -> dict[str, 
         {
             "group": group.pin.group,
             "channels": group.pin.num_channels,
-            "operator": _operator(group.pin.reason),
+            "code": group.pin.code,
+            "operator": group.pin.operator,
             "reason": group.pin.reason,
             "where": group.pin.where,
             "remedy": group.pin.remedy,
@@ -200,12 +201,6 @@ def _trial(shape: str, batch: int, dtype: str) -> Tensor:
     return torch.randn(
         (batch, *sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
     ).to(DTYPES[dtype])
-
-
-def _operator(reason: str) -> str:
-    """Return the operator that a reason names, "" for none."""
-    words = reason.split()
-    return words[1] if len(words) > 1 and words[0] == "operator" else ""
 
 
 def show(record: dict[str, Any]) -> None:
