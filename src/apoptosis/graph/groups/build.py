@@ -1,7 +1,7 @@
-"""From ties and pins to coupled channel groups and consumer sites.
+"""Builds coupled channel groups and their sites from ties and pins.
 
-Holds: channels with the same signature as groups, members, neurons, names. Elsewhere: how they were
-found, which channels are one (classes.py), sites (consumers.py).
+Holds: groups of channels with the same signature, members, neurons, names. Elsewhere: how ties were found (rules),
+which positions are one channel (classes.py), sites (consumers.py).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _members(trace: TraceResult, places: Mapping[Axis, IntArray], consumed: froz
 
 
 def _neuron(members: Sequence[Member], consumers: Sequence[Consumer]) -> Neuron | None:
-    """Say how the group's channels are computed: one producer, one activation, the same at every site."""
+    """Return how the channels are computed, if by one producer and one activation, the same at every site."""
     producers = [m for m in members if m.role == "producer"]
     biases = [m.tensor for m in members if m.role == "bias"]
     if len(producers) != 1 or len(biases) > 1 or any(m.positions.shape[1] != 1 for m in members):
@@ -121,10 +121,10 @@ def _base_name(trace: TraceResult, draft: _Draft) -> str:
     return axis[0].rpartition(".")[0] or axis[0]
 
 
-def _lumped(trace: TraceResult, classes: Classes, draft: _Draft) -> Reason | None:
-    """Return why a group is one channel that cannot go, though it owns many positions; None for any other group.
+def _single_block(trace: TraceResult, classes: Classes, draft: _Draft) -> Reason | None:
+    """Return why a group is a single block that cannot be removed, though it owns many positions; None for others.
 
-    Such a group is listed position by position, as any that is never removed.
+    Such a group is listed position by position, like any group that is never pruned.
     """
     if draft.channels.size > 1:
         return None
@@ -140,7 +140,7 @@ def _lumped(trace: TraceResult, classes: Classes, draft: _Draft) -> Reason | Non
 
 
 def _list_left_over(trace: TraceResult, classes: Classes) -> None:
-    """List weights of layers that are part of no group, so that they are groups of their own (computed weights)."""
+    """List weights that are part of no group, so that they become groups of their own (computed weights)."""
     listed = {*trace.producers, *trace.listed}
     known = [trace.channel_ids.tensors[name].axis(dim) for name, dim in listed]
     covered = np.unique(classes.labels[np.concatenate(known)]) if known else np.zeros(0, dtype=np.int64)
@@ -152,7 +152,7 @@ def _list_left_over(trace: TraceResult, classes: Classes) -> None:
 
 
 def build_groups(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArray]) -> tuple[Group, ...]:
-    """Put the groups together, in forward order; whole heads come last.
+    """Build the groups, in forward order; whole heads come last.
 
     rows: by group number, the classes of the rows that keep equally many channels (see grids.classify_rectangular).
     """
@@ -164,14 +164,14 @@ def build_groups(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArr
     groups: list[Group] = []
     names: dict[str, int] = {}
     for index, draft in enumerate(_drafts(trace, classes, rows)):
-        lumped, base = _lumped(trace, classes, draft), _base_name(trace, draft)
+        single, base = _single_block(trace, classes, draft), _base_name(trace, draft)
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
         readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
         linear = tuple(site_of(trace, c, draft.positions[axis]) for c, axis in readers)
         sites: tuple[Site, ...] = linear
         number = int(classes.first_pin[draft.channels[0]])
-        reason = through(trace, number, draft.positions) if number >= 0 else lumped
+        reason = through(trace, number, draft.positions) if number >= 0 else single
         if reason is None:
             products, why = product_sites(trace, classes, draft.channels, pairs)
             sites, reason = (*sites, *products), why or (None if sites or products else Code.NO_SITE())
@@ -205,14 +205,14 @@ def build_groups(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArr
 
 
 def _min_channels(consumer: Consumer, site: LinearSite) -> int:
-    """Return how many channels a site needs: blocks of one channel each would make a convolution a depthwise one."""
-    blocks = consumer.blocks if site.kind == "conv_transpose" else 1  # of a convolution the blocks share their columns
+    """Return the fewest channels that a site allows: with blocks of one, a convolution would be a depthwise one."""
+    blocks = consumer.blocks if site.kind == "conv_transpose" else 1  # the blocks of a convolution share their columns
     alone = site.columns.size == site.num_columns and site.columns.shape[1] == blocks
     return 2 if consumer.blocks > 1 and alone else 1
 
 
 def _head_group(trace: TraceResult, draft: HeadDraft, by_axis: Mapping[Axis, Sequence[Consumer]]) -> Group | None:
-    """Make a group whose channels are whole heads, or None where nothing reads them."""
+    """Return a group whose channels are whole heads, or None where nothing reads them."""
     readers = [(c, axis) for axis in draft.positions for c in by_axis.get(axis, ()) if c.module is not None]
     sites = tuple(site_of(trace, c, draft.positions[axis]) for c, axis in readers)
     members = _members(trace, draft.positions, frozenset(by_axis))

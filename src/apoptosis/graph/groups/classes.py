@@ -59,8 +59,8 @@ def own_readers(consumer: Consumer) -> set[str | None]:
 def classify(trace: TraceResult, *, broadcast_ties: bool = True) -> Classes:
     """Unite tied ids and give every pinned class its first reason.
 
-    broadcast_ties: whether what meets several channels by broadcasting is tied to all of them, and pins inside heads
-        count (they do, but for whole heads).
+    broadcast_ties: whether a position that is broadcast over several channels is tied to all of them, and pins inside
+        of heads count; False for whole heads.
     """
     size = trace.channel_ids.num_ids
     ties = trace.ties + trace.broadcast_ties if broadcast_ties else trace.ties
@@ -80,7 +80,7 @@ def classify(trace: TraceResult, *, broadcast_ties: bool = True) -> Classes:
 
 
 def hard_pins(trace: TraceResult, classes: Classes) -> npt.NDArray[np.bool_]:
-    """Return which classes are pinned for whole heads, too."""
+    """Return which classes are pinned even for whole heads."""
     found: npt.NDArray[np.bool_] = classes.first_pin >= 0
     if not trace.inner_pins:
         return found

@@ -1,4 +1,4 @@
-"""Consumer sites: what the contractions that were found become.
+"""Consumer sites, made from the contractions that were found.
 
 Holds: sites of weights and of products of activations. Elsewhere: which channels are one (classes.py).
 """
@@ -24,7 +24,7 @@ def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> I
 
 
 def _norm_of(trace: TraceResult, source: str) -> str | None:
-    """Return the BatchNorm that alone reads the output of one source (Value.source), and reads nothing else."""
+    """Return the BatchNorm that is the only reader of a source's output (Value.source), and reads nothing else."""
     readers = trace.readers.get(source, set())
     if len(readers) != 1:
         return None
@@ -36,11 +36,11 @@ def _norm_of(trace: TraceResult, source: str) -> str | None:
 
 
 def site_of(trace: TraceResult, consumer: Consumer, columns: IntArray) -> LinearSite:
-    """Make the site of a consumer that the channels own these columns of, (channels, P)."""
+    """Return the site of a consumer; columns: (channels, P), those that each channel owns."""
     num_columns = trace.channel_ids.tensors[consumer.weight].shape[consumer.dim]
     bias = consumer.bias
     if bias is not None and trace.reads[bias] - own_readers(consumer):
-        bias = None  # another reads it too: nothing may be folded into it
+        bias = None  # it has another reader: nothing may be folded into it
     is_complex = trace.channel_ids.tensors[consumer.weight].is_complex
     return LinearSite(
         module=str(consumer.module),
@@ -119,7 +119,7 @@ def _merged(products: Iterable[Product]) -> list[Product]:
 
 
 def _product_site(trace: TraceResult, products: Products, product: Product, places: IntArray) -> ProductSite:
-    """places: (channels, P), where the group's channels stand among the product's positions."""
+    """Return the site of a product; places: (channels, P), indices of each channel among the product's positions."""
     fold = product.fold if _foldable(trace, products, product) else None
     weight, bias, columns, num_columns = "", None, np.zeros((len(places), 0), dtype=np.int64), 0
     if fold is not None:
@@ -155,7 +155,7 @@ def _product_site(trace: TraceResult, products: Products, product: Product, plac
 
 
 def _foldable(trace: TraceResult, products: Products, product: Product) -> bool:
-    """Whether the right operand's producer serves this product alone, so that its rows may take over."""
+    """Whether the right operand's producer is read by this product only, so that its rows may be folded into."""
     if product.fold is None or len(trace.reads[product.fold[0]]) > 1:
         return False
     biases = trace.bias_of.get(product.fold, set())

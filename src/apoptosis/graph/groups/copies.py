@@ -1,7 +1,7 @@
 """Copies of trained weights that the model itself holds: averages, momentum encoders, old weights of a penalty.
 
-Holds: recognising them by shape and direction, and pinning what they are copies of. Elsewhere: copies
-outside of the model, of which nothing can be seen.
+Holds: recognising copies by shape and direction, and pinning the originals. Elsewhere: copies outside of the model,
+which are not visible here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.result import TraceResult
 from apoptosis.numerics.alike import alike
 
-_DEPTH = 3  # of lists and dictionaries in an attribute, in which tensors are looked for
+_DEPTH = 3  # levels of lists and dictionaries in an attribute that are searched for tensors
 
 
 def keep_copied(trace: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
-    """Pin the channels of trained weights of which the model holds a copy that has to keep its shape.
+    """Pin the channels of trained weights of which the model holds a copy that must keep its shape.
 
     frozen: parameters that require no gradient while others do.
     """

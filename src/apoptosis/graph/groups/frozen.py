@@ -1,6 +1,6 @@
-"""Parameters that require no gradient while others do: what is trained beside them reads them in the shape they have.
+"""Parameters that require no gradient while others do: they keep their shape.
 
-Holds: which ones stay, by pins. Elsewhere: what else pins (rules, groups/unused.py, copies.py).
+Holds: pins for their channels. Elsewhere: other pins (rules, groups/unused.py, copies.py).
 
 A network of which nothing requires a gradient is simply a trained one, and nothing of it is frozen.
 """
@@ -32,9 +32,9 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
 
 
 def keep_frozen(trace: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
-    """Pin the channels that frozen weights make or read, and all that an adapter holds.
+    """Pin the channels that frozen weights make or read, and all parameters of adapters.
 
-    Frozen parameters that channels only meet (the gain of a norm) follow the trainable weights around them.
+    Frozen parameters that are only applied to channels (the gain of a norm) are cut with the weights around them.
     """
     tensors = trace.channel_ids.tensors
     axes = {*trace.producers, *((c.weight, c.dim) for c in trace.consumers.values())}

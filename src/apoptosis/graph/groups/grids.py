@@ -1,8 +1,7 @@
-"""What has to stay rectangular: axes of channels that the model splits into rows, or cuts into parts, of equal length.
+"""Axes of channels that the model splits into rows, or cuts into parts, of equal length: they must stay rectangular.
 
-Holds: noticing such splits, and what follows from them once channels are known: equally many per row where one
-group fills the rows, else rows that shrink alike. Elsewhere: the ids themselves (values.py,
-rules/movement.py).
+Holds: what follows from such splits once channels are known: equally many per row where one group fills the rows, else
+rows that are tied. Elsewhere: noticing the splits (rules/movement.py), the ids themselves (values.py).
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ def _rectangular(
     if bool(pinned.all()):
         return True
     labels = labels[np.sort(np.unique(labels, axis=0, return_index=True)[1])]
-    if len(labels) == 1 or bool((labels == labels[:, :1]).all()):  # one row; rows that go as a whole
+    if len(labels) == 1 or bool((labels == labels[:, :1]).all()):  # one row, or rows that are removed as a whole
         return True
-    if bool(pinned.any()):  # rows that may go as a whole leave the others their width
+    if bool(pinned.any()):  # rows that can be removed as a whole do not change the width of the others
         whole = not bool(hard[classes.labels[grid.ids[pinned]]].any())
         trace.pin(grid.ids[~pinned], Code.SPLIT_WITH_PINNED(where=grid.where), inner=whole)
         return False
@@ -75,7 +74,7 @@ def _coarser(fine: IntArray, coarse: IntArray) -> bool:
 
 
 def splits(trace: TraceResult, classes: Classes, *, rigid: bool = False) -> tuple[Split, ...]:
-    """Return every split with the classes at its places that may change; rigid: those that never change instead."""
+    """Return every split that may change, with the classes at its places; rigid: those that never change instead."""
     out = []
     for grid in trace.grids:
         labels = classes.labels[grid.ids]

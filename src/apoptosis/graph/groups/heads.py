@@ -1,6 +1,6 @@
-"""Whole heads as channels of their own, coarser than the channels inside them.
+"""Whole heads as channels of their own, beside the channels inside them.
 
-Holds: which positions of which tensors go with every head. Elsewhere: groups and sites (groups/build.py).
+Holds: which positions of which tensors belong to every head. Elsewhere: groups and sites (groups/build.py).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class HeadDraft:
 
 
 def head_drafts(trace: TraceResult) -> list[HeadDraft]:
-    """Put together the heads that may be removed as a whole, in forward order.
+    """Return the heads that may be removed as a whole, in forward order.
 
-    Heads are one where they share a channel (the queries of one key in grouped-query attention). Ties by broadcasting
-    count where they stay within one head (its gain); what is the same for several heads (a rotary table) stays.
+    Heads that share a channel are one (the queries of one key in grouped-query attention). Ties by broadcasting count
+    where they lie within one head (its gain); what several heads share (a rotary table) is kept.
     """
     held = [*trace.heads, *trace.parts]
     if not held:
@@ -41,7 +41,7 @@ def head_drafts(trace: TraceResult) -> list[HeadDraft]:
     size = classes.first_pin.size
     joined = coo_matrix((np.ones(outer.size, dtype=np.int8), (outer, inner)), shape=(size, size))
     head_of = connected_components(joined, directed=False)[1].astype(np.int64)
-    head_of, involved = _with_spreads(trace, classes.labels, head_of, np.unique(np.concatenate([outer, inner])))
+    head_of, involved = _with_broadcasts(trace, classes.labels, head_of, np.unique(np.concatenate([outer, inner])))
     pinned = set(head_of[involved[classes.first_pin[involved] >= 0]].tolist())
     places = _places(trace, classes.labels, head_of, set(head_of[involved].tolist()) - pinned)
     module_of: dict[int, str] = {}
@@ -62,10 +62,10 @@ def head_drafts(trace: TraceResult) -> list[HeadDraft]:
     return out
 
 
-def _with_spreads(
+def _with_broadcasts(
     trace: TraceResult, labels: IntArray, head_of: IntArray, involved: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Let what meets the channels of one head alone by broadcasting go with that head.
+    """Add to each head what is broadcast over channels of that head only.
 
     head_of: number of the head per class. involved: classes that belong to heads. Returns: both, with what was added.
     """

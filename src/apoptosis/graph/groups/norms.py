@@ -1,8 +1,7 @@
-"""Norms over channels as consumer sites: what a forward pass shows of them, and the sites that they become.
+"""Norms over channels as consumer sites.
 
-Holds: modules that are followed as one norm, whatever operators they run, where channels under norms may go.
-Elsewhere: which modules these are and what becomes of them (apoptosis.modules.norms), the rules of the operators
-that norms are else made of (rules/normalization.py, rules/reduction.py).
+Holds: sites of norms that are followed as one operator (rules/norm_modules.py). Elsewhere: which modules these are and
+what an event makes of them (apoptosis.modules.norms, surgery.norms).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Which output pins channels that are not themselves put out, and what ties them to it.
+"""Why an output of the network pins channels that are not returned themselves.
 
-Holds: the way from a network's output through sums and other meetings of channels, or through a weight that serves
-twice, to the layer that a group is named after. Elsewhere: noticing the meetings (rules/broadcast.py), what is
-pinned.
+Holds: the path from an output through sums and other operators that tie channels, or through a weight that is used
+twice, to the layer that a group is named after. Elsewhere: recording the ties (rules/broadcast.py), pins.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from apoptosis.records import IntArray
 
 
 def through(trace: TraceResult, pin: int, axes: Iterable[Axis]) -> Reason:
-    """Return the reason of a pin, with what ties channels to the output that pins them.
+    """Return the reason of a pin, with what ties the channels to the output.
 
     Args:
         trace: of all captures.
@@ -48,7 +47,7 @@ def _axes(trace: TraceResult, ids: IntArray) -> set[Axis]:
 
 
 def _twice(trace: TraceResult, axis: Axis) -> str:
-    """Say which weight an output is made with that another layer reads too."""
+    """Return in words which other layers read the weight that makes an output."""
     readers = sorted({reader.lstrip("@") for reader in trace.reads[axis[0]]} - {"operator"})
     if len(readers) < 2:
         return ""
@@ -58,7 +57,7 @@ def _twice(trace: TraceResult, axis: Axis) -> str:
 
 
 def _last(trace: TraceResult, made: Set[Axis], axis: Axis) -> list[int]:
-    """Return the last meeting of an axis with another one that an output is made of, in a list."""
+    """Return the last tie of an axis with another one of the same output, in a list."""
     found = [
         number
         for number, (a, b, *_) in enumerate(trace.joins)
@@ -68,7 +67,7 @@ def _last(trace: TraceResult, made: Set[Axis], axis: Axis) -> list[int]:
 
 
 def _way(trace: TraceResult, begin: set[Axis], end: Axis) -> list[int]:
-    """Return the meetings that lead from some axes to one, the first of them first; [] where none do."""
+    """Return the ties that lead from some axes to one, in order; [] where none do."""
     sides = [(_axes(trace, a), _axes(trace, b)) for a, b, *_ in trace.joins]
     reached: dict[Axis, list[int]] = {axis: [] for axis in begin}
     todo = list(begin)

@@ -136,12 +136,12 @@ def _recurrent(groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> lis
 
 
 def _mixed(governed: Iterable[Sequence[Row]], widths: Mapping[str, int]) -> tuple[dict[str, int], set[str]]:
-    """Say what follows where several groups fill rows of one width, and other rows of that width are filled otherwise.
+    """Handle rows of one width of which some are filled by several groups, and others by other groups.
 
-    The finest of the groups in a row is as wide as it has to be, and the others stay (a partial rotation: the channels
-    that are not turned give way).
+    The finest of the groups in a row is given the width that is left, and the others are not changed (a partial
+    rotation: only the channels that are not rotated are removed).
 
-    Returns: by name, the channels beside a group; the names of the groups that stay.
+    Returns: by name, the channels beside a group; the names of the groups that are not changed.
     """
     num_static: dict[str, int] = {}
     fixed: set[str] = set()

@@ -1,9 +1,7 @@
-"""What the example input does not reach: modules that never run, parameters that nothing reads.
+"""Modules that the example input does not run, and parameters that nothing reads: they are pinned, with a note.
 
-Holds: leaving them alone, by pins, and saying so. Elsewhere: the captures that show what is reached.
-
-How a module that never runs would read the channels of others is not known. What can be seen is pinned: its own
-parameters, those that it shares with modules that do run, and what an unread parameter lies along.
+How a module that does not run would read the channels of others is not known. What can be found is pinned: its own
+parameters, those that it shares with modules that run, and parameters that lie beside an unread one.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ _LISTS = (nn.ParameterList, nn.ParameterDict)  # which no pass could run
 
 
 def pin_unreached(trace: TraceResult, model: nn.Module, aliases: Mapping[str, str]) -> tuple[str, ...]:
-    """Pin what the captures did not reach; return a note for every module and parameter of that kind.
+    """Pin what the captures did not reach; return a note for each such module and parameter.
 
     Args:
         trace: of both captures.
@@ -80,9 +78,9 @@ def _pin_twins(
     own: Mapping[str, Mapping[str, TensorInfo]],
     idle: Iterable[str],
 ) -> None:
-    """Pin the channels from outside that a twin of an idle module reads or makes (an expert that no row came to).
+    """Pin the channels that a sibling of an idle module shares with other modules (an expert that got no row).
 
-    A twin is of the same type, in the same list, with parameters of the same shapes: another input may run the idle one
+    A sibling has the same type and parameters of the same shapes, in the same list: another input may run the idle one
     in its place, on the same channels.
     """
     found: dict[str, str] = {}
@@ -115,7 +113,7 @@ def _own(
 def _idle(
     trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
 ) -> dict[str, int]:
-    """Find the outermost modules of which no part runs and nothing is read; the number of their parameters by name."""
+    """Return the outermost modules of which no part runs and nothing is read, with the number of their parameters."""
     busy = set(trace.ran)
     busy |= {name for name, held in own.items() if any(info.name not in unread for info in held.values())}
     busy = {above for name in busy for above in _lineage(name)}
@@ -165,7 +163,7 @@ def _pin_shared(trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]])
 def _pin_beside(
     trace: TraceResult, own: Mapping[str, Mapping[str, TensorInfo]], unread: Mapping[str, TensorInfo]
 ) -> None:
-    """Pin what an unread parameter of a module lies along: both have to keep one length."""
+    """Pin parameters that have the length of an unread one in the same module: both must keep it."""
     for held in own.values():
         for lost in held.values():
             for info in held.values():
