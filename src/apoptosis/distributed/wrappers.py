@@ -92,7 +92,7 @@ def rebuild_wrappers(
 
 def layouts_of(wrappers: Iterable[nn.Module]) -> list[Layout | None]:
     """Say how every wrapper over a process group has gradients laid out, for a checkpoint. Nothing is exchanged."""
-    return [kind_of(wrapper).layout(wrapper) for wrapper in _grouped(wrappers)]
+    return [kind.layout(wrapper) for kind, wrapper, _ in _over_ranks(wrappers)]
 
 
 def read_layouts(wrappers: Iterable[nn.Module], stored: Any) -> list[Layout | None]:
@@ -100,24 +100,21 @@ def read_layouts(wrappers: Iterable[nn.Module], stored: Any) -> list[Layout | No
 
     Raises: KeyError, TypeError, ValueError: it is damaged; the caller words it.
     """
-    pairs = zip(_grouped(wrappers), stored, strict=False)
-    return [None if one is None else kind_of(wrapper).read_layout(one) for wrapper, one in pairs]
-
-
-def _grouped(wrappers: Iterable[nn.Module]) -> list[nn.Module]:
-    return [wrapper for wrapper in wrappers if kind_of(wrapper).group(wrapper) is not None]
+    pairs = zip(_over_ranks(wrappers), stored, strict=False)
+    return [None if one is None else kind.read_layout(one) for (kind, _, _), one in pairs]
 
 
 def group_of(wrappers: Iterable[nn.Module], model: nn.Module) -> Any:
     """Return the process group that trains a model together; None for one process that acts alone."""
-    return next((group for _, group in _groups(wrappers, model)), None)
+    return next((group for _, _, group in _over_ranks(wrappers, model)), None)
 
 
-def _groups(wrappers: Iterable[nn.Module], model: nn.Module) -> Iterator[tuple[Wrapper, Any]]:
-    """Yield (kind, process group): wrappers around the model outermost first, then what is done to it in place."""
-    for kind, wrapped in (*((kind_of(each), each) for each in wrappers), *((kind, model) for kind in kinds_in_place())):
+def _over_ranks(wrappers: Iterable[nn.Module], *models: nn.Module) -> Iterator[tuple[Wrapper, nn.Module, Any]]:
+    """Yield (kind, wrapped, process group): wrappers outermost first, then what is done to the model in place."""
+    around = [(kind_of(wrapper), wrapper) for wrapper in wrappers]
+    for kind, wrapped in (*around, *((kind, model) for model in models for kind in kinds_in_place())):
         if (group := kind.group(wrapped)) is not None:
-            yield kind, group
+            yield kind, wrapped, group
 
 
 def check_alone(found: Unwrapped) -> Unwrapped:
@@ -125,7 +122,7 @@ def check_alone(found: Unwrapped) -> Unwrapped:
 
     Raises: ArgumentError: there are several.
     """
-    for kind, group in _groups(found.wrappers, found.model):
+    for kind, _, group in _over_ranks(found.wrappers, found.model):
         size = group.size()
         if size > 1 or kind.in_place:
             over = f"{kind.name} over {size} {'processes' if size > 1 else 'process'}"
