@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apoptosis import Apoptosis
-from apoptosis.decide.history import Attempt, lines_of
+from apoptosis.decide.ledger import Attempt, lines_of
 
 
 def run(runs, net, apo, optimizer, steps, *, rows=128, shape=(6,)):

@@ -1,6 +1,7 @@
-"""What an event did and what all events together cost at most: the records that a user prints.
+"""What an attempt came to, what an event did, and what all together cost at most: the records that a user prints.
 
-Holds: Event, Ledger and their wording. Elsewhere: how a number in them was measured (probe, numerics).
+Holds: Attempt, Event, Ledger and their wording. Elsewhere: how a number in them was measured (model.evaluate,
+numerics), what a plan says of a group (planner/reasons.py).
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
-from apoptosis.decide.history import Attempt, lines_of
 from apoptosis.records import Certificate
 
+Outcome = Literal["event", "nothing", "rolled back", "skipped"]
 _LINE = 120  # characters of a line of an event's text
 _SHOWN = 3  # groups in it
 _NAME = 12  # characters of a name at least, before fewer groups are shown
@@ -43,6 +45,49 @@ def _shortened(text: str, most: int, *, end: bool = False) -> str:
     if len(text) <= most:
         return text
     return "…" + text[len(text) - most + 1 :] if end else text[: most - 1] + "…"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One window and what came of it.
+
+    step: optimizer step at which it was decided. opened: at which the window was opened. outcome: "event": shapes
+    changed; "nothing": nothing to remove, or not enough to pay; "rolled back": removed and put back; "skipped": nothing
+    could be tried. considered: groups that were open. cause: of an outcome other than "event", for code ("tolerance",
+    "rows", "gain", ...; `planner.Cause`). reason: the same as one line, "" for an event.
+    """
+
+    step: int
+    opened: int
+    outcome: Outcome
+    considered: int = 0
+    cause: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {_words(self)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        return asdict(self)
+
+
+def lines_of(attempts: Sequence[Attempt]) -> list[str]:
+    """Return a line for every attempt without an event; of several in a row with one cause, the last one's reason."""
+    found = []
+    for (outcome, _), together in groupby(attempts, key=lambda a: (a.outcome, a.cause)):
+        if outcome == "event":
+            continue
+        first, *others = together
+        last = others[-1] if others else first
+        steps = f"steps {first.step} to {last.step}, {1 + len(others)} attempts" if others else f"step {first.step}"
+        found.append(f"{steps}: {_words(last)}")
+    return found
+
+
+def _words(attempt: Attempt) -> str:
+    what = {"nothing": "nothing removed", "event": "shapes changed"}.get(attempt.outcome, attempt.outcome)
+    return what + (f": {attempt.reason}" if attempt.reason else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,14 +7,14 @@ and the ledger. Elsewhere: files (checkpoint), windows (observe), the structure 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from apoptosis.criteria import Criterion
 from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
-from apoptosis.decide.history import REMEDIES, STEPS_NOT_EPOCHS, Attempt, Outcome, read_attempts
-from apoptosis.decide.ledger import Ledger
+from apoptosis.decide.ledger import Attempt, Ledger, Outcome
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
 from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.graph.explain import Code
@@ -23,6 +23,20 @@ from apoptosis.planner import Request, Why
 from apoptosis.records import Group, Pin, Structure
 from apoptosis.surgery.target import with_pins
 
+FEWEST_STEPS = 6  # a run of fewer is too short for a window
+STEPS_NOT_EPOCHS = (
+    "total_steps= counts optimizer steps, not epochs: give epochs * len(loader), or leave it out where it is not known."
+)
+REMEDIES = {
+    "tolerance": "A larger tolerance= allows more; a network without redundant channels stays as it is.",
+    "align": "A smaller align= allows finer steps.",
+    "limit": "A larger tolerance= allows more over the whole run.",
+    "rows": "Larger batches, or a longer run, show more rows.",
+    "waiting": "Larger batches, or a longer run, show more rows.",
+    "unseen": "Call the model in training mode, with gradients, on the batches of training.",
+    "gain": "A longer run, or a larger tolerance=, saves more; on a network this small events may never pay.",
+    "": "",
+}
 VERSION = 3
 _STORED = {"num_backoffs": "halvings", "require_full_sample": "thorough"}  # names that checkpoints have for fields
 # What a bad state raises.
@@ -139,6 +153,22 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
         "decision": _record(Decision, state["decision"]),
     }
     return _record(RunState, plain)
+
+
+def read_attempts(state: Mapping[str, Any]) -> tuple[Attempt, ...]:
+    """Read the attempts of a run's memory; a checkpoint of an earlier version holds but what the policy remembers.
+
+    Raises: KeyError, TypeError, ValueError: they are damaged.
+    """
+    if "attempts" in state:
+        return tuple(Attempt(**entry) for entry in state["attempts"])
+    found = []
+    for past in state["history"]:
+        saved = past["macs_after"] < past["macs_before"]
+        outcome: Outcome = "rolled back" if past["rolled_back"] else "event" if saved else "nothing"
+        reason = "" if outcome == "event" else "the checkpoint that the run was resumed from does not say why"
+        found.append(Attempt(step=past["step"], opened=past["step"], outcome=outcome, reason=reason))
+    return tuple(found)
 
 
 _R = TypeVar("_R", RunState, PastEvent, Decision, Attempt, Pin)
@@ -313,6 +343,19 @@ def idle(memory: RunState, settings: Settings, *, watching: bool, num_open: int)
     if due is not None:
         return f"the next window opens at step {due:,}. {remedy}".strip()
     return f"no further window opens: {memory.decision.reason}. {remedy}".strip()
+
+
+def warn_if_few(total_steps: int | None) -> None:
+    """Warn of a run of so few steps that epochs must have been given."""
+    if total_steps is not None and total_steps < FEWEST_STEPS:
+        what = f"apoptosis: total_steps={total_steps} is too short for an event. {STEPS_NOT_EPOCHS}"
+        warnings.warn(what, RuntimeWarning, stacklevel=3)
+
+
+def warn_at_end(step: int) -> None:
+    """Warn of the first step beyond those that the run was to have."""
+    what = f"apoptosis: step {step:,} is beyond total_steps={step - 1:,}: no further event comes. {STEPS_NOT_EPOCHS}"
+    warnings.warn(what, RuntimeWarning, stacklevel=3)
 
 
 def make_ledger(

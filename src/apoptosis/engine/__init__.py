@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from apoptosis.criteria import get_criterion
 from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
-from apoptosis.decide.history import warn_at_end, warn_if_few
 from apoptosis.decide.ledger import Event, Ledger
 from apoptosis.decide.overhead import device_of, overhead_macs
 from apoptosis.decide.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, Telemetry, decide, site_limit
@@ -32,6 +31,8 @@ from apoptosis.decide.state import (
     make_ledger,
     read_state,
     telemetry,
+    warn_at_end,
+    warn_if_few,
     write_state,
 )
 from apoptosis.distributed.protocol import kind_of

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest
-from apoptosis.decide.history import Attempt
-from apoptosis.decide.ledger import Event
+from apoptosis.decide.ledger import Attempt, Event
 from apoptosis.decide.overhead import device_of, overhead_macs
 from apoptosis.decide.policy import loss_of
 from apoptosis.decide.state import RunState, Settings, allowed, telemetry
