@@ -71,7 +71,7 @@ def _status(argv: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            # Without arguments: the help, as if it had been asked for.
+            # Without arguments: the help.
             status = typer.main.get_command(app)(args=list(argv) or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED

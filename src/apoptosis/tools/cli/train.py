@@ -68,7 +68,7 @@ def _run(group: Group, config: RunConfig, path: Path, resume: str, *, quiet: boo
 
 
 def _where(group: Group, config: RunConfig, out: Path | None, resume: Path | None) -> tuple[Path, str]:
-    """Return the run's folder, the same on all ranks, and what of it to go on from: "checkpoint", "folder" or "".
+    """Return the run's folder, the same on all ranks, and what to continue from: "checkpoint", "folder" or "".
 
     Processes that torchrun restarted continue the run that they were started for.
 

@@ -26,7 +26,7 @@ class ProcessInfo:
 
     launcher: "none", "torchrun", "mpi" or "slurm". rank, size: of all processes; local_rank, local_size: of those on
     this machine. address, port: where rank 0 waits for the others, None where the launcher has another way. restarts:
-    how often torchrun has started all processes anew; restartable: whether it may. variables: the two that
+    how often torchrun has restarted all processes; restartable: whether it may. variables: the two that
     gave rank and size.
     """
 

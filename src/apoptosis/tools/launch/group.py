@@ -30,7 +30,7 @@ TIMEOUT = 1800.0  # seconds, as torch.distributed has it
 _DEFER = 0.5  # seconds
 _LINGER = 3.0  # seconds in which other ranks may ask whether the error was reported
 _FAILURES = "apoptosis/failures"
-# Threads of gloo let go of the last tensors a moment after a sum, and abort a process that is at its end by then.
+# Threads of gloo release the last tensors a moment after a sum, and abort a process that is exiting by then.
 _SETTLE = 0.2  # seconds
 _stores: Any = dist  # its stubs leave out the stores
 

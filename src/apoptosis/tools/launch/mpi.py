@@ -4,8 +4,8 @@ Holds: `MpiRanks`, the thread that makes all MPI calls, and the communication ho
 Elsewhere: how processes are started and found (detect, group).
 
 One thread makes all calls of MPI: it starts reductions without blocking and polls those under way. So calls have the
-order in which they were asked for, the same on every rank, backward goes on meanwhile, no core spins,
-and a rank that does not answer is an error after `timeout` seconds (MPI itself waits for ever).
+same order on every rank, backward continues meanwhile, no core spins, and a rank that does not answer is an error after
+`timeout` seconds (MPI itself waits for ever).
 """
 
 # No `from __future__ import annotations`: DistributedDataParallel compares the hook's annotations with classes.
@@ -63,7 +63,7 @@ class MpiRanks(Ranks):
         self._thread.start()
 
     def close(self) -> None:
-        """Let the thread end when all it was asked for is done."""
+        """End the thread when all its calls are done."""
         self._closed = True
         self._jobs.put(None)
         self._thread.join(self._timeout)
@@ -214,7 +214,7 @@ def load_mpi() -> Any:
         failed would wait there for the others).
 
     Raises: ArgumentError: mpi4py or its MPI library is missing or is not that of the mpirun that started this process,
-        or the library does not bear calls from threads.
+        or the library does not allow calls from threads.
     """
     try:
         import mpi4py
@@ -223,7 +223,7 @@ def load_mpi() -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "suspicious MPI", RuntimeWarning)  # what is wrong is refused by name
             from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no libmpi beside mpi4py's wheel
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no libmpi
         raise ArgumentError(MISSING.format(why=" ".join(str(error).split()) or type(error).__name__)) from error
     if not MPI.Is_initialized():
         library = MPI.Get_library_version()

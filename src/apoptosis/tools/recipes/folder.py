@@ -81,7 +81,7 @@ class RunFolder:
         return log
 
     def add_epoch(self, trainer: Trainer, epoch: Epoch) -> None:
-        """Log one epoch of a run, for TensorBoard, too, where that is asked for."""
+        """Log one epoch of a run, for TensorBoard, too, if its configuration says so."""
         fields = asdict(epoch)
         method, seed = trainer.method, trainer.config.seed
         self.add("epoch", method=method, seed=seed, metric_name=trainer.data.metric, **fields)

@@ -205,9 +205,9 @@ class Trainer:
     def run_epoch(self, watch: Watcher = SILENT) -> Epoch:
         """Train to the end of the current epoch, then evaluate on the validation part.
 
-        Raises: NonFiniteError: the loss is NaN or infinite. Stopped: asked for by `interrupt`, after a whole
-            step inside the epoch; `state_dict` then holds all it takes to go on. After the epoch's last step the epoch
-            is brought to its end, and whoever runs epochs asks `interrupt`.
+        Raises: NonFiniteError: the loss is NaN or infinite. Stopped: `interrupt` was requested; raised
+            between two steps, and `state_dict` then holds all that continuing needs. After the epoch's last step the
+            epoch is finished instead, and the caller asks `interrupt`.
         """
         self._clock, epoch = time.perf_counter(), self.epoch
         self.last_epoch_seconds = 0.0
@@ -308,7 +308,7 @@ class Trainer:
         self._check(epoch, self.steps_per_epoch, watch)
 
     def _between_steps(self) -> None:
-        """Stop if that was asked for, or do what was put off until here."""
+        """Stop if an interrupt was requested, or do what was put off until now."""
         if self.stop.after(self.step, watching=self.watching):
             self._rng = random_state(self.device)
             raise Stopped

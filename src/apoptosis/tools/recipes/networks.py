@@ -75,7 +75,7 @@ def network(*widths: int, least: int = 1, images: bool = True) -> Callable[[Buil
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: identity, or 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut: identity, or 1x1 convolution where the shape changes."""
 
     def __init__(self, num_in: int, num_out: int, stride: int, design: Design) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
 def learning_rates(schedule: str, peak: float, total_steps: int) -> tuple[float, ...]:
     """Return the learning rate of every step of a run, by torch's schedulers.
 
-    All at once: a run that goes on in the middle needs no state of a scheduler then.
+    All at once, so that a resumed run needs no state of a scheduler.
 
     Args:
         schedule: "constant"; "cosine": half a cosine from the peak to 0; "one-cycle": half a cosine up from peak / 25

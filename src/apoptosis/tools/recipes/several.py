@@ -73,7 +73,7 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def begin_dropout(group: Group, device: torch.device, seed: int, first: int, state: Tensor | None) -> None:
-    """Set the random state that an epoch goes on from at its step `first`.
+    """Set the random state of an epoch at its step `first`.
 
     Args: state: of that step, None where the checkpoint is of another number of processes.
     """

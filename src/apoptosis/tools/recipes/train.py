@@ -54,7 +54,7 @@ def prepare(config: RunConfig, group: Group | None = None) -> tuple[Dataset, tor
 
 
 def write_checkpoint(folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -> None:
-    """Write all it takes to go on exactly here; the last checkpoint is replaced only by a whole and finite one.
+    """Write all that continuing exactly here needs; the last checkpoint is replaced only by a whole and finite one.
 
     Of several processes rank 0 writes, and all fail where it does.
 
@@ -99,7 +99,7 @@ def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
 
 def _check_there(folder: RunFolder) -> None:
     if not folder.checkpoint.exists():
-        raise CheckpointError(f"'{folder.path}' holds no checkpoint yet: start the run anew in another folder.")
+        raise CheckpointError(f"'{folder.path}' holds no checkpoint yet: start the run again in another folder.")
 
 
 def train(
@@ -110,17 +110,22 @@ def train(
     watch: Watcher = SILENT,
     group: Group | None = None,
 ) -> dict[str, Any]:
-    """Train to the end, or on to the end; returns the summary that is also written into the folder.
+    """Train to the end, from the start or from a checkpoint; return the summary that is also written into the folder.
 
-    A checkpoint is written after every epoch, and when the run is interrupted between two steps; of several processes,
-    whose checkpoints do not hold the windows of events, after the first such step that leaves none open, so that going
-    on comes to the same bits. group: the processes that train together, all of which call this, with the folder of
-    `RunFolder(..., writes=rank == 0)`.
+    A checkpoint is written after every epoch, and when the run is interrupted between two steps. The checkpoints of
+    several processes do not hold an open window; they are written after the first step without one, so that a resumed
+    run has the same bits.
+
+    Args:
+        folder: of all processes that train together, `RunFolder(..., writes=rank == 0)`.
+        config: the run.
+        resume: continue from the folder's checkpoint.
+        watch: sees the progress.
+        group: the processes that train together, all of which call this; None for one alone.
 
     Raises: NonFiniteError: the loss is NaN or infinite; the last checkpoint stays. KeyboardInterrupt: interrupted; a
             second interrupt ends the run at once, with the last checkpoint that is there (of several processes the
-            third; the second ends the wait for a window). RankError: another
-            process is gone or failed.
+            third; the second ends the wait for a window). RankError: another process is gone or failed.
         ArgumentError, DataError, CheckpointError: before anything is trained.
     """
     each = Ranks().run_collectively if group is None else group.ranks.run_collectively

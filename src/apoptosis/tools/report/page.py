@@ -56,7 +56,7 @@ def render(run: RunData, plots: Sequence[Plot]) -> str:
 def _lead(run: RunData) -> str:
     """Say what happened, in sentences."""
     if not run.num_records:
-        return "The log is empty: the run has only begun, or ended before its first record."
+        return "The log is empty: the run has only started, or ended before its first record."
     config = run.run.get("config")
     said = []
     if isinstance(config, dict):
@@ -77,7 +77,7 @@ def _lead(run: RunData) -> str:
             "The run has no paired run without apoptosis, so there is nothing to compare its time and metric with."
         ]
     if run.summary is None and not run.ledgers:
-        said += ["The log has no ledger and no summary: the run goes on, or it was interrupted."]
+        said += ["The log has no ledger and no summary: the run has not ended yet, or it was interrupted."]
     return " ".join(s for s in said if s)
 
 

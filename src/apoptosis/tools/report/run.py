@@ -260,7 +260,7 @@ def _superseded_left_out(records: Iterable[Record]) -> list[Record]:
 
 
 def summary_value(run: RunData, *path: str) -> float | None:
-    """Return a number of the summary, by its path; None where the run has not come to it."""
+    """Return a number of the summary, by its path; None where the log does not have it."""
     found: Any = run.summary
     for key in path:
         found = _mapping(found).get(key)

@@ -26,7 +26,7 @@ LEDGER_WORDS = {
     "rolled_back": "rolled back",
     "parameters": "parameters, before and after",
     "macs": "multiply-adds per example, before and after",
-    "accuracy_cost": "upper limit on the cost in accuracy, before training went on (a share; 1: none can be given)",
+    "accuracy_cost": "upper limit on the cost in accuracy, before further training (a share; 1: none can be given)",
     "confidence": "confidence of that limit",
     "population": "holds for the population (not only for the rows measured)",
     "probe_rows": "probe rows",

@@ -66,8 +66,8 @@ def load_higgs(data_dir: Path, test_rows: int | None = None) -> tuple[Part, Part
     """Training and test part from DIR/higgs/HIGGS.csv.gz or DIR/HIGGS.csv.gz; the last `test_rows` rows are the test.
 
     Args:
-        data_dir: where the file lies or is downloaded to. The converted array is put beside it, or into the user's
-            cache folder where that is not writable.
+        data_dir: where the file lies or is downloaded to. The converted array goes into the same folder, or where that
+            is not writable into the user's cache folder.
         test_rows: None for the publisher's 500,000, or 10,000 where the file has fewer than a million rows.
 
     Raises: DataError: as `convert`; or fewer rows than test_rows + 1.
@@ -119,7 +119,7 @@ def _array_path(source: Path) -> Path:
 
 
 def _writable(folder: Path) -> bool:
-    # The superuser may write anywhere; a folder that nobody was given leave to write in stays as it is all the same.
+    # The superuser may write anywhere; a folder without write permission for anyone is left as it is all the same.
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 

@@ -144,5 +144,5 @@ def hold_out(part: Part, share: float, train_rows: int | None = None) -> tuple[P
     if num_train < 1 or (share > 0 and num_validation < 1):
         raise DataError(f"{len(part)} training rows are too few to hold out a share of {share} for validation.")
     if train_rows is not None and train_rows > num_train:
-        raise DataError(f"{train_rows} training rows were asked for, but only {num_train} are there.")
+        raise DataError(f"--train-rows: {train_rows} is more than the {num_train} training rows that are there.")
     return part.rows(0, train_rows or num_train), part.rows(num_train, len(part))
