@@ -125,7 +125,7 @@ def test_what_compiling_took_counts_as_a_cost_of_events_unless_their_cost_was_gi
     assert not events
     assert width == 32
     assert kept == 1.0
-    assert "compiled again" in " ".join(others[0].notes)
+    assert "compiles again" in " ".join(others[0].notes)
     assert small < 32
 
 
