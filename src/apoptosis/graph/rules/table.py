@@ -30,15 +30,13 @@ from apoptosis.graph.trace.scalars import item, literal, operands, scale_argumen
 from apoptosis.numerics.activations import NEURON_TYPES
 
 
-def _row(rule: Rule | None = None, **columns: Any) -> Operator:
-    return Operator(rule, **columns)
-
-
 def _elementwise(rule: Rule = elementwise.elementwise, **columns: Any) -> Operator:
+    """Return the row of an operator that works element by element, on plain numbers too."""
     return Operator(rule, reads=False, numbers=operands, **columns)
 
 
 def _fills(rule: Rule = elementwise.fill_like, **columns: Any) -> Operator:
+    """Return the row of an operator that makes or fills a tensor."""
     return Operator(rule, reads=False, **columns)
 
 
@@ -48,6 +46,7 @@ def _moves(rule: Rule, **columns: Any) -> Operator:
 
 
 def _multiplies(rule: Rule, **columns: Any) -> Operator:
+    """Return the row of a product of matrices: what it sums is checked by itself, column by column."""
     return Operator(rule, picks=False, **columns)
 
 
@@ -81,7 +80,7 @@ _ROWS: tuple[tuple[str, Operator], ...] = (
     ("prelu _prelu_kernel", _elementwise(elementwise.neurons(elementwise.prelu))),
     ("rrelu_with_noise", _elementwise(elementwise.neurons(elementwise.rrelu), writes_beside=True)),
     ("rrelu_with_noise_functional", _elementwise(elementwise.neurons(elementwise.rrelu))),
-    ("native_dropout", _row(elementwise.native_dropout)),
+    ("native_dropout", Operator(elementwise.native_dropout)),
     # tensors of numbers
     ("empty zeros ones rand randn empty_strided", _fills(elementwise.fill)),
     ("full scalar_tensor", _fills(elementwise.fill, numbers=operands, fills=True)),
@@ -90,8 +89,8 @@ _ROWS: tuple[tuple[str, Operator], ...] = (
     ("full_like new_full fill", _fills(numbers=operands, fills=True)),
     ("normal uniform", _fills(numbers=operands)),
     ("bernoulli", _fills(elementwise.bernoulli)),
-    ("arange linspace tril_indices triu_indices", _row(lookup.checked, reads=False, picks=False, literal=True)),
-    ("_local_scalar_dense", _row(picks=False, numbers=item)),
+    ("arange linspace tril_indices triu_indices", Operator(lookup.checked, reads=False, picks=False, literal=True)),
+    ("_local_scalar_dense", Operator(picks=False, numbers=item)),
     # movements
     ("clone _to_copy alias detach contiguous positive to lift lift_fresh_copy", _moves(movement.copy)),
     ("detach_copy _conj resolve_conj resolve_neg _neg_view _pin_memory", _moves(movement.copy, role="")),
@@ -122,87 +121,87 @@ _ROWS: tuple[tuple[str, Operator], ...] = (
     ("copy", _moves(movement.copy_into, role="")),
     ("unfold", _moves(movement.unfold, role="")),
     ("_pack_padded_sequence", _moves(movement.pack, role="")),
-    ("view_as_complex", _row(layout.pairs_as_complex, reads=False)),
-    ("view_as_real", _row(movement.moving(layout.as_real), reads=False)),
-    ("diagonal", _row(movement.moving(layout.diagonal), reads=False)),
-    ("as_strided", _row(layout.as_strided, reads=False, reshapes=True)),
-    ("tril triu", _row(layout.triangle)),
-    ("im2col", _row(layout.im2col)),
-    ("col2im", _row(layout.col2im)),
+    ("view_as_complex", Operator(layout.pairs_as_complex, reads=False)),
+    ("view_as_real", Operator(movement.moving(layout.as_real), reads=False)),
+    ("diagonal", Operator(movement.moving(layout.diagonal), reads=False)),
+    ("as_strided", Operator(layout.as_strided, reads=False, reshapes=True)),
+    ("tril triu", Operator(layout.triangle)),
+    ("im2col", Operator(layout.im2col)),
+    ("col2im", Operator(layout.col2im)),
     # positions
-    ("embedding", _row(lookup.embedding)),
-    ("_embedding_bag _embedding_bag_forward_only", _row(lookup.embedding_bag)),
-    ("gather", _row(lookup.gather)),
-    ("scatter", _row(lookup.scatter, numbers=operands)),
-    ("scatter_add scatter_reduce", _row(lookup.scatter)),
-    ("index_add", _row(lookup.index_add, numbers=operands)),
-    ("index_copy index_reduce", _row(lookup.index_add)),
-    ("index_fill", _row(lookup.index_fill, numbers=operands)),
-    ("index_put _index_put_impl _unsafe_index_put", _row(lookup.index_put)),
-    ("masked_scatter", _row(lookup.masked_scatter)),
-    ("index_select", _row(lookup.index_select, reads=False)),
-    ("index _unsafe_index", _row(lookup.index, reads=False)),
-    ("bucketize isin", _row(lookup.bucketize)),
+    ("embedding", Operator(lookup.embedding)),
+    ("_embedding_bag _embedding_bag_forward_only", Operator(lookup.embedding_bag)),
+    ("gather", Operator(lookup.gather)),
+    ("scatter", Operator(lookup.scatter, numbers=operands)),
+    ("scatter_add scatter_reduce", Operator(lookup.scatter)),
+    ("index_add", Operator(lookup.index_add, numbers=operands)),
+    ("index_copy index_reduce", Operator(lookup.index_add)),
+    ("index_fill", Operator(lookup.index_fill, numbers=operands)),
+    ("index_put _index_put_impl _unsafe_index_put", Operator(lookup.index_put)),
+    ("masked_scatter", Operator(lookup.masked_scatter)),
+    ("index_select", Operator(lookup.index_select, reads=False)),
+    ("index _unsafe_index", Operator(lookup.index, reads=False)),
+    ("bucketize isin", Operator(lookup.bucketize)),
     ("_assert_tensor_metadata _assert_scalar _functional_assert_async sym_size sym_numel sym_stride "
-     "sym_constrain_range", _row(lookup.checked, reads=False)),
+     "sym_constrain_range", Operator(lookup.checked, reads=False)),
     # several channels at once
-    ("_cdist_forward _euclidean_dist _pdist_forward pdist dist", _row(lookup.mixes(Code.DISTANCES))),
-    ("cosine_similarity renorm", _row(lookup.mixes(Code.NORMALISES))),
-    ("_trilinear", _row(lookup.mixes(Code.MULTIPLIES_ALL))),
+    ("_cdist_forward _euclidean_dist _pdist_forward pdist dist", Operator(lookup.mixes(Code.DISTANCES))),
+    ("cosine_similarity renorm", Operator(lookup.mixes(Code.NORMALISES))),
+    ("_trilinear", Operator(lookup.mixes(Code.MULTIPLIES_ALL))),
     ("linalg_cross linalg_householder_product linalg_qr linalg_matrix_exp linalg_inv_ex linalg_lu_factor_ex "
-     "_linalg_svd _linalg_eigh _linalg_solve_ex linalg_cholesky_ex", _row(lookup.mixes(Code.MULTIPLIES))),
-    ("masked_select unique_consecutive", _row(lookup.mixes(Code.DROPS_BY_VALUE))),
-    ("nonzero affine_grid_generator repeat_interleave", _row(lookup.mixes(Code.MAKES_POSITIONS))),
-    ("unique_dim _unique2", _row(lookup.mixes(Code.ORDERS_BY_VALUE))),
-    ("searchsorted equal", _row(lookup.mixes(Code.COMPARES))),
-    ("take", _row(lookup.mixes(Code.ELEMENTS_READ))),
-    ("put", _row(lookup.mixes(Code.ELEMENTS_WRITTEN))),
+     "_linalg_svd _linalg_eigh _linalg_solve_ex linalg_cholesky_ex", Operator(lookup.mixes(Code.MULTIPLIES))),
+    ("masked_select unique_consecutive", Operator(lookup.mixes(Code.DROPS_BY_VALUE))),
+    ("nonzero affine_grid_generator repeat_interleave", Operator(lookup.mixes(Code.MAKES_POSITIONS))),
+    ("unique_dim _unique2", Operator(lookup.mixes(Code.ORDERS_BY_VALUE))),
+    ("searchsorted equal", Operator(lookup.mixes(Code.COMPARES))),
+    ("take", Operator(lookup.mixes(Code.ELEMENTS_READ))),
+    ("put", Operator(lookup.mixes(Code.ELEMENTS_WRITTEN))),
     # reductions
-    ("sum", _row(reduction.reduces(sums=True, scales=True), role="sums")),
-    ("mean", _row(reduction.reduces(averages=True, scales=True, pools="average"))),
-    ("var std var_mean std_mean", _row(reduction.reduces(averages=True))),
-    ("amax", _row(reduction.reduces(chooses=True, scales=True, pools="largest"))),
-    ("amin", _row(reduction.reduces(chooses=True, scales=True))),
-    ("max", _row(elementwise.extremum(reduction.reduces(chooses=True, scales=True, pools="largest")))),
-    ("min", _row(elementwise.extremum(reduction.reduces(chooses=True, scales=True)))),
-    ("nansum logsumexp special_logsumexp", _row(reduction.reduces(sums=True))),
-    ("norm linalg_vector_norm", _row(reduction.reduces(2, sums=True))),
-    ("prod all any argmax argmin median nanmedian count_nonzero aminmax", _row(reduction.reduces())),
-    ("kthvalue", _row(reduction.reduces(2, -1))),
-    ("mode", _row(reduction.reduces(1, -1))),
-    ("_assert_async trace histc bincount is_nonzero", _row(reduction.reduces(9))),  # over all axes
-    ("_softmax _log_softmax _safe_softmax softmax log_softmax", _row(reduction.works_along(softmax=True))),
-    ("cumsum cumprod logcumsumexp cummax cummin", _row(reduction.works_along())),
-    ("_cummax_helper _cummin_helper", _row(reduction.works_along(3))),
-    ("sort", _row(reduction.works_along(1, -1, why=Code.ORDERS))),
-    ("topk", _row(reduction.works_along(2, -1, why=Code.ORDERS))),
-    ("_fft_c2c _fft_r2c _fft_c2r", _row(reduction.works_along(why=Code.TRANSFORMS, linear=True))),
-    ("glu", _row(reduction.glu)),
+    ("sum", Operator(reduction.reduces(sums=True, scales=True), role="sums")),
+    ("mean", Operator(reduction.reduces(averages=True, scales=True, pools="average"))),
+    ("var std var_mean std_mean", Operator(reduction.reduces(averages=True))),
+    ("amax", Operator(reduction.reduces(chooses=True, scales=True, pools="largest"))),
+    ("amin", Operator(reduction.reduces(chooses=True, scales=True))),
+    ("max", Operator(elementwise.extremum(reduction.reduces(chooses=True, scales=True, pools="largest")))),
+    ("min", Operator(elementwise.extremum(reduction.reduces(chooses=True, scales=True)))),
+    ("nansum logsumexp special_logsumexp", Operator(reduction.reduces(sums=True))),
+    ("norm linalg_vector_norm", Operator(reduction.reduces(2, sums=True))),
+    ("prod all any argmax argmin median nanmedian count_nonzero aminmax", Operator(reduction.reduces())),
+    ("kthvalue", Operator(reduction.reduces(2, -1))),
+    ("mode", Operator(reduction.reduces(1, -1))),
+    ("_assert_async trace histc bincount is_nonzero", Operator(reduction.reduces(9))),  # over all axes
+    ("_softmax _log_softmax _safe_softmax softmax log_softmax", Operator(reduction.works_along(softmax=True))),
+    ("cumsum cumprod logcumsumexp cummax cummin", Operator(reduction.works_along())),
+    ("_cummax_helper _cummin_helper", Operator(reduction.works_along(3))),
+    ("sort", Operator(reduction.works_along(1, -1, why=Code.ORDERS))),
+    ("topk", Operator(reduction.works_along(2, -1, why=Code.ORDERS))),
+    ("_fft_c2c _fft_r2c _fft_c2r", Operator(reduction.works_along(why=Code.TRANSFORMS, linear=True))),
+    ("glu", Operator(reduction.glu)),
     ("max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d "
      "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d",
-     _row(reduction.pools("largest"))),
-    ("avg_pool1d avg_pool2d avg_pool3d", _row(reduction.pools("average", windows=True))),
+     Operator(reduction.pools("largest"))),
+    ("avg_pool1d avg_pool2d avg_pool3d", Operator(reduction.pools("average", windows=True))),
     ("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
      "mkldnn_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
      "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d "
-     "_upsample_bilinear2d_aa", _row(reduction.pools("average"))),
-    ("upsample_bicubic2d _upsample_bicubic2d_aa _upsample_lanczos2d_aa", _row(reduction.pools())),
-    ("max_unpool2d max_unpool3d", _row(reduction.pools(unpools=True))),
-    ("grid_sampler_2d grid_sampler_3d", _row(reduction.pools(samples=True))),
+     "_upsample_bilinear2d_aa", Operator(reduction.pools("average"))),
+    ("upsample_bicubic2d _upsample_bicubic2d_aa _upsample_lanczos2d_aa", Operator(reduction.pools())),
+    ("max_unpool2d max_unpool3d", Operator(reduction.pools(unpools=True))),
+    ("grid_sampler_2d grid_sampler_3d", Operator(reduction.pools(samples=True))),
     # norms
-    ("native_group_norm", _row(normalization.group_norm)),
-    ("native_layer_norm _fused_rms_norm rms_norm layer_norm", _row(normalization.layer_norm)),
-    ("_weight_norm_interface", _row(normalization.weight_norm, reads=False)),
+    ("native_group_norm", Operator(normalization.group_norm)),
+    ("native_layer_norm _fused_rms_norm rms_norm layer_norm", Operator(normalization.layer_norm)),
+    ("_weight_norm_interface", Operator(normalization.weight_norm, reads=False)),
     ("native_batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update cudnn_batch_norm miopen_batch_norm "
-     "batch_norm", _row(normalization.batch_norm, reads=False)),
+     "batch_norm", Operator(normalization.batch_norm, reads=False)),
     ("_native_batch_norm_legit _batch_norm_with_update",
-     _row(normalization.batch_norm, reads=False, writes_beside=True)),
+     Operator(normalization.batch_norm, reads=False, writes_beside=True)),
     # matrix products
     ("mm bmm mv matmul", _multiplies(contraction.mm, role="contracts", folds=True)),
     ("addmm baddbmm addmv", _multiplies(contraction.addmm, numbers=operands, folds=True)),
     ("linear", _multiplies(contraction.linear, folds=True)),
     ("convolution", _multiplies(convolution.convolution, folds=True)),
-    ("_grouped_mm", _row(contraction.grouped_mm)),
+    ("_grouped_mm", Operator(contraction.grouped_mm)),
     ("scaled_dot_product_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
      "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math",
      _multiplies(product.attention(), role="attends", numbers=scale_argument)),
