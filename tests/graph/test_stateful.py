@@ -599,7 +599,7 @@ def test_gradients_through_several_passes_end_at_an_event():
     (net(inputs(Undetached)) + net(inputs(Undetached))).sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:apoptosis. there is an AveragedModel:RuntimeWarning")  # made before the run
+@pytest.mark.filterwarnings("ignore:apoptosis. an AveragedModel averages:RuntimeWarning")  # made before the run
 def test_an_averaged_copy_keeps_a_state_of_its_own():
     net, _ = planted(Elman, passes=0)
     average = torch.optim.swa_utils.AveragedModel(net)
