@@ -110,7 +110,9 @@ class GroupView:
         if self.rows < 1 or self.num_channels % self.rows:
             raise ShapeError(f"group '{self.name}': {self.num_channels} channels do not fall into {self.rows} rows.")
         if not self.sites:
-            raise ArgumentError(f"group '{self.name}' has no consumer site: nothing can take over a removed channel.")
+            raise ArgumentError(
+                f"group '{self.name}' has no consumer site, into which a removed channel could be folded."
+            )
         for site in self.sites:
             if site.weight.shape[1] != self.num_channels:
                 raise ShapeError(f"group '{self.name}' has {self.num_channels} channels, site '{site.key}' others.")

@@ -115,7 +115,8 @@ class Accumulator:
         self.site = site
         self.exact, self.spread = exact, spread
         self.positional = site.reads_positions or site.channels_first
-        self.rows_needed = Accumulator.needed(site, rows_for)
+        self.rows_needed = 0
+        self.suffice_for(rows_for)
         self.moments = Moments(len(columns), device=device)
         self.buffer: list[Tensor] = []
         self.buffered = 0
@@ -130,11 +131,10 @@ class Accumulator:
         self.columns, self.last_column = torch.as_tensor(columns, device=device), int(columns.max())
         self._all = columns.shape == (self._width, 1) and bool((columns[:, 0] == np.arange(self._width)).all())
 
-    @staticmethod
-    def needed(site: Site, num_channels: int) -> int:
-        """Rows that suffice for a number of channels at a site."""
-        positional = site.reads_positions or site.channels_first
-        return max(MIN_ROWS, (POSITIONAL_ROWS_PER_CHANNEL if positional else ROWS_PER_CHANNEL) * num_channels)
+    def suffice_for(self, num_channels: int) -> None:
+        """Ask for at least as many rows as this number of channels needs."""
+        per_channel = POSITIONAL_ROWS_PER_CHANNEL if self.positional else ROWS_PER_CHANNEL
+        self.rows_needed = max(self.rows_needed, MIN_ROWS, per_channel * num_channels)
 
     @property
     def rows(self) -> int:

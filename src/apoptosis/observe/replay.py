@@ -136,8 +136,7 @@ class Replayed:
                     site, columns, rows_for, device, exact=self._exact, spread=self._spread
                 )
                 self._by_site.setdefault(site.key, []).append(own)
-            watch = self._watches[own]
-            watch.rows_needed = max(watch.rows_needed, Accumulator.needed(site, rows_for))
+            self._watches[own].suffice_for(rows_for)
 
     def watches(self) -> list[Accumulator]:
         """Return all watches, in the order of their groups."""
@@ -312,7 +311,7 @@ class Replayed:
         channels, taps = watch.columns.shape
         watch.add(rows.reshape(-1, channels, taps).transpose(1, 2).reshape(-1, channels), examples)
 
-    # ------------------------------------------------------------------ what was seen
+    # ------------------------------------------------------------------ what was observed
 
     def observations(self, *, last: bool = False) -> dict[tuple[str, str], Observation]:
         """Return the observations by (group name, site key); sites without any are left out.

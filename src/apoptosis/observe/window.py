@@ -141,9 +141,7 @@ class Observer:
             self._watches[key] = watch
             self._by_module.setdefault(site.module, []).append(watch)
             self._gradients.watch(key, site, columns, group.num_channels, device)
-        self._watches[key].rows_needed = max(
-            self._watches[key].rows_needed, Accumulator.needed(site, group.num_channels)
-        )
+        self._watches[key].suffice_for(group.num_channels)
         self._gradients.need(key, self._watches[key].rows_needed)
         if several:
             self._samples.setdefault(site.module, Sample.of(site, exact=exact))
@@ -385,7 +383,7 @@ class Observer:
         if sample is not None and not sample.enough():
             sample.take(before)
 
-    # ------------------------------------------------------------------ what was seen
+    # ------------------------------------------------------------------ what was observed
 
     def observations(self, *, last: bool = False) -> dict[tuple[str, str], Observation]:
         """Return the observations by (group name, site key); sites without any are left out.

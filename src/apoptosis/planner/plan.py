@@ -108,7 +108,7 @@ def make_plan(
         ranks: that share the work and get the same plan.
         rankings: by group, filled and read: orders of the channels, which no tolerance changes, for further plans of
             the same observations and criterion.
-        last: let go of the observations of each group once it is planned, where they are in a dict.
+        last: release the observations of each group once it is planned, where they are in a dict.
 
     Raises: NonFiniteError: statistics or weights hold NaN or infinity.
     """

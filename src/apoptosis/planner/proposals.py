@@ -104,7 +104,7 @@ class ProposalBuilder:
     Args:
         model, structure, observations, request, rankings: as in `make_plan`.
         tasks: those that `take` will be called with.
-        last: let go of the observations of a task's groups once it is planned, where they are in a dict.
+        last: release the observations of a task's groups once it is planned, where they are in a dict.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class ProposalBuilder:
         return self._data[group.name]
 
     def _certify(self, groups: Sequence[Group]) -> None:
-        """Note every bound on what the groups' reductions do, and let go of what was shown of all.
+        """Note every bound on what the groups' reductions do, and release the views of all.
 
         Of outputs that a BatchNorm reads the loss of variance is noted, too.
         """
@@ -245,7 +245,8 @@ def _propose(
     criterion = request.criterion
     if group.under_norm:
         if not criterion.needs_data:
-            return Why("criterion", f"criterion '{criterion.name}' does not see what a norm reads; others do")
+            text = f"a norm reads them, and criterion '{criterion.name}' uses weights only: choose one that uses data"
+            return Why("criterion", text)
         criterion = compensated(criterion)
     if group.name not in rankings:
         rankings[group.name] = interleaved(criterion, data.view)

@@ -42,7 +42,7 @@ def sample(
     seed: int,
     ranks: Ranks | None = None,
 ) -> tuple[Observer, Observations]:
-    """Run calls of the model until every site has seen enough; at tolerance 0 all of them.
+    """Run calls of the model until every site has enough rows; at tolerance 0 all calls.
 
     Args:
         model: not changed by these passes.

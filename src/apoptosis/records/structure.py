@@ -131,7 +131,7 @@ class Site:
 
     @property
     def functional(self) -> bool:
-        """Whether no hook on a module sees what is read, so that the model is run again (graph.replay)."""
+        """Whether no hook on a module can observe what is read, so that the model is run again (graph.replay)."""
         return False
 
     @property
