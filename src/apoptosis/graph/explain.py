@@ -99,22 +99,19 @@ class Code(Enum):
     NOT_FOLLOWED = (
         "could not be followed", "Call the operator with plain arguments, or leave the group out with exclude=.")
     VIEW_LEFT = ("left a view behind that cannot be followed", "Write the result to a new tensor instead of in place.")
-    WRITES_LARGE = (
-        "writes into part of a very large tensor",
-        "Concatenate the parts instead of writing into slices, or give a smaller example_input.")
+    WRITES_LARGE = ("writes into part of a very large tensor",
+                    "Concatenate the parts instead of writing into slices, or give a smaller example_input.")
     READS_LARGE = ("reads memory that is too large to be followed", _STRIDES)
     READS_BEYOND = ("reads memory beyond its operand", _STRIDES)
-    SHARED_MEMORY = (
-        "'{one}' and '{other}' share memory without being one tensor",
-        "Make them one parameter, or give each memory of its own (clone()).")
+    SHARED_MEMORY = ("'{one}' and '{other}' share memory without being one tensor",
+                     "Make them one parameter, or give each memory of its own (clone()).")
     OVERWRITTEN = ("overwrites '{name}' during the forward pass", "Change the parameter outside the forward pass.")
     REARRANGED = ("rearranges or changes '{name}' before it is used", _RAW)
     COMPUTED_WEIGHT = ("computes with '{name}' before it is used", _RAW)
 
     # what the model returns and what it keeps
-    OUTPUT = (
-        "they are the network's output{which}",
-        "A layer behind it would free it; what the model need not return (caches) it should not.")
+    OUTPUT = ("they are the network's output{which}",
+              "A layer behind it would free it; drop outputs that you need not return (for example use_cache=False).")
     RETURNED_PARAMETER = ("the model returns it{which}", "Return what is computed from it instead.")
     KEPT_TWO_WAYS = (
         "'{name}' is kept between passes, and channels lie along other axes of it in one pass than in the next", _KEPT)
@@ -128,9 +125,8 @@ class Code(Enum):
     CROSSES = ("combines channels that lie along different axes", _FRONT)
     SEVERAL_AS_ONE = ("uses several axes of it as one", _FLAT)
     SEVERAL_AXES = ("meets several axes of it at once", _FLAT)
-    GATES_NONE = (
-        "gates channels with values that are none",
-        "Compute both halves from layers, or leave the module out with exclude=.")
+    GATES_NONE = ("gates channels with values that are none",
+                  "Compute both halves from layers, or leave the module out with exclude=.")
 
     # movements
     SPLIT_IN_MANY_ORDERS = ("splits channels that lie in many orders", _LAID)
@@ -173,8 +169,7 @@ class Code(Enum):
     ORDERS = ("orders channels among themselves", _FRONT)
     TRANSFORMS = ("transforms channels into one another", _FRONT)
     SUMS = (
-        "reduces over channels",
-        "An nn.Linear with one output in its place is a weighted sum that can be folded into.")
+        "reduces over channels", "An nn.Linear with one output in its place is a weighted sum that can be folded into.")
     REDUCES = ("reduces over channels", _FRONT)
     AVERAGES = ("reduces over channels, as what normalises over channels does", NORM_REMEDY)
     NORMALISES = ("normalises over channels", _FRONT)
@@ -185,16 +180,13 @@ class Code(Enum):
 
     # norms
     NORM = ("normalises over channels", NORM_REMEDY)
-    GROUP_NORM = (
-        "normalises over channels, {block} at a time",
-        "With num_groups={channels} each channel is normalised by itself, and may go.")
+    GROUP_NORM = ("normalises over channels, {block} at a time",
+                  "With num_groups={channels} each channel is normalised by itself, and may go.")
     NORM_WITH_NONE = ("normalises channels together with values that are none", _BESIDE)
     NORM_SHAPE = ("normalises to another shape than that of its input", NORM_REMEDY)
-    NORM_AXES = (
-        "normalises over channels that lie along several axes, or with values that are none", NORM_REMEDY)
+    NORM_AXES = ("normalises over channels that lie along several axes, or with values that are none", NORM_REMEDY)
     NORM_WEIGHT = ("normalises over channels with a weight that is not its own", NORM_REMEDY)
-    NORM_TWICE = (
-        "normalises over channels and is used several times, on other channels each", NORM_REMEDY)
+    NORM_TWICE = ("normalises over channels and is used several times, on other channels each", NORM_REMEDY)
     NORM_SEVERAL = (
         "a norm's statistics run over these channels together with others, or over some of them twice", NORM_REMEDY)
     ROWS_NORMALISED = ("normalises each row of it", _RAW)
@@ -204,9 +196,8 @@ class Code(Enum):
         "A gain per output channel that is learned (as in scaled weight standardisation) frees them.")
 
     # contractions with a parameter
-    READS_NONE = (
-        "reads {origin}, which carries no channels",
-        "The width of the inputs is given; nothing is to be removed there.")
+    READS_NONE = ("reads {origin}, which carries no channels",
+                  "The width of the inputs is given; nothing is to be removed there.")
     READS_BESIDE_NONE = ("reads channels beside values that are none", _BESIDE)
     MIXES_POSITIONS = ("mixes the positions of single channels", _FRONT)
     PART_OF_ROWS = ("reads part of the rows of '{name}'", "Let an nn.Linear or nn.Conv module compute it.")
@@ -225,13 +216,11 @@ class Code(Enum):
     SLIDES = (
         "slides over channels: without one of them its neighbours would meet others",
         "A gate from two linear layers (squeeze and excitation) in its place frees them; widths inside a block shrink.")
-    BUFFER_KERNEL = (
-        "convolves channels with the buffer '{name}', into which nothing is folded",
-        "Register it as a parameter if training changes it, or leave the group out with exclude=.")
+    BUFFER_KERNEL = ("convolves channels with the buffer '{name}', into which nothing is folded",
+                     "Register it as a parameter if training changes it, or leave the group out with exclude=.")
     COMPUTED_KERNEL = ("convolves with what is computed from it", _RAW)
-    COMPLEX_CONVOLUTION = (
-        "is part of a complex convolution, which cannot be followed",
-        "Write it as convolutions of real and imaginary part, with a real weight for each.")
+    COMPLEX_CONVOLUTION = ("is part of a complex convolution, which cannot be followed",
+                           "Write it as convolutions of real and imaginary part, with a real weight for each.")
     DEPTHWISE = (
         "a grouped convolution reads them, in blocks of two channels: with one each it would be a depthwise one",
         "Fewer groups= in that convolution give wider blocks, of which channels may go.")
@@ -242,9 +231,8 @@ class Code(Enum):
     OTHER_ORDER = ("multiplies channels in an order that cannot be followed", _PRODUCT)
     OTHER_AXIS = ("spreads channels over those of another axis", _PRODUCT)
     WEIGHED = ("weighs them by channels along another axis", _PRODUCT)
-    COMPLEX_PRODUCT = (
-        "multiplies complex channels with one another",
-        "Make the product of real tensors: view_as_real() in front of it.")
+    COMPLEX_PRODUCT = ("multiplies complex channels with one another",
+                       "Make the product of real tensors: view_as_real() in front of it.")
     OWN_ROOT = ("divides by the root of the number of channels by itself", "Give it scale= as a number.")
     SUMS_NONE = ("sums values that carry no channels, per head", _OPERAND)
     NOT_INSIDE = ("sums channels that are not inside it", _LAID)
@@ -255,9 +243,8 @@ class Code(Enum):
     UNEVEN = ("some of their channels are multiplied in more places than others", _FRONT)
 
     # what only the whole picture shows
-    NO_SITE = (
-        "no consumer site reads these channels",
-        "Let a layer read these channels, or delete the layer that makes them.")
+    NO_SITE = ("no consumer site reads these channels",
+               "Let a layer read these channels, or delete the layer that makes them.")
     BOTH_ENDS = ("'{name}' is producer and consumer along the same axis", _TIED)
     SHARED_WEIGHT = ("'{name}' is the weight of '{module}' and is read elsewhere too", _TIED)
     SHARED_GAIN = ("'{name}' is the gain of rows that are normalised, and is read elsewhere too", _TIED)
@@ -265,9 +252,8 @@ class Code(Enum):
     SHARED_WIDTH = ("they share the width of '{other}' {place}, which is pinned: {cause}", NO_REMEDY)
     SHARED_NUMBER = (
         "they share the width that '{attribute}' of {holder} holds with '{other}', which is pinned: {cause}", NO_REMEDY)
-    PART_OF_WIDTH = (
-        "they fill a part of rows whose width is one number, which other channels have as well",
-        "Give these rows a number of their own, or leave their width to torch (-1).")
+    PART_OF_WIDTH = ("they fill a part of rows whose width is one number, which other channels have as well",
+                     "Give these rows a number of their own, or leave their width to torch (-1).")
     COPIED_MODULE = (
         "'{name}' is followed by the {kind} copy '{copy}', which a training loop updates place by place",
         "Keep the copy outside the model and call apo.follow(copy); else frozen='cut', where nothing ties the two.")
@@ -290,9 +276,8 @@ class Code(Enum):
     # what the user or an event says
     EXCLUDED = ("left out by exclude=", NO_REMEDY)
     BROKEN = ("removing channels broke the forward pass: {fault}", NO_REMEDY)
-    CHANGES_OUTPUTS = (
-        "its removals alone change the outputs by {rms:.3g} (relative rms)",
-        "Run the network in float64, or allow a tolerance above 0.")
+    CHANGES_OUTPUTS = ("its removals alone change the outputs by {rms:.3g} (relative rms)",
+                       "Run the network in float64, or allow a tolerance above 0.")
     # fmt: on
 
     def __init__(self, text: str, remedy: str) -> None:
