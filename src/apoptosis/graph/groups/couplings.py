@@ -97,10 +97,11 @@ def tensors(groups: Sequence[Group], labels: Labels) -> tuple[dict[int, str], di
 def with_conflicts(groups: Sequence[Group], heads: Sequence[Group]) -> tuple[Group, ...]:
     """Return all groups, those of whole heads last, with the names of the groups that they share channels with."""
     found: dict[str, list[str]] = {}
+    fine = [(group, _positions(group)) for group in groups if group.pin is None] if heads else []
     for head in heads:
         taken = _positions(head)
-        for group in groups:
-            if group.pin is None and any(taken.get(axis, set()) & own for axis, own in _positions(group).items()):
+        for group, positions in fine:
+            if any(axis in taken and not taken[axis].isdisjoint(own) for axis, own in positions.items()):
                 found.setdefault(head.name, []).append(group.name)
                 found.setdefault(group.name, []).append(head.name)
     every = (*groups, *heads)
