@@ -48,7 +48,7 @@ What is removable in small random networks of many families, made from
 [benchmarks/results/coverage.json](../benchmarks/results/coverage.json), which `python -m benchmarks.coverage` measures.
 
 - *Channels*: of all coupled channel groups, the network's outputs included. *Removable*: those of groups that are not
-  pinned; whole heads are not counted again beside the channels inside them.
+  pinned; whole heads are not counted in addition to the channels inside them.
 - *Planted, found*: channels made exactly redundant (duplicates, multiples, negatives, zeros), and how many of them went
   at tolerance 0; more may go than were planted, which is not counted here.
 - *Error of an exact removal*: relative change of the outputs in evaluation mode, in float64 and in float32, on inputs

@@ -31,7 +31,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Bottleneck(nn.Module):
-    """He et al., arXiv 1512.03385: 1x1, 3x3, 1x1 with four times the width, beside a shortcut."""
+    """He et al., arXiv 1512.03385: 1x1, 3x3, 1x1 with four times the width, and a shortcut."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()

@@ -276,7 +276,9 @@ def main() -> int:
     )
     parser.add_argument("--data-dir", help="where mnist lies; numbers of its shape are drawn without")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--refit", action="store_true", help="measure nothing: the model anew, from the JSON's worlds")
+    parser.add_argument(
+        "--refit", action="store_true", help="measure nothing: fit the model again, from the JSON's worlds"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--whole", action="store_true", help="whole runs on gloo, dense and with apoptosis")
     parser.add_argument("--epochs", type=int, help="of whole runs; those of the committed run without")

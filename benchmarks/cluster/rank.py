@@ -230,7 +230,7 @@ def started(world: World) -> nn.Sequential:
 
 
 def event(world: World) -> Record:
-    """Train until the first event, and say what it took beside the steps."""
+    """Train until the first event, and say what it took besides the steps."""
     net = started(world)
     model = world.wrap(net)
     optimizer, step = step_with(world, net, model, BATCH)

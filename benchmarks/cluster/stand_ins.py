@@ -2,7 +2,7 @@
 
     python -m benchmarks.cluster.stand_ins --data-dir DIR     benchmarks/results/scaling-vgg.json, scaling-residual.json
 
-Holds: two tasks on CIFAR-10 beside those of the comparison, trained dense and with apoptosis by its recipe.
+Holds: two tasks on CIFAR-10 besides those of the comparison, trained dense and with apoptosis by its recipe.
 Elsewhere: the recipe (benchmarks/paper), what follows for larger networks (model.py).
 References: Simonyan, Zisserman, arXiv 1409.1556; He, Zhang, Ren, Sun, arXiv 1512.03385.
 """
@@ -47,7 +47,7 @@ def vgg() -> nn.Sequential:
 
 
 class Bottleneck(nn.Module):
-    """ResNet-50's block: 1x1, 3x3 and 1x1 convolutions beside a shortcut, four times as wide outside as inside."""
+    """ResNet-50's block: 1x1, 3x3 and 1x1 convolutions and a shortcut, four times as wide outside as inside."""
 
     def __init__(self, num_in: int, inner: int, stride: int) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ TOLERANCES = {
 
 
 def run_frontier(task: Task, data: TaskData, seed: int, say: Say) -> dict[str, Any]:
-    """Train a task with one seed at every tolerance, Torch-Pruning and networks small from the start beside it.
+    """Train a task with one seed at every tolerance, Torch-Pruning and networks small from the start.
 
     Returns: plain values; `points`, one per run, each with its method and tolerance: for the baselines that of the run
     whose multiply-adds or widths they follow, for dense None.

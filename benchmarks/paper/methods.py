@@ -4,7 +4,7 @@ Holds: each method as a `MethodRun`. Elsewhere: the training loop (training), th
 
 At equal final multiply-adds: after every epoch a pruning baseline cuts to at most the multiply-adds that apoptosis has
 after the same epoch. Within an epoch apoptosis is ahead, so what the whole run multiplied is reported as run_macs.
-Their optimizer starts anew after every cut, as their users have to do.
+Their optimizer is made again after every cut, as their users have to do.
 References: Fang et al., "DepGraph", arXiv 2301.12900 (Torch-Pruning); Lym et al., "PruneTrain", arXiv 1901.09290.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.paper.tasks import Task, TaskData
 from benchmarks.paper.training import MethodRun, count_macs, fresh_like
 
 PROBE_ROWS = 4096
-#: Beside the default, whose figures are apoptosis' own, and reconstruction, which has a comparison of its own.
+#: Besides the default, whose figures are apoptosis' own, and reconstruction, which has a comparison of its own.
 CRITERIA = tuple(name for name in criteria() if name not in ("interpolative", "reconstruction"))
 PATIENCE = 2  # epochs without a better validation metric after which early stopping stops
 FINE_TUNE = 0.2  # of the epochs, after pruning a trained network

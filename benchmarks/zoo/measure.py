@@ -54,7 +54,7 @@ Building = Callable[[], AbstractContextManager[Any]]
 
 
 class _Unfilled(TorchDispatchMode):
-    """Leaves the weights as the allocator gives them: nobody reads them, and filling takes longer than the capture."""
+    """Leaves the weights as the allocator gives them: they are never read; filling takes longer than the capture."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func._schema.name in _FILLS and args[0].numel() > LARGE and not isinstance(args[1:2] and args[1], Tensor):
@@ -66,7 +66,7 @@ class _Unfilled(TorchDispatchMode):
 def unfilled() -> Iterator[None]:
     """Build what is built inside without filling large weights.
 
-    torch draws truncated normal numbers anew until all are inside, which they never are where nothing draws.
+    torch draws truncated normal numbers again until all are inside, which they never are where nothing draws.
     """
     init: Any = nn.init
     drawn = init._no_grad_trunc_normal_

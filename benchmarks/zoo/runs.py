@@ -84,7 +84,7 @@ class Log:
         other = [name for name in _OF_RUN if old.get(name) != self.run[name]]
         if other:
             raise SystemExit(
-                f"--resume: {self._path.name} has another {', '.join(other)}. Start anew without --resume."
+                f"--resume: {self._path.name} has another {', '.join(other)}. Start again without --resume."
             )
         for line in lines:
             try:
@@ -97,7 +97,7 @@ class Log:
 
 
 def merged(known: Mapping[str, Any], run: Record, rows: list[tuple[str, str, Row]]) -> dict[str, Any]:
-    """Put rows beside those that are known, every one with the number of its run; runs without rows go.
+    """Add rows to those that are known, every one with the number of its run; runs without rows go.
 
     Args: known: families and runs, as in the JSON.
     """

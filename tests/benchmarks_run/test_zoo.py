@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
     assert again.rows == [("timm", "a", {"built": True})]
     assert again.run["processes"] is None  # two, then three
     assert again.seconds >= log.seconds - 0.5
-    with pytest.raises(SystemExit, match=r"has another versions\. Start anew without --resume"):
+    with pytest.raises(SystemExit, match=r"has another versions\. Start again without --resume"):
         runs.Log(path, {**run, "versions": {}}, resume=True)
     assert runs.Log(path, run, resume=False).rows == []
 

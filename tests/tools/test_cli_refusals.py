@@ -1,4 +1,4 @@
-"""Bad input, too little of the machine, and output that nobody reads: one line, and nothing lost."""
+"""Bad input, too little of the machine, and output that is closed: one line, and nothing lost."""
 
 import json
 import os

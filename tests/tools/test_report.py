@@ -1,4 +1,4 @@
-"""The report of synthetic runs: every figure of the page is the log's, and nothing is needed beside the page."""
+"""The report of synthetic runs: every figure of the page is the log's, and the page needs nothing else."""
 
 import re
 import struct
@@ -245,12 +245,12 @@ def test_the_test_metric_is_the_summarys(tmp_path):
     assert "validation accuracy, with apoptosis" in page_of(folder).text()
     with EventLog(folder / "events.jsonl") as log:
         overall = {"test_metric_dense": 0.98764, "test_metric_apoptosis": 0.98654, "speedup_run": 1.75}
-        log.append("summary", overall=overall, runs=[{"events": ["told above"], "macs_ratio": 3.5}])
+        log.append("summary", overall=overall, runs=[{"events": ["shown above"], "macs_ratio": 3.5}])
     page = page_of(folder)
     assert "test accuracy, with apoptosis 98.65 %" in page.text()
     assert "test accuracy, without 98.76 %" in page.text()
     assert "1.75x faster" in page.text()
-    assert "told above" not in page.text("summary")
+    assert "shown above" not in page.text("summary")
     assert "macs_ratio" in page.text("summary")
 
 

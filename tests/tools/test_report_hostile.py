@@ -105,18 +105,18 @@ def test_any_place_of_a_log_may_hold_anything(lines, tmp_path, monkeypatch):
         try:
             page = write_report(folder).read_text(encoding="utf-8")
         except ApoptosisError as error:
-            told = str(error)
+            text = str(error)
         else:
-            told = ""
+            text = ""
             pages += 1
             assert "<script" not in page.lower()
             Page(page)
-        assert "\n" not in told
+        assert "\n" not in text
     assert pages > 8
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "text"),
     [
         (b"\x7fELF\x00\x01\x02" * 100, "not an apoptosis event log|not a JSON object"),
         (b"\xff\xfe{\x00", "not"),
@@ -128,9 +128,9 @@ def test_any_place_of_a_log_may_hold_anything(lines, tmp_path, monkeypatch):
         (HEADER + b'{"kind": "epoch", "n": ' + b"9" * 9999 + b"}\n", "4300"),
     ],
 )  # fmt: skip
-def test_files_that_are_no_logs(tmp_path, capsys, content, told):
+def test_files_that_are_no_logs(tmp_path, capsys, content, text):
     (tmp_path / "events.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=text) as caught:
         write_report(tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400

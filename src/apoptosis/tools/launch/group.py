@@ -253,17 +253,15 @@ def _store(process: ProcessInfo, timeout: float) -> tuple[Any, bool]:
     assert process.port is not None
     hosts = process.rank == 0 and not agent
     try:
-        store = _stores.TCPStore(
-            process.address,
-            process.port,
-            process.size,
-            is_master=hosts,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-        )
+        store = _tcp_store(process.address, process.port, process.size, hosts, timeout)
     except (RuntimeError, OSError) as error:
         raise _not_come(process, error) from error
     return _stores.PrefixStore(f"attempt-{process.restarts}", store), hosts
+
+
+def _tcp_store(host: str, port: int, size: int, hosts: bool, timeout: float) -> Any:
+    limit = timedelta(seconds=timeout)
+    return _stores.TCPStore(host, port, size, is_master=hosts, timeout=limit, wait_for_workers=False)
 
 
 def _mpi_process(detected: ProcessInfo) -> tuple[ProcessInfo, Any, Any]:
@@ -302,10 +300,9 @@ def _mpi_store(comm: Any, timeout: float) -> tuple[Any, bool]:
     host = "127.0.0.1" if near.Get_size() == comm.Get_size() else socket.gethostname()
     near.Free()
     store, found = None, ("", 0, "")
-    limit = timedelta(seconds=timeout)
     if comm.Get_rank() == 0:
         try:
-            store = _stores.TCPStore(host, 0, comm.Get_size(), is_master=True, timeout=limit, wait_for_workers=False)
+            store = _tcp_store(host, 0, comm.Get_size(), True, timeout)
             found = (host, store.port, "")
         except (RuntimeError, OSError) as error:
             found = ("", 0, str(error).splitlines()[0])
@@ -314,9 +311,7 @@ def _mpi_store(comm: Any, timeout: float) -> tuple[Any, bool]:
         raise RankError(f"rank 0 could not open a port for the others: {fault}")
     if store is None:
         try:
-            store = _stores.TCPStore(
-                address, port, comm.Get_size(), is_master=False, timeout=limit, wait_for_workers=False
-            )
+            store = _tcp_store(address, port, comm.Get_size(), False, timeout)
         except (RuntimeError, OSError) as error:
             raise RankError(
                 f"rank {comm.Get_rank()} could not reach rank 0 at {address}:{port}: {str(error).splitlines()[0]}"

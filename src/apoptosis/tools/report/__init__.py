@@ -47,16 +47,12 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
         folder.mkdir(exist_ok=True)
         for plot in plots:
             if plot.png:
-                _write(folder / f"{plot.key}.png", plot.png)
+                with replacing(folder / f"{plot.key}.png") as partial:
+                    partial.write_bytes(plot.png)
             else:  # a plot of an earlier state of this folder would contradict the page
                 (folder / f"{plot.key}.png").unlink(missing_ok=True)
-        _write(page, render(run, plots).encode(errors="replace"))
+        with replacing(page) as partial:  # a reader sees the old page or the new one, never half of it
+            partial.write_bytes(render(run, plots).encode(errors="replace"))
     except OSError as error:
         raise DataError(f"report '{page}': cannot be written ({error.strerror or error})") from None
     return page
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file at once: a reader sees the old or the new one, never half of it."""
-    with replacing(path) as partial:
-        partial.write_bytes(data)
