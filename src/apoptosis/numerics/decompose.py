@@ -106,10 +106,11 @@ def solve_mix_of_root(root_NC: Tensor, keep_K: Tensor) -> Tensor:
 
 def _mix(keep_K: Tensor, num: int, solve: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Return a mix, (kept, channels): the identity on kept channels; of the removed ones what `solve` returns."""
-    mix = torch.zeros(keep_K.numel(), num, dtype=torch.float64, device=keep_K.device)
     removed = complement(keep_K, num)
-    if keep_K.numel() and removed.numel() and solve is not None:
-        mix[:, removed] = solve(removed)
+    solved = solve(removed) if keep_K.numel() and removed.numel() and solve is not None else None
+    mix = torch.zeros(keep_K.numel(), num, dtype=torch.float64, device=keep_K.device)  # once solving needs no memory
+    if solved is not None:
+        mix[:, removed] = solved
     mix[torch.arange(keep_K.numel(), device=mix.device), keep_K] = 1.0
     return mix
 
