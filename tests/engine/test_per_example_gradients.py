@@ -36,5 +36,5 @@ def test_the_optimizer_of_a_privacy_engine_is_refused_by_name(runs):
     for p in net.parameters():
         if hasattr(p, "grad_sample"):
             del p.grad_sample
-    with pytest.raises(UnsupportedOptimizerError, match=r"DPOptimizer cannot follow.*single examples"):
+    with pytest.raises(UnsupportedOptimizerError, match=r"DPOptimizer cannot follow.*per-example gradients"):
         Apoptosis(net, optimizer, torch.zeros(4, 6))
