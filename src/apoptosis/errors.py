@@ -77,7 +77,7 @@ class CheckpointError(ApoptosisError):
 class RankError(ApoptosisError):
     """Another process of the run is gone, does not answer in time, or came to another result."""
 
-    reported = False  # the other told so itself, in an exchange that this one made for something else
+    reported = False  # by the other rank, in an exchange that this rank made for something else
 
 
 class DataError(ApoptosisError):

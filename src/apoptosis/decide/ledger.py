@@ -41,7 +41,7 @@ def _count(number: int) -> str:
 
 
 def _shortened(text: str, most: int, *, end: bool = False) -> str:
-    """Return the text in at most so many characters; end: of its end, which tells names apart."""
+    """Return the text in at most so many characters; end: of its end, by which names differ."""
     if len(text) <= most:
         return text
     return "…" + text[len(text) - most + 1 :] if end else text[: most - 1] + "…"

@@ -155,7 +155,7 @@ def capture(
     carried: what the model keeps from earlier passes; in later rounds it has run as often before the pass is followed.
 
     Parameters, buffers, gradients, training flags, hooks and random generators are afterwards as they were. Hooks of
-    the user's run as in any pass (`is_internal_forward` tells them); what is compiled runs eagerly.
+    the user's run as in any pass (`is_internal_forward` identifies them); what is compiled runs eagerly.
 
     Returns: the number of tensors that the model returned.
 

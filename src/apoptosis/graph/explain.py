@@ -269,8 +269,8 @@ class Code(Enum):
     NOT_RUN_TOO = ("'{name}' belongs to '{module}' too, which the forward pass on example_input does not run", _INPUT)
     BESIDE_UNREAD = ("'{name}' lies along them and is not read by the forward pass on example_input", _INPUT)
     NO_ROWS = ("'{module}' runs on no rows of example_input", _LARGER)
-    TWIN_NOT_RUN = (
-        "'{module}', which may read or make them as '{twin}' does, is not run by the forward pass on example_input",
+    SIBLING_NOT_RUN = (
+        "'{module}', which may read or make them as '{sibling}' does, is not run by the forward pass on example_input",
         _LARGER)
 
     # what the user or an event says

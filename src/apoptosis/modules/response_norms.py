@@ -117,11 +117,11 @@ def _agrees(module: nn.Module, layout: Response) -> bool:
                     for name, p in module._parameters.items()
                     if p is not None
                 }
-                twin = _twin(module, {name: p.to(device, own.dtype) for name, p in drawn.items()})
+                copied = _copy(module, {name: p.to(device, own.dtype) for name, p in drawn.items()})
                 x = torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu") * size
                 x = x.to(device, own.dtype)
-                got = twin.forward(x)
-                gain, bias = (twin._parameters[name].double() for name in (layout.gain, layout.bias))
+                got = copied.forward(x)
+                gain, bias = (copied._parameters[name].double() for name in (layout.gain, layout.bias))
                 want = response(x.double(), layout, gain, bias, gain.new_ones(width), width)
         except Exception:  # noqa: BLE001  # the user's forward may raise anything: then it is no such norm
             return False
@@ -132,7 +132,7 @@ def _agrees(module: nn.Module, layout: Response) -> bool:
     return True
 
 
-def _twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
+def _copy(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
     """Copy a module, with these tensors in the places of its parameters."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
     memo = {id(p): nn.Parameter(parameters[name], requires_grad=False) for name, p in own.items()}

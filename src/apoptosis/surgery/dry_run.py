@@ -102,9 +102,9 @@ def _try(optimizer: Optimizer, names: Mapping[int, str]) -> None:
         except Exception:  # noqa: BLE001  # it may need what is not there (a model, a device): then nothing is learnt
             LEARNT.update({layer: {} for layer in found})
             return
-        for layer, twin in zip(layers(optimizer), layers(trial.optimizer), strict=True):
-            learnt = _learnt(twin, trial)
-            LEARNT[layer] = LEARNT[twin] = learnt
+        for layer, copied in zip(layers(optimizer), layers(trial.optimizer), strict=True):
+            learnt = _learnt(copied, trial)
+            LEARNT[layer] = LEARNT[copied] = learnt
         LEARNT.setdefault(outer, {})
         try:
             trial.check_rules(names)
@@ -241,10 +241,10 @@ class _Trial:
     def check_rules(self, names: Mapping[int, str]) -> None:
         """Raise for state that has no rule, and for tensors outside of it."""
         check_kept(self.optimizer, {id(p): names[number] for number, p in self.parameters.items()})
-        for twin in layers(self.optimizer):
+        for copied in layers(self.optimizer):
             for number, p in self.parameters.items():
-                for key, value in twin.state.get(p, {}).items():
-                    rule_of(twin, names[number], p, key, value, " (a small copy, in a dry run)")
+                for key, value in copied.state.get(p, {}).items():
+                    rule_of(copied, names[number], p, key, value, " (a small copy, in a dry run)")
 
     def cut(self) -> None:
         """Let every parameter lose a channel along its first two dims, and the state follow."""
@@ -386,5 +386,5 @@ class _Copier:
                 vars(found)[name] = OrderedDict()
             else:
                 vars(found)[name] = self.copied(item)
-        twin: Optimizer = found
-        return twin
+        copied: Optimizer = found
+        return copied

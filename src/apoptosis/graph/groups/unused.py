@@ -47,7 +47,7 @@ def pin_unreached(trace: TraceResult, model: nn.Module, aliases: Mapping[str, st
         notes.append(_no_rows_note(name, count))
         for info in _inside(own, name):
             _pin(trace, info, Code.NO_ROWS(module=name))
-    _pin_twins(trace, modules, own, idle)
+    _pin_siblings(trace, modules, own, idle)
     return tuple(notes)
 
 
@@ -72,7 +72,7 @@ def _inside(own: Mapping[str, Mapping[str, TensorInfo]], name: str) -> Iterator[
     return (info for module, held in own.items() if name in _lineage(module) for info in held.values())
 
 
-def _pin_twins(
+def _pin_siblings(
     trace: TraceResult,
     modules: Mapping[str, nn.Module],
     own: Mapping[str, Mapping[str, TensorInfo]],
@@ -87,17 +87,17 @@ def _pin_twins(
     for name in idle:
         home = name.rpartition(".")[0]
         shapes = [info.shape for info in _inside(own, name)]
-        for twin in modules if isinstance(modules[home], nn.ModuleList | nn.ModuleDict) else ():
-            like = twin.rpartition(".")[0] == home and type(modules[twin]) is type(modules[name])
-            if like and twin in trace.ran and [info.shape for info in _inside(own, twin)] == shapes:
-                found.setdefault(twin, name)
+        for sibling in modules if isinstance(modules[home], nn.ModuleList | nn.ModuleDict) else ():
+            like = sibling.rpartition(".")[0] == home and type(modules[sibling]) is type(modules[name])
+            if like and sibling in trace.ran and [info.shape for info in _inside(own, sibling)] == shapes:
+                found.setdefault(sibling, name)
     labels = classify(trace).labels if found else np.zeros(0, dtype=np.int64)
-    for twin, name in found.items():
-        ids = np.concatenate([info.ids() for info in _inside(own, twin)])
+    for sibling, name in found.items():
+        ids = np.concatenate([info.ids() for info in _inside(own, sibling)])
         outside = np.ones(labels.size, dtype=bool)
         outside[ids] = False
         shared = ids[np.isin(labels[ids], labels[outside])]
-        trace.pin(shared, Code.TWIN_NOT_RUN(module=name, twin=twin))
+        trace.pin(shared, Code.SIBLING_NOT_RUN(module=name, sibling=sibling))
 
 
 def _own(

@@ -83,7 +83,7 @@ def triangle(call: Call) -> Result:
         call.pin(value.ids, Code.DIAGONAL)
     even = (
         {axis: object() for axis in range(-tensor.dim(), -2)} if value.is_filler else {}
-    )  # filled, now it tells places apart
+    )  # filled, now its places differ
     paths = drop_paths([value.paths])
     return replace(value, paths=paths, source=None, linear=frozenset(), is_filler=False, even=even)
 

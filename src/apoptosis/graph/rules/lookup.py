@@ -109,7 +109,7 @@ def _constant_along(tensor: Tensor, axis: int) -> bool:
 
 
 def _positions(call: Call, index: Tensor, value: Value, dim: int, *, writes: bool) -> None:
-    """Pin what an index of the operand's own shape tells apart by number."""
+    """Pin channels that an index of the operand's own shape treats apart by number."""
     verb = "writes" if writes else "picks"
     own = call.value(index).ids if call.view(index) is None else None
     if dim in varying(value.ids):

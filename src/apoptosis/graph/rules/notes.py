@@ -38,7 +38,7 @@ def note_axes(call: Call, ids: IntArray, sizes: Sequence[int]) -> None:
             note_count(call, ids, dim, size)
 
 
-_MANY = 256  # grids beyond this number at one operator are not told apart
+_MANY = 256  # grids beyond this number at one operator are not distinguished
 
 
 def note_split(call: Call, old_ids: IntArray, old: Sequence[int], ids: IntArray, new: Sequence[int]) -> None:

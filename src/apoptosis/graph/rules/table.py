@@ -244,7 +244,7 @@ def register_rule(operator: str, rule: Rule) -> None:
     raises LookupError, TypeError or ValueError pins all operands.
 
     Hand on ids only along axes whose elements the operator keeps apart (what it mixes, it pins), and as a new
-    `Value(ids)`: one that is handed on whole still tells how its numbers were made.
+    `Value(ids)`: one that is handed on whole still says how its numbers were made.
 
     Args:
         operator: its name without namespace, overload and trailing underscore, e.g. "topk".

@@ -1,7 +1,7 @@
 """The plain numbers of a running pass, and which values are multiples of them.
 
 Holds: the record of numbers call by call, and following them: a number that scales the channels of a product of
-activations, or its sums, is told from one that does anything else. Elsewhere: what a changed number means
+activations, or its sums, is distinguished from one that does anything else. Elsewhere: what a changed number means
 (factors.py), which numbers count (scalars.py).
 
 A literal is a tensor of nothing but numbers (`torch.full([], d**0.5)`). Of channels it is followed as long as they

@@ -189,7 +189,7 @@ class StorageMap:
         return any(o.name == info.name for _, o in self._parameters.get(self._storage(tensor)[0], ()))
 
     def place(self, tensor: Tensor) -> int:
-        """Return a number that tells the memory a tensor lies in from all other memory of this pass."""
+        """Return a number that identifies the memory a tensor lies in, within this pass."""
         return self._storage(tensor)[0]
 
     def shared(self, a: Tensor, b: Tensor) -> bool:
