@@ -116,6 +116,19 @@ def criterion() -> None:
     shrink_(network, torch.zeros(2, 12), batches(), tolerance=0, criterion="largest")
 
 
+@check("norm over channels")
+def norm() -> None:
+    from apoptosis import shrink_
+    from apoptosis.modules import norms
+
+    network, x = twice(norms.Damped(32)), batches()[0]
+    before = network(x)
+    event = shrink_(network, torch.zeros(2, 12), batches(), tolerance=1e-4, norm_widths="compensated")
+    assert event.groups == {"0": (32, 16)}
+    assert network[1].size == 16
+    torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-4)
+
+
 class Box(nn.Module):
     """Keeps as many numbers as the network inside has parameters."""
 

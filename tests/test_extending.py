@@ -66,6 +66,27 @@ ADDED: dict[str, tuple[Place, ...]] = {
     "criterion": (
         Place(file="criteria/registry.py", text="\nregister_criterion(replace(MAGNITUDE, name='largest'))\n"),
     ),
+    "norm over channels": (
+        Place(
+            file="modules/norms.py",
+            text="\n\nclass Damped(nn.Module):\n"
+            "    def __init__(self, width):\n        super().__init__()\n"
+            "        self.size, self.weight = width, nn.Parameter(torch.ones(width))\n\n"
+            "    def forward(self, x):\n"
+            "        return x / (1.0 + x.square().mean(-1, keepdim=True)) * self.weight\n\n\n"
+            "class ShrunkDamped(_Compensated, Damped):\n"
+            "    def forward(self, x):\n"
+            "        _, square, cross = self._sums(x)\n"
+            "        total = (x * (x * square + 2.0 * cross)).sum(-1, keepdim=True) + self.constant_square\n"
+            "        return x / (1.0 + total / self.full_width) * self.weight\n\n\n"
+            "SHRUNK[Damped] = ShrunkDamped\n",
+        ),
+        Place(
+            file="surgery/attributes.py",
+            text='    "apoptosis.modules.norms.Damped": _weight("size"),\n',
+            behind=r"^ATTRIBUTES: .*\{$",
+        ),
+    ),
     "wrapper": (
         Place(
             file="distributed/boxed.py",

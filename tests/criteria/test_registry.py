@@ -94,3 +94,12 @@ def test_an_offset_where_none_can_be_folded_is_left_out() -> None:
     before = model(X)
     assert shrink_(model, X[:2], [X], tolerance=0, criterion="mine").groups == {"0": (8, 5)}
     torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-6)
+
+
+def test_answers_of_another_kind_are_refused_by_name() -> None:
+    register_criterion(replace(get_criterion("constant"), name="no_ranking", rank=lambda view: torch.arange(8)))
+    with pytest.raises(ArgumentError, match="'no_ranking': rank of group '0' must return a Ranking, not a Tensor"):
+        shrink_(net(), X[:2], [X], tolerance=0.5, criterion="no_ranking")
+    register_criterion(replace(get_criterion("constant"), name="no_reduction", reduce=lambda view, keep: None))
+    with pytest.raises(ArgumentError, match="reduce of group '0' must return a Reduction, not a NoneType"):
+        shrink_(net(), X[:2], [X], tolerance=0.5, criterion="no_reduction")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from apoptosis.errors import ArgumentError
+from apoptosis.errors import ArgumentError, CaptureError
 from apoptosis.graph import analyse, register_rule
-from apoptosis.graph.rules.table import OPERATORS
+from apoptosis.graph.rules.table import OPERATORS, _table
+from apoptosis.graph.trace.values import Value
 
 GEN = torch.Generator().manual_seed(0)
 X, SEQ, IMG = (
@@ -211,6 +212,25 @@ def test_rules_can_be_registered_once(monkeypatch) -> None:
     finally:
         OPERATORS.pop("special_airy_ai")
     assert analyse(net, (X,), {}).groups[0].pin is not None
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda ids: ids, "'special_airy_ai' returned a ndarray"),
+        (lambda ids: Value(ids[:, :3]), r"ids of shape \(1, 3\) for an output of shape \(\d+, 6\)"),
+        (lambda ids: [Value(ids[0])], r"ids of shape \(6,\)"),
+    ],
+)
+def test_answers_of_a_rule_that_do_not_fit_are_refused(registries, answer, said) -> None:
+    register_rule("special_airy_ai", lambda call: answer(call.value(call.args[0]).ids))
+    with pytest.raises(CaptureError, match=said):
+        analyse(Net(lambda m, h: torch.special.airy_ai(h)), (X,), {})
+
+
+def test_an_operator_that_is_named_twice_is_listed() -> None:
+    with pytest.raises(ValueError, match=r"more than once in the table of operators: cos, relu[.]"):
+        _table((("sin cos cos", OPERATORS["cos"]), ("relu", OPERATORS["relu"]), ("relu", OPERATORS["cos"])))
 
 
 def test_expanded_buffer_is_read_rightly() -> None:

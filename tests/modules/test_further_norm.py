@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis import load, register_attributes, save, shrink_
+from apoptosis.graph import analyse
+from apoptosis.graph.explain import OPT_IN
 from apoptosis.modules import norms
 from apoptosis.surgery import attributes
 
@@ -44,6 +46,14 @@ def network() -> nn.Sequential:
     with torch.no_grad():
         net[0].weight[8:], net[0].bias[8:] = 2.0 * net[0].weight[:8], 2.0 * net[0].bias[:8]
     return net
+
+
+def test_its_pin_names_the_way_out() -> None:
+    net = network()
+    net[1].eps = 1  # no float that a norm by the mean square could hold
+    (pin,) = (group.pin for group in analyse(net, (torch.zeros(2, 6).double(),)).groups if group.name == "0")
+    assert OPT_IN in pin.remedy
+    assert "none of these" not in pin.remedy
 
 
 def test_it_loses_channels_and_travels_in_checkpoints(tmp_path) -> None:

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from apoptosis.errors import ArgumentError
 from apoptosis.records import Group, Member, Structure, TensorEdit
 from apoptosis.surgery import Transaction, build_edits, check_optimizers
+from apoptosis.surgery.optimizers import OPTIMIZERS, StateRules, register_optimizer, rules_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
@@ -280,3 +282,16 @@ def test_adafactor_keeps_the_estimates_of_convolutions(nets):
         with Transaction(conv, [opt]) as transaction:
             transaction.apply([TensorEdit(tensor="weight", keep=index)])
         torch.testing.assert_close(state["row_var"] @ state["col_var"] / state["row_var"].mean(-2, keepdim=True), full)
+
+
+class Velocity(torch.optim.Optimizer):
+    """Of another package than torch."""
+
+
+def test_an_entry_may_name_a_class_of_another_package(monkeypatch) -> None:
+    made = Velocity([torch.zeros(2)], {})
+    assert "velocity" not in rules_of(made)
+    monkeypatch.setitem(OPTIMIZERS, f"{__name__}.Velocity", StateRules({"velocity": "first"}))
+    assert rules_of(made) == {"velocity": "first"}
+    with pytest.raises(ArgumentError, match="has rules already"):
+        register_optimizer(Velocity, {"velocity": "first"})

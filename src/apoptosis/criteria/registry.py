@@ -40,6 +40,8 @@ def register_criterion(criterion: Criterion) -> None:
 
     def rank(view: GroupView) -> Ranking:
         ranking = criterion.rank(view)
+        if not isinstance(ranking, Ranking):
+            raise _wrong(criterion, "rank", view, f"a Ranking, not a {type(ranking).__name__}")
         order = ranking.order.sort().values.cpu()
         if not torch.equal(order, torch.arange(view.num_channels, device="cpu")):
             raise _wrong(criterion, "rank", view, f"an order of all {view.num_channels} channels, each once")
@@ -47,6 +49,8 @@ def register_criterion(criterion: Criterion) -> None:
 
     def reduce(view: GroupView, keep: Tensor) -> Reduction:
         reduction = criterion.reduce(view, keep)
+        if not isinstance(reduction, Reduction):
+            raise _wrong(criterion, "reduce", view, f"a Reduction, not a {type(reduction).__name__}")
         if reduction.group != view.name or not torch.equal(reduction.keep, keep):
             raise _wrong(criterion, "reduce", view, "a reduction to the channels that were asked for")
         shape, num = (keep.numel(), view.num_channels), view.num_channels

@@ -301,7 +301,7 @@ def reason_of(why: Code | Reason | str, remedy: str = "") -> Reason:
 
 def opt_in(module: nn.Module | None) -> str:
     """Return the usual remedy for channels under this norm, with the way to let them go where there may be one."""
-    stock = type(module) in SHRUNK and len(getattr(module, "normalized_shape", ())) == 1
+    stock = type(module) in SHRUNK and len(getattr(module, "normalized_shape", (0,))) == 1
     if module is not None and (stock or is_shrunk(module) or eps_name(module) is not None):
         return f"{NORM_REMEDY} {OPT_IN}" if is_unhooked(module) else f"{NORM_REMEDY} {_TAKE_OFF}"
     kind = type(module).__name__

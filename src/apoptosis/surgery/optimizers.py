@@ -65,7 +65,8 @@ OPTIMIZERS: Mapping[str, StateRules] = {
     "SGD": StateRules({"momentum_buffer": "first"}),
     "SparseAdam": _ADAM,
 }
-"""The classes of torch.optim; subclasses follow their parent."""
+"""The classes of torch.optim by their names, those of other packages by their qualified names ("package.module.Class"),
+so that nothing is imported; subclasses follow their parent."""
 _REGISTERED: dict[type, Mapping[str, Rule]] = {}  # by register_optimizer
 _CONVENTION: Mapping[str, Rule] = {"exp_avg": "first", "momentum_buffer": "first"}  # of all other classes
 _SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"))  # without a rule, of any class
@@ -160,7 +161,7 @@ def register_optimizer(
     """
     if not (isinstance(optimizer_type, type) and issubclass(optimizer_type, Optimizer)):
         raise ArgumentError(f"register_optimizer takes a subclass of torch.optim.Optimizer, not {optimizer_type!r}.")
-    if optimizer_type in _REGISTERED or _has_table(optimizer_type):
+    if optimizer_type in _REGISTERED or _table_of(optimizer_type) is not None:
         raise ArgumentError(f"optimizer {optimizer_type.__qualname__} has rules already.")
     wrong = {key: rule for key, rule in rules.items() if rule not in ("first", "square", "value")}
     if wrong:
@@ -168,8 +169,9 @@ def register_optimizer(
     _REGISTERED[optimizer_type] = dict(rules)
 
 
-def _has_table(cls: type) -> bool:
-    return cls.__module__.startswith("torch.optim") and cls.__name__ in OPTIMIZERS
+def _table_of(cls: type) -> StateRules | None:
+    own = cls.__module__.startswith("torch.optim")
+    return OPTIMIZERS.get(cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}")
 
 
 def rules_of(optimizer: Optimizer) -> Mapping[str, Rule]:
@@ -177,8 +179,8 @@ def rules_of(optimizer: Optimizer) -> Mapping[str, Rule]:
     for cls in type(optimizer).__mro__:
         if cls in _REGISTERED:
             return _REGISTERED[cls]
-        if _has_table(cls):
-            return OPTIMIZERS[cls.__name__].rules
+        if (table := _table_of(cls)) is not None:
+            return table.rules
     return _CONVENTION
 
 

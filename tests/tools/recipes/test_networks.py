@@ -13,7 +13,7 @@ SMALL = {"mlp": (8, 8), "cnn": (4, 4, 8), "vgg": (4, 4, 8), "resnet": (4, 8), "a
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_maps_every_image_size_to_logits(name, shape):
-    model = build_network(name, shape, 7, widths=SMALL[name], dropout=0.1)
+    model = build_network(name, shape, 7, widths=SMALL.get(name), dropout=0.1)
     assert model(torch.randn(2, *shape)).shape == (2, 7)
 
 

@@ -6,13 +6,15 @@ pins whatever reaches it.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
-from apoptosis.errors import ArgumentError
+from apoptosis.errors import ArgumentError, CaptureError
 from apoptosis.graph.explain import Code
 from apoptosis.graph.rules import (
     contraction,
@@ -25,8 +27,10 @@ from apoptosis.graph.rules import (
     product,
     reduction,
 )
-from apoptosis.graph.trace.operators import UNKNOWN, Operator, Rule
+from apoptosis.graph.trace.operators import UNKNOWN, Operator, Result, Rule
 from apoptosis.graph.trace.scalars import item, literal, operands, scale_argument
+from apoptosis.graph.trace.tracer import Call
+from apoptosis.graph.trace.values import Value
 from apoptosis.numerics.activations import NEURON_TYPES
 
 
@@ -217,7 +221,11 @@ def _table(rows: tuple[tuple[str, Operator], ...]) -> dict[str, Operator]:
     named = [(name, row) for names, row in rows for name in names.split()]
     table = dict(named)
     if len(table) < len(named):
-        raise ValueError(f"several rows: {sorted({name for name, row in named if table[name] is not row})}")
+        twice = sorted(name for name, times in Counter(name for name, _ in named).items() if times > 1)
+        raise ValueError(
+            f"named more than once in the table of operators: {', '.join(twice)}. Leave one; the operators of a neuron "
+            "type (numerics/activations.py) have a row already and stand in no other."
+        )
     return table
 
 
@@ -241,7 +249,8 @@ def register_rule(operator: str, rule: Rule) -> None:
 
     It returns the Value of the output, a list of Values for several outputs, or None for outputs without channels. The
     in-place form of an operator is served by the same rule, whose answer is then written to the operand. A rule that
-    raises LookupError, TypeError or ValueError pins all operands.
+    raises LookupError, TypeError or ValueError pins all operands; an answer of another kind, or ids that do not fit the
+    output, end the capture with a CaptureError.
 
     Hand on ids only along axes whose elements the operator keeps apart (what it mixes, it pins), and as a new
     `Value(ids)`: one that is handed on whole still says how its numbers were made.
@@ -280,7 +289,31 @@ def register_rule(operator: str, rule: Rule) -> None:
         raise ArgumentError(
             f"torch has no operator 'aten::{operator}' (similar names: {near}). Give the name in a pin's reason."
         )
-    OPERATORS[operator] = replace(OPERATORS.get(operator, UNKNOWN), rule=rule, picks=True)
+    OPERATORS[operator] = replace(OPERATORS.get(operator, UNKNOWN), rule=_checked(operator, rule), picks=True)
+
+
+def _checked(operator: str, rule: Rule) -> Rule:
+    """Return a rule whose answers are checked: what does not fit would be noticed elsewhere, or not at all."""
+
+    def checked(call: Call) -> Result:
+        result = rule(call)
+        for value, out in zip(result if isinstance(result, Sequence) else (result,), call.outs, strict=False):
+            if value is not None and not isinstance(value, Value):
+                raise CaptureError(
+                    f"the rule of operator '{operator}' returned a {type(value).__name__}. Return a Value for the "
+                    "output, a list of them for several outputs, or None."
+                )
+            shape, ids = tuple(out.shape), () if value is None else value.ids.shape
+            if value is not None and (
+                len(ids) != len(shape) or any(n not in (1, size) for n, size in zip(ids, shape, strict=True))
+            ):
+                raise CaptureError(
+                    f"the rule of operator '{operator}' returned ids of shape {ids} for an output of shape {shape}. "
+                    "They have as many axes as the output, each of its size or of size 1."
+                )
+        return result
+
+    return checked
 
 
 def _is_known(operator: str) -> bool:

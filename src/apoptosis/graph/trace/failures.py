@@ -68,6 +68,7 @@ def fault_of(error: Exception) -> Fault:
     """Return what an error says of an edited model.
 
     Example:
+        >>> from apoptosis.errors import ShapeError
         >>> fault_of(ShapeError("'a' would have to be two numbers at once.")).brief
         "'a' would have to be two numbers at once"
     """
