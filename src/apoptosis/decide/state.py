@@ -17,7 +17,7 @@ from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
 from apoptosis.decide.ledger import Attempt, Ledger, Outcome
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
 from apoptosis.errors import ApoptosisError, CheckpointError
-from apoptosis.graph.explain import Code
+from apoptosis.graph.groups.frozen import is_of_frozen
 from apoptosis.observe import ROWS_PER_CHANNEL
 from apoptosis.planner import Request, Why
 from apoptosis.records import Group, Pin, Structure
@@ -267,8 +267,8 @@ def read_state(
     """
     names = {group.name for group in structure.groups}
     found = [_record(Pin, entry) for entry in state["pins"]]
-    pins = {pin.group: pin for pin in found if pin.code != Code.FROZEN.code}
-    structure = with_pins(with_pins(structure, pins), {pin.group: pin for pin in own if pin.group in names})
+    for pins in (own, found):  # those of this run first: files from before pins had codes hold none
+        structure = with_pins(structure, {p.group: p for p in pins if p.group in names and not is_of_frozen(p)})
     memory, window = read_run_state(state["memory"]), state["window"]
     if state["settings"] != settings.as_dict():
         memory.decision, window = UNDECIDED, None

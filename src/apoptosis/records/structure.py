@@ -29,6 +29,7 @@ class Pin:
     reason: one sentence that names the operator. where: "file.py:line" of the user's code, where known. remedy: what
     would change it, "" for nothing. code: the kind of reason, for programs (graph.explain.Code lists them; "" in files
     of earlier versions); sentences may change from version to version, codes do not. operator: "aten.mul", "" for none.
+    cause: code of the pin of another group that this one follows from, "" for none.
     """
 
     group: str
@@ -38,6 +39,7 @@ class Pin:
     remedy: str = ""
     code: str = ""
     operator: str = ""
+    cause: str = ""
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""

@@ -24,7 +24,7 @@ from apoptosis.errors import ArgumentError, CaptureError
 from apoptosis.graph import analyse, layout_of
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.counts import with_follows
-from apoptosis.graph.groups.frozen import frozen_names
+from apoptosis.graph.groups.frozen import frozen_names, is_of_frozen
 from apoptosis.graph.trace.failures import Fault
 from apoptosis.model.evaluate import num_rows
 from apoptosis.model.outputs import ReadLogits
@@ -100,7 +100,7 @@ def refreshed(target: Target, structure: Structure) -> Structure:
 
 def with_known(target: Target, old: Structure, new: Structure) -> Structure:
     """Return a new structure with what is known from before: pins set from outside, numbers that follow widths."""
-    pins = {g.name: g.pin for g in old.groups if g.pin is not None and g.pin.code != Code.FROZEN.code}
+    pins = {g.name: g.pin for g in old.groups if g.pin is not None and not is_of_frozen(g.pin)}
     kept = with_pins(new, pins)
     return with_follows(kept, old.follows, {follow: value_of(target.model, follow) for follow in old.follows})
 

@@ -73,7 +73,8 @@ def coupled(groups: Sequence[Group], couplings: Iterable[Coupling]) -> tuple[Gro
         reason = ready.code(other=first, cause=causes[first], **ready.fields)
         reason = replace(reason, where=pins[first].where, remedy=pins[first].remedy)
         for name in ready.names - pins.keys():
-            pins[name], causes[name] = reason.pin(name, widths[name]), causes[first]
+            spread = replace(reason.pin(name, widths[name]), cause=pins[first].cause or pins[first].code)
+            pins[name], causes[name] = spread, causes[first]
     sets = [{group.name, *group.tied_groups} for group in groups] + [c.names for c in couplings if c.ties]
     tied: dict[str, set[str]] = {}
     for places in components(sets):

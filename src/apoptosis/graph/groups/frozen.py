@@ -1,6 +1,6 @@
 """Parameters that require no gradient while others do: they keep their shape.
 
-Holds: pins for their channels. Elsewhere: other pins (rules, groups/unused.py, copies.py).
+Holds: pins for their channels, and which pins go with them. Elsewhere: other pins (rules, groups/unused.py, copies.py).
 
 A network of which nothing requires a gradient is simply a trained one, and nothing of it is frozen.
 """
@@ -13,6 +13,7 @@ from torch import nn
 
 from apoptosis.graph.explain import Code
 from apoptosis.graph.trace.result import TraceResult
+from apoptosis.records import Pin
 
 _TUNERS = frozenset(("BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"))  # of peft
 
@@ -29,6 +30,13 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()]
     found = frozenset(name for name, p in named if not p.requires_grad)
     return frozenset() if len(found) == len(named) else found
+
+
+def is_of_frozen(pin: Pin) -> bool:
+    """Whether a pin holds only while parameters are frozen: its own reason, or that of the pin that it follows from."""
+    if not pin.code:  # of a file from before pins had codes
+        return "requires no gradient" in pin.reason
+    return Code.FROZEN.code in (pin.code, pin.cause)
 
 
 def keep_frozen(trace: TraceResult, model: nn.Module, frozen: frozenset[str]) -> None:
