@@ -3,9 +3,12 @@
 import pytest
 import typer
 
+from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli.app import app
 from apoptosis.tools.cli.options import option_name, with_run_options
 from apoptosis.tools.recipes.config import RunConfig
+from apoptosis.tools.recipes.networks import NETWORKS, network
+from apoptosis.tools.report.figures import PLOTS, plot
 
 OWN = {
     "train": {"out", "launcher", "resume", "quiet"},
@@ -98,3 +101,13 @@ def test_what_is_typed_arrives_and_nothing_else():
     assert RunConfig.checked(**typed).model_dump() == VALUES
     run(args=["--epochs", str(RunConfig().epochs), "--more", "y"], standalone_mode=False)
     assert got.pop() == ({"epochs": RunConfig().epochs}, "y")  # typed, though it is the default
+
+
+def test_a_plot_or_network_of_a_name_that_is_taken_is_refused() -> None:
+    before = dict(NETWORKS), dict(PLOTS)
+    with pytest.raises(ArgumentError, match="network 'mlp' is there already; there are mlp, cnn"):
+        network(8)(NETWORKS["mlp"].build)
+    key = next(iter(PLOTS))
+    with pytest.raises(ArgumentError, match=f"plot '{key}' is there already"):
+        plot(key, "", "")(lambda run: "")
+    assert before == (NETWORKS, PLOTS)

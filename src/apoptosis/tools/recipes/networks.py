@@ -68,6 +68,8 @@ def network(*widths: int, least: int = 1, images: bool = True) -> Callable[[Buil
     """Add a builder to NETWORKS under its own name, with its default widths and the least number of them."""
 
     def add(build: Builder) -> Builder:
+        if build.__name__ in NETWORKS:
+            raise ArgumentError(f"network '{build.__name__}' is there already; there are {', '.join(NETWORKS)}.")
         NETWORKS[build.__name__] = Network(build=build, widths=widths, least=least, images=images)
         return build
 

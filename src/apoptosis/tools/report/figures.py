@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from apoptosis.errors import ArgumentError
 from apoptosis.tools.report.run import (
     APOPTOSIS,
     DENSE,
@@ -110,6 +111,9 @@ def plot(key: str, title: str, caption: str) -> Callable[[Draw], Draw]:
     """
 
     def add(draw: Draw) -> Draw:
+        if key in PLOTS:
+            raise ArgumentError(f"plot '{key}' is there already; there are {', '.join(PLOTS)}.")
+
         def made(run: RunData) -> Plot:
             drawn = draw(run)
             if isinstance(drawn, str):
