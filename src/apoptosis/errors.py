@@ -1,7 +1,18 @@
 """The error tree: who, what, why and the remedy, in one line each.
 
-Holds: every exception the library raises on purpose. Elsewhere: any decision to raise one.
+Holds: every exception the library raises on purpose, the one line of others. Elsewhere: any decision to raise one.
 """
+
+
+def one_line(error: BaseException) -> str:
+    r"""Return the type of an error and the first line of its text: that of a user's code may have many.
+
+    Example:
+        >>> one_line(ValueError("no such width\nin the table"))
+        'ValueError: no such width'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class ApoptosisError(Exception):

@@ -17,6 +17,7 @@ from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
 from apoptosis.decide.ledger import Attempt, Ledger, Outcome
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
 from apoptosis.errors import ApoptosisError, CheckpointError
+from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.frozen import is_of_frozen
 from apoptosis.observe import ROWS_PER_CHANNEL
 from apoptosis.planner import Request, Why
@@ -266,13 +267,19 @@ def read_state(
     Raises: one of CORRUPT_STATE_ERRORS.
     """
     names = {group.name for group in structure.groups}
-    found = [_record(Pin, entry) for entry in state["pins"]]
+    found = [_record(Pin, _with_code(entry)) for entry in state["pins"]]
     for pins in (own, found):  # those of this run first: files from before pins had codes hold none
         structure = with_pins(structure, {p.group: p for p in pins if p.group in names and not is_of_frozen(p)})
     memory, window = read_run_state(state["memory"]), state["window"]
     if state["settings"] != settings.as_dict():
         memory.decision, window = UNDECIDED, None
     return structure, memory, window
+
+
+def _with_code(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a stored pin with the code of a frozen parameter, where it is of a file from before pins had codes."""
+    old = "code" not in entry and "requires no gradient" in entry["reason"]
+    return {**entry, "code": Code.FROZEN.code} if old else entry
 
 
 def telemetry(memory: RunState, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:

@@ -31,6 +31,7 @@ from apoptosis.errors import (
     RankError,
     ShapeError,
     StructureChangedError,
+    one_line,
 )
 from apoptosis.graph import gains, verify_up_to_scale
 from apoptosis.graph.trace.failures import Fault, after_edit, fault_of
@@ -391,7 +392,7 @@ class _Trial:
         except (OutOfMemoryError, RankError):
             raise
         except Exception as error:  # the user's forward may raise anything
-            text = f"the forward pass fails on the probe: {type(error).__name__}: {error}"
+            text = f"the forward pass fails on the probe: {one_line(error)}"
             raise CaptureError(text, remedy=after_edit(error)) from error
         other = None
         if training:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apoptosis.errors import ArgumentError, NonFiniteError
+from apoptosis.errors import ArgumentError, NonFiniteError, one_line
 
 ReadLogits = Callable[[Any], Tensor]
 _BEYOND = 1e4  # times the largest value that changed
@@ -110,7 +110,7 @@ def read_logits(out: Any, logits: ReadLogits) -> Tensor:
         found = logits(out)
     except Exception as error:  # the user's function may raise anything
         raise ArgumentError(
-            f"logits=: the function fails on what the model returns ({kind_of(out)}): {type(error).__name__}: {error}"
+            f"logits=: the function fails on what the model returns ({kind_of(out)}): {one_line(error)}"
         ) from error
     if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
         raise ArgumentError("logits=: the function must return a tensor of shape (examples, classes >= 2).")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from apoptosis.distributed.ranks import Ranks
-from apoptosis.errors import ArgumentError, OutOfMemoryError, RankError
+from apoptosis.errors import ArgumentError, OutOfMemoryError, RankError, one_line
 from apoptosis.model.evaluate import (
     Call,
     Probe,
@@ -78,7 +78,7 @@ def _fault_of_cut(model: nn.Module, probe: Probe, read: ReadLogits | None) -> st
         except ArgumentError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - the user's forward may raise anything: it does not run on a part
-            return f"probe: {type(error).__name__}: {error}."
+            return f"probe: {one_line(error)}."
         outs.append(out)
         if logits is not None and probe.labels is not None:
             check_labels(probe.labels, logits.shape[1])
@@ -106,7 +106,7 @@ def _run_whole(model: nn.Module, probe: Probe, read: ReadLogits | None, faults: 
     except (OutOfMemoryError, RankError, ArgumentError):
         raise
     except Exception as error:  # the user's forward may raise anything
-        raise ArgumentError(f"probe: the model fails on it: {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"probe: the model fails on it: {one_line(error)}") from error
     if logits is None:
         return probe
     if probe.labels is not None:

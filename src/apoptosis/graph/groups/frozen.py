@@ -34,8 +34,6 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
 
 def is_of_frozen(pin: Pin) -> bool:
     """Whether a pin holds only while parameters are frozen: its own reason, or that of the pin that it follows from."""
-    if not pin.code:  # of a file from before pins had codes
-        return "requires no gradient" in pin.reason
     return Code.FROZEN.code in (pin.code, pin.cause)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from apoptosis.errors import CaptureError, StructureChangedError
+from apoptosis.errors import CaptureError, StructureChangedError, one_line
 from apoptosis.model import module_state
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -134,13 +134,11 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 def _message(error: BaseException, model: nn.Module) -> tuple[str, str]:
     """Return the first line of what was raised, and the way out where what torch says is known."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     whole = f"{type(error).__name__} {error}".lower()
     hint = next((hint for parts, hint in _HINTS if any(part in whole for part in parts)), "")
     if "argument" in hint:
         hint += f"; forward takes {_arguments(model)}"
-    return text, hint
+    return one_line(error), hint
 
 
 def _arguments(model: nn.Module) -> Any:
