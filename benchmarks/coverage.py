@@ -28,12 +28,12 @@ import torch
 from apoptosis import shrink_
 from apoptosis.records import Group, Pin
 from benchmarks import shared
+from benchmarks.zoo import page as zoo
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where the zoo and the families live, imported after it
+sys.path.insert(0, str(ROOT / "tests"))
 
-from benchmarks.zoo import page as zoo  # noqa: E402 - the path is set first
-from families.family import Family  # noqa: E402 - likewise
+from families.family import Family  # noqa: E402 - families lies in tests/, which is put on the path above
 from families.oracle import build, difference, inputs, operate, run, structure_of  # noqa: E402 - likewise
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "coverage.md"

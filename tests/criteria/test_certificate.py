@@ -21,18 +21,9 @@ from apoptosis.criteria.views import roundoff_tolerance
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import SiteReduction
+from criteria.samples import draw, moments_of
 
 every_criterion = pytest.mark.parametrize("name", criteria())
-
-
-def draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moments_of(z: torch.Tensor) -> Moments:
-    moments = Moments(z.shape[1])
-    moments.update(z, exact=True)
-    return moments
 
 
 def test_a_reduction_that_changes_kept_channels_pays_for_them():

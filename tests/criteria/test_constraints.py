@@ -23,19 +23,10 @@ from apoptosis.criteria.constraints import allowed, balanced, interleaved, step_
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
+from criteria.samples import draw, moments_of
 
 every_criterion = pytest.mark.parametrize("name", criteria())
 seeds = st.integers(0, 2**32 - 1)
-
-
-def draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moments_of(z: torch.Tensor) -> Moments:
-    moments = Moments(z.shape[1])
-    moments.update(z, exact=True)
-    return moments
 
 
 def layer(seed: int, rows: int, per_row: int, *, data: bool = True) -> GroupView:

@@ -28,19 +28,10 @@ from apoptosis.errors import ArgumentError, NonFiniteError, ShapeError
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction
+from criteria.samples import draw, moments_of
 
 seeds = st.integers(0, 2**32 - 1)
 every_criterion = pytest.mark.parametrize("name", criteria())
-
-
-def draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moments_of(z: torch.Tensor) -> Moments:
-    moments = Moments(z.shape[1])
-    moments.update(z, exact=True)
-    return moments
 
 
 class Sample:

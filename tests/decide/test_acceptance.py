@@ -11,7 +11,8 @@ from apoptosis.numerics.bounds import alpha_for_attempt, clopper_pearson_upper, 
 
 def change(flips=0, rows=1000, rms=0.01, losses=None, readable=True):
     return Change(
-        rms=rms,
+        moved=rms**2,
+        spread=1.0,
         rows=rows,
         flips=flips,
         losses=flips if losses is None else losses,

@@ -202,3 +202,11 @@ def test_a_registered_optimizer_is_set_up_again_and_the_state_inside_follows(run
     assert other.flat.numel() == optimizer.flat.numel()
     first, again = (o.inner.state[p]["exp_avg"] for o, p in ((optimizer, net[0].weight), (other, fresh[0].weight)))
     assert torch.equal(first, again)
+
+
+def test_a_kind_that_recognises_nothing_is_refused() -> None:
+    class Nothing(Wrapper):
+        name = "nothing"
+
+    with pytest.raises(ArgumentError, match=r"'nothing' recognises nothing: override matches\(\)"):
+        register_wrapper(Nothing())

@@ -336,7 +336,7 @@ def test_ledger_sum(seed: int, removals: int, size: float) -> None:
             assert part.probe is not None
             rows = slice(0, 80) if truth is None else slice(*test.error_budget.next_rows())
             found = compare([logits[rows]], [after[rows]], part.probe.labels, None)
-            test.record(test.check(part, replace(found, rms=0.0)))  # the sanity limit is another matter
+            test.record(test.check(part, replace(found, moved=0.0)))  # the sanity limit is another matter
             fell = (logits.argmax(1) == labels)[rows].double() - (after.argmax(1) == labels)[rows].double()
             spent[test] = spent.get(test, 0.0) + float(fell.mean())
         lost += float((logits.argmax(1) == labels).double().mean() - (after.argmax(1) == labels).double().mean())

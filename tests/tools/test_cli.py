@@ -17,22 +17,6 @@ from distributed.launched import Launched
 TINY = ["--train-rows", "1500", "--widths", "32,32", "--batch", "32"]
 
 
-def check_refusal(capsys, arguments, what, status=2):
-    assert run(arguments) == status
-    out, err = capsys.readouterr()
-    assert err.startswith("apoptosis: error: ")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert what in err, err
-    assert "Traceback" not in out + err
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def train_tiny(path, *more):
     assert run(["train", *TINY, "--epochs", "1", "--out", str(path), "--quiet", *more]) == 0
 
@@ -56,39 +40,37 @@ def train_tiny(path, *more):
         (["--resume", "nowhere"], "nowhere"),
     ],
 )
-def test_train_refuses_bad_options_before_anything_runs(here, capsys, arguments, what):
-    check_refusal(capsys, ["train", *arguments], what)
+def test_train_refuses_bad_options_before_anything_runs(here, refusal, arguments, what):
+    refusal(["train", *arguments], what)
     assert not list(here.iterdir()) or not list((here / "runs").iterdir())
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_bad_data_files(here, capsys, command):
+def test_bad_data_files(here, refusal, command):
     folder = here / "data" / "higgs"
     folder.mkdir(parents=True)
     good = gzip.compress(("1.0," + ",".join(["0.5"] * 28) + "\n").encode() * 50)
     (folder / "HIGGS.csv.gz").write_bytes(good[:-20])
     arguments = [command, "--data", "higgs", "--data-dir", str(here / "data"), "--epochs", "1"]
-    check_refusal(capsys, arguments, "HIGGS.csv.gz' is cut off")
+    refusal(arguments, "HIGGS.csv.gz' is cut off")
     (folder / "HIGGS.csv.gz").write_bytes(good)
-    check_refusal(capsys, arguments, "holds 50 rows")
+    refusal(arguments, "holds 50 rows")
 
 
-def test_nan_loss_is_one_line(here, capsys):
+def test_nan_loss_is_one_line(here, refusal):
     arguments = ["train", *TINY, "--epochs", "2", "--lr", "1e30", "--quiet", "--no-apoptosis"]
-    check_refusal(capsys, arguments, "the training loss is")
-    check_refusal(capsys, ["compare", *arguments[1:-1]], "the training loss is")
+    refusal(arguments, "the training loss is")
+    refusal(["compare", *arguments[1:-1]], "the training loss is")
 
 
-def test_a_folder_that_cannot_be_written(here, capsys):
+def test_a_folder_that_cannot_be_written(here, capsys, refusal):
     (here / "file").write_text("")
-    check_refusal(capsys, ["train", *TINY, "--out", "file/run"], "file/run")
-    check_refusal(
-        capsys, ["compare", *TINY, "--out", "ok", "--json", "no/such/folder.json"], "--json: there is no folder"
-    )
+    refusal(["train", *TINY, "--out", "file/run"], "file/run")
+    refusal(["compare", *TINY, "--out", "ok", "--json", "no/such/folder.json"], "--json: there is no folder")
     assert not (here / "ok").exists()
 
 
-def test_train_writes_resumes_and_is_never_written_over(here, capsys):
+def test_train_writes_resumes_and_is_never_written_over(here, capsys, refusal):
     train_tiny("one")
     out = capsys.readouterr().out
     assert "test accuracy" in out
@@ -99,22 +81,22 @@ def test_train_writes_resumes_and_is_never_written_over(here, capsys):
         "last.safetensors",
         "summary.json",
     }
-    check_refusal(capsys, ["train", *TINY, "--out", "one"], "'one' holds a run already")
-    check_refusal(capsys, ["train", "--resume", "one", "--epochs", "5"], "--epochs: the run in 'one' has 1, not 5")
+    refusal(["train", *TINY, "--out", "one"], "'one' holds a run already")
+    refusal(["train", "--resume", "one", "--epochs", "5"], "--epochs: the run in 'one' has 1, not 5")
     assert run(["train", "--resume", "one", "--epochs", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split(" parameters")[0] in out
 
 
-def test_checkpoint_of_another_network(here, capsys):
+def test_checkpoint_of_another_network(here, capsys, refusal):
     train_tiny("one")
     other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     save(here / "one" / "last.safetensors", other, torch.optim.Adam(other.parameters()))
     capsys.readouterr()
-    check_refusal(capsys, ["train", "--resume", "one"], "last.safetensors")
-    check_refusal(capsys, ["plan", "one"], "last.safetensors")
+    refusal(["train", "--resume", "one"], "last.safetensors")
+    refusal(["plan", "one"], "last.safetensors")
     (here / "one" / "last.safetensors").write_bytes(b"not a checkpoint")
-    check_refusal(capsys, ["train", "--resume", "one"], "last.safetensors")
-    check_refusal(capsys, ["plan", "one"], "last.safetensors")
+    refusal(["train", "--resume", "one"], "last.safetensors")
+    refusal(["plan", "one"], "last.safetensors")
 
 
 def test_compare_prints_and_writes(here, capsys):
@@ -141,15 +123,15 @@ def test_compare_prints_and_writes(here, capsys):
 
 
 @pytest.mark.parametrize("seeds", ["0,0", "-1", "a", ""])
-def test_compare_refuses_bad_seeds(here, capsys, seeds):
-    check_refusal(capsys, ["compare", "--seeds", seeds], "--seeds")
+def test_compare_refuses_bad_seeds(here, refusal, seeds):
+    refusal(["compare", "--seeds", seeds], "--seeds")
 
 
-def test_report_of_something_else(here, capsys):
-    check_refusal(capsys, ["report", "."], "not a run folder")
+def test_report_of_something_else(here, refusal):
+    refusal(["report", "."], "not a run folder")
 
 
-def test_plan_says_what_would_go_and_writes_nothing(here, capsys):
+def test_plan_says_what_would_go_and_writes_nothing(here, capsys, refusal):
     train_tiny("one", "--exclude", "*")
     before = {path: path.read_bytes() for path in (here / "one").iterdir()}
     (here / "free").mkdir()
@@ -167,8 +149,8 @@ def test_plan_says_what_would_go_and_writes_nothing(here, capsys):
     assert run(["plan", "free/last.safetensors", "--tolerance", "0.5"]) == 0
     again = capsys.readouterr().out
     assert again.splitlines()[1:-2] == out.splitlines()[1:-2]  # the event, two lines, says the seconds it took
-    check_refusal(capsys, ["plan", "nowhere"], "'nowhere'")
-    check_refusal(capsys, ["plan", "plan.json"], "config.json")
+    refusal(["plan", "nowhere"], "'nowhere'")
+    refusal(["plan", "plan.json"], "config.json")
 
 
 NETS = """
@@ -192,7 +174,7 @@ def fails():
 """
 
 
-def test_inspect(here, capsys, monkeypatch):
+def test_inspect(here, capsys, monkeypatch, refusal):
     (here / "my_nets.py").write_text(NETS)
     monkeypatch.setattr(sys, "path", list(sys.path))
     arguments = ["inspect", "my_nets:Net", "--input-shape", "6", "--kwargs", '{"width": 20}', "--json", "net.json"]
@@ -207,15 +189,15 @@ def test_inspect(here, capsys, monkeypatch):
     assert "first" in out
     assert "sort" in out
     for factory, what in (("wrong", "gives a int"), ("fails", "RuntimeError"), ("absent", "absent")):
-        check_refusal(capsys, ["inspect", f"my_nets:{factory}", "--input-shape", "6"], what)
-    check_refusal(capsys, ["inspect", "my_nets", "--input-shape", "6"], "package.module:factory")
-    check_refusal(capsys, ["inspect", "no_such_module:x", "--input-shape", "6"], "no_such_module")
-    check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "7"], "Net")
-    check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "a"], "--input-shape")
-    check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "0"], "--input-shape")
-    check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "6", "--kwargs", "{"], "--kwargs")
-    check_refusal(capsys, ["inspect", "my_nets:Net"], "--input-shape")
-    check_refusal(capsys, ["inspect", "my_nets:Net", "--input-shape", "6", "--device", "abacus"], "--device")
+        refusal(["inspect", f"my_nets:{factory}", "--input-shape", "6"], what)
+    refusal(["inspect", "my_nets", "--input-shape", "6"], "package.module:factory")
+    refusal(["inspect", "no_such_module:x", "--input-shape", "6"], "no_such_module")
+    refusal(["inspect", "my_nets:Net", "--input-shape", "7"], "Net")
+    refusal(["inspect", "my_nets:Net", "--input-shape", "a"], "--input-shape")
+    refusal(["inspect", "my_nets:Net", "--input-shape", "0"], "--input-shape")
+    refusal(["inspect", "my_nets:Net", "--input-shape", "6", "--kwargs", "{"], "--kwargs")
+    refusal(["inspect", "my_nets:Net"], "--input-shape")
+    refusal(["inspect", "my_nets:Net", "--input-shape", "6", "--device", "abacus"], "--device")
 
 
 INSPECTED = """
@@ -285,23 +267,23 @@ def test_inspect_takes_a_factory_of_model_and_example(here, capsys, monkeypatch,
     del sys.modules["inspected"]
 
 
-def test_inspect_says_plainly_that_nothing_may_shrink(here, capsys, monkeypatch):
+def test_inspect_says_plainly_that_nothing_may_shrink(here, capsys, monkeypatch, refusal):
     (here / "inspected2.py").write_text(INSPECTED)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert run(["inspect", "inspected2:fixed"]) == 0
     assert "nothing can be removed from this network" in capsys.readouterr().out
-    check_refusal(capsys, ["inspect", "inspected2:reads_data", "--device", "meta"], "_local_scalar_dense")
-    check_refusal(capsys, ["inspect", "inspected2:sharded"], "DataParallel")
+    refusal(["inspect", "inspected2:reads_data", "--device", "meta"], "_local_scalar_dense")
+    refusal(["inspect", "inspected2:sharded"], "DataParallel")
 
 
-def test_help_and_no_arguments(capsys):
+def test_help_and_no_arguments(capsys, refusal):
     for arguments in ([], ["--help"], ["train", "--help"]):
         assert run(arguments) == 0
         assert "Usage" in capsys.readouterr().out
-    check_refusal(capsys, ["trian"], "trian")
+    refusal(["trian"], "trian")
 
 
-def test_sigint_keeps_a_checkpoint_from_which_the_run_goes_on(here, capsys):
+def test_sigint_keeps_a_checkpoint_from_which_the_run_goes_on(here, refusal):
     arguments = [*TINY, "--train-rows", "8000", "--epochs", "400", "--out", "long"]
     code = "import warnings; warnings.simplefilter('error'); from apoptosis.tools.cli import main; main()"
     child = Launched("none", 1, "-c", code, "train", *arguments, cwd=here)
@@ -313,4 +295,4 @@ def test_sigint_keeps_a_checkpoint_from_which_the_run_goes_on(here, capsys):
     assert child.wait() == 130, child.told()
     assert child.told().count("\n") == 1
     assert child.told().startswith("apoptosis: error: interrupted")
-    check_refusal(capsys, ["train", "--resume", "long", "--seed", "1"], "--seed: the run in 'long' has 0, not 1")
+    refusal(["train", "--resume", "long", "--seed", "1"], "--seed: the run in 'long' has 0, not 1")

@@ -17,23 +17,6 @@ from distributed.launched import ran
 TINY = ["--train-rows", "1500", "--widths", "16,16", "--batch", "32", "--epochs", "1", "--no-apoptosis", "--quiet"]
 
 
-def refusal(capsys, arguments, what, status=2):
-    assert run(arguments) == status, arguments
-    out, err = capsys.readouterr()
-    assert err.startswith("apoptosis: error: "), err
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert len(err) < 700
-    assert what in err, err
-    assert "Traceback" not in out + err
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 NUMBERS = {
     "--train-rows": int,
     "--test-rows": int,
@@ -54,12 +37,12 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("option", NUMBERS)
-def test_numbers_out_of_range(here, capsys, option):
+def test_numbers_out_of_range(here, refusal, option):
     bad = ["-1", "x", ""] if NUMBERS[option] is int else ["nan", "inf", "-inf", "-1", "1e400", "x", ""]
     if NUMBERS[option] is int:
         bad += ["1.5", "nan", str(10**30)]
     for value in bad:
-        refusal(capsys, ["train", option, value], option)
+        refusal(["train", option, value], option)
     assert list(here.iterdir()) == []
 
 
@@ -79,19 +62,19 @@ def test_numbers_out_of_range(here, capsys, option):
         (["--data", "mnist", "--data-dir", "file"], "file"),
     ],
 )
-def test_train_says_what_is_wrong_in_one_line(here, capsys, arguments, what):
+def test_train_says_what_is_wrong_in_one_line(here, refusal, arguments, what):
     (here / "file").write_text("")
-    refusal(capsys, ["train", *arguments], what)
+    refusal(["train", *arguments], what)
     assert [p.name for p in here.iterdir() if p.name != "runs"] == ["file"]
     assert not (here / "runs").exists() or not list((here / "runs").iterdir())
 
 
-def test_resume_and_out_together(here, capsys):
-    refusal(capsys, ["train", "--resume", "one", "--out", "two"], "continues in its own folder, 'one'; leave --out out")
+def test_resume_and_out_together(here, refusal):
+    refusal(["train", "--resume", "one", "--out", "two"], "continues in its own folder, 'one'; leave --out out")
 
 
 @pytest.mark.parametrize("kind", ["deep", "list", "text", "binary", "pipe", "folder", "number", "empty"])
-def test_configurations_that_are_none(here, capsys, kind):
+def test_configurations_that_are_none(here, refusal, kind):
     folder = here / "run"
     folder.mkdir()
     path = folder / "config.json"
@@ -104,11 +87,11 @@ def test_configurations_that_are_none(here, capsys, kind):
         texts = {"deep": deep, "list": "[1]", "text": "hello", "number": '{"lr": 1e999}', "empty": ""}
         path.write_bytes(b"\xff\x00\xfe" if kind == "binary" else texts[kind].encode())
     for command in (["train", "--resume", "run"], ["plan", "run"]):
-        refusal(capsys, command, "config.json" if kind != "number" else "--lr")
+        refusal(command, "config.json" if kind != "number" else "--lr")
     assert [p.name for p in folder.iterdir()] == ["config.json"]
 
 
-def test_a_run_without_a_first_checkpoint_is_resumed_or_taken_anew(here, capsys):
+def test_a_run_without_a_first_checkpoint_is_resumed_or_taken_anew(here, capsys, refusal):
     assert run(["train", *TINY, "--out", "one"]) == 0
     for name in ("last.safetensors", "summary.json"):
         (here / "one" / name).unlink()
@@ -117,7 +100,7 @@ def test_a_run_without_a_first_checkpoint_is_resumed_or_taken_anew(here, capsys)
     assert run(["train", "--resume", "one", "--quiet"]) == 0
     assert "'one' holds no checkpoint yet: the run starts again" in capsys.readouterr().out
     assert (here / "one" / "events.jsonl").read_text().startswith(log)  # what was logged stays
-    refusal(capsys, ["train", *TINY, "--out", "one"], "'one' holds a run already")
+    refusal(["train", *TINY, "--out", "one"], "'one' holds a run already")
     for name in ("last.safetensors", "summary.json"):
         (here / "one" / name).unlink()
     assert run(["train", *TINY, "--seed", "1", "--out", "one"]) == 0
@@ -130,17 +113,17 @@ def test_a_run_without_a_first_checkpoint_is_resumed_or_taken_anew(here, capsys)
     assert not [p for p in (here / "one").rglob("*") if p.suffix == ".tmp"]
 
 
-def test_two_processes_do_not_write_one_run(here, capsys):
+def test_two_processes_do_not_write_one_run(here, capsys, refusal):
     assert run(["train", *TINY, "--out", "one"]) == 0
     fcntl = pytest.importorskip("fcntl")
     capsys.readouterr()
     with (here / "one" / "events.jsonl").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        refusal(capsys, ["train", "--resume", "one", "--quiet"], "'one' is being written by another process")
+        refusal(["train", "--resume", "one", "--quiet"], "'one' is being written by another process")
     assert run(["train", "--resume", "one", "--quiet"]) == 0
 
 
-def test_result_files_that_could_not_be_written_are_refused_before_anything_runs(here, capsys):
+def test_result_files_that_could_not_be_written_are_refused_before_anything_runs(here, refusal):
     os.mkfifo(here / "pipe")
     (here / "folder").mkdir()
     for command in (["compare", *TINY[:-2]], ["plan", "folder"], ["inspect", "a:b"]):
@@ -150,13 +133,13 @@ def test_result_files_that_could_not_be_written_are_refused_before_anything_runs
             ("no/such.json", "there is no folder"),
             ("", ""),
         ):
-            refusal(capsys, [*command, "--json", path], what)
+            refusal([*command, "--json", path], what)
     assert {p.name for p in here.iterdir()} == {"pipe", "folder"}
 
 
-def test_json_of_inspect_that_is_too_deep(here, capsys):
+def test_json_of_inspect_that_is_too_deep(here, refusal):
     deep = '{"a":' * 5000 + "1" + "}" * 5000
-    refusal(capsys, ["inspect", "json:dumps", "--kwargs", deep], f"deeper than {MAX_DEPTH}")
+    refusal(["inspect", "json:dumps", "--kwargs", deep], f"deeper than {MAX_DEPTH}")
 
 
 @contextmanager
@@ -171,14 +154,14 @@ def small_files(size):
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
-def test_a_full_disk_is_one_line_and_what_was_there_stays(here, capsys, size):
+def test_a_full_disk_is_one_line_and_what_was_there_stays(here, capsys, size, refusal):
     assert run(["train", *TINY, "--out", "one"]) == 0
     before = (here / "one" / "last.safetensors").read_bytes()
     capsys.readouterr()
     with small_files(size):
-        refusal(capsys, ["train", *TINY, "--out", "two"], "two")
-        refusal(capsys, ["train", "--resume", "one", "--quiet"], "one")
-        refusal(capsys, ["report", "one"], "one")
+        refusal(["train", *TINY, "--out", "two"], "two")
+        refusal(["train", "--resume", "one", "--quiet"], "one")
+        refusal(["report", "one"], "one")
     assert (here / "one" / "last.safetensors").read_bytes() == before
     assert not [p for p in here.rglob("*.tmp")]
 
@@ -216,12 +199,12 @@ def test_a_limit_on_memory_is_one_line(here):
     assert "memory" in done.told()
 
 
-def test_threads_that_cannot_be_started_are_one_line(here, capsys, monkeypatch):
+def test_threads_that_cannot_be_started_are_one_line(here, refusal, monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    refusal(capsys, ["train", *TINY, "--tensorboard", "--out", "one"], "ulimit -v, -u")
+    refusal(["train", *TINY, "--tensorboard", "--out", "one"], "ulimit -v, -u")
 
 
 BEGUN = """

@@ -312,8 +312,7 @@ def _unsharded_forward(units: list[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _unwatched() -> Iterator[None]:
     """Hide the operators inside from a capture."""
-    # untyped in some releases of torch, typed in others
-    with _disable_current_modes(), torch.no_grad():  # type: ignore[no-untyped-call, unused-ignore]
+    with _disable_current_modes(), torch.no_grad():
         yield
 
 

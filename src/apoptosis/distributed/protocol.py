@@ -41,7 +41,7 @@ class Wrapper:
 
     def matches(self, candidate: object) -> bool:
         """Whether a module or optimizer is such a wrapper; of kinds with `in_place`: whether a module was changed."""
-        raise NotImplementedError
+        return False
 
     # ---- unwrap
 
@@ -140,7 +140,7 @@ def register_wrapper(kind: Wrapper) -> None:
 
     Args: kind: an instance of a class derived from `Wrapper`.
 
-    Raises: ArgumentError: no Wrapper, no name, or a name that is taken.
+    Raises: ArgumentError: no Wrapper, no name, a name that is taken, or no `matches` of its own.
 
     Example:
         >>> from apoptosis.distributed import Wrapper, register_wrapper, unwrapped
@@ -160,6 +160,8 @@ def register_wrapper(kind: Wrapper) -> None:
     """
     if not isinstance(kind, Wrapper) or not kind.name:
         raise ArgumentError(f"register_wrapper: {kind!r} is no instance of a class derived from Wrapper with a name.")
+    if type(kind).matches is Wrapper.matches:
+        raise ArgumentError(f"wrapper '{kind.name}' recognises nothing: override matches(), which every kind has to.")
     names = [known.name for known in _REGISTERED]
     if kind.name in names:
         raise ArgumentError(f"wrapper '{kind.name}' is there already; there are {', '.join(sorted(names))}.")

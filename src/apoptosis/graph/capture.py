@@ -40,12 +40,12 @@ from apoptosis.model.passes import internal_passes
 from apoptosis.records import Seen
 
 
-# torch leaves this class untyped in some releases and types it in others, hence both ignores here.
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+# torch's class has no types, hence both ignores here.
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every operator, once executed, to the tracer."""
 
     def __init__(self, tracer: Tracer, constants: Constants | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
         self._constants = constants
 
@@ -69,7 +69,7 @@ class _Functions(TorchFunctionMode):
     """Hands to the tracer, as one operator each, functions of torch that call other operators on other devices."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # untyped in some releases of torch
+        super().__init__()
         self._tracer = tracer
 
     def __torch_function__(

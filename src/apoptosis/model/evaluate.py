@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from apoptosis.errors import ArgumentError, NonFiniteError, OutOfMemoryError, RankError
 from apoptosis.interrupts import is_out_of_memory
 from apoptosis.model.kept import run_fitted
-from apoptosis.model.outputs import Change, ReadLogits, difference, is_masked, read_logits, root_of
+from apoptosis.model.outputs import Change, ReadLogits, difference, is_masked, read_logits
 from apoptosis.model.outputs import read as read_output
 from apoptosis.model.passes import internal_passes
 from apoptosis.numerics.bounds import compare_logits
@@ -324,7 +324,6 @@ def compare(
             moved, spread, mode = other.moved, other.spread, "training"
     rows, flips, losses, close, readable = _compare_classes(before, after, labels, read, probe)
     return Change(
-        rms=root_of(moved, spread),
         moved=moved,
         spread=spread,
         mode=mode,

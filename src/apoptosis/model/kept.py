@@ -159,7 +159,7 @@ def run_fitted(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
             raise  # lack of memory says nothing about what is kept
         try:
             return model(*copies[0], **copies[1])
-        except Exception:  # noqa: BLE001 - the first one is of the model as it is
+        except Exception:  # noqa: BLE001 - whatever this pass raises, the user's error is that of the first one
             raise error from None
 
 

@@ -209,15 +209,15 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-# torch leaves this class untyped in some releases and types it in others, hence both ignores here.
-class Written(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+# torch's class has no types, hence both ignores here.
+class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps a copy of what lies in some memory before an operator writes to it.
 
     Args: storages: by address, the memory to be kept.
     """
 
     def __init__(self, storages: Mapping[int, Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages = storages
         self._kept: dict[int, tuple[Any, Any]] = {}
         self._writes: dict[Any, tuple[tuple[int, str], ...]] = {}
@@ -237,10 +237,11 @@ class Written(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore
         return func(*args, **kwargs)
 
     def _keep(self, tensor: Tensor) -> None:
-        storage = _storage(tensor)
-        key: int = 0 if storage is None else storage._cdata
-        if key in self._storages and key not in self._kept and storage.device.type != "meta":
-            self._kept[key] = storage, storage.clone()
+        storage = storage_of(tensor)
+        if storage is None or storage._cdata in self._kept or storage._cdata not in self._storages:
+            return
+        if storage.device.type != "meta":
+            self._kept[storage._cdata] = storage, storage.clone()  # type: ignore[no-untyped-call]  # torch's own
 
     def restore(self) -> None:
         """Write back what was there."""
@@ -256,10 +257,11 @@ def _written_by(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
-def _storage(tensor: Tensor) -> Any:
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return the memory that a tensor lies in; None for sparse tensors and wrappers, which have none of their own."""
     try:
         return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # sparse ones and wrappers have none
+    except RuntimeError:  # NotImplementedError is one
         return None
 
 
@@ -283,7 +285,7 @@ class ModuleState:
     def __init__(self, model: nn.Module) -> None:
         walk = Walk(model)
         self._walk = walk
-        storages = {s._cdata: s for t in walk.all_tensors if (s := _storage(t)) is not None}
+        storages = {s._cdata: s for t in walk.all_tensors if (s := storage_of(t)) is not None}
         self.written = Written(storages)
         self._tensors = [_TensorState(t) for t in walk.all_tensors if _is_plain(t)]
         self._flags = [(m, m.training) for m in model.modules()]
@@ -319,7 +321,7 @@ def name_of(path: Path) -> str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and _storage(tensor) is not None
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and storage_of(tensor) is not None
 
 
 def random_states(devices: Iterable[torch.device]) -> list[_Number]:

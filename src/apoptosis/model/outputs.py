@@ -160,7 +160,7 @@ def _array(item: Any) -> Tensor | None:
 def _put(found: Readings, path: str, tensor: Tensor) -> None:
     x = tensor.detach()
     if is_masked(x):
-        x = x.to_tensor(0.0)  # type: ignore[attr-defined]
+        x = x.to_tensor(0.0)  # type: ignore[attr-defined]  # a MaskedTensor
     if x.is_quantized:
         x = x.dequantize()
     if x.is_nested:
@@ -240,28 +240,32 @@ def _spread(x: Tensor, counts: Tensor, *, whole: bool) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """How far the outputs moved. rms: relative to the centred output; flips, losses: numbers of examples.
+    """How far the outputs moved.
 
     flips: examples whose largest output changed. losses: right before and wrong after (equal to flips where labels are
     missing). margin_share: share of examples whose two largest logits differ by at most twice the largest change of a
     logit. readable: whether the outputs have columns to compare, one row per example. moved, spread: squared sums, the
-    root of whose ratio is rms. mode: whose outputs rms is of, "evaluation" or "training"; "" where there was nothing to
-    compare, and rms says nothing. changed: share of integers and truth values among the outputs that changed, None
+    root of whose ratio is `rms`. mode: whose outputs these are, "evaluation" or "training"; "" where there was nothing
+    to compare, and rms says nothing. changed: share of integers and truth values among the outputs that changed, None
     without any. resized: paths of outputs whose size changed.
     """
 
-    rms: float
     rows: int
     flips: int
     losses: int
     margin_share: float
     readable: bool
-    moved: float = 0.0
-    spread: float = 0.0
+    moved: float
+    spread: float
     mode: str = "evaluation"
     whole: int = 0
     changed: float | None = None
     resized: tuple[str, ...] = ()
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the change, relative to the centred output."""
+        return root_of(self.moved, self.spread)
 
 
 def together(changes: Sequence[Change]) -> Change:
@@ -274,7 +278,6 @@ def together(changes: Sequence[Change]) -> Change:
     of_mode = [change for change in changes if change.mode == mode]
     moved, spread = sum(change.moved for change in of_mode), sum(change.spread for change in of_mode)
     return Change(
-        rms=root_of(moved, spread),
         moved=moved,
         spread=spread,
         mode=mode,

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from apoptosis.model.module_state import storage_of
+
 LARGE = 1 << 22
 """Elements of a tensor that is not made for its numbers' sake."""
 
@@ -56,20 +58,22 @@ class Constants:
         written = [args[i] for i in _written(func) if i < len(args) and isinstance(args[i], Tensor)]
         for tensor in written:
             if not isinstance(tensor, FakeTensor):
-                storage = tensor.untyped_storage()
-                self._stale[storage._cdata] = storage
+                storage = storage_of(tensor)
+                if storage is not None:
+                    self._stale[storage._cdata] = storage
         return written[0] if written and isinstance(out, Tensor) else out
 
     def _is_stale(self, tensor: Tensor) -> bool:
-        return bool(self._stale) and tensor.untyped_storage()._cdata in self._stale
+        storage = storage_of(tensor) if self._stale else None
+        return storage is not None and storage._cdata in self._stale
 
 
-# torch leaves this class untyped in some releases and types it in others, hence both ignores here.
-class _Building(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+# torch's class has no types, hence both ignores here.
+class _Building(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets what a factory computes from constants have numbers."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        super().__init__()  # type: ignore[no-untyped-call]
         self._constants = Constants()
 
     def __torch_dispatch__(
@@ -94,11 +98,12 @@ def built_fake() -> Iterator[FakeTensorMode]:
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Put fake tensors in the places of a model's real parameters and buffers; tied ones stay tied."""
     known: dict[int, Tensor] = {}
-    for module in model.modules():  # fake tensors stand where torch types a Parameter, hence the ignore
-        for named in (module._parameters, module._buffers):
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for named in tables:
             for name, tensor in named.items():
                 if tensor is not None and not isinstance(tensor, FakeTensor):
-                    named[name] = known.setdefault(id(tensor), mode.from_tensor(tensor))  # type: ignore[assignment]
+                    named[name] = known.setdefault(id(tensor), mode.from_tensor(tensor))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.scalars import literal
 from apoptosis.graph.trace.values import CHANNELS, LITERAL, Multiple, Value
+from apoptosis.model.module_state import storage_of
 from apoptosis.records import ScalarOperands
 
 if TYPE_CHECKING:
@@ -163,7 +164,5 @@ def _carried(call: Call, known: list[Multiple | None], held: list[Multiple], res
 
 def _whole(tensor: Tensor) -> bool:
     """Whether a tensor is all there is of its memory."""
-    try:
-        return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-    except (RuntimeError, NotImplementedError):  # tensors without storage
-        return False
+    storage = storage_of(tensor)
+    return storage is not None and tensor.numel() * tensor.element_size() == storage.nbytes()

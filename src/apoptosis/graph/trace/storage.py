@@ -18,6 +18,7 @@ from torch import Tensor
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.trace.ids import ChannelIds, TensorInfo, View
 from apoptosis.graph.trace.values import CONSTANT, INPUT, SIZE_LIMIT, Origin, Value, collapse, drop_paths, nothing
+from apoptosis.model.module_state import storage_of
 from apoptosis.records import IntArray
 
 Geometry = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -79,9 +80,8 @@ class StorageMap:
         self.written: set[str] = set()
 
     def _storage(self, tensor: Tensor) -> tuple[int, Any]:
-        try:
-            storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # sparse and other tensors without one are known by identity
+        storage = storage_of(tensor)
+        if storage is None:  # known by identity
             self._keep.append(tensor)
             return id(tensor), tensor
         return storage._cdata, storage

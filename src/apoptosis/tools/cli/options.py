@@ -67,7 +67,7 @@ def with_run_options(
             command({n: _parsed(n, values[n]) for n in given}, **{n: values[n] for n in own})
 
         order = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in placed.values()]
-        run.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]  # typer reads it
         run.__annotations__ = {p.name: p.annotation for p in order}
         return run
 
