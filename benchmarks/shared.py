@@ -34,10 +34,12 @@ def result(kind: str, device: torch.device | None = None, **fields: Any) -> dict
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a result, whole or not at all, and say where."""
+    """Write a result, whole or not at all, and say where, and what the pages need where it is a committed one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     print(f"wrote {path}")
+    if RESULTS in path.resolve().parents:
+        print("its tables in README.md and docs: python -m benchmarks.table --write")
 
 
 def in_own_process(module: str, *arguments: str) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def machines_table(results: Mapping[str, Record]) -> str:
     """What each result ran on."""
     rows = []
     for name, result in [*results.items(), *_one_of_each(read_cells(PAPER))]:
-        machine, versions = result.get("machine", {}), result.get("versions", {})
+        run = result if "machine" in result else result["runs"][0]  # the zoo tells the machine of each run
+        machine, versions = run["machine"], run["versions"]
         where = machine.get("accelerator") or machine.get("cpu", "unknown")
         rows.append((name, str(where), f"{machine.get('cores')}, {machine.get('threads')}", str(versions.get("torch")),
                      str(versions.get("torch-apoptosis"))))  # fmt: skip

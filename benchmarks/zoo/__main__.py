@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from apoptosis.tools.recipes.folder import write_json
+from benchmarks import shared
 from benchmarks.zoo.measure import measure
 from benchmarks.zoo.page import PAGE, RESULTS, ROOT, summary, write_page
 from benchmarks.zoo.runs import SEED, Log, merged, record
@@ -92,7 +92,7 @@ def run(wanted: Mapping[tuple[str, str], str], known: Mapping[str, Any], given: 
     if not given.only:
         stay.update({family: {} for family in given.families})
     result = merged({**known, "families": stay}, log.run | {"seconds": log.seconds}, log.rows)
-    write_json(given.json, result)
+    shared.write(given.json, result)
     log.close()
     return result
 
