@@ -1,6 +1,6 @@
 """Moments become a plan with certificates; nothing of the user's is touched."""
 
-from apoptosis.planner.costs import macs_after
+from apoptosis.planner.costs import Cost, Costs, macs_after
 from apoptosis.planner.couplings import with_tied
 from apoptosis.planner.plan import Plan, make_plan, merged
 from apoptosis.planner.proposals import Request
@@ -9,6 +9,8 @@ from apoptosis.planner.views import Observations
 
 __all__ = [
     "Cause",
+    "Cost",
+    "Costs",
     "Observations",
     "Plan",
     "Request",

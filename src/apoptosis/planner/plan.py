@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apoptosis.criteria import Ranking
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.sharded import summon_full_params
-from apoptosis.planner.costs import macs_after
+from apoptosis.planner.costs import Costs
 from apoptosis.planner.couplings import Task, assign_to_ranks, tasks_of
 from apoptosis.planner.proposals import Made, ProposalBuilder, Request
 from apoptosis.planner.reasons import Why, unseen
@@ -149,7 +149,7 @@ def make_plan(
         certificates={g.name: total.certificates[g.name] for g in ordered},
         widths={g.name: (g.num_channels, keeps[g.name]) for g in ordered},
         macs_before=structure.macs,
-        macs_after=macs_after(structure, keeps),
+        macs_after=Costs(structure).of(keeps).macs,
         errors={g.name: total.proposals[g.name].errors for g in ordered},
         dropped_variance=total.dropped_variance,
         left=total.left,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apoptosis.criteria import Criterion, Proposal, Ranking, choose, compensated, interleaved
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.observe import Observation
-from apoptosis.planner.costs import macs_after
+from apoptosis.planner.costs import Costs
 from apoptosis.planner.couplings import Task, Unit, absent, common_steps, own_share, share_of_row
 from apoptosis.planner.reasons import Why, missed_tolerance, too_few_rows, used_up
 from apoptosis.planner.views import GroupData, Observations, dropped, make_view, worst_case
@@ -119,7 +119,7 @@ class ProposalBuilder:
         last: bool,
     ) -> None:
         self._model, self._structure, self._observations, self._request = model, structure, observations, request
-        self._rankings = rankings
+        self._rankings, self._costs = rankings, Costs(structure)
         self._released: dict[tuple[str, str], Observation] = {}
         if last and isinstance(observations, dict):
             self._released = observations
@@ -131,7 +131,7 @@ class ProposalBuilder:
         """Add the proposals of the set of groups that saves most, and why the other groups stay as they are."""
         self._budgets.readers -= task.readers
         found = [self._propose_set(units) for units in task.sets]
-        saved = [-macs_after(self._structure, {n: len(p.reduction.keep) for n, p in own.items()}) for own, _ in found]
+        saved = [-self._costs.of({n: len(p.reduction.keep) for n, p in own.items()}).macs for own, _ in found]
         best = saved.index(max(saved))
         proposals, left = found[best]
         self._budgets.book((), proposals.values())

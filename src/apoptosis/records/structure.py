@@ -420,6 +420,7 @@ class Structure:
     power) each). scalable: per product of activations, the (tensor, dim, positions) that scale its sums alone.
     frozen: parameters that require no gradient while others do, and are therefore not changed. layout: a hash of the
     modules and of the shapes and types of parameters at capture.
+    buffers: which of `shapes` are buffers.
     counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
     kept: tensors that the model keeps in attributes between passes, and where channels lie in them.
     """
@@ -441,6 +442,7 @@ class Structure:
     counts: tuple[Count, ...] = ()
     follows: tuple[Follow, ...] = ()
     kept: tuple[Kept, ...] = ()
+    buffers: frozenset[str] = frozenset()
 
     @property
     def open_groups(self) -> tuple[Group, ...]:
