@@ -171,7 +171,7 @@ def _cells(
     sets, counts = np.unique(owned, axis=0, return_counts=True)
     for own, count in zip(sets, counts.tolist(), strict=True):
         if own.any():
-            yield count / size, tuple(owners[place][0] for place in np.flatnonzero(own))
+            yield count / size, tuple(owners[place][0] for place in np.flatnonzero(own).tolist())
 
 
 def _products(groups: Iterable[Group]) -> dict[int, float]:
