@@ -1,5 +1,6 @@
 """Moments become a plan with certificates; nothing of the user's is touched."""
 
+from apoptosis.planner.branches import branches_of, propose_empty
 from apoptosis.planner.costs import Cost, Costs, macs_after
 from apoptosis.planner.couplings import with_tied
 from apoptosis.planner.plan import Plan, make_plan, merged
@@ -15,9 +16,11 @@ __all__ = [
     "Plan",
     "Request",
     "Why",
+    "branches_of",
     "macs_after",
     "make_plan",
     "merged",
+    "propose_empty",
     "summary",
     "waits",
     "with_tied",

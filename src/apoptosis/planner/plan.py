@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from apoptosis.criteria import Ranking
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.sharded import summon_full_params
+from apoptosis.planner.branches import propose_empty, within
 from apoptosis.planner.costs import Costs
 from apoptosis.planner.couplings import Task, assign_to_ranks, tasks_of
 from apoptosis.planner.proposals import Made, ProposalBuilder, Request
 from apoptosis.planner.reasons import Why, unseen
 from apoptosis.planner.views import Observations
-from apoptosis.records import Certificate, Group, Reduction, Structure
+from apoptosis.records import Certificate, EmptyProposal, Group, Reduction, Structure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,7 +68,7 @@ class Plan:
             f"{self.macs_before:,.0f} -> {self.macs_after:,.0f} multiply-adds"
         ]
         for name, (before, after) in self.widths.items():
-            worst = max(self.errors[name].values(), default=0.0)
+            worst = max(self.errors.get(name, {}).values(), default=0.0)
             lines.append(f"  {name}: {before} -> {after} channels, site error {worst:.3g} (relative rms)")
         lines.extend(f"  {note}" for note in self.notes)
         return "\n".join(lines)
@@ -115,7 +116,9 @@ def make_plan(
     ranks = ranks or Ranks()
     open_groups = structure.open_groups
     left: dict[str, Why] = {group.name: why for group in open_groups if (why := _waits(group, observations, request))}
-    tasks = tasks_of([group for group in open_groups if group.name not in left])
+    emptied = _emptied(model, structure, observations, request, left)
+    gone = {name for proposal in emptied for name in proposal.branch.groups}
+    tasks = tasks_of([group for group in open_groups if group.name not in left and group.name not in gone])
     rank_of = assign_to_ranks(tasks, ranks.size)
     own = [task for task, rank in zip(tasks, rank_of, strict=True) if rank == ranks.rank]
     builder = ProposalBuilder(
@@ -142,18 +145,34 @@ def make_plan(
         total.add(one)
     keeps = {name: len(proposal.reduction.keep) for name, proposal in total.proposals.items()}
     ordered = [group for group in open_groups if group.name in keeps]
+    made_empty = [reduction for proposal in emptied for reduction in proposal.reductions]
     return Plan(
         tolerance=request.tolerance,
         criterion=request.criterion.name,
-        reductions=tuple(total.proposals[g.name].reduction for g in ordered),
-        certificates={g.name: total.certificates[g.name] for g in ordered},
-        widths={g.name: (g.num_channels, keeps[g.name]) for g in ordered},
+        reductions=(*(total.proposals[g.name].reduction for g in ordered), *made_empty),
+        certificates={g.name: total.certificates[g.name] for g in ordered}
+        | {name: bounds for proposal in emptied for name, bounds in proposal.certificates.items()},
+        widths={g.name: (g.num_channels, keeps[g.name]) for g in ordered}
+        | {g.name: (g.num_channels, 0) for g in structure.groups if g.name in gone},
         macs_before=structure.macs,
-        macs_after=Costs(structure).of(keeps).macs,
-        errors={g.name: total.proposals[g.name].errors for g in ordered},
+        macs_after=Costs(structure).of(keeps | dict.fromkeys(gone, 0)).macs,
+        errors={g.name: total.proposals[g.name].errors for g in ordered}
+        | {r.group: {p.branch.site: p.error} for p in emptied for r in p.reductions},
         dropped_variance=total.dropped_variance,
-        left=total.left,
+        left={name: why for name, why in total.left.items() if name not in gone},
     )
+
+
+def _emptied(
+    model: nn.Module, structure: Structure, observations: Observations, request: Request, left: Mapping[str, Why]
+) -> list[EmptyProposal]:
+    """Return what the request lets be emptied: every rank finds the same, of statistics that are pooled."""
+    if not request.empty:
+        return []
+    names = None if request.empty is True else request.empty
+    found = propose_empty(model, structure, observations, names=names, seed=request.seed)
+    allowed = [proposal for proposal in found if not any(name in left for name in proposal.branch.read)]
+    return list(within(allowed, request.tolerance, request.allotted))
 
 
 def _waits(group: Group, observations: Observations, request: Request) -> Why | None:

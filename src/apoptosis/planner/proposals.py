@@ -32,6 +32,8 @@ class Request:
     align: widths are rounded up to a multiple. max_drop: largest share of a group's channels one event removes.
     rows_per_channel: a width is only trusted when the window saw this many rows for every channel kept.
     waiting: groups that are left for a later event though they were observed, and why.
+    empty: whether residual branches may be emptied that are constant up to the tolerance; or the names of these, or of
+    groups in them. By default none is.
     """
 
     criterion: Criterion
@@ -43,6 +45,7 @@ class Request:
     remaining_error: Mapping[str, float] = field(default_factory=dict)
     rows_per_channel: int = 3
     waiting: Mapping[str, Why] = field(default_factory=dict)
+    empty: bool | frozenset[str] = False
 
 
 class Made(NamedTuple):

@@ -3,6 +3,7 @@
 Holds: data without behaviour (a few derived properties at most). Elsewhere: anything that computes.
 """
 
+from apoptosis.records.branch import Branch, EmptyProposal, StandIn, StandInKind
 from apoptosis.records.edits import ColumnFold, OffsetFold, RowScale, TensorEdit
 from apoptosis.records.reduction import Certificate, CertificateKind, Reduction, SiteReduction
 from apoptosis.records.structure import (
@@ -34,11 +35,13 @@ from apoptosis.records.structure import (
 )
 
 __all__ = [
+    "Branch",
     "Certificate",
     "CertificateKind",
     "ColumnFold",
     "Convolution",
     "Count",
+    "EmptyProposal",
     "FloatArray",
     "Follow",
     "Frozen",
@@ -64,6 +67,8 @@ __all__ = [
     "SiteKind",
     "SiteReduction",
     "Split",
+    "StandIn",
+    "StandInKind",
     "Structure",
     "TensorEdit",
     "places_left",

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from apoptosis.records.branch import Branch
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
@@ -300,6 +302,8 @@ class Group:
         outputs are grouped in another way.
     num_static: channels that lie beside the group's in every row of that width and are never removed (those that a
         partial rotation turns); the share that is kept counts both.
+    branch: the residual branch that may be emptied with it, None if there is none; unbranched: then why, "" where
+        nothing was asked.
     """
 
     name: str
@@ -313,6 +317,8 @@ class Group:
     tied_groups: tuple[str, ...] = ()
     min_channels: int = 1
     num_static: int = 0
+    branch: Branch | None = None
+    unbranched: str = ""
 
     @property
     def under_norm(self) -> bool:

@@ -1,0 +1,102 @@
+"""What emptying residual branches would do: the constant that is left, the error, and what is saved.
+
+Holds: one proposal for every branch that may be emptied and was observed. Elsewhere: which branches there are (graph),
+which are worth it (the caller), carrying it out (surgery).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from apoptosis.criteria import relative_error
+from apoptosis.criteria.views import moments_of, offset_of, output_variance
+from apoptosis.planner.views import GroupData, Observations, make_view
+from apoptosis.records import Branch, Certificate, EmptyProposal, Reduction, SiteReduction, Structure
+
+ROUNDOFF = 1e-6
+"""Relative rms that stands for tolerance 0: single precision."""
+_NOTE = "of the output of a branch of which the mean is kept and nothing else"
+
+
+def branches_of(structure: Structure) -> tuple[Branch, ...]:
+    """Return the residual branches that may be emptied, in forward order, without those that read pinned groups."""
+    pinned = {group.name for group in structure.groups if group.pin is not None}
+    found = {group.branch.name: group.branch for group in structure.groups if group.branch is not None}
+    return tuple(branch for branch in found.values() if not pinned.intersection(branch.read))
+
+
+def propose_empty(
+    model: nn.Module,
+    structure: Structure,
+    observations: Observations,
+    *,
+    names: Container[str] | None = None,
+    seed: int = 0,
+) -> tuple[EmptyProposal, ...]:
+    """Say for every branch that may be emptied, and whose layer was observed, what that would do; nothing is changed.
+
+    Args:
+        model: read only.
+        structure: of the model.
+        observations: by (group name, site key).
+        names: of the branches that are asked about (`Branch.name`), or of groups of theirs; None for all.
+        seed: of random choices about a view.
+
+    Returns: the proposals, in forward order. Each may be applied alone or with others: branches share no group.
+
+    Raises: NonFiniteError: statistics hold NaN or infinity.
+    """
+    groups = {group.name: group for group in structure.groups}
+    found = []
+    for branch in branches_of(structure):
+        if names is not None and not any(name in names for name in (branch.name, *branch.groups)):
+            continue
+        read = [groups[name] for name in branch.read]
+        if all((group.name, site.key) in observations for group in read for site in group.sites):
+            data = [make_view(model, group, observations, seed, neurons=False) for group in read]
+            found.append(_proposal(branch, data, observations))
+    return tuple(found)
+
+
+def _proposal(branch: Branch, data: Sequence[GroupData], observations: Observations) -> EmptyProposal:
+    reductions, certificates, losses = [], {}, list[float]()
+    error, variance, rows = 0.0, 0.0, list[int]()
+    for one in data:
+        name, view = one.view.name, next(site for site in one.view.sites if site.key == branch.site)
+        view = replace(view, centred=True)  # the constant is a bias of its own
+        keep = torch.zeros(0, dtype=torch.int64, device="cpu")
+        mix = torch.zeros(0, one.view.num_channels, dtype=torch.float64, device=moments_of(view).device)
+        made = SiteReduction(mix=mix, offset=offset_of(view, keep, mix))
+        reductions.append(Reduction(group=name, keep=keep, sites={branch.site: made}))
+        own = relative_error(view, keep, made)
+        error += own / one.ratios[branch.site]
+        variance += output_variance(view)
+        rows.append(moments_of(view).num_rows)
+        bound = Certificate(kind="empirical", subject=branch.site, value=own, rows=rows[-1], note=_NOTE)
+        certificates[name] = (bound,)
+        gradients = observations[name, branch.site].grad_factor
+        if gradients is not None and bool(gradients.any()):
+            losses.append(output_variance(replace(view, grad_factor=gradients)))
+    return EmptyProposal(
+        branch=branch,
+        reductions=tuple(reductions),
+        error=error,
+        variance=variance,
+        grad_variance=sum(losses) if len(losses) == len(data) else None,
+        rows=min(rows),
+        certificates=certificates,
+    )
+
+
+def within(
+    proposals: Iterable[EmptyProposal], tolerance: float, allotted: Mapping[str, float]
+) -> Iterator[EmptyProposal]:
+    """Yield the proposals that change the output of their layer by at most a tolerance, or what a group is allotted."""
+    for proposal in proposals:
+        own = [allotted.get(name, tolerance) for name in proposal.branch.read]
+        if proposal.error <= max(min(own), ROUNDOFF):
+            yield proposal
