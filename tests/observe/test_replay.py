@@ -17,7 +17,7 @@ from apoptosis.records import Group, LinearSite, Seen
 
 
 class Attention(nn.Module):
-    """Attention by hand; with fewer heads of keys than of queries they are shared."""
+    """Attention by hand, of queries that are scaled: no module returns those; heads of keys may be shared."""
 
     def __init__(self, heads=4, shared=1, size=4, width=6):
         super().__init__()
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         q = self.q(x).view(batch, length, self.heads, -1).transpose(1, 2)
         k, v = (f(x).view(batch, length, self.heads // self.shared, -1).transpose(1, 2) for f in (self.k, self.v))
-        return q, k.repeat_interleave(self.shared, 1), v.repeat_interleave(self.shared, 1)
+        return q * 0.5, k.repeat_interleave(self.shared, 1), v.repeat_interleave(self.shared, 1)
 
     def forward(self, x):
         q, k, v = self.operands(x)

@@ -106,11 +106,20 @@ class Accumulator:
         site: that reads the rows. columns: (channels, P), positions of each channel along the input's channel axis.
         rows_for: number of channels that the rows must suffice for. device: of the moments.
         exact: products in float64. spread: take only a share of the rows that are needed of every batch, as more
-            batches follow; else all that are needed of each.
+            batches follow; else all that are needed of each. width: places along that axis, where it is not the axis
+            that the site's weight reads.
     """
 
     def __init__(
-        self, site: Site, columns: IntArray, rows_for: int, device: torch.device, *, exact: bool, spread: bool = True
+        self,
+        site: Site,
+        columns: IntArray,
+        rows_for: int,
+        device: torch.device,
+        *,
+        exact: bool,
+        spread: bool = True,
+        width: int | None = None,
     ) -> None:
         self.site = site
         self.exact, self.spread = exact, spread
@@ -127,7 +136,7 @@ class Accumulator:
         self._device = device
         self._flush_rows = _flush_rows(len(columns), exact=exact)
         blocks = site.input_columns.size // max(1, site.columns.size)  # of a grouped convolution
-        self._width = site.num_columns * blocks
+        self._width = site.num_columns * blocks if width is None else width
         self.columns, self.last_column = torch.as_tensor(columns, device=device), int(columns.max())
         self._all = columns.shape == (self._width, 1) and bool((columns[:, 0] == np.arange(self._width)).all())
 

@@ -123,14 +123,14 @@ class Replayed:
         device = tensors[site.weight].device if site.weight in tensors else next(iter(tensors.values())).device
         key, columns, rows_for = (group.name, site.key), site.input_columns, group.num_channels
         if isinstance(site, ProductSite):
-            columns, rows_for = site.input_columns.reshape(-1, 1), _positions_per_sum(site, group.rows)
+            columns, rows_for = site.input_columns.reshape(-1, 1), positions_per_sum(site, group.rows)
         elif isinstance(site, LinearSite) and needs_whole_inputs(site):
             self._samples.setdefault(site.key, Sample.of(site, exact=self._exact))
             self._convolves[site.key] = site.conv is not None
         elif len(columns) < site.num_columns <= WHOLE_COLUMNS:
             key, columns = ("", site.key), np.arange(site.num_columns, dtype=np.int64)[:, None]
         self._places.append((group.name, site, key))
-        for own in (key, _right(key)) if isinstance(site, ProductSite) else (key,):
+        for own in (key, right_key(key)) if isinstance(site, ProductSite) else (key,):
             if own not in self._watches:
                 self._watches[own] = Accumulator(
                     site, columns, rows_for, device, exact=self._exact, spread=self._spread
@@ -144,7 +144,7 @@ class Replayed:
 
     def watches_of(self, group: str) -> list[Accumulator]:
         """Return the watches of one group."""
-        keys = [own for name, _, key in self._places if name == group for own in (key, _right(key))]
+        keys = [own for name, _, key in self._places if name == group for own in (key, right_key(key))]
         return [self._watches[key] for key in keys if key in self._watches]
 
     def samples(self) -> list[Sample]:
@@ -186,7 +186,7 @@ class Replayed:
         most, least = LAST_PASS - self._passes, MIN_EXAMPLES if self._passes < MAX_PASSES else 0
         for group, site, key in self._places:
             sample = self._samples.get(site.key)
-            for watch in (self._watches[own] for own in (key, _right(key)) if own in self._watches):
+            for watch in (self._watches[own] for own in (key, right_key(key)) if own in self._watches):
                 if not watch.enough(least):
                     examples = min(watch.missing_examples(self._passes), max(0, MAX_PASSES - self._passes))
                     passes = max(watch.missing_rows(self._passes), examples)
@@ -324,7 +324,7 @@ class Replayed:
         moments = {key: named_snapshot(watch, last=last) for key, watch in watches}
         found = {}
         for group, site, key in self._places:
-            if key not in moments or (isinstance(site, ProductSite) and _right(key) not in moments):
+            if key not in moments or (isinstance(site, ProductSite) and right_key(key) not in moments):
                 continue
             whole, own = None, moments[key]
             if not key[0]:
@@ -333,7 +333,7 @@ class Replayed:
             sample = self._samples.get(site.key)
             found[group, site.key] = Observation(
                 moments=own,
-                right=moments.get(_right(key)),
+                right=moments.get(right_key(key)),
                 whole=whole,
                 sample=None if sample is None else sample.joined(),
                 dropout=self._dropout(site),
@@ -362,12 +362,12 @@ class Replayed:
 _RIGHT = ":right"
 
 
-def _right(key: tuple[str, str]) -> tuple[str, str]:
+def right_key(key: tuple[str, str]) -> tuple[str, str]:
     """Return the key of the right operand's accumulator."""
     return key[0], key[1] + _RIGHT
 
 
-def _positions_per_sum(site: ProductSite, rows: int) -> int:
+def positions_per_sum(site: ProductSite, rows: int) -> int:
     """Return the most positions that one sum of a product runs over."""
     counts = np.unique(sums_of(site, rows).reshape(-1), return_counts=True)[1]
     return int(counts.max())

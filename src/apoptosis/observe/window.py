@@ -37,10 +37,11 @@ from apoptosis.observe.accumulators import (
 from apoptosis.observe.dropouts import DROPOUTS, Dropped
 from apoptosis.observe.gradients import Gradients
 from apoptosis.observe.hooks import Hook, in_backward, is_plain, is_wrapped, take_off
+from apoptosis.observe.operands import Operands
 from apoptosis.observe.pooled import pool, share_out
 from apoptosis.observe.replay import Replay, Replayed
 from apoptosis.observe.unfinished import Unfinished
-from apoptosis.records import Group, LinearSite, Site
+from apoptosis.records import Group, LinearSite, ProductSite, Site
 
 BLIND_STEPS = 64  # steps without any row after which a window ends
 STALE_STEPS = 48  # after so many steps the network has changed, above all at the start of a run
@@ -111,9 +112,12 @@ class Observer:
         self._replayed = Replayed(
             model, replay, self._generator, exact=exact, spread=not any_mode, every=every, ranks=ranks
         )
+        self._operands = Operands(model, exact=exact, spread=not any_mode)
         for group in groups:
             for site in group.sites:
-                if site.functional:
+                if isinstance(site, ProductSite) and site.outputs:
+                    self._watches |= self._operands.watch(group, site)
+                elif site.functional:
                     self._replayed.watch(group, site)
                 else:
                     self._watch(group, site, exact)
@@ -170,6 +174,9 @@ class Observer:
         for name in self._by_module:
             hook = Hook(self._make_hook(name), self._mark)
             self._handles.append(self._modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+        for name in self._operands.by_module:
+            hook = Hook(self._make_output_hook(name), self._mark)
+            self._handles.append(self._modules[name].register_forward_hook(hook))
         if any(watch.site.dropout > 0 for watch in self._watches.values()) and not self._any_mode:
             for name, module in self._modules.items():
                 if type(module) in DROPOUTS:
@@ -207,7 +214,8 @@ class Observer:
     @property
     def unseen(self) -> frozenset[str]:
         """Modules that no pass has run yet."""
-        return frozenset(n for n, found in self._by_module.items() if not any(w.rows or w.unusable for w in found))
+        named = (*self._by_module.items(), *self._operands.by_module.items())
+        return frozenset(n for n, found in named if not any(w.rows or w.unusable for w in found))
 
     def lacks(self) -> str:
         """Return in words which site lacks most of the rows that it needs."""
@@ -216,7 +224,8 @@ class Observer:
 
     def seen_by(self, group: str) -> list[str]:
         """Return in words how much was observed of every site of a group that lacks rows."""
-        own = [self._watches[key] for name, _, key in self._places if name == group]
+        places = (*self._places, *self._operands.places())
+        own = [self._watches[key] for name, _, key in places if name == group]
         late = [watch.progress() for watch in (*own, *self._replayed.watches_of(group)) if not watch.enough()]
         return late or [f"too few gradients had come to '{watch.site.module}'" for watch in own]
 
@@ -266,7 +275,7 @@ class Observer:
         if most <= 0:
             return {}
         found = self._replayed.lacking()
-        for group, site, key in self._places:
+        for group, site, key in (*self._places, *self._operands.places()):
             watch = self._watches[key]
             if not self._suffices(watch):
                 steps = max(watch.missing_rows(self.steps), watch.missing_examples(self.steps))
@@ -328,19 +337,22 @@ class Observer:
         if self._trains() and not (self._any_mode or self._suspended or self._only is not None or in_backward()):
             self._unfinished.end(x for x in tree_flatten(output)[0] if isinstance(x, Tensor))
 
-    def _counts(self, name: str) -> bool:
-        """Whether a call counts: in training passes with gradients; a checkpointed segment does not count again."""
+    def _counts(self, name: str, of: str = "") -> bool:
+        """Whether a call counts: in training passes with gradients; a checkpointed segment does not count again.
+
+        of: what of the call is looked at, "" for its input.
+        """
         if self._suspended or (self._only is not None and name not in self._only):
             return False
         if self._any_mode:
             return True
         if not self._trains():
             return False
-        calls = self._calls.get(name, 0)
+        calls = self._calls.get(name + of, 0)
         if in_backward():
             # Reentrant checkpointing runs the first pass without gradients, so its recomputation is what counts.
             return calls == 0
-        self._calls[name] = calls + 1
+        self._calls[name + of] = calls + 1
         return True
 
     def _make_hook(self, name: str) -> Callable[..., None]:
@@ -353,6 +365,16 @@ class Observer:
                 if not self._any_mode:
                     self._unfinished.ask(x)
                 self._gradients.attach(name, x, unbatched=self._lacks_batch(name, x))
+            self.hook_seconds += time.perf_counter() - start
+
+        return hook
+
+    def _make_output_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            start = time.perf_counter()
+            if isinstance(output, Tensor) and output.numel() and not is_wrapped(output) and self._counts(name, ":out"):
+                with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                    self._take_rows(self._operands.by_module[name], output.detach(), 0.0)
             self.hook_seconds += time.perf_counter() - start
 
         return hook
@@ -371,17 +393,21 @@ class Observer:
         before, rate = self._dropped.before(x) if site.dropout > 0 and not self._any_mode else (x, 0.0)
         if self._lacks_batch(name, before):
             before = before.unsqueeze(0)
+        self._take_rows(watches, before, rate)
+        if sample is not None and not sample.enough():
+            sample.take(before)
+
+    def _take_rows(self, watches: Sequence[Accumulator], x: Tensor, rate: float) -> None:
+        """Let accumulators that want more take rows of what they read; rate: of the dropout that some are behind."""
         known = self._passes > 0 and (self._inside or in_backward())
-        limit = self._root_rows if known and self._root_rows else before.shape[0]
-        self._largest = max(self._largest, min(limit, before.shape[0] if before.dim() > 1 else 1))
+        limit = self._root_rows if known and self._root_rows else x.shape[0]
+        self._largest = max(self._largest, min(limit, x.shape[0] if x.dim() > 1 else 1))
         for watch in watches:
             if self._takes_every or not watch.enough():
                 repeated = known and watch.last_pass == self._passes
                 watch.last_pass = self._passes
                 behind = rate * watch.site.dropout
-                watch.take(before, self._generator, examples=limit, repeated=repeated, dropout=behind)
-        if sample is not None and not sample.enough():
-            sample.take(before)
+                watch.take(x, self._generator, examples=limit, repeated=repeated, dropout=behind)
 
     # ------------------------------------------------------------------ what was observed
 
@@ -416,7 +442,7 @@ class Observer:
             found[group, site.key] = Observation(
                 moments=own, sample=sample, whole=whole, dropout=dropout, grad_factor=grad_factor
             )
-        return found | self._replayed.observations(last=last)
+        return found | self._operands.observations(moments) | self._replayed.observations(last=last)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the exact state of the unfinished window."""
@@ -437,8 +463,15 @@ class Observer:
         Raises: KeyError, TypeError, ValueError, ApoptosisError: it is of other groups or damaged.
         """
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        replayed, keys = state["replayed"], {key for _, _, key in self._operands.places()}
+        moved = [
+            e for e in replayed["watches"] if (e["group"], e["site"]) in keys
+        ]  # in files from before hooks saw them
+        if moved:
+            state = {**state, "watches": [*state["watches"], *moved]}
+            replayed = {**replayed, "watches": [e for e in replayed["watches"] if not any(e is one for one in moved)]}
         load_state_of(self._watches, self._samples, state, device)
-        self._replayed.load_state_dict(state["replayed"])
+        self._replayed.load_state_dict(replayed)
         self._gradients.load_state_dict(state["gradients"])
         self._generator.set_state(state["generator"].cpu())
         self.steps, self._largest = int(state["steps"]), int(state["largest"])

@@ -202,6 +202,15 @@ class LinearSite(Site):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModuleOutput:
+    """What is read off a module's output: `columns` along its last axis, which has `width` places."""
+
+    module: str
+    width: int
+    columns: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ProductSite(Site):
     """A sum over paired channels, y = sum over channels of left * right (queries times keys).
 
@@ -216,12 +225,15 @@ class ProductSite(Site):
     rescale: (tensor, dim, positions) of the left operand's producer and its bias, positions (channels, m), where the
         operator divides by the square root of the number of channels per row by itself: an event which keeps k' of k
         per row multiplies these by sqrt(k'/k). () where it does not.
+    outputs: of the left and the right operand, where these are outputs of modules, rearranged; columns: (channels, P)
+        as `input_columns`. () where only a second pass shows them.
     """
 
     bias: str | None = None
     number: int = 0
     per_sum: int = 0
     rescale: tuple[tuple[str, int, IntArray], ...] = ()
+    outputs: tuple[ModuleOutput, ...] = ()
 
     @property
     def key(self) -> str:

@@ -5,6 +5,7 @@ Holds: sites of weights and of products of activations. Elsewhere: which channel
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import numpy as np
 from apoptosis.graph.explain import Code, Reason
 from apoptosis.graph.groups.classes import Classes, own_readers
 from apoptosis.graph.trace.result import NO_READER, Consumer, Product, TraceResult, pairs_of
-from apoptosis.records import IntArray, LinearSite, ProductSite
+from apoptosis.records import IntArray, LinearSite, ModuleOutput, ProductSite
 
 
 def _input_columns(consumer: Consumer, columns: IntArray, num_columns: int) -> IntArray:
@@ -114,7 +115,15 @@ def _merged(products: Iterable[Product]) -> list[Product]:
             fold = known.fold if known.fold == product.fold else None
             own_scale, linear = known.own_scale or product.own_scale, known.linear & product.linear
             right = known.scales_right or product.scales_right
-            out[key] = replace(known, fold=fold, own_scale=own_scale, linear=linear, scales_right=right)
+            merged = {mode: [*known.shown[mode], *product.shown[mode]] for mode in {**known.shown, **product.shown}}
+            out[key] = replace(
+                known,
+                fold=fold,
+                own_scale=own_scale,
+                linear=linear,
+                scales_right=right,
+                shown=defaultdict(list, merged),
+            )
     return list(out.values())
 
 
@@ -151,6 +160,25 @@ def _product_site(trace: TraceResult, products: Products, product: Product, plac
         rescale=tuple(rescale),
         per_sum=product.left.size // product.num_rows,
         number=product.number,
+        outputs=tuple(replace(one, columns=one.columns[places]) for one in _shown_by(trace, product)),
+    )
+
+
+def _shown_by(trace: TraceResult, product: Product) -> tuple[ModuleOutput, ...]:
+    """Return the modules whose outputs both operands are, each time that these run, in both modes; else ()."""
+    every = [outputs for found in product.shown.values() for outputs in found]
+    if not every or not all(every):
+        return ()
+    for mode, found in product.shown.items():
+        if any(trace.calls[output.module, mode] != len(found) for output in every[0]):
+            return ()
+    return every[0] if all(map(_alike, every, every[:1] * len(every))) else ()
+
+
+def _alike(some: tuple[ModuleOutput, ...], others: tuple[ModuleOutput, ...]) -> bool:
+    return all(
+        (a.module, a.width) == (b.module, b.width) and np.array_equal(a.columns, b.columns)
+        for a, b in zip(some, others, strict=True)
     )
 
 

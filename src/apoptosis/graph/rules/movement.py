@@ -64,6 +64,8 @@ def copy(call: Call) -> Result:
     """Copy in the same shape; one laid out as a parameter's view stands for the parameter."""
     if same_memory(call) or call.tracer.memory.adopt(call.outs[0], call.args[0]):
         return None
+    if call.name == "clone":
+        call.tracer.outputs.copied(call.args[0], call.outs[0])
     return parameter_operand(call, call.args[0])
 
 

@@ -33,7 +33,7 @@ from apoptosis.graph.trace.values import (
     unpaired,
     varying,
 )
-from apoptosis.records import IntArray
+from apoptosis.records import IntArray, ModuleOutput
 
 
 @dataclass(slots=True)
@@ -120,6 +120,25 @@ def _shown(operand: _Operand, other: _Operand, num_rows: int) -> Tensor:
     return x.transpose(1, 2).reshape(-1, kept, num_rows * size)
 
 
+def _module_outputs(call: Call, left: _Operand, right: _Operand, num_rows: int) -> tuple[ModuleOutput, ...]:
+    """Return the output of a module that each operand is, all of its rows in any order; () where one is none."""
+    found = []
+    for operand, other in ((left, right), (right, left)):
+        known = call.tracer.outputs.elements(operand.tensor)
+        if known is None:
+            return ()
+        name, width, numbers = known
+        batch = np.broadcast_shapes(numbers.shape[:-2], tuple(other.tensor.shape[:-2]))
+        kept, size = numbers.shape[-2:]
+        laid = np.broadcast_to(numbers, (*batch, kept, size)).reshape(-1, num_rows, kept, size)
+        rows, columns = np.divmod(laid.swapaxes(1, 2).reshape(-1, num_rows * size), width)
+        each = bool((columns == columns[:1]).all() and (rows == rows[:, :1]).all())
+        if not each or not np.array_equal(np.sort(rows[:, 0]), np.arange(len(rows))):
+            return ()
+        found.append(ModuleOutput(module=name, width=width, columns=columns[0]))
+    return tuple(found)
+
+
 def sum_of_products(call: Call, axis: int) -> Value | None:
     """Take a sum over an axis of products of channels, element by element, as a product of matrices.
 
@@ -189,6 +208,8 @@ def _pair(
     known.scales_right = known.scales_right or product.scales_right
     known.sides = (known.sides[0] & left.whole_linear, known.sides[1] & right.whole_linear)
     known.macs[tracer.mode] += macs
+    if not tracer.watched:
+        known.shown[tracer.mode].append(_module_outputs(call, left, right, num_rows))
     tracer.show(product_key(known), lambda: (_shown(left, right, num_rows), _shown(right, left, num_rows)))
     found = [number for operand in (left, right) for number in tracer.numbers.of_channels(operand.value)]
     multiple = Multiple(pairs_of(product), tuple(sorted(found)))

@@ -14,7 +14,7 @@ import numpy as np
 from apoptosis.graph.explain import Reason
 from apoptosis.graph.trace.ids import ChannelIds
 from apoptosis.graph.trace.values import Axis, Multiple, Paths
-from apoptosis.records import Convolution, IntArray, Normal, NormStrategy, ScalarOperands, SiteKind
+from apoptosis.records import Convolution, IntArray, ModuleOutput, Normal, NormStrategy, ScalarOperands, SiteKind
 
 NO_READER, SEVERAL_READERS = -1, -2
 
@@ -62,7 +62,8 @@ class Product:
     channels by itself. linear: producers that the left operand, or else the right, scales with. num_rows: sums that run
     side by side. sides: producers that the left and the right operand scale with as a whole. number: of the products of
     the module that would have one key. stepwise: multiplied element by element and summed after, so that both may be
-    read between. scales_right: the left operand does not scale with its producers.
+    read between. scales_right: the left operand does not scale with its producers. shown: by mode, for every time that
+    it ran, the outputs of modules that both operands are, rearranged (records.ModuleOutput), () where they are not.
     """
 
     module: str
@@ -76,6 +77,7 @@ class Product:
     number: int = 0
     stepwise: bool = False
     scales_right: bool = False
+    shown: dict[str, list[tuple[ModuleOutput, ...]]] = field(default_factory=lambda: defaultdict(list))
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
@@ -115,7 +117,8 @@ class TraceResult:
     `pins` of those that hold for channels, not for whole heads. parts: as heads, of what is computed row by row (a norm
     over each head). made: by place in `pins` of an output, the axes of the producers that it is made of. joins: where
     channels of different axes meet: the first ids of both, the operator in words, the line. counts: by (modules,
-    line, number, ids), the numbers of places that operators were given, with their ids. size_constraints: by token
+    line, number, ids), the numbers of places that operators were given, with their ids. calls: by (module, mode), how
+    often it ran. size_constraints: by token
     of what is of one size, without channels and all alike along that axis, the ids that it meets.
     """
 
@@ -145,6 +148,7 @@ class TraceResult:
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ran: set[str] = field(default_factory=set)
     fed: set[str] = field(default_factory=set)
+    calls: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     size_constraints: dict[object, list[IntArray]] = field(default_factory=lambda: defaultdict(list))
     reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     read_counts: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))

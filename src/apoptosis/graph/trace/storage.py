@@ -329,3 +329,54 @@ class Entries:
             mark, pad = self._pads[mark]
             found += [pad] if any(pad[0]) else []
         return None
+
+
+class Outputs:
+    """Which element of a module's output every element of a tensor is, so that a hook on the module sees it.
+
+    Views of an output are followed, and plain copies of such views; what is written to in between is not.
+    """
+
+    def __init__(self, memory: StorageMap) -> None:
+        self._memory = memory
+        self._made: dict[tuple[int, int], tuple[str, Geometry]] = {}  # by memory and number of writes to it
+        self._copies: dict[tuple[int, int], tuple[Geometry, Tensor, int]] = {}
+
+    def made(self, name: str, output: Any) -> None:
+        """Note the output of a module; of modules that return the same tensor the innermost counts."""
+        if isinstance(output, Tensor) and output.layout is torch.strided and not output.is_inference():
+            self._made.setdefault((self._memory.place(output), output._version), (name, geometry(output)))
+
+    def copied(self, source: Tensor, copy: Tensor) -> None:
+        """Note that a tensor is a copy of another one, element by element."""
+        if source.layout is torch.strided and not source.is_inference() and not copy.is_inference():
+            at = self._memory.place(copy), copy._version
+            self._copies[at] = geometry(copy), source.detach(), source._version
+
+    def elements(self, tensor: Tensor) -> tuple[str, int, IntArray] | None:
+        """Return the module, the size of its output's last axis, and by element of the tensor its number in the output.
+
+        None where the tensor is no part of one output, unchanged, or is very large.
+        """
+        if tensor.layout is not torch.strided or tensor.is_inference() or tensor.is_complex():
+            return None
+        size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+        if size > SIZE_LIMIT:
+            return None
+        at = self._memory.place(tensor), tensor._version
+        if at in self._made:
+            name, where = self._made[at]
+            shape = where[1]
+            width, numbers = shape[-1] if shape else 1, np.arange(np.prod(shape, dtype=np.int64)).reshape(shape)
+        elif at in self._copies and self._copies[at][1]._version == self._copies[at][2]:
+            where, source, _ = self._copies[at]
+            found = self.elements(source)
+            if found is None:
+                return None
+            name, width, numbers = found
+        else:
+            return None
+        flat = np.full(size, -1, dtype=np.int64)
+        _strided(flat, where)[...] = numbers
+        own = np.array(_strided(flat, geometry(tensor)))
+        return None if bool((own < 0).any()) else (name, width, own)

@@ -25,7 +25,7 @@ from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
 from apoptosis.graph.trace.operators import UNKNOWN, Operator, Result
 from apoptosis.graph.trace.result import TraceResult
-from apoptosis.graph.trace.storage import Entries, Mark, Pad, StorageMap
+from apoptosis.graph.trace.storage import Entries, Mark, Outputs, Pad, StorageMap
 from apoptosis.graph.trace.values import Origin, TooLargeError, Value, nothing
 from apoptosis.records import IntArray, Seen
 
@@ -154,7 +154,7 @@ class Tracer:
         self._label = ""
         here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
         self.memory = StorageMap(trace.channel_ids, tensors, inputs, lambda ids, why: here._pin(ids, why))
-        self.entries = Entries(self.memory)
+        self.entries, self.outputs = Entries(self.memory), Outputs(self.memory)
         self.numbers = Numbers(trace, mode, self.memory.recorded)
 
     # -- tensors ------------------------------------------------------------------------------------------------
@@ -225,7 +225,10 @@ class Tracer:
         """Note that a module's forward ended."""
         if self.suspended or not self._stack:
             return
-        _, _, neuron, _ = self._stack.pop()
+        name, _, neuron, _ = self._stack.pop()
+        if not self.watched:
+            self.trace.calls[name, self.mode] += 1
+            self.outputs.made(name, output)
         if neuron is not None and isinstance(output, Tensor) and self.view(output) is None:
             self.memory.put(output, neuron.on_exit(self, output))
 
