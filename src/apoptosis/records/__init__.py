@@ -5,6 +5,7 @@ Holds: data without behaviour (a few derived properties at most). Elsewhere: any
 
 from apoptosis.records.branch import Branch, EmptyProposal, StandIn, StandInKind
 from apoptosis.records.edits import ColumnFold, OffsetFold, RowScale, TensorEdit
+from apoptosis.records.outputs import ModuleOutput
 from apoptosis.records.reduction import Certificate, CertificateKind, Reduction, SiteReduction
 from apoptosis.records.structure import (
     Convolution,
@@ -17,7 +18,6 @@ from apoptosis.records.structure import (
     Kept,
     LinearSite,
     Member,
-    ModuleOutput,
     Neuron,
     Normal,
     NormSite,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from apoptosis.records.branch import Branch
+from apoptosis.records.outputs import ModuleOutput
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -199,15 +200,6 @@ class LinearSite(Site):
     def reads_positions(self) -> bool:
         """Whether there are several taps or columns."""
         return self.taps > 1 or self.columns.shape[1] > 1 or self.input_columns.shape[1] > 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModuleOutput:
-    """What is read off a module's output: `columns` along its last axis, which has `width` places."""
-
-    module: str
-    width: int
-    columns: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
