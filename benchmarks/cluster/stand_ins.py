@@ -20,30 +20,14 @@ from torch import Tensor, nn
 from benchmarks import shared
 from benchmarks.paper.cells import header, train
 from benchmarks.paper.methods import Shrinking
+from benchmarks.paper.networks import vgg11
 from benchmarks.paper.tasks import TASKS, Task
 from benchmarks.paper.training import MethodRun
-
-POOL = 0  # in a plan of widths: halve the image
-VGG = (32, POOL, 64, POOL, 128, 128, POOL, 256, 256, POOL, 256, 256, POOL)
 
 
 def _conv(num_in: int, num_out: int, size: int, stride: int = 1) -> list[nn.Module]:
     conv = nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)
     return [conv, nn.BatchNorm2d(num_out)]
-
-
-def vgg() -> nn.Sequential:
-    """VGG-11 with BatchNorm at half its widths, for 32 pixels; two hidden layers of 2048 as in VGG, no dropout."""
-    layers: list[nn.Module] = []
-    planes = 3
-    for width in VGG:
-        if width == POOL:
-            layers.append(nn.MaxPool2d(2))
-            continue
-        layers += [*_conv(planes, width, 3), nn.ReLU()]
-        planes = width
-    head = (nn.Linear(planes, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
-    return nn.Sequential(*layers, nn.Flatten(), *head)
 
 
 class Bottleneck(nn.Module):
@@ -80,7 +64,7 @@ def _task(name: str, network: str, epochs: int, build: Callable[[], nn.Module]) 
 
 
 STAND_INS = {
-    "vgg": _task("vgg", "VGG-11 of half width, for 32 px", 4, vgg),
+    "vgg": _task("vgg", "VGG-11 of half width, for 32 px", 4, vgg11),
     "residual": _task("residual", "ResNet-26 of half width, for 32 px", 2, residual),
 }
 

@@ -7,7 +7,12 @@
     python -m benchmarks.paper --event-time --data-dir DIR    where the time of events goes, by profile
     python -m benchmarks.paper --table                        only read what is there: table, targets, pictures
 
-Resumable per cell (task and seed): a cell whose JSON exists is not run again.
+    python -m benchmarks.paper --data-dir DIR --only minilm-sst2 --methods "apoptosis;4 of 6 layers" --results OTHER
+    python -m benchmarks.paper --data-dir DIR --only vgg11-cifar10 --rows 12000 --epochs 10     said in JSON and tables
+
+Resumable per cell (task and seed): a cell whose JSON exists is not run again, and one that was stopped goes on from
+what lies in the folder `unfinished` beside the JSON (the four core tasks excepted, which start again). Tasks whose
+packages are missing (extra `pretrained`) are left out with a line that says so.
 """
 
 from __future__ import annotations
@@ -27,9 +32,10 @@ from benchmarks.paper.event_time import EVENT_TIME, read_event_time, run_event_t
 from benchmarks.paper.frontier import TASKS as FRONTIERS
 from benchmarks.paper.frontier import frontier_path, run_frontier
 from benchmarks.paper.pictures import draw_all
+from benchmarks.paper.pretrained import MissingPackage
 from benchmarks.paper.summary import read_cells, read_frontiers
 from benchmarks.paper.tables import aims, methods
-from benchmarks.paper.tasks import QUICK, TASKS
+from benchmarks.paper.tasks import QUICK, QUICK_TASKS, TASKS, Task
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
 
@@ -48,7 +54,9 @@ def _main(arguments: list[str] | None) -> int:
         prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, help="where the publishers' files lie")
-    parser.add_argument("--only", help=f"tasks, comma-separated: {', '.join(TASKS)}", default=",".join(TASKS))
+    every = ", ".join(TASKS)
+    parser.add_argument("--only", help=f"tasks, comma-separated: {every}; with --quick: {', '.join(QUICK_TASKS)}")
+    parser.add_argument("--methods", help="some of a task's, separated by semicolons, with dense and what they need")
     parser.add_argument("--seeds", help="comma-separated; default: each task's own number of them, from 0")
     parser.add_argument("--results", type=Path, help="folder of the cells' JSON (--quick: a new one)")
     parser.add_argument("--no-criteria", action="store_true", help="leave the other criteria out")
@@ -62,12 +70,16 @@ def _main(arguments: list[str] | None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of every process (default 1)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    if unknown := [name for name in given.only.split(",") if name not in TASKS]:
-        parser.error(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    there = QUICK_TASKS if given.quick else TASKS
+    given.only = (QUICK.name if given.quick else ",".join(TASKS)) if given.only is None else given.only
+    given.methods = None if given.methods is None else [name.strip() for name in given.methods.split(";")]
+    if unknown := [name for name in given.only.split(",") if name not in there]:
+        parser.error(f"unknown tasks {', '.join(unknown)}; there are {', '.join(there)}")
     if given.results is None:
         given.results = Path(tempfile.mkdtemp(prefix="paper-")) if given.quick else RESULTS
-    if given.results == RESULTS and (given.rows or given.epochs) and not given.table:
-        parser.error("--rows and --epochs make trials: give --results, another folder")
+    fixed = [name for name in given.only.split(",") if not there[name].kind]
+    if given.results == RESULTS and (given.rows or given.epochs) and not given.table and fixed:
+        parser.error(f"--rows and --epochs make trials of {', '.join(fixed)}: give --results, another folder")
     given.results.mkdir(parents=True, exist_ok=True)
     if given.frontier:
         _run_frontiers(given)
@@ -78,7 +90,7 @@ def _main(arguments: list[str] | None) -> int:
         )
     elif not given.table:
         _run(given)
-    cells = read_cells(given.results, only=["digits"] if given.quick else given.only.split(","))
+    cells = read_cells(given.results, only=given.only.split(","))
     if not cells:
         print("no cells yet", file=sys.stderr)
         return 1
@@ -91,20 +103,25 @@ def _main(arguments: list[str] | None) -> int:
 
 
 def _run(given: argparse.Namespace) -> None:
-    names = ["digits"] if given.quick else given.only.split(",")
-    for name in names:
-        task = QUICK if given.quick else TASKS[name]
+    for name in given.only.split(","):
+        task = QUICK_TASKS[name] if given.quick else TASKS[name]
         task = task if given.epochs is None else replace(task, epochs=given.epochs)
-        seeds = range(task.seeds) if given.seeds is None else [int(seed) for seed in given.seeds.split(",")]
-        data = None
-        for seed in seeds:
-            path = cell_path(given.results, name, seed)
-            if not given.quick and path.exists() and fits(json.loads(path.read_text()), task, given.rows):
-                continue
-            data = task.load(given.data_dir, given.rows) if data is None else data
-            print(f"{name}, seed {seed}", flush=True)
-            cell = run_cell(task, data, seed, lambda line: print(line, flush=True), criteria=not given.no_criteria)
-            write_cell(path, cell)
+        try:
+            _run_task(task, given)
+        except MissingPackage as missing:
+            print(f"{name} is left out: {missing}", file=sys.stderr)
+
+
+def _run_task(task: Task, given: argparse.Namespace) -> None:
+    data = None
+    for seed in range(task.seeds) if given.seeds is None else [int(seed) for seed in given.seeds.split(",")]:
+        path = cell_path(given.results, task.name, seed)
+        if not given.quick and path.exists() and fits(json.loads(path.read_text()), task, given.rows, given.methods):
+            continue
+        data = task.load(given.data_dir, given.rows) if data is None else data
+        print(f"{task.name}, seed {seed}", flush=True)
+        options = {"criteria": not given.no_criteria, "names": given.methods, "path": path}
+        write_cell(path, run_cell(task, data, seed, lambda line: print(line, flush=True), **options))
 
 
 def _run_frontiers(given: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""One cell of the table: all methods of one task and seed, trained epoch by epoch in turn, in one process.
+"""One cell of the table: all methods of one task and seed, trained turn by turn, in one process.
 
-Holds: the order of training, and the cell's JSON. Elsewhere: methods, tables.
+Holds: the order of training, the cell's JSON, and how a cell that was stopped goes on. Elsewhere: methods, tables.
 Interleaving keeps it fair: whatever else the machine does meets all alike. Two rounds: what needs no result first; then
 what needs the widths that apoptosis found or the trained dense network, so that its seconds are of a later time than
 dense's (processor time is reported, too).
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,70 +21,210 @@ import torch
 
 import apoptosis
 from apoptosis.criteria import get_criterion
+from apoptosis.errors import ApoptosisError
 from apoptosis.tools.recipes.machine import machine, versions
+from benchmarks.paper.lineup import Method, chosen, methods_of
 from benchmarks.paper.measure import energy_joules, latencies, training_memory
-from benchmarks.paper.methods import (
-    CRITERIA,
-    EarlyStopping,
-    FineTuning,
-    Lasso,
-    Pruning,
-    Shrinking,
-    small,
-)
+from benchmarks.paper.methods import EarlyStopping
 from benchmarks.paper.tasks import Task, TaskData
 from benchmarks.paper.training import MethodRun
 
 SCHEMA = 3
+ASIDE = 240.0  # seconds after which the runs of a cell are put aside once more
+# What a baseline may end in; the others go on then.
+BREAKS = (ApoptosisError, RuntimeError, ValueError, ArithmeticError, TypeError, LookupError, AttributeError, NameError)
 Say = Callable[[str], None]
 
 
-def run_cell(task: Task, data: TaskData, seed: int, say: Say, *, criteria: bool = True) -> dict[str, Any]:
+class Aside:
+    """Where the runs of an unfinished cell lie, so that one that was stopped goes on: a file per method.
+
+    Args: folder: of this cell; it is removed when the cell is done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.last = folder, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Return where a method's run lies."""
+        return self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.pt"
+
+    def restore(self, run: MethodRun) -> bool:
+        """Go on with a run that lies here; whether there was one."""
+        if not self.path(run.name).exists():
+            return False
+        run.restore(self.path(run.name))
+        return True
+
+    def save(self, runs: Sequence[MethodRun]) -> None:
+        """Put runs aside."""
+        for run in runs:
+            run.save(self.path(run.name))
+
+    def is_time(self) -> bool:
+        """Whether those that train should be put aside once more."""
+        if time.monotonic() - self.last < ASIDE:
+            return False
+        self.last = time.monotonic()
+        return True
+
+    def clear(self) -> None:
+        """Remove what lies here."""
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.folder.rmdir()
+
+
+class Cell:
+    """The runs of one task and seed, and their records.
+
+    Args:
+        head: what was run. methods: by name, in order. aside: where unfinished runs lie; None: a stop loses all.
+        begun: the JSON of the same cell that was stopped, {} for none. write: takes the cell's JSON whenever a method
+            is finished.
+    """
+
+    def __init__(
+        self,
+        head: Mapping[str, Any],
+        methods: Mapping[str, Method],
+        say: Say,
+        aside: Aside | None = None,
+        begun: Mapping[str, Any] | None = None,
+        write: Callable[[dict[str, Any]], None] = lambda cell: None,
+    ) -> None:
+        begun = begun or {}
+        self.head, self.methods, self.say, self.aside, self.write = head, methods, say, aside, write
+        self.records: dict[str, dict[str, Any]] = dict(begun.get("methods", {}))
+        self.failed: dict[str, str] = dict(begun.get("failed", {}))
+        self.resumed = int(begun.get("resumed", -1)) + 1
+        self.runs: dict[str, MethodRun] = {}
+
+    def json(self, *, complete: bool) -> dict[str, Any]:
+        """Return the cell as plain values, methods in the table's order."""
+        names = [*self.methods, *(name for name in self.records if name not in self.methods)]
+        extra = {"complete": complete, "resumed": self.resumed, "failed": self.failed}
+        return {**self.head, **extra, "methods": {n: self.records[n] for n in names if n in self.records}}
+
+    def run(self, *, early: bool) -> None:
+        """Train all; early: also what the dense run would have been, stopped early."""
+        waiting = [name for name in self.methods if name not in self.failed]
+        while waiting:
+            ready = [name for name in waiting if all(other in self.runs for other in self.methods[name].after)]
+            if not ready:
+                self.failed |= {name: f"needs {', '.join(self.methods[name].after)}" for name in waiting}
+                return
+            runs = [run for name in ready if (run := self._made(name)) is not None]
+            stop = EarlyStopping(runs[0]) if early and runs and runs[0].name == "dense" else None
+            self._train(runs, stop)
+            waiting = [name for name in waiting if name not in ready]
+
+    def _made(self, name: str) -> MethodRun | None:
+        """Make a method's run, or take it up where it was put aside."""
+        if missing := [other for other in self.methods[name].beside if other not in self.runs]:
+            self.failed[name] = f"needs {', '.join(missing)}"
+            return None
+        try:
+            run = self.methods[name].make(self.runs)
+        except BREAKS as error:
+            self._broke(name, error)
+            return None
+        if self.aside is not None and self.aside.restore(run):
+            self.say(f"  {name}: goes on after {run.step} of {run.total_steps} steps")
+        self.runs[name] = run
+        return run
+
+    def _broke(self, name: str, error: Exception) -> None:
+        """Leave a method out from now on, with what it said; without dense and apoptosis there is nothing to tell.
+
+        Raises: error itself, of these two.
+        """
+        if name in ("dense", "apoptosis"):
+            raise error
+        self.runs.pop(name, None)
+        self.failed[name] = f"{type(error).__name__}: {error}"
+        self.say(f"  {name} broke: {self.failed[name]}")
+
+    def _train(self, runs: Sequence[MethodRun], stop: EarlyStopping | None) -> None:
+        self._finish(runs)
+        for _ in turns(runs, self.say, broke=lambda run, error: self._broke(run.name, error)):
+            if stop is not None:
+                stop.look()
+            self._finish(runs)
+            if self.aside is not None and self.aside.is_time():
+                self.aside.save([run for run in runs if run.name in self.runs and not run.finished])
+        if stop is not None:
+            self.records["early stopping"] = stop.record()
+
+    def _finish(self, runs: Sequence[MethodRun]) -> None:
+        """Record the runs that are done and not recorded."""
+        done = [run for run in runs if run.finished and run.name in self.runs and run.name not in self.records]
+        if self.aside is not None:
+            self.aside.save(done)
+        self.records |= {run.name: run.record() for run in done}
+        if done:
+            self.write(self.json(complete=False))
+
+
+def run_cell(
+    task: Task,
+    data: TaskData,
+    seed: int,
+    say: Say,
+    *,
+    criteria: bool = True,
+    names: Sequence[str] | None = None,
+    path: Path | None = None,
+) -> dict[str, Any]:
     """Train all methods of a task with one seed.
 
     Args:
         criteria: also apoptosis with each other criterion (core tasks, first seed).
+        names: of the methods, and what they need; None for all.
+        path: of the cell's JSON, written as methods are finished; a cell that was stopped goes on. None: neither.
 
     Returns: the cell as plain values.
     """
     energy = energy_joules()
-    dense = MethodRun("dense", task, data, seed)
-    shrunk = Shrinking("apoptosis", task, data, seed)
-    others: list[MethodRun] = [Pruning("torch-pruning", task, data, seed, shrunk.macs)]
-    if task.core:
-        others.append(MethodRun("half width", task, data, seed, scale=0.5))
-        others.append(Lasso("group lasso", task, data, seed, shrunk.macs))
-        if criteria and seed == 0:
-            others += [Shrinking(f"apoptosis, {c}", task, data, seed, criterion=c) for c in CRITERIA]
-    early = EarlyStopping(dense)
-    train([dense, shrunk, *others], say, after=lambda: early.look())
-    same = small("same widths", shrunk)
-    late: list[MethodRun] = [same]
-    if task.core:
-        late.append(FineTuning("train-prune-fine-tune", dense, shrunk.macs()))
-    train(late, say)
-    if task.core:  # for as long as apoptosis took, at the pace of these very widths
-        longer = small("same widths, longer", shrunk, epochs=task.epochs * shrunk.seconds / same.seconds)
-        train([longer], say)
-        late.append(longer)
-    everyone = [dense, shrunk, *others, *late]
-    records = {c.name: c.record() for c in everyone}
-    if task.core:
-        records["early stopping"] = early.record()
-    _measure(records, everyone, data)
+    head = header("paper-cell", task, data, seed)
+    methods = chosen(methods_of(task, data, seed, criteria=criteria), names)
+    aside, begun = (None, None) if path is None or task.core else _taken_up(path, head, list(methods))
+    cell = Cell(head, methods, say, aside, begun, (lambda found: None) if path is None else partial(write_cell, path))
+    cell.run(early=task.core)
+    _measure(cell.records, list(cell.runs.values()), data)
     after = energy_joules()
     joules = None if energy is None or after is None else after - energy
-    return header("paper-cell", task, data, seed) | {"joules": joules, "methods": records}
+    if aside is not None:
+        aside.clear()
+    return cell.json(complete=True) | {"joules": joules}
 
 
-def _measure(records: dict[str, dict[str, Any]], everyone: Sequence[MethodRun], data: TaskData) -> None:
+def _taken_up(path: Path, head: Mapping[str, Any], names: Sequence[str]) -> tuple[Aside, dict[str, Any] | None]:
+    """Return where the runs of a cell are put aside, and the JSON of the same cell, of the same code and methods, that
+    was stopped; None where there is none. What lies there of another one is removed.
+    """
+    folder = path.parent / "unfinished" / path.stem
+    mark, asked = folder / "cell.json", json.loads(json.dumps({**head, "names": names}))
+    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == asked:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return Aside(folder), found if found.get("complete") is False else {}
+    Aside(folder).clear()
+    aside = Aside(folder)
+    write_cell(mark, asked)
+    return aside, None
+
+
+def _measure(records: dict[str, dict[str, Any]], runs: Sequence[MethodRun], data: TaskData) -> None:
     """Add latencies of all networks, and the memory of a training step of the first two."""
-    inputs = data.test.between(0, min(256, len(data.test)))[0]
-    for name, found in latencies({c.name: c.model for c in everyone}, inputs).items():
+    task = runs[0].task
+    inputs = data.test.between(0, min(max(task.latency), len(data.test)))[0]
+    for name, found in latencies({run.name: run.model for run in runs}, inputs, task.latency).items():
         records[name]["latency"] = found
-    batch = data.train.between(0, everyone[0].batch)[0]
-    for method in everyone[:2]:
-        records[method.name]["memory"] = training_memory(method.model, batch)
+    if not task.kind:
+        batch = data.train.between(0, runs[0].batch)[0]
+        for run in runs[:2]:
+            records[run.name]["memory"] = training_memory(run.model, batch)
 
 
 def header(kind: str, task: Task, data: TaskData, seed: int) -> dict[str, Any]:
@@ -99,6 +241,7 @@ def header(kind: str, task: Task, data: TaskData, seed: int) -> dict[str, Any]:
         "batch": task.batch,
         "lr": task.lr,
         "train_rows": len(data.train),
+        "recipe": task.recipe.name,
         "tolerance": get_criterion("interpolative").tolerance,
         "source": source(),
         "versions": versions() | {"torch-pruning": version("torch-pruning")},
@@ -114,24 +257,43 @@ def source() -> str:
     return found.hexdigest()[:12]
 
 
-def train(methods: Sequence[MethodRun], say: Say, after: Callable[[], None] | None = None) -> None:
-    """Train epoch by epoch in turn; dense and apoptosis lead alternately, baselines that follow it come after."""
-    number = 0
-    while any(not c.finished for c in methods):
-        order = list(methods)
+def train(methods: Sequence[MethodRun], say: Say) -> None:
+    """Train to the end, turn by turn."""
+    for _ in turns(methods, say):
+        pass
+
+
+def turns(
+    methods: Sequence[MethodRun], say: Say, broke: Callable[[MethodRun, Exception], None] | None = None
+) -> Iterator[None]:
+    """Train turn by turn; dense and apoptosis lead alternately, baselines that follow it come after.
+
+    Args: broke: takes a run that failed and its error, and the others go on; None: the error is raised.
+    """
+    number, left = 0, [run for run in methods if not run.finished]
+    while left:
+        order = list(left)
         if number % 2:
             order[:2] = order[1::-1]
-        for method in order:
-            if not method.finished:
-                method.run_epoch()
-                point = method.points[-1]
+        for run in order:
+            epoch = run.epoch
+            try:
+                run.run_turn()
+            except BREAKS as error:
+                if broke is None:
+                    raise
+                broke(run, error)
+                left.remove(run)
+                continue
+            if run.epoch > epoch:
+                point = run.points[-1]
                 say(
-                    f"  epoch {method.epoch:2d} {method.name:24s} validation {point.validation:.4f}  "
+                    f"  epoch {run.epoch:2d} {run.name:24s} validation {point.validation:.4f}  "
                     f"{point.seconds:7.1f} s  {point.parameters:10,d} parameters  {point.macs:12,d} multiply-adds"
                 )
-        if after is not None:
-            after()
+        yield
         number += 1
+        left = [run for run in left if not run.finished]
 
 
 def cell_path(folder: Path, task: str, seed: int) -> Path:
@@ -139,11 +301,17 @@ def cell_path(folder: Path, task: str, seed: int) -> Path:
     return folder / f"{task}-{seed}.json"
 
 
-def fits(cell: Mapping[str, Any], task: Task, train_rows: int | None = None) -> bool:
-    """Whether a cell was run as the task asks now; train_rows: None if whatever there was is fine."""
+def fits(
+    cell: Mapping[str, Any], task: Task, train_rows: int | None = None, names: Sequence[str] | None = None
+) -> bool:
+    """Whether a cell was run as the task asks now, to its end.
+
+    train_rows: None if whatever there was is fine. names: of methods that it must have; None likewise.
+    """
     asked = (SCHEMA, task.name, task.epochs, task.batch, task.lr, get_criterion("interpolative").tolerance)
     same = tuple(cell.get(key) for key in ("schema", "task", "epochs", "batch", "lr", "tolerance")) == asked
-    same = same and cell["machine"]["threads"] == torch.get_num_threads()
+    same = same and cell["machine"]["threads"] == torch.get_num_threads() and cell.get("complete", True)
+    same = same and {*(names or ())} <= {*cell.get("methods", ()), *cell.get("failed", ())}
     return same and (train_rows is None or cell.get("train_rows") == train_rows)
 
 

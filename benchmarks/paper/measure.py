@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.paper.training import first_rows, outputs_of
+
 ROOT = Path(__file__).resolve().parents[2]
-BATCHES = (1, 256)
 REPEATS = 15
 
 # Run alone in a process. A step of a tiny network first loads what torch loads late; then the peak is set back, so that
@@ -48,20 +50,21 @@ print(used("VmHWM") - before)
 """
 
 
-def latencies(models: Mapping[str, nn.Module], inputs: Tensor) -> dict[str, dict[str, float]]:
-    """Return median seconds of a forward pass at batch 1 and 256, the networks in turn.
+def latencies(models: Mapping[str, nn.Module], inputs: Any, batches: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Return median seconds of a forward pass at every batch size, the networks in turn.
 
     Args:
-        models: by name. inputs: at least 256 examples, or as many as there are.
+        models: by name. inputs: as many examples as the largest batch, or as there are. batches: sizes.
     """
-    times: dict[str, dict[str, list[float]]] = {name: {str(b): [] for b in BATCHES} for name in models}
+    times: dict[str, dict[str, list[float]]] = {name: {str(b): [] for b in batches} for name in models}
     with torch.inference_mode():
         for repeat in range(REPEATS + 2):
             for name, model in models.items():
                 model.eval()
-                for batch in BATCHES:
+                for batch in batches:
+                    rows = first_rows(inputs, batch)
                     start = time.perf_counter()
-                    model(inputs[:batch])
+                    outputs_of(model, rows)
                     if repeat >= 2:  # the first passes warm caches
                         times[name][str(batch)].append(time.perf_counter() - start)
     return {name: {batch: statistics.median(t) for batch, t in found.items()} for name, found in times.items()}

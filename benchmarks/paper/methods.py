@@ -1,10 +1,11 @@
 """What a user would pick: dense, apoptosis, small from the start, Torch-Pruning, group lasso.
 
-Holds: each method as a `MethodRun`. Elsewhere: the training loop (training), the order (cells).
+Holds: each method as a `MethodRun`. Elsewhere: the training loop (training), which methods a task has (lineup), the
+order (cells), the calls of Torch-Pruning (pruning).
 
-At equal final multiply-adds: after every epoch a pruning baseline cuts to at most the multiply-adds that apoptosis has
-after the same epoch. Within an epoch apoptosis is ahead, so what the whole run multiplied is reported as run_macs.
-Their optimizer is made again after every cut, as their users have to do.
+At equal final multiply-adds: after every turn (an epoch, in tasks without shorter ones) a pruning baseline cuts to at
+most the multiply-adds that apoptosis has after the same turn. Within a turn apoptosis is ahead, so what the whole run
+multiplied is reported as run_macs. Their optimizer is made again after every cut, as their users have to do.
 References: Fang et al., "DepGraph", arXiv 2301.12900 (Torch-Pruning); Lym et al., "PruneTrain", arXiv 1901.09290.
 """
 
@@ -13,22 +14,24 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+import apoptosis
 from apoptosis import Apoptosis
 from apoptosis.criteria import criteria
+from benchmarks.paper.found import cut_to
+from benchmarks.paper.pruning import prunable, prune_to
 from benchmarks.paper.tasks import Task, TaskData
-from benchmarks.paper.training import MethodRun, count_macs, fresh_like
+from benchmarks.paper.training import MethodRun, fresh_like, outputs_of
 
 PROBE_ROWS = 4096
 #: Besides the default, whose figures are apoptosis' own, and reconstruction, which has a comparison of its own.
 CRITERIA = tuple(name for name in criteria() if name not in ("interpolative", "reconstruction"))
 PATIENCE = 2  # epochs without a better validation metric after which early stopping stops
 FINE_TUNE = 0.2  # of the epochs, after pruning a trained network
-ALIGN = 8  # Torch-Pruning's round_to, the same multiple as apoptosis' own
 LASSO_SHARE = 0.25  # of the first loss that the penalty makes up (PruneTrain's rule)
 LASSO_STEP = 0.1  # of the penalty's gradient per step at the highest learning rate: PruneTrain's, of SGD
 
@@ -70,21 +73,30 @@ class Shrinking(MethodRun):
         return self.apo.seconds
 
     def more(self) -> dict[str, Any]:
-        ledger = self.apo.ledger().as_dict()
-        return {"widths": self.widths(), "events": self.events, "ledger": ledger, "calibration": self.apo.calibration}
+        found = {"widths": self.widths(), "events": self.events, "ledger": self.apo.ledger().as_dict()}
+        return found | {"calibration": self.apo.calibration, "pins": [str(pin) for pin in self.apo.pins()]}
+
+    def network_state(self, path: Path) -> Any:
+        """By the library's own checkpoint, a window that is open included."""
+        apoptosis.save(path.with_suffix(".safetensors"), self.model, self.optimizer, self.apo)
+        return {"events": self.events}
+
+    def restore_network(self, state: Any, path: Path) -> None:
+        apoptosis.load(path.with_suffix(".safetensors"), self.model, self.optimizer, self.apo)
+        self.events = state["events"]
 
 
 class Pruning(MethodRun):
     """Torch-Pruning during training: global group magnitude, optimizer rebuilt after every cut.
 
-    Args: target: asked after every epoch for the multiply-adds to cut to.
+    Args: target: asked after every turn for the multiply-adds to cut to.
     """
 
     def __init__(self, name: str, task: Task, data: TaskData, seed: int, target: Callable[[], int]) -> None:
         super().__init__(name, task, data, seed)
         self.target = target
 
-    def after_epoch(self) -> None:
+    def after_turn(self) -> None:
         start = time.perf_counter()
         target, macs = self.target(), self.macs()
         self.idle = time.perf_counter() - start
@@ -94,7 +106,7 @@ class Pruning(MethodRun):
 
 
 class Lasso(Pruning):
-    """Group lasso from the first step, channels of small norm cut after every epoch, in the manner of PruneTrain.
+    """Group lasso from the first step, channels of small norm cut after every turn, in the manner of PruneTrain.
 
     The penalty is a proximal step after the optimizer's own, weighted by the learning rate: as a gradient, Adam would
     divide it away.
@@ -103,11 +115,11 @@ class Lasso(Pruning):
     strength = 0.0
 
     def after_step(self) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
+        layers = prunable(self.model)
         with torch.no_grad():
             if not self.strength:
                 batch = self.data.train.between(0, self.batch)
-                first = float(self.data.loss(self.model(batch[0]), batch[1]))
+                first = float(self.data.loss(outputs_of(self.model, batch[0]), batch[1]))
                 total = sum(float(layer.weight.flatten(1).norm(dim=1).sum()) for layer in layers)
                 self.strength = LASSO_SHARE / (1 - LASSO_SHARE) * first / total
             step = self.strength * self.rate() / self.task.lr * LASSO_STEP
@@ -165,44 +177,16 @@ class EarlyStopping:
 
 
 def small(name: str, shrunk: Shrinking, *, epochs: float | None = None) -> MethodRun:
-    """Return the widths that apoptosis found, trained from the start; epochs: None for the task's."""
-    model = copy.deepcopy(shrunk.model)
-    torch.manual_seed(shrunk.seed)
-    fresh_like(model)
-    return MethodRun(name, shrunk.task, shrunk.data, shrunk.seed, model=model, epochs=epochs)
+    """Return the widths that apoptosis found, trained from the start; epochs: None for the task's.
 
-
-def prune_to(model: nn.Module, example: torch.Tensor, target: int, steps: int = 100) -> float:
-    """Cut by Torch-Pruning until `model` takes at most `target` multiply-adds; return the seconds spent on counting.
-
-    Attention is left alone (its widths feed reshapes of the model's own), and so is every width under a norm; the last
-    layer keeps its outputs. A layer keeps at least a tenth of the channels it has.
+    Of a pretrained network: cut from it once, before training.
     """
-    import torch_pruning as tp
-
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    transformer = any(n.endswith("fc1") for n, _ in layers)
-    kept = [m for n, m in layers if transformer and not n.endswith("fc1")] or [layers[-1][1]]
-    was = model.training
-    model.eval()
-    pruner = tp.pruner.BasePruner(
-        model,
-        example,
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=True,
-        pruning_ratio=0.95,
-        max_pruning_ratio=0.9,
-        iterative_steps=steps,
-        ignored_layers=kept,
-        round_to=ALIGN,
-    )
-    counting = 0.0
-    for _ in range(steps):
-        start = time.perf_counter()
-        macs = count_macs(model, example[:1])
-        counting += time.perf_counter() - start
-        if macs <= target:
-            break
-        pruner.step()
-    model.train(was)
-    return counting
+    if shrunk.task.pretrained:
+        task, data = shrunk.task, shrunk.data
+        torch.manual_seed(shrunk.seed)
+        model = cut_to(lambda: task.build(data, 1.0), shrunk.model, shrunk.example())
+    else:
+        model = copy.deepcopy(shrunk.model)
+        torch.manual_seed(shrunk.seed)
+        fresh_like(model)
+    return MethodRun(name, shrunk.task, shrunk.data, shrunk.seed, model=model, epochs=epochs)

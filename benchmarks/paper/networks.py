@@ -1,8 +1,10 @@
-"""Networks of the comparison that the recipes do not have: small CNN, ViT, GPT, AlexNet for 64 pixels, autoencoder.
+"""Networks of the comparison that the recipes do not have: small CNN, VGG-11, ResNet-20, ViT, GPT, AlexNet for 64
+pixels, autoencoder.
 
 Holds: plain torch.nn modules. Elsewhere: data, training.
 References: Dosovitskiy et al., arXiv 2010.11929; Radford et al., 2019; Krizhevsky, Sutskever, Hinton, NIPS 2012;
-Hinton, Salakhutdinov, Science 313 (2006).
+Hinton, Salakhutdinov, Science 313 (2006); Simonyan, Zisserman, arXiv 1409.1556 (VGG); He, Zhang, Ren, Sun, arXiv
+1512.03385 (ResNet-20).
 """
 
 from __future__ import annotations
@@ -10,6 +12,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from apoptosis.tools.recipes.networks import Design, Residual
+
+POOL = 0  # in a plan of widths: halve the image
+VGG_11 = (32, POOL, 64, POOL, 128, 128, POOL, 256, 256, POOL, 256, 256, POOL)
 
 
 class Attention(nn.Module):
@@ -118,3 +125,34 @@ def autoencoder(scale: float = 1.0, code: int = 32) -> nn.Sequential:
         nn.Flatten(), nn.Linear(784, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, code),
         nn.Linear(code, b), nn.ReLU(), nn.Linear(b, a), nn.ReLU(), nn.Linear(a, 784),
     )  # fmt: skip
+
+
+def vgg11(scale: float = 1.0) -> nn.Sequential:
+    """VGG-11 with BatchNorm at half its widths, for 32 pixels; two hidden layers of 2048 as in VGG, no dropout."""
+    layers: list[nn.Module] = []
+    planes, hidden = 3, round(2048 * scale)
+    for width in VGG_11:
+        if width == POOL:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        channels = round(width * scale)
+        layers += [nn.Conv2d(planes, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        planes = channels
+    head = (nn.Linear(planes, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
+def resnet(
+    scale: float = 1.0, *, planes: int = 3, widths: tuple[int, ...] = (16, 32, 64), blocks: int = 3
+) -> nn.Sequential:
+    """ResNet-20 for 32 pixels: three stages of three blocks of two convolutions."""
+    channels = [max(4, round(width * scale)) for width in widths]
+    design = Design(shape=(planes, 32, 32), num_classes=10, widths=tuple(channels), activation="relu", dropout=0.0)
+    layers: list[nn.Module] = [nn.Conv2d(planes, channels[0], 3, padding=1, bias=False)]
+    layers += [nn.BatchNorm2d(channels[0]), nn.ReLU()]
+    last = channels[0]
+    for stage, width in enumerate(channels):
+        for block in range(blocks):
+            layers.append(Residual(last, width, 2 if stage and not block else 1, design))
+            last = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
