@@ -98,7 +98,7 @@ class Cell:
         self.head, self.methods, self.say, self.aside, self.write = head, methods, say, aside, write
         self.records: dict[str, dict[str, Any]] = dict(begun.get("methods", {}))
         self.failed: dict[str, str] = dict(begun.get("failed", {}))
-        self.resumed = int(begun.get("resumed", -1)) + 1
+        self.resumed = int(begun.get("resumed", 0))
         self.runs: dict[str, MethodRun] = {}
 
     def json(self, *, complete: bool) -> dict[str, Any]:
@@ -206,12 +206,15 @@ def _taken_up(path: Path, head: Mapping[str, Any], names: Sequence[str]) -> tupl
     """
     folder = path.parent / "unfinished" / path.stem
     mark, asked = folder / "cell.json", json.loads(json.dumps({**head, "names": names}))
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == asked:
+    lies = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
+    if lies.get("asked") == asked:
+        write_cell(mark, {"asked": asked, "resumed": lies["resumed"] + 1})
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return Aside(folder), found if found.get("complete") is False else {}
+        begun = found if found.get("complete") is False else {}
+        return Aside(folder), begun | {"resumed": lies["resumed"] + 1}
     Aside(folder).clear()
     aside = Aside(folder)
-    write_cell(mark, asked)
+    write_cell(mark, {"asked": asked, "resumed": 0})
     return aside, None
 
 
