@@ -26,7 +26,7 @@ from apoptosis.tools.recipes.machine import machine, versions
 from benchmarks.paper.lineup import Method, chosen, methods_of
 from benchmarks.paper.measure import energy_joules, latencies, training_memory
 from benchmarks.paper.methods import EarlyStopping
-from benchmarks.paper.tasks import Task, TaskData
+from benchmarks.paper.tasks import BY_NAME, Task, TaskData
 from benchmarks.paper.training import MethodRun
 
 SCHEMA = 3
@@ -245,11 +245,19 @@ def header(kind: str, task: Task, data: TaskData, seed: int) -> dict[str, Any]:
         "lr": task.lr,
         "train_rows": len(data.train),
         "recipe": task.recipe.name,
+        "full": _full(task, len(data.train)),
         "tolerance": get_criterion("interpolative").tolerance,
         "source": source(),
         "versions": versions() | {"torch-pruning": version("torch-pruning")},
         "machine": machine(torch.device("cpu")),
     }
+
+
+def _full(task: Task, rows: int) -> dict[str, int]:
+    """Return how many epochs and training rows the task has, where fewer were run."""
+    whole = BY_NAME.get(task.name, task)
+    epochs = {"epochs": whole.epochs} if task.epochs != whole.epochs else {}
+    return epochs | ({"train_rows": whole.rows} if whole.rows and rows != whole.rows else {})
 
 
 def source() -> str:

@@ -22,8 +22,10 @@ Axis = tuple[str, int]  # a tensor and one of its axes
 Alive = dict[Axis, np.ndarray[Any, Any]]  # which of its positions are kept
 
 
-def cut_to(build: Any, shrunk: nn.Module, example: Any) -> nn.Module:
+def cut_to(build: Any, shrunk: nn.Module, example: Any, heads: Mapping[str, int]) -> nn.Module:
     """Return the network that `build` makes, at the widths of `shrunk`: the channels of largest norm, as they are.
+
+    Args: heads: how many are left, by the name of their group; all where it is missing.
 
     Raises: ValueError: the widths cannot be told from the groups; the tensor is named.
     """
@@ -36,7 +38,7 @@ def cut_to(build: Any, shrunk: nn.Module, example: Any) -> nn.Module:
     alive: Alive = {(name, dim): np.ones(size, bool) for name, t in wide.items() for dim, size in enumerate(t.shape)}
     whole = [group for group in structure.open_groups if group.name.endswith(":heads")]
     for group in (*whole, *(group for group in structure.open_groups if group not in whole)):
-        _choose(group, alive, wide, narrow)
+        _choose(group, alive, wide, narrow, heads.get(group.name, group.num_channels) if group in whole else None)
     with torch.no_grad():
         for name, tensor in narrow.items():
             kept = wide[name]
@@ -59,22 +61,31 @@ def _axes(group: Group) -> Iterator[tuple[Axis, np.ndarray[Any, Any]]]:
             yield (site.bias, 0), site.columns
 
 
-def _choose(group: Group, alive: Alive, wide: Mapping[str, Tensor], narrow: Mapping[str, Tensor]) -> None:
-    """Drop the weakest channels until as many are left as the narrow network has there, equally many of every row."""
+def _choose(
+    group: Group, alive: Alive, wide: Mapping[str, Tensor], narrow: Mapping[str, Tensor], left: int | None
+) -> None:
+    """Drop the weakest channels, equally many of every row that is still there.
+
+    left: how many remain; None: as many as the narrow network has positions for.
+    """
     axes = list(_axes(group))
     axis, positions = axes[0]
-    left = np.array([alive[axis][row].all() for row in positions])
-    surplus = int(alive[axis].sum()) - narrow[axis[0]].shape[axis[1]]
-    rows = left.reshape(group.rows, -1)
-    held = int(rows.any(1).sum())
-    per_row, rest = divmod(surplus, positions.shape[1] * held)
-    if rest and group.name.endswith(":heads") is False:
-        raise ValueError(f"'{group.name}': {surplus} positions of '{axis[0]}' are no share of its {held} rows.")
+    present = np.array([alive[axis][row].all() for row in positions])
+    rows = int(present.reshape(group.rows, -1).any(1).sum())
+    if left is None:
+        surplus = int(alive[axis].sum()) - narrow[axis[0]].shape[axis[1]]
+        per_row, rest = divmod(surplus, positions.shape[1] * rows)
+        if rest:
+            raise ValueError(f"'{group.name}': {surplus} positions of '{axis[0]}' are no share of its {rows} rows.")
+    else:
+        per_row = group.num_channels - left
     if per_row <= 0:
         return
     weight = wide[axis[0]].detach().movedim(axis[1], 0).flatten(1).square().sum(1).numpy()
-    norms = np.where(left, weight[positions].sum(1), np.inf).reshape(group.rows, -1)
+    norms = np.where(present, weight[positions].sum(1), np.inf).reshape(group.rows, -1)
     for row, order in enumerate(norms.argsort(1)):
-        for channel in order[: per_row if rows[row].any() else 0] + row * rows.shape[1]:
+        if np.isinf(norms[row]).all():
+            continue
+        for channel in order[:per_row] + row * norms.shape[1]:
             for where, owned in axes:
                 alive[where][owned[channel]] = False

@@ -184,7 +184,7 @@ def small(name: str, shrunk: Shrinking, *, epochs: float | None = None) -> Metho
     if shrunk.task.pretrained:
         task, data = shrunk.task, shrunk.data
         torch.manual_seed(shrunk.seed)
-        model = cut_to(lambda: task.build(data, 1.0), shrunk.model, shrunk.example())
+        model = cut_to(lambda: task.build(data, 1.0), shrunk.model, shrunk.example(), shrunk.widths())
     else:
         model = copy.deepcopy(shrunk.model)
         torch.manual_seed(shrunk.seed)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.paper.summary import CORE, Cell, Row, summarise, table, targets
-from benchmarks.paper.tasks import QUICK, TASKS
+from benchmarks.paper.tasks import BY_NAME
 
-NETWORKS = {task.name: task.network for task in (*TASKS.values(), QUICK)}
+NETWORKS = {task.name: task.network for task in BY_NAME.values()}
 EMPTY = "No results are committed yet; `python -m benchmarks.paper --data-dir DIR` makes them."
 
 
 def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
-    """One row per task: apoptosis at default settings against dense."""
+    """One row per task, those of people.py alone excepted: apoptosis at default settings against dense."""
     rows = [r for r in _ordered(summarise(cells)) if r.method == "apoptosis"]
     dense = {r.task: r for r in summarise(cells) if r.method == "dense"}
     head = ("data, network", "seeds", "whole run", "parameters", "multiply-adds", "test metric: without, with",
@@ -39,7 +39,7 @@ def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
 
 
 def methods(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
-    """All methods of all tasks."""
+    """All methods of all tasks but those that people.py alone tells."""
     head = ("data", "method", "seeds", "whole run", "processor time", "test metric", "difference (95 %)",
             "parameters", "multiply-adds", "of the whole run", "own share", "dense's metric reached",
             "latency at 1, 256", "memory")  # fmt: skip
@@ -104,7 +104,7 @@ def _speed(ratio: float) -> str:
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
-    return [row for name in NETWORKS for row in rows if row.task == name]
+    return [row for name in NETWORKS for row in rows if row.task == name and not BY_NAME[name].turn]
 
 
 def _metric(row: Row) -> str:

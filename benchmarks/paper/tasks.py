@@ -82,6 +82,7 @@ class Task:
     network: in words. metric: its name. unit: what a difference of it is multiplied by ("points" are hundredths).
     core: whether all baselines run here. build: (data, scale of all hidden widths) -> network.
     kind: of network, for the table of what people train; empty: not in it. pretrained: build takes no scale but 1.
+    rows: how many training examples there are, where fewer may be asked for and tables say so; 0: any number.
     fewer: name -> builder of the pretrained network with fewer layers. turn: steps that one method trains before it is
     the next one's turn, None for an epoch. latency: batch sizes.
     """
@@ -98,6 +99,7 @@ class Task:
     batch: int = 128
     lr: float = 1e-3
     kind: str = ""
+    rows: int = 0
     recipe: Recipe = ADAM
     pretrained: bool = False
     fewer: Mapping[str, Callable[[TaskData], nn.Module]] = field(default_factory=dict)
@@ -178,14 +180,14 @@ def _sentences(read: Callable[[Path | None], tuple[Sentences, ...]], batch: int)
     return load
 
 
-def _minilm_task(name: str, read: Callable[..., tuple[Sentences, ...]]) -> Task:
+def _minilm_task(name: str, rows: int, read: Callable[..., tuple[Sentences, ...]]) -> Task:
     def build(layers: int | None) -> Callable[..., nn.Module]:
         return lambda data, scale=1.0: minilm(int(data.train.labels.max()) + 1, layers)
 
     return Task(
-        name=name, network="MiniLM, 6 layers, pretrained", kind="pretrained transformer", metric="accuracy", unit=100,
-        epochs=3, batch=32, lr=1e-4, recipe=ADAMW, pretrained=True, turn=24, latency=(1, 32),
-        load=_sentences(lambda folder: read(folder or Path("data"), minilm_tokens(), 0), 32),
+        name=name, rows=rows, network="MiniLM, 6 layers, pretrained", kind="pretrained transformer",
+        metric="accuracy", unit=100, epochs=3, batch=32, lr=1e-4, recipe=ADAMW, pretrained=True, turn=24,
+        latency=(1, 32), load=_sentences(lambda folder: read(folder or Path("data"), minilm_tokens(), 0), 32),
         build=build(None), fewer={f"{layers} of 6 layers": build(layers) for layers in (4, 3)},
     )  # fmt: skip
 
@@ -269,18 +271,21 @@ _ALL = (
     Task(name="autoencoder", network="autoencoder 784-1024-512-32 and back",
            metric="explained variance", unit=100, epochs=10, seeds=1, load=_reconstruct,
            build=lambda data, scale: autoencoder(scale)),
-    _minilm_task("minilm-sst2", read_sst2),
-    _minilm_task("minilm-trec", read_trec),
+    _minilm_task("minilm-sst2", 6920, read_sst2),
+    _minilm_task("minilm-trec", 4907, read_trec),
     Task(name="efficientnet-cifar10", network="EfficientNet-Lite0, pretrained, at 64 px",
-           kind="pretrained convolutional", metric="accuracy", unit=100, epochs=5, batch=64, lr=1e-3, recipe=ADAMW,
-           pretrained=True, turn=24, latency=(1, 32), load=_augmented(10_000), build=_efficientnet(None),
+           kind="pretrained convolutional", rows=10_000, metric="accuracy", unit=100, epochs=5, batch=64,
+           lr=1e-3, recipe=ADAMW, pretrained=True, turn=24, latency=(1, 32), load=_augmented(10_000),
+           build=_efficientnet(None),
            fewer={f"{blocks} of 16 blocks": _efficientnet(blocks) for blocks in (12, 9)}),
     Task(name="vgg11-cifar10", network="VGG-11 of half width",
-           kind="convolutional from scratch", metric="accuracy", unit=100, epochs=15, lr=0.1, recipe=SGD, seeds=2,
-           turn=24, latency=(1, 32), load=_augmented(), build=lambda data, scale: vgg11(scale)),
+           kind="convolutional from scratch", rows=45_000, metric="accuracy", unit=100, epochs=15,
+           lr=0.1, recipe=SGD, seeds=2, turn=24, latency=(1, 32), load=_augmented(),
+           build=lambda data, scale: vgg11(scale)),
     Task(name="resnet20-cifar10", network="ResNet-20",
-           kind="convolutional from scratch", metric="accuracy", unit=100, epochs=15, lr=0.1, recipe=SGD, seeds=2,
-           turn=24, latency=(1, 32), load=_augmented(), build=lambda data, scale: resnet(scale)),
+           kind="convolutional from scratch", rows=45_000, metric="accuracy", unit=100, epochs=15,
+           lr=0.1, recipe=SGD, seeds=2, turn=24, latency=(1, 32), load=_augmented(),
+           build=lambda data, scale: resnet(scale)),
 )  # fmt: skip
 TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
 
@@ -299,3 +304,4 @@ _TINY = (
            build=lambda data, scale: resnet(scale, planes=1, blocks=1)),
 )  # fmt: skip
 QUICK_TASKS: Mapping[str, Task] = {task.name: task for task in (QUICK, *_TINY)}
+BY_NAME: Mapping[str, Task] = {**TASKS, **QUICK_TASKS}
