@@ -245,6 +245,7 @@ def header(kind: str, task: Task, data: TaskData, seed: int) -> dict[str, Any]:
         "lr": task.lr,
         "train_rows": len(data.train),
         "recipe": task.recipe.name,
+        "probe": task.probe,
         "full": _full(task, len(data.train)),
         "tolerance": get_criterion("interpolative").tolerance,
         "source": source(),

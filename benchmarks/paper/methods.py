@@ -27,7 +27,6 @@ from benchmarks.paper.pruning import prunable, prune_to
 from benchmarks.paper.tasks import Task, TaskData
 from benchmarks.paper.training import MethodRun, fresh_like, outputs_of
 
-PROBE_ROWS = 4096
 #: Besides the default, whose figures are apoptosis' own, and reconstruction, which has a comparison of its own.
 CRITERIA = tuple(name for name in criteria() if name not in ("interpolative", "reconstruction"))
 PATIENCE = 2  # epochs without a better validation metric after which early stopping stops
@@ -41,7 +40,7 @@ class Shrinking(MethodRun):
 
     def __init__(self, name: str, task: Task, data: TaskData, seed: int, **options: Any) -> None:
         super().__init__(name, task, data, seed)
-        probe = data.validation.between(0, min(PROBE_ROWS, len(data.validation)))
+        probe = data.validation.between(0, min(task.probe, len(data.validation)))
         self.apo = Apoptosis(
             self.model,
             self.optimizer,

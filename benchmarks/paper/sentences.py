@@ -16,6 +16,7 @@ from torch import Tensor
 from apoptosis.errors import DataError
 
 LONGEST = 64  # tokens; what is longer is cut
+ALIKE = 50  # batches among which sentences are sorted by length, as Trainer's group_by_length does
 MULTIPLE = 8  # batches are padded to a multiple of this: few sizes, none much longer than its sentences
 SPLIT_SEED = 0
 Ids = list[list[int]]
@@ -49,9 +50,22 @@ class Sentences:
         fields = {name: getattr(self, name)[start:stop] for name in ("ids", "lengths", "labels")}
         return replace(self, **fields)
 
+    def order(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Return an epoch's order of the rows: by chance, with sentences of about one length in every batch.
+
+        Half of what a batch holds is padding otherwise. What does not fill a batch comes last.
+        """
+        order = torch.randperm(len(self), generator=generator)
+        parts = [part[self.lengths[part].argsort(stable=True)] for part in order.split(ALIKE * batch)]
+        batches = [found for part in parts for found in part.split(batch)]
+        full = [found for found in batches if len(found) == batch]
+        mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        return torch.cat([*mixed, *(found for found in batches if len(found) < batch)])
+
     def example(self, rows: int, batch: int) -> dict[str, Tensor]:
-        """Return the first rows, padded to the length that batches of `batch` rows have on average."""
-        widest = [int(part.max()) for part in self.lengths.split(batch)]
+        """Return the first rows, padded to the length that batches have on average."""
+        batches = self.order(batch, torch.Generator().manual_seed(SPLIT_SEED)).split(batch)
+        widest = [padded(self.ids[found], self.lengths[found])["input_ids"].shape[1] for found in batches]
         return padded(self.ids[:rows], self.lengths[:rows], sum(widest) // len(widest))
 
 

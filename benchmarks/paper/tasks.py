@@ -84,7 +84,8 @@ class Task:
     kind: of network, for the table of what people train; empty: not in it. pretrained: build takes no scale but 1.
     rows: how many training examples there are, where fewer may be asked for and tables say so; 0: any number.
     fewer: name -> builder of the pretrained network with fewer layers. turn: steps that one method trains before it is
-    the next one's turn, None for an epoch. latency: batch sizes.
+    the next one's turn, None for an epoch. latency: batch sizes. probe: of the validation examples, how many apoptosis
+    gets at most.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Task:
     fewer: Mapping[str, Callable[[TaskData], nn.Module]] = field(default_factory=dict)
     turn: int | None = None
     latency: tuple[int, ...] = (1, 256)
+    probe: int = 4096
 
 
 def _classes(name: str) -> Callable[[Path | None, int | None], TaskData]:
@@ -187,8 +189,9 @@ def _minilm_task(name: str, rows: int, read: Callable[..., tuple[Sentences, ...]
     return Task(
         name=name, rows=rows, network="MiniLM, 6 layers, pretrained", kind="pretrained transformer",
         metric="accuracy", unit=100, epochs=3, batch=32, lr=1e-4, recipe=ADAMW, pretrained=True, turn=24,
-        latency=(1, 32), load=_sentences(lambda folder: read(folder or Path("data"), minilm_tokens(), 0), 32),
-        build=build(None), fewer={f"{layers} of 6 layers": build(layers) for layers in (4, 3)},
+        latency=(1, 32), probe=256, build=build(None),
+        load=_sentences(lambda folder: read(folder or Path("data"), minilm_tokens(), 0), 32),
+        fewer={f"{layers} of 6 layers": build(layers) for layers in (4, 3)},
     )  # fmt: skip
 
 
@@ -275,16 +278,16 @@ _ALL = (
     _minilm_task("minilm-trec", 4907, read_trec),
     Task(name="efficientnet-cifar10", network="EfficientNet-Lite0, pretrained, at 64 px",
            kind="pretrained convolutional", rows=10_000, metric="accuracy", unit=100, epochs=5, batch=64,
-           lr=1e-3, recipe=ADAMW, pretrained=True, turn=24, latency=(1, 32), load=_augmented(10_000),
+           lr=1e-3, recipe=ADAMW, pretrained=True, turn=24, latency=(1, 32), probe=256, load=_augmented(10_000),
            build=_efficientnet(None),
            fewer={f"{blocks} of 16 blocks": _efficientnet(blocks) for blocks in (12, 9)}),
     Task(name="vgg11-cifar10", network="VGG-11 of half width",
            kind="convolutional from scratch", rows=45_000, metric="accuracy", unit=100, epochs=15,
-           lr=0.1, recipe=SGD, seeds=2, turn=24, latency=(1, 32), load=_augmented(),
+           lr=0.1, recipe=SGD, seeds=2, turn=24, latency=(1, 32), probe=256, load=_augmented(),
            build=lambda data, scale: vgg11(scale)),
     Task(name="resnet20-cifar10", network="ResNet-20",
            kind="convolutional from scratch", rows=45_000, metric="accuracy", unit=100, epochs=15,
-           lr=0.1, recipe=SGD, seeds=2, turn=24, latency=(1, 32), load=_augmented(),
+           lr=0.1, recipe=SGD, seeds=2, turn=24, latency=(1, 32), probe=256, load=_augmented(),
            build=lambda data, scale: resnet(scale)),
 )  # fmt: skip
 TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
@@ -295,11 +298,11 @@ QUICK = Task(name="digits", network="MLP 64-256-256-10",
                build=_mlp(256, 256))  # fmt: skip
 _TINY = (
     Task(name="digits-bert", network="BERT, 4 layers, random", kind="transformer, tiny", metric="accuracy", unit=100,
-           epochs=3, batch=32, lr=2e-3, recipe=ADAMW, pretrained=True, seeds=1, turn=8, latency=(1, 32),
+           epochs=3, batch=32, lr=2e-3, recipe=ADAMW, pretrained=True, seeds=1, turn=8, latency=(1, 32), probe=256,
            load=_sentences(lambda folder: digits_as_sentences(), 32),
            build=lambda data, scale: tiny_bert(10), fewer={"2 of 4 layers": lambda data: tiny_bert(10, 2)}),
     Task(name="digits-resnet", network="ResNet-8", kind="convolutional, tiny", metric="accuracy", unit=100, epochs=3,
-           batch=32, lr=0.1, recipe=SGD, seeds=1, turn=16, latency=(1, 32),
+           batch=32, lr=0.1, recipe=SGD, seeds=1, turn=16, latency=(1, 32), probe=256,
            load=lambda folder, rows: replace(_classes("digits")(folder, rows or 2000), augment=_slightly),
            build=lambda data, scale: resnet(scale, planes=1, blocks=1)),
 )  # fmt: skip

@@ -165,7 +165,11 @@ class MethodRun:
         """Train the steps first..last of the epoch."""
         data, train = self.data, self.data.train
         order_seed = 2 * (self.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(order_seed))
+        chance = torch.Generator().manual_seed(order_seed)
+        if isinstance(train, Sentences):
+            order = train.order(self.batch, chance)
+        else:
+            order = torch.randperm(len(train), generator=chance)
         torch.manual_seed(order_seed + 1 + 7919 * first)  # dropout draws alike for all methods
         changes = torch.Generator().manual_seed(order_seed + 1 + 7919 * first)
         self.model.train()

@@ -162,6 +162,19 @@ def test_a_batch_is_padded_to_its_longest_and_classes_are_read(tmp_path):
     assert test.labels.tolist()[:4] == [2, 1, 2, 0]  # HUM, LOC, NUM
 
 
+def test_an_epoch_takes_every_sentence_once_and_pads_little():
+    import torch
+
+    from benchmarks.paper.sentences import digits_as_sentences
+
+    train = digits_as_sentences()[0]
+    order = train.order(32, torch.Generator().manual_seed(1))
+    assert sorted(order.tolist()) == list(range(len(train)))
+    assert not torch.equal(order, train.order(32, torch.Generator().manual_seed(2)))
+    spread = [int(train.lengths[found].max() - train.lengths[found].min()) for found in order.split(32)[:-1]]
+    assert sum(spread) < 0.5 * len(spread) * int(train.lengths.max() - train.lengths.min())
+
+
 def test_a_task_without_its_packages_is_left_out_with_a_line(tmp_path, capsys, monkeypatch):
     from benchmarks.paper.__main__ import main
 
