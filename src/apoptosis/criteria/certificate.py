@@ -14,6 +14,8 @@ from torch import Tensor
 
 from apoptosis.criteria.constraints import allowed, interleaved, step_between
 from apoptosis.criteria.exact import below_roundoff
+from apoptosis.criteria.factored import reduce_by_factor
+from apoptosis.criteria.least_squares import reduce_by_least_squares
 from apoptosis.criteria.views import (
     Criterion,
     GroupView,
@@ -126,8 +128,7 @@ def choose(
         high = search.bisect(low, min(high, _aligned(view.num_channels, align)), align)
     step = align
     while high < view.num_channels:
-        reduction = search.reduction(high)
-        errors = search.errors(high, reduction)
+        reduction, errors = search.both(high)
         if all(errors[key] <= caps[key] for key in caps) and search.exact(reduction):
             return Proposal(reduction=reduction, errors=errors, kind="empirical" if search.has_data else "worst_case")
         del reduction  # before the next one
@@ -174,6 +175,15 @@ class _Search:
         made = self._criterion.reduce(self._view, self._ranking.order[:num_keep].sort().values)
         made = allowed(self._view, made)
         return replace(made, sites={key: compact(site, made.keep) for key, site in made.sites.items()})
+
+    def both(self, num_keep: int) -> tuple[Reduction, dict[str, float]]:
+        """Return the reduction and its errors, from the ranking's own factorisation where there is one."""
+        own = self._criterion.reduce is not reduce_by_least_squares or bool(self._strict)
+        found = None if own else reduce_by_factor(self._view, self._ranking, num_keep)
+        if found is not None:
+            return found
+        reduction = self.reduction(num_keep)
+        return reduction, self.errors(num_keep, reduction)
 
     def errors(self, num_keep: int, reduction: Reduction) -> dict[str, float]:
         if not self.has_data:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.criteria.exact import gram_root
+from apoptosis.criteria.factored import has_factor
 from apoptosis.criteria.views import (
     Criterion,
     GroupView,
@@ -64,7 +65,9 @@ def _rank_interpolative(view: GroupView) -> Ranking:
             factor = pivoted_cholesky(gram(site), weights_C=norms, overwrite=True)
         else:
             factor = pivoted_qr(root, norms)
-        return Ranking(order=factor.order, curves={site.key: _curve(site, factor)})
+        serves = root is None and has_factor(site)
+        curves = {site.key: _curve(site, factor)}
+        return Ranking(order=factor.order, curves=curves, factor=factor if serves else None)
     # One weight per channel for all sites: scaled site by site, exact duplicates would not be redundant in the sum.
     total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64, device="cpu")
     weights = torch.zeros(view.num_channels, dtype=torch.float64, device="cpu")
@@ -100,7 +103,8 @@ def _curves(view: GroupView, order: Tensor, min_keep: int = 1) -> dict[str, Tens
     return {site.key: _curve(site, ordered_cholesky(gram(site), order)) for site in view.sites}
 
 
-def _reduce(view: GroupView, keep: Tensor) -> Reduction:
+def reduce_by_least_squares(view: GroupView, keep: Tensor) -> Reduction:
+    """Let the kept channels stand in for the others by least squares at every site, with an offset where one folds."""
     sites = {}
     for site in view.sites:
         if not site.mixes:
@@ -119,7 +123,7 @@ INTERPOLATIVE = Criterion(
     name="interpolative",
     needs_data=True,
     rank=_rank_interpolative,
-    reduce=_reduce,
+    reduce=reduce_by_least_squares,
     summary="least squares from kept channels, ordered by one pivoted Cholesky factorisation; errors are weighted by "
     "the gradient of the loss",
     curves=_curves,
@@ -138,7 +142,7 @@ GREEDY = Criterion(
     name="greedy",
     needs_data=True,
     rank=_rank_greedy,
-    reduce=_reduce,
+    reduce=reduce_by_least_squares,
     summary="least squares from kept channels, ordered by forward selection on the consumers' own error",
     curves=_curves,
     neurons=False,

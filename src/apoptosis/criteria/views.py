@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apoptosis.errors import ArgumentError, ShapeError
 from apoptosis.numerics.decompose import Blocks, mean_offset
-from apoptosis.numerics.linalg import roundoff_floor
+from apoptosis.numerics.linalg import Factor, roundoff_floor
 from apoptosis.numerics.moments import Moments
 from apoptosis.records import Reduction, SiteReduction
 
@@ -125,12 +125,14 @@ class Ranking:
     order: (channels,) int64, best to keep first. curves: site key -> (channels + 1,) relative rms error with the
     first k of the order kept; exact for P = 1, with a factor sqrt(P) to spare beyond; a data-free worst-case score when
     the site has no moments.
-    Sites left out have to be tried. min_keep: fewer cannot be reduced to by this criterion.
+    Sites left out have to be tried. min_keep: fewer cannot be reduced to by this criterion. factor: of the only site's
+    Gram matrix in this order, where the criterion folds by least squares from it; dropped once a width was chosen.
     """
 
     order: Tensor
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     min_keep: int = 1
+    factor: Factor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -251,9 +251,10 @@ def _propose(
             text = f"a norm reads them, and criterion '{criterion.name}' uses weights only: choose one that uses data"
             return Why("criterion", text)
         criterion = compensated(criterion)
-    if group.name not in rankings:
-        rankings[group.name] = interleaved(criterion, data.view)
-    ranking = rankings[group.name]
+    ranking = rankings.get(group.name)
+    if ranking is None:
+        ranking = interleaved(criterion, data.view)
+        rankings[group.name] = replace(ranking, factor=None)  # as large as a Gram matrix: for this proposal alone
     proposal = choose(criterion, data.view, limits, align=step, min_keep=least, ranking=ranking)
     if proposal is None:
         cap = request.allotted.get(group.name, request.tolerance)
