@@ -40,6 +40,7 @@ class Shrinking(MethodRun):
 
     def __init__(self, name: str, task: Task, data: TaskData, seed: int, **options: Any) -> None:
         super().__init__(name, task, data, seed)
+        start = time.process_time()
         probe = data.validation.between(0, min(task.probe, len(data.validation)))
         self.apo = Apoptosis(
             self.model,
@@ -51,7 +52,7 @@ class Shrinking(MethodRun):
             **options,
         )
         self.seconds = self.run_seconds = self.apo.seconds
-        self.cpu_seconds = self.apo.seconds
+        self.cpu_seconds = time.process_time() - start
         self.events: list[dict[str, Any]] = []
 
     def after_step(self) -> None:

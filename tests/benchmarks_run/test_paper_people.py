@@ -67,11 +67,13 @@ def test_a_tiny_transformer_trains_by_all_methods(tmp_path, capsys):
     from benchmarks.paper.lineup import methods_of
     from benchmarks.paper.tasks import QUICK_TASKS
 
-    rows = ["--rows", "160", "--epochs", "2"]
-    assert main(["--quick", "--only", "digits-bert", *rows, "--results", str(tmp_path)]) == 0
-    cell = json.loads((tmp_path / "digits-bert-0.json").read_text())
     task = QUICK_TASKS["digits-bert"]
-    assert set(cell["methods"]) == set(methods_of(task, task.load(None, 160), 0))
+    names = [name for name in methods_of(task, task.load(None, 160), 0) if not name.endswith("x")]  # no targets
+    given = ["--rows", "160", "--epochs", "2", "--methods", "; ".join(names), "--results", str(tmp_path)]
+    assert main(["--quick", "--only", "digits-bert", *given]) == 0
+    cell = json.loads((tmp_path / "digits-bert-0.json").read_text())
+    assert set(cell["methods"]) == set(names)
+    assert {"2 of 4 layers", "torch-pruning", "group lasso", "same widths", "dense, shorter"} < set(names)
     assert cell["failed"] == {}
     assert cell["full"] == {"epochs": 3}
     assert cell["complete"] is True
@@ -228,3 +230,43 @@ def test_what_is_aimed_at_is_read_off_cells():
     text = people([part], [])
     assert "| convolutional from scratch | vgg11-cifar10, 100 of 45,000 rows, 3 of 15 epochs | dense | 1 |" in text
     assert "| group lasso | 1 | broke: | a b |" in text
+
+
+def test_targets_bring_their_methods_and_what_a_method_needs_comes_along(monkeypatch):
+    from apoptosis.errors import ArgumentError
+    from benchmarks.paper import lineup
+    from benchmarks.paper.tasks import QUICK_TASKS
+
+    task = QUICK_TASKS["digits-bert"]
+    data = task.load(None, 160)
+    monkeypatch.setattr(lineup, "has_targets", lambda: True)
+    methods = lineup.methods_of(task, data, 0)
+    assert methods["torch-pruning, 2x"].beside == ("apoptosis, 2x",)
+    assert list(lineup.chosen(methods, ["torch-pruning, 3x"])) == ["dense", "apoptosis, 3x", "torch-pruning, 3x"]
+    assert list(lineup.chosen(methods, ["dense, shorter"])) == ["dense", "apoptosis", "dense, shorter"]
+    with pytest.raises(ArgumentError, match="2 of 4 layers"):
+        lineup.chosen(methods, ["5 of 4 layers"])
+    monkeypatch.setattr(lineup, "has_targets", lambda: False)
+    assert not any(name.endswith("2x") for name in lineup.methods_of(task, data, 0))
+
+
+def test_a_baseline_that_breaks_is_recorded_and_the_others_go_on():
+    from benchmarks.paper.cells import Cell
+    from benchmarks.paper.lineup import Method
+    from benchmarks.paper.tasks import QUICK_TASKS
+    from benchmarks.paper.training import MethodRun
+
+    class Breaking(MethodRun):
+        def after_turn(self):
+            raise RuntimeError("no such channel")
+
+    task = replace(QUICK_TASKS["digits-resnet"], epochs=1)
+    data = task.load(None, 200)
+    dense = Method(name="dense", make=lambda runs: MethodRun("dense", task, data, 0))
+    breaking = Method(name="breaking", make=lambda runs: Breaking("breaking", task, data, 0))
+    late = Method(name="late", make=lambda runs: MethodRun("late", task, data, 0), after=("breaking",))
+    cell = Cell({}, {method.name: method for method in (dense, breaking, late)}, lambda line: None)
+    cell.run(early=False)
+    found = cell.json(complete=True)
+    assert found["failed"] == {"breaking": "RuntimeError: no such channel", "late": "needs breaking"}
+    assert list(found["methods"]) == ["dense"]
