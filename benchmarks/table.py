@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cluster import tables as scaling
-from benchmarks.paper import people, tables
+from benchmarks.paper import kinds, tables
 from benchmarks.paper.summary import read_cells, read_frontiers
 from benchmarks.paper.summary import table as markdown
 
@@ -147,8 +147,8 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "aims": paper(tables.aims),
     "seeds": paper(tables.seeds),
     "frontier": paper(tables.frontier),
-    "people": paper(people.people),
-    "people-aims": paper(people.aims),
+    "by-kind": paper(kinds.by_kind),
+    "by-kind-aims": paper(kinds.aims),
     "overhead": overhead_table,
     "capture": capture_table,
     "event-cost": event_cost_table,

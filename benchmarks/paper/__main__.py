@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from apoptosis.errors import ApoptosisError
-from benchmarks.paper import people
+from benchmarks.paper import kinds
 from benchmarks.paper.cells import cell_path, fits, run_cell, write_cell
 from benchmarks.paper.event_time import EVENT_TIME, read_event_time, run_event_time
 from benchmarks.paper.frontier import TASKS as FRONTIERS
@@ -99,7 +99,7 @@ def _main(arguments: list[str] | None) -> int:
     if any(not there[cell["task"]].turn for cell in cells):
         print(methods(cells, frontiers), aims(cells, frontiers), sep="\n\n")
     if any(there[cell["task"]].kind for cell in cells):
-        print(people.people(cells, frontiers), people.aims(cells, frontiers), sep="\n\n")
+        print(kinds.by_kind(cells, frontiers), kinds.aims(cells, frontiers), sep="\n\n")
     if given.pictures is not None:
         for path in draw_all(cells, frontiers, read_event_time(given.results / EVENT_TIME), given.pictures):
             print(f"wrote {path}")

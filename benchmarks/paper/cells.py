@@ -23,20 +23,20 @@ import apoptosis
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ApoptosisError
 from apoptosis.tools.recipes.machine import machine, versions
-from benchmarks.paper.lineup import Method, chosen, methods_of
 from benchmarks.paper.measure import energy_joules, latencies, training_memory
+from benchmarks.paper.method_table import Method, chosen, methods_of
 from benchmarks.paper.methods import EarlyStopping
 from benchmarks.paper.tasks import BY_NAME, Task, TaskData
 from benchmarks.paper.training import MethodRun
 
 SCHEMA = 3
-ASIDE = 240.0  # seconds after which the runs of a cell are put aside once more
+SNAPSHOT_SECONDS = 240.0  # seconds after which the runs of a cell are saved again
 # What a baseline may end in; the others go on then.
 BREAKS = (ApoptosisError, RuntimeError, ValueError, ArithmeticError, TypeError, LookupError, AttributeError, NameError)
 Say = Callable[[str], None]
 
 
-class Aside:
+class Snapshots:
     """Where the runs of an unfinished cell lie, so that one that was stopped goes on: a file per method.
 
     Args: folder: of this cell; it is removed when the cell is done.
@@ -58,13 +58,13 @@ class Aside:
         return True
 
     def save(self, runs: Sequence[MethodRun]) -> None:
-        """Put runs aside."""
+        """Save runs."""
         for run in runs:
             run.save(self.path(run.name))
 
     def is_time(self) -> bool:
-        """Whether those that train should be put aside once more."""
-        if time.monotonic() - self.last < ASIDE:
+        """Whether those that train should be saved again."""
+        if time.monotonic() - self.last < SNAPSHOT_SECONDS:
             return False
         self.last = time.monotonic()
         return True
@@ -80,7 +80,7 @@ class Cell:
     """The runs of one task and seed, and their records.
 
     Args:
-        head: what was run. methods: by name, in order. aside: where unfinished runs lie; None: a stop loses all.
+        head: what was run. methods: by name, in order. snapshots: where unfinished runs lie; None: a stop loses all.
         begun: the JSON of the same cell that was stopped, {} for none. write: takes the cell's JSON whenever a method
             is finished.
     """
@@ -90,12 +90,12 @@ class Cell:
         head: Mapping[str, Any],
         methods: Mapping[str, Method],
         say: Say,
-        aside: Aside | None = None,
+        snapshots: Snapshots | None = None,
         begun: Mapping[str, Any] | None = None,
         write: Callable[[dict[str, Any]], None] = lambda cell: None,
     ) -> None:
         begun = begun or {}
-        self.head, self.methods, self.say, self.aside, self.write = head, methods, say, aside, write
+        self.head, self.methods, self.say, self.snapshots, self.write = head, methods, say, snapshots, write
         self.records: dict[str, dict[str, Any]] = dict(begun.get("methods", {}))
         self.failed: dict[str, str] = dict(begun.get("failed", {}))
         self.resumed = int(begun.get("resumed", 0))
@@ -121,21 +121,21 @@ class Cell:
             waiting = [name for name in waiting if name not in ready]
 
     def _made(self, name: str) -> MethodRun | None:
-        """Make a method's run, or take it up where it was put aside."""
+        """Make a method's run, or go on from its snapshot."""
         if missing := [other for other in self.methods[name].beside if other not in self.runs]:
             self.failed[name] = f"needs {', '.join(missing)}"
             return None
         try:
             run = self.methods[name].make(self.runs)
         except BREAKS as error:
-            self._broke(name, error)
+            self._leave_out(name, error)
             return None
-        if self.aside is not None and self.aside.restore(run):
+        if self.snapshots is not None and self.snapshots.restore(run):
             self.say(f"  {name}: goes on after {run.step} of {run.total_steps} steps")
         self.runs[name] = run
         return run
 
-    def _broke(self, name: str, error: Exception) -> None:
+    def _leave_out(self, name: str, error: Exception) -> None:
         """Leave a method out from now on, with what it said; without dense and apoptosis there is nothing to tell.
 
         Raises: error itself, of these two.
@@ -144,24 +144,24 @@ class Cell:
             raise error
         self.runs.pop(name, None)
         self.failed[name] = f"{type(error).__name__}: {error}"
-        self.say(f"  {name} broke: {self.failed[name]}")
+        self.say(f"  {name} failed: {self.failed[name]}")
 
     def _train(self, runs: Sequence[MethodRun], stop: EarlyStopping | None) -> None:
         self._finish(runs)
-        for _ in turns(runs, self.say, broke=lambda run, error: self._broke(run.name, error)):
+        for _ in turns(runs, self.say, failed=lambda run, error: self._leave_out(run.name, error)):
             if stop is not None:
                 stop.look()
             self._finish(runs)
-            if self.aside is not None and self.aside.is_time():
-                self.aside.save([run for run in runs if run.name in self.runs and not run.finished])
+            if self.snapshots is not None and self.snapshots.is_time():
+                self.snapshots.save([run for run in runs if run.name in self.runs and not run.finished])
         if stop is not None:
             self.records["early stopping"] = stop.record()
 
     def _finish(self, runs: Sequence[MethodRun]) -> None:
         """Record the runs that are done and not recorded."""
         done = [run for run in runs if run.finished and run.name in self.runs and run.name not in self.records]
-        if self.aside is not None:
-            self.aside.save(done)
+        if self.snapshots is not None:
+            self.snapshots.save(done)
         self.records |= {run.name: run.record() for run in done}
         if done:
             self.write(self.json(complete=False))
@@ -189,19 +189,21 @@ def run_cell(
     energy = energy_joules()
     head = header("paper-cell", task, data, seed)
     methods = chosen(methods_of(task, data, seed, criteria=criteria), names)
-    aside, begun = (None, None) if path is None or task.core else _taken_up(path, head, list(methods))
-    cell = Cell(head, methods, say, aside, begun, (lambda found: None) if path is None else partial(write_cell, path))
+    snapshots, begun = (None, None) if path is None or task.core else _resumed(path, head, list(methods))
+    cell = Cell(
+        head, methods, say, snapshots, begun, (lambda found: None) if path is None else partial(write_cell, path)
+    )
     cell.run(early=task.core)
     _measure(cell.records, list(cell.runs.values()), data)
     after = energy_joules()
     joules = None if energy is None or after is None else after - energy
-    if aside is not None:
-        aside.clear()
+    if snapshots is not None:
+        snapshots.clear()
     return cell.json(complete=True) | {"joules": joules}
 
 
-def _taken_up(path: Path, head: Mapping[str, Any], names: Sequence[str]) -> tuple[Aside, dict[str, Any] | None]:
-    """Return where the runs of a cell are put aside, and the JSON of the same cell, of the same code and methods, that
+def _resumed(path: Path, head: Mapping[str, Any], names: Sequence[str]) -> tuple[Snapshots, dict[str, Any] | None]:
+    """Return where the snapshots of a cell lie, and the JSON of the same cell, of the same code and methods, that
     was stopped; None where there is none. What lies there of another one is removed.
     """
     folder = path.parent / "unfinished" / path.stem
@@ -211,11 +213,11 @@ def _taken_up(path: Path, head: Mapping[str, Any], names: Sequence[str]) -> tupl
         write_cell(mark, {"asked": asked, "resumed": lies["resumed"] + 1})
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         begun = found if found.get("complete") is False else {}
-        return Aside(folder), begun | {"resumed": lies["resumed"] + 1}
-    Aside(folder).clear()
-    aside = Aside(folder)
+        return Snapshots(folder), begun | {"resumed": lies["resumed"] + 1}
+    Snapshots(folder).clear()
+    snapshots = Snapshots(folder)
     write_cell(mark, {"asked": asked, "resumed": 0})
-    return aside, None
+    return snapshots, None
 
 
 def _measure(records: dict[str, dict[str, Any]], runs: Sequence[MethodRun], data: TaskData) -> None:
@@ -276,11 +278,11 @@ def train(methods: Sequence[MethodRun], say: Say) -> None:
 
 
 def turns(
-    methods: Sequence[MethodRun], say: Say, broke: Callable[[MethodRun, Exception], None] | None = None
+    methods: Sequence[MethodRun], say: Say, failed: Callable[[MethodRun, Exception], None] | None = None
 ) -> Iterator[None]:
     """Train turn by turn; dense and apoptosis lead alternately, baselines that follow it come after.
 
-    Args: broke: takes a run that failed and its error, and the others go on; None: the error is raised.
+    Args: failed: takes a run that failed and its error, and the others go on; None: the error is raised.
     """
     number, left = 0, [run for run in methods if not run.finished]
     while left:
@@ -292,9 +294,9 @@ def turns(
             try:
                 run.run_turn()
             except BREAKS as error:
-                if broke is None:
+                if failed is None:
                     raise
-                broke(run, error)
+                failed(run, error)
                 left.remove(run)
                 continue
             if run.epoch > epoch:

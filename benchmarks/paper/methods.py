@@ -1,7 +1,7 @@
 """What a user would pick: dense, apoptosis, small from the start, Torch-Pruning, group lasso.
 
-Holds: each method as a `MethodRun`. Elsewhere: the training loop (training), which methods a task has (lineup), the
-order (cells), the calls of Torch-Pruning (pruning).
+Holds: each method as a `MethodRun`. Elsewhere: the training loop (training), which methods a task has (method_table),
+the order (cells), the calls of Torch-Pruning (pruning).
 
 At equal final multiply-adds: after every turn (an epoch, in tasks without shorter ones) a pruning baseline cuts to at
 most the multiply-adds that apoptosis has after the same turn. Within a turn apoptosis is ahead, so what the whole run
@@ -22,8 +22,8 @@ import torch
 import apoptosis
 from apoptosis import Apoptosis
 from apoptosis.criteria import criteria
-from benchmarks.paper.found import cut_to
 from benchmarks.paper.pruning import prunable, prune_to
+from benchmarks.paper.same_widths import cut_to
 from benchmarks.paper.tasks import Task, TaskData
 from benchmarks.paper.training import MethodRun, fresh_like, outputs_of
 

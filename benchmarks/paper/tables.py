@@ -15,7 +15,7 @@ EMPTY = "No results are committed yet; `python -m benchmarks.paper --data-dir DI
 
 
 def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
-    """One row per task, those of people.py alone excepted: apoptosis at default settings against dense."""
+    """One row per task, those of kinds.py alone excepted: apoptosis at default settings against dense."""
     rows = [r for r in _ordered(summarise(cells)) if r.method == "apoptosis"]
     dense = {r.task: r for r in summarise(cells) if r.method == "dense"}
     head = ("data, network", "seeds", "whole run", "parameters", "multiply-adds", "test metric: without, with",
@@ -39,7 +39,7 @@ def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
 
 
 def methods(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
-    """All methods of all tasks but those that people.py alone tells."""
+    """All methods of all tasks but those that kinds.py alone tells."""
     head = ("data", "method", "seeds", "whole run", "processor time", "test metric", "difference (95 %)",
             "parameters", "multiply-adds", "of the whole run", "own share", "dense's metric reached",
             "latency at 1, 256", "memory")  # fmt: skip

@@ -1,6 +1,6 @@
 """One method's training: the same batches, schedule and fused optimizer for all.
 
-Holds: `MethodRun`, its clocks, its curve and how it is put aside and taken up again. Elsewhere: what a method does
+Holds: `MethodRun`, its clocks, its curve and its snapshots. Elsewhere: what a method does
 between steps or epochs (methods), the order in which methods train (cells).
 """
 
@@ -220,7 +220,7 @@ class MethodRun:
             **self.more(),
         }
 
-    # ------------------------------------------------------------------ put aside, taken up again
+    # ------------------------------------------------------------------ snapshots
 
     def save(self, path: Path) -> None:
         """Write all that the rest of the run needs, whole or not at all; the data excepted."""

@@ -43,7 +43,7 @@ def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch)
         if "epoch  2 half width" in line:
             raise Stopped
 
-    monkeypatch.setattr(cells, "ASIDE", -1.0)  # put aside after every turn
+    monkeypatch.setattr(cells, "SNAPSHOT_SECONDS", -1.0)  # a snapshot after every turn
     with pytest.raises(Stopped):
         cells.run_cell(task, data, 0, stop, names=names, path=path)
     assert (tmp_path / "unfinished" / path.stem / "half-width.pt").exists()
@@ -64,7 +64,7 @@ def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch)
 
 def test_a_tiny_transformer_trains_by_all_methods(tmp_path, capsys):
     from benchmarks.paper.__main__ import main
-    from benchmarks.paper.lineup import methods_of
+    from benchmarks.paper.method_table import methods_of
     from benchmarks.paper.tasks import QUICK_TASKS
 
     task = QUICK_TASKS["digits-bert"]
@@ -117,7 +117,7 @@ def test_found_widths_are_cut_from_the_network_before_training():
     import torch
 
     from apoptosis import shrink_
-    from benchmarks.paper.found import cut_to
+    from benchmarks.paper.same_widths import cut_to
     from benchmarks.paper.sentences import digits_as_sentences
     from benchmarks.paper.training import outputs_of
 
@@ -204,7 +204,7 @@ def test_images_are_moved_and_mirrored():
 
 
 def test_what_is_aimed_at_is_read_off_cells():
-    from benchmarks.paper.people import aims, people
+    from benchmarks.paper.kinds import aims, by_kind
 
     def record(test, seconds, macs):
         found = dict.fromkeys(("seconds", "cpu_seconds", "run_seconds"), seconds)
@@ -227,32 +227,32 @@ def test_what_is_aimed_at_is_read_off_cells():
     assert "| minilm-trec, apoptosis, 2x: reached within 5 % | 1.98x fewer multiply-adds | yes |" in lines
     assert "| minilm-trec, apoptosis, 2x: ahead at equal multiply-adds | -1.00 ± 0.00 points; 4 of 6 layers" in lines
     part = cell("vgg11-cifar10", 0, 0.0, full={"train_rows": 45000, "epochs": 15}, failed={"group lasso": "a\nb"})
-    text = people([part], [])
+    text = by_kind([part], [])
     assert "| convolutional from scratch | vgg11-cifar10, 100 of 45,000 rows, 3 of 15 epochs | dense | 1 |" in text
-    assert "| group lasso | 1 | broke: | a b |" in text
+    assert "| group lasso | 1 | failed: | a b |" in text
 
 
 def test_targets_bring_their_methods_and_what_a_method_needs_comes_along(monkeypatch):
     from apoptosis.errors import ArgumentError
-    from benchmarks.paper import lineup
+    from benchmarks.paper import method_table
     from benchmarks.paper.tasks import QUICK_TASKS
 
     task = QUICK_TASKS["digits-bert"]
     data = task.load(None, 160)
-    monkeypatch.setattr(lineup, "has_targets", lambda: True)
-    methods = lineup.methods_of(task, data, 0)
+    monkeypatch.setattr(method_table, "has_targets", lambda: True)
+    methods = method_table.methods_of(task, data, 0)
     assert methods["torch-pruning, 2x"].beside == ("apoptosis, 2x",)
-    assert list(lineup.chosen(methods, ["torch-pruning, 3x"])) == ["dense", "apoptosis, 3x", "torch-pruning, 3x"]
-    assert list(lineup.chosen(methods, ["dense, shorter"])) == ["dense", "apoptosis", "dense, shorter"]
+    assert list(method_table.chosen(methods, ["torch-pruning, 3x"])) == ["dense", "apoptosis, 3x", "torch-pruning, 3x"]
+    assert list(method_table.chosen(methods, ["dense, shorter"])) == ["dense", "apoptosis", "dense, shorter"]
     with pytest.raises(ArgumentError, match="2 of 4 layers"):
-        lineup.chosen(methods, ["5 of 4 layers"])
-    monkeypatch.setattr(lineup, "has_targets", lambda: False)
-    assert not any(name.endswith("2x") for name in lineup.methods_of(task, data, 0))
+        method_table.chosen(methods, ["5 of 4 layers"])
+    monkeypatch.setattr(method_table, "has_targets", lambda: False)
+    assert not any(name.endswith("2x") for name in method_table.methods_of(task, data, 0))
 
 
 def test_a_baseline_that_breaks_is_recorded_and_the_others_go_on():
     from benchmarks.paper.cells import Cell
-    from benchmarks.paper.lineup import Method
+    from benchmarks.paper.method_table import Method
     from benchmarks.paper.tasks import QUICK_TASKS
     from benchmarks.paper.training import MethodRun
 

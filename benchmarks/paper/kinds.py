@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.paper.lineup import TARGETS
+from benchmarks.paper.method_table import TARGETS
 from benchmarks.paper.summary import Cell, Row, pooled, summarise, table
 from benchmarks.paper.tasks import BY_NAME, TASKS
 
@@ -37,14 +37,14 @@ LIMITS: Mapping[str, Limits] = {
 NATS = 0.005  # the mean difference of a language model
 
 
-def people(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+def by_kind(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     """Every method of every task of a kind, kind after kind."""
     rows = rows_by_kind(cells)
     head = ("kind of network", "data", "method", "seeds", "whole run", "processor time", "test metric",
             "difference (95 %)", "parameters", "multiply-adds", "of the whole run", "own share", "latency")  # fmt: skip
     lines = [_line(kind, row) for kind, found in rows.items() for row in found]
     lines += [
-        (task.kind, name_of(cell), method, "1", "broke:", text.replace("\n", " ")[:160], *[""] * 7)
+        (task.kind, name_of(cell), method, "1", "failed:", text.replace("\n", " ")[:160], *[""] * 7)
         for cell in cells
         for method, text in cell.get("failed", {}).items()
         if (task := BY_NAME[cell["task"]]).kind
