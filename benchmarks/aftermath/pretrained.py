@@ -18,7 +18,7 @@ from benchmarks.aftermath.tasks import Batch, Task, images, linear
 
 LENGTH = 32  # tokens
 HELD_OUT = 192  # sentences
-POINTS = (0.03, 0.2)
+POINTS = (0.05, 0.35)
 
 
 def minilm(data_dir: Path | None) -> Task:
@@ -53,7 +53,7 @@ def minilm(data_dir: Path | None) -> Task:
 
     held_out = [encoded(list(range(start, start + 48))) for start in range(last, len(texts), 48)]
     ends = tuple(f"bert.encoder.layer.{i}.{end}.dense" for i in range(6) for end in ("output", "attention.output"))
-    return Task(name="minilm", build=build, batch=draw, held_out=held_out, steps=200, points=POINTS, k=16, units=4,
+    return Task(name="minilm", build=build, batch=draw, held_out=held_out, steps=100, points=POINTS, k=0, units=3, tried=1,
                 optimizer=lambda p: torch.optim.AdamW([q for q in p if q.requires_grad], lr=1e-4), schedule=linear,
                 branches=ends, pretrained=True)  # fmt: skip
 
@@ -70,8 +70,8 @@ def efficientnet(data_dir: Path | None) -> Task:
         return network
 
     draw, held_out = images("cifar10", data_dir, 10_000, 12, size=64)
-    return Task(name="efficientnet", build=build, batch=draw, held_out=held_out[:12], steps=240, points=POINTS, k=16,
-                units=4, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), schedule=linear,
+    return Task(name="efficientnet", build=build, batch=draw, held_out=held_out[:12], steps=100, points=POINTS, k=0,
+                units=3, tried=1, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), schedule=linear,
                 branches=_identity_ends(build()), pretrained=True)  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from apoptosis.engine.step import apply_reductions
 from apoptosis.graph import analyse, replay
 from apoptosis.model.outputs import Change
 from apoptosis.observe import Observation, Observer
-from apoptosis.planner import Plan, Request, Why, make_plan
+from apoptosis.planner import Plan, Request, Why, macs_after, make_plan
 from apoptosis.planner.views import make_view
 from apoptosis.records import Group, LinearSite, Structure
 from apoptosis.surgery.target import Target
@@ -175,6 +175,17 @@ def without_branch(run: Run, name: str, step: int) -> Run:
     layer.weight.requires_grad_(False)
     layer.weight.grad = None
     return twin
+
+
+def left_without(seen: Seen, name: str) -> float:
+    """Return the share of the multiply-adds that is left without the branch that a layer or norm ends."""
+    groups = {g.name: g for g in seen.structure.groups}
+    inside: dict[str, int] = {}
+    for group in groups.values():
+        ends = any(site.module == name or (isinstance(site, LinearSite) and site.norm == name) for site in group.sites)
+        if ends and not inside.keys() & set(group.conflicts_with):
+            inside |= dict.fromkeys((group.name, *group.tied_groups), 0)
+    return macs_after(seen.structure, inside) / seen.structure.macs
 
 
 def _mean_output(model: nn.Module, layer: nn.Module, inputs: Sequence[Any]) -> Tensor:

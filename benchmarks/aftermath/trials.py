@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.aftermath.removal import Seen, known, look, plan_of, without, without_branch
+from benchmarks.aftermath.removal import Seen, known, left_without, look, plan_of, without, without_branch
 from benchmarks.aftermath.tasks import Task
 from benchmarks.aftermath.training import Run, differences, go_on, moved, outputs, windows
 
@@ -54,21 +54,23 @@ def trials_of(task: Task, seen: Seen, point: int, *, long: bool) -> Iterator[Tri
     names = tuple(name for unit in seen.units() for name in unit)
     if long:
         yield from (Trial(what="all", names=names, share=share, goes_on=True) for share in SHARES[1:])
-        yield from (Trial(what="group", names=unit, share=0.75, goes_on=True) for unit in spread(units, 3))
+        chosen = dict.fromkeys([*spread(units, 3), *spread(units[1:-1], 2)])
+        yield from (Trial(what="group", names=unit, share=0.75, goes_on=True) for unit in chosen)
         yield from (Trial(what="branch", names=(name,), share=1.0, goes_on=True) for name in spread(task.branches, 2))
         yield Trial(what="noise", names=("",), share=0.0, goes_on=True)
         return
-    tried = spread(units[point % 2 :], 4)  # those of one point and the next differ
-    for share in SHARES:
-        yield Trial(what="all", names=names, share=share, goes_on=True)
+    tried = spread(units[point % 2 :], task.tried)  # those of one point and the next differ
+    for share in reversed(SHARES):
+        yield Trial(what="all", names=names, share=share, goes_on=share > SHARES[0])
         half = tuple(name for unit in units[::2] for name in unit)
         yield Trial(what="half", names=half, share=share, goes_on=False)
         for unit in units:
-            goes_on = unit in (tried if share > 0.25 else tried[::3])
-            yield Trial(what="group", names=unit, share=share, goes_on=goes_on)
-    branches = spread(task.branches[point % 2 :], 3)
+            enough = SHARES[0] if task.k else SHARES[1]
+            yield Trial(what="group", names=unit, share=share, goes_on=share > enough and unit in tried)
+    branches = spread(task.branches[point % 2 :], 2 if task.k else 1)
     yield from (Trial(what="branch", names=(name,), share=1.0, goes_on=True) for name in branches)
-    yield Trial(what="noise", names=("",), share=0.0, goes_on=True)
+    if task.k or not point:
+        yield Trial(what="noise", names=("",), share=0.0, goes_on=True)
 
 
 class Bank:
@@ -111,7 +113,8 @@ class Bank:
         task, run = self._task, self._run
         recent = [task.batch(self._step - 1 - i) for i in range(BATCHES)]
         before = outputs(run.model, recent), outputs(run.model, task.held_out)
-        k = min(task.k, task.steps - self._step) if not long else task.steps - self._step
+        left = task.steps - self._step
+        k = left if long or not task.k else min(task.k, left)
         base: tuple[list[float], float] | None = None
         for trial in trials_of(task, seen, number, long=long):
             key = f"{where}|{'long|' if long else ''}{trial.label}"
@@ -145,7 +148,8 @@ class Bank:
                     p.mul_(1 + NOISE * torch.randn(p.shape, generator=generator))
             return twin, {}
         if trial.what == "branch":
-            return without_branch(self._run, trial.names[0], self._step), {}
+            name = trial.names[0]
+            return without_branch(self._run, name, self._step), {"macs_left": left_without(seen, name)}
         plan = plan_of(self._run, seen, trial.names, trial.share)
         if not plan.reductions:
             return "nothing can be removed by this share", {}
