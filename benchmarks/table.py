@@ -1,5 +1,5 @@
-"""Make the tables of README.md, docs/results.md and docs/scaling.md from benchmarks/results/*.json, and that of the
-command's options in docs/cli.md from its configuration model.
+"""Make the tables of README.md, docs/results.md, scaling.md and method.md from benchmarks/results/*.json, and that of
+the command's options in docs/cli.md from its configuration model.
 
     python -m benchmarks.table --write      fill the text between the markers of these files
     python -m benchmarks.table --check      exit status 1 if a file does not say what the JSON says
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.aftermath import tables as aftermath
 from benchmarks.cluster import tables as scaling
 from benchmarks.paper import kinds, tables
 from benchmarks.paper.summary import read_cells, read_frontiers
@@ -25,7 +26,9 @@ from benchmarks.paper.summary import table as markdown
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER = RESULTS / "paper"
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/scaling.md", "docs/cli.md"))
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/results.md", "docs/scaling.md", "docs/cli.md", "docs/method.md")
+)
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."
 
@@ -155,6 +158,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "machines": machines_table,
     "options": options_table,
     **scaling.TABLES,
+    **aftermath.TABLES,
 }
 
 

@@ -20,6 +20,7 @@ Trial = Mapping[str, Any]
 Floats = NDArray[np.float64]
 FLOOR = 1e-3  # nats: costs below it do not matter, and drown in what differs between twins
 TINY = 1e-12
+FEWEST = 6  # trials of a task whose ranks mean something
 
 KNOWN: dict[str, Callable[[Trial], float | None]] = {
     "divergence of the outputs": lambda t: t["at_once"]["kl"],
@@ -44,8 +45,13 @@ def lasting(trial: Trial) -> float:
 
 
 def is_long(trial: Trial) -> bool:
-    """Whether a trial went on to the end of the run."""
+    """Whether a trial is one of a few beside those at the same point."""
     return "|long|" in trial["key"]
+
+
+def to_end(trial: Trial) -> bool:
+    """Whether a trial went on to the end of the run."""
+    return bool(trial["step"] + trial["k"] == trial["steps"])
 
 
 def tasks_of(trials: Iterable[Trial]) -> list[str]:
@@ -55,12 +61,15 @@ def tasks_of(trials: Iterable[Trial]) -> list[str]:
 # ---------------------------------------------------------------------- ranks
 
 
-def ranks(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
-    """Return task -> quantity -> Spearman's rank correlation with what lasts, over groups and whole networks."""
+def ranks(trials: Sequence[Trial], *, long: bool) -> dict[str, dict[str, float]]:
+    """Return task -> quantity -> Spearman's rank correlation with what lasts, over groups and whole networks.
+
+    long: of the trials that went on to the end of the run, else of the others.
+    """
     found: dict[str, dict[str, float]] = {}
     for task in tasks_of(trials):
-        own = [t for t in made(trials) if t["task"] == task and t["what"] in ("group", "all") and not is_long(t)]
-        if len(own) < 6:
+        own = [t for t in made(trials) if t["task"] == task and t["what"] in ("group", "all") and to_end(t) == long]
+        if len(own) < FEWEST:
             continue
         cost = [lasting(t) for t in own]
         found[task] = {name: float(spearmanr([_number(of(t)) for t in own], cost)[0]) for name, of in KNOWN.items()}
@@ -126,7 +135,7 @@ def gained(trial: Trial, curves: Curves) -> float:
     """Return by how much the untouched run's loss falls from the removal to the last window, from its curve."""
     curve, step = curves[trial["task"]], trial["step"]
     first, end = (step + int(x) for x in trial["later"][-1][:2])
-    before = min(step, max(10, end - first))
+    before = max(5, step // 5)
     now, then = np.mean(curve[step - before : step]), np.mean(curve[first:end])
     return max(float(now - then), 0.0)
 
@@ -135,10 +144,11 @@ def foretold_gain(trial: Trial, curves: Curves) -> float:
     """Return what `gained` would be if every doubling of the steps gains what the last one gained."""
     curve, step = curves[trial["task"]], trial["step"]
     width = max(5, step // 5)
-    half = step // 2
-    then, now = np.mean(curve[max(0, half - width // 2) : half + width // 2 + 1]), np.mean(curve[step - width : step])
+    now = step - width / 2  # the middle of what the loss of today is averaged over
+    around = int(now / 2 - width / 4), int(now / 2 + width / 4) + 1
+    fell = float(np.mean(curve[around[0] : around[1]]) - np.mean(curve[step - width : step]))
     middle = step + sum(int(x) for x in trial["later"][-1][:2]) / 2
-    return max(float(then - now), 0.0) * float(np.log2(middle / step))
+    return max(fell, 0.0) * float(np.log2(middle / now))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,3 +195,65 @@ def _by_task(trials: Sequence[Trial]) -> Floats:
     """Return weights by which every task counts alike."""
     counts = Counter(t["task"] for t in trials)
     return np.array([(len(trials) / len(counts) / counts[t["task"]]) ** 0.5 for t in trials])
+
+
+# ---------------------------------------------------------------------- the formulas that were tried
+
+
+def of(name: str) -> Term:
+    """Return a known quantity as a term."""
+    return lambda trial, curves: KNOWN[name](trial)
+
+
+def kept(trial: Trial, curves: Curves) -> float:
+    """Return the divergence at once times the square of the share of the learning rate that is spent."""
+    return float(trial["at_once"]["kl"] * (1 - trial["rate_left"]) ** 2)
+
+
+def capacity(gain: Callable[[Trial, Curves], float], *, by_outputs: bool = True) -> Term:
+    """Return what is gained after the removal, times the share of the multiply-adds that is gone.
+
+    by_outputs: times the geometric mean of that share and of the relative rms of the outputs, which counts up to 1.
+    """
+
+    def term(trial: Trial, curves: Curves) -> float:
+        share = 1 - float(trial["macs_left"])
+        rms = min(float(trial["at_once"]["rms_squared"]) ** 0.5, 1.0)
+        return ((share * rms) ** 0.5 if by_outputs else share) * gain(trial, curves)
+
+    return term
+
+
+DIVERGENCE = of("divergence of the outputs")
+FORMULAS = (
+    Formula(name="divergence", terms=(DIVERGENCE,)),
+    Formula(name="squared relative rms of the outputs", terms=(of("squared relative rms of the outputs"),)),
+    Formula(name="change of the training loss", terms=(of("training loss, change"),)),
+    Formula(name="relative error squared", terms=(of("relative error squared"),)),
+    Formula(name="gradient-weighted error, absolute", terms=(of("gradient-weighted error, absolute"),)),
+    Formula(name="multiply-adds", terms=(of("share of the multiply-adds removed"),)),
+    Formula(name="multiply-adds x gain", terms=(capacity(gained, by_outputs=False),)),
+    Formula(name="√(multiply-adds x rms) x gain", terms=(capacity(gained),)),
+    Formula(name="divergence x spent²; multiply-adds x gain", terms=(kept, capacity(gained, by_outputs=False))),
+    Formula(name="divergence x spent²; √(multiply-adds x rms) x gain", terms=(kept, capacity(gained))),
+    Formula(name="divergence x spent²; √(multiply-adds x rms) x gain foretold", terms=(kept, capacity(foretold_gain))),
+)
+CHOSEN = FORMULAS[-1]  # that apoptosis.decide.exchange has
+
+
+def fitted(record: Trial) -> tuple[list[Trial], Curves]:
+    """Return the trials that formulas are fitted to, and the curves of their tasks: to the end, groups and networks."""
+    curves = {t["task"]: t["curve"] for t in record["trials"] if "curve" in t}
+    found = [t for t in made(record["trials"]) if t["what"] in ("group", "all") and to_end(t) and t["task"] in curves]
+    return found, curves
+
+
+def rank_of(formula: Formula, trials: Sequence[Trial], curves: Curves) -> dict[str, float]:
+    """Return task -> Spearman's rank correlation of a formula, fitted to the other tasks, with what lasts."""
+    found = {}
+    for task in tasks_of(trials):
+        others, own = [t for t in trials if t["task"] != task], [t for t in trials if t["task"] == task]
+        if len(own) >= FEWEST and others:
+            foretold = formula.values(own, curves) @ formula.fit(others, curves)
+            found[task] = float(spearmanr(foretold, [lasting(t) for t in own])[0])
+    return found

@@ -53,7 +53,8 @@ def minilm(data_dir: Path | None) -> Task:
 
     held_out = [encoded(list(range(start, start + 48))) for start in range(last, len(texts), 48)]
     ends = tuple(f"bert.encoder.layer.{i}.{end}.dense" for i in range(6) for end in ("output", "attention.output"))
-    return Task(name="minilm", build=build, batch=draw, held_out=held_out, steps=100, points=POINTS, k=0, units=3, tried=1,
+    return Task(name="minilm", build=build, batch=draw, held_out=held_out, steps=100, points=POINTS,
+                k=0, units=3, tried=1,
                 optimizer=lambda p: torch.optim.AdamW([q for q in p if q.requires_grad], lr=1e-4), schedule=linear,
                 branches=ends, pretrained=True)  # fmt: skip
 

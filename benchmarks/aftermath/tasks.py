@@ -33,8 +33,9 @@ class Task:
 
     build: a network. batch: step -> batch. held_out: batches that no step sees. optimizer: of parameters. schedule:
     share of the run -> factor of the learning rate. steps: of the run. points: shares of it at which trials begin.
-    k: steps that a trial trains on; 0: to the end of the run. units: groups (with those tied to them) tried by themselves
-    at one point; tried: so many of them with training afterwards. branches: modules that end a residual branch.
+    k: steps that a trial trains on; 0: to the end of the run. units: groups (with those tied to them) tried by
+    themselves at one point; tried: so many of them with training afterwards. branches: modules that end a residual
+    branch.
     """
 
     name: str
@@ -152,7 +153,8 @@ def mlp(data_dir: Path | None) -> Task:
 
 def cnn(data_dir: Path | None) -> Task:
     draw, held_out = images("cifar10", data_dir, 10_000, 64, crop=True)
-    return Task(name="cnn", build=networks.cnn, batch=draw, held_out=held_out, steps=300, points=(0.1, 0.3, 0.6), k=0, tried=2,
+    return Task(name="cnn", build=networks.cnn, batch=draw, held_out=held_out, steps=300,
+                points=(0.1, 0.3, 0.6), k=0, tried=2,
                 optimizer=lambda p: torch.optim.Adam(p, lr=1e-3), schedule=cosine)  # fmt: skip
 
 
@@ -162,8 +164,9 @@ def resnet(data_dir: Path | None) -> Task:
     def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    return Task(name="resnet", build=networks.resnet, batch=draw, held_out=held_out, steps=240, points=(0.15, 0.4), k=0,
-                optimizer=optimizer, schedule=one_cycle, units=4, tried=2, branches=("4.bn2", "6.bn2", "8.bn2"))  # fmt: skip
+    return Task(name="resnet", build=networks.resnet, batch=draw, held_out=held_out, steps=240, points=(0.15, 0.4),
+                k=0, optimizer=optimizer, schedule=one_cycle, units=4, tried=2,
+                branches=("4.bn2", "6.bn2", "8.bn2"))  # fmt: skip
 
 
 def gpt(data_dir: Path | None) -> Task:

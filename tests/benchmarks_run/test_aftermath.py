@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
 
 from benchmarks.aftermath import __main__ as command  # noqa: E402
-from benchmarks.aftermath import networks, removal, tasks, training  # noqa: E402
+from benchmarks.aftermath import fit, networks, removal, tables, tasks, training  # noqa: E402
 from benchmarks.aftermath.trials import Bank  # noqa: E402
 
 
@@ -29,9 +29,10 @@ def test_every_kind_of_trial_is_made_and_none_is_made_twice(digits):
     kinds = {record.get("what", "curve") for record in found}
     assert kinds == {"all", "half", "group", "noise", "curve"}
     whole = [r for r in found if r.get("what") == "all"]
-    assert [r["share"] for r in whole] == [0.25, 0.5, 0.75] * 2
+    assert [r["share"] for r in whole] == [0.75, 0.5, 0.25] * 2
     assert all(r["kept"] / r["channels"] == pytest.approx(1 - r["share"], abs=0.03) for r in whole)
-    assert all(r["later"][-1][1] == r["k"] == digits.k for r in whole)
+    assert [r.get("k") for r in whole] == [digits.k, digits.k, None] * 2
+    assert all(r["later"][-1][1] == digits.k for r in whole if "later" in r)
     assert len(next(r for r in found if "curve" in r)["curve"]) == digits.steps
     again = []
     Bank(digits, 0, {record["key"] for record in found}, again.append).trials()
@@ -122,3 +123,52 @@ def test_a_task_without_its_package_is_left_out_and_said_so(tmp_path, capsys):
 def test_data_that_is_missing_gets_one_line(tmp_path, capsys):
     assert command.main(["--tasks", "gpt", "--out", str(tmp_path / "a.json"), "--data-dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("benchmarks.aftermath: error: ")
+
+
+# ---------------------------------------------------------------------- what the trials say together
+
+
+def made_up(task, share, kl, rms, cost, *, step=50, steps=100, number=0):
+    curve = [3.0 - 0.5 * float(torch.tensor(i + 1.0).log2()) for i in range(steps)]
+    trial = {
+        "key": f"{task}|0|{step}|group|g{number}|{share}", "task": task, "what": "group", "name": f"g{number}",
+        "groups": [f"g{number}"], "share": share, "step": step, "steps": steps, "k": steps - step,
+        "macs_left": 1 - 0.2 * share, "rate_left": 0.5, "error_squared": kl,
+        "at_once": {"kl": kl, "rms_squared": rms**2, "loss": kl},
+        "later": [[0, 25, 0.0], [25, steps - step, cost]], "later_held_out": cost,
+    }  # fmt: skip
+    return trial, curve
+
+
+def test_the_fit_finds_the_constants_that_made_the_costs_and_foretells_tasks_that_it_has_not_seen():
+    trials, curves = [], {}
+    for task, scale in (("one", 1e-3), ("two", 1e-2), ("three", 0.1)):
+        for i in range(8):
+            trial, curve = made_up(task, 0.25 + 0.08 * i, scale * (1 + i), 0.1 * (1 + i % 3), 0.0, number=i)
+            gain = fit.foretold_gain(trial, {task: curve})
+            cost = 1.2 * trial["at_once"]["kl"] / 4 + 0.3 * (0.2 * trial["share"] * 0.1 * (1 + i % 3)) ** 0.5 * gain
+            trial["later"][-1][2] = cost
+            trials.append(trial)
+            curves[task] = curve
+    assert fit.CHOSEN.fit(trials, curves) == pytest.approx([1.2, 0.3], rel=1e-3)
+    assert max(abs(error).max() for error in fit.CHOSEN.errors(trials, curves).values()) < 0.01
+    assert fit.rank_of(fit.CHOSEN, trials, curves) == pytest.approx({"one": 1.0, "two": 1.0, "three": 1.0})
+    plain = fit.FORMULAS[0].errors(trials, curves)
+    assert max(abs(error).max() for error in plain.values()) > 1
+
+
+def test_gain_foretold_by_doublings_is_that_of_a_logarithmic_curve():
+    trial, curve = made_up("one", 0.5, 1e-3, 0.1, 0.0, step=200, steps=800)
+    assert fit.foretold_gain(trial, {"one": curve}) == pytest.approx(fit.gained(trial, {"one": curve}), rel=0.15)
+
+
+def test_widths_and_sums():
+    trials = [made_up("one", share, 4 * share**2, 0.1, 0.0)[0] for share in (0.25, 0.5, 0.75)]
+    assert fit.over_widths(trials)["one"] == {"0.25": [pytest.approx(1.0)], "0.75": [pytest.approx(1.0)]}
+    other = made_up("one", 0.5, 0.5, 0.1, 0.0, number=1)[0]
+    both = trials[1] | {"what": "all", "groups": ["g0", "g1"], "at_once": {"kl": 3.0}}
+    assert fit.over_sums([*trials, other, both])["one"] == {"0.5": [pytest.approx(2.0)]}
+
+
+def test_tables_of_no_trials_say_what_makes_them():
+    assert {name: make({}) for name, make in tables.TABLES.items()} == dict.fromkeys(tables.TABLES, tables.EMPTY)
