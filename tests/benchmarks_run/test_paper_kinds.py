@@ -151,7 +151,7 @@ def test_a_batch_is_padded_to_its_longest_and_classes_are_read(tmp_path):
     for name in ("train", "dev", "test"):
         (tmp_path / "sst2" / f"{name}.tsv").write_text("a bb\t1\n" + " ".join(["ccc"] * 20) + "\t0\n", encoding="utf-8")
     for name in ("train", "test"):
-        text = "".join(f"{c}:x how far is caf\xe9 {i} ?\n" for i, c in enumerate(["NUM", "LOC", "NUM", "HUM"] * 5))
+        text = "".join(f"{c}:x how far is \xe9 {i} ?\n" for i, c in enumerate(["NUM", "LOC", "NUM", "HUM"] * 5))
         (tmp_path / "trec" / f"{name}.label").write_text(text, encoding="iso-8859-1")
     train, _, _ = read_sst2(tmp_path, words, 0)
     inputs, labels = train.take(torch.tensor([0]))
