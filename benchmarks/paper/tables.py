@@ -16,11 +16,11 @@ EMPTY = "No results are committed yet; `python -m benchmarks.paper --data-dir DI
 
 def overview(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     """One row per task, those of kinds.py alone excepted: apoptosis at default settings against dense."""
-    rows = [r for r in _ordered(summarise(cells)) if r.method == "apoptosis"]
-    dense = {r.task: r for r in summarise(cells) if r.method == "dense"}
+    rows = [r for r in _ordered(_rows(cells)) if r.method == "apoptosis"]
+    dense = {r.task: r for r in _rows(cells) if r.method == "dense"}
     head = ("data, network", "seeds", "whole run", "parameters", "multiply-adds", "test metric: without, with",
             "difference (95 %)", "dense, stopped early", "time in apoptosis")  # fmt: skip
-    early = {r.task: r for r in summarise(cells) if r.method == "early stopping"}
+    early = {r.task: r for r in _rows(cells) if r.method == "early stopping"}
     lines = [
         (
             f"{r.task}, {NETWORKS[r.task]}",
@@ -43,13 +43,13 @@ def methods(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     head = ("data", "method", "seeds", "whole run", "processor time", "test metric", "difference (95 %)",
             "parameters", "multiply-adds", "of the whole run", "own share", "dense's metric reached",
             "latency at 1, 256", "memory")  # fmt: skip
-    lines = [row.cells() for row in _ordered(summarise(cells))]
+    lines = [row.cells() for row in _ordered(_rows(cells))]
     return table(head, lines) if lines else EMPTY
 
 
 def aims(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     """What was aimed at, what was measured."""
-    found = targets(summarise(cells), frontiers)
+    found = targets(_rows(cells), frontiers)
     lines = [(what, got, met if isinstance(met, str) else "yes" if met else "**no**") for what, got, met in found]
     return table(("aim", "measured", "met"), lines) if lines else EMPTY
 
@@ -103,8 +103,13 @@ def _speed(ratio: float) -> str:
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
+def _rows(cells: Sequence[Cell]) -> list[Row]:
+    """Summarise the tasks that are told here: those of kinds.py may be of fewer rows or epochs from cell to cell."""
+    return summarise([cell for cell in cells if not BY_NAME[cell["task"]].turn])
+
+
 def _ordered(rows: Sequence[Row]) -> list[Row]:
-    return [row for name in NETWORKS for row in rows if row.task == name and not BY_NAME[name].turn]
+    return [row for name in NETWORKS for row in rows if row.task == name]
 
 
 def _metric(row: Row) -> str:

@@ -205,6 +205,7 @@ def test_images_are_moved_and_mirrored():
 
 def test_what_is_aimed_at_is_read_off_cells():
     from benchmarks.paper.kinds import aims, by_kind
+    from benchmarks.paper.tables import overview
 
     def record(test, seconds, macs):
         found = dict.fromkeys(("seconds", "cpu_seconds", "run_seconds"), seconds)
@@ -227,6 +228,9 @@ def test_what_is_aimed_at_is_read_off_cells():
     assert "| minilm-trec, apoptosis, 2x: reached within 5 % | 1.98x fewer multiply-adds | yes |" in lines
     assert "| minilm-trec, apoptosis, 2x: ahead at equal multiply-adds | -1.00 ± 0.00 points; 4 of 6 layers" in lines
     part = cell("vgg11-cifar10", 0, 0.0, full={"train_rows": 45000, "epochs": 15}, failed={"group lasso": "a\nb"})
+    whole = cell("vgg11-cifar10", 1, 0.0, epochs=15, train_rows=45_000)
+    assert overview([part, whole], []) == overview([], [])
+    assert "| convolutional from scratch | vgg11-cifar10 | dense | 1 |" in by_kind([part, whole], [])
     text = by_kind([part], [])
     assert "| convolutional from scratch | vgg11-cifar10, 100 of 45,000 rows, 3 of 15 epochs | dense | 1 |" in text
     assert "| group lasso | 1 | failed: | a b |" in text
