@@ -65,7 +65,7 @@ def test_whole_heads_and_channels_inside_them_multiply():
     assert half.parameters - both.parameters == pytest.approx(per_channel / 2)
 
 
-def test_parameters_of_a_shrunk_transformer_are_told_before():
+def test_costs_of_a_shrunk_transformer_are_told_before():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     net = nn.Sequential(nn.Linear(6, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3))
@@ -75,6 +75,7 @@ def test_parameters_of_a_shrunk_transformer_are_told_before():
     assert len(event.groups) >= 4
     found = costs.of({name: after for name, (_, after) in event.groups.items()})
     assert found.parameters == pytest.approx(num_parameters(net))
+    assert found.macs == pytest.approx(analyse(net, (x[:2],)).macs)  # queries times keys, and times values, too
 
 
 def test_an_unknown_group_is_refused():

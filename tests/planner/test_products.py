@@ -340,9 +340,10 @@ def test_products_and_heads_enter_the_cost(runs):
     assert structure.macs == tokens * (3 * WIDTH * inner + 3 * inner) + 2 * scores
     narrower = macs_after(structure, {"q": HEADS * 3})
     assert structure.macs - narrower == pytest.approx(tokens * WIDTH * inner + scores / 2)
+    summed = macs_after(structure, {"v": HEADS * 3})
+    assert structure.macs - summed == pytest.approx(tokens * (WIDTH * inner + 3 * inner) / 2 + scores / 2)
     fewer = macs_after(structure, {":heads": 3})
-    # What the probabilities are summed with is not told apart from the rest of the pass.
-    assert structure.macs - fewer == pytest.approx((tokens * (3 * WIDTH * inner + 3 * inner) + scores) / 4)
+    assert structure.macs - fewer == pytest.approx((tokens * (3 * WIDTH * inner + 3 * inner) + 2 * scores) / 4)
 
 
 def of_one_width(structure, *names, also=()):

@@ -100,6 +100,7 @@ def analyse(
         layout=layout,
         counts=counts(trace, classes),
         kept=carried.kept(classes.labels),
+        elements=sum(amount for _, mode, amount in trace.elements if mode == "training"),
         buffers=frozenset(name for name, info in trace.channel_ids.tensors.items() if info.is_buffer),
     )
 

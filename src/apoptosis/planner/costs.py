@@ -14,6 +14,7 @@ import numpy as np
 from apoptosis.records import FloatArray, Group, IntArray, NormSite, ProductSite, Structure
 
 Axis = tuple[str, int]
+Owners = dict[Axis, list[tuple[int, IntArray]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +52,16 @@ class Costs:
         self._macs, groups = structure.macs, structure.groups
         self._index = {group.name: number for number, group in enumerate(groups)}
         self._widths = np.array([float(group.num_channels) for group in groups])
-        self._shares = _Shares(structure)
-        macs, products = _totals(structure), _products(groups)
+        owners = _owners(groups)
+        self._shares = _Shares(structure.shapes, owners)
+        macs = _totals(structure)
         tensors = self._shares.tensors
         self._tensor_macs = np.array([macs.get(name, 0.0) for name in tensors])
         sizes = {name: float(np.prod(structure.shapes[name])) for name in structure.shapes if name not in
                  structure.buffers}  # fmt: skip
         self._parameters = sum(sizes.values())
         self._tensor_sizes = np.array([sizes.get(name, 0.0) for name in tensors])
-        self._products = _Products(self._index, groups, products)
+        self._products = _Products(groups, owners)
 
     def of(self, keeps: Mapping[str, int]) -> Cost:
         """Return the cost where these groups, by name, have so many channels and the others all they have now."""
@@ -89,11 +91,7 @@ class _Shares:
     groups keep; the axis keeps the sum over its cells, and the tensor the product over its axes.
     """
 
-    def __init__(self, structure: Structure) -> None:
-        owners: dict[Axis, list[tuple[int, IntArray]]] = {}
-        for number, group in enumerate(structure.groups):
-            for axis, positions in _axes(group).items():
-                owners.setdefault(axis, []).append((number, positions))
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], owners: Owners) -> None:
         parts: list[float] = []
         members: list[int] = []
         cell_starts: list[int] = []
@@ -105,7 +103,7 @@ class _Shares:
                 self.tensors.append(axis[0])
                 tensor_starts.append(place)
             axis_starts.append(len(parts))
-            for part, own in _cells(owners[axis], structure.groups, structure.shapes[axis[0]][axis[1]]):
+            for part, own in _cells(owners[axis], shapes[axis[0]][axis[1]]):
                 parts.append(part)
                 cell_starts.append(len(members))
                 members.extend(own)
@@ -124,18 +122,17 @@ class _Shares:
 
 
 class _Products:
-    """Multiply-adds of products of two activations, which fall with their pairs.
+    """Multiply-adds of products of two activations, which fall with the channels of a group, and with whole heads."""
 
-    products: (number of the group of the pairs, multiply-adds) each.
-    """
-
-    def __init__(self, index: Mapping[str, int], groups: Sequence[Group], products: Mapping[int, float]) -> None:
+    def __init__(self, groups: Sequence[Group], axes: Owners) -> None:
+        products = _products(groups)
         own: list[int] = []
         factors: list[float] = []
         self._starts: list[int] = []
         for number in products:
             self._starts.append(len(own))
-            for other, factor in [(number, 1.0), *_inside(groups[number], index, groups)]:
+            mine = {(m.tensor, m.dim): m.positions for m in groups[number].members if m.role == "producer"}
+            for other, factor in [(number, 1.0), *_overlaps(number, axes, mine).items()]:
                 own.append(other)
                 factors.append(factor)
         self._own, self._factors = np.array(own, dtype=np.int64), np.array(factors)
@@ -149,6 +146,15 @@ class _Products:
         return float(self._macs @ (1.0 - np.multiply.reduceat(left, self._starts)))
 
 
+def _owners(groups: Iterable[Group]) -> Owners:
+    """Return the groups with positions along every axis, by their numbers, and which these are."""
+    owners: Owners = {}
+    for number, group in enumerate(groups):
+        for axis, positions in _axes(group).items():
+            owners.setdefault(axis, []).append((number, positions))
+    return owners
+
+
 def _axes(group: Group) -> dict[Axis, IntArray]:
     """Return (channels, m) the positions that every channel owns, along every axis that is cut with the group."""
     found = {(member.tensor, member.dim): member.positions for member in group.members}
@@ -156,18 +162,15 @@ def _axes(group: Group) -> dict[Axis, IntArray]:
     return {(site.weight, site.dim): site.columns for site in reads} | found
 
 
-def _cells(
-    owners: Sequence[tuple[int, IntArray]], groups: Sequence[Group], size: int
-) -> Iterator[tuple[float, tuple[int, ...]]]:
+def _cells(owners: Sequence[tuple[int, IntArray]], size: int) -> Iterator[tuple[float, tuple[int, ...]]]:
     """Yield the share of an axis that positions of the same groups take up, and the numbers of these groups."""
-    names = {groups[number].name for number, _ in owners}
-    if not any(names.intersection(groups[number].conflicts_with) for number, _ in owners):
-        for number, positions in owners:
-            yield positions.size / size, (number,)
-        return
     owned = np.zeros((size, len(owners)), dtype=bool)
     for place, (_, positions) in enumerate(owners):
         owned[positions.reshape(-1), place] = True
+    if not bool((owned.sum(axis=1) > 1).any()):
+        for number, positions in owners:
+            yield positions.size / size, (number,)
+        return
     sets, counts = np.unique(owned, axis=0, return_counts=True)
     for own, count in zip(sets, counts.tolist(), strict=True):
         if own.any():
@@ -175,24 +178,27 @@ def _cells(
 
 
 def _products(groups: Iterable[Group]) -> dict[int, float]:
-    """Return the multiply-adds of products of two activations by the number of the group of their pairs."""
+    """Return the multiply-adds of products of two activations by the number of the group they fall with."""
     found = {}
     for number, group in enumerate(groups):
-        macs = sum(site.macs for site in group.sites if isinstance(site, ProductSite)) * group.num_channels
+        macs = group.product_macs or sum(site.macs for site in group.sites if isinstance(site, ProductSite))
         if macs:
-            found[number] = macs
+            found[number] = macs * group.num_channels
     return found
 
 
-def _inside(group: Group, index: Mapping[str, int], groups: Sequence[Group]) -> Iterator[tuple[int, float]]:
-    """Yield the groups that share channels with this one, and the share of its channels that lies in theirs."""
-    mine = {(m.tensor, m.dim): m.positions for m in group.members if m.role == "producer"}
-    for name in group.conflicts_with:
-        for member in groups[index[name]].members if name in index else ():
-            own = mine.get((member.tensor, member.dim))
-            if own is not None:
-                yield index[name], float(np.isin(own, member.positions).mean())
-                break
+def _overlaps(number: int, axes: Owners, mine: Mapping[Axis, IntArray]) -> dict[int, float]:
+    """Return the other groups that share channels with a group, and the share of its channels that lies in theirs.
+
+    axes: the groups with positions along every axis. mine: the group's own positions where it is made.
+    """
+    found: dict[int, float] = {}
+    for axis, own in mine.items():
+        for other, positions in axes[axis]:
+            inside = 0.0 if other == number else float(np.isin(own, positions).mean())
+            if inside:
+                found[other] = max(found.get(other, 0.0), inside)
+    return found
 
 
 def _totals(structure: Structure) -> dict[str, float]:

@@ -308,6 +308,10 @@ class Group:
         partial rotation turns); the share that is kept counts both.
     branch: the residual branch that may be emptied with it, None if there is none; unbranched: then why, "" where
         nothing was asked.
+    product_macs: multiply-adds per forward pass of the example input that one channel costs in products of two
+        activations (queries times keys, probabilities times values).
+    elements: numbers per forward pass of the example input that operators other than contractions compute per channel
+        (of activations, norms, additions; what only moves data is not counted).
     """
 
     name: str
@@ -323,6 +327,8 @@ class Group:
     num_static: int = 0
     branch: Branch | None = None
     unbranched: str = ""
+    product_macs: float = 0.0
+    elements: float = 0.0
 
     @property
     def under_norm(self) -> bool:
@@ -430,7 +436,7 @@ class Structure:
     power) each). scalable: per product of activations, the (tensor, dim, positions) that scale its sums alone.
     frozen: parameters that require no gradient while others do, and are therefore not changed. layout: a hash of the
     modules and of the shapes and types of parameters at capture.
-    buffers: which of `shapes` are buffers.
+    buffers: which of `shapes` are buffers. elements: as Group.elements, of all operators, without channels too.
     counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
     kept: tensors that the model keeps in attributes between passes, and where channels lie in them.
     """
@@ -453,6 +459,7 @@ class Structure:
     follows: tuple[Follow, ...] = ()
     kept: tuple[Kept, ...] = ()
     buffers: frozenset[str] = frozenset()
+    elements: float = 0.0
 
     @property
     def open_groups(self) -> tuple[Group, ...]:

@@ -6,7 +6,7 @@ which positions are one channel (classes.py), sites (consumers.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from apoptosis.graph.groups.norms import norm_sites
 from apoptosis.graph.groups.output_paths import through
 from apoptosis.graph.trace.result import Consumer, TraceResult
 from apoptosis.graph.trace.values import Axis
-from apoptosis.records import Group, IntArray, LinearSite, Member, Neuron, Site
+from apoptosis.records import FloatArray, Group, IntArray, LinearSite, Member, Neuron, Site
 
 
 @dataclass(slots=True)
@@ -163,7 +163,10 @@ def build_groups(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArr
     consumed, pairs = frozenset(by_axis), products_of(trace)
     groups: list[Group] = []
     names: dict[str, int] = {}
-    for index, draft in enumerate(_drafts(trace, classes, rows)):
+    drafts = _drafts(trace, classes, rows)
+    product_macs = _per_draft(trace.product_macs, classes, drafts)
+    elements = _per_draft(trace.elements, classes, drafts)
+    for index, draft in enumerate(drafts):
         single, base = _single_block(trace, classes, draft), _base_name(trace, draft)
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}#{names[base]}"
@@ -192,6 +195,8 @@ def build_groups(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArr
                 pin=None if reason is None else reason.pin(name, draft.channels.size),
                 rows=len(rows.get(index, draft.channels[None])),
                 min_channels=least,
+                product_macs=product_macs[index] / draft.channels.size,
+                elements=elements[index] / draft.channels.size,
             )
         )
     heads = []
@@ -202,6 +207,24 @@ def build_groups(trace: TraceResult, classes: Classes, rows: Mapping[int, IntArr
             again = names[group.name]
             heads.append(group if again == 1 else replace(group, name=f"{group.name}#{again}"))
     return with_conflicts(groups, heads)
+
+
+def _per_draft(
+    counted: Iterable[tuple[IntArray, str, float]], classes: Classes, drafts: Sequence[_Draft]
+) -> list[float]:
+    """Return for every draft the part of what was counted that falls with its channels.
+
+    counted: (ids, mode, amount): evenly spread over the ids, of which 0 is no channel's.
+    """
+    draft_of = np.full(classes.first_pin.size, len(drafts), dtype=np.int64)
+    for index, draft in enumerate(drafts):
+        draft_of[draft.channels] = index
+    total: dict[str, FloatArray] = {}
+    for ids, mode, amount in counted:
+        owners = np.where(ids == 0, len(drafts), draft_of[classes.labels[ids]])
+        share = np.bincount(owners, minlength=len(drafts) + 1) / ids.size
+        total[mode] = total.get(mode, 0.0) + amount * share
+    return [per_forward({mode: float(found[i]) for mode, found in total.items()}) for i in range(len(drafts))]
 
 
 def _min_channels(consumer: Consumer, site: LinearSite) -> int:

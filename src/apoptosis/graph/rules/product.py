@@ -181,6 +181,7 @@ def _pair(
     a, b = left.ids[..., 0, :], right.ids[..., 0, :]
     trace.tie(a, b)
     call.pin(unpaired(a, b), Code.MULTIPLIES_NONE)
+    trace.count_product(a, tracer.mode, macs)
     laid = _rows(left, right)
     if laid is None:
         call.pin(a, Code.OTHER_ORDER)
@@ -222,10 +223,11 @@ def _pair(
     return collapse(heads[row])[..., None, None], multiple
 
 
-def _pass(call: Call, weights: IntArray | None, b: _Operand) -> Value:
+def _pass(call: Call, weights: IntArray | None, b: _Operand, macs: float) -> Value:
     """Sum over positions: what carries channels beside the summed axis goes through."""
     tracer, trace = call.tracer, call.trace
     ids = b.ids[..., :1].swapaxes(-1, -2)  # (batch axes..., 1, kept axis of b)
+    trace.count_product(ids, tracer.mode, macs)
     paths = drop_paths([b.value.paths])
     if weights is None:
         return Value(ids, paths=paths, linear=b.value.linear) if b.value.has_channels else nothing(ids.ndim)
@@ -278,6 +280,7 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
             call.pin(operand.value.ids, Code.NO_LAYER)
     if left.paired != right.paired:  # what lies along the other axis goes on: the rows of a computed weight
         _credit(call, (right if left.paired else left).value, macs)
+        macs = 0.0
         left.ids, right.ids = left.ids[..., :1] * (not left.paired), right.ids[..., :1] * (not right.paired)
     if left.crossed and not right.crossed and varying(right.ids):
         for operand in (left, right):
@@ -287,7 +290,7 @@ def multiply(call: Call, a: Tensor, b: Tensor, ndim: int, macs: float) -> Value:
         call.pin(left.value.ids, Code.OTHER_AXIS)
     weights = left.ids if left.value.has_channels and not left.crossed else None
     from_left = left.crossed and not right.crossed
-    passed = _pass(call, weights, left if from_left else right)
+    passed = _pass(call, weights, left if from_left else right, macs)
     return replace(passed, ids=_fit(passed.ids.swapaxes(-1, -2) if from_left else passed.ids, a, b, ndim))
 
 
@@ -317,7 +320,8 @@ def _attention(call: Call, mask: Any) -> Result:
     ndim = query.dim()
     num = query.shape[-3] if ndim > 3 else 1
     macs = float(query.numel()) * key.shape[-2]
-    call.trace.macs[call.tracer.mode] += macs + float(query.shape[:-1].numel()) * value.shape[-2:].numel()
+    summed = float(query.shape[:-1].numel()) * value.shape[-2:].numel()
+    call.trace.macs[call.tracer.mode] += macs + summed
     left, right, values = (_operand(call, t, ndim) for t in (query, key, value))
     right, values = (_repeated(operand, num) for operand in (right, values))
     scale = call.kwargs.get("scale")
@@ -341,7 +345,7 @@ def _attention(call: Call, mask: Any) -> Result:
         if heads is not None:
             call.pin(heads, Code.BIASED_SCORES)
     flipped = _Operand(values.tensor, values.value, values.ids.swapaxes(-1, -2))
-    passed = _pass(call, heads, flipped)
+    passed = _pass(call, heads, flipped, summed)
     return [passed, *[nothing(out.dim()) for out in call.outs[1:]]]
 
 

@@ -118,7 +118,9 @@ class TraceResult:
     over each head). made: by place in `pins` of an output, the axes of the producers that it is made of. joins: where
     channels of different axes meet: the first ids of both, the operator in words, the line. counts: by (modules,
     line, number, ids), the numbers of places that operators were given, with their ids. calls: by (module, mode), how
-    often it ran. size_constraints: by token
+    often it ran. product_macs: the ids that
+    products of two activations carry, the mode and the multiply-adds, call by call. elements: likewise the
+    elements that all other operators compute. size_constraints: by token
     of what is of one size, without channels and all alike along that axis, the ids that it meets.
     """
 
@@ -146,6 +148,8 @@ class TraceResult:
     bias_of: dict[Axis, set[str]] = field(default_factory=lambda: defaultdict(set))
     axis_macs: dict[Axis, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     macs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    product_macs: list[tuple[IntArray, str, float]] = field(default_factory=list)
+    elements: list[tuple[IntArray, str, float]] = field(default_factory=list)
     ran: set[str] = field(default_factory=set)
     fed: set[str] = field(default_factory=set)
     calls: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
@@ -183,6 +187,10 @@ class TraceResult:
         both = (outer != 0) & (inner != 0)
         if bool(both.any()):
             (self.parts if part else self.heads).append((outer[both], inner[both], module))
+
+    def count_product(self, ids: IntArray, mode: str, macs: float) -> None:
+        """Count the multiply-adds of a product of two activations, which fall with the channels of these ids."""
+        self.product_macs.append((ids.reshape(-1), mode, macs))
 
     def readers_of_ids(self) -> tuple[IntArray, dict[str, int]]:
         """Return for every id the number of the site or product that reads it, and the number of every key of these."""

@@ -339,6 +339,9 @@ class Tracer:
         multiple = self.numbers.follow(call, at, values[0] if values else None)
         made = [value or nothing(t.dim(), call.origin()) for t, value in zip(outs, values, strict=False)]
         made = [v if v.multiple is multiple else replace(v, multiple=multiple) for v in made]
+        if operator.reads and operator.role not in ("contracts", "attends"):
+            counted = zip(outs, made, strict=False)
+            self.trace.elements += [(v.ids.reshape(-1), self.mode, float(t.numel())) for t, v in counted]
         if kind.writes:
             self._written(call, kind, made)
             return
