@@ -108,7 +108,11 @@ class Call:
 
 @dataclass(slots=True)
 class _Kind:
-    """An overload. writes: places of the arguments that it writes to. reshapes: it changes a tensor object's shape."""
+    """An overload.
+
+    writes: places of the arguments that it writes to. reshapes: it changes a tensor object's shape. computes: its
+    outputs are no views of its inputs.
+    """
 
     name: str
     label: str
@@ -116,6 +120,7 @@ class _Kind:
     operator: Operator
     writes: tuple[int, ...] = ()
     reshapes: bool = False
+    computes: bool = False
 
 
 def _flatten(items: Iterable[Any]) -> list[Tensor]:
@@ -289,7 +294,9 @@ class Tracer:
                 writes = ()
             if writes and not inplace:  # to a tensor that is given for the result
                 operator = replace(operator, rule=None, reads=True)
-            kind = _Kind(base, f"{space}.{name}", func._overloadname, operator, writes, reshapes)
+            views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+            computes = not views and not reshapes
+            kind = _Kind(base, f"{space}.{name}", func._overloadname, operator, writes, reshapes, computes)
             self._kinds[func] = kind
         return kind
 
@@ -325,6 +332,7 @@ class Tracer:
         if self._note is not None and operator.picks:
             self._note(call)
         result: Result = None
+        macs = self.trace.macs[self.mode]
         try:
             if operator.rule is not None:
                 result = operator.rule(call)
@@ -339,7 +347,7 @@ class Tracer:
         multiple = self.numbers.follow(call, at, values[0] if values else None)
         made = [value or nothing(t.dim(), call.origin()) for t, value in zip(outs, values, strict=False)]
         made = [v if v.multiple is multiple else replace(v, multiple=multiple) for v in made]
-        if operator.reads and operator.role not in ("contracts", "attends"):
+        if kind.computes and macs == self.trace.macs[self.mode]:  # else a contraction, counted as such
             counted = zip(outs, made, strict=False)
             self.trace.elements += [(v.ids.reshape(-1), self.mode, float(t.numel())) for t, v in counted]
         if kind.writes:
