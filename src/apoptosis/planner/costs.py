@@ -1,17 +1,18 @@
-"""What a network costs at other widths: multiply-adds and parameters.
+"""What a network costs at other widths: multiply-adds, parameters, seconds of a training step.
 
 Holds: the product of what is kept along every axis of every tensor, laid out once per structure. Elsewhere: what a
-contraction costs now (graph).
+contraction costs now (graph), measuring the table of seconds (decide/timing.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from apoptosis.records import FloatArray, Group, IntArray, NormSite, ProductSite, Structure
+from apoptosis.records import Curve, FloatArray, Group, IntArray, NormSite, ProductSite, Structure, Timings
 
 Axis = tuple[str, int]
 Owners = dict[Axis, list[tuple[int, IntArray]]]
@@ -21,11 +22,13 @@ Owners = dict[Axis, list[tuple[int, IntArray]]]
 class Cost:
     """What a network costs.
 
-    macs: multiply-adds of a forward pass on the example input. parameters: how many; tied ones count once.
+    macs: multiply-adds of a forward pass on the example input. parameters: how many; tied ones count once. seconds: of
+    a training step; NaN where no table of timings was given.
     """
 
     macs: float
     parameters: float
+    seconds: float = math.nan
 
 
 class Costs:
@@ -38,6 +41,7 @@ class Costs:
 
     Args:
         structure: of the network at the widths it has now.
+        timings: the machine's table, measured at these widths or at earlier ones.
 
     Example:
         >>> from torch import nn, zeros
@@ -45,30 +49,35 @@ class Costs:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
         >>> costs = Costs(analyse(net, (zeros(3, 4),), {}))
         >>> costs.of({}), costs.of({"0": 3})
-        (Cost(macs=108.0, parameters=44.0), Cost(macs=54.0, parameters=23.0))
+        (Cost(macs=108.0, parameters=44.0, seconds=nan), Cost(macs=54.0, parameters=23.0, seconds=nan))
     """
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, timings: Timings | None = None) -> None:
         self._macs, groups = structure.macs, structure.groups
         self._index = {group.name: number for number, group in enumerate(groups)}
         self._widths = np.array([float(group.num_channels) for group in groups])
         owners = _owners(groups)
         self._shares = _Shares(structure.shapes, owners)
-        macs = _totals(structure)
+        macs = weight_macs(structure)
         tensors = self._shares.tensors
         self._tensor_macs = np.array([macs.get(name, 0.0) for name in tensors])
         sizes = {name: float(np.prod(structure.shapes[name])) for name in structure.shapes if name not in
                  structure.buffers}  # fmt: skip
         self._parameters = sum(sizes.values())
         self._tensor_sizes = np.array([sizes.get(name, 0.0) for name in tensors])
-        self._products = _Products(groups, owners)
+        self._products = _Channelwise(_products(groups), groups, owners)
+        self._seconds = None if timings is None else _Seconds(structure, timings, tensors, self._tensor_macs, owners)
 
     def of(self, keeps: Mapping[str, int]) -> Cost:
         """Return the cost where these groups, by name, have so many channels and the others all they have now."""
         kept = self._kept(keeps)
         gone = self._shares.gone(kept)
-        saved = float(self._tensor_macs @ gone) + self._products.saved(kept)
-        return Cost(self._macs - saved, self._parameters - float(self._tensor_sizes @ gone))
+        products = self._products.saved(kept)
+        macs = self._macs - float(self._tensor_macs @ gone) - products
+        parameters = self._parameters - float(self._tensor_sizes @ gone)
+        if self._seconds is None:
+            return Cost(macs, parameters)
+        return Cost(macs, parameters, self._seconds.of(kept, gone, products, parameters))
 
     def _kept(self, keeps: Mapping[str, int]) -> FloatArray:
         """Return the share of its channels that every group keeps."""
@@ -82,6 +91,15 @@ class Costs:
 def macs_after(structure: Structure, keeps: Mapping[str, int]) -> float:
     """Return the multiply-adds of a forward pass at the given widths; to ask more than once, make a `Costs`."""
     return Costs(structure).of(keeps).macs
+
+
+def open_axes(structure: Structure) -> dict[str, set[int]]:
+    """Return the axes of every tensor along which channels of open groups lie."""
+    found: dict[str, set[int]] = {}
+    for group in structure.open_groups:
+        for name, dim in _axes(group):
+            found.setdefault(name, set()).add(dim)
+    return found
 
 
 class _Shares:
@@ -121,29 +139,90 @@ class _Shares:
         return gone
 
 
-class _Products:
-    """Multiply-adds of products of two activations, which fall with the channels of a group, and with whole heads."""
+class _Channelwise:
+    """What falls with the channels of a group, and with whole heads: products of two activations, single numbers.
 
-    def __init__(self, groups: Sequence[Group], axes: Owners) -> None:
-        products = _products(groups)
+    amounts: by the number of a group.
+    """
+
+    def __init__(self, amounts: Mapping[int, float], groups: Sequence[Group], axes: Owners) -> None:
         own: list[int] = []
         factors: list[float] = []
         self._starts: list[int] = []
-        for number in products:
+        for number in amounts:
             self._starts.append(len(own))
             mine = {(m.tensor, m.dim): m.positions for m in groups[number].members if m.role == "producer"}
             for other, factor in [(number, 1.0), *_overlaps(number, axes, mine).items()]:
                 own.append(other)
                 factors.append(factor)
         self._own, self._factors = np.array(own, dtype=np.int64), np.array(factors)
-        self._macs = np.array(list(products.values()))
+        self._amounts = np.array(list(amounts.values()))
 
     def saved(self, kept: FloatArray) -> float:
-        """Return the multiply-adds that go; kept: (groups,) the share of its channels that each keeps."""
+        """Return how much goes; kept: (groups,) the share of its channels that each keeps."""
         if not self._starts:
             return 0.0
         left = 1.0 - self._factors * (1.0 - kept[self._own])
-        return float(self._macs @ (1.0 - np.multiply.reduceat(left, self._starts)))
+        return float(self._amounts @ (1.0 - np.multiply.reduceat(left, self._starts)))
+
+
+class _Seconds:
+    """Seconds of a training step: curves of the contractions that were measured, and what is in proportion.
+
+    tensors, macs: the tensors that are cut, and what each costs now.
+    """
+
+    def __init__(
+        self, structure: Structure, timings: Timings, tensors: Sequence[str], macs: FloatArray, owners: Owners
+    ) -> None:
+        self._timings, groups = timings, structure.groups
+        known = [place for place, name in enumerate(tensors) if name in timings.weights and macs[place] > 0]
+        curves = [timings.curves[timings.weights[tensors[place]]] for place in known]
+        self._known, self._others = np.array(known, dtype=np.int64), macs.copy()
+        self._others[self._known] = 0.0
+        self._share = np.array([macs[place] / curve.macs for place, curve in zip(known, curves, strict=True)])
+        self._curves = _Curves(curves) if curves else None
+        self._unmeasured = structure.macs - float(macs[self._known].sum())
+        amounts = {number: g.elements * g.num_channels for number, g in enumerate(groups) if g.elements}
+        self._elements, self._channels = structure.elements, _Channelwise(amounts, groups, owners)
+
+    def of(self, kept: FloatArray, gone: FloatArray, products: float, parameters: float) -> float:
+        """Return the seconds.
+
+        kept: by group, the share of its channels. gone: by tensor, the share that goes. products: multiply-adds of
+        products of two activations that go. parameters: those that stay.
+        """
+        table = self._timings
+        macs = self._unmeasured - float(self._others @ gone) - products
+        elements = self._elements - self._channels.saved(kept)
+        seconds = table.fixed + macs * table.per_mac + elements * table.per_element + parameters * table.per_parameter
+        if self._curves is not None:
+            seconds += self._curves.total(self._share * (1.0 - gone[self._known]))
+        return seconds
+
+
+class _Curves:
+    """Piecewise linear functions of the share of a contraction's multiply-adds; nothing costs nothing."""
+
+    def __init__(self, curves: Sequence[Curve]) -> None:
+        longest = max(len(curve.shares) for curve in curves)
+        knots = np.full((len(curves), longest), np.inf)
+        self._slopes, self._offsets = np.zeros((2, len(curves), longest))
+        for place, curve in enumerate(curves):
+            x, y = np.array(curve.shares), np.maximum.accumulate(curve.seconds)  # narrower is never slower
+            slopes = np.diff(y) / np.diff(x) if x.size > 1 else y / x
+            slopes = np.array([slopes[0], *slopes][: x.size])  # below the least share as from there to the next
+            at = np.array([0, *range(x.size - 1)])
+            knots[place, : x.size - 1] = x[:-1]
+            self._slopes[place, : x.size] = slopes
+            self._offsets[place, : x.size] = y[at] - slopes * x[at]
+        self._knots, self._rows = knots, np.arange(len(curves))
+
+    def total(self, shares: FloatArray) -> float:
+        """Return the sum of all; shares: (curves,)."""
+        part = (shares[:, None] > self._knots).sum(axis=1)
+        seconds = self._offsets[self._rows, part] + self._slopes[self._rows, part] * shares
+        return float((np.maximum(seconds, 0.0) * (shares > 0)).sum())
 
 
 def _owners(groups: Iterable[Group]) -> Owners:
@@ -201,7 +280,7 @@ def _overlaps(number: int, axes: Owners, mine: Mapping[Axis, IntArray]) -> dict[
     return found
 
 
-def _totals(structure: Structure) -> dict[str, float]:
+def weight_macs(structure: Structure) -> dict[str, float]:
     """Return the multiply-adds of every weight: those of its rows, or those of all sites that read its columns."""
     made: dict[Axis, float] = {}
     read: dict[Axis, dict[str, float]] = {}

@@ -34,6 +34,7 @@ from apoptosis.records.structure import (
     Structure,
     places_left,
 )
+from apoptosis.records.timings import Curve, Timings
 
 __all__ = [
     "Branch",
@@ -42,6 +43,7 @@ __all__ = [
     "ColumnFold",
     "Convolution",
     "Count",
+    "Curve",
     "EmptyProposal",
     "FloatArray",
     "Follow",
@@ -73,5 +75,6 @@ __all__ = [
     "StandInKind",
     "Structure",
     "TensorEdit",
+    "Timings",
     "places_left",
 ]
