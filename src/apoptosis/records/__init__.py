@@ -4,18 +4,25 @@ Holds: data without behaviour (a few derived properties at most). Elsewhere: any
 """
 
 from apoptosis.records.branch import Branch, EmptyProposal, StandIn, StandInKind
+from apoptosis.records.calls import (
+    Count,
+    Follow,
+    IntArray,
+    Kept,
+    PartialOp,
+    ScalarOperands,
+    Seen,
+    Split,
+    places_left,
+)
 from apoptosis.records.edits import ColumnFold, OffsetFold, RowScale, TensorEdit
 from apoptosis.records.outputs import ModuleOutput
 from apoptosis.records.reduction import Certificate, CertificateKind, Reduction, SiteReduction
 from apoptosis.records.structure import (
     Convolution,
-    Count,
     FloatArray,
-    Follow,
     Frozen,
     Group,
-    IntArray,
-    Kept,
     LinearSite,
     Member,
     Neuron,
@@ -23,16 +30,11 @@ from apoptosis.records.structure import (
     NormSite,
     NormStrategy,
     NormWidths,
-    PartialOp,
     Pin,
     ProductSite,
-    ScalarOperands,
-    Seen,
     Site,
     SiteKind,
-    Split,
     Structure,
-    places_left,
 )
 from apoptosis.records.timings import Curve, Timings
 

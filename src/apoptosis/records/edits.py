@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from apoptosis.records.structure import FloatArray, IntArray
+from apoptosis.records.calls import IntArray
+from apoptosis.records.structure import FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
