@@ -1,13 +1,16 @@
 """Measure what apoptosis itself costs: the same steps with and without it, in turn, in one process.
 
-    python -m benchmarks.overhead --row mnist --data-dir DIR
+    python -m benchmarks.overhead --row gpt --data-dir DIR           (rows: tasks of benchmarks.paper)
+    python -m benchmarks.overhead --row mnist --epochs 2 --data-dir DIR
 
-A trains with apoptosis. After every few steps, B repeats them without: the same batches through a network of the widths
-that A had, a fresh copy after every event; which of them goes first alternates. A - B is what windows, hooks, planning,
-surgery and the first capture took together, whatever apoptosis' own clock says. Where that clock stood still
-there was no more than a counter, so those chunks enter by the median of their differences: other programs' noise, in
-all of them, would drown the few in which something happened. Copying is not timed; evaluation does not happen.
-Holds: this measurement. Elsewhere: speed-ups (paper).
+A trains with apoptosis at default settings, one thread. While a window is open, every step is also made by B, a copy
+from before it without hooks, on the same batch; which of the two goes first alternates. What A takes longer is the
+window's cost; construction, the opening of windows and events are `Apoptosis(...)` and `apo.step()` by the clock.
+Outside of windows there is nothing but a counter, whose time is added up, too. All times are processor seconds, which
+other programs disturb less than wall time. Copying is not timed; evaluation does not happen.
+
+Beside every event stands what the policy took it to cost (decide.overhead): its multiply-adds over the rate of this
+machine. Holds: this measurement. Elsewhere: speed-ups (paper).
 """
 
 from __future__ import annotations
@@ -16,170 +19,164 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apoptosis.tools.recipes.config import RunConfig
-from apoptosis.tools.recipes.loop import Trainer
-from apoptosis.tools.recipes.optim import learning_rates, make_optimizer
-from apoptosis.tools.recipes.train import prepare
+from apoptosis import Apoptosis
+from apoptosis.decide.overhead import macs_per_second
+from apoptosis.decide.policy import cost_of
+from apoptosis.decide.state import telemetry
 from benchmarks import shared
+from benchmarks.paper.sentences import Sentences
+from benchmarks.paper.tasks import BY_NAME, Task
+from benchmarks.paper.training import MethodRun, outputs_of
 
-COMMON: dict[str, object] = {"optimizer": "adam", "batch": 128, "schedule": "one-cycle"}
-ROWS: dict[str, dict[str, object]] = {  # fields of apoptosis.tools.recipes.config.RunConfig
-    "mnist": {"data": "mnist", "network": "mlp", "widths": (1024, 1024, 1024), "epochs": 10},
-    "fashion-mnist": {"data": "fashion-mnist", "network": "mlp", "widths": (1024, 1024, 1024), "epochs": 10},
-    "higgs": {"data": "higgs", "network": "mlp", "widths": (300, 300, 300, 300, 300), "epochs": 12},
-}
-Step = Callable[[], object]
-CHUNK = 25  # steps of A before B repeats them: short, so that both meet the same disturbances
+PLAIN = 25  # the last steps outside of a window: their median is what one takes
+Network = tuple[nn.Module, torch.optim.Optimizer]
+Batch = tuple[Any, Tensor]
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], lr: float) -> None:
+class Cost:
+    """Processor seconds by part, and what every window and event took."""
+
+    def __init__(self) -> None:
+        self.parts = {"construction": 0.0, "windows": 0.0, "events": 0.0, "between": 0.0}
+        self.events: list[dict[str, Any]] = []
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    found = work()
+    return time.process_time() - start, found
+
+
+def measure(task: Task, data_dir: Path | None, seed: int, epochs: float | None) -> dict[str, Any]:
+    """Time one run against its steps without apoptosis."""
+    torch.set_num_threads(1)
+    run = MethodRun("apoptosis", task, task.load(data_dir, None), seed, epochs=epochs)
+    network: Network = (run.model, run.optimizer)
+    cost, rate = Cost(), max(macs_per_second() for _ in range(5))
+    cost.parts["construction"], apo = timed(
+        lambda: Apoptosis(run.model, run.optimizer, run.example(), total_steps=run.total_steps, seed=seed)
+    )
+    total, plain, number = cost.total, list[float](), 0
+    twin: Network | None = None
+    window: dict[str, Any] = {}
+    for batch in batches(run):
+        lr = run.rate()
+        if twin is None:
+            own = timed(lambda b=batch, rate=lr: train_step(run, network, b, rate))[0]
+            plain.append(own)
+        else:
+            own, without = both(run, (network, twin), batch, lr, first=number % 2)
+            window["seconds"] += own - without
+            window["steps"], number = window["steps"] + 1, number + 1
+        spent, event = timed(apo.step)
+        total += own + spent
+        run.step += 1
+        if twin is None:
+            cost.parts["windows" if apo.watching else "between"] += spent
+        elif apo.watching:
+            window["seconds"] += spent
+        else:
+            cost.parts["windows"] += window["seconds"]
+            cost.parts["events"] += spent
+            kept = None if event is None else list(event.macs)
+            cost.events.append({**window, "event_seconds": spent, "step": run.step, "macs": kept})
+            twin = None
+        if apo.watching and twin is None:
+            twin, number = copy_of(run, network), 0
+            usual = statistics.median(plain[-PLAIN:]) if plain else 0.0
+            window = {"steps": 0, "seconds": spent, "step_seconds": usual,
+                      "predicted_seconds": cost_of(told(apo, run)) / rate}  # fmt: skip
+    return {
+        "seed": seed,
+        "steps": run.step,
+        "events": apo.ledger().events,
+        "seconds_with": total,
+        "seconds_without": total - cost.total,
+        "share_by_difference": cost.total / total,
+        "share_by_clock": apo.seconds / total,
+        "parts": cost.parts,
+        "attempts": cost.events,
+    }
+
+
+def told(apo: Apoptosis, run: MethodRun) -> Any:
+    """Return what the policy sees, with the number of examples per step that it knows once a window has seen some."""
+    memory = copy.copy(apo._memory)
+    memory.batch_rows = float(run.batch)
+    return telemetry(memory, apo._settings, apo.structure, rows=apo._target.num_examples)
+
+
+def both(run: MethodRun, pair: tuple[Network, Network], batch: Batch, lr: float, *, first: int) -> tuple[float, float]:
+    """Make one step with and one without apoptosis, on the same numbers of dropout; return the seconds of both."""
+    seconds, state = [0.0, 0.0], torch.get_rng_state()
+    for place in (first, 1 - first):
+        torch.set_rng_state(state)
+        seconds[place] = timed(lambda place=place: train_step(run, pair[place], batch, lr))[0]
+    return seconds[0], seconds[1]
+
+
+def train_step(run: MethodRun, network: Network, batch: Batch, lr: float) -> None:
+    model, optimizer = network
     optimizer.param_groups[0]["lr"] = lr
-    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss = run.data.loss(outputs_of(model, batch[0]), batch[1])
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
 
 
-def copy_of(trainer: Trainer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A's network and optimizer as they are, without its hooks (no window is open when this is called)."""
-    model = copy.deepcopy(trainer.model)
-    optimizer = make_optimizer(trainer.config, model)
-    optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
+def copy_of(run: MethodRun, network: Network) -> Network:
+    """Return a network and its optimizer as they are, without hooks."""
+    model = copy.deepcopy(network[0])
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    optimizer = run.task.recipe.optimizer(model.parameters(), run.task.lr)
+    optimizer.load_state_dict(copy.deepcopy(network[1].state_dict()))
     return model, optimizer
 
 
-def timed_steps(clock: Clock, steps: list[Step]) -> list[float]:
-    """Seconds from the start to the end of every step; ends with the first step that returns something truthy."""
-    start, ends = clock(), []
-    for step in steps:
-        event = step()
-        ends.append(clock() - start)
-        if event:
-            break
-    return ends
-
-
-def measure(config: RunConfig) -> dict[str, Any]:
-    """Time one run against its steps without apoptosis; which of the two goes first alternates."""
-    data, device = prepare(config)
-    trainer = Trainer(config, data, device)
-    apo = trainer.apo
-    assert apo is not None
-    clock = Clock(device)
-    seconds = {"with": trainer.seconds, "without": 0.0}  # the first capture is apoptosis' own
-    batches: list[tuple[Tensor, Tensor]] = []
-    rates = learning_rates(config.schedule, config.lr, trainer.total_steps)
-    step = num_events = turn = 0
-    idle_differences: list[float] = []
-    busy_differences: list[float] = []
-    copied = copy_of(trainer)
-    warm_up(copy_of(trainer), (data.train.between(0, trainer.batch), config.lr))
-
-    def full(batch: tuple[Tensor, Tensor], lr: float) -> bool:
-        train_step(trainer.model, trainer.optimizer, batch, lr)
-        return bool(apo.step())
-
-    while step < trainer.total_steps:
-        batches = batches or epoch_batches(trainer, step)
-        now = batches[:CHUNK]
-        pairs = list(zip(now, rates[step:], strict=False))
-        both: dict[str, list[Step]] = {
-            "with": [partial(full, *pair) for pair in pairs],
-            "without": [partial(train_step, *copied, *pair) for pair in pairs],
-        }
-        own = apo.seconds
-        order = ("with", "without") if turn % 2 == 0 else ("without", "with")
-        ends = {name: timed_steps(clock, both[name]) for name in order}
-        done = len(ends["with"])  # fewer than the chunk where an event changed the widths
-        for name in order:
-            seconds[name] += ends[name][done - 1]
-        difference = ends["with"][done - 1] - ends["without"][done - 1]
-        idle = apo.seconds == own and done == len(ends["without"])
-        (idle_differences if idle else busy_differences).append(difference)
-        if trainer_changed(trainer, copied[0]):
-            num_events += 1
-            copied = copy_of(trainer)
-        step, turn, batches = step + done, turn + 1, batches[done:]
-    total = seconds["with"]
-    cost = trainer.seconds + sum(busy_differences)
-    cost += statistics.median(idle_differences) * len(idle_differences) if idle_differences else 0.0
-    return {
-        "seed": config.seed,
-        "steps": step,
-        "events": num_events,
-        "widths": trainer.widths(),
-        "seconds_with": total,
-        "seconds_without": seconds["without"],
-        "share_by_difference": cost / total,
-        "share_by_plain_difference": (total - seconds["without"]) / total,
-        "busy_chunks": len(busy_differences),
-        "idle_chunks": len(idle_differences),
-        "share_by_clock": apo.seconds / total,
-        "hook_share": apo.hook_seconds / total,
-    }
-
-
-def epoch_batches(trainer: Trainer, step: int) -> list[tuple[Tensor, Tensor]]:
-    """One epoch in random order, on the device: reading the data is not what is timed."""
-    part = trainer.data.train
-    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(step + trainer.config.seed))
-    rows = order[: trainer.steps_per_epoch * trainer.batch].to(part.labels.device).split(trainer.batch)
-    taken = [part.take(r) for r in rows]
-    return [(x.to(trainer.device), y.to(trainer.device)) for x, y in taken]
-
-
-def trainer_changed(trainer: Trainer, copied: nn.Module) -> bool:
-    shapes = [[p.shape for p in model.parameters()] for model in (trainer.model, copied)]
-    return shapes[0] != shapes[1]
-
-
-def warm_up(copied: tuple[nn.Module, torch.optim.Optimizer], example: tuple[tuple[Tensor, Tensor], float]) -> None:
-    """First steps are slow (allocation, choice of kernels) and would count for the one that goes first."""
-    device = next(copied[0].parameters()).device
-    (x, y), lr = example
-    for _ in range(20):
-        train_step(*copied, (x.to(device), y.to(device)), lr)
-
-
-class Clock:
-    """Seconds now, after all work given to the device is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+def batches(run: MethodRun) -> Iterator[Batch]:
+    """Yield the batches of a run, epoch after epoch in another order; reading and augmenting them is not timed."""
+    data, epoch = run.data, 0
+    run.model.train()
+    while run.step < run.total_steps:
+        chance = torch.Generator().manual_seed(2 * (run.seed * 100_003 + epoch))
+        sentences = isinstance(data.train, Sentences)
+        order = data.train.order(run.batch, chance) if sentences else torch.randperm(len(data.train), generator=chance)
+        for rows in order[: run.steps_per_epoch * run.batch].view(-1, run.batch)[: run.total_steps - run.step]:
+            inputs, labels = data.train.take(rows)
+            yield (inputs if data.augment is None else data.augment(inputs, chance)), labels
+        epoch += 1
 
 
 def main() -> int:
     parser = shared.parser(__doc__)
-    parser.add_argument("--row", default="mnist", choices=sorted(ROWS))
-    parser.add_argument("--data-dir")
+    parser.add_argument("--row", default="digits", choices=sorted(BY_NAME))
+    parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--epochs", type=int, help="instead of the row's own")
+    parser.add_argument("--epochs", type=float, help="instead of the task's own; the last one may be cut short")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/overhead-ROW.json")
     given = parser.parse_args()
-    fields = {**COMMON, **ROWS[given.row], "data_dir": given.data_dir}
-    fields |= {"epochs": given.epochs} if given.epochs else {}
-    runs = []
+    task, runs = BY_NAME[given.row], []
     for seed in given.seeds.split(","):
-        config = RunConfig.checked(**fields, seed=int(seed))
-        runs.append(measure(config))
-        print(f"{given.row}, seed {seed}: {100 * runs[-1]['share_by_difference']:.2f} % by difference, "
-              f"{100 * runs[-1]['share_by_clock']:.2f} % by its own clock", flush=True)  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = shared.result("overhead", device, row=given.row, config=config.model_dump(mode="json"), runs=runs)
+        runs.append(measure(task, given.data_dir, int(seed), given.epochs))
+        parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in runs[-1]["parts"].items())
+        print(f"{given.row}, seed {seed}: {100 * runs[-1]['share_by_difference']:.2f} % by difference: {parts}")
+        for one in runs[-1]["attempts"]:
+            print(f"  step {one['step']}: window {one['steps']} steps {one['seconds']:.2f} s, event "
+                  f"{one['event_seconds']:.2f} s, predicted {one['predicted_seconds']:.2f} s", flush=True)  # fmt: skip
+    result = shared.result("overhead", row=given.row, network=task.network, epochs=given.epochs, runs=runs)
     shared.write(given.json or shared.RESULTS / f"overhead-{given.row}.json", result)
     return 0
 

@@ -39,24 +39,28 @@ def read_results(folder: Path = RESULTS) -> dict[str, Record]:
 
 
 def overhead_table(results: Mapping[str, Record]) -> str:
-    """Share of the training time that apoptosis takes: by its own clock, and against the same steps without it."""
+    """Share of the training time that apoptosis takes, by part, and what the policy took windows and events to cost."""
     rows = []
     for name, result in _of_kind(results, "overhead"):
         for run in result["runs"]:
+            parts, attempts, plain = run["parts"], run["attempts"], run["seconds_without"] / run["steps"]
+            ratios = [one["predicted_seconds"] / (one["seconds"] + one["event_seconds"]) for one in attempts]
+            first = attempts[0] if attempts else None
             rows.append(
                 (
-                    str(result.get("row", name)),
-                    str(run["seed"]),
-                    str(run["events"]),
-                    f"{run['seconds_with']:.2f} s",
-                    f"{run['seconds_without']:.2f} s",
+                    str(result.get("network", name)),
+                    f"{run['steps']:,}",
+                    f"{1000 * plain:,.0f} ms",
+                    f"{len(attempts)}, {run['events']}",
+                    f"{run['seconds_with']:.1f} s",
                     f"{100 * run['share_by_difference']:.2f} %",
-                    f"{100 * run['share_by_clock']:.2f} %",
-                    f"{100 * run['hook_share']:.2f} %",
+                    *(f"{parts[part]:.2f} s" for part in ("construction", "windows", "events")),
+                    "" if first is None else f"{first['seconds']:.2f} + {first['event_seconds']:.2f} s",
+                    f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "",
                 )
             )
-    head = ("run", "seed", "events", "training", "the same steps without", "share by difference",
-            "share by its own clock", "of this, hooks")  # fmt: skip
+    head = ("network", "steps", "a step", "windows, events", "whole run", "own share", "construction", "windows",
+            "events", "first window + event", "predicted / measured")  # fmt: skip
     return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.overhead")
 
 

@@ -139,13 +139,23 @@ def test_every_table_has_its_place_and_every_marker_its_table():
     assert text.count(":begin -->") == text.count(":end -->")
 
 
+OVERHEAD = {
+    "seed": 0, "steps": 1000, "events": 1, "seconds_with": 10.2, "seconds_without": 10.0, "share_by_difference": 0.0196,
+    "parts": {"construction": 0.05, "windows": 0.1, "events": 0.05, "between": 0.0},
+    "attempts": [
+        {"seconds": 0.06, "event_seconds": 0.04, "predicted_seconds": 0.12},
+        {"seconds": 0.04, "event_seconds": 0.01, "predicted_seconds": 0.04},
+    ],
+}  # fmt: skip
+
+
 def test_overhead_rows():
-    run = {"seed": 0, "events": 4, "seconds_with": 10.0, "seconds_without": 9.8, "share_by_difference": 0.02,
-           "share_by_clock": 0.015, "hook_share": 0.005}  # fmt: skip
-    overhead = {"kind": "overhead", "row": "mnist", "runs": [run]}
+    overhead = {"kind": "overhead", "network": "MLP", "runs": [OVERHEAD]}
     assert table.overhead_table({"o": overhead}).splitlines()[2] == (
-        "| mnist | 0 | 4 | 10.00 s | 9.80 s | 2.00 % | 1.50 % | 0.50 % |"
+        "| MLP | 1,000 | 10 ms | 2, 1 | 10.2 s | 1.96 % | 0.05 s | 0.10 s | 0.05 s | 0.06 + 0.04 s | 0.8 to 1.2 |"
     )
+    none = {**overhead, "runs": [OVERHEAD | {"attempts": [], "events": 0}]}
+    assert table.overhead_table({"o": none}).splitlines()[2].endswith("| 0.05 s |  |  |")
 
 
 def test_capture_rows():
@@ -175,10 +185,8 @@ def test_filling_is_stable_and_says_what_is_missing():
     assert "python -m benchmarks.overhead" in empty
     assert "old" not in empty
     assert table.fill(empty, {}) == empty
-    run = {"seed": 0, "events": 4, "seconds_with": 10.0, "seconds_without": 9.8, "share_by_difference": 0.02,
-           "share_by_clock": 0.015, "hook_share": 0.005}  # fmt: skip
-    full = table.fill(empty, {"x": {"kind": "overhead", "row": "a|b", "runs": [run]}})
-    assert full.startswith("a\n<!-- overhead:begin -->\n| run |")
+    full = table.fill(empty, {"x": {"kind": "overhead", "network": "a|b", "runs": [OVERHEAD]}})
+    assert full.startswith("a\n<!-- overhead:begin -->\n| network |")
     assert "| a\\|b |" in full
     assert full.endswith("|\n<!-- overhead:end -->\nb")
     with pytest.raises(ValueError, match="has no"):

@@ -40,6 +40,16 @@ def needs_float64(tolerance: float) -> bool:
     return tolerance < FLOAT32_RESOLVES
 
 
+def is_positional(site: Site) -> bool:
+    """Whether the rows of a site are positions of few examples, which are correlated."""
+    return site.reads_positions or site.channels_first
+
+
+def rows_per_channel(site: Site) -> int:
+    """Return how many rows a window collects for every channel of a site."""
+    return POSITIONAL_ROWS_PER_CHANNEL if is_positional(site) else ROWS_PER_CHANNEL
+
+
 def needs_whole_inputs(site: Site) -> bool:
     """Whether errors at the site have to be measured on whole inputs, as moments of its channels do not suffice."""
     return isinstance(site, LinearSite) and (site.is_complex or site.reads_positions)
@@ -123,7 +133,7 @@ class Accumulator:
     ) -> None:
         self.site = site
         self.exact, self.spread = exact, spread
-        self.positional = site.reads_positions or site.channels_first
+        self.positional = is_positional(site)
         self.rows_needed = 0
         self.suffice_for(rows_for)
         self.moments = Moments(len(columns), device=device)
@@ -142,8 +152,7 @@ class Accumulator:
 
     def suffice_for(self, num_channels: int) -> None:
         """Ask for at least as many rows as this number of channels needs."""
-        per_channel = POSITIONAL_ROWS_PER_CHANNEL if self.positional else ROWS_PER_CHANNEL
-        self.rows_needed = max(self.rows_needed, MIN_ROWS, per_channel * num_channels)
+        self.rows_needed = max(self.rows_needed, MIN_ROWS, rows_per_channel(self.site) * num_channels)
 
     @property
     def rows(self) -> int:
