@@ -85,7 +85,10 @@ def restoring(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def hooks_on_all_modules(enter: Callable[..., None], leave: Callable[..., None] | None = None) -> Iterator[None]:
-    """Let every module that runs inside call `enter` before its forward pass and `leave` after it, failed or not."""
+    """Let every module that runs inside call `enter` before its forward pass and `leave` after it, failed or not.
+
+    enter(module, args); leave(module, args, kwargs, output), of a pass that failed leave(module, args, None).
+    """
     names = [name for name in vars(hooks) if name.startswith("_global_forward")]
     tables: list[dict[int, Any]] = [table for name in names if isinstance(table := getattr(hooks, name), dict)]
 
@@ -98,7 +101,7 @@ def hooks_on_all_modules(enter: Callable[..., None], leave: Callable[..., None] 
     with restoring(undo):
         hooks.register_module_forward_pre_hook(enter)
         if leave is not None:
-            hooks.register_module_forward_hook(leave, always_call=True)
+            hooks.register_module_forward_hook(leave, with_kwargs=True, always_call=True)
         yield
 
 

@@ -105,6 +105,7 @@ _MANIFEST = {
         "full": {"*": _SHAPE},
         "attributes": {"*": _TREE},
         "states": _TREE,
+        "emptied?": _TREE,
     },
     "optimizers?": [{**_OPTIMIZER, "wrapped?": [_OPTIMIZER]}],
     "apoptosis?": {"state": _TREE},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apoptosis.checkpoint.arguments import Optimizers, check_given, several
 from apoptosis.checkpoint.attributes import check_attributes
+from apoptosis.checkpoint.emptied import empty_for_load, pack_emptied, read_emptied
 from apoptosis.checkpoint.file import read_file, write_file
 from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved, loading
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
@@ -104,6 +105,7 @@ def packed(
                     name: pack(module.get_extra_state(), f"extra_state.{name}", tensors)
                     for name, module in _with_extra_state(model).items()
                 },
+                "emptied": pack(pack_emptied(model), "emptied", tensors),
                 "full": {name: list(shape) for name, shape in _full(model, apo).items()},
             },
             "optimizers": None
@@ -167,7 +169,8 @@ def check_shapes(manifest: Mapping[str, Any], shapes: Shapes, model: nn.Module, 
     """
     model = unwrapped(model)
     check_manifest(manifest, frozenset(shapes))
-    check_names(model, manifest["model"], shapes)
+    stored = manifest["model"]
+    check_names(model, {**stored, "emptied": unpack(stored.get("emptied"), {})}, shapes)
     for entry, given in zip(manifest["optimizers"] or (), several(optimizer), strict=False):
         check_state_shapes(entry, given, model, shapes)
 
@@ -183,16 +186,7 @@ def apply_checkpoint(
     """Check a checkpoint that was read and take it over, as `load` says."""
     wrappers, model = wrappers_of(model), unwrapped(model)
     reshard(model)
-    with loading(path):
-        stored = manifest["model"]
-        values = check_tensors(model, stored, tensors)
-        attributes = check_attributes(model, unpack(stored["attributes"], tensors), values)
-        states = _check_states(model, unpack(stored["states"], tensors))
-        loaded = _check_optimizers(manifest["optimizers"], optimizer, model, tensors)
-        if apo is not None and manifest["apoptosis"] is None:
-            raise CheckpointError("it holds no apoptosis state; it was saved without apo=. Leave apo= out.")
-        extra: dict[str, Any] = unpack(manifest["extra"], tensors)
-    journal, todo = UndoLog(), [True]
+    journal, todo, stored = UndoLog(), [True], manifest["model"]
     before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     built = built_shapes(model, before)
 
@@ -204,6 +198,16 @@ def apply_checkpoint(
             todo.clear()
 
     with restoring(undo):
+        with loading(path):
+            stand_ins = read_emptied(unpack(stored.get("emptied"), tensors))
+            empty_for_load(journal, model, several(optimizer), stand_ins, manifest["optimizers"] or ())
+            values = check_tensors(model, {**stored, "emptied": unpack(stored.get("emptied"), tensors)}, tensors)
+            attributes = check_attributes(model, unpack(stored["attributes"], tensors), values)
+            states = _check_states(model, unpack(stored["states"], tensors))
+            loaded = _check_optimizers(manifest["optimizers"], optimizer, model, tensors)
+            if apo is not None and manifest["apoptosis"] is None:
+                raise CheckpointError("it holds no apoptosis state; it was saved without apo=. Leave apo= out.")
+            extra: dict[str, Any] = unpack(manifest["extra"], tensors)
         for tensor, value in values:
             journal.set_tensor(tensor, value)  # gradients belong to the old values and go
         for module, name, attribute in attributes:

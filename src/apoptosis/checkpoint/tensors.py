@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from apoptosis.checkpoint.emptied import names_after, read_emptied
 from apoptosis.distributed.sharded import is_sharded
 from apoptosis.errors import CheckpointError
 from apoptosis.surgery.values import memory_format
@@ -48,6 +49,9 @@ def check_names(
     """
     here = tensors_of(model)
     optional = set(stored["optional"]) | non_persistent(model)
+    gone, made = names_after(model, read_emptied(stored.get("emptied")))
+    here = {name: tensor for name, tensor in here.items() if name not in gone}
+    optional |= made
     missing = [name for name in stored["names"] if name not in here and name not in optional]
     unknown = [name for name in here if name not in set(stored["names"]) and name not in optional]
     if missing or unknown:

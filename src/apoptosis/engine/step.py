@@ -33,7 +33,7 @@ from apoptosis.errors import (
     StructureChangedError,
     one_line,
 )
-from apoptosis.graph import gains, verify_up_to_scale
+from apoptosis.graph import gains, verify_emptied, verify_up_to_scale
 from apoptosis.graph.trace.failures import Fault, after_edit, fault_of
 from apoptosis.interrupts import restoring
 from apoptosis.model.evaluate import Probe, comparable, compare, like_example, outputs, training_outputs
@@ -44,7 +44,16 @@ from apoptosis.planner import Observations, make_plan, summary
 from apoptosis.planner.sampling import sample
 from apoptosis.records import Pin, Reduction, Structure
 from apoptosis.surgery import Transaction, build_edits, norm_edits
-from apoptosis.surgery.target import Target, broken_pin, first_fault, kept_positions, with_known, with_pins
+from apoptosis.surgery.branches import empty_edits, is_empty
+from apoptosis.surgery.target import (
+    Target,
+    broken_pin,
+    first_fault,
+    kept_positions,
+    with_known,
+    with_pins,
+    without_branches,
+)
 
 _BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
 Check = Callable[[Change], AcceptanceResult]
@@ -201,9 +210,12 @@ def apply_reductions(
     """Carry out reductions in place, or leave everything bitwise as it was.
 
     A group whose edit breaks the forward pass or changes which channel a column reads is rolled back and pinned, and
-    the others are tried again without it. A change that `check` refuses rolls everything back.
+    the others are tried again without it. A reduction that keeps nothing empties the branch of its group
+    (planner.propose_empty makes them); where that fails the branch is refused from then on, and nothing is pinned.
+    A change that `check` refuses rolls everything back.
     """
     pins: dict[str, Pin] = {}
+    refused: dict[str, str] = {}
     trial = _Trial(target, structure, dropped_variance, probe, check)
     todo, outcome = list(reductions), None
     try:
@@ -219,18 +231,29 @@ def apply_reductions(
             if (trial.old_numbers and trial.renew_numbers()) or tried.fault is None:
                 continue  # nothing is pinned, and no weight takes a factor, for what the user has changed
             failing_groups = trial.failing_groups(todo) or {todo[0].group: tried.fault}
-            pins |= {name: broken_pin(trial.structure, name, fault) for name, fault in failing_groups.items()}
-            todo = [r for r in todo if r.group not in pins]
+            emptied = {r.group for r in todo if is_empty(r)} & failing_groups.keys()
+            refused |= _branches(trial.structure, {name: failing_groups[name] for name in emptied})
+            narrowed = {name: fault for name, fault in failing_groups.items() if name not in emptied}
+            pins |= {name: broken_pin(trial.structure, name, fault) for name, fault in narrowed.items()}
+            todo = [r for r in todo if r.group not in failing_groups]
     except BaseException as error:
         if target.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
             target.rebuild_wrappers()
         raise
     if outcome is None:
-        broken = "no group can be edited: " + "; ".join(str(p) for p in pins.values())
-        outcome = Outcome(committed=False, structure=trial.structure, refused=broken if pins else "nothing to remove")
+        broken = [*map(str, pins.values()), *(f"branch '{name}': {why}" for name, why in refused.items())]
+        text = "no group can be edited: " + "; ".join(broken) if broken else "nothing to remove"
+        outcome = Outcome(committed=False, structure=trial.structure, refused=text)
     if not outcome.committed:
         target.rebuild_wrappers()
-    return replace(outcome, pins=tuple(pins.values()), structure=with_pins(outcome.structure, pins))
+    structure = without_branches(with_pins(outcome.structure, pins), refused)
+    return replace(outcome, pins=tuple(pins.values()), structure=structure)
+
+
+def _branches(structure: Structure, faults: Mapping[str, Fault]) -> dict[str, str]:
+    """Return by name the branches of groups that cannot be emptied, with the reason."""
+    own = {group.name: group.branch for group in structure.groups}
+    return {branch.name: fault.brief for name, fault in faults.items() if (branch := own[name]) is not None}
 
 
 class _Outputs(NamedTuple):
@@ -360,6 +383,20 @@ class _Trial:
 
         Raises: what is in _BROKEN, where the edit is wrong for the model; the caller then pins the group.
         """
+        structure, target = self.structure, self.target
+        emptied = empty_edits(structure, reductions)
+        narrowed, scaled = structure, False
+        if left := [reduction for reduction in reductions if not is_empty(reduction)]:
+            narrowed, scaled = self._narrow(transaction, left)
+        if not emptied:
+            return narrowed, scaled
+        transaction.empty(emptied)
+        new = target.capture()
+        verify_emptied(narrowed, new, [edit.branch for edit in emptied])
+        return new, scaled
+
+    def _narrow(self, transaction: Transaction, reductions: Sequence[Reduction]) -> tuple[Structure, bool]:
+        """Edit, as `_edit` says, the groups that keep some of their channels."""
         structure, target = self.structure, self.target
         edits = build_edits(structure, reductions, self.dropped_variance)
         normalised = bool(structure.normalised)

@@ -5,7 +5,8 @@ Holds: model in, groups, sites and pins out. Elsewhere: statistics, decisions, e
 
 from apoptosis.graph.analysis import analyse, layout_of, replay
 from apoptosis.graph.rules.table import register_rule
+from apoptosis.graph.verify.emptied import verify_emptied
 from apoptosis.graph.verify.factors import gains
 from apoptosis.graph.verify.verification import verify, verify_up_to_scale
 
-__all__ = ["analyse", "gains", "layout_of", "register_rule", "replay", "verify", "verify_up_to_scale"]
+__all__ = ["analyse", "gains", "layout_of", "register_rule", "replay", "verify", "verify_emptied", "verify_up_to_scale"]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.distributed.wrappers import kind_in_place
 from apoptosis.errors import CaptureError
 from apoptosis.graph.capture import capture
+from apoptosis.graph.groups.branches import with_branches
 from apoptosis.graph.groups.build import build_groups
 from apoptosis.graph.groups.classes import close
 from apoptosis.graph.groups.copies import keep_copied
@@ -72,7 +73,7 @@ def analyse(
             f"'{lazy[0]}' of {type(model).__name__} is not initialised (lazy): run the model once before."
         )
     layout = layout_of(model)
-    trace, carried = _followed(model, args, kwargs or {}, norm_widths)
+    trace, carried, returned = _followed(model, args, kwargs or {}, norm_widths)
     unread = pin_unreached(trace, model, aliases)
     close(trace)
     kept = frozen_names(model) if frozen == "keep" else frozenset()
@@ -83,6 +84,7 @@ def analyse(
     labels = {name: tuple(classes.labels[info.axis(dim)] for dim in range(len(info.shape)))
                   for name, info in trace.channel_ids.tensors.items()}  # fmt: skip
     groups = with_shared_widths(model, trace, build_groups(trace, classes, rows), classes, labels)
+    groups = with_branches(model, trace, groups, classes.labels, aliases)
     return Structure(
         groups=groups,
         macs=trace.macs.get("training", 0.0),
@@ -101,13 +103,15 @@ def analyse(
         counts=counts(trace, classes),
         kept=carried.kept(classes.labels),
         elements=sum(amount for _, mode, amount in trace.elements if mode == "training"),
+        num_outputs=returned,
+        trained=frozenset(trace.trained),
         buffers=frozenset(name for name, info in trace.channel_ids.tensors.items() if info.is_buffer),
     )
 
 
 def _followed(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], norm_widths: NormWidths
-) -> tuple[TraceResult, Carried]:
+) -> tuple[TraceResult, Carried, int]:
     """Capture the model in as many rounds as the tensors that it keeps between passes need: one for most models.
 
     Raises: CaptureError: the forward pass fails on this input or returns no tensor.
@@ -133,7 +137,7 @@ def _followed(
             "forward return what the loss is computed from."
         )
     carried.finish_round(trace, signature_of(tensors, carried.buffers))
-    return trace, carried
+    return trace, carried, returned
 
 
 def _captures(

@@ -31,12 +31,13 @@ from apoptosis.graph.trace.carried import Carried
 from apoptosis.graph.trace.failures import failure
 from apoptosis.graph.trace.fakes import Constants, over_fakes
 from apoptosis.graph.trace.ids import named_tensors
-from apoptosis.graph.trace.outputs import named_in, tensors_in
+from apoptosis.graph.trace.outputs import named_in, reached, tensors_in
 from apoptosis.graph.trace.partial_ops import note_work
 from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import FRAME_MARKS, Tracer
 from apoptosis.interrupts import hooks_on_all_modules, is_out_of_memory, restoring
 from apoptosis.model.passes import internal_passes
+from apoptosis.modules.emptied import is_stand_in
 from apoptosis.records import Seen
 
 
@@ -124,17 +125,21 @@ def _module_stack(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
     def enter(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == thread:
+            if tracer.calls is not None:
+                tracer.calls.enter(module, tracer.trace.macs[tracer.mode])
             tracer.entered(module, args)
             norms.enter(module, args)
             if id(module) in names:
                 tracer.trace.ran.add(names[id(module)])
-                if all(arg.numel() for arg in args if isinstance(arg, Tensor)):
+                if is_stand_in(module) or all(arg.numel() for arg in args if isinstance(arg, Tensor)):
                     tracer.trace.fed.add(names[id(module)])
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, output: Any = None) -> None:
         if threading.get_ident() == thread:
             norms.leave(module, output)
             tracer.left(module, output)
+            if tracer.calls is not None:
+                tracer.calls.leave(module, args, kwargs or {}, output, tracer.trace.macs[tracer.mode])
 
     with hooks_on_all_modules(enter, leave):
         yield
@@ -188,6 +193,8 @@ def capture(
             raise failure(error, model, mode, _operator.__code__) from error
         outputs = list(named_in(output))
         tracer.finished(outputs)
+        leaves = reached(tensor for _, tensor in outputs) if training and watch is None else set[int]()
+        trace.trained.update(name for name, tensor in tensors.items() if id(tensor) in leaves)
         carried.end(tracer)
         return len(outputs)
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from apoptosis.records.reduction import Certificate, Reduction
 
-StandInKind = Literal["constant", "branch", "empty", "pass"]
+StandInKind = Literal["constant", "branch", "empty", "pass", "written_out"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +21,13 @@ class StandIn:
 
     module: qualified name. kind: "constant": returns the constant for an input whose shape says how many positions
     there are; "branch": a whole module that returns the constant, in the shape of one of its arguments; "empty": gives
-    a tensor that has no channels; "pass": returns its argument.
+    a tensor that has no channels; "pass": returns its argument; "written_out": torch's transformer encoder or layer of
+    it, which keeps its class and takes no fused pass any more.
     axis: of the channels in what it returns, counted from the last (-1). anchor: the argument (place, name) whose
     sizes along all other axes are those of what is returned; of "branch", and of "empty" where a module of several
     layers is replaced. extras: how many values beside the first are returned, all None; -1: a tensor is returned, no
     tuple. holder: name of the module inside that holds the constant ("branch"). after: names of dropouts inside that
-    are applied to it ("branch").
+    are applied to it ("branch"). dense: what is returned is written to in place, so that it needs memory of its own.
     """
 
     module: str
@@ -36,6 +37,7 @@ class StandIn:
     extras: int = -1
     holder: str = ""
     after: tuple[str, ...] = ()
+    dense: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class Branch:
     name: qualified name of the module that gives the constant: the last layer of the branch, or the norm behind it.
     groups: groups that go; the first `num_read` of them are read by that layer, the others lie in front of them.
     site: key of the layer's site. layer: qualified name of the layer; norm: of the BatchNorm behind it whose output the
-    constant replaces, else None.
+    constant replaces, else None; norm_eps: its eps.
     bias: name of the parameter that the constant becomes; it is made where it is not there yet.
     stand_ins: what modules become, norms in front of the branch that nothing else reads included. removed: parameters
     and buffers that go.
@@ -64,6 +66,7 @@ class Branch:
     removed: tuple[str, ...]
     macs: float
     parameters: int
+    norm_eps: float = 0.0
 
     @property
     def read(self) -> tuple[str, ...]:

@@ -355,6 +355,8 @@ class Structure:
     buffers: which of `shapes` are buffers. elements: as Group.elements, of all operators, without channels too.
     counts: the numbers of places that operators were given. follows: numbers of modules that were found to be widths.
     kept: tensors that the model keeps in attributes between passes, and where channels lie in them.
+    refused: residual branches that were tried and cannot be emptied, by name, with the reason.
+    num_outputs: tensors that the model returns, in both modes together. trained: parameters that these depend on.
     """
 
     groups: tuple[Group, ...]
@@ -376,6 +378,9 @@ class Structure:
     kept: tuple[Kept, ...] = ()
     buffers: frozenset[str] = frozenset()
     elements: float = 0.0
+    refused: Mapping[str, str] = field(default_factory=dict)
+    num_outputs: int = 0
+    trained: frozenset[str] = frozenset()
 
     @property
     def open_groups(self) -> tuple[Group, ...]:

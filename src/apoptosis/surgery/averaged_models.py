@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,6 +54,32 @@ class Tensors(nn.Module):
                 "parameters."
             )
         return dict(zip(order, found, strict=True))
+
+    def keep_(self, put: Callable[[Any, Any], None], gone: frozenset[str], new: Mapping[str, Tensor]) -> None:
+        """Drop the entries of some names and add others, in place.
+
+        Args:
+            put: called with the dict or list, and what it is to hold.
+            gone: names that go.
+            new: by name, what is added; of a list in the place of the parameter in front of it.
+
+        Raises: ArgumentError: it is a sequence that cannot be changed.
+        """
+        found, named = self._read(), self.named()
+        if isinstance(found, MutableMapping):
+            put(found, {name: x for name, x in found.items() if name not in gone} | dict(new))
+            return
+        if not isinstance(found, list):
+            raise ArgumentError(f"an averaged copy is a {type(found).__name__}, from which no entry can be removed.")
+        order = [name for name in named if name not in gone]
+        for name in new:
+            home = name.rpartition(".")[0]
+            before = [place for place, other in enumerate(list(named)) if other.rpartition(".")[0] == home]
+            kept = [other for other in list(named)[: before[-1] + 1] if other in order] if before else order
+            order.insert(len(kept), name)
+        put(found, [new[name] if name in new else named[name] for name in order])
+        self._orders.append(order)
+        self._known |= set(new)
 
     def as_module(self) -> nn.Module:
         """Return a module that holds the same tensors under the model's names."""

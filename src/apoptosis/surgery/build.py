@@ -55,7 +55,8 @@ def build_edits(
 
     Args:
         structure: the structure that the reductions are for.
-        reductions: at most one per group; a reduction that keeps every channel is passed over.
+        reductions: at most one per group; a reduction that keeps every channel is passed over. Those that keep none
+            are for `empty_edits`.
         dropped_variance: site key -> (out,), diag(W R Wᵀ): the variance that the site's outputs lose. Where a BatchNorm
             reads the site, its running variance falls by that much. Sites that lose nothing may be named.
 

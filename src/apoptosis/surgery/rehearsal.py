@@ -29,6 +29,7 @@ from apoptosis.interrupts import restoring
 from apoptosis.planner.couplings import absent, common_steps, units_of
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
+from apoptosis.surgery.branch_trials import try_branches
 from apoptosis.surgery.numbers import number_of, value_of
 from apoptosis.surgery.splits import reads_attribute
 from apoptosis.surgery.target import Target, broken_pin, first_fault, kept_positions, with_pins
@@ -56,10 +57,12 @@ def rehearse(target: Target, structure: Structure, left_out: Mapping[str, Pin], 
     """
     check_registered(target.model)
     structure = with_pins(structure, left_out)
-    if has_shards(target.model) or any(p.is_meta or isinstance(p, FakeTensor) for p in target.model.parameters()):
+    if has_shards(target.model):
+        return try_branches(target, structure)
+    if any(p.is_meta or isinstance(p, FakeTensor) for p in target.model.parameters()):
         return structure
     try:
-        return _Rehearsal(target, align).settled(structure)
+        return try_branches(target, _Rehearsal(target, align).settled(structure))
     finally:
         if target.wrappers:
             target.rebuild_wrappers()

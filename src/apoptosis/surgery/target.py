@@ -104,8 +104,23 @@ def refreshed(target: Target, structure: Structure) -> Structure:
 def with_known(target: Target, old: Structure, new: Structure) -> Structure:
     """Return a new structure with what is known from before: pins set from outside, numbers that follow widths."""
     pins = {g.name: g.pin for g in old.groups if g.pin is not None and not is_of_frozen(g.pin)}
-    kept = with_pins(new, pins)
-    return with_follows(kept, old.follows, {follow: value_of(target.model, follow) for follow in old.follows})
+    kept = without_branches(with_pins(new, pins), old.refused)
+    there = dict(target.model.named_modules())  # those of an emptied branch are not
+    follows = [follow for follow in old.follows if follow.module in there]
+    return with_follows(kept, follows, {follow: value_of(target.model, follow) for follow in follows})
+
+
+def without_branches(structure: Structure, refused: Mapping[str, str]) -> Structure:
+    """Return the structure in which these branches, by name, are not to be emptied, each for its reason."""
+    if not refused:
+        return structure
+    groups = tuple(
+        replace(group, branch=None, unbranched=refused[group.branch.name])
+        if group.branch is not None and group.branch.name in refused
+        else group
+        for group in structure.groups
+    )
+    return replace(structure, groups=groups, refused={**structure.refused, **refused})
 
 
 def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:

@@ -29,6 +29,7 @@ from apoptosis.modules.norms import NormEdit
 from apoptosis.records import IntArray, Kept, Structure, TensorEdit
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
 from apoptosis.surgery.averaged_models import Tensors, check_averaged_models, copy_of, named_tensors
+from apoptosis.surgery.branches import EmptyEdit, empty_branch, empty_copy, release
 from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.numbers import number_changes
@@ -71,6 +72,7 @@ class Transaction:
     ) -> None:
         check_optimizers(optimizers, model)
         self._optimizers = tuple(optimizers)
+        self._averaged = tuple(averaged_models)
         self._targets = [model, *(copy_of(averaged) for averaged in averaged_models)]
         self._tensors_only = {i for i, averaged in enumerate(averaged_models, 1) if isinstance(averaged, Tensors)}
         check_averaged_models(averaged_models, model)
@@ -140,6 +142,35 @@ class Transaction:
         if not self._open or len(by_name) < len(edits) or any(e.keep or e.folds or e.offsets or e.merge for e in edits):
             raise ArgumentError("a transaction that is open is rescaled by one edit per tensor, of scales alone.")
         self._write(by_name, _Around())
+
+    def empty(self, edits: Sequence[EmptyEdit]) -> None:
+        """Replace residual branches by their constants, after `apply` where channels go as well.
+
+        What is inside goes from the model, its averaged copies and the optimizers; the parameter that holds a constant
+        keeps its identity and state, or is made and joins the group of the layer's weight.
+
+        Args: edits: at most one per branch; see `empty_edits`.
+
+        Raises:
+            ShapeError: a module cannot be replaced. ArgumentError: a transaction that is over, or an averaged copy that
+            cannot lose entries. Whatever is raised, roll back.
+        """
+        if not self._open:
+            raise ArgumentError("a transaction that is over empties no branch.")
+        model = self._targets[0]
+        with restoring(lambda: None if done else self._undo_log.undo()):
+            done = False
+            for edit in edits:
+                parameters = dict(model.named_parameters(remove_duplicate=False))
+                for averaged in self._averaged:
+                    empty_copy(self._undo_log, averaged, model, edit)
+                made = empty_branch(self._undo_log, model, edit)
+                gone = [parameters[name] for name in edit.branch.removed if name in parameters]
+                new = [] if made is None else [(parameters[edit.weight], made)]
+                for optimizer in self._optimizers:
+                    release(self._undo_log, optimizer, gone, new)
+            done = True
+        torch.clear_autocast_cache()
 
     def _write(self, by_name: Mapping[str, TensorEdit], around: _Around, *, values: bool = True) -> None:
         plans = _plan_targets(self._targets, by_name, around, values, tensors_only=self._tensors_only)

@@ -132,7 +132,7 @@ def _shifted(edit: TensorEdit, old: Tensor, tensors: Mapping[str, Tensor]) -> Te
     wide = old.to(torch.float64, copy=True)
     for offset in edit.offsets:
         target, _ = _selected(wide, 0, offset.select)
-        target += offset.sign * _offset_delta(offset, tensors[offset.weight].detach(), target.numel())
+        target += offset.sign * offset_delta(offset, tensors[offset.weight].detach(), target.numel())
     if edit.dropped_variance is not None:
         dropped = edit.dropped_variance.to(wide.device).double()  # negative where the outputs vary more
         wide = torch.maximum(wide - dropped, VARIANCE_FLOOR * wide)
@@ -172,7 +172,7 @@ def _fold_(value: Tensor, fold: ColumnFold) -> None:
         part[..., targets] = new.to(value.dtype)
 
 
-def _offset_delta(fold: OffsetFold, weight: Tensor, num_outputs: int) -> Tensor:
+def offset_delta(fold: OffsetFold, weight: Tensor, num_outputs: int) -> Tensor:
     """W @ offset summed over taps, (out,) float64; convolution groups of a transposed weight stay apart."""
     weight, dim = _selected(weight, fold.dim, fold.select)
     wide = weight.flatten(2).sum(-1, dtype=torch.float64) if weight.ndim > 2 else weight

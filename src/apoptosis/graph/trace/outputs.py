@@ -6,7 +6,7 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import isawaitable
 from typing import Any
 
@@ -53,3 +53,20 @@ def _parts(path: str, item: Any) -> list[tuple[str, Any]]:
             "cannot be followed. Let forward return a list or a tuple."
         )
     return parts(path, item)
+
+
+def reached(outputs: Iterable[Tensor]) -> set[int]:
+    """Return the ids of the leaves of the graph that autograd has recorded behind some tensors: trained parameters."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    todo = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(id(leaf))
+        todo += [other for other, _ in node.next_functions if other is not None]
+    return found

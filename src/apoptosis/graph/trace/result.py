@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from apoptosis.graph.explain import Reason
+from apoptosis.graph.trace.calls import CallLog
 from apoptosis.graph.trace.ids import ChannelIds
 from apoptosis.graph.trace.values import Axis, Multiple, Paths
 from apoptosis.records import Convolution, IntArray, ModuleOutput, Normal, NormStrategy, ScalarOperands, SiteKind
@@ -121,11 +122,14 @@ class TraceResult:
     often it ran. product_macs: the ids that
     products of two activations carry, the mode and the multiply-adds, call by call. elements: likewise the
     elements that all other operators compute. size_constraints: by token
-    of what is of one size, without channels and all alike along that axis, the ids that it meets.
+    of what is of one size, without channels and all alike along that axis, the ids that it meets. log: which modules
+    were called, and of what tensors are constant. trained: parameters that what the model returns depends on.
     """
 
     channel_ids: ChannelIds
     compensated: bool = False
+    log: CallLog = field(default_factory=CallLog)
+    trained: set[str] = field(default_factory=set)
     atomic_blocks: list[tuple[IntArray, Reason]] = field(default_factory=list)
     norms: dict[str, Norm] = field(default_factory=dict)
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)

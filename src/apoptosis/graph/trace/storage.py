@@ -205,6 +205,10 @@ class StorageMap:
         key = self._storage(tensor)[0]
         return key not in self._parameters and key not in self._inputs
 
+    def is_owned(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of a parameter or buffer."""
+        return self._storage(tensor)[0] in self._parameters
+
     def recorded(self, tensor: Tensor) -> Value | None:
         """Return the value on record for exactly this view, or None."""
         block = self._blocks.get(self._storage(tensor)[0])

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from apoptosis.graph.explain import Code, Reason, parametrized, place_of, reason_of
 from apoptosis.graph.trace.activations import RunningNeuron, on_enter
+from apoptosis.graph.trace.calls import Calls
 from apoptosis.graph.trace.ids import TensorInfo, View
 from apoptosis.graph.trace.multiples import Numbers
 from apoptosis.graph.trace.operators import UNKNOWN, Operator, Result
@@ -157,9 +158,11 @@ class Tracer:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[tuple[str, nn.Module, RunningNeuron | None, Mark | None]] = []
         self._label = ""
+        given = list(inputs)
         here = weakref.proxy(self)  # so that the tensors of this pass go with it, not when Python looks for cycles
-        self.memory = StorageMap(trace.channel_ids, tensors, inputs, lambda ids, why: here._pin(ids, why))
+        self.memory = StorageMap(trace.channel_ids, tensors, given, lambda ids, why: here._pin(ids, why))
         self.entries, self.outputs = Entries(self.memory), Outputs(self.memory)
+        self.calls = None if watch is not None else Calls(trace.log, self.memory, given, self._names, mode)
         self.numbers = Numbers(trace, mode, self.memory.recorded)
 
     # -- tensors ------------------------------------------------------------------------------------------------
@@ -342,6 +345,8 @@ class Tracer:
             call.pin_all(Code.TOO_LARGE)
         except (LookupError, TypeError, ValueError):  # called in a way that its rule does not know
             call.pin_all(Code.NOT_FOLLOWED)
+        if self.calls is not None:
+            self.calls.operator(kind.name, call.tensors(), outs, bool(kind.writes), lambda: self.running)
         values = [result] * len(outs[:1]) if isinstance(result, Value) else list(result or ())
         values += [None] * (len(outs) - len(values))
         multiple = self.numbers.follow(call, at, values[0] if values else None)
@@ -378,6 +383,8 @@ class Tracer:
 
     def finished(self, outputs: Sequence[tuple[str, Tensor]]) -> None:
         """Pin what the model returns: tensors, each with its path inside the output."""
+        if self.calls is not None:
+            self.calls.finished(tensor for _, tensor in outputs)
         for path, tensor in outputs:
             self.numbers.read_all(tensor)
             which = f" '{path}'" if path else ""

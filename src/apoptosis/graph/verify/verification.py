@@ -54,7 +54,7 @@ def _changed(structure: Structure, axis: tuple[str, int], label: int, text: str)
     return StructureChangedError(f"group '{name}', at {place} {text}." if name else f"{place} {text}.", group=name)
 
 
-def _verify_classes(old: Structure, new: Structure, kept: Kept) -> dict[int, int]:
+def verify_classes(old: Structure, new: Structure, kept: Kept) -> dict[int, int]:
     """Raise unless every position of every tensor carries the channel it carried, and no other.
 
     An axis that is left with one position carries no id of its own (it may as well be broadcast) and is passed over.
@@ -143,7 +143,7 @@ def _verify_structure(old: Structure, new: Structure, kept: Kept) -> None:
     if set(old.shapes) != set(new.shapes):
         odd = sorted(set(old.shapes) ^ set(new.shapes))
         raise StructureChangedError(f"the edit changed the set of tensors: {', '.join(odd[:3])}.")
-    old_of = _verify_classes(old, new, kept)
+    old_of = verify_classes(old, new, kept)
     _verify_kept(old, new, old_of)
     error = changed_split(old, new, old_of) or changed_work(old, new, old_of)
     if error is not None:
