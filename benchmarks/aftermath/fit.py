@@ -125,6 +125,24 @@ def over_sums(trials: Sequence[Trial]) -> dict[str, dict[str, list[float]]]:
     return {task: dict(by_share) for task, by_share in found.items()}
 
 
+def lasting_over_sums(trials: Sequence[Trial]) -> dict[str, list[float]]:
+    """Return task -> what lasts of all groups together over the sum of what lasts of the single ones.
+
+    Where each of them went on as long, and the sum is above FLOOR.
+    """
+    by_point: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
+    for t in made(trials):
+        by_point[t["task"], t["step"], t["share"], t["k"]].append(t)
+    found: dict[str, list[float]] = defaultdict(list)
+    for (task, *_), own in by_point.items():
+        single = {name: t for t in own if t["what"] == "group" for name in t["groups"]}
+        for whole in (t for t in own if t["what"] == "all" and set(t["groups"]) <= single.keys()):
+            parts = {single[name]["key"]: lasting(single[name]) for name in whole["groups"]}
+            if len(parts) > 1 and sum(parts.values()) > FLOOR:
+                found[task].append(lasting(whole) / sum(parts.values()))
+    return dict(found)
+
+
 # ---------------------------------------------------------------------- formulas
 
 Term = Callable[[Trial, "Curves"], float | None]
@@ -138,17 +156,6 @@ def gained(trial: Trial, curves: Curves) -> float:
     before = max(5, step // 5)
     now, then = np.mean(curve[step - before : step]), np.mean(curve[first:end])
     return max(float(now - then), 0.0)
-
-
-def foretold_gain(trial: Trial, curves: Curves) -> float:
-    """Return what `gained` would be if every doubling of the steps gains what the last one gained."""
-    curve, step = curves[trial["task"]], trial["step"]
-    width = max(5, step // 5)
-    now = step - width / 2  # the middle of what the loss of today is averaged over
-    around = int(now / 2 - width / 4), int(now / 2 + width / 4) + 1
-    fell = float(np.mean(curve[around[0] : around[1]]) - np.mean(curve[step - width : step]))
-    middle = step + sum(int(x) for x in trial["later"][-1][:2]) / 2
-    return max(fell, 0.0) * float(np.log2(middle / now))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,13 +212,13 @@ def of(name: str) -> Term:
     return lambda trial, curves: KNOWN[name](trial)
 
 
-def kept(trial: Trial, curves: Curves) -> float:
-    """Return the divergence at once times the square of the share of the learning rate that is spent."""
-    return float(trial["at_once"]["kl"] * (1 - trial["rate_left"]) ** 2)
+def rate_left(trial: Trial, curves: Curves) -> float:
+    """Return the learning rate of all further steps as a share of the whole run's."""
+    return float(trial["rate_left"])
 
 
-def capacity(gain: Callable[[Trial, Curves], float], *, by_outputs: bool = True) -> Term:
-    """Return what is gained after the removal, times the share of the multiply-adds that is gone.
+def capacity(later: Term, *, by_outputs: bool = True) -> Term:
+    """Return what is to come, times the share of the multiply-adds that is gone.
 
     by_outputs: times the geometric mean of that share and of the relative rms of the outputs, which counts up to 1.
     """
@@ -219,7 +226,7 @@ def capacity(gain: Callable[[Trial, Curves], float], *, by_outputs: bool = True)
     def term(trial: Trial, curves: Curves) -> float:
         share = 1 - float(trial["macs_left"])
         rms = min(float(trial["at_once"]["rms_squared"]) ** 0.5, 1.0)
-        return ((share * rms) ** 0.5 if by_outputs else share) * gain(trial, curves)
+        return ((share * rms) ** 0.5 if by_outputs else share) * _number(later(trial, curves))
 
     return term
 
@@ -232,11 +239,10 @@ FORMULAS = (
     Formula(name="relative error squared", terms=(of("relative error squared"),)),
     Formula(name="gradient-weighted error, absolute", terms=(of("gradient-weighted error, absolute"),)),
     Formula(name="multiply-adds", terms=(of("share of the multiply-adds removed"),)),
-    Formula(name="multiply-adds x gain", terms=(capacity(gained, by_outputs=False),)),
-    Formula(name="√(multiply-adds x rms) x gain", terms=(capacity(gained),)),
-    Formula(name="divergence x spent²; multiply-adds x gain", terms=(kept, capacity(gained, by_outputs=False))),
-    Formula(name="divergence x spent²; √(multiply-adds x rms) x gain", terms=(kept, capacity(gained))),
-    Formula(name="divergence x spent²; √(multiply-adds x rms) x gain foretold", terms=(kept, capacity(foretold_gain))),
+    Formula(name="divergence; multiply-adds x rate left", terms=(DIVERGENCE, capacity(rate_left, by_outputs=False))),
+    Formula(name="divergence; multiply-adds x gain", terms=(DIVERGENCE, capacity(gained, by_outputs=False))),
+    Formula(name="divergence; √(multiply-adds x rms) x gain", terms=(DIVERGENCE, capacity(gained))),
+    Formula(name="divergence; √(multiply-adds x rms) x rate left", terms=(DIVERGENCE, capacity(rate_left))),
 )
 CHOSEN = FORMULAS[-1]  # that apoptosis.decide.exchange has
 

@@ -49,7 +49,13 @@ def ranks(results: Results) -> str:
         (name, *(f"{ended[task][name]:.2f}" for task in ended), *(f"{soon[task][name]:.2f}" for task in soon))
         for name in fit.KNOWN
     ]
-    rows.append(("**the formula below**", *(f"**{formula[task]:.2f}**" for task in ended), *("" for _ in soon)))
+    rows.append(
+        (
+            "**the formula below**",
+            *(f"**{formula[task]:.2f}**" if task in formula else "" for task in ended),
+            *("" for _ in soon),
+        )
+    )
     head = (
         "known at once",
         *(f"{NAMES[task]}" for task in ended),
@@ -59,20 +65,19 @@ def ranks(results: Results) -> str:
 
 
 def _formula_ranks(results: Results) -> dict[str, float]:
-    trials, curves = fit.fitted(results["aftermath"])
-    found = fit.rank_of(fit.CHOSEN, trials, curves)
-    return {task: found.get(task, float("nan")) for task in fit.tasks_of(trials)}
+    return fit.rank_of(fit.CHOSEN, *fit.fitted(results["aftermath"]))
 
 
 def widths(results: Results) -> str:
     """Whether sensitivities hold over widths, and whether they add up."""
     trials = [t for t in _trials(results) if "at_once" in t]
     over, sums, rows = fit.over_widths(trials), fit.over_sums(trials), []
+    later = fit.lasting_over_sums(trials)
     for task in fit.tasks_of(trials):
         found = [_spread(over.get(task, {}).get(share, ())) for share in ("0.25", "0.75")]
         found += [_spread(sums.get(task, {}).get(share, ())) for share in ("0.25", "0.5", "0.75")]
-        rows.append((NAMES[task], *found))
-    head = ("task", "25 % removed", "75 % removed", "sum, 25 %", "sum, 50 %", "sum, 75 %")
+        rows.append((NAMES[task], *found, _spread(later.get(task, ()))))
+    head = ("task", "25 % removed", "75 % removed", "sum, 25 %", "sum, 50 %", "sum, 75 %", "lasting cost, sum")
     return markdown(head, rows) if rows else EMPTY
 
 

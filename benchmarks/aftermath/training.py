@@ -50,15 +50,25 @@ class Run:
         return float(loss.detach())
 
 
-def outputs(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return logits (predictions, classes) in evaluation mode, and labels (predictions,)."""
+def outputs(model: nn.Module, batches: Iterable[Batch], *, batch_statistics: bool = False) -> tuple[Tensor, Tensor]:
+    """Return logits (predictions, classes) in evaluation mode, and labels (predictions,).
+
+    batch_statistics: batch norms take those of each batch. Their running statistics lag behind where the learning rate
+    is high, and what the network returns with them says nothing then.
+    """
     found, labels, mode = [], [], model.training
     model.eval()
+    norms = [m for m in model.modules() if batch_statistics and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    states = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    for norm in norms:
+        norm.train()
     with torch.no_grad():
         for inputs, own in batches:
             out = logits(call(model, inputs))
             found.append(out.reshape(-1, out.shape[-1]))
             labels.append(own.reshape(-1))
+    for norm, state in zip(norms, states, strict=True):
+        norm.load_state_dict(state)
     model.train(mode)
     return torch.cat(found).double(), torch.cat(labels)
 

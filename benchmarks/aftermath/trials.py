@@ -112,7 +112,7 @@ class Bank:
     def _at(self, seen: Seen, number: int, where: str, *, long: bool) -> None:
         task, run = self._task, self._run
         recent = [task.batch(self._step - 1 - i) for i in range(BATCHES)]
-        before = outputs(run.model, recent), outputs(run.model, task.held_out)
+        before = outputs(run.model, recent, batch_statistics=True), outputs(run.model, task.held_out)
         left = task.steps - self._step
         k = left if long or not task.k else min(task.k, left)
         base: tuple[list[float], float] | None = None
@@ -128,7 +128,7 @@ class Bank:
             record: Record = {"key": key, "task": task.name, "pretrained": task.pretrained, "what": trial.what,
                               "name": trial.names[0], "share": trial.share, "depth": self._depth(seen, trial), **info,
                               **self._when()}  # fmt: skip
-            record["at_once"] = moved(before[0], outputs(found.model, recent))
+            record["at_once"] = moved(before[0], outputs(found.model, recent, batch_statistics=True))
             record["at_once_held_out"] = moved(before[1], outputs(found.model, task.held_out))
             if trial.goes_on:
                 if base is None:

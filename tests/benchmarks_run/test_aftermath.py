@@ -49,6 +49,19 @@ def test_twins_that_lose_nothing_agree_bitwise(digits):
     assert set(training.moved(before, training.outputs(other.model, digits.held_out)).values()) == {0.0}
 
 
+def test_outputs_by_batch_statistics_leave_the_running_ones():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)).train()
+    x = 5 + 3 * torch.randn(16, 3)
+    out, _ = training.outputs(model, [(x, torch.zeros(16, dtype=torch.long))], batch_statistics=True)
+    assert out.mean().abs() < 1e-6
+    assert model[0].running_mean.abs().max() == 0
+    assert model[0].num_batches_tracked == 0
+    assert model[1].training
+    plain, _ = training.outputs(model, [(x, torch.zeros(16, dtype=torch.long))])
+    assert plain.mean() > 4
+
+
 def test_how_far_outputs_moved():
     old = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     new = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
@@ -145,8 +158,7 @@ def test_the_fit_finds_the_constants_that_made_the_costs_and_foretells_tasks_tha
     for task, scale in (("one", 1e-3), ("two", 1e-2), ("three", 0.1)):
         for i in range(8):
             trial, curve = made_up(task, 0.25 + 0.08 * i, scale * (1 + i), 0.1 * (1 + i % 3), 0.0, number=i)
-            gain = fit.foretold_gain(trial, {task: curve})
-            cost = 1.2 * trial["at_once"]["kl"] / 4 + 0.3 * (0.2 * trial["share"] * 0.1 * (1 + i % 3)) ** 0.5 * gain
+            cost = 1.2 * trial["at_once"]["kl"] + 0.3 * (0.2 * trial["share"] * 0.1 * (1 + i % 3)) ** 0.5 / 2
             trial["later"][-1][2] = cost
             trials.append(trial)
             curves[task] = curve
@@ -157,9 +169,11 @@ def test_the_fit_finds_the_constants_that_made_the_costs_and_foretells_tasks_tha
     assert max(abs(error).max() for error in plain.values()) > 1
 
 
-def test_gain_foretold_by_doublings_is_that_of_a_logarithmic_curve():
+def test_what_a_run_gains_is_read_off_its_curve():
     trial, curve = made_up("one", 0.5, 1e-3, 0.1, 0.0, step=200, steps=800)
-    assert fit.foretold_gain(trial, {"one": curve}) == pytest.approx(fit.gained(trial, {"one": curve}), rel=0.15)
+    last = range(225, 800)  # the window of the cost
+    now, then = curve[179], sum(curve[i] for i in last) / len(last)
+    assert fit.gained(trial, {"one": curve}) == pytest.approx(now - then, rel=0.1)
 
 
 def test_widths_and_sums():
@@ -168,6 +182,13 @@ def test_widths_and_sums():
     other = made_up("one", 0.5, 0.5, 0.1, 0.0, number=1)[0]
     both = trials[1] | {"what": "all", "groups": ["g0", "g1"], "at_once": {"kl": 3.0}}
     assert fit.over_sums([*trials, other, both])["one"] == {"0.5": [pytest.approx(2.0)]}
+
+
+def test_lasting_costs_of_many_groups_over_the_sum_of_the_single_ones():
+    one, other = (made_up("one", 0.5, 1e-3, 0.1, cost, number=i)[0] for i, cost in enumerate((0.01, 0.03)))
+    both = made_up("one", 0.5, 1e-3, 0.1, 0.06)[0] | {"what": "all", "groups": ["g0", "g1"]}
+    assert fit.lasting_over_sums([one, other, both]) == {"one": [pytest.approx(1.5)]}
+    assert fit.lasting_over_sums([one, both]) == {}
 
 
 def test_tables_of_no_trials_say_what_makes_them():
