@@ -220,7 +220,7 @@ def _per_draft(
     for index, draft in enumerate(drafts):
         draft_of[draft.channels] = index
     total: dict[str, FloatArray] = {}
-    for ids, mode, amount in counted:
+    for ids, mode, amount in ((ids, mode, amount) for ids, mode, amount in counted if ids.size):
         owners = np.where(ids == 0, len(drafts), draft_of[classes.labels[ids]])
         share = np.bincount(owners, minlength=len(drafts) + 1) / ids.size
         total[mode] = total.get(mode, 0.0) + amount * share
