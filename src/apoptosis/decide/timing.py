@@ -14,13 +14,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apoptosis.decide.contractions import Contraction, recorded
+from apoptosis.decide.contractions import Contraction, Recorded, recorded
 from apoptosis.decide.overhead import device_of, macs_per_second
 from apoptosis.model.evaluate import num_rows
 from apoptosis.model.passes import internal_passes
@@ -36,6 +37,7 @@ _PASSES = 3  # of the model
 _FEWEST = 64  # positions of a product of matrices that is timed, where that many are
 _STEP = 3.0  # a training step takes that much of the rest of a forward pass: two parts of it are backward
 _LAUNCH = 2.0  # an operator of the model takes that much of the time of one that has nothing to compute, by itself
+_AROUND = 30  # operators that a step runs outside of the model: the loss, what clears gradients
 _ELEMENTS = 1 << 18  # of the parameter that an optimizer's arithmetic is timed on
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -67,12 +69,12 @@ def measure_timings(
     device, own = device_of(model), num_rows(call)
     rows, clock = rows or own, _clock(device)
     found = recorded(model, call, structure)
-    forward = _forward_seconds(model, call, clock)
+    launch = _least(lambda: found.nothing.add(1.0), clock)
+    forward = _forward_seconds(model, call, found, launch, clock)
     distinct = list(dict.fromkeys(one for calls in found.weights.values() for one in calls))
     with torch.autocast(device.type, enabled=False), torch.enable_grad():
         timed = _timed(distinct, rows / own, forward / max(structure.macs, 1.0), max(_LIMIT, 3 * forward), clock)
-        launch = min(clock(lambda: found.nothing.add(1.0)) for _ in range(20))
-        per_parameter = _optimizer_seconds(optimizers, device, clock)
+        per_parameter, per_tensor = _optimizer_seconds(optimizers, device, clock)
     curves, weights = _curves(found.weights, timed, structure)
     macs = sum(one.macs for calls in found.weights.values() for one in calls.elements())
     step = sum(timed[one][1][-1] for calls in found.weights.values() for one in calls.elements())
@@ -81,8 +83,9 @@ def measure_timings(
     per_mac = step / macs if macs else 3.0 * scale / macs_per_second(device)
     others = (structure.macs - macs) * per_mac / scale / 3.0
     rest = max(forward - passed / scale - others, 0.0)
-    fixed = min(rest, _LAUNCH * launch * found.num_operators)
-    per_element = _STEP * (rest - fixed) * scale / max(structure.elements, 1.0)
+    fixed = _LAUNCH * launch * found.num_operators
+    per_element = _STEP * max(rest - fixed, 0.0) * scale / max(structure.elements, 1.0)
+    tensors = sum(1 for _ in model.parameters())
     return Timings(
         device=_words(device),
         threads=torch.get_num_threads(),
@@ -92,7 +95,7 @@ def measure_timings(
         per_mac=_rounded(per_mac),
         per_element=_rounded(per_element),
         per_parameter=_rounded(per_parameter),
-        fixed=_rounded(_STEP * fixed),
+        fixed=_rounded(_STEP * fixed + 2 * per_tensor * tensors + _AROUND * launch),
     )
 
 
@@ -128,15 +131,24 @@ def _clock(device: torch.device) -> Clock:
     return clock
 
 
-def _forward_seconds(model: nn.Module, call: Call, clock: Clock) -> float:
-    """Return the seconds of a forward pass in training mode, the best of a few; a long one is not repeated."""
+def _least(run: Callable[[], object], clock: Clock) -> float:
+    """Return the least seconds of a call that takes microseconds, without those of the clock."""
+    return max(min(clock(run) for _ in range(20)) - min(clock(lambda: None) for _ in range(20)), 0.0)
+
+
+def _forward_seconds(model: nn.Module, call: Call, found: Recorded, launch: float, clock: Clock) -> float:
+    """Return the seconds of a forward pass in training mode, the best of a few; a long one is not repeated.
+
+    What watching its operators takes (model.passes) is taken off; launch: seconds of one that has nothing to compute.
+    """
     best, (args, kwargs) = math.inf, call
     with internal_passes(model, training=True, drop=True, as_is=model.training):
         for _ in range(_PASSES):
             best = min(best, clock(lambda: model(*args, **kwargs)))
             if best > _LIMIT:
                 break
-    return best
+        watched = _least(lambda: found.nothing.add(1.0), clock)
+    return best - min(max(0.0, watched - launch) * found.num_operators, 0.9 * best)
 
 
 Timed = tuple[tuple[float, ...], tuple[float, ...], float]
@@ -210,15 +222,14 @@ def _curves(
     return tuple(curves), weights
 
 
-def _optimizer_seconds(optimizers: Iterable[Optimizer], device: torch.device, clock: Clock) -> float:
-    """Return about what an optimizer takes per parameter: by its moments, and by passes over memory for each."""
+def _optimizer_seconds(optimizers: Iterable[Optimizer], device: torch.device, clock: Clock) -> tuple[float, float]:
+    """Return about what an optimizer takes per parameter, and per tensor: by its moments, and passes over memory."""
     moments = 0
     for optimizer in optimizers:
         asked = optimizer.defaults
         moments = max(moments, 2 if "betas" in asked or "momentum" not in asked else int(asked["momentum"] != 0))
-    p, g, m, v = (torch.full((_ELEMENTS,), 0.01, device=device, dtype=torch.float32) for _ in range(4))
 
-    def run() -> Tensor:
+    def run(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> Tensor:
         if moments > 0:
             m.lerp_(g, 0.1)
         if moments > 1:
@@ -226,5 +237,9 @@ def _optimizer_seconds(optimizers: Iterable[Optimizer], device: torch.device, cl
             return p.addcdiv_(m, v.sqrt().add_(1e-8), value=-1e-6)
         return p.add_(m if moments else g, alpha=-1e-6)
 
+    found = []
     with torch.no_grad():
-        return min(clock(run) for _ in range(4)) / _ELEMENTS
+        for size in (1, _ELEMENTS):
+            p, g, m, v = (torch.full((size,), 0.01, device=device, dtype=torch.float32) for _ in range(4))
+            found.append(min(clock(partial(run, p, g, m, v)) for _ in range(6)))
+    return max(found[1] - found[0], 0.0) / _ELEMENTS, found[0]
