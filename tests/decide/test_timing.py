@@ -43,7 +43,7 @@ def mlp(*widths):
 
 
 def table(*curves, weights, **plain):
-    zero = {"per_mac": 0.0, "per_element": 0.0, "per_parameter": 0.0, "fixed": 0.0}
+    zero = {"per_mac": 0.0, "per_element": 0.0, "per_parameter": 0.0, "fixed": 0.0, "step": 0.0}
     return Timings(device="cpu", threads=1, rows=4, curves=curves, weights=weights, **(zero | plain))
 
 
@@ -139,6 +139,7 @@ def test_a_table_is_plain_json_and_reads_back():
     found = measure_timings(net, call, analyse(net, *call), rows=4)
     assert Timings.from_dict(json.loads(json.dumps(found.as_dict()))) == found
     assert found.rows == 4
+    assert found.step == Costs(analyse(net, *call), found).of({}).seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from apoptosis.decide.contractions import Contraction, Recorded, recorded
 from apoptosis.decide.overhead import device_of, macs_per_second
 from apoptosis.model.evaluate import num_rows
 from apoptosis.model.passes import internal_passes
-from apoptosis.planner.costs import weight_macs
+from apoptosis.planner.costs import Costs, weight_macs
 from apoptosis.records import Curve, Structure, Timings
 
 _SHARES = (1.0, 0.75, 0.5, 0.25)  # of the channels along every axis that can shrink
@@ -86,7 +87,7 @@ def measure_timings(
     fixed = _LAUNCH * launch * found.num_operators
     per_element = _STEP * max(rest - fixed, 0.0) * scale / max(structure.elements, 1.0)
     tensors = sum(1 for _ in model.parameters())
-    return Timings(
+    table = Timings(
         device=_words(device),
         threads=torch.get_num_threads(),
         rows=rows,
@@ -96,7 +97,9 @@ def measure_timings(
         per_element=_rounded(per_element),
         per_parameter=_rounded(per_parameter),
         fixed=_rounded(_STEP * fixed + 2 * per_tensor * tensors + _AROUND * launch),
+        step=0.0,
     )
+    return replace(table, step=Costs(structure, table).of({}).seconds)
 
 
 def _words(device: torch.device) -> str:

@@ -35,7 +35,7 @@ class Timings:
     weights: by the name of a weight, which curve is that of all its contractions. per_mac: seconds per multiply-add of
     a forward pass on the example input, for the contractions that were not measured. per_element: likewise per number
     that other operators compute (Structure.elements). per_parameter: of the optimizer. fixed: what does not depend on
-    the widths.
+    the widths. step: the sum of all, at the widths at which the table was measured.
     """
 
     device: str
@@ -47,6 +47,7 @@ class Timings:
     per_element: float
     per_parameter: float
     fixed: float
+    step: float
     version: int = VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,6 +72,7 @@ class Timings:
                 per_element=float(values["per_element"]),
                 per_parameter=float(values["per_parameter"]),
                 fixed=float(values["fixed"]),
+                step=float(values["step"]),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"timings lack what their version holds: {error!r}") from error
@@ -79,7 +81,7 @@ class Timings:
 
     def _check(self) -> None:
         """Refuse numbers that make no sense (ValueError)."""
-        plain = (self.per_mac, self.per_element, self.per_parameter, self.fixed)
+        plain = (self.per_mac, self.per_element, self.per_parameter, self.fixed, self.step)
         if not all(math.isfinite(x) and x >= 0 for x in plain):
             raise ValueError(f"timings must be finite numbers >= 0, not {plain}")
         for curve in self.curves:
