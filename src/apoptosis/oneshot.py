@@ -17,13 +17,22 @@ from torch.optim import Optimizer
 
 from apoptosis.criteria import Ranking, get_criterion
 from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest, sanity_limit
+from apoptosis.decide.goal import Goal, check_goal, least_widths, read_goal
 from apoptosis.decide.ledger import Event
 from apoptosis.distributed.wrappers import check_alone
-from apoptosis.engine.event_builder import make_event, size_of
+from apoptosis.engine.event_builder import Size, make_event, size_of
+from apoptosis.engine.sensitivity import Way, towards
 from apoptosis.engine.step import Check, Outcome, apply_reductions
 from apoptosis.errors import ArgumentError
 from apoptosis.graph.explain import Code
-from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
+from apoptosis.model.arguments import (
+    check_exclude,
+    check_limits,
+    check_model,
+    check_numbers,
+    check_optimizers_given,
+    check_others,
+)
 from apoptosis.model.evaluate import Probe, as_call, as_probe, make_probe
 from apoptosis.model.outputs import Change
 from apoptosis.model.trials import looked_at
@@ -47,7 +56,7 @@ def shrink_(
     example_input: Any,
     batches: Iterable[Any],
     *,
-    tolerance: float,
+    tolerance: float | None = None,
     criterion: str = "interpolative",
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     probe: Any = None,
@@ -56,6 +65,8 @@ def shrink_(
     norm_widths: NormWidths = "pinned",
     frozen: Frozen = "keep",
     seed: int = 0,
+    target: Any = None,
+    min_width: float = 0.0,
 ) -> Event:
     """Remove redundant channels from a trained network, once, in place.
 
@@ -65,7 +76,7 @@ def shrink_(
         batches: each of the form of example_input; read until every site has seen enough. One suffices, but a width
             is only trusted when there were three rows for every channel kept.
         tolerance: cap per consumer site on the relative rms change of its output, 0 for what is redundant to
-            round-off.
+            round-off. This or target= is needed.
         criterion: as in Apoptosis.
         optimizer: one or several whose state follows; None if the network is not trained any more. With one, what goes
             at tolerance 0 under batch normalisation is redundant in training mode, too.
@@ -75,6 +86,9 @@ def shrink_(
         norm_widths: as in Apoptosis.
         frozen: as in Apoptosis.
         seed: of the private random generator.
+        target: as in Apoptosis, in place of a tolerance: the size to reach with the least change of the outputs that
+            trials on the given batches predict; it is never exceeded.
+        min_width: as in Apoptosis.
 
     Returns: the Event; falsy when nothing could go, with the reasons in its notes.
 
@@ -95,8 +109,9 @@ def shrink_(
     options: dict[str, Any] = {"norm_widths": norm_widths, "frozen": frozen}
     seed, _ = check_others(criterion, seed, **options)
     _check_batches(batches)
-    if given is None:
-        raise ArgumentError("tolerance=None: shrink_ has no schedule, so give a number.")
+    goal, bounds = read_goal(target), check_limits(min_width=min_width, max_removed=1.0)
+    if (given is None) == (goal is None):
+        raise ArgumentError("shrink_ has no schedule: give tolerance=, a number, or target=, a size; one of the two.")
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
     call = as_call(example_input)
@@ -104,15 +119,17 @@ def shrink_(
     held_out = None if probe is None else make_probe(probe, example_input)
     captured = target.capture()
     held_out = looked_at(model, held_out, call, None, remedy="Give a probe= on whose inputs it returns some.")
-    acceptance = AcceptanceTest(None, held_out, sanity=sanity_limit(model, tolerance))
+    acceptance = AcceptanceTest(None, held_out, sanity=sanity_limit(model, given, goal))
     structure = rehearse(target, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
-    modes = 2 if tolerance == 0 and optimizers and has_modes(model) else 1
+    given = chosen.tolerance if given is None else given
+    modes = 2 if given == 0 and optimizers and has_modes(model) else 1
     calls = (_call_of(batch, example_input) for batch in batches)
     observer, observations = sample(model, structure.open_groups, calls, tolerance=given, modes=modes, seed=seed)
-    request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed)
+    least = least_widths(bounds["min_width"], structure.groups, {})
+    request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed, least=least)
     job = _Job(target, structure, request, observer, observations, acceptance)
     before = size_of(target, structure)
-    plan, outcome = job.exactly() if given == 0 else job.within_limit()
+    plan, outcome = job.carry_out(goal, before)
     notes = [*(str(pin) for pin in new_pins(with_pins(captured, left_out), structure)), *job.notes]
     structure = job.structure
     pinned = [text for g in structure.groups if g.pin is not None and (text := str(g.pin)) not in notes]
@@ -152,6 +169,14 @@ class _Job:
         self._changes: dict[float, float] = {}  # of the outputs, by tolerance
         self.notes: list[str] = []
 
+    def carry_out(self, goal: Goal | None, size: Size) -> Result:
+        """Do what was asked for: reach a goal, or remove what the tolerance allows. size: of the network now."""
+        if goal is None:
+            return self.exactly() if self._request.tolerance == 0 else self.within_limit()
+        full = size.parameters, size.macs
+        check_goal(goal, self.structure, full, self._target.num_examples, self._request.fewest)
+        return self.to_goal(goal, full)
+
     def exactly(self) -> Result:
         """Remove what is redundant; groups whose removal still changes the outputs are left out one by one."""
         for _ in range(1 + len(self.structure.groups)):
@@ -180,6 +205,14 @@ class _Job:
             # held-out examples may change more than the given inputs do
             limit = min(0.999 * measured, limit * sanity / max(tested.change.rms, sanity))
         return result
+
+    def to_goal(self, goal: Goal, full: tuple[int, float]) -> Result:
+        """Reach a goal with the least change of the outputs. full: parameters and multiply-adds per example now."""
+        inputs, request = self._observer.inputs or self._target.call, self._request
+        way, seen = Way(goal=goal, full=full), self._observations
+        self._request, choice = towards(way, self._target, self.structure, seen, request, self._rankings, inputs)
+        self.notes.append(goal.progress(choice.share))
+        return self._try(request.tolerance)[0]
 
     def _largest_below(self, given: float, limit: float) -> float:
         """Return the largest tolerance of the grid that changes the outputs on the given inputs within a limit."""

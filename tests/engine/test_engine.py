@@ -40,7 +40,7 @@ def test_public_face():
         ("model", PLAIN, empty),
         ("example_input", PLAIN, empty),
         ("batches", PLAIN, empty),
-        ("tolerance", KEYWORD, empty),
+        ("tolerance", KEYWORD, None),
         ("criterion", KEYWORD, "interpolative"),
         ("optimizer", KEYWORD, None),
         ("probe", KEYWORD, None),

@@ -4,7 +4,7 @@ A criterion orders the channels (rank) and says how the kept ones reproduce the 
 Reduction, whose error is measured by one certificate formula. Elsewhere: modules, budgets, edits.
 """
 
-from apoptosis.criteria.certificate import Proposal, choose, dropped_variance, relative_error
+from apoptosis.criteria.certificate import Proposal, at_width, choose, dropped_variance, relative_error
 from apoptosis.criteria.compensated import compensated
 from apoptosis.criteria.constraints import interleaved
 from apoptosis.criteria.registry import criteria, get_criterion, register_criterion
@@ -17,6 +17,7 @@ __all__ = [
     "Proposal",
     "Ranking",
     "SiteView",
+    "at_width",
     "choose",
     "compensated",
     "criteria",

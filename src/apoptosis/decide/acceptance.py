@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from apoptosis.decide.goal import Goal
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, BudgetError, CheckpointError
 from apoptosis.model.evaluate import Call, Probe, as_probe
@@ -30,11 +31,14 @@ ALPHA = 0.05  # the ledger's limit holds with confidence 1 - ALPHA over all atte
 CLEAN_EVENTS = 8  # a fresh block of probe rows is sized so that this many clean events fit the budget
 
 
-def sanity_limit(model: nn.Module, tolerance: float | None) -> float:
+def sanity_limit(model: nn.Module, tolerance: float | None, goal: Goal | None = None) -> float:
     """Return the relative rms change of the outputs beyond which an event is rolled back, without a budget.
 
+    There is none on the way to a goal: the size was asked for, and outputs of infinity or NaN are refused all the same.
     At tolerance 0 it is the round-off of the parameters' type, with a margin for several layers.
     """
+    if goal is not None:
+        return math.inf
     if tolerance != 0:
         return SANITY_RMS
     coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)

@@ -177,6 +177,7 @@ class Ledger:
     training inputs alone that it was measured on.
     site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
     event; site_limit: what that sum may reach at most.
+    goal: what was asked for with target=, and how much of it is reached; "" without.
     history: every attempt, those that removed nothing included. idle: why nothing was removed at all, and what to do;
     "" after an event.
     """
@@ -199,6 +200,7 @@ class Ledger:
     classes: bool = True
     history: tuple[Attempt, ...] = ()
     idle: str = ""
+    goal: str = ""
 
     def __str__(self) -> str:
         shrunk = self.parameters[0] / max(self.parameters[1], 1)
@@ -207,6 +209,7 @@ class Ledger:
             f"{self.parameters[0]:,} -> {self.parameters[1]:,} parameters ({shrunk:.1f}x fewer), "
             f"{self.macs[0] / max(self.macs[1], 1.0):.1f}x fewer multiply-adds"
         ]
+        lines.extend([self.goal] if self.goal else [])
         lines.extend(lines_of(self.history))
         if self.idle:
             lines.append(f"nothing was removed: {self.idle}")

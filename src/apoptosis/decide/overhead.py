@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from apoptosis.observe import MIN_EXAMPLES, MIN_ROWS, WHOLE_COLUMNS, rows_per_channel
 from apoptosis.records import Group, NormSite, ProductSite, Site
@@ -39,11 +38,6 @@ def macs_per_second(device: torch.device | str = "cpu") -> float:
             torch.cuda.synchronize(a.device)
         best = min(best, time.perf_counter() - start)
     return _SIZE**3 / best
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model computes: the device of its first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def overhead_macs(capture_seconds: float, *, compile_seconds: float = 0.0, device: torch.device | str = "cpu") -> float:

@@ -21,6 +21,10 @@ NUM_EVENT_STEPS = 8  # between warm-up and LAST_SHARE of the run, dense at first
 ALLOT_POWER = 0.25  # of a group's share of the cost; a half is optimal for MACs alone, less also shrinks parameters
 PATIENCE_STEPS = 16  # a window lasts so long at least before groups that see few rows are left for the next one
 SOON_SHARE = 0.25  # of the steps that a window has lasted: so long it waits in any case
+NUM_GOAL_STEPS = 3  # event steps towards a goal, between two shares of the run:
+GOAL_WARMUP, GOAL_SHARE = 0.08, 0.2
+EARLY_WARMUP, EARLY_GOAL_SHARE = 0.02, 0.08  # of a pretrained network
+AT_GOAL = "the goal is reached, or what goes early from a pretrained network has gone"
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
 
@@ -47,7 +51,8 @@ class Telemetry:
     batch_rows: examples per step, 0 before any window has counted them. event_macs: what a window and its
     factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event. tolerance: cap per
     site and event, relative rms. num_backoffs: rollbacks so far. untried: share of the MACs that belong to groups which
-    the last event left for the next one.
+    the last event left for the next one. towards_goal: None without a goal; else whether it is still to be reached.
+    pretrained: the network was trained before.
     """
 
     step: int
@@ -60,6 +65,8 @@ class Telemetry:
     num_backoffs: int
     history: tuple[PastEvent, ...] = ()
     untried: float = 0.0
+    towards_goal: bool | None = None
+    pretrained: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +111,34 @@ def event_steps(total_steps: int | None, *, after: int) -> tuple[int, ...]:
     for i in range(1, count):  # never closer than half the warm-up: what was cut must settle first
         steps.append(max(first + round((last - first) * (i / (count - 1)) ** 2), steps[-1] + (first + 1) // 2))
     return tuple(step for step in steps if after < step <= max(last, first))
+
+
+def goal_steps(total_steps: int, *, after: int, pretrained: bool) -> tuple[int, ...]:
+    """Return the steps later than `after` at which an event goes towards a goal.
+
+    NUM_GOAL_STEPS of them up to GOAL_SHARE of the run, or EARLY_GOAL_SHARE of a pretrained network, which has its
+    features already; then at the same distance up to LAST_SHARE, for what did not succeed before.
+
+    Example:
+        >>> goal_steps(1000, after=0, pretrained=True)[:4], goal_steps(1000, after=150, pretrained=False)[:2]
+        ((20, 50, 80, 110), (200, 260))
+    """
+    begin, end = (EARLY_WARMUP, EARLY_GOAL_SHARE) if pretrained else (GOAL_WARMUP, GOAL_SHARE)
+    first, last = max(1, min(round(begin * total_steps), WARMUP_MAX)), max(2, round(end * total_steps))
+    distance = max(1, (last - first) // (NUM_GOAL_STEPS - 1))
+    return tuple(s for s in range(first, max(last, int(LAST_SHARE * total_steps)) + 1, distance) if s > after)
+
+
+def part_of_way(total_steps: int, step: int, *, pretrained: bool) -> float:
+    """Return how much of the rest of the way an event goes whose window opened at `step`: 1/3, 1/2, then all of it.
+
+    Example:
+        >>> [round(part_of_way(1000, step, pretrained=True), 2) for step in (20, 50, 80, 110)]
+        [0.33, 0.5, 1.0, 1.0]
+    """
+    later = len(goal_steps(total_steps, after=step, pretrained=pretrained))
+    first = len(goal_steps(total_steps, after=0, pretrained=pretrained))
+    return 1.0 / max(1, NUM_GOAL_STEPS - (first - later) + 1)
 
 
 def tolerance_at(cap: float, num_backoffs: int) -> float:
@@ -165,6 +200,8 @@ def cost_of(telemetry: Telemetry) -> float:
 
 def decide(telemetry: Telemetry) -> Decision:
     """Choose the next window: the next event step of the schedule at which an event is expected to pay, or none."""
+    if telemetry.towards_goal is not None and telemetry.total_steps is not None:
+        return _towards_goal(telemetry, telemetry.total_steps)
     upcoming = event_steps(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
         reason = "the schedule has no event step left"
@@ -197,6 +234,17 @@ def decide(telemetry: Telemetry) -> Decision:
     return Decision(at_step=step, tolerance=tolerance, reason="next event step of the schedule")
 
 
+def _towards_goal(telemetry: Telemetry, total_steps: int) -> Decision:
+    """Choose the next step towards a goal; every rollback halves the way that the next event goes."""
+    if not telemetry.towards_goal:
+        return Decision(at_step=None, tolerance=0.0, reason=AT_GOAL)
+    upcoming = goal_steps(total_steps, after=telemetry.step, pretrained=telemetry.pretrained)
+    if not upcoming:
+        return Decision(at_step=None, tolerance=0.0, reason=f"no step is left in total_steps={total_steps:,}")
+    tolerance = tolerance_at(telemetry.tolerance, telemetry.num_backoffs)
+    return Decision(at_step=upcoming[0], tolerance=tolerance, reason="next step towards the goal")
+
+
 def delay_of(telemetry: Telemetry, elapsed: int) -> int:
     """Return the steps by which a group comes later that an event leaves for the next window.
 
@@ -217,6 +265,9 @@ def is_due(telemetry: Telemetry, steps: float) -> bool:
 
 def _next_event(telemetry: Telemetry) -> int | None:
     """Return the next event step, None where there is none or no event is expected to pay then."""
+    if telemetry.towards_goal is not None and telemetry.total_steps is not None:
+        steps = goal_steps(telemetry.total_steps, after=telemetry.step, pretrained=telemetry.pretrained)
+        return steps[0] if steps else None
     upcoming = event_steps(telemetry.total_steps, after=telemetry.step)
     if not upcoming or saves(telemetry, expected_yield(telemetry), upcoming[0]) <= cost_of(telemetry):
         return None

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 from apoptosis.criteria import Criterion
 from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
+from apoptosis.decide.goal import NEAR, Goal, least_widths, share_of
 from apoptosis.decide.ledger import Attempt, Ledger, Outcome
 from apoptosis.decide.overhead import event_macs
-from apoptosis.decide.policy import Decision, PastEvent, Telemetry, allocate
+from apoptosis.decide.policy import NUM_GOAL_STEPS, Decision, PastEvent, Telemetry, allocate, goal_steps
 from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.frozen import is_of_frozen
-from apoptosis.planner import Request, Why
+from apoptosis.planner import Cost, Costs, Request, Why
 from apoptosis.records import Group, Pin, Structure
 from apoptosis.surgery.target import with_pins
 
@@ -51,7 +52,10 @@ CORRUPT_STATE_ERRORS = (
     RuntimeError,
     ApoptosisError,
 )
+PRETRAINED_SHIFT = 0.25**2  # squared relative rms of the outputs that goes early from a pretrained network, all in all
+PRETRAINED_GOAL = Goal(measure="macs", share=0.2)  # beyond which nothing goes then
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
+_LIMITS = {"min_width": 0.0, "max_removed": MAX_DROP}
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
 
@@ -59,25 +63,40 @@ UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 class Settings:
     """What the user asked for.
 
-    site_limit: what the errors of one site may add up to over all events. calibrated: calibration= was given.
+    site_limit: what the errors of one site may add up to over all events. automatic: neither a
+    tolerance nor a goal was given. calibrated: calibration= was given. goal:
+    the size to reach, None for what the tolerance allows. min_width: channels of every group at least, a number or a
+    share. max_removed: largest share of a group's channels that one event removes.
     """
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: a run that is resumed under other settings decides again."""
-        return {
-            "criterion": self.criterion.name,
-            "tolerance": self.tolerance,
-            "total_steps": self.total_steps,
-            "align": self.align,
-        }
+        return (
+            {
+                "criterion": self.criterion.name,
+                "tolerance": self.tolerance,
+                "total_steps": self.total_steps,
+                "align": self.align,
+            }
+            | ({"goal": str(self.goal)} if self.goal is not None else {})
+            | self._limits()
+        )
+
+    def _limits(self) -> dict[str, Any]:
+        own = {"min_width": self.min_width, "max_removed": self.max_removed}
+        return {name: value for name, value in own.items() if value != _LIMITS[name]}
 
     criterion: Criterion
     tolerance: float
     total_steps: int | None
     align: int
     seed: int
-    site_limit: float
+    site_limit: float = 0.0
+    automatic: bool = False
     calibrated: bool = False
+    goal: Goal | None = None
+    min_width: float = 0.0
+    max_removed: float = MAX_DROP
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,6 +108,9 @@ class RunState:
     own_seconds, hook_seconds: wall time spent so far, the open window's hooks excluded. require_full_sample: rows were
     too few for a width once, so that windows see all they ask for. history: what the policy counts; attempts:
     everything that was tried. behind: groups that the last event left out because they had seen too few rows.
+    pretrained: the network was trained before this run. shift: of the outputs by all removals, as predicted.
+    full_widths: channels of every group at construction.
+    shifts: by the groups of a unit, (error, shift of the outputs) of the trials that were made of it.
     """
 
     full: tuple[int, float]
@@ -108,6 +130,10 @@ class RunState:
     attempts: tuple[Attempt, ...] = ()
     behind: tuple[str, ...] = ()
     site_cost: dict[str, float] = field(default_factory=dict)
+    pretrained: bool = False
+    shift: float = 0.0
+    full_widths: dict[str, int] = field(default_factory=dict)
+    shifts: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     decision: Decision = UNDECIDED
 
     def attempt(self, considered: int, outcome: Outcome, cause: str = "", reason: str = "") -> Attempt:
@@ -131,6 +157,8 @@ class RunState:
             "attempts": [one.as_dict() for one in self.attempts],
             "behind": list(self.behind),
             "site_cost": dict(self.site_cost),
+            "full_widths": dict(self.full_widths),
+            "shifts": {name: [list(pair) for pair in pairs] for name, pairs in self.shifts.items()},
             "decision": asdict(self.decision),
         }
         return found
@@ -141,7 +169,9 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
-    names = (f.name for f in fields(RunState) if f.name not in ("attempts", "behind"))
+    names = (
+        f.name for f in fields(RunState) if f.name not in ("attempts", "behind", "pretrained", "full_widths", "shifts")
+    )
     plain = {name: state[_STORED.get(name, name)] for name in names}
     parameters, macs = state["full"]
     plain |= {
@@ -150,6 +180,13 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
         "history": tuple(_record(PastEvent, past) for past in state["history"]),
         "attempts": tuple(_record(Attempt, one.as_dict()) for one in read_attempts(state)),
         "behind": tuple(str(name) for name in state.get("behind", ())),
+        "pretrained": state.get("pretrained", False),  # earlier versions have none of these four
+        "shift": state.get("shift", 0.0),
+        "full_widths": {str(name): _number(width, "int") for name, width in state.get("full_widths", {}).items()},
+        "shifts": {
+            str(name): [(_number(error, "float"), _number(shift, "float")) for error, shift in pairs]
+            for name, pairs in state.get("shifts", {}).items()
+        },
         "site_cost": {str(key): _number(value, "float") for key, value in state["site_cost"].items()},
         "decision": _record(Decision, state["decision"]),
     }
@@ -302,7 +339,28 @@ def telemetry(memory: RunState, settings: Settings, structure: Structure, *, row
         num_backoffs=memory.num_backoffs,
         history=memory.history,
         untried=min(1.0, sum(held) / structure.macs) if structure.macs > 0 else 0.0,
+        towards_goal=_towards_goal(memory, settings, structure, rows),
+        pretrained=memory.pretrained,
     )
+
+
+def _share(goal: Goal, memory: RunState, parameters: int, macs: float) -> float:
+    return share_of(goal, Cost(macs, parameters), memory.full, 1)
+
+
+def has_goal(memory: RunState, settings: Settings) -> bool:
+    """Whether widths are chosen by what they shift the outputs: towards a goal, or early in a pretrained network."""
+    early = memory.pretrained and settings.automatic and settings.total_steps is not None
+    return settings.goal is not None or early
+
+
+def _towards_goal(memory: RunState, settings: Settings, structure: Structure, rows: int) -> bool | None:
+    if not has_goal(memory, settings):
+        return None
+    if settings.goal is None:
+        first = goal_steps(settings.total_steps or 1, after=0, pretrained=True)[:NUM_GOAL_STEPS]
+        return memory.step < first[-1] and memory.shift < (1.0 - NEAR) * PRETRAINED_SHIFT
+    return not settings.goal.reached(share_of(settings.goal, Costs(structure).of({}), memory.full, rows))
 
 
 def allowed(
@@ -321,9 +379,10 @@ def allowed(
             s.key: settings.site_limit - memory.site_cost.get(s.key, 0.0) for g in groups for s in g.sites
         },
         align=settings.align,
-        max_drop=MAX_DROP,
+        max_drop=settings.max_removed,
         seed=settings.seed + memory.step,
         waiting=waiting or {},
+        least=least_widths(settings.min_width, groups, memory.full_widths),
     )
 
 
@@ -409,4 +468,5 @@ def make_ledger(
         history=memory.attempts,
         idle=idle(memory, settings, watching=watching, num_open=num_open),
         notes=(reused,) if budget.reused else (),
+        goal="" if settings.goal is None else settings.goal.progress(_share(settings.goal, memory, parameters, macs)),
     )

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.decide.contractions import Contraction, Recorded, recorded
-from apoptosis.decide.overhead import device_of, macs_per_second
+from apoptosis.decide.overhead import macs_per_second
 from apoptosis.model.evaluate import num_rows
-from apoptosis.model.passes import internal_passes
+from apoptosis.model.passes import device_of, internal_passes
 from apoptosis.planner.costs import Costs, weight_macs
 from apoptosis.records import Curve, Structure, Timings
 

@@ -16,16 +16,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apoptosis.criteria import get_criterion
 from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
+from apoptosis.decide.goal import check_goal
 from apoptosis.decide.ledger import Event, Ledger
-from apoptosis.decide.overhead import device_of, overhead_macs
-from apoptosis.decide.policy import SITE_LIMIT_FACTOR, Decision, PastEvent, Telemetry, decide, site_limit
+from apoptosis.decide.overhead import overhead_macs
+from apoptosis.decide.policy import Decision, PastEvent, Telemetry, decide
 from apoptosis.decide.state import (
     CORRUPT_STATE_ERRORS,
+    MAX_DROP,
     UNDECIDED,
-    RunState,
-    Settings,
     allowed,
     check_fits,
     make_ledger,
@@ -35,21 +34,24 @@ from apoptosis.decide.state import (
     warn_if_few,
     write_state,
 )
-from apoptosis.distributed.protocol import kind_of
 from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layouts_of, read_layouts, step_checks
+from apoptosis.engine.beginning import check_agreed, limit_of_sites, new_memory, read_settings
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.engine.step import PruningStep, StepResult
-from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short
+from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short, new_window
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
-from apoptosis.graph import replay
-from apoptosis.model.arguments import check_exclude, check_model, check_numbers, check_optimizers_given, check_others
-from apoptosis.model.built import built_shapes
+from apoptosis.model.arguments import (
+    check_exclude,
+    check_model,
+    check_optimizers_given,
+    check_others,
+)
 from apoptosis.model.evaluate import as_call, make_probe
 from apoptosis.model.outputs import ReadLogits
+from apoptosis.model.passes import device_of
 from apoptosis.model.trials import has_classes, looked_at
-from apoptosis.numerics.linalg import roundoff_floor
-from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer, needs_float64
+from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer
 from apoptosis.planner import Plan, make_plan
 from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
 from apoptosis.surgery import as_averaged_model, check_averaged_models, check_optimizers, warn_of_averages
@@ -96,6 +98,13 @@ class Apoptosis:
         seed: of the private random generator (positions of feature maps, criterion "random").
         calibration: fixed cost of an event in MACs (`apo.calibration` of an earlier run). None: measured, and raised at
             an event by what torch.compile took until then.
+        target: what to reach, early in the run and with the least loss that trials predict: a speed-up ("2x", by
+            multiply-adds) or a share ({"macs": 0.5}, {"parameters": 0.25}) of what there is now. It needs total_steps,
+            takes the place of the tolerance, and is never exceeded. None: what the tolerance allows.
+        min_width: channels that every group keeps at least: a share of what it has now, or a number.
+        max_removed: largest share of a group's channels that one event removes.
+        pretrained: whether the network was trained before, so that events come early. None: it was if the weights of
+            its norms are not what they start as.
 
     Raises:
         ArgumentError, BudgetError, CaptureError, UnsupportedOptimizerError: before anything has changed.
@@ -123,44 +132,44 @@ class Apoptosis:
         logits: ReadLogits | None = None,
         seed: int = 0,
         calibration: float | None = None,
+        target: Any = None,
+        min_width: float = 0.0,
+        max_removed: float = MAX_DROP,
+        pretrained: bool | None = None,
     ) -> None:
         start = time.perf_counter()
         model, wrappers = check_model(model)
         optimizers = check_optimizers_given(optimizer, trains=model)
-        tolerance, align, total_steps, budget = check_numbers(
-            tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
-        )
         options: dict[str, Any] = {"norm_widths": norm_widths, "frozen": frozen}
         seed, known = check_others(criterion, seed, calibration, log=log, logits=logits, **options)
-        patterns, chosen = check_exclude(exclude), get_criterion(criterion)
-        tolerance = chosen.tolerance if tolerance is None else tolerance
+        bounds: dict[str, Any] = {"target": target, "min_width": min_width, "max_removed": max_removed}
+        numbers: dict[str, Any] = {"tolerance": tolerance, "align": align, "total_steps": total_steps, "budget": budget}
+        settings, budget = read_settings(criterion, seed, calibrated=known is not None, **numbers, **bounds)
+        patterns = check_exclude(exclude)
         check_optimizers(optimizers, model)
         ranks, self._step_checks = ranks_of(wrappers, model), step_checks(wrappers)
-        target = Target(model=model, optimizers=optimizers, call=as_call(example_input), ranks=ranks)
-        self._target, self._log = replace(target, read=logits, wrappers=wrappers, **options), log
+        call, self._log = as_call(example_input), log
+        self._target = Target(
+            model=model, optimizers=optimizers, call=call, ranks=ranks, read=logits, wrappers=wrappers, **options
+        )
         held_out = None if probe is None else make_probe(probe, example_input)
         structure, seconds = timed_capture(self._target)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
-        self._structure = rehearse(self._target, structure, left_out := exclude_pins(structure, patterns), align)
-        warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
-        self._has_classes = has_classes(model, self._target.call, logits)
-        held_out = looked_at(model, held_out, target.call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
-        self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity_limit(model, tolerance), ranks=ranks)
-        self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)
-        full = num_parameters(model), structure.macs / target.num_examples
-        self._memory = RunState(full=full, full_shapes=built_shapes(model, structure.shapes), overhead=overhead)
-        widest = max((g.num_channels for g in structure.groups), default=1)
-        self._settings = Settings(
-            criterion=chosen,
-            tolerance=tolerance,
-            total_steps=total_steps,
-            align=align,
-            seed=seed,
-            site_limit=site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest),
-            calibrated=known is not None,
+        self._structure = rehearse(
+            self._target, structure, left_out := exclude_pins(structure, patterns), settings.align
         )
-        warn_if_few(total_steps)
-        self._check_agreed(budget)
+        warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
+        self._has_classes = has_classes(model, call, logits)
+        held_out = looked_at(model, held_out, call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
+        self._acceptance = AcceptanceTest(
+            budget, held_out, sanity=sanity_limit(model, settings.tolerance, settings.goal), ranks=ranks
+        )
+        self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)
+        self._memory = new_memory(self._target, structure, overhead, pretrained)
+        self._settings = replace(settings, site_limit=limit_of_sites(settings.tolerance, structure))
+        self._check_goal()
+        warn_if_few(settings.total_steps)
+        check_agreed(self._target, self._settings, self._structure, budget=budget, probe=self._acceptance.held_out)
         self._memory.decision = self._decide()
         self._memory.own_seconds += time.perf_counter() - start
 
@@ -303,7 +312,7 @@ class Apoptosis:
             layouts = ranks.first(layouts)
             observer = None
             if window is not None and ranks.size == 1:  # of several ranks every one saw other rows
-                observer = self._new_window(structure, memory)
+                observer = new_window(self._target, self._settings, memory, structure, self._acceptance)
                 observer.load_state_dict(window)
             self._acceptance.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
         except (CheckpointError, RankError):  # say themselves what differs
@@ -359,7 +368,7 @@ class Apoptosis:
             warn_of_averages(self._target.model, self._target.averaged_models)
             self._looked = True
         self._memory.window_start = self._memory.step
-        observer = self._new_window(self._structure, self._memory)
+        observer = new_window(self._target, self._settings, self._memory, self._structure, self._acceptance)
         try:
             observer.open()
             self._observer = observer
@@ -367,22 +376,6 @@ class Apoptosis:
             observer.close()
             self._observer = None
             raise
-
-    def _new_window(self, structure: Structure, memory: RunState) -> Observer:
-        """Return a window that sees other positions than the one before, and on every rank others."""
-        settings, ranks = self._settings, self._target.ranks
-        return Observer(
-            self._target.model,
-            structure.open_groups,
-            seed=settings.seed * 1_000_003 + len(memory.history) + 500_009 * ranks.rank,
-            exact=needs_float64(settings.tolerance),
-            keep_calls=settings.tolerance == 0,
-            keep_inputs=not self._acceptance.held_out,
-            replay=replay,
-            gradients=settings.criterion.grad_factor and settings.tolerance != 0,
-            ranks=ranks,
-            whole=memory.require_full_sample or settings.tolerance == 0,
-        )
 
     def _is_over(self, observer: Observer) -> bool:
         """Note that a step of the open window has passed; return whether the window is over, on all ranks alike.
@@ -468,24 +461,12 @@ class Apoptosis:
 
     # ------------------------------------------------------------------ small things
 
+    def _check_goal(self) -> None:
+        request = replace(allowed(self._memory, self._settings, self.groups()), max_drop=1.0)
+        check_goal(self._settings.goal, self._structure, self._memory.full, self._target.num_examples, request.fewest)
+
     def _telemetry(self) -> Telemetry:
         return telemetry(self._memory, self._settings, self._structure, rows=self._target.num_examples)
-
-    def _check_agreed(self, budget: float | None) -> None:
-        """Check that all ranks were asked for the same of the same network.
-
-        Raises: RankError: they were not; what differs is named. UnsupportedOptimizerError: an optimizer steps over
-        others.
-        """
-        target, settings, structure = self._target, self._settings, self._structure
-        for optimizer in target.optimizers:
-            kind_of(optimizer).check_ranks(optimizer, target.ranks.size)
-        asked = settings.as_dict() | {"seed": settings.seed, "budget": budget, "probe": self._acceptance.held_out}
-        asked |= {"whether calibration= is given": settings.calibrated}
-        asked |= {"example input, multiply-adds": structure.macs, "example input, rows": target.num_examples}
-        widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
-                  for g in structure.groups}  # fmt: skip
-        target.ranks.same("arguments or groups of Apoptosis", asked | widths)
 
     def _decide(self) -> Decision:
         if not self.groups():

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest
 from apoptosis.decide.ledger import Attempt, Event
-from apoptosis.decide.overhead import device_of, overhead_macs
-from apoptosis.decide.policy import loss_of
-from apoptosis.decide.state import RunState, Settings, allowed, telemetry
+from apoptosis.decide.overhead import overhead_macs
+from apoptosis.decide.policy import loss_of, part_of_way
+from apoptosis.decide.state import PRETRAINED_GOAL, PRETRAINED_SHIFT, RunState, Settings, allowed, has_goal, telemetry
 from apoptosis.distributed.sharded import has_shards
 from apoptosis.engine.event_builder import make_event, measured, size_of
+from apoptosis.engine.sensitivity import Way, towards
 from apoptosis.engine.window import left_out
 from apoptosis.errors import (
     ArgumentError,
@@ -38,9 +40,9 @@ from apoptosis.graph.trace.failures import Fault, after_edit, fault_of
 from apoptosis.interrupts import restoring
 from apoptosis.model.evaluate import Probe, comparable, compare, like_example, outputs, training_outputs
 from apoptosis.model.outputs import Change, together
-from apoptosis.model.passes import compile_seconds, forget_compiled
+from apoptosis.model.passes import compile_seconds, device_of, forget_compiled
 from apoptosis.observe import Observer, in_both
-from apoptosis.planner import Observations, make_plan, summary
+from apoptosis.planner import Observations, Request, make_plan, summary
 from apoptosis.planner.sampling import sample
 from apoptosis.records import Pin, Reduction, Structure
 from apoptosis.surgery import Transaction, build_edits, norm_edits
@@ -103,13 +105,16 @@ class PruningStep:
         self.observer.pool()
         ranks.same_parameters("before an event", target.model)
         # plan: which channels go, if that pays
-        request = allowed(memory, self.settings, groups, waiting)
-        plan = make_plan(target.model, self.structure, self._seen_again(), request, ranks, last=True)
+        seen_rows, rankings = self._seen_again(), dict[str, Ranking]()
+        request, shift = self._request(allowed(memory, self.settings, groups, waiting), seen_rows, rankings)
+        plan = make_plan(target.model, self.structure, seen_rows, request, ranks, rankings=rankings, last=True)
         memory.behind = tuple(sorted(waiting))
         memory.require_full_sample |= any(why.cause == "rows" for why in plan.left.values())
         left = {name: why.text for name, why in plan.left.items()}
         seen = telemetry(memory, self.settings, self.structure, rows=target.num_examples)
-        cause, reason = "gain", loss_of(seen, plan.macs_after / target.num_examples)
+        cause, reason = "gain", ""
+        if self.settings.goal is None:  # which is reached whether that pays or not
+            reason = loss_of(seen, plan.macs_after / target.num_examples)
         if not plan.reductions:
             cause, reason = summary(plan.left)
         if not ranks.all(bool(plan.reductions) and not reason):
@@ -131,6 +136,7 @@ class PruningStep:
         if outcome.result is not None:
             acceptance.record(outcome.result)
         memory.num_events += 1
+        memory.shift += shift
         for reduction in outcome.done:
             for key, error in plan.errors[reduction.group].items():
                 memory.site_cost[key] = memory.site_cost.get(key, 0.0) + error
@@ -145,6 +151,32 @@ class PruningStep:
             notes=(*(f"{name}: {why.text}" for name, why in waiting.items()), *self._notes(sent, compiling)),
         )
         return StepResult(outcome.structure, record("event"), event, left)
+
+    def _request(
+        self, request: Request, observations: Observations, rankings: dict[str, Ranking]
+    ) -> tuple[Request, float]:
+        """Ask for widths by name where there is a way to go; and say how far they are expected to shift the outputs."""
+        way = self._way()
+        if way is None:
+            return request, 0.0
+        inputs = self.observer.inputs or self.target.call
+        request, choice = towards(way, self.target, self.structure, observations, request, rankings, inputs)
+        return request, choice.cost
+
+    def _way(self) -> Way | None:
+        """Return the way to the goal; of a pretrained network without one, how far its outputs may shift; else None.
+
+        Every rollback halves what an event does of it.
+        """
+        memory, settings = self.memory, self.settings
+        if settings.total_steps is None or not has_goal(memory, settings):
+            return None
+        part = part_of_way(settings.total_steps, memory.window_start, pretrained=memory.pretrained)
+        part *= 0.5**memory.num_backoffs
+        if settings.goal is not None:
+            return Way(goal=settings.goal, full=memory.full, part=part, known=memory.shifts)
+        limit = part * max(0.0, PRETRAINED_SHIFT - memory.shift)
+        return Way(goal=PRETRAINED_GOAL, full=memory.full, limit=limit, known=memory.shifts)
 
     def _seen_again(self) -> Observations:
         """Return what the window saw; at tolerance 0 joined with what its inputs show under today's weights.

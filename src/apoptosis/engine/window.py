@@ -1,4 +1,4 @@
-"""How long a window stays open, and what it leaves out.
+"""What a window observes, how long it stays open, and what it leaves out.
 
 Holds: whether groups that have seen too few rows are waited for, and the warning where they cannot see enough before
 the run ends. Elsewhere: what is observed (observe), when a window opens (decide.policy, engine).
@@ -9,13 +9,36 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, is_due, worth_waiting
+from apoptosis.decide.state import RunState, Settings, has_goal
 from apoptosis.distributed.ranks import Ranks
-from apoptosis.observe import Observer
+from apoptosis.graph import replay
+from apoptosis.observe import Observer, needs_float64
 from apoptosis.planner import Why, waits, with_tied
-from apoptosis.records import Group
+from apoptosis.records import Group, Structure
+from apoptosis.surgery.target import Target
 
 _FEW_STEPS = 3  # of a window, after which its pace is known
+
+
+def new_window(
+    target: Target, settings: Settings, memory: RunState, structure: Structure, acceptance: AcceptanceTest
+) -> Observer:
+    """Return a window that sees other positions than the one before, and on every rank others."""
+    exactly = settings.tolerance == 0 and settings.goal is None
+    return Observer(
+        target.model,
+        structure.open_groups,
+        seed=settings.seed * 1_000_003 + len(memory.history) + 500_009 * target.ranks.rank,
+        exact=exactly or needs_float64(settings.tolerance),
+        keep_calls=exactly,
+        keep_inputs=has_goal(memory, settings) or not acceptance.held_out,
+        replay=replay,
+        gradients=settings.criterion.grad_factor and not exactly,
+        ranks=target.ranks,
+        whole=memory.require_full_sample or exactly,
+    )
 
 
 def may_be_cut_short(observer: Observer) -> bool:

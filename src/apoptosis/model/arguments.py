@@ -166,6 +166,28 @@ def check_numbers(
     )
 
 
+def check_limits(*, min_width: float, max_removed: float) -> dict[str, float]:
+    """Check what bounds the widths: min_width, a share below 1 or a number of channels; max_removed, a share.
+
+    Returns: both by name, as floats.
+
+    Raises: ArgumentError: naming the argument, its value and its range.
+    """
+    checks = (
+        (
+            "min_width",
+            min_width,
+            _number(min_width) and (0 <= min_width < 1 or _whole(min_width)),
+            "a share in 0 <= w < 1, or a number of channels",
+        ),
+        ("max_removed", max_removed, _number(max_removed) and 0 < max_removed <= 1, "a share in 0 < r <= 1"),
+    )
+    for name, value, good, wanted in checks:
+        if not good:
+            raise ArgumentError(f"{name}={value!r} must be {wanted}.")
+    return {"min_width": float(min_width), "max_removed": float(max_removed)}
+
+
 def _number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 

@@ -245,3 +245,8 @@ def forget_compiled() -> None:
     """Drop what torch has compiled: code for old shapes counts against its limit, beyond which it compiles no more."""
     if _DYNAMO in sys.modules:
         torch.compiler.reset()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model computes: the device of its first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -6,16 +6,16 @@ belong together (couplings.py), what widths cost (costs.py), when an event happe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from apoptosis.criteria import Ranking
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.sharded import summon_full_params
+from apoptosis.model.passes import device_of
 from apoptosis.planner.branches import propose_empty, within
 from apoptosis.planner.costs import Costs
 from apoptosis.planner.couplings import Task, assign_to_ranks, tasks_of
@@ -115,7 +115,9 @@ def make_plan(
     """
     ranks = ranks or Ranks()
     open_groups = structure.open_groups
-    left: dict[str, Why] = {group.name: why for group in open_groups if (why := _waits(group, observations, request))}
+    left: dict[str, Why] = {
+        group.name: why for group in open_groups if (why := waits_for(group, observations, request))
+    }
     emptied = _emptied(model, structure, observations, request, left)
     gone = {name for proposal in emptied for name in proposal.branch.groups}
     tasks = tasks_of([group for group in open_groups if group.name not in left and group.name not in gone])
@@ -126,22 +128,11 @@ def make_plan(
     )
 
     def made() -> Made:
-        error: Exception | None = None
-        for task, rank in zip(tasks, rank_of, strict=True):
-            turn = rank == ranks.rank and error is None
-            with summon_full_params(model, _weights(task), keep=turn):  # all ranks take part, whatever fails on one
-                try:
-                    if turn:
-                        builder.take(task)
-                except Exception as caught:  # noqa: BLE001 - raised again below
-                    error = caught
-        if error is not None:
-            raise error
+        in_turn(model, tasks, rank_of, ranks, builder.take)
         return builder.made
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total = Made({}, {}, {}, left)
-    for one in ranks.gathered_tensors(ranks.run_collectively(made), device):
+    for one in ranks.gathered_tensors(ranks.run_collectively(made), device_of(model)):
         total.add(one)
     keeps = {name: len(proposal.reduction.keep) for name, proposal in total.proposals.items()}
     ordered = [group for group in open_groups if group.name in keeps]
@@ -171,11 +162,33 @@ def _emptied(
         return []
     names = None if request.empty is True else request.empty
     found = propose_empty(model, structure, observations, names=names, seed=request.seed)
+    if request.widths is not None:
+        return list(found)
     allowed = [proposal for proposal in found if not any(name in left for name in proposal.branch.read)]
     return list(within(allowed, request.tolerance, request.allotted))
 
 
-def _waits(group: Group, observations: Observations, request: Request) -> Why | None:
+def in_turn(
+    model: nn.Module, tasks: Sequence[Task], rank_of: Sequence[int], ranks: Ranks, work: Callable[[Task], None]
+) -> None:
+    """Do this rank's tasks, while the other ranks gather the weights for theirs.
+
+    Raises: what `work` raises, once all tasks have had their turn.
+    """
+    error: Exception | None = None
+    for task, rank in zip(tasks, rank_of, strict=True):
+        turn = rank == ranks.rank and error is None
+        with summon_full_params(model, _weights(task), keep=turn):  # all ranks take part, whatever fails on one
+            try:
+                if turn:
+                    work(task)
+            except Exception as caught:  # noqa: BLE001 - raised again below
+                error = caught
+    if error is not None:
+        raise error
+
+
+def waits_for(group: Group, observations: Observations, request: Request) -> Why | None:
     """Return why a group is not planned at all, None if it is."""
     site = next((site for site in group.sites if (group.name, site.key) not in observations), None)
     return request.waiting.get(group.name) or (None if site is None else unseen(site))

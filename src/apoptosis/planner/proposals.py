@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from apoptosis.criteria import Criterion, Proposal, Ranking, choose, compensated, interleaved
+from apoptosis.criteria import Criterion, GroupView, Proposal, Ranking, at_width, choose, compensated, interleaved
+from apoptosis.errors import ArgumentError
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.observe import Observation
 from apoptosis.planner.costs import Costs
 from apoptosis.planner.couplings import Task, Unit, absent, common_steps, own_share, share_of_row
-from apoptosis.planner.reasons import Why, missed_tolerance, too_few_rows, used_up
+from apoptosis.planner.reasons import NOT_CHOSEN, Why, missed_tolerance, too_few_rows, used_up
 from apoptosis.planner.views import GroupData, Observations, dropped, make_view, worst_case
 from apoptosis.records import Certificate, Group, LinearSite, Structure
 
@@ -34,6 +35,8 @@ class Request:
     waiting: groups that are left for a later event though they were observed, and why.
     empty: whether residual branches may be emptied that are constant up to the tolerance; or the names of these, or of
     groups in them. By default none is.
+    widths: group -> channels that stay: then these groups change, and the branches that `empty` names are emptied, and
+    nothing else, whatever the tolerance. least: group -> channels that stay at least, where max_drop would leave fewer.
     """
 
     criterion: Criterion
@@ -46,6 +49,13 @@ class Request:
     rows_per_channel: int = 3
     waiting: Mapping[str, Why] = field(default_factory=dict)
     empty: bool | frozenset[str] = False
+    widths: Mapping[str, int] | None = None
+    least: Mapping[str, int] = field(default_factory=dict)
+
+    def fewest(self, group: Group, step: int = 1) -> int:
+        """Return how many channels of a group stay at least; step: between numbers kept."""
+        by_share = round((1 - self.max_drop) * group.num_channels)
+        return max(group.min_channels, min(step, group.num_channels), by_share, self.least.get(group.name, 0))
 
 
 class Made(NamedTuple):
@@ -127,6 +137,7 @@ class ProposalBuilder:
         if last and isinstance(observations, dict):
             self._released = observations
         self._data: dict[str, GroupData] = {}
+        self._factored: dict[str, Ranking] = {}
         self._budgets = _Budgets(sum((task.readers for task in tasks), Counter()), {})
         self.made = Made({}, {}, {}, {})
 
@@ -170,13 +181,17 @@ class ProposalBuilder:
         if others := absent(unit):
             tied = Why("tied", f"as wide as {', '.join(others)}, which cannot change now")
             return {}, {group.name: tied for group in unit}
-        data = [self._show(group) for group in unit]
+        if (widths := self._request.widths) is not None:
+            if any(group.name not in widths for group in unit):
+                return {}, {group.name: NOT_CHOSEN for group in unit}
+            return self.at_widths(unit, widths), {}
+        data = [self.show(group) for group in unit]
         steps = common_steps(unit, [one.view for one in data], self._request.align)
         least = 0.0
         while True:
             own, found = budgets.copy(), dict[str, Proposal]()
             for group, one, step in zip(unit, data, steps, strict=True):
-                made = _propose(group, one, self._request, own, step, own_share(group, least), self._rankings)
+                made = self._propose(group, one, own, step, own_share(group, least))
                 if isinstance(made, Why):
                     tied = Why(made.cause, f"as wide as {group.name}, for which: {made.text}")
                     return {}, {g.name: made if g is group else tied for g in unit}
@@ -187,7 +202,66 @@ class ProposalBuilder:
                 return found, {}
             least = max(kept)
 
-    def _show(self, group: Group) -> GroupData:
+    def _propose(
+        self, group: Group, data: GroupData, budgets: _Budgets, step: int, least_share: float
+    ) -> Proposal | Why:
+        """Make a proposal, or say why there is none.
+
+        Args:
+            group: that is asked about.
+            data: what is known of it.
+            budgets: what each site has left.
+            step: between numbers kept.
+            least_share: of the channels, that stays.
+        """
+        request = self._request
+        least = max(request.fewest(group, step), round(least_share * group.num_channels))
+        limits, criterion = budgets.limits(group, request, data.ratios), criterion_of(group, request)
+        if isinstance(limits, Why):
+            return limits
+        if isinstance(criterion, Why):
+            return criterion
+        ranking = self.ranking(group)
+        proposal = choose(criterion, data.view, limits, align=step, min_keep=least, ranking=ranking)
+        self._factored.pop(group.name, None)
+        if proposal is None:
+            cap = request.allotted.get(group.name, request.tolerance)
+            return missed_tolerance(group, data.view, limits, step, request.align, cap)
+        missing = rows_missing(group, data.view, len(proposal.reduction.keep), request)
+        return missing or _of_whole_site(proposal, data)
+
+    def at_widths(self, unit: Unit, widths: Mapping[str, int], *, errors: bool = True) -> dict[str, Proposal]:
+        """Propose these widths for the groups of a unit; none if the criterion does not apply to one of them."""
+        found: dict[str, Proposal] = {}
+        for group in unit:
+            data, criterion = self.show(group), criterion_of(group, self._request)
+            if isinstance(criterion, Why):
+                return {}
+            proposal = at_width(criterion, data.view, widths[group.name], self.ranking(group), errors=errors)
+            found[group.name] = _of_whole_site(proposal, data)
+        return found
+
+    def ranking(self, group: Group) -> Ranking:
+        """Return the order of a group's channels, made once.
+
+        Raises: ArgumentError: the criterion does not apply to it.
+        """
+        found = self._factored.get(group.name) or self._rankings.get(group.name)
+        if found is None:
+            criterion = criterion_of(group, self._request)
+            if isinstance(criterion, Why):
+                raise ArgumentError(f"group '{group.name}': {criterion.text}")
+            found = self._factored[group.name] = interleaved(criterion, self.show(group).view)
+            self._rankings[group.name] = replace(found, factor=None)  # which is as large as a Gram matrix
+        return found
+
+    def forget(self) -> None:
+        """Release what was shown of the groups of a task: weights in float64, factorisations of Gram matrices."""
+        self._data.clear()
+        self._factored.clear()
+
+    def show(self, group: Group) -> GroupData:
+        """Return what the criterion sees of a group; it is made once per task."""
         if group.name not in self._data:
             criterion = self._request.criterion
             self._data[group.name] = make_view(
@@ -208,61 +282,42 @@ class ProposalBuilder:
 
         Of outputs that a BatchNorm reads the loss of variance is noted, too.
         """
-        lost = self.made.dropped_variance
         for group in groups:
-            data, proposal = self._show(group), self.made.proposals[group.name]
+            data, proposal = self.show(group), self.made.proposals[group.name]
             bounds = (*proposal.certificates(data.view), *worst_case(group, data.view, proposal))
             self.made.certificates[group.name] = bounds
-            for site, view in zip(group.sites, data.view.sites, strict=True):
-                if isinstance(site, LinearSite) and site.norm is not None:
-                    own = dropped(view, proposal, data.samples.get(site.key))
-                    lost[site.key] = own if site.key not in lost else lost[site.key] + own
-        self._data.clear()  # weights in float64: those of one task at a time
+            self.add_dropped(group, proposal, self.made.dropped_variance)
+        self.forget()
+
+    def add_dropped(self, group: Group, proposal: Proposal, lost: MutableMapping[str, Tensor]) -> None:
+        """Add, by site key, what a proposal takes from the variances of outputs that a BatchNorm reads."""
+        data = self.show(group)
+        for site, view in zip(group.sites, data.view.sites, strict=True):
+            if isinstance(site, LinearSite) and site.norm is not None:
+                own = dropped(view, proposal, data.samples.get(site.key))
+                lost[site.key] = own if site.key not in lost else lost[site.key] + own
 
 
-def _propose(
-    group: Group,
-    data: GroupData,
-    request: Request,
-    budgets: _Budgets,
-    step: int,
-    least_share: float,
-    rankings: MutableMapping[str, Ranking],
-) -> Proposal | Why:
-    """Make a proposal, or say why there is none.
+def criterion_of(group: Group, request: Request) -> Criterion | Why:
+    """Return the criterion that a group is asked by, or why none applies to it."""
+    if not group.under_norm:
+        return request.criterion
+    if request.criterion.needs_data:
+        return compensated(request.criterion)
+    name = request.criterion.name
+    return Why("criterion", f"a norm reads them, and criterion '{name}' uses weights only: choose one that uses data")
 
-    Args:
-        group: that is asked about.
-        data: what is known of it.
-        request: what is allowed.
-        budgets: what each site has left.
-        step: between numbers kept.
-        least_share: of the channels, that stays.
-        rankings: by group, as in make_plan.
-    """
-    least_share = max(least_share, 1 - request.max_drop)
-    least = max(group.min_channels, min(step, group.num_channels), round(least_share * group.num_channels))
-    limits = budgets.limits(group, request, data.ratios)
-    if isinstance(limits, Why):
-        return limits
-    criterion = request.criterion
-    if group.under_norm:
-        if not criterion.needs_data:
-            text = f"a norm reads them, and criterion '{criterion.name}' uses weights only: choose one that uses data"
-            return Why("criterion", text)
-        criterion = compensated(criterion)
-    ranking = rankings.get(group.name)
-    if ranking is None:
-        ranking = interleaved(criterion, data.view)
-        rankings[group.name] = replace(ranking, factor=None)  # as large as a Gram matrix: for this proposal alone
-    proposal = choose(criterion, data.view, limits, align=step, min_keep=least, ranking=ranking)
-    if proposal is None:
-        cap = request.allotted.get(group.name, request.tolerance)
-        return missed_tolerance(group, data.view, limits, step, request.align, cap)
-    kept = len(proposal.reduction.keep)
-    for view in data.view.sites if request.criterion.needs_data else ():
-        rank = -(-kept // (1 if view.blocks is None else int(view.blocks.max()) + 1))
-        needed, rows = request.rows_per_channel * rank, 0 if view.moments is None else view.moments.num_rows
+
+def rows_missing(group: Group, view: GroupView, kept: int, request: Request) -> Why | None:
+    """Say why a width cannot be relied on, None if it can: too few rows were observed for it."""
+    for site in view.sites if request.criterion.needs_data else ():
+        rank = -(-kept // (1 if site.blocks is None else int(site.blocks.max()) + 1))
+        needed, rows = request.rows_per_channel * rank, 0 if site.moments is None else site.moments.num_rows
         if rows < needed:
-            return too_few_rows(group, view.key, rows=rows, needed=needed, kept=rank)
+            return too_few_rows(group, site.key, rows=rows, needed=needed, kept=rank)
+    return None
+
+
+def _of_whole_site(proposal: Proposal, data: GroupData) -> Proposal:
+    """Let a proposal's errors relate to all that a site writes."""
     return replace(proposal, errors={key: error / data.ratios[key] for key, error in proposal.errors.items()})

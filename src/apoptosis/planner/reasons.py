@@ -13,7 +13,9 @@ from apoptosis.criteria import GroupView
 from apoptosis.criteria.constraints import step_between
 from apoptosis.records import Group, Site
 
-Cause = Literal["rows", "unseen", "waiting", "tolerance", "align", "shared", "limit", "another", "tied", "criterion"]
+Cause = Literal[
+    "rows", "unseen", "waiting", "tolerance", "align", "shared", "limit", "another", "tied", "criterion", "goal"
+]
 
 
 class Why(NamedTuple):
@@ -24,11 +26,15 @@ class Why(NamedTuple):
     tolerance. "align": none does in steps of align=. "shared": other groups that the same site reads used up its
     tolerance. "limit": the site's error budget over all events is used up. "another": the event changes a group of the
     same channels. "tied": it keeps the width of a group that is not changed. "criterion": the criterion does not apply.
+    "goal": the run's goal is reached without it.
     text: one line, without the group's name.
     """
 
     cause: Cause
     text: str
+
+
+NOT_CHOSEN = Why("goal", "changing other groups reaches target= with less loss")
 
 
 def summary(left: Mapping[str, Why]) -> tuple[Cause | Literal[""], str]:

@@ -1,0 +1,98 @@
+"""What a run begins with: its memory, limits that follow from the network, and what all ranks have to agree on.
+
+Holds: these. Elsewhere: checking single arguments (model.arguments), how ranks compare (distributed.ranks).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apoptosis.criteria import get_criterion
+from apoptosis.decide.goal import read_goal
+from apoptosis.decide.policy import SITE_LIMIT_FACTOR, site_limit
+from apoptosis.decide.state import RunState, Settings
+from apoptosis.distributed.protocol import kind_of
+from apoptosis.engine.event_builder import num_parameters
+from apoptosis.model.arguments import check_limits, check_numbers
+from apoptosis.model.built import built_shapes
+from apoptosis.model.pretrained import looks_pretrained
+from apoptosis.numerics.linalg import roundoff_floor
+from apoptosis.records import Structure
+from apoptosis.surgery.target import Target
+
+
+def read_settings(
+    criterion: str,
+    seed: int,
+    *,
+    tolerance: float | None,
+    align: int,
+    total_steps: int | None,
+    budget: float | None,
+    target: Any,
+    min_width: float,
+    max_removed: float,
+    calibrated: bool,
+) -> tuple[Settings, float | None]:
+    """Read the numbers that a user gave; arguments are those of Apoptosis.
+
+    Returns: the settings, without the limit of sites, which the network decides; and the budget.
+
+    Raises: ArgumentError: naming the argument, its value and its range.
+    """
+    tolerance, align, total_steps, budget = check_numbers(
+        tolerance=tolerance, align=align, total_steps=total_steps, budget=budget
+    )
+    chosen = get_criterion(criterion)
+    settings = Settings(
+        criterion=chosen,
+        tolerance=chosen.tolerance if tolerance is None else tolerance,
+        total_steps=total_steps,
+        align=align,
+        seed=seed,
+        automatic=tolerance is None and target is None,
+        calibrated=calibrated,
+        goal=read_goal(target, total_steps),
+        **check_limits(min_width=min_width, max_removed=max_removed),
+    )
+    return settings, budget
+
+
+def new_memory(target: Target, structure: Structure, overhead: float, pretrained: bool | None) -> RunState:
+    """Return the state of a run that begins.
+
+    Args: structure: at full width. overhead: calibrated fixed cost of an event. pretrained: None to look.
+    """
+    model = target.model
+    return RunState(
+        full=(num_parameters(model), structure.macs / target.num_examples),
+        full_shapes=built_shapes(model, structure.shapes),
+        full_widths={g.name: g.num_channels for g in structure.groups},
+        overhead=overhead,
+        pretrained=looks_pretrained(model) if pretrained is None else bool(pretrained),
+    )
+
+
+def limit_of_sites(tolerance: float, structure: Structure) -> float:
+    """Return what the errors of one site may add up to: at tolerance 0 some round-offs of the widest group."""
+    widest = max((group.num_channels for group in structure.groups), default=1)
+    return site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest)
+
+
+def check_agreed(
+    target: Target, settings: Settings, structure: Structure, *, budget: float | None, probe: bool
+) -> None:
+    """Check that all ranks were asked for the same of the same network.
+
+    Args: budget: as given. probe: whether there are held-out examples.
+
+    Raises: RankError: they were not; what differs is named. UnsupportedOptimizerError: an optimizer steps over others.
+    """
+    for optimizer in target.optimizers:
+        kind_of(optimizer).check_ranks(optimizer, target.ranks.size)
+    asked = settings.as_dict() | {"seed": settings.seed, "budget": budget, "probe": probe}
+    asked |= {"whether calibration= is given": settings.calibrated}
+    asked |= {"example input, multiply-adds": structure.macs, "example input, rows": target.num_examples}
+    widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
+              for g in structure.groups}  # fmt: skip
+    target.ranks.same("arguments or groups of Apoptosis", asked | widths)

@@ -1,0 +1,188 @@
+"""How far the outputs move when a unit of groups loses channels: measured, and carried over to its other widths.
+
+Holds: trial edits that are taken back, the shift of the outputs, the points of every task. Elsewhere: widths and their
+errors (planner.offers), the choice (planner.allocation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from apoptosis.criteria import Ranking
+from apoptosis.decide.goal import Goal, share_of
+from apoptosis.errors import CaptureError, NonFiniteError, ShapeError, StructureChangedError
+from apoptosis.interrupts import restoring
+from apoptosis.model.evaluate import Call, Probe, as_probe, cuts_of, like_example, logits_of, outputs
+from apoptosis.model.outputs import difference
+from apoptosis.model.outputs import read as read_output
+from apoptosis.planner import Costs, Observations, Request
+from apoptosis.planner.allocation import Choice, Point, Price, choose_widths, together
+from apoptosis.planner.offers import Offers, Trial, UnitOffer, make_offers
+from apoptosis.records import Structure
+from apoptosis.surgery import Transaction, build_edits, norm_edits
+from apoptosis.surgery.target import Target
+
+EXAMPLES = 8  # of the inputs at hand that trials are run on
+_REFUSED = (CaptureError, StructureChangedError, ShapeError)
+LEAST_POWER, MOST_POWER = 1.0, 4.0  # of the error, in which the shift grows
+
+
+@dataclass(slots=True, kw_only=True)
+class Sensitivity:
+    """Measures shifts of the outputs, which add up over groups (`shift_of`).
+
+    known: the shift per trial of earlier events of the run, by unit: (error, shift) pairs, which go on being used.
+    """
+
+    target: Target
+    structure: Structure
+    probe: Probe
+    known: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def points(self, offers: Offers, price: Price) -> list[list[Point]]:
+        """Return for every task the points among which one is chosen. price: what the network takes at some widths."""
+        before = self._outputs()
+        found = []
+        for sets in offers.tasks:
+            units = [[self._points_of(unit, before, price) for unit in own] for own in sets]
+            found.append([point for own in units for point in (own[0] if len(own) == 1 else together(own)) if own])
+        return found
+
+    def _points_of(self, unit: UnitOffer, before: Sequence[Any], price: Price) -> list[Point]:
+        shifts = self.known.get(name := " ".join(unit.groups))
+        if shifts is None:
+            tried = [(trial.error, self._shift(trial, before)) for trial in unit.trials]
+            shifts = self.known[name] = [(error, shift) for error, shift in tried if math.isfinite(shift)]
+        if not shifts:
+            return []
+        now = price({})
+        return [
+            Point(saved=now - price(width.kept), cost=carried_over(shifts, width.error), widths=width.kept)
+            for width in unit.widths
+        ]
+
+    def _outputs(self) -> list[Any]:
+        return self.target.ranks.run_collectively(partial(outputs, self.target.model, self.probe))
+
+    def _shift(self, trial: Trial, before: Sequence[Any]) -> float:
+        """Return how far the outputs move, infinite where the network does not run so."""
+        ranks = self.target.ranks
+        own = torch.tensor([self._own_shift(trial, before), 1.0], dtype=torch.float64, device="cpu")
+        shift, number = ranks.total(own).tolist()
+        return shift / number if math.isfinite(shift) else math.inf
+
+    def _own_shift(self, trial: Trial, before: Sequence[Any]) -> float:
+        transaction = Transaction(self.target.model)
+        with restoring(transaction.close):
+            try:
+                edits = build_edits(self.structure, trial.reductions, trial.dropped_variance)
+                transaction.apply(edits, self.structure, norm_edits(self.structure, trial.reductions))
+                return shift_of(before, outputs(self.target.model, self.probe), self.target)
+            except _REFUSED:
+                return math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """The way to a goal. full: parameters and multiply-adds per example at full width. part: of it that is gone now.
+
+    limit: what the shifts of an event may add up to. known: as in `Sensitivity`.
+    """
+
+    goal: Goal
+    full: tuple[int, float]
+    part: float = 1.0
+    limit: float = math.inf
+    known: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def towards(
+    way: Way,
+    target: Target,
+    structure: Structure,
+    observations: Observations,
+    request: Request,
+    rankings: MutableMapping[str, Ranking],
+    inputs: Call,
+) -> tuple[Request, Choice]:
+    """Choose the widths that go a part of the way to a goal with the least predicted loss.
+
+    Args: inputs: on which trials are run, of the form of the target's call. Others: as in `make_offers`.
+
+    Returns: the request of a plan with these widths, and the choice.
+    """
+    costs, rows = Costs(structure), target.num_examples
+
+    def price(widths: Mapping[str, int]) -> float:
+        return share_of(way.goal, costs.of(widths), way.full, rows)
+
+    offers = make_offers(target.model, structure, observations, request, target.ranks, rankings=rankings)
+    probe = inputs_of(like_example(inputs, target.call))
+    points = Sensitivity(target=target, structure=structure, probe=probe, known=way.known).points(offers, price)
+    choice = choose_widths(points, price, way.goal.towards(price({}), way.part), limit=way.limit)
+    return replace(request, widths=choice.widths, waiting={**offers.left, **request.waiting}), choice
+
+
+def shift_of(before: Sequence[Any], after: Sequence[Any], target: Target) -> float:
+    """Return the squared rms change of the outputs, over that of their spread: of logits where there are any.
+
+    A level that all classes of an example share is left out; the spread of logits is that over the examples. It is
+    infinite where nothing can be compared. It does not matter whether the layer that makes the logits is trained yet,
+    while the divergence of what they predict says nothing before it is (docs/method.md).
+    """
+    logits = [
+        (logits_of(old, target.read), logits_of(new, target.read)) for old, new in zip(before, after, strict=True)
+    ]
+    rows = [(a, b) for a, b in logits if a is not None and b is not None and a.shape == b.shape]
+    if len(rows) < len(logits) or sum(len(a) for a, _ in rows) < 2:
+        return _of_all_outputs(before, after, target)
+    old, new = (torch.cat([pair[i] for pair in rows]).detach().double() for i in (0, 1))
+    old, new = old - old.mean(1, keepdim=True), new - new.mean(1, keepdim=True)
+    spread = float((old - old.mean(0)).square().sum())
+    moved = float((new - old).square().sum())
+    return moved / spread if spread > 0 else math.inf if moved > 0 else 0.0
+
+
+def _of_all_outputs(before: Sequence[Any], after: Sequence[Any], target: Target) -> float:
+    try:
+        found = difference(*([read_output(out, target.read) for out in outs] for outs in (before, after)))
+    except NonFiniteError:
+        return math.inf
+    return found.moved / found.spread if found.compared and found.spread > 0 else math.inf
+
+
+def carried_over(shifts: Sequence[tuple[float, float]], error: float) -> float:
+    """Return the shift at an error, from those measured at others: by the power of the error between two of them.
+
+    Below the smaller it falls with the square of the error; above the larger it grows on as between the two.
+
+    Example:
+        >>> carried_over([(0.1, 0.01)], 0.2), carried_over([(0.1, 0.01), (0.2, 0.02)], 0.4)
+        (0.04, 0.04)
+    """
+    known = sorted(shifts)
+    if error <= 0.0:
+        return 0.0
+    (low, at_low), (high, at_high) = known[0], known[-1]
+    if high <= 0.0:
+        return at_high
+    if high <= low or low <= 0.0 or at_low <= 0.0 or at_high <= 0.0:
+        return at_high * (error / high) ** 2
+    if error <= low:
+        return at_low * (error / low) ** 2
+    power = min(max(math.log(at_high / at_low) / math.log(high / low), LEAST_POWER), MOST_POWER)
+    start, shift = (high, at_high) if error > high else (low, at_low)
+    return float(shift * (error / start) ** power)
+
+
+def inputs_of(call: Call) -> Probe:
+    """Return the first few examples of some inputs, all of them where they cannot be cut."""
+    whole = as_probe(call)
+    cuts = cuts_of(whole)
+    return cuts[0].take(0, min(cuts[0].rows, EXAMPLES)) if cuts else whole
