@@ -28,8 +28,8 @@ def test_forms(target, goal):
 
 @pytest.mark.parametrize(
     "target",
-    ["2", "x", "0.5x", "1x", "infx", "nanx", 2, 0.5, {}, {"macs": 0.5, "parameters": 0.5}, {"flops": 0.5}, {"macs": 0.0},
-     {"macs": 1.0}, {"macs": "half"}, {"macs": True}, {"macs": float("nan")}],
+    ["2", "x", "0.5x", "1x", "infx", "nanx", 2, 0.5, {}, {"macs": 0.5, "parameters": 0.5}, {"flops": 0.5},
+     {"macs": 0.0}, {"macs": 1.0}, {"macs": "half"}, {"macs": True}, {"macs": float("nan")}],
 )  # fmt: skip
 def test_other_forms_are_refused_by_value(target):
     with pytest.raises(ArgumentError) as error:
@@ -59,7 +59,7 @@ def test_a_goal_out_of_reach_is_refused_with_what_is_pinned():
     structure = analyse(_net(), (torch.zeros(2, 4),), {})
     full = (99, structure.macs / 2)
     check_goal(Goal(measure="macs", share=0.1), structure, full, 2, lambda group: 1)
-    with pytest.raises(ArgumentError, match="0.333 remain") as error:
+    with pytest.raises(ArgumentError, match=r"0\.333 remain") as error:
         check_goal(Goal(measure="macs", share=0.1), structure, full, 2, lambda group: 4)
     assert "'2' (3 channels)" in str(error.value)
 
@@ -82,7 +82,8 @@ def test_least_widths_are_of_the_full_width():
 @pytest.mark.parametrize("total", [7, 30, 200, 648, 5000, 100_000])
 def test_steps_towards_a_goal_come_early_and_all_parts_are_gone(total, pretrained):
     steps = goal_steps(total, after=0, pretrained=pretrained)
-    assert steps and all(1 <= step <= max(2, 0.7 * total) for step in steps)
+    assert steps
+    assert all(1 <= step <= max(2, 0.7 * total) for step in steps)
     assert list(steps) == sorted(set(steps))
     parts = [part_of_way(total, step, pretrained=pretrained) for step in steps[:4]]
     assert parts == [1 / 3, 1 / 2, 1.0, 1.0][: len(parts)]

@@ -92,7 +92,7 @@ def test_bounds_on_widths_hold_and_the_goal_is_reached_in_more_events():
     assert len(events) >= 3
     assert all(after >= 0.8 * before - 1 for event in events for before, after in event.groups.values())
     assert events[-1].macs[1] / events[0].macs[0] <= (1 + NEAR) / 1.9
-    with pytest.raises(ArgumentError, match="min_width=1.5"):
+    with pytest.raises(ArgumentError, match=r"min_width=1\.5"):
         start(mlp(), (12,), min_width=1.5)
     with pytest.raises(ArgumentError, match="max_removed=0"):
         start(mlp(), (12,), max_removed=0)
@@ -171,7 +171,7 @@ def test_groups_whose_loss_the_outputs_show_are_left_alone():
 
 
 def test_a_pretrained_network_is_recognised_by_its_norms():
-    optimizer, apo = start(convs(), (3, 8, 8), target="2x")
+    _, apo = start(convs(), (3, 8, 8), target="2x")
     assert apo.decision.at_step > 0.03 * STEPS
     trained = convs()
     fresh = start(trained, (3, 8, 8), tolerance=0.0)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from apoptosis.planner.allocation import Point, choose_widths, hull, together
 
-_POINTS = st.lists(
-    st.tuples(st.integers(1, 40), st.floats(0.0, 1.0, allow_subnormal=False)), min_size=0, max_size=5, unique_by=lambda p: p[0]
-)  # fmt: skip
+_POINT = st.tuples(st.integers(1, 40), st.floats(0.0, 1.0, allow_subnormal=False))
+_POINTS = st.lists(_POINT, min_size=0, max_size=5, unique_by=lambda point: point[0])
 
 
 def _task(name, found):
