@@ -25,12 +25,28 @@ class Attention(nn.Module):
         return self.drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 
+class PackedAttention(nn.Module):
+    """Its code has written sizes out, so that it can lose no part of its channels."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(x).split(width, dim=2)
+        q, k, v = (y.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for y in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(batch, length, width))
+
+
 class Block(nn.Module):
     """Pre-norm; the feed-forward branch is no module of its own."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 16, *, packed: bool = False) -> None:
         super().__init__()
-        self.n0, self.attn, self.n1 = nn.LayerNorm(width), Attention(width, 4), nn.LayerNorm(width)
+        self.n0, self.n1 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = PackedAttention(width, 4) if packed else Attention(width, 4)
         self.fc1, self.fc2 = nn.Linear(width, 32), nn.Linear(32, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,6 +164,7 @@ def _llama() -> nn.Module:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Call, tuple[str, ...]]] = {
     "own": (lambda: Tokens(Block(), Block()), ((IDS,), {}), ("b.0.attn", "b.0.fc2", "b.1.attn", "b.1.fc2")),
+    "packed": (lambda: Tokens(Block(packed=True)), ((IDS,), {}), ("b.0.attn", "b.0.fc2")),
     "torch": (lambda: Tokens(TorchBlock(), TorchBlock()), ((IDS,), {}), ("b.0.a", "b.0.mlp", "b.1.a", "b.1.mlp")),
     "encoder": (
         lambda: Tokens(_layer(), _layer(norm_first=True)),

@@ -17,7 +17,7 @@ from apoptosis.decide.acceptance import AcceptanceResult
 from apoptosis.engine.step import Outcome, apply_reductions
 from apoptosis.errors import CheckpointError
 from apoptosis.model.evaluate import as_probe
-from apoptosis.planner import Request, branches_of, make_plan, propose_empty
+from apoptosis.planner import Request, branches_of, groups_to_observe, make_plan, propose_empty
 from apoptosis.planner.sampling import sample
 from apoptosis.records import EmptyProposal, Structure
 from apoptosis.surgery import as_averaged_model
@@ -53,7 +53,8 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, call: Any, steps: in
 
 def proposals(target: Target) -> tuple[Structure, tuple[EmptyProposal, ...]]:
     structure = rehearse(target, target.capture(), {})
-    _, seen = sample(target.model, structure.open_groups, [target.call], tolerance=0.1, modes=1, seed=0)
+    groups = groups_to_observe(structure)
+    _, seen = sample(target.model, groups, [target.call], tolerance=0.1, modes=1, seed=0)
     return structure, propose_empty(target.model, structure, seen)
 
 

@@ -53,6 +53,8 @@ def make_event(
 ) -> Event:
     """Put together the report of one pruning step, from what was planned, what was measured and what came of it."""
     done = [reduction.group for reduction in outcome.done]
+    left = {group.name for group in outcome.structure.groups}
+    gone = {name for name, (_, after) in plan.widths.items() if outcome.committed and not after and name not in left}
     promised = merged(certificate for name in done for certificate in plan.certificates[name])
     change = None if outcome.result is None else outcome.result.change
     limit = None if outcome.result is None or not outcome.committed else outcome.result.certificate
@@ -60,7 +62,7 @@ def make_event(
         step=step,
         tolerance=plan.tolerance,
         criterion=plan.criterion,
-        groups={name: plan.widths[name] for name in plan.widths if name in done},
+        groups={name: plan.widths[name] for name in plan.widths if name in done or name in gone},
         parameters=(before.parameters, after.parameters),
         macs=(before.macs, after.macs),
         bytes_freed=before.bytes - after.bytes,

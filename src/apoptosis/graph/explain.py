@@ -293,6 +293,17 @@ class Code(Enum):
         return Reason(self, self.text.format(**fields), where, self.remedy.format(**fields))
 
 
+_OF_A_PART = frozenset(code.code for code in (Code.BROKEN, Code.SHARED_NUMBER, Code.SHARED_WIDTH, Code.PART_OF_WIDTH))
+
+
+def may_go_whole(pin: Pin | None) -> bool:
+    """Whether a group may lose all its channels: it has no pin, or one that holds for a part of them alone.
+
+    Widths that the code has written out, or that are those of other groups, do not matter once nothing is left.
+    """
+    return pin is None or pin.code in _OF_A_PART
+
+
 def reason_of(why: Code | Reason | str, remedy: str = "") -> Reason:
     """Return a reason from a code, from a text of the user's, or as it is; a remedy of the case replaces the usual."""
     reason = Code.OWN_RULE(text=why) if isinstance(why, str) else why() if isinstance(why, Code) else why

@@ -14,8 +14,9 @@ from torch import nn
 
 from apoptosis.criteria import relative_error
 from apoptosis.criteria.views import moments_of, offset_of, output_variance
+from apoptosis.graph.explain import may_go_whole
 from apoptosis.planner.views import GroupData, Observations, make_view
-from apoptosis.records import Branch, Certificate, EmptyProposal, Reduction, SiteReduction, Structure
+from apoptosis.records import Branch, Certificate, EmptyProposal, Group, Reduction, SiteReduction, Structure
 
 ROUNDOFF = 1e-6
 """Relative rms that stands for tolerance 0: single precision."""
@@ -23,10 +24,23 @@ _NOTE = "of the output of a branch of which the mean is kept and nothing else"
 
 
 def branches_of(structure: Structure) -> tuple[Branch, ...]:
-    """Return the residual branches that may be emptied, in forward order, without those that read pinned groups."""
-    pinned = {group.name for group in structure.groups if group.pin is not None}
+    """Return the residual branches that may be emptied, in forward order.
+
+    Those that read pinned groups are left out, but for groups of which the model's code cannot lose a part, because it
+    has sizes written out: it may well lose all.
+    """
+    pinned = {group.name for group in structure.groups if not may_go_whole(group.pin)}
     found = {group.branch.name: group.branch for group in structure.groups if group.branch is not None}
     return tuple(branch for branch in found.values() if not pinned.intersection(branch.read))
+
+
+def groups_to_observe(structure: Structure) -> tuple[Group, ...]:
+    """Return the open groups, and those pinned ones that a branch which may be emptied reads, in forward order.
+
+    Windows that are to tell what emptying would do (`propose_empty`) observe these in place of `open_groups`.
+    """
+    read = {name for branch in branches_of(structure) for name in branch.read}
+    return tuple(group for group in structure.groups if group.pin is None or group.name in read)
 
 
 def propose_empty(

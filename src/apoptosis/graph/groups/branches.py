@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from apoptosis.graph.explain import may_go_whole
 from apoptosis.graph.trace.calls import ALWAYS, ModuleCall
 from apoptosis.graph.trace.result import TraceResult
 from apoptosis.records import Branch, Group, IntArray, LinearSite, NormSite, StandIn
@@ -140,7 +141,7 @@ class _Finder:
             if len(self._places[mode].get(layer, ())) != 1:
                 raise _NoBranch(f"'{layer}' does not run once in every pass")
         own = self.readings.get(layer, [])
-        read = [(g, s) for g, s in own if g.pin is None and not _is_whole(g)]
+        read = [(g, s) for g, s in own if may_go_whole(g.pin) and not _is_whole(g)]
         if not read:
             raise _NoBranch(f"'{layer}' reads channels that cannot be removed")
         first = read[0][1]
