@@ -134,9 +134,9 @@ def _product_site(trace: TraceResult, products: Products, product: Product, plac
     if fold is not None:
         weight, dim = fold
         info = trace.channel_ids.tensors[weight]
-        right = [np.unique(ids) for ids in product.right[places]]
-        if len({ids.size for ids in right}) == 1:
-            columns, num_columns = np.stack(right) - info.bases[dim], info.shape[dim]
+        right = _distinct(product.right[places])
+        if right is not None:
+            columns, num_columns = right - info.bases[dim], info.shape[dim]
             bias = next(iter(trace.bias_of.get(fold, ())), None)
         else:
             weight, fold = "", None
@@ -145,9 +145,10 @@ def _product_site(trace: TraceResult, products: Products, product: Product, plac
         scaled = product.right if product.scales_right else product.left
         for name, dim, here in trace.channel_ids.axes_of(scaled):
             base = trace.channel_ids.tensors[name].bases[dim]
-            own = [np.unique(scaled[p][here[p]]) - base for p in places]
-            rescale.append((name, dim, np.stack(own)))
-            rescale.extend((b, 0, np.stack(own)) for b in sorted(trace.bias_of.get((name, dim), ())))
+            found = _distinct(scaled[places]) if bool(here.all()) else None
+            own = np.stack([np.unique(scaled[p][here[p]]) for p in places]) if found is None else found
+            rescale.append((name, dim, own - base))
+            rescale.extend((b, 0, own - base) for b in sorted(trace.bias_of.get((name, dim), ())))
     return ProductSite(
         module=product.module,
         weight=weight,
@@ -162,6 +163,20 @@ def _product_site(trace: TraceResult, products: Products, product: Product, plac
         number=product.number,
         outputs=tuple(replace(one, columns=one.columns[places]) for one in _shown_by(trace, product)),
     )
+
+
+def _distinct(ids: IntArray) -> IntArray | None:
+    """Return the different ids of every row, ascending; None where rows have different numbers of them.
+
+    Example:
+        >>> _distinct(np.array([[4, 2, 4], [7, 7, 5]])).tolist()
+        [[2, 4], [5, 7]]
+    """
+    ordered = np.sort(ids, axis=1)
+    first = np.ones(ordered.shape, dtype=bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    counts = first.sum(axis=1)
+    return ordered[first].reshape(len(ids), -1) if bool((counts == counts[:1]).all()) else None
 
 
 def _shown_by(trace: TraceResult, product: Product) -> tuple[ModuleOutput, ...]:
