@@ -1,7 +1,7 @@
 """Measure what apoptosis itself costs: the same steps with and without it, in turn, in one process.
 
     python -m benchmarks.overhead --row gpt --data-dir DIR           (rows: tasks of benchmarks.paper)
-    python -m benchmarks.overhead --row mnist --epochs 2 --data-dir DIR
+    python -m benchmarks.overhead --row minilm-sst2 --windows 1 --data-dir DIR    (stops after the first event)
 
 A trains with apoptosis at default settings, one thread. While a window is open, every step is also made by B, a copy
 from before it without hooks, on the same batch; which of the two goes first alternates. What A takes longer is the
@@ -58,8 +58,10 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def measure(task: Task, data_dir: Path | None, seed: int, epochs: float | None) -> dict[str, Any]:
-    """Time one run against its steps without apoptosis."""
+def measure(
+    task: Task, data_dir: Path | None, seed: int, epochs: float | None, windows: int | None = None
+) -> dict[str, Any]:
+    """Time one run against its steps without apoptosis; windows: stop when so many are over, None for the whole run."""
     torch.set_num_threads(1)
     run = MethodRun("apoptosis", task, task.load(data_dir, None), seed, epochs=epochs)
     network: Network = (run.model, run.optimizer)
@@ -83,7 +85,7 @@ def measure(task: Task, data_dir: Path | None, seed: int, epochs: float | None) 
         total += own + spent
         run.step += 1
         if twin is None:
-            cost.parts["windows" if apo.watching else "between"] += spent
+            cost.parts["between"] += 0.0 if apo.watching else spent
         elif apo.watching:
             window["seconds"] += spent
         else:
@@ -92,19 +94,22 @@ def measure(task: Task, data_dir: Path | None, seed: int, epochs: float | None) 
             kept = None if event is None else list(event.macs)
             cost.events.append({**window, "event_seconds": spent, "step": run.step, "macs": kept})
             twin = None
+            if len(cost.events) == windows:
+                break
         if apo.watching and twin is None:
             twin, number = copy_of(run, network), 0
             usual = statistics.median(plain[-PLAIN:]) if plain else 0.0
             window = {"steps": 0, "seconds": spent, "step_seconds": usual,
                       "predicted_seconds": cost_of(told(apo, run)) / rate}  # fmt: skip
+    cost.parts["windows"] += 0.0 if twin is None else window["seconds"]  # one that the end of the run cut off
     return {
         "seed": seed,
         "steps": run.step,
+        "total_steps": run.total_steps,
         "events": apo.ledger().events,
         "seconds_with": total,
         "seconds_without": total - cost.total,
         "share_by_difference": cost.total / total,
-        "share_by_clock": apo.seconds / total,
         "parts": cost.parts,
         "attempts": cost.events,
     }
@@ -166,11 +171,12 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=float, help="instead of the task's own; the last one may be cut short")
+    parser.add_argument("--windows", type=int, help="stop when so many windows are over: no share of a whole run")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/overhead-ROW.json")
     given = parser.parse_args()
     task, runs = BY_NAME[given.row], []
     for seed in given.seeds.split(","):
-        runs.append(measure(task, given.data_dir, int(seed), given.epochs))
+        runs.append(measure(task, given.data_dir, int(seed), given.epochs, given.windows))
         parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in runs[-1]["parts"].items())
         print(f"{given.row}, seed {seed}: {100 * runs[-1]['share_by_difference']:.2f} % by difference: {parts}")
         for one in runs[-1]["attempts"]:

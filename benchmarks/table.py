@@ -49,17 +49,17 @@ def overhead_table(results: Mapping[str, Record]) -> str:
             rows.append(
                 (
                     str(result.get("network", name)),
-                    f"{run['steps']:,}",
+                    f"{run['steps']:,} of {run['total_steps']:,}",
                     f"{1000 * plain:,.0f} ms",
                     f"{len(attempts)}, {run['events']}",
                     f"{run['seconds_with']:.1f} s",
-                    f"{100 * run['share_by_difference']:.2f} %",
+                    f"{100 * run['share_by_difference']:.2f} %" if run["steps"] == run["total_steps"] else "",
                     *(f"{parts[part]:.2f} s" for part in ("construction", "windows", "events")),
                     "" if first is None else f"{first['seconds']:.2f} + {first['event_seconds']:.2f} s",
                     f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "",
                 )
             )
-    head = ("network", "steps", "a step", "windows, events", "whole run", "own share", "construction", "windows",
+    head = ("network", "steps", "a step", "windows, events", "processor time", "own share", "construction", "windows",
             "events", "first window + event", "predicted / measured")  # fmt: skip
     return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.overhead")
 

@@ -140,7 +140,8 @@ def test_every_table_has_its_place_and_every_marker_its_table():
 
 
 OVERHEAD = {
-    "seed": 0, "steps": 1000, "events": 1, "seconds_with": 10.2, "seconds_without": 10.0, "share_by_difference": 0.0196,
+    "seed": 0, "steps": 1000, "total_steps": 1000, "events": 1,
+    "seconds_with": 10.2, "seconds_without": 10.0, "share_by_difference": 0.0196,
     "parts": {"construction": 0.05, "windows": 0.1, "events": 0.05, "between": 0.0},
     "attempts": [
         {"seconds": 0.06, "event_seconds": 0.04, "predicted_seconds": 0.12},
@@ -152,10 +153,13 @@ OVERHEAD = {
 def test_overhead_rows():
     overhead = {"kind": "overhead", "network": "MLP", "runs": [OVERHEAD]}
     assert table.overhead_table({"o": overhead}).splitlines()[2] == (
-        "| MLP | 1,000 | 10 ms | 2, 1 | 10.2 s | 1.96 % | 0.05 s | 0.10 s | 0.05 s | 0.06 + 0.04 s | 0.8 to 1.2 |"
+        "| MLP | 1,000 of 1,000 | 10 ms | 2, 1 | 10.2 s | 1.96 % | 0.05 s | 0.10 s | 0.05 s | 0.06 + 0.04 s "
+        "| 0.8 to 1.2 |"
     )
     none = {**overhead, "runs": [OVERHEAD | {"attempts": [], "events": 0}]}
     assert table.overhead_table({"o": none}).splitlines()[2].endswith("| 0.05 s |  |  |")
+    stopped = {**overhead, "runs": [OVERHEAD | {"total_steps": 2000}]}
+    assert "| 10.2 s |  | 0.05 s |" in table.overhead_table({"o": stopped})
 
 
 def test_capture_rows():
