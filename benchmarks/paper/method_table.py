@@ -5,14 +5,12 @@ Holds: the table of methods by name. Elsewhere: what a method does (methods), th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from apoptosis import Apoptosis
 from apoptosis.errors import ArgumentError
 from benchmarks.paper.methods import CRITERIA, FineTuning, Lasso, Pruning, Shrinking, small
 from benchmarks.paper.tasks import Task, TaskData
@@ -36,11 +34,6 @@ class Method:
     after: tuple[str, ...] = ()
 
 
-def has_targets() -> bool:
-    """Whether `Apoptosis` takes a target in this version."""
-    return "target" in inspect.signature(Apoptosis).parameters
-
-
 def methods_of(task: Task, data: TaskData, seed: int, *, criteria: bool = True) -> dict[str, Method]:
     """Return the task's methods by name, in the order in which they train within a turn."""
     at = (task, data, seed)
@@ -49,7 +42,7 @@ def methods_of(task: Task, data: TaskData, seed: int, *, criteria: bool = True) 
         Method(name="apoptosis", make=lambda runs: Shrinking("apoptosis", *at)),
         _following("torch-pruning", Pruning, "apoptosis", *at),
     ]
-    if task.kind and has_targets():
+    if task.kind:
         for target in TARGETS:
             name = f"apoptosis, {target}"
             found += [_shrinking(name, *at, target=target), _following(f"torch-pruning, {target}", Pruning, name, *at)]
