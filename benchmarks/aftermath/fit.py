@@ -145,17 +145,7 @@ def lasting_over_sums(trials: Sequence[Trial]) -> dict[str, list[float]]:
 
 # ---------------------------------------------------------------------- formulas
 
-Term = Callable[[Trial, "Curves"], float | None]
-Curves = Mapping[str, Sequence[float]]  # task -> training loss of the untouched run, by step
-
-
-def gained(trial: Trial, curves: Curves) -> float:
-    """Return by how much the untouched run's loss falls from the removal to the last window, from its curve."""
-    curve, step = curves[trial["task"]], trial["step"]
-    first, end = (step + int(x) for x in trial["later"][-1][:2])
-    before = max(5, step // 5)
-    now, then = np.mean(curve[step - before : step]), np.mean(curve[first:end])
-    return max(float(now - then), 0.0)
+Term = Callable[[Trial], float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,13 +155,13 @@ class Formula:
     name: str
     terms: tuple[Term, ...]
 
-    def values(self, trials: Sequence[Trial], curves: Curves) -> Floats:
-        rows = [[max(_number(of(t, curves)), 1e-9) for of in self.terms] for t in trials]
+    def values(self, trials: Sequence[Trial]) -> Floats:
+        rows = [[max(_number(of(t)), 1e-9) for of in self.terms] for t in trials]
         return np.asarray(rows, dtype=np.float64)
 
-    def fit(self, trials: Sequence[Trial], curves: Curves) -> Floats:
+    def fit(self, trials: Sequence[Trial]) -> Floats:
         """Return the constants that make log((cost + FLOOR) / (foretold + FLOOR)) small; few far off count little."""
-        values, cost, weights = self.values(trials, curves), costs(trials), _by_task(trials)
+        values, cost, weights = self.values(trials), costs(trials), _by_task(trials)
 
         def off(logs: Floats) -> Floats:
             return weights * np.log((cost + FLOOR) / (values @ np.exp(logs) + FLOOR))
@@ -184,12 +174,12 @@ class Formula:
         )  # fmt: skip
         return np.asarray(np.exp(best.x), dtype=np.float64)
 
-    def errors(self, trials: Sequence[Trial], curves: Curves) -> dict[str, Floats]:
+    def errors(self, trials: Sequence[Trial]) -> dict[str, Floats]:
         """Return task -> log2 of (cost + FLOOR) / (foretold + FLOOR), foretold from the other tasks alone."""
         found = {}
         for task in tasks_of(trials):
             others, own = [t for t in trials if t["task"] != task], [t for t in trials if t["task"] == task]
-            foretold = self.values(own, curves) @ self.fit(others, curves)
+            foretold = self.values(own) @ self.fit(others)
             found[task] = np.log2((costs(own) + FLOOR) / (foretold + FLOOR))
         return found
 
@@ -209,10 +199,10 @@ def _by_task(trials: Sequence[Trial]) -> Floats:
 
 def of(name: str) -> Term:
     """Return a known quantity as a term."""
-    return lambda trial, curves: KNOWN[name](trial)
+    return KNOWN[name]
 
 
-def rate_left(trial: Trial, curves: Curves) -> float:
+def rate_left(trial: Trial) -> float:
     """Return the learning rate of all further steps as a share of the whole run's."""
     return float(trial["rate_left"])
 
@@ -223,10 +213,10 @@ def capacity(later: Term, *, by_outputs: bool = True) -> Term:
     by_outputs: times the geometric mean of that share and of the relative rms of the outputs, which counts up to 1.
     """
 
-    def term(trial: Trial, curves: Curves) -> float:
+    def term(trial: Trial) -> float:
         share = 1 - float(trial["macs_left"])
         rms = min(float(trial["at_once"]["rms_squared"]) ** 0.5, 1.0)
-        return ((share * rms) ** 0.5 if by_outputs else share) * _number(later(trial, curves))
+        return ((share * rms) ** 0.5 if by_outputs else share) * _number(later(trial))
 
     return term
 
@@ -240,26 +230,22 @@ FORMULAS = (
     Formula(name="gradient-weighted error, absolute", terms=(of("gradient-weighted error, absolute"),)),
     Formula(name="multiply-adds", terms=(of("share of the multiply-adds removed"),)),
     Formula(name="divergence; multiply-adds x rate left", terms=(DIVERGENCE, capacity(rate_left, by_outputs=False))),
-    Formula(name="divergence; multiply-adds x gain", terms=(DIVERGENCE, capacity(gained, by_outputs=False))),
-    Formula(name="divergence; √(multiply-adds x rms) x gain", terms=(DIVERGENCE, capacity(gained))),
     Formula(name="divergence; √(multiply-adds x rms) x rate left", terms=(DIVERGENCE, capacity(rate_left))),
 )
 CHOSEN = FORMULAS[-1]  # that apoptosis.decide.exchange has
 
 
-def fitted(record: Trial) -> tuple[list[Trial], Curves]:
-    """Return the trials that formulas are fitted to, and the curves of their tasks: to the end, groups and networks."""
-    curves = {t["task"]: t["curve"] for t in record["trials"] if "curve" in t}
-    found = [t for t in made(record["trials"]) if t["what"] in ("group", "all") and to_end(t) and t["task"] in curves]
-    return found, curves
+def fitted(record: Trial) -> list[Trial]:
+    """Return the trials that formulas are fitted to: removals of groups that were followed to the end of the run."""
+    return [t for t in made(record["trials"]) if t["what"] in ("group", "all") and to_end(t)]
 
 
-def rank_of(formula: Formula, trials: Sequence[Trial], curves: Curves) -> dict[str, float]:
+def rank_of(formula: Formula, trials: Sequence[Trial]) -> dict[str, float]:
     """Return task -> Spearman's rank correlation of a formula, fitted to the other tasks, with what lasts."""
     found = {}
     for task in tasks_of(trials):
         others, own = [t for t in trials if t["task"] != task], [t for t in trials if t["task"] == task]
         if len(own) >= FEWEST and others:
-            foretold = formula.values(own, curves) @ formula.fit(others, curves)
+            foretold = formula.values(own) @ formula.fit(others)
             found[task] = float(spearmanr(foretold, [lasting(t) for t in own])[0])
     return found

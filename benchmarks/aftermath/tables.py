@@ -65,7 +65,7 @@ def ranks(results: Results) -> str:
 
 
 def _formula_ranks(results: Results) -> dict[str, float]:
-    return fit.rank_of(fit.CHOSEN, *fit.fitted(results["aftermath"]))
+    return fit.rank_of(fit.CHOSEN, fit.fitted(results["aftermath"]))
 
 
 def widths(results: Results) -> str:
@@ -92,16 +92,16 @@ def formulas(results: Results) -> str:
     """What foretells the cost at the end of a run on tasks that it was not fitted to."""
     if "aftermath" not in results:
         return EMPTY
-    trials, curves = fit.fitted(results["aftermath"])
+    trials = fit.fitted(results["aftermath"])
     if len(fit.tasks_of(trials)) < 2:
         return EMPTY
     rows = []
     for formula in fit.FORMULAS:
-        constants = formula.fit(trials, curves)
-        errors = formula.errors(trials, curves)
+        constants = formula.fit(trials)
+        errors = formula.errors(trials)
         every = np.abs(np.concatenate(list(errors.values())))
         worst = max(errors, key=lambda task: abs(float(np.median(errors[task]))))
-        own = list(fit.rank_of(formula, trials, curves).values())
+        own = list(fit.rank_of(formula, trials).values())
         bold = "**" if formula is fit.CHOSEN else ""
         rows.append(
             (

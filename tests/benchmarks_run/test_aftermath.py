@@ -155,7 +155,6 @@ def test_data_that_is_missing_gets_one_line(tmp_path, capsys):
 
 
 def made_up(task, share, kl, rms, cost, *, step=50, steps=100, number=0):
-    curve = [3.0 - 0.5 * float(torch.tensor(i + 1.0).log2()) for i in range(steps)]
     trial = {
         "key": f"{task}|0|{step}|group|g{number}|{share}", "task": task, "what": "group", "name": f"g{number}",
         "groups": [f"g{number}"], "share": share, "step": step, "steps": steps, "k": steps - step,
@@ -163,43 +162,35 @@ def made_up(task, share, kl, rms, cost, *, step=50, steps=100, number=0):
         "at_once": {"kl": kl, "rms_squared": rms**2, "loss": kl},
         "later": [[0, 25, 0.0], [25, steps - step, cost]], "later_held_out": cost,
     }  # fmt: skip
-    return trial, curve
+    return trial
 
 
 def test_the_fit_finds_the_constants_that_made_the_costs_and_foretells_tasks_that_it_has_not_seen():
-    trials, curves = [], {}
+    trials = []
     for task, scale in (("one", 1e-3), ("two", 1e-2), ("three", 0.1)):
         for i in range(8):
-            trial, curve = made_up(task, 0.25 + 0.08 * i, scale * (1 + i), 0.1 * (1 + i % 3), 0.0, number=i)
+            trial = made_up(task, 0.25 + 0.08 * i, scale * (1 + i), 0.1 * (1 + i % 3), 0.0, number=i)
             cost = 1.2 * trial["at_once"]["kl"] + 0.3 * (0.2 * trial["share"] * 0.1 * (1 + i % 3)) ** 0.5 / 2
             trial["later"][-1][2] = cost
             trials.append(trial)
-            curves[task] = curve
-    assert fit.CHOSEN.fit(trials, curves) == pytest.approx([1.2, 0.3], rel=1e-3)
-    assert max(abs(error).max() for error in fit.CHOSEN.errors(trials, curves).values()) < 0.01
-    assert fit.rank_of(fit.CHOSEN, trials, curves) == pytest.approx({"one": 1.0, "two": 1.0, "three": 1.0})
-    plain = fit.FORMULAS[0].errors(trials, curves)
+    assert fit.CHOSEN.fit(trials) == pytest.approx([1.2, 0.3], rel=1e-3)
+    assert max(abs(error).max() for error in fit.CHOSEN.errors(trials).values()) < 0.01
+    assert fit.rank_of(fit.CHOSEN, trials) == pytest.approx({"one": 1.0, "two": 1.0, "three": 1.0})
+    plain = fit.FORMULAS[0].errors(trials)
     assert max(abs(error).max() for error in plain.values()) > 1
 
 
-def test_what_a_run_gains_is_read_off_its_curve():
-    trial, curve = made_up("one", 0.5, 1e-3, 0.1, 0.0, step=200, steps=800)
-    last = range(225, 800)  # the window of the cost
-    now, then = curve[179], sum(curve[i] for i in last) / len(last)
-    assert fit.gained(trial, {"one": curve}) == pytest.approx(now - then, rel=0.1)
-
-
 def test_widths_and_sums():
-    trials = [made_up("one", share, 4 * share**2, 0.1, 0.0)[0] for share in (0.25, 0.5, 0.75)]
+    trials = [made_up("one", share, 4 * share**2, 0.1, 0.0) for share in (0.25, 0.5, 0.75)]
     assert fit.over_widths(trials)["one"] == {"0.25": [pytest.approx(1.0)], "0.75": [pytest.approx(1.0)]}
-    other = made_up("one", 0.5, 0.5, 0.1, 0.0, number=1)[0]
+    other = made_up("one", 0.5, 0.5, 0.1, 0.0, number=1)
     both = trials[1] | {"what": "all", "groups": ["g0", "g1"], "at_once": {"kl": 3.0}}
     assert fit.over_sums([*trials, other, both])["one"] == {"0.5": [pytest.approx(2.0)]}
 
 
 def test_lasting_costs_of_many_groups_over_the_sum_of_the_single_ones():
-    one, other = (made_up("one", 0.5, 1e-3, 0.1, cost, number=i)[0] for i, cost in enumerate((0.01, 0.03)))
-    both = made_up("one", 0.5, 1e-3, 0.1, 0.06)[0] | {"what": "all", "groups": ["g0", "g1"]}
+    one, other = (made_up("one", 0.5, 1e-3, 0.1, cost, number=i) for i, cost in enumerate((0.01, 0.03)))
+    both = made_up("one", 0.5, 1e-3, 0.1, 0.06) | {"what": "all", "groups": ["g0", "g1"]}
     assert fit.lasting_over_sums([one, other, both]) == {"one": [pytest.approx(1.5)]}
     assert fit.lasting_over_sums([one, both]) == {}
 

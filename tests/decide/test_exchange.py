@@ -45,15 +45,15 @@ def test_shares_end_at_one(name):
 def test_the_constants_are_those_of_the_fit():
     fit = importlib.import_module("benchmarks.aftermath.fit")
     record = json.loads((ROOT / "benchmarks" / "results" / "aftermath.json").read_text(encoding="utf-8"))
-    found = fit.CHOSEN.fit(*fit.fitted(record))
+    found = fit.CHOSEN.fit(fit.fitted(record))
     assert [AT_ONCE, CAPACITY] == [float(f"{constant:.2g}") for constant in found]
 
 
 def test_the_formula_is_the_one_that_was_fitted():
     fit = importlib.import_module("benchmarks.aftermath.fit")
     record = json.loads((ROOT / "benchmarks" / "results" / "aftermath.json").read_text(encoding="utf-8"))
-    trials, curves = fit.fitted(record)
-    values = fit.CHOSEN.values(trials, curves) @ [AT_ONCE, CAPACITY]
+    trials = fit.fitted(record)
+    values = fit.CHOSEN.values(trials) @ [AT_ONCE, CAPACITY]
     for trial, value in list(zip(trials, values, strict=True))[::5]:
         at_once = trial["at_once"]
         own = lasting_cost(

@@ -10,8 +10,8 @@ import math
 
 from apoptosis.errors import ArgumentError
 
-AT_ONCE = 1.1  # of the divergence at once
-CAPACITY = 0.078  # nats that a run would lose with the whole network, from its first step
+AT_ONCE = 1.3  # of the divergence at once
+CAPACITY = 0.08  # nats that a run would lose with the whole network, from its first step
 
 
 def lasting_cost(divergence: float, rms: float, *, saved: float, rate_left: float) -> float:
@@ -38,7 +38,7 @@ def lasting_cost(divergence: float, rms: float, *, saved: float, rate_left: floa
 
     Example:
         >>> round(lasting_cost(0.003, 0.077, saved=0.47, rate_left=0.82), 4)
-        0.0155
+        0.0164
     """
     sizes = {"divergence": divergence, "rms": rms}
     shares = {"saved": saved, "rate_left": rate_left}
