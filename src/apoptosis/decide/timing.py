@@ -34,7 +34,6 @@ _GRID = 12  # steps per octave that seconds are rounded to
 _LIMIT = 0.5  # seconds that measuring may take, or three forward passes if that is longer
 _REPEATS = 12  # at most; the best counts
 _LEAST = 2  # at least, the first of which meets cold caches
-_PASSES = 3  # of the model
 _FEWEST = 64  # positions of a product of matrices that is timed, where that many are
 _STEP = 3.0  # a training step takes that much of the rest of a forward pass: two parts of it are backward
 _LAUNCH = 2.0  # an operator of the model takes that much of the time of one that has nothing to compute, by itself
@@ -140,15 +139,15 @@ def _least(run: Callable[[], object], clock: Clock) -> float:
 
 
 def _forward_seconds(model: nn.Module, call: Call, found: Recorded, launch: float, clock: Clock) -> float:
-    """Return the seconds of a forward pass in training mode, the best of a few; a long one is not repeated.
+    """Return the seconds of a forward pass in training mode, the best of as many as half a second holds.
 
     What watching its operators takes (model.passes) is taken off; launch: seconds of one that has nothing to compute.
     """
-    best, (args, kwargs) = math.inf, call
+    best, start, (args, kwargs) = math.inf, time.perf_counter(), call
     with internal_passes(model, training=True, drop=True, as_is=model.training):
-        for _ in range(_PASSES):
+        for _ in range(_REPEATS):
             best = min(best, clock(lambda: model(*args, **kwargs)))
-            if best > _LIMIT:
+            if time.perf_counter() - start > _LIMIT:
                 break
         watched = _least(lambda: found.nothing.add(1.0), clock)
     return best - min(max(0.0, watched - launch) * found.num_operators, 0.9 * best)
