@@ -54,8 +54,8 @@ def measure_timings(
 ) -> Timings:
     """Measure what a training step takes; the model, its gradients and all random generators stay as they are.
 
-    Contractions of one shape are timed once. It takes at most about half a second, or three forward passes if those
-    take longer, beside the passes of the model themselves. Seconds are rounded to twelfths of an octave (6 %).
+    Contractions of one shape are timed once. It takes about half a second, or three forward passes if those take
+    longer, and half a second, or two passes, for passes of the model. Seconds are rounded to 6 %, 12 steps an octave.
 
     Args:
         model: on the device where it is trained.
