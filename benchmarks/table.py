@@ -113,6 +113,21 @@ def event_cost_table(results: Mapping[str, Record]) -> str:
     return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.event_cost")
 
 
+def step_time_table(results: Mapping[str, Record]) -> str:
+    """How far predicted speed-ups of a training step are from measured ones."""
+    rows = []
+    for _, result in _of_kind(results, "step-time"):
+        for run in result["runs"]:
+            faster = sorted(sample["measured"] for sample in run["samples"])
+            errors = [f"{run[key][which]:.1%}".replace("%", " %") for key in ("predicted_error", "by_macs_error")
+                      for which in ("median", "worst")]  # fmt: skip
+            times = f"{len(run['samples'])}, {faster[0]:.2f}x to {faster[-1]:.2f}x"
+            rows.append((run["words"], times, *errors, f"{run['measuring_processor_seconds']:.1f} s"))
+    head = ("network", "copies, faster by", "table: median error", "worst", "multiply-adds: median error", "worst",
+            "measuring the table")  # fmt: skip
+    return markdown(head, rows) if rows else EMPTY.format(command="python -m benchmarks.step_time")
+
+
 def machines_table(results: Mapping[str, Record]) -> str:
     """What each result ran on."""
     rows = []
@@ -159,6 +174,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "overhead": overhead_table,
     "capture": capture_table,
     "event-cost": event_cost_table,
+    "step-time": step_time_table,
     "machines": machines_table,
     "options": options_table,
     **scaling.TABLES,
