@@ -126,7 +126,9 @@ def shrink_(
     calls = (_call_of(batch, example_input) for batch in batches)
     observer, observations = sample(model, structure.open_groups, calls, tolerance=given, modes=modes, seed=seed)
     least = least_widths(bounds["min_width"], structure.groups, {})
-    request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed, least=least)
+    request = Request(
+        criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed, least=least, empty=goal is not None
+    )
     job = _Job(target, structure, request, observer, observations, acceptance)
     before = size_of(target, structure)
     plan, outcome = job.carry_out(goal, before)

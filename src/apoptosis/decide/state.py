@@ -383,6 +383,7 @@ def allowed(
         seed=settings.seed + memory.step,
         waiting=waiting or {},
         least=least_widths(settings.min_width, groups, memory.full_widths),
+        empty=has_goal(memory, settings) and settings.max_removed >= MAX_DROP,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
 from apoptosis.decide.goal import check_goal
 from apoptosis.decide.ledger import Event, Ledger
@@ -38,7 +39,8 @@ from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layouts_of, read_layouts, step_checks
 from apoptosis.engine.beginning import check_agreed, limit_of_sites, new_memory, read_settings
 from apoptosis.engine.event_builder import num_parameters
-from apoptosis.engine.step import PruningStep, StepResult
+from apoptosis.engine.sensitivity import towards
+from apoptosis.engine.step import PruningStep, StepResult, way_of
 from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short, new_window
 from apoptosis.errors import CheckpointError, NonFiniteError, RankError
 from apoptosis.model.arguments import (
@@ -234,7 +236,12 @@ class Apoptosis:
         """
         observations = {} if self._observer is None else self._observer.observations()
         request, examples = allowed(self._memory, self._settings, self.groups()), self._target.num_examples
-        plan = make_plan(self._target.model, self._structure, observations, request)
+        rankings: dict[str, Ranking] = {}
+        if (way := way_of(self._memory, self._settings)) is not None:
+            inputs = self._target.call if self._observer is None else self._observer.inputs or self._target.call
+            way = replace(way, known=dict(way.known))
+            request, _ = towards(way, self._target, self._structure, observations, request, rankings, inputs)
+        plan = make_plan(self._target.model, self._structure, observations, request, rankings=rankings)
         return replace(plan, macs_before=plan.macs_before / examples, macs_after=plan.macs_after / examples)
 
     def ledger(self) -> Ledger:

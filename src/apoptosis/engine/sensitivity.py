@@ -24,8 +24,9 @@ from apoptosis.model.outputs import read as read_output
 from apoptosis.planner import Costs, Observations, Request
 from apoptosis.planner.allocation import Choice, Point, Price, choose_widths, together
 from apoptosis.planner.offers import Offers, Trial, UnitOffer, make_offers
-from apoptosis.records import Structure
+from apoptosis.records import EmptyProposal, Structure
 from apoptosis.surgery import Transaction, build_edits, norm_edits
+from apoptosis.surgery.branches import empty_edits, is_empty
 from apoptosis.surgery.target import Target
 
 EXAMPLES = 8  # of the inputs at hand that trials are run on
@@ -48,11 +49,28 @@ class Sensitivity:
     def points(self, offers: Offers, price: Price) -> list[list[Point]]:
         """Return for every task the points among which one is chosen. price: what the network takes at some widths."""
         before = self._outputs()
-        found = []
+        found: list[tuple[set[str], list[Point]]] = []
         for sets in offers.tasks:
             units = [[self._points_of(unit, before, price) for unit in own] for own in sets]
-            found.append([point for own in units for point in (own[0] if len(own) == 1 else together(own)) if own])
-        return found
+            names = {name for own in sets for unit in own for name in unit.groups}
+            found.append((names, [point for own in units for point in _merged(own)]))
+        for proposal in offers.branches:
+            names, inside = set(proposal.branch.groups), list[list[Point]]()
+            apart = [task for task in found if not task[0] & names]
+            for touched, points in (task for task in found if task[0] & names):
+                names |= touched
+                inside.append(points)
+            found = [*apart, (names, [*_merged(inside), *self._emptied(proposal, before, price)])]
+        return [points for _, points in found]
+
+    def _emptied(self, proposal: EmptyProposal, before: Sequence[Any], price: Price) -> list[Point]:
+        """Return the point of emptying a branch, as a list; none where the network does not run so."""
+        name = f"branch {proposal.branch.name}"
+        if name not in self.known:
+            shift = self._shift(Trial(proposal.reductions, {}, 1.0), before)
+            self.known[name] = [(1.0, shift)] if math.isfinite(shift) else []
+        widths = dict.fromkeys(proposal.branch.groups, 0)
+        return [Point(saved=price({}) - price(widths), cost=shift, widths=widths) for _, shift in self.known[name]]
 
     def _points_of(self, unit: UnitOffer, before: Sequence[Any], price: Price) -> list[Point]:
         shifts = self.known.get(name := " ".join(unit.groups))
@@ -78,14 +96,22 @@ class Sensitivity:
         return shift / number if math.isfinite(shift) else math.inf
 
     def _own_shift(self, trial: Trial, before: Sequence[Any]) -> float:
-        transaction = Transaction(self.target.model)
+        transaction, narrowed = Transaction(self.target.model), [r for r in trial.reductions if not is_empty(r)]
         with restoring(transaction.close):
             try:
-                edits = build_edits(self.structure, trial.reductions, trial.dropped_variance)
-                transaction.apply(edits, self.structure, norm_edits(self.structure, trial.reductions))
+                if narrowed:
+                    edits = build_edits(self.structure, narrowed, trial.dropped_variance)
+                    transaction.apply(edits, self.structure, norm_edits(self.structure, narrowed))
+                if emptied := empty_edits(self.structure, trial.reductions):
+                    transaction.empty(emptied)
                 return shift_of(before, outputs(self.target.model, self.probe), self.target)
             except _REFUSED:
                 return math.inf
+
+
+def _merged(units: Sequence[list[Point]]) -> list[Point]:
+    """Return the points of one unit, or the frontier of several that change independently of one another."""
+    return units[0] if len(units) == 1 else together(units)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +152,10 @@ def towards(
     probe = inputs_of(like_example(inputs, target.call))
     points = Sensitivity(target=target, structure=structure, probe=probe, known=way.known).points(offers, price)
     choice = choose_widths(points, price, way.goal.towards(price({}), way.part), limit=way.limit)
-    return replace(request, widths=choice.widths, waiting={**offers.left, **request.waiting}), choice
+    gone = {name for name, width in choice.widths.items() if not width}
+    empty = frozenset(one.branch.name for one in offers.branches if gone.issuperset(one.branch.groups))
+    widths = {name: width for name, width in choice.widths.items() if width}
+    return replace(request, widths=widths, empty=empty, waiting={**offers.left, **request.waiting}), choice
 
 
 def shift_of(before: Sequence[Any], after: Sequence[Any], target: Target) -> float:

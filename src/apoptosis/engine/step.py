@@ -156,27 +156,12 @@ class PruningStep:
         self, request: Request, observations: Observations, rankings: dict[str, Ranking]
     ) -> tuple[Request, float]:
         """Ask for widths by name where there is a way to go; and say how far they are expected to shift the outputs."""
-        way = self._way()
+        way = way_of(self.memory, self.settings)
         if way is None:
             return request, 0.0
         inputs = self.observer.inputs or self.target.call
         request, choice = towards(way, self.target, self.structure, observations, request, rankings, inputs)
         return request, choice.cost
-
-    def _way(self) -> Way | None:
-        """Return the way to the goal; of a pretrained network without one, how far its outputs may shift; else None.
-
-        Every rollback halves what an event does of it.
-        """
-        memory, settings = self.memory, self.settings
-        if settings.total_steps is None or not has_goal(memory, settings):
-            return None
-        part = part_of_way(settings.total_steps, memory.window_start, pretrained=memory.pretrained)
-        part *= 0.5**memory.num_backoffs
-        if settings.goal is not None:
-            return Way(goal=settings.goal, full=memory.full, part=part, known=memory.shifts)
-        limit = part * max(0.0, PRETRAINED_SHIFT - memory.shift)
-        return Way(goal=PRETRAINED_GOAL, full=memory.full, limit=limit, known=memory.shifts)
 
     def _seen_again(self) -> Observations:
         """Return what the window saw; at tolerance 0 joined with what its inputs show under today's weights.
@@ -210,6 +195,21 @@ class PruningStep:
         summed = f"{ranks.bytes_sent - sent:,} bytes summed over {ranks.size} ranks" if ranks.size > 1 else ""
         again = f"torch.compile compiles again what took it {compiling:.1f} s" if compiling > 0 else ""
         return tuple(note for note in (summed, again) if note)
+
+
+def way_of(memory: RunState, settings: Settings) -> Way | None:
+    """Return the way to the goal; of a pretrained network without one, how far its outputs may shift; else None.
+
+    Every rollback halves what an event does of it.
+    """
+    if settings.total_steps is None or not has_goal(memory, settings):
+        return None
+    part = part_of_way(settings.total_steps, memory.window_start, pretrained=memory.pretrained)
+    part *= 0.5**memory.num_backoffs
+    if settings.goal is not None:
+        return Way(goal=settings.goal, full=memory.full, part=part, known=memory.shifts)
+    limit = part * max(0.0, PRETRAINED_SHIFT - memory.shift)
+    return Way(goal=PRETRAINED_GOAL, full=memory.full, limit=limit, known=memory.shifts)
 
 
 # ---------------------------------------------------------------------- apply and test

@@ -6,7 +6,7 @@ loss is measured. Elsewhere: what a width costs (engine.sensitivity), the choice
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Container, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from apoptosis.criteria import Ranking
 from apoptosis.distributed.ranks import Ranks
+from apoptosis.distributed.sharded import has_shards
 from apoptosis.model.passes import device_of
+from apoptosis.planner.branches import propose_empty
 from apoptosis.planner.couplings import Task, Unit, absent, assign_to_ranks, common_steps, tasks_of
 from apoptosis.planner.plan import in_turn, waits_for
 from apoptosis.planner.proposals import ProposalBuilder, Request, criterion_of, rows_missing
 from apoptosis.planner.reasons import Why
 from apoptosis.planner.views import Observations
-from apoptosis.records import Group, Reduction, Structure
+from apoptosis.records import EmptyProposal, Group, Reduction, Structure
 
 WIDTHS = 64  # of one unit that are offered
 MEASURED = 5  # of these whose errors are computed, where each takes a reduction of its own; others lie between
@@ -56,10 +58,12 @@ class UnitOffer:
 class Offers:
     """All that may be chosen.
 
-    tasks: each a number of sets of units, of which one set is changed. left: groups without a width, and why.
+    tasks: each a number of sets of units, of which one set is changed. branches: those that may be emptied instead of
+    changing the groups in them. left: groups without a width, and why.
     """
 
     tasks: tuple[tuple[tuple[UnitOffer, ...], ...], ...]
+    branches: tuple[EmptyProposal, ...]
     left: Mapping[str, Why]
 
 
@@ -99,7 +103,21 @@ def make_offers(
     for one, reasons in ranks.gathered_tensors(ranks.run_collectively(offered), device_of(model)):
         by_task |= one
         left |= reasons
-    return Offers(tasks=tuple(by_task[place] for place in range(len(tasks))), left=left)
+    ordered = tuple(by_task[place] for place in range(len(tasks)))
+    waiting = {*request.waiting, *(name for name, why in left.items() if why.cause in ("unseen", "waiting"))}
+    return Offers(tasks=ordered, branches=_branches(model, structure, observations, request, waiting), left=left)
+
+
+def _branches(
+    model: nn.Module, structure: Structure, observations: Observations, request: Request, waiting: Container[str]
+) -> tuple[EmptyProposal, ...]:
+    """Return the branches that may be emptied; none whose groups wait, or keep a least width that was asked for."""
+    if not request.empty or has_shards(model):  # views take whole weights
+        return ()
+    found = propose_empty(model, structure, observations, seed=request.seed)
+    return tuple(
+        one for one in found if not any(name in waiting or request.least.get(name) for name in one.branch.groups)
+    )
 
 
 def _unit_offer(unit: Unit, builder: ProposalBuilder, request: Request, left: dict[str, Why]) -> UnitOffer | None:
