@@ -55,6 +55,7 @@ CORRUPT_STATE_ERRORS = (
 PRETRAINED_SHIFT = 0.25**2  # squared relative rms of the outputs that goes early from a pretrained network, all in all
 PRETRAINED_GOAL = Goal(measure="macs", share=0.2)  # beyond which nothing goes then
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
+_LATER = ("attempts", "behind", "pretrained", "shift", "full_widths", "shifts")  # fields that older checkpoints lack
 _LIMITS = {"min_width": 0.0, "max_removed": MAX_DROP}
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
@@ -169,9 +170,7 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
 
     Raises: KeyError, TypeError, ValueError, AttributeError, IndexError: it is damaged; the caller words it.
     """
-    names = (
-        f.name for f in fields(RunState) if f.name not in ("attempts", "behind", "pretrained", "full_widths", "shifts")
-    )
+    names = (f.name for f in fields(RunState) if f.name not in _LATER)
     plain = {name: state[_STORED.get(name, name)] for name in names}
     parameters, macs = state["full"]
     plain |= {

@@ -21,7 +21,7 @@ from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
 from apoptosis.decide.goal import check_goal
 from apoptosis.decide.ledger import Event, Ledger
 from apoptosis.decide.overhead import overhead_macs
-from apoptosis.decide.policy import Decision, PastEvent, Telemetry, decide
+from apoptosis.decide.policy import Decision, PastEvent, Telemetry, decide, tolerance_at
 from apoptosis.decide.state import (
     CORRUPT_STATE_ERRORS,
     MAX_DROP,
@@ -478,5 +478,6 @@ class Apoptosis:
     def _decide(self) -> Decision:
         if not self.groups():
             again = 2 * self._memory.step + 1 if self._structure.frozen else None  # it may be unfrozen by then
-            return Decision(at_step=again, tolerance=0.0, reason="no group can be pruned")
+            tolerance = tolerance_at(self._settings.tolerance, self._memory.num_backoffs)
+            return Decision(at_step=again, tolerance=tolerance, reason="no group can be pruned")
         return decide(self._telemetry())

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import ArgumentError, OutOfMemoryError
 from apoptosis.graph import replay
-from apoptosis.interrupts import is_out_of_memory
+from apoptosis.interrupts import is_out_of_memory, restoring
 from apoptosis.model.evaluate import Call, num_rows
 from apoptosis.model.kept import run_fitted
 from apoptosis.model.passes import internal_passes
@@ -84,26 +84,23 @@ def _show(model: nn.Module, observers: Sequence[Observer], calls: Iterable[Call]
     """Run calls in evaluation mode before the first observer, and in training mode before the others."""
     observer, *others = observers
     count, late = 0, frozenset[str]()
-    observer.open()
-    try:
-        with internal_passes(model):
-            for call in calls:
-                args, kwargs = _copied(call)
-                if num_rows((args, kwargs)) == 0:
-                    raise ArgumentError("batches holds a batch without examples along dimension 0.")
-                _run(model, args, kwargs, count)
-                late = late if count else observer.unseen
-                if late:
-                    late = _run_late(model, observer, late, _copied(call))
-                over = [observer.end_step()]
-                for other in others:
-                    with observer.only(frozenset()):
-                        over.append(_run_in_training(model, other, _copied(call)))
-                count += 1
-                if all(over) and not every:
-                    break
-    finally:
-        observer.close()
+    with restoring(observer.close), internal_passes(model):
+        observer.open()
+        for call in calls:
+            args, kwargs = _copied(call)
+            if num_rows((args, kwargs)) == 0:
+                raise ArgumentError("batches holds a batch without examples along dimension 0.")
+            _run(model, args, kwargs, count)
+            late = late if count else observer.unseen
+            if late:
+                late = _run_late(model, observer, late, _copied(call))
+            over = [observer.end_step()]
+            for other in others:
+                with observer.only(frozenset()):
+                    over.append(_run_in_training(model, other, _copied(call)))
+            count += 1
+            if all(over) and not every:
+                break
     if count == 0:
         raise ArgumentError("batches is empty: at least one batch of inputs is needed.")
 
@@ -116,14 +113,11 @@ def _copied(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _run_in_training(model: nn.Module, observer: Observer, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
     """Observe a batch in training mode and return whether that is enough; nothing if the model fails on it."""
-    observer.open()
-    try:
-        with internal_passes(model, training=True):
-            with suppress(ArgumentError):
-                _run(model, *call, 0)
-            return observer.end_step()
-    finally:
-        observer.close()
+    with restoring(observer.close), internal_passes(model, training=True):
+        observer.open()
+        with suppress(ArgumentError):
+            _run(model, *call, 0)
+        return observer.end_step()
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
