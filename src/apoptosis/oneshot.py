@@ -114,11 +114,10 @@ def shrink_(
         raise ArgumentError("shrink_ has no schedule: give tolerance=, a number, or target=, a size; one of the two.")
     chosen = get_criterion(criterion)
     check_optimizers(optimizers, model)
-    call = as_call(example_input)
-    target = Target(model=model, optimizers=optimizers, call=call, wrappers=wrappers, **options)
+    target = Target(model=model, optimizers=optimizers, call=as_call(example_input), wrappers=wrappers, **options)
     held_out = None if probe is None else make_probe(probe, example_input)
     captured = target.capture()
-    held_out = looked_at(model, held_out, call, None, remedy="Give a probe= on whose inputs it returns some.")
+    held_out = looked_at(model, held_out, target.call, None, remedy="Give a probe= on whose inputs it returns some.")
     acceptance = AcceptanceTest(None, held_out, sanity=sanity_limit(model, given, goal))
     structure = rehearse(target, captured, left_out := exclude_pins(captured, check_exclude(exclude)), align)
     given = chosen.tolerance if given is None else given

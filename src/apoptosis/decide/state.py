@@ -53,6 +53,7 @@ CORRUPT_STATE_ERRORS = (
     ApoptosisError,
 )
 PRETRAINED_SHIFT = 0.25**2  # squared relative rms of the outputs that goes early from a pretrained network, all in all
+PRETRAINED_RMS = 0.5  # relative rms of the outputs beyond which such an event is rolled back, whatever trials predict
 PRETRAINED_GOAL = Goal(measure="macs", share=0.2)  # beyond which nothing goes then
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
 _LATER = ("attempts", "behind", "pretrained", "shift", "full_widths", "shifts")  # fields that older checkpoints lack
@@ -462,7 +463,7 @@ def make_ledger(
         budget=budget.budget,
         classes=acceptance.named,
         site_cost=dict(memory.site_cost),
-        site_limit=settings.site_limit,
+        site_limit=math.inf if has_goal(memory, settings) else settings.site_limit,
         seconds=memory.own_seconds + hook_seconds,
         hook_seconds=hook_seconds,
         history=memory.attempts,

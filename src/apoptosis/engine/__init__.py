@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apoptosis.criteria import Ranking
-from apoptosis.decide.acceptance import AcceptanceTest, sanity_limit
+from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.goal import check_goal
 from apoptosis.decide.ledger import Event, Ledger
 from apoptosis.decide.overhead import overhead_macs
@@ -37,7 +37,7 @@ from apoptosis.decide.state import (
 )
 from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layouts_of, read_layouts, step_checks
-from apoptosis.engine.beginning import check_agreed, limit_of_sites, new_memory, read_settings
+from apoptosis.engine.beginning import check_agreed, limit_of_outputs, limit_of_sites, new_memory, read_settings
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.engine.sensitivity import towards
 from apoptosis.engine.step import PruningStep, StepResult, way_of
@@ -163,11 +163,10 @@ class Apoptosis:
         warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
         self._has_classes = has_classes(model, call, logits)
         held_out = looked_at(model, held_out, call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
-        self._acceptance = AcceptanceTest(
-            budget, held_out, sanity=sanity_limit(model, settings.tolerance, settings.goal), ranks=ranks
-        )
-        self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)
         self._memory = new_memory(self._target, structure, overhead, pretrained)
+        sanity = limit_of_outputs(self._target, self._memory, settings)
+        self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity, ranks=ranks)
+        self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)
         self._settings = replace(settings, site_limit=limit_of_sites(settings.tolerance, structure))
         self._check_goal()
         warn_if_few(settings.total_steps)

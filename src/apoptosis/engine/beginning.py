@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from apoptosis.criteria import get_criterion
+from apoptosis.decide.acceptance import sanity_limit
 from apoptosis.decide.goal import read_goal
 from apoptosis.decide.policy import SITE_LIMIT_FACTOR, site_limit
-from apoptosis.decide.state import RunState, Settings
+from apoptosis.decide.state import PRETRAINED_RMS, RunState, Settings, has_goal
 from apoptosis.distributed.protocol import kind_of
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.model.arguments import check_limits, check_numbers
@@ -77,6 +78,13 @@ def limit_of_sites(tolerance: float, structure: Structure) -> float:
     """Return what the errors of one site may add up to: at tolerance 0 some round-offs of the widest group."""
     widest = max((group.num_channels for group in structure.groups), default=1)
     return site_limit(tolerance) or SITE_LIMIT_FACTOR * roundoff_floor(widest)
+
+
+def limit_of_outputs(target: Target, memory: RunState, settings: Settings) -> float:
+    """Return the relative rms change of the outputs beyond which an event is rolled back, without a budget."""
+    if settings.goal is None and has_goal(memory, settings):
+        return PRETRAINED_RMS
+    return sanity_limit(target.model, settings.tolerance, settings.goal)
 
 
 def check_agreed(
