@@ -37,7 +37,7 @@ from apoptosis.model.evaluate import Probe, as_call, as_probe, make_probe
 from apoptosis.model.outputs import Change
 from apoptosis.model.trials import looked_at
 from apoptosis.observe import Observer
-from apoptosis.planner import Observations, Plan, Request, make_plan
+from apoptosis.planner import Observations, Plan, Request, groups_to_observe, make_plan
 from apoptosis.planner.sampling import has_modes, sample
 from apoptosis.records import Frozen, NormWidths, Pin, Reduction, Structure
 from apoptosis.surgery import check_optimizers
@@ -123,18 +123,15 @@ def shrink_(
     given = chosen.tolerance if given is None else given
     modes = 2 if given == 0 and optimizers and has_modes(model) else 1
     calls = (_call_of(batch, example_input) for batch in batches)
-    observer, observations = sample(model, structure.open_groups, calls, tolerance=given, modes=modes, seed=seed)
-    least = least_widths(bounds["min_width"], structure.groups, {})
-    request = Request(
-        criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed, least=least, empty=goal is not None
-    )
+    groups = structure.open_groups if goal is None else groups_to_observe(structure)
+    observer, observations = sample(model, groups, calls, tolerance=given, modes=modes, seed=seed)
+    request = Request(criterion=chosen, tolerance=given, align=align, max_drop=1.0, seed=seed)
+    request = replace(request, least=least_widths(bounds["min_width"], structure.groups, {}), empty=goal is not None)
     job = _Job(target, structure, request, observer, observations, acceptance)
     before = size_of(target, structure)
     plan, outcome = job.carry_out(goal, before)
     notes = [*(str(pin) for pin in new_pins(with_pins(captured, left_out), structure)), *job.notes]
-    structure = job.structure
-    pinned = [text for g in structure.groups if g.pin is not None and (text := str(g.pin)) not in notes]
-    notes += plan.notes if outcome.committed else [outcome.refused, *plan.notes, *pinned]
+    notes += plan.notes if outcome.committed else [outcome.refused, *plan.notes, *_pinned(job.structure, notes)]
     return make_event(
         step=0,
         plan=plan,
@@ -145,6 +142,10 @@ def shrink_(
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
     )
+
+
+def _pinned(structure: Structure, said: Sequence[str]) -> list[str]:
+    return [text for g in structure.groups if g.pin is not None and (text := str(g.pin)) not in said]
 
 
 def _check_batches(batches: object) -> None:

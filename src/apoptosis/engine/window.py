@@ -15,7 +15,7 @@ from apoptosis.decide.state import RunState, Settings, has_goal
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.graph import replay
 from apoptosis.observe import Observer, needs_float64
-from apoptosis.planner import Why, waits, with_tied
+from apoptosis.planner import Why, groups_to_observe, waits, with_tied
 from apoptosis.records import Group, Structure
 from apoptosis.surgery.target import Target
 
@@ -29,7 +29,7 @@ def new_window(
     exactly = settings.tolerance == 0 and settings.goal is None
     return Observer(
         target.model,
-        structure.open_groups,
+        groups_to_observe(structure) if has_goal(memory, settings) else structure.open_groups,
         seed=settings.seed * 1_000_003 + len(memory.history) + 500_009 * target.ranks.rank,
         exact=exactly or needs_float64(settings.tolerance),
         keep_calls=exactly,
