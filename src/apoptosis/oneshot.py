@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from apoptosis.criteria import Ranking, get_criterion
 from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest, sanity_limit
-from apoptosis.decide.goal import Goal, check_goal, least_widths, read_goal
+from apoptosis.decide.goal import FullSize, Goal, check_goal, least_widths, read_goal
 from apoptosis.decide.ledger import Event
+from apoptosis.decide.timing import measure_timings
 from apoptosis.distributed.wrappers import check_alone
 from apoptosis.engine.event_builder import Size, make_event, size_of
 from apoptosis.engine.sensitivity import Way, towards
@@ -175,8 +176,11 @@ class _Job:
         """Do what was asked for: reach a goal, or remove what the tolerance allows. size: of the network now."""
         if goal is None:
             return self.exactly() if self._request.tolerance == 0 else self.within_limit()
-        full = size.parameters, size.macs
-        check_goal(goal, self.structure, full, self._target.num_examples, self._request.fewest)
+        target, timings = self._target, None
+        if goal.measure == "seconds":
+            timings = measure_timings(target.model, target.call, self.structure, target.optimizers)
+        full = FullSize(parameters=size.parameters, macs=size.macs, timings=timings)
+        check_goal(goal, self.structure, full, target.num_examples, self._request.fewest)
         return self.to_goal(goal, full)
 
     def exactly(self) -> Result:
@@ -208,8 +212,8 @@ class _Job:
             limit = min(0.999 * measured, limit * sanity / max(tested.change.rms, sanity))
         return result
 
-    def to_goal(self, goal: Goal, full: tuple[int, float]) -> Result:
-        """Reach a goal with the least change of the outputs. full: parameters and multiply-adds per example now."""
+    def to_goal(self, goal: Goal, full: FullSize) -> Result:
+        """Reach a goal with the least change of the outputs."""
         inputs, request = self._observer.inputs or self._target.call, self._request
         way, seen = Way(goal=goal, full=full), self._observations
         self._request, choice = towards(way, self._target, self.structure, seen, request, self._rankings, inputs)

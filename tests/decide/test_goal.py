@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from apoptosis.decide.goal import Goal, check_goal, least_widths, read_goal, share_of
+from apoptosis.decide.goal import FullSize, Goal, check_goal, least_widths, read_goal, share_of
 from apoptosis.decide.policy import goal_steps, part_of_way
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
@@ -20,6 +20,7 @@ from apoptosis.planner import Costs
         (" 4.0X ", Goal(measure="macs", share=0.25)),
         ({"macs": 0.3}, Goal(measure="macs", share=0.3)),
         ({"parameters": 0.25}, Goal(measure="parameters", share=0.25)),
+        ({"seconds": 0.5}, Goal(measure="seconds", share=0.5)),
     ],
 )
 def test_forms(target, goal):
@@ -57,7 +58,7 @@ def _net():
 
 def test_a_goal_out_of_reach_is_refused_with_what_is_pinned():
     structure = analyse(_net(), (torch.zeros(2, 4),), {})
-    full = (99, structure.macs / 2)
+    full = FullSize(parameters=99, macs=structure.macs / 2)
     check_goal(Goal(measure="macs", share=0.1), structure, full, 2, lambda group: 1)
     with pytest.raises(ArgumentError, match=r"0\.333 remain") as error:
         check_goal(Goal(measure="macs", share=0.1), structure, full, 2, lambda group: 4)
@@ -67,8 +68,10 @@ def test_a_goal_out_of_reach_is_refused_with_what_is_pinned():
 def test_shares_count_what_they_say():
     costs = Costs(analyse(_net(), (torch.zeros(2, 4),), {}))
     half = costs.of({"0": 6})
-    assert share_of(Goal(measure="macs", share=0.5), half, (99, 84.0), 2) == pytest.approx(0.5)
-    assert share_of(Goal(measure="parameters", share=0.5), half, (99, 84.0), 2) == pytest.approx(51 / 99)
+    assert share_of(Goal(measure="macs", share=0.5), half, FullSize(parameters=99, macs=84.0), 2) == pytest.approx(0.5)
+    assert share_of(
+        Goal(measure="parameters", share=0.5), half, FullSize(parameters=99, macs=84.0), 2
+    ) == pytest.approx(51 / 99)
 
 
 def test_least_widths_are_of_the_full_width():

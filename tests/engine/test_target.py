@@ -11,6 +11,7 @@ from torch import nn
 from apoptosis import Apoptosis, shrink_
 from apoptosis.decide.goal import NEAR
 from apoptosis.errors import ArgumentError
+from apoptosis.planner import Costs
 
 STEPS = 120
 
@@ -196,3 +197,48 @@ def test_from_a_pretrained_network_goes_early_what_hardly_shifts_its_outputs():
     assert sum(event.measured["output_rms"] for event in events) < 0.6  # 0.25 by trials of single groups
     assert apo.decision.at_step is None
     assert not runs[False][0]
+
+
+def test_a_target_in_seconds_follows_the_table_that_was_measured_or_given():
+    def run(timings):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4))
+        torch.set_num_threads(1)
+        optimizer, apo = start(net, (12,), target={"seconds": 0.6}, timings=timings, align=8, total_steps=300)
+        train(net, optimizer, apo, (12,), range(90))
+        return net, apo
+
+    _, first = run(None)
+    (net, again), (other, _) = (run(first.timings) for _ in range(2))
+    assert again.timings == first.timings
+    assert [m.weight.shape for m in net if hasattr(m, "weight")] == [
+        m.weight.shape for m in other if hasattr(m, "weight")
+    ]
+    left = Costs(again.structure, again.timings).of({}).seconds / again.timings.step
+    assert 0.6 <= left <= 0.6 * (1 + NEAR)
+    assert "time of a training step: reached" in str(again.ledger())
+    with pytest.raises(ArgumentError, match="timings="):
+        start(mlp(), (12,), target={"seconds": 0.5}, timings={"step": 1.0})
+
+
+def test_branches_that_add_nothing_go_first():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner, self.outer = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, x):
+            return x + self.outer(nn.functional.gelu(self.inner(self.norm(x))))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), *(Block() for _ in range(3)), nn.Linear(16, 4))
+    with torch.no_grad():
+        net[2].outer.weight.mul_(1e-3)
+    x = torch.randn(256, 12)
+    before = net(x)
+    event = shrink_(net, torch.zeros(2, 12), [x], target="1.5x")
+    assert event.groups["2.inner"] == (64, 0)
+    assert not [name for name, p in net.named_parameters() if name.startswith("2.") and p.dim() > 1]
+    assert (net(x) - before).norm() < 0.02 * before.norm()
+    kept = shrink_(net, torch.zeros(2, 12), [x], target="1.2x", min_width=8)
+    assert all(width >= 8 for _, width in kept.groups.values())

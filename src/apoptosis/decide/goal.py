@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from apoptosis.errors import ArgumentError
 from apoptosis.planner import Cost, Costs
-from apoptosis.records import Group, Structure
+from apoptosis.records import Group, Structure, Timings
 
-Measure = Literal["macs", "parameters"]
+Measure = Literal["macs", "parameters", "seconds"]
 MEASURES: dict[Measure, str] = {
     "macs": "multiply-adds of a forward pass",
     "parameters": "parameters",
+    "seconds": "time of a training step",
 }
 Least = Callable[[Group], int]
 _PINS_SHOWN = 3  # of those that stand in the way
@@ -101,15 +102,25 @@ def _factor(text: str) -> float:
     return factor
 
 
-def share_of(goal: Goal, cost: Cost, full: tuple[int, float], rows: int) -> float:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullSize:
+    """What a network took at full width: parameters, multiply-adds per example, and the table that tells seconds."""
+
+    parameters: int
+    macs: float
+    timings: Timings | None = None
+
+
+def share_of(goal: Goal, cost: Cost, full: FullSize, rows: int) -> float:
     """Return a cost as a share of what there was at full width.
 
-    Args: full: parameters and multiply-adds per example then. rows: examples in the example input, which `cost` is of.
+    Args: rows: examples in the example input, which `cost` is of.
     """
-    parameters, macs = full
     if goal.measure == "parameters":
-        return cost.parameters / max(1, parameters)
-    return cost.macs / rows / macs if macs > 0 else 1.0
+        return cost.parameters / max(1, full.parameters)
+    if goal.measure == "seconds":
+        return cost.seconds / full.timings.step if full.timings is not None and full.timings.step > 0 else 1.0
+    return cost.macs / rows / full.macs if full.macs > 0 else 1.0
 
 
 def least_widths(min_width: float, groups: Sequence[Group], full_widths: Mapping[str, int]) -> dict[str, int]:
@@ -128,7 +139,7 @@ def least_widths(min_width: float, groups: Sequence[Group], full_widths: Mapping
     return {n: min(width, math.ceil(min_width * width if min_width < 1 else min_width)) for n, width in full.items()}
 
 
-def check_goal(goal: Goal | None, structure: Structure, full: tuple[int, float], rows: int, least: Least) -> None:
+def check_goal(goal: Goal | None, structure: Structure, full: FullSize, rows: int, least: Least) -> None:
     """Check that a goal can be reached with every open group at its least width.
 
     Args: full, rows: as in `share_of`. least: channels that stay of a group.
@@ -138,7 +149,7 @@ def check_goal(goal: Goal | None, structure: Structure, full: tuple[int, float],
     if goal is None:
         return
     narrow = {group.name: least(group) for group in structure.open_groups}
-    share = share_of(goal, Costs(structure).of(narrow), full, rows)
+    share = share_of(goal, Costs(structure, full.timings).of(narrow), full, rows)
     if share <= goal.share:
         return
     pinned = [(g.num_channels * g.macs_per_channel, g.pin) for g in structure.groups if g.pin is not None]

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 from apoptosis.criteria import Criterion
 from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
-from apoptosis.decide.goal import NEAR, Goal, least_widths, share_of
+from apoptosis.decide.goal import NEAR, FullSize, Goal, least_widths, share_of
 from apoptosis.decide.ledger import Attempt, Ledger, Outcome
 from apoptosis.decide.overhead import event_macs
 from apoptosis.decide.policy import NUM_GOAL_STEPS, Decision, PastEvent, Telemetry, allocate, goal_steps
 from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.frozen import is_of_frozen
-from apoptosis.planner import Cost, Costs, Request, Why
-from apoptosis.records import Group, Pin, Structure
+from apoptosis.planner import Costs, Request, Why
+from apoptosis.records import Group, Pin, Structure, Timings
 from apoptosis.surgery.target import with_pins
 
 FEWEST_STEPS = 6  # a run of fewer is too short for a window
@@ -56,7 +56,15 @@ PRETRAINED_SHIFT = 0.25**2  # squared relative rms of the outputs that goes earl
 PRETRAINED_RMS = 0.5  # relative rms of the outputs beyond which such an event is rolled back, whatever trials predict
 PRETRAINED_GOAL = Goal(measure="macs", share=0.2)  # beyond which nothing goes then
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
-_LATER = ("attempts", "behind", "pretrained", "shift", "full_widths", "shifts")  # fields that older checkpoints lack
+_LATER = (
+    "attempts",
+    "behind",
+    "timings",
+    "pretrained",
+    "shift",
+    "full_widths",
+    "shifts",
+)  # fields that older checkpoints lack
 _LIMITS = {"min_width": 0.0, "max_removed": MAX_DROP}
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
 
@@ -110,7 +118,8 @@ class RunState:
     own_seconds, hook_seconds: wall time spent so far, the open window's hooks excluded. require_full_sample: rows were
     too few for a width once, so that windows see all they ask for. history: what the policy counts; attempts:
     everything that was tried. behind: groups that the last event left out because they had seen too few rows.
-    pretrained: the network was trained before this run. shift: of the outputs by all removals, as predicted.
+    timings: what a training step takes, where the goal is in seconds. pretrained: the network was trained before.
+    shift: of the outputs by all removals, as predicted.
     full_widths: channels of every group at construction.
     shifts: by the groups of a unit, (error, shift of the outputs) of the trials that were made of it.
     """
@@ -132,11 +141,17 @@ class RunState:
     attempts: tuple[Attempt, ...] = ()
     behind: tuple[str, ...] = ()
     site_cost: dict[str, float] = field(default_factory=dict)
+    timings: Timings | None = None
     pretrained: bool = False
     shift: float = 0.0
     full_widths: dict[str, int] = field(default_factory=dict)
     shifts: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     decision: Decision = UNDECIDED
+
+    @property
+    def full_size(self) -> FullSize:
+        """What the network took at full width."""
+        return FullSize(parameters=self.full[0], macs=self.full[1], timings=self.timings)
 
     def attempt(self, considered: int, outcome: Outcome, cause: str = "", reason: str = "") -> Attempt:
         """Return the record of an attempt that ends at this step; see `Attempt`."""
@@ -159,6 +174,7 @@ class RunState:
             "attempts": [one.as_dict() for one in self.attempts],
             "behind": list(self.behind),
             "site_cost": dict(self.site_cost),
+            "timings": None if self.timings is None else self.timings.as_dict(),
             "full_widths": dict(self.full_widths),
             "shifts": {name: [list(pair) for pair in pairs] for name, pairs in self.shifts.items()},
             "decision": asdict(self.decision),
@@ -180,7 +196,8 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
         "history": tuple(_record(PastEvent, past) for past in state["history"]),
         "attempts": tuple(_record(Attempt, one.as_dict()) for one in read_attempts(state)),
         "behind": tuple(str(name) for name in state.get("behind", ())),
-        "pretrained": state.get("pretrained", False),  # earlier versions have none of these four
+        "timings": None if state.get("timings") is None else Timings.from_dict(state["timings"]),
+        "pretrained": state.get("pretrained", False),  # earlier versions have none of these five
         "shift": state.get("shift", 0.0),
         "full_widths": {str(name): _number(width, "int") for name, width in state.get("full_widths", {}).items()},
         "shifts": {
@@ -344,8 +361,14 @@ def telemetry(memory: RunState, settings: Settings, structure: Structure, *, row
     )
 
 
-def _share(goal: Goal, memory: RunState, parameters: int, macs: float) -> float:
-    return share_of(goal, Cost(macs, parameters), memory.full, 1)
+def progress(memory: RunState, settings: Settings, structure: Structure, rows: int) -> str:
+    """Say how far a run has come towards its goal, "" if it has none. rows: examples in the example input."""
+    goal = settings.goal
+    return "" if goal is None else goal.progress(_share(goal, memory, structure, rows))
+
+
+def _share(goal: Goal, memory: RunState, structure: Structure, rows: int) -> float:
+    return share_of(goal, Costs(structure, memory.timings).of({}), memory.full_size, rows)
 
 
 def has_goal(memory: RunState, settings: Settings) -> bool:
@@ -360,7 +383,7 @@ def _towards_goal(memory: RunState, settings: Settings, structure: Structure, ro
     if settings.goal is None:
         first = goal_steps(settings.total_steps or 1, after=0, pretrained=True)[:NUM_GOAL_STEPS]
         return memory.step < first[-1] and memory.shift < (1.0 - NEAR) * PRETRAINED_SHIFT
-    return not settings.goal.reached(share_of(settings.goal, Costs(structure).of({}), memory.full, rows))
+    return not settings.goal.reached(_share(settings.goal, memory, structure, rows))
 
 
 def allowed(
@@ -441,11 +464,12 @@ def make_ledger(
     has_classes: bool,
     watching: bool,
     num_open: int,
+    goal: str = "",
 ) -> Ledger:
     """Make the ledger of a run.
 
     parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. has_classes:
-    whether classes can be read off the outputs. watching, num_open: as in `idle`.
+    whether classes can be read off the outputs. watching, num_open: as in `idle`. goal: see `progress`.
     """
     budget, held_out = acceptance.error_budget, acceptance.held_out
     cost = budget.spent if held_out else acceptance.training_flips
@@ -469,5 +493,5 @@ def make_ledger(
         history=memory.attempts,
         idle=idle(memory, settings, watching=watching, num_open=num_open),
         notes=(reused,) if budget.reused else (),
-        goal="" if settings.goal is None else settings.goal.progress(_share(settings.goal, memory, parameters, macs)),
+        goal=goal,
     )

@@ -29,6 +29,7 @@ from apoptosis.decide.state import (
     allowed,
     check_fits,
     make_ledger,
+    progress,
     read_state,
     telemetry,
     warn_at_end,
@@ -55,7 +56,7 @@ from apoptosis.model.passes import device_of
 from apoptosis.model.trials import has_classes, looked_at
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer
 from apoptosis.planner import Plan, make_plan
-from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure
+from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure, Timings
 from apoptosis.surgery import as_averaged_model, check_averaged_models, check_optimizers, warn_of_averages
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import (
@@ -101,12 +102,14 @@ class Apoptosis:
         calibration: fixed cost of an event in MACs (`apo.calibration` of an earlier run). None: measured, and raised at
             an event by what torch.compile took until then.
         target: what to reach, early in the run and with the least loss that trials predict: a speed-up ("2x", by
-            multiply-adds) or a share ({"macs": 0.5}, {"parameters": 0.25}) of what there is now. It needs total_steps,
-            takes the place of the tolerance, and is never exceeded. None: what the tolerance allows.
+            multiply-adds) or a share ({"macs": 0.5}, {"parameters": 0.25}, {"seconds": 0.5}) of what there is now. It
+            needs total_steps, takes the place of the tolerance, and is never exceeded. None: what the tolerance allows.
         min_width: channels that every group keeps at least: a share of what it has now, or a number.
         max_removed: largest share of a group's channels that one event removes.
         pretrained: whether the network was trained before, so that events come early. None: it was if the weights of
             its norms are not what they start as.
+        timings: what a training step takes (`apo.timings` of an earlier run), for a target in seconds. None: measured
+            now, in a second or a few passes. Decisions are a function of it; a busy machine may measure another one.
 
     Raises:
         ArgumentError, BudgetError, CaptureError, UnsupportedOptimizerError: before anything has changed.
@@ -138,6 +141,7 @@ class Apoptosis:
         min_width: float = 0.0,
         max_removed: float = MAX_DROP,
         pretrained: bool | None = None,
+        timings: Timings | None = None,
     ) -> None:
         start = time.perf_counter()
         model, wrappers = check_model(model)
@@ -163,7 +167,7 @@ class Apoptosis:
         warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
         self._has_classes = has_classes(model, call, logits)
         held_out = looked_at(model, held_out, call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
-        self._memory = new_memory(self._target, structure, overhead, pretrained)
+        self._memory = new_memory(self._target, structure, settings, overhead, pretrained, timings)
         sanity = limit_of_outputs(self._target, self._memory, settings)
         self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity, ranks=ranks)
         self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)
@@ -219,6 +223,11 @@ class Apoptosis:
         return self._memory.overhead
 
     @property
+    def timings(self) -> Timings | None:
+        """What a training step takes at given widths, measured at construction where the target is in seconds."""
+        return self._memory.timings
+
+    @property
     def hook_seconds(self) -> float:
         """The part of `seconds` spent on observing: hooks in the user's forward passes, and passes run again."""
         return self._memory.hook_seconds + (self._observer.hook_seconds if self._observer is not None else 0.0)
@@ -255,6 +264,7 @@ class Apoptosis:
             has_classes=self._has_classes,
             watching=self.watching,
             num_open=len(self.groups()),
+            goal=progress(self._memory, self._settings, self._structure, self._target.num_examples),
         )
 
     def follow(self, averaged: Any) -> None:
@@ -469,7 +479,9 @@ class Apoptosis:
 
     def _check_goal(self) -> None:
         request = replace(allowed(self._memory, self._settings, self.groups()), max_drop=1.0)
-        check_goal(self._settings.goal, self._structure, self._memory.full, self._target.num_examples, request.fewest)
+        check_goal(
+            self._settings.goal, self._structure, self._memory.full_size, self._target.num_examples, request.fewest
+        )
 
     def _telemetry(self) -> Telemetry:
         return telemetry(self._memory, self._settings, self._structure, rows=self._target.num_examples)

@@ -12,13 +12,15 @@ from apoptosis.decide.acceptance import sanity_limit
 from apoptosis.decide.goal import read_goal
 from apoptosis.decide.policy import SITE_LIMIT_FACTOR, site_limit
 from apoptosis.decide.state import PRETRAINED_RMS, RunState, Settings, has_goal
+from apoptosis.decide.timing import measure_timings
 from apoptosis.distributed.protocol import kind_of
 from apoptosis.engine.event_builder import num_parameters
+from apoptosis.errors import ArgumentError
 from apoptosis.model.arguments import check_limits, check_numbers
 from apoptosis.model.built import built_shapes
 from apoptosis.model.pretrained import looks_pretrained
 from apoptosis.numerics.linalg import roundoff_floor
-from apoptosis.records import Structure
+from apoptosis.records import Structure, Timings
 from apoptosis.surgery.target import Target
 
 
@@ -59,10 +61,15 @@ def read_settings(
     return settings, budget
 
 
-def new_memory(target: Target, structure: Structure, overhead: float, pretrained: bool | None) -> RunState:
+def new_memory(
+    target: Target, structure: Structure, settings: Settings, overhead: float, pretrained: bool | None, timings: Any
+) -> RunState:
     """Return the state of a run that begins.
 
-    Args: structure: at full width. overhead: calibrated fixed cost of an event. pretrained: None to look.
+    Args: structure: at full width. overhead: calibrated fixed cost of an event. pretrained: None to look. timings: of
+        an earlier run, or None.
+
+    Raises: ArgumentError: timings= is no table of timings.
     """
     model = target.model
     return RunState(
@@ -70,8 +77,23 @@ def new_memory(target: Target, structure: Structure, overhead: float, pretrained
         full_shapes=built_shapes(model, structure.shapes),
         full_widths={g.name: g.num_channels for g in structure.groups},
         overhead=overhead,
+        timings=_timed(target, structure, settings, timings),
         pretrained=looks_pretrained(model) if pretrained is None else bool(pretrained),
     )
+
+
+def _timed(target: Target, structure: Structure, settings: Settings, given: Any) -> Timings | None:
+    """Return the table of what a training step takes, where the goal is in seconds: the one given, or measured now.
+
+    Raises: ArgumentError: what was given is no such table.
+    """
+    if given is not None and not isinstance(given, Timings):
+        raise ArgumentError(f"timings={given!r}: give `apo.timings` of an earlier run.")
+    if settings.goal is None or settings.goal.measure != "seconds":
+        return None
+    if given is None:
+        given = measure_timings(target.model, target.call, structure, target.optimizers)
+    return Timings.from_dict(target.ranks.first(given.as_dict()))
 
 
 def limit_of_sites(tolerance: float, structure: Structure) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from apoptosis.criteria import Ranking
-from apoptosis.decide.goal import Goal, share_of
+from apoptosis.decide.goal import FullSize, Goal, share_of
 from apoptosis.errors import CaptureError, NonFiniteError, ShapeError, StructureChangedError
 from apoptosis.interrupts import restoring
 from apoptosis.model.evaluate import Call, Probe, as_probe, cuts_of, like_example, logits_of, outputs
@@ -116,13 +116,13 @@ def _merged(units: Sequence[list[Point]]) -> list[Point]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """The way to a goal. full: parameters and multiply-adds per example at full width. part: of it that is gone now.
+    """The way to a goal. full: what the network took at full width. part: of it that is gone now.
 
     limit: what the shifts of an event may add up to. known: as in `Sensitivity`.
     """
 
     goal: Goal
-    full: tuple[int, float]
+    full: FullSize
     part: float = 1.0
     limit: float = math.inf
     known: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -143,7 +143,7 @@ def towards(
 
     Returns: the request of a plan with these widths, and the choice.
     """
-    costs, rows = Costs(structure), target.num_examples
+    costs, rows = Costs(structure, way.full.timings), target.num_examples
 
     def price(widths: Mapping[str, int]) -> float:
         return share_of(way.goal, costs.of(widths), way.full, rows)

@@ -207,9 +207,9 @@ def way_of(memory: RunState, settings: Settings) -> Way | None:
     part = part_of_way(settings.total_steps, memory.window_start, pretrained=memory.pretrained)
     part *= 0.5**memory.num_backoffs
     if settings.goal is not None:
-        return Way(goal=settings.goal, full=memory.full, part=part, known=memory.shifts)
+        return Way(goal=settings.goal, full=memory.full_size, part=part, known=memory.shifts)
     limit = part * max(0.0, PRETRAINED_SHIFT - memory.shift)
-    return Way(goal=PRETRAINED_GOAL, full=memory.full, limit=limit, known=memory.shifts)
+    return Way(goal=PRETRAINED_GOAL, full=memory.full_size, limit=limit, known=memory.shifts)
 
 
 # ---------------------------------------------------------------------- apply and test

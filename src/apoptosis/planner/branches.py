@@ -72,12 +72,12 @@ def propose_empty(
         read = [groups[name] for name in branch.read]
         if all((group.name, site.key) in observations for group in read for site in group.sites):
             data = [make_view(model, group, observations, seed, neurons=False) for group in read]
-            found.append(_proposal(branch, data, observations))
+            found.append(_proposal(branch, data))
     return tuple(found)
 
 
-def _proposal(branch: Branch, data: Sequence[GroupData], observations: Observations) -> EmptyProposal:
-    reductions, certificates, losses = [], {}, list[float]()
+def _proposal(branch: Branch, data: Sequence[GroupData]) -> EmptyProposal:
+    reductions, certificates = list[Reduction](), {}
     error, variance, rows = 0.0, 0.0, list[int]()
     for one in data:
         name, view = one.view.name, next(site for site in one.view.sites if site.key == branch.site)
@@ -92,15 +92,11 @@ def _proposal(branch: Branch, data: Sequence[GroupData], observations: Observati
         rows.append(moments_of(view).num_rows)
         bound = Certificate(kind="empirical", subject=branch.site, value=own, rows=rows[-1], note=_NOTE)
         certificates[name] = (bound,)
-        gradients = observations[name, branch.site].grad_factor
-        if gradients is not None and bool(gradients.any()):
-            losses.append(output_variance(replace(view, grad_factor=gradients)))
     return EmptyProposal(
         branch=branch,
         reductions=tuple(reductions),
         error=error,
         variance=variance,
-        grad_variance=sum(losses) if len(losses) == len(data) else None,
         rows=min(rows),
         certificates=certificates,
     )

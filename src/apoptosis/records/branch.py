@@ -81,8 +81,7 @@ class EmptyProposal:
     reductions: of the groups in `branch.read`, which keep nothing; hand them to `apply_reductions`, with no reduction
     of another group in `branch.groups`. error: relative rms of the site's output when only its mean is kept: 1.0 for
     every branch that varies, 0.0 where it is constant already. variance: E‖y - E y‖² of the layer's output y, summed
-    over its channels, per position. grad_variance: the same of y weighted by the gradients of the loss with
-    respect to what the layer reads, in the unit of the window's gradients; None without gradients.
+    over its channels, per position.
     rows: positions that were observed. certificates: by group.
     """
 
@@ -90,6 +89,5 @@ class EmptyProposal:
     reductions: tuple[Reduction, ...]
     error: float
     variance: float
-    grad_variance: float | None
     rows: int
     certificates: Mapping[str, tuple[Certificate, ...]]
