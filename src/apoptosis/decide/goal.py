@@ -25,7 +25,7 @@ MEASURES: dict[Measure, str] = {
 Least = Callable[[Group], int]
 _PINS_SHOWN = 3  # of those that stand in the way
 NEAR = 0.05  # a goal counts as reached within this share of it
-_FORMS = 'target= takes a speed-up ("2x") or a share of what there is, such as {"macs": 0.5}'
+_FORMS = 'target= takes a speed-up ("2x") or a share of what there is, {"macs": 0.5} or "macs=0.5"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class Goal:
 
 
 def read_goal(target: Any, total_steps: int | None = 1) -> Goal | None:
-    """Read `target=`: None, a speed-up such as "2x" or 2.5 times ("2.5x"), or {measure: share}.
+    """Read `target=`: None, a speed-up such as "2x" or 2.5 times ("2.5x"), {measure: share} or "measure=share".
 
     Raises: ArgumentError: it is neither, or asks for no less than there is, or for nothing; or the length of the run,
     by a share of which a goal is reached, is not known.
@@ -79,6 +79,9 @@ def read_goal(target: Any, total_steps: int | None = 1) -> Goal | None:
         raise ArgumentError(
             "target= is reached by a share of the run: give total_steps=, its number of optimizer steps."
         )
+    if isinstance(target, str) and "=" in target:
+        name, _, number = target.partition("=")
+        return read_goal({name.strip(): _number(number)}, total_steps)
     if isinstance(target, str):
         return Goal(measure="macs", share=1.0 / _factor(target))
     if not isinstance(target, Mapping) or len(target) != 1:
@@ -91,12 +94,16 @@ def read_goal(target: Any, total_steps: int | None = 1) -> Goal | None:
     return Goal(measure=measure, share=float(share))
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _factor(text: str) -> float:
     number = text.strip().lower()
-    try:
-        factor = float(number[:-1]) if number.endswith("x") else float("nan")
-    except ValueError:
-        factor = float("nan")
+    factor = _number(number[:-1]) if number.endswith("x") else math.nan
     if not 1.0 < factor < 1e6:
         raise ArgumentError(f"target={text!r}: {_FORMS}; a speed-up is a number above 1, followed by x.")
     return factor

@@ -34,7 +34,7 @@ BOUNDS = {
 }
 
 
-@with_run_options(fields=("tolerance", "criterion", "data_dir", "device"))
+@with_run_options(fields=("tolerance", "target", "criterion", "data_dir", "device"))
 def plan(
     typed: Mapping[str, Any],
     checkpoint: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint file in it.", parser=path_of)],
@@ -54,14 +54,16 @@ def plan(
         model,
         example.to(place),
         _batches(data, min(config.batch, len(data.train)), place),
-        tolerance=get_criterion(config.criterion).tolerance if config.tolerance is None else config.tolerance,
+        tolerance=_tolerance(config),
+        target=config.target,
         criterion=config.criterion,
         probe=tuple(t.to(place) for t in data.validation.between(0, rows)) if rows else None,
         align=config.align,
         exclude=config.exclude,
     )
     shown = console()
-    shown.print(f"dry run of '{path}' at tolerance {event.tolerance:g}; nothing is written", markup=False)
+    asked = f"tolerance {event.tolerance:g}" if config.target is None else f"target {config.target}"
+    shown.print(f"dry run of '{path}' at {asked}; nothing is written", markup=False)
     for name, (before, after) in event.groups.items():
         shown.print(f"  {name}: {before} -> {after} channels", markup=False)
     for certificate in event.certificates:
@@ -70,6 +72,12 @@ def plan(
     shown.print(str(event), soft_wrap=True, markup=False)
     if json_file is not None:
         write_json(json_file, {"checkpoint": str(path), **event.as_dict()})
+
+
+def _tolerance(config: RunConfig) -> float | None:
+    if config.target is not None:
+        return None
+    return get_criterion(config.criterion).tolerance if config.tolerance is None else config.tolerance
 
 
 def _find(given: Path) -> tuple[Path, RunConfig]:

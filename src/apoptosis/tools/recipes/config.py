@@ -71,6 +71,11 @@ class RunConfig(BaseModel):
         lt=1,
         description="Cap per consumer site and event on the relative rms change. Default: the library's schedule.",
     )
+    target: str | None = Field(
+        None,
+        description="Size to reach early in the run, in place of a tolerance: 2x (fewer multiply-adds), macs=0.5, "
+        "parameters=0.25 or seconds=0.5.",
+    )
     criterion: str = Field("interpolative", description=f"Criterion: {', '.join(criteria())}.")
     budget: float | None = Field(
         None,

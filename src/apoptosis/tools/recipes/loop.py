@@ -156,6 +156,7 @@ class Trainer:
             self.optimizer,
             example.to(self.device),
             tolerance=config.tolerance,
+            target=config.target,
             criterion=config.criterion,
             total_steps=self.total_steps,
             budget=config.budget,
