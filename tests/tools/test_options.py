@@ -37,6 +37,7 @@ VALUES = {
     "threads": 2,
     "apoptosis": False,
     "tolerance": 0.02,
+    "target": "macs=0.5",
     "criterion": "greedy",
     "budget": 0.002,
     "probe_rows": 100,
@@ -67,7 +68,7 @@ def test_every_field_is_an_option_and_every_option_a_field(command, without):
 
 def test_plan_changes_what_it_names_and_has_no_defaults_of_its_own():
     options = {option.name: option for option in commands()["plan"].params}
-    assert set(options) - OWN["plan"] == {"tolerance", "criterion", "data_dir", "device"}
+    assert set(options) - OWN["plan"] == {"tolerance", "target", "criterion", "data_dir", "device"}
     assert all(options[name].default is None for name in set(options) - OWN["plan"])
 
 
