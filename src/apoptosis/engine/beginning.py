@@ -85,10 +85,13 @@ def new_memory(
 def _timed(target: Target, structure: Structure, settings: Settings, given: Any) -> Timings | None:
     """Return the table of what a training step takes, where the goal is in seconds: the one given, or measured now.
 
-    Raises: ArgumentError: what was given is no such table.
+    Raises: ArgumentError: what was given is no such table, or one for another number of examples.
     """
     if given is not None and not isinstance(given, Timings):
         raise ArgumentError(f"timings={given!r}: give `apo.timings` of an earlier run.")
+    if given is not None and given.rows != target.num_examples:
+        rows = f"{given.rows:,} examples, the example input has {target.num_examples:,}"
+        raise ArgumentError(f"timings= are of {rows}: give an example input of as many, or the timings of this one.")
     if settings.goal is None or settings.goal.measure != "seconds":
         return None
     if given is None:
