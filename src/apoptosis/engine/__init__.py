@@ -38,7 +38,14 @@ from apoptosis.decide.state import (
 )
 from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layouts_of, read_layouts, step_checks
-from apoptosis.engine.beginning import check_agreed, limit_of_outputs, limit_of_sites, new_memory, read_settings
+from apoptosis.engine.beginning import (
+    check_agreed,
+    limit_of_outputs,
+    limit_of_sites,
+    new_memory,
+    read_settings,
+    rehearsed,
+)
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.engine.sensitivity import towards
 from apoptosis.engine.step import PruningStep, StepResult, way_of
@@ -58,15 +65,11 @@ from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Obser
 from apoptosis.planner import Plan, make_plan
 from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure, Timings
 from apoptosis.surgery import as_averaged_model, check_averaged_models, check_optimizers, warn_of_averages
-from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import (
     Target,
-    exclude_pins,
     refreshed,
     timed_capture,
-    warn_if_fixed,
     with_known,
-    without_pins,
 )
 
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
@@ -161,10 +164,7 @@ class Apoptosis:
         held_out = None if probe is None else make_probe(probe, example_input)
         structure, seconds = timed_capture(self._target)
         overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
-        self._structure = rehearse(
-            self._target, structure, left_out := exclude_pins(structure, patterns), settings.align
-        )
-        warn_if_fixed(without_pins(self._structure, structure, left_out), type(model).__name__)
+        self._structure = rehearsed(self._target, structure, settings, patterns, pretrained)
         self._has_classes = has_classes(model, call, logits)
         held_out = looked_at(model, held_out, call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
         self._memory = new_memory(self._target, structure, settings, overhead, pretrained, timings)

@@ -5,6 +5,7 @@ Holds: these. Elsewhere: checking single arguments (model.arguments), how ranks 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from apoptosis.criteria import get_criterion
@@ -21,7 +22,8 @@ from apoptosis.model.built import built_shapes
 from apoptosis.model.pretrained import looks_pretrained
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.records import Structure, Timings
-from apoptosis.surgery.target import Target
+from apoptosis.surgery.rehearsal import rehearse
+from apoptosis.surgery.target import Target, exclude_pins, warn_if_fixed, without_pins
 
 
 def read_settings(
@@ -61,6 +63,24 @@ def read_settings(
     return settings, budget
 
 
+def rehearsed(
+    target: Target, structure: Structure, settings: Settings, patterns: Sequence[str], pretrained: bool | None
+) -> Structure:
+    """Return the structure as trials of the model leave it; a warning says so where nothing may shrink.
+
+    Args: structure: as captured. patterns: of groups to leave alone. pretrained: as given.
+    """
+    left_out = exclude_pins(structure, patterns)
+    early = settings.automatic and _is_pretrained(target, pretrained)
+    found = rehearse(target, structure, left_out, settings.align, branches=settings.goal is not None or early)
+    warn_if_fixed(without_pins(found, structure, left_out), type(target.model).__name__)
+    return found
+
+
+def _is_pretrained(target: Target, pretrained: bool | None) -> bool:
+    return looks_pretrained(target.model) if pretrained is None else bool(pretrained)
+
+
 def new_memory(
     target: Target, structure: Structure, settings: Settings, overhead: float, pretrained: bool | None, timings: Any
 ) -> RunState:
@@ -78,7 +98,7 @@ def new_memory(
         full_widths={g.name: g.num_channels for g in structure.groups},
         overhead=overhead,
         timings=_timed(target, structure, settings, timings),
-        pretrained=looks_pretrained(model) if pretrained is None else bool(pretrained),
+        pretrained=_is_pretrained(target, pretrained),
     )
 
 

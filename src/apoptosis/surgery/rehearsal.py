@@ -26,22 +26,27 @@ from apoptosis.graph import verify_up_to_scale
 from apoptosis.graph.groups.counts import groups_of, with_follows
 from apoptosis.graph.trace.failures import Fault, fault_of
 from apoptosis.interrupts import restoring
+from apoptosis.planner.branches import branches_of
 from apoptosis.planner.couplings import absent, common_steps, units_of
 from apoptosis.records import Count, Follow, Group, Pin, Reduction, SiteReduction, Structure
 from apoptosis.surgery import Transaction, build_edits, check_registered, norm_edits
 from apoptosis.surgery.branch_trials import try_branches
 from apoptosis.surgery.numbers import number_of, value_of
 from apoptosis.surgery.splits import reads_attribute
-from apoptosis.surgery.target import Target, broken_pin, first_fault, kept_positions, with_pins
+from apoptosis.surgery.target import Target, broken_pin, first_fault, kept_positions, with_pins, without_branches
 
 _ROUNDS = 40  # faults looked for one after the other; beyond it events find out
 _MULTIPLES = 4  # of what an operator is given may be what the module keeps: split(x, self.width // 2)
 _CANDIDATES = 12  # numbers tried for one group
 
+_NOT_ASKED = "only towards a target, or early from a pretrained network, are branches emptied"
+
 Names = tuple[str, ...]
 
 
-def rehearse(target: Target, structure: Structure, left_out: Mapping[str, Pin], align: int = 1) -> Structure:
+def rehearse(
+    target: Target, structure: Structure, left_out: Mapping[str, Pin], align: int = 1, *, branches: bool = True
+) -> Structure:
     """Return the structure with the numbers of modules that follow widths, and pins for what the model cannot lose.
 
     The model is afterwards as it was, bitwise. Models whose parameters are spread over processes, or have no data, are
@@ -52,11 +57,14 @@ def rehearse(target: Target, structure: Structure, left_out: Mapping[str, Pin], 
         structure: of the model as it is now.
         left_out: pins of the user's, which are added; such groups are not tried.
         align: widths are multiples of it.
+        branches: whether branches may be emptied, which is tried then, too; else none of them may.
 
     Raises: ArgumentError: `register_attributes` was given names that a module of the model does not have.
     """
     check_registered(target.model)
     structure = with_pins(structure, left_out)
+    if not branches:
+        structure = without_branches(structure, {branch.name: _NOT_ASKED for branch in branches_of(structure)})
     if has_shards(target.model):
         return try_branches(target, structure)
     if any(p.is_meta or isinstance(p, FakeTensor) for p in target.model.parameters()):

@@ -164,13 +164,16 @@ def exclude_pins(structure: Structure, patterns: Sequence[str]) -> dict[str, Pin
 
 
 def warn_if_fixed(structure: Structure, name: str) -> None:
-    """Warn, once per construction, when nothing of a network may shrink; the first reasons come along."""
+    """Warn, once per construction, when nothing of a network may shrink; the first reasons come along.
+
+    It is called two functions below the user's line.
+    """
     pins = [group.pin for group in structure.groups if group.pin is not None]
     if len(pins) < len(structure.groups):
         return
     shown = "; ".join(str(pin).rstrip(".") for pin in pins[:_SHOWN_PINS]) or "its forward pass reads no weight"
     more = f"; and {len(pins) - _SHOWN_PINS} more, see pins()" if len(pins) > _SHOWN_PINS else ""
-    warnings.warn(f"nothing can be removed from {name}: {shown}{more}.", UserWarning, stacklevel=3)
+    warnings.warn(f"nothing can be removed from {name}: {shown}{more}.", UserWarning, stacklevel=4)
 
 
 def kept_positions(edits: Sequence[TensorEdit]) -> dict[str, Mapping[int, Tensor]]:
