@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,7 @@ def test_a_target_is_reached_early_and_never_exceeded(make, shape, target, measu
     assert reached[-1] <= share * (1 + NEAR)
     assert events[-1].step <= 0.4 * STEPS
     assert "reached" in str(apo.ledger())
+    json.dumps([apo.ledger().as_dict(), apo.state_dict()["memory"], *(e.as_dict() for e in events)], allow_nan=False)
     assert apo.decision.at_step is None
     assert "goal is reached" in apo.decision.reason
     assert sum(p.numel() for p in net.parameters()) == events[-1].parameters[1]

@@ -6,7 +6,6 @@ numerics), what a plan says of a group (planner/reasons.py).
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -177,7 +176,7 @@ class Ledger:
     confidence: of that limit; population: whether it holds for the population that the probe was drawn from, or for the
     training inputs alone that it was measured on.
     site_cost: per site, the sum over events of the relative rms error, each relative to the site's output at its own
-    event; site_limit: what that sum may reach at most, infinite where widths were chosen by trials.
+    event; site_limit: what that sum may reach at most, None where widths were chosen by trials.
     goal: what was asked for with target=, and how much of it is reached; "" without.
     history: every attempt, those that removed nothing included. idle: why nothing was removed at all, and what to do;
     "" after an event.
@@ -194,7 +193,7 @@ class Ledger:
     probe_rows: int
     budget: float | None
     site_cost: Mapping[str, float]
-    site_limit: float
+    site_limit: float | None
     seconds: float
     hook_seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -218,7 +217,7 @@ class Ledger:
             lines.append(self._accuracy(self.accuracy_cost))
         if self.site_cost:
             site = max(self.site_cost, key=lambda name: self.site_cost[name])
-            limit = f" (limit {self.site_limit:.3g})" if math.isfinite(self.site_limit) else ""
+            limit = f" (limit {self.site_limit:.3g})" if self.site_limit is not None else ""
             total = f"{self.site_cost[site]:.3g} at '{site.split(':')[0]}'"
             lines.append(f"relative error summed over events: {total}{limit}")
         lines.append(f"{self.seconds:.2f} s spent on apoptosis, {self.hook_seconds:.2f} s of it in hooks")

@@ -487,7 +487,7 @@ def make_ledger(
         budget=budget.budget,
         classes=acceptance.named,
         site_cost=dict(memory.site_cost),
-        site_limit=math.inf if has_goal(memory, settings) else settings.site_limit,
+        site_limit=None if has_goal(memory, settings) else settings.site_limit,
         seconds=memory.own_seconds + hook_seconds,
         hook_seconds=hook_seconds,
         history=memory.attempts,
