@@ -33,6 +33,7 @@ LEDGER_WORDS = {
     "budget": "budget (a share)",
     "site_cost": "relative error summed over events, per site",
     "site_limit": "limit of that sum",
+    "goal": "size asked for",
     "seconds": "seconds in apoptosis",
     "hook_seconds": "of these, in hooks",
     "idle": "why nothing was removed",
