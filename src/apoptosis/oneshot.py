@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from apoptosis.criteria import Ranking, get_criterion
 from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest, sanity_limit
-from apoptosis.decide.goal import FullSize, Goal, check_goal, least_widths, read_goal
+from apoptosis.decide.goal import FullSize, Goal, check_goal, least_widths, read_goal, share_of
 from apoptosis.decide.ledger import Event
 from apoptosis.decide.timing import measure_timings
 from apoptosis.distributed.wrappers import check_alone
@@ -38,7 +38,7 @@ from apoptosis.model.evaluate import Probe, as_call, as_probe, make_probe
 from apoptosis.model.outputs import Change
 from apoptosis.model.trials import looked_at
 from apoptosis.observe import Observer
-from apoptosis.planner import Observations, Plan, Request, groups_to_observe, make_plan
+from apoptosis.planner import Costs, Observations, Plan, Request, groups_to_observe, make_plan
 from apoptosis.planner.sampling import has_modes, sample
 from apoptosis.records import Frozen, NormWidths, Pin, Reduction, Structure
 from apoptosis.surgery import check_optimizers
@@ -180,7 +180,9 @@ class _Job:
         if goal.measure == "seconds":
             timings = measure_timings(target.model, target.call, self.structure, target.optimizers)
         full = FullSize(parameters=size.parameters, macs=size.macs, timings=timings)
-        check_goal(goal, self.structure, full, target.num_examples, self._request.fewest)
+        check_goal(
+            goal, self.structure, full, target.num_examples, partial(self._request.fewest, step=self._request.align)
+        )
         return self.to_goal(goal, full)
 
     def exactly(self) -> Result:
@@ -215,10 +217,19 @@ class _Job:
     def to_goal(self, goal: Goal, full: FullSize) -> Result:
         """Reach a goal with the least change of the outputs."""
         inputs, request = self._observer.inputs or self._target.call, self._request
-        way, seen = Way(goal=goal, full=full), self._observations
-        self._request, choice = towards(way, self._target, self.structure, seen, request, self._rankings, inputs)
-        self.notes.append(goal.progress(choice.share))
-        return self._try(request.tolerance)[0]
+        way, seen, rows = Way(goal=goal, full=full), self._observations, self._target.num_examples
+        for _ in range(_TRIES):  # groups that cannot be edited as chosen are pinned, and the others take their part
+            way = replace(way, known={})
+            self._request, _ = towards(way, self._target, self.structure, seen, request, self._rankings, inputs)
+            plan = self._plan(request.tolerance)
+            tried = self._apply(plan, plan.reductions, self._given_inputs(), _measure_only) if plan.reductions else None
+            if tried is None or not tried.pins:
+                break
+            self.structure = tried.structure
+        result = self._try(request.tolerance)[0]
+        left = Costs(self.structure, full.timings).of({})
+        self.notes.append(goal.progress(share_of(goal, left, full, rows)))
+        return result
 
     def _largest_below(self, given: float, limit: float) -> float:
         """Return the largest tolerance of the grid that changes the outputs on the given inputs within a limit."""

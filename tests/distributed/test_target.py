@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from apoptosis import Apoptosis
+from apoptosis.engine import sensitivity
+from apoptosis.errors import OutOfMemoryError
 from distributed.processes import together
 from distributed.test_ddp import train
 
@@ -22,3 +27,47 @@ def test_all_ranks_choose_the_same_widths():
     left = one["ledger"]["macs"][1] / one["ledger"]["macs"][0]
     assert 0.5 <= left <= 0.525
     assert "reached" in one["ledger"]["goal"]
+
+
+def after_trials_without_an_event(rank, size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    apo = Apoptosis(model, optimizer, torch.zeros(2, 12), target="1.3x", total_steps=60, align=8, calibration=1.0)
+    draws = torch.Generator().manual_seed(rank)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(128, 12, generator=draws)).square().mean().backward()
+        optimizer.step()
+        apo.step()
+    return [attempt.outcome for attempt in apo.ledger().history], [p.detach().clone() for p in net.parameters()]
+
+
+def test_gradients_are_averaged_after_trials_that_changed_nothing():
+    results, faults = together(after_trials_without_an_event)
+    assert faults == [None, None]
+    (outcomes, one), (_, two) = results
+    assert "nothing" in outcomes
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def failing_on_one_rank(rank, size):
+    whole = sensitivity.outputs
+
+    def fails(model, probe, **options):
+        if rank and sensitivity_trials.append(1) is None and len(sensitivity_trials) == 3:
+            raise OutOfMemoryError("memory ran out")
+        return whole(model, probe, **options)
+
+    sensitivity.outputs = fails
+    return train(rank, size, target="2x", rows=256)
+
+
+sensitivity_trials: list[int] = []
+
+
+def test_memory_that_runs_out_in_a_trial_of_one_rank_is_told_to_all():
+    _, faults = together(failing_on_one_rank)
+    assert all(faults)
+    assert all("memory ran out" in fault for fault in faults)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from apoptosis.decide.goal import NEAR
 from apoptosis.decide.timing import measure_timings
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
+from apoptosis.model.pretrained import looks_pretrained
 from apoptosis.planner import Costs
 
 STEPS = 120
@@ -176,24 +178,49 @@ def test_groups_whose_loss_the_outputs_show_are_left_alone():
     assert event.measured["output_rms"] < 0.02
 
 
+def trained_convs():
+    """Trained a little, with a norm whose weights are as far from ones as those of published networks."""
+    net = convs()
+    fresh = start(net, (3, 8, 8), tolerance=0.0)
+    train(net, *fresh, (3, 8, 8), range(60))
+    with torch.no_grad():
+        net[1].weight.uniform_(0.4, 0.9, generator=torch.Generator().manual_seed(0))
+    return net
+
+
 def test_a_pretrained_network_is_recognised_by_its_norms():
     _, apo = start(convs(), (3, 8, 8), target="2x")
     assert apo.decision.at_step > 0.03 * STEPS
-    trained = convs()
-    fresh = start(trained, (3, 8, 8), tolerance=0.0)
-    train(trained, *fresh, (3, 8, 8), range(20))
+    trained = trained_convs()
     assert start(trained, (3, 8, 8), target="2x")[1].decision.at_step <= 0.03 * STEPS
     assert start(trained, (3, 8, 8), target="2x", pretrained=False)[1].decision.at_step > 0.03 * STEPS
     assert start(mlp(), (12,), target="2x", pretrained=True)[1].decision.at_step <= 0.03 * STEPS
+    with pytest.raises(ArgumentError, match="pretrained='no'"):
+        start(mlp(), (12,), pretrained="no")
+
+
+@pytest.mark.parametrize("how", ["a pass", "a noisy start", "zeros", "another layer of that name"])
+def test_networks_that_were_not_trained_are_not_taken_for_pretrained(how):
+    class NormedLinear(nn.Linear):
+        pass
+
+    net = convs()
+    with torch.no_grad():
+        if how == "a pass":
+            net(torch.ones(64, 3, 8, 8))
+        elif how == "a noisy start":
+            net[1].weight.normal_(1.0, 0.02)
+        elif how == "zeros":
+            net[1].weight.zero_()
+        else:
+            net = nn.Sequential(NormedLinear(12, 32), nn.ReLU(), nn.Linear(32, 4))
+    assert not looks_pretrained(net)
 
 
 def test_from_a_pretrained_network_goes_early_what_hardly_shifts_its_outputs():
-    trained = convs()
-    fresh = start(trained, (3, 8, 8), tolerance=0.0)
-    train(trained, *fresh, (3, 8, 8), range(60))
     runs = {}
     for pretrained in (None, False):
-        net = copy.deepcopy(trained)
+        net = trained_convs()
         optimizer, apo = start(net, (3, 8, 8), pretrained=pretrained, total_steps=400)
         runs[pretrained] = train(net, optimizer, apo, (3, 8, 8), range(60)), apo
     events, apo = runs[None]
@@ -202,6 +229,34 @@ def test_from_a_pretrained_network_goes_early_what_hardly_shifts_its_outputs():
     assert sum(event.measured["output_rms"] for event in events) < 0.6  # 0.25 by trials of single groups
     assert apo.decision.at_step is None
     assert not runs[False][0]
+
+
+def test_what_is_lost_for_nothing_goes_first():
+    """Half of the channels never say anything: the other layer keeps what it would otherwise have to give."""
+    net = mlp()
+    with torch.no_grad():
+        net[0].weight[32:].zero_()
+        net[0].bias[32:].fill_(-1.0)
+    batches = [batch(step, (12,))[0] for step in range(8)]
+    event = shrink_(net, torch.zeros(2, 12), batches, target="1.9x")
+    assert net[0].out_features <= 34
+    assert event.measured["output_rms"] < 0.05
+
+
+def test_outputs_that_are_not_finite_leave_no_trace_in_what_trials_found():
+    net = mlp()
+    optimizer, apo = start(net, (12,), target="2x")
+    train(net, optimizer, apo, (12,), range(9))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(9, 30):
+            if apo.watching:
+                net[4].bias.data.fill_(float("nan"))
+            x, y = batch(step, (12,))
+            nn.functional.cross_entropy(net(x), y).backward()
+            apo.step()
+    assert "skipped an event" in str(caught[0].message)
+    assert not apo.state_dict()["memory"]["shifts"]
 
 
 def wide():

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -240,12 +241,13 @@ class Apoptosis:
     def plan(self) -> Plan:
         """Say what an event would do now, from what the open window has seen so far: a dry run, changes nothing.
 
-        Its multiply-adds are per example.
+        Its multiply-adds are per example. Of several ranks it is the plan that the tolerance alone would make.
         """
         observations = {} if self._observer is None else self._observer.observations()
         request, examples = allowed(self._memory, self._settings, self.groups()), self._target.num_examples
         rankings: dict[str, Ranking] = {}
-        if (way := way_of(self._memory, self._settings)) is not None:
+        way = way_of(self._memory, self._settings) if self._target.ranks.size == 1 else None  # trials are collective
+        if way is not None:
             inputs = self._target.call if self._observer is None else self._observer.inputs or self._target.call
             way = replace(way, known=dict(way.known))
             request, _ = towards(way, self._target, self._structure, observations, request, rankings, inputs)
@@ -322,6 +324,7 @@ class Apoptosis:
         check_averaged_models(self._target.averaged_models, self._target.model, _FOLLOW_LATER)
         try:
             structure, memory, window = read_state(state, self._settings, structure, self.pins())
+            memory.timings = memory.timings or self._memory.timings
             layouts = read_layouts(self._target.wrappers, state.get("buckets", ()))  # older ones have none
             ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
             ranks.same_parameters("in the checkpoint that they load", self._target.model)
@@ -338,6 +341,7 @@ class Apoptosis:
         self._drop_window()
         self._target.rebuild_wrappers(layouts)  # the model may have got the widths of a checkpoint
         self._structure, self._memory = structure, memory
+        self._acceptance.sanity = limit_of_outputs(self._target, memory, self._settings)
         if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule
             memory.decision = self._decide()
         if observer is not None and not memory.closed:
@@ -479,9 +483,9 @@ class Apoptosis:
 
     def _check_goal(self) -> None:
         request = replace(allowed(self._memory, self._settings, self.groups()), max_drop=1.0)
-        check_goal(
-            self._settings.goal, self._structure, self._memory.full_size, self._target.num_examples, request.fewest
-        )
+        least = partial(request.fewest, step=self._settings.align)
+        full, rows = self._memory.full_size, self._target.num_examples
+        check_goal(self._settings.goal, self._structure, full, rows, least)
 
     def _telemetry(self) -> Telemetry:
         return telemetry(self._memory, self._settings, self._structure, rows=self._target.num_examples)

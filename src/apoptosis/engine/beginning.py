@@ -71,14 +71,20 @@ def rehearsed(
     Args: structure: as captured. patterns: of groups to leave alone. pretrained: as given.
     """
     left_out = exclude_pins(structure, patterns)
-    early = settings.automatic and _is_pretrained(target, pretrained)
+    early = _is_pretrained(target, pretrained) and settings.automatic
     found = rehearse(target, structure, left_out, settings.align, branches=settings.goal is not None or early)
     warn_if_fixed(without_pins(found, structure, left_out), type(target.model).__name__)
     return found
 
 
-def _is_pretrained(target: Target, pretrained: bool | None) -> bool:
-    return looks_pretrained(target.model) if pretrained is None else bool(pretrained)
+def _is_pretrained(target: Target, given: bool | None) -> bool:
+    """Return what was given, else whether the network looks so on rank 0.
+
+    Raises: ArgumentError: what was given is no truth value.
+    """
+    if given is not None and not isinstance(given, bool):
+        raise ArgumentError(f"pretrained={given!r} must be True, False or None.")
+    return target.ranks.first(looks_pretrained(target.model) if given is None else given)
 
 
 def new_memory(
@@ -144,7 +150,10 @@ def check_agreed(
     for optimizer in target.optimizers:
         kind_of(optimizer).check_ranks(optimizer, target.ranks.size)
     asked = settings.as_dict() | {"seed": settings.seed, "budget": budget, "probe": probe}
-    asked |= {"whether calibration= is given": settings.calibrated}
+    asked |= {
+        "whether calibration= is given": settings.calibrated,
+        "whether a tolerance or target= is given": settings.automatic,
+    }
     asked |= {"example input, multiply-adds": structure.macs, "example input, rows": target.num_examples}
     widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
               for g in structure.groups}  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 
 from apoptosis.criteria import Ranking
 from apoptosis.decide.goal import FullSize, Goal, share_of
-from apoptosis.errors import CaptureError, NonFiniteError, ShapeError, StructureChangedError
+from apoptosis.errors import NonFiniteError, OutOfMemoryError, RankError
 from apoptosis.interrupts import restoring
 from apoptosis.model.evaluate import Call, Probe, as_probe, cuts_of, like_example, logits_of, outputs
 from apoptosis.model.outputs import difference
@@ -29,8 +29,8 @@ from apoptosis.surgery import Transaction, build_edits, norm_edits
 from apoptosis.surgery.branches import empty_edits, is_empty
 from apoptosis.surgery.target import Target
 
+_LOSSLESS = 1e-6  # relative error of a trial
 EXAMPLES = 8  # of the inputs at hand that trials are run on
-_REFUSED = (CaptureError, StructureChangedError, ShapeError)
 LEAST_POWER, MOST_POWER = 1.0, 4.0  # of the error, in which the shift grows
 
 
@@ -49,6 +49,7 @@ class Sensitivity:
     def points(self, offers: Offers, price: Price) -> list[list[Point]]:
         """Return for every task the points among which one is chosen. price: what the network takes at some widths."""
         before = self._outputs()
+        self.target.ranks.run_collectively(partial(_check_finite, before, self.target))
         found: list[tuple[set[str], list[Point]]] = []
         for sets in offers.tasks:
             units = [[self._points_of(unit, before, price) for unit in own] for own in sets]
@@ -68,7 +69,9 @@ class Sensitivity:
         name = f"branch {proposal.branch.name}"
         if name not in self.known:
             shift = self._shift(Trial(proposal.reductions, {}, 1.0), before)
-            self.known[name] = [(1.0, shift)] if math.isfinite(shift) else []
+            if not math.isfinite(shift):
+                return []
+            self.known[name] = [(1.0, shift)]
         widths = dict.fromkeys(proposal.branch.groups, 0)
         return [Point(saved=price({}) - price(widths), cost=shift, widths=widths) for _, shift in self.known[name]]
 
@@ -76,7 +79,9 @@ class Sensitivity:
         shifts = self.known.get(name := " ".join(unit.groups))
         if shifts is None:
             tried = [(trial.error, self._shift(trial, before)) for trial in unit.trials]
-            shifts = self.known[name] = [(error, shift) for error, shift in tried if math.isfinite(shift)]
+            shifts = [(error, shift) for error, shift in tried if math.isfinite(shift)]
+            if len(shifts) == len(tried):  # else the next event tries again
+                self.known[name] = shifts
         if not shifts:
             return []
         now = price({})
@@ -89,11 +94,11 @@ class Sensitivity:
         return self.target.ranks.run_collectively(partial(outputs, self.target.model, self.probe))
 
     def _shift(self, trial: Trial, before: Sequence[Any]) -> float:
-        """Return how far the outputs move, infinite where the network does not run so."""
+        """Return how far the outputs move, infinite where the network does not run so on some rank."""
         ranks = self.target.ranks
-        own = torch.tensor([self._own_shift(trial, before), 1.0], dtype=torch.float64, device="cpu")
-        shift, number = ranks.total(own).tolist()
-        return shift / number if math.isfinite(shift) else math.inf
+        shift = ranks.run_collectively(partial(self._own_shift, trial, before))
+        total, number = ranks.total(torch.tensor([shift, 1.0], dtype=torch.float64, device="cpu")).tolist()
+        return total / number if math.isfinite(total) else math.inf
 
     def _own_shift(self, trial: Trial, before: Sequence[Any]) -> float:
         transaction, narrowed = Transaction(self.target.model), [r for r in trial.reductions if not is_empty(r)]
@@ -105,8 +110,18 @@ class Sensitivity:
                 if emptied := empty_edits(self.structure, trial.reductions):
                     transaction.empty(emptied)
                 return shift_of(before, outputs(self.target.model, self.probe), self.target)
-            except _REFUSED:
+            except (OutOfMemoryError, RankError):
+                raise
+            except Exception:  # noqa: BLE001 - the user's forward may raise anything: the unit is not offered then
                 return math.inf
+
+
+def _check_finite(outs: Sequence[Any], target: Target) -> None:
+    """Raise NonFiniteError where outputs before any trial hold NaN or infinity: nothing can be compared with them."""
+    for out in outs:
+        for path, x in read_output(out, target.read).numbers.items():
+            if not bool(torch.isfinite(x).all()):
+                raise NonFiniteError(f"the outputs hold NaN or infinity{f' ({path})' if path else ''}.")
 
 
 def _merged(units: Sequence[list[Point]]) -> list[Point]:
@@ -143,19 +158,42 @@ def towards(
 
     Returns: the request of a plan with these widths, and the choice.
     """
-    costs, rows = Costs(structure, way.full.timings), target.num_examples
-
-    def price(widths: Mapping[str, int]) -> float:
-        return share_of(way.goal, costs.of(widths), way.full, rows)
-
     offers = make_offers(target.model, structure, observations, request, target.ranks, rankings=rankings)
+    price = _price(way, structure, offers, target.num_examples)
     probe = inputs_of(like_example(inputs, target.call))
-    points = Sensitivity(target=target, structure=structure, probe=probe, known=way.known).points(offers, price)
+    sensitivity = Sensitivity(target=target, structure=structure, probe=probe, known=way.known)
+    try:
+        points = sensitivity.points(offers, price)
+    except BaseException as error:
+        if target.ranks.size == 1 or isinstance(error, NonFiniteError):  # on all ranks; else they cannot meet again
+            target.rebuild_wrappers()
+        raise
+    target.rebuild_wrappers()  # trials exchange the storage that they know
     choice = choose_widths(points, price, way.goal.towards(price({}), way.part), limit=way.limit)
     gone = {name for name, width in choice.widths.items() if not width}
     empty = frozenset(one.branch.name for one in offers.branches if gone.issuperset(one.branch.groups))
     widths = {name: width for name, width in choice.widths.items() if width}
     return replace(request, widths=widths, empty=empty, waiting={**offers.left, **request.waiting}), choice
+
+
+def _price(way: Way, structure: Structure, offers: Offers, rows: int) -> Price:
+    """Return what the network takes at some widths, the norms and biases included that go with whole branches."""
+    costs = Costs(structure, way.full.timings)
+    now, extra = costs.of({}), list[tuple[frozenset[str], float, float]]()
+    for branch in (one.branch for one in offers.branches):
+        left = costs.of(dict.fromkeys(branch.groups, 0))
+        parameters = max(0.0, branch.parameters - (now.parameters - left.parameters))
+        macs = max(0.0, branch.macs - (now.macs - left.macs))
+        extra.append((frozenset(branch.groups), parameters, macs))
+
+    def price(widths: Mapping[str, int]) -> float:
+        cost, gone = costs.of(widths), {name for name, width in widths.items() if not width}
+        for groups, parameters, macs in extra if gone else ():
+            if groups <= gone:
+                cost = replace(cost, parameters=cost.parameters - parameters, macs=cost.macs - macs)
+        return share_of(way.goal, cost, way.full, rows)
+
+    return price
 
 
 def shift_of(before: Sequence[Any], after: Sequence[Any], target: Target) -> float:
@@ -199,8 +237,8 @@ def carried_over(shifts: Sequence[tuple[float, float]], error: float) -> float:
     if error <= 0.0:
         return 0.0
     (low, at_low), (high, at_high) = known[0], known[-1]
-    if high <= 0.0:
-        return at_high
+    if high <= _LOSSLESS:  # which tells nothing of widths that lose something
+        return max(at_high, error**2)
     if high <= low or low <= 0.0 or at_low <= 0.0 or at_high <= 0.0:
         return at_high * (error / high) ** 2
     if error <= low:

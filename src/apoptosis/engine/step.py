@@ -19,7 +19,7 @@ from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest
 from apoptosis.decide.ledger import Attempt, Event
 from apoptosis.decide.overhead import overhead_macs
-from apoptosis.decide.policy import loss_of, part_of_way
+from apoptosis.decide.policy import NUM_GOAL_STEPS, goal_steps, loss_of, part_of_way
 from apoptosis.decide.state import PRETRAINED_GOAL, PRETRAINED_SHIFT, RunState, Settings, allowed, has_goal, telemetry
 from apoptosis.distributed.sharded import has_shards
 from apoptosis.engine.event_builder import make_event, measured, size_of
@@ -208,6 +208,8 @@ def way_of(memory: RunState, settings: Settings) -> Way | None:
     part *= 0.5**memory.num_backoffs
     if settings.goal is not None:
         return Way(goal=settings.goal, full=memory.full_size, part=part, known=memory.shifts)
+    early = goal_steps(settings.total_steps, after=0, pretrained=True)[:NUM_GOAL_STEPS]
+    part = max(part, 0.5**memory.num_backoffs) if memory.step >= early[-1] else part  # no further one comes
     limit = part * max(0.0, PRETRAINED_SHIFT - memory.shift)
     return Way(goal=PRETRAINED_GOAL, full=memory.full_size, limit=limit, known=memory.shifts)
 

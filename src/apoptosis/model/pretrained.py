@@ -5,38 +5,32 @@ Holds: that one question. Elsewhere: what follows from it (decide.policy).
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
+from apoptosis.distributed.sharded import has_shards
+
 _FROM = 0.5  # share of the norms that were trained, from which on the network was
-_AWAY = 1e-3  # from its start, at which a number was trained
+_AWAY = 0.05  # mean distance of the weights from where they start, at which a norm was trained
 
 
 def looks_pretrained(model: nn.Module) -> bool:
-    """Whether most norms of a network hold other numbers than they start with; False without norms.
+    """Whether most norms of a network hold other weights than they start with; False without such norms.
 
-    A norm is a module that has running statistics, or whose weight has one axis and starts as ones (LayerNorm, RMSNorm,
-    BatchNorm, GroupNorm and those of other libraries, by their class names). Models without data are not pretrained.
+    A norm is a module that is called so and whose weight has one axis, all ones or all zeros at the start (LayerNorm,
+    RMSNorm, BatchNorm, GroupNorm and those of other libraries). Running statistics say nothing: one pass moves them.
+    Of models whose parameters are spread over processes, or have no data, nothing is said.
     """
-    norms = [module for module in model.modules() if _is_norm(module)]
-    trained = sum(_was_trained(module) for module in norms)
-    return bool(norms) and trained >= _FROM * len(norms)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    named = "norm" in type(module).__name__.lower()
-    return named and any(isinstance(getattr(module, name, None), Tensor) for name in ("weight", "running_mean"))
-
-
-def _was_trained(norm: Any) -> bool:
-    starts = (("running_mean", (0.0,)), ("bias", (0.0,)), ("weight", (0.0, 1.0)))  # some weights start as zeros
-    return any(_is_away(getattr(norm, name, None), values) for name, values in starts)
-
-
-def _is_away(tensor: object, values: tuple[float, ...]) -> bool:
-    if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dim() != 1 or not tensor.numel():
+    if has_shards(model):
         return False
-    with torch.no_grad():
-        return all(float((tensor.float() - value).abs().mean()) > _AWAY for value in values)
+    weights = [weight for module in model.modules() if (weight := _weight_of(module)) is not None]
+    trained = sum(all(float((w.float() - start).abs().mean()) > _AWAY for start in (0.0, 1.0)) for w in weights)
+    return bool(weights) and trained >= _FROM * len(weights)
+
+
+def _weight_of(module: nn.Module) -> Tensor | None:
+    """Return the weight of a norm, None of other modules."""
+    weight = getattr(module, "weight", None)
+    if "norm" not in type(module).__name__.lower() or not isinstance(weight, Tensor):
+        return None
+    whole = weight.dim() == 1 and weight.numel() > 0 and not weight.is_meta
+    return weight.detach() if whole else None

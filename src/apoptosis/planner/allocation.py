@@ -100,11 +100,14 @@ def choose_widths(
     for place, _, point in _steps([hull(points) for points in tasks]):
         if _cost(taken, place, point) > limit or share <= goal:
             break
-        after = price(_widths(taken, place, point)) if place not in passed else 0.0
-        if after >= goal:
-            taken[place], share = point, after
-        else:
+        if place in passed:
+            continue
+        after = price(_widths(taken, place, point))
+        if after < goal:
             passed.add(place)
+            point, after = _largest_fitting(taken, place, tasks[place], point, price, goal, limit)
+        if after >= goal and point is not taken.get(place, _NONE):
+            taken[place], share = point, after
     while share > goal:
         found = _filling(taken, tasks, price, share, goal, limit)
         if found is None:
@@ -112,6 +115,29 @@ def choose_widths(
         place, point, share = found
         taken[place] = point
     return Choice(widths=_widths(taken), share=share, cost=sum(point.cost for point in taken.values()))
+
+
+def _largest_fitting(
+    taken: Mapping[int, Point],
+    place: int,
+    points: Sequence[Point],
+    beyond: Point,
+    price: Price,
+    goal: float,
+    limit: float,
+) -> tuple[Point, float]:
+    """Return the point of a task that saves most before the one that goes below the goal, and the share it leaves.
+
+    The point that is taken, with a share of 0, where none fits.
+    """
+    before = taken.get(place, _NONE)
+    for point in sorted(points, key=lambda p: (-p.saved, p.cost)):
+        if not before.saved < point.saved < beyond.saved or _cost(taken, place, point) > limit:
+            continue
+        after = price(_widths(taken, place, point))
+        if after >= goal:
+            return point, after
+    return before, 0.0
 
 
 def _filling(
