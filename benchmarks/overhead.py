@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from apoptosis import Apoptosis
-from apoptosis.decide.overhead import macs_per_second
+from apoptosis.decide.overhead import event_macs, macs_per_second
 from apoptosis.decide.policy import cost_of
 from apoptosis.decide.state import telemetry
 from benchmarks import shared
@@ -116,10 +117,13 @@ def measure(
 
 
 def told(apo: Apoptosis, run: MethodRun) -> Any:
-    """Return what the policy sees, with the number of examples per step that it knows once a window has seen some."""
-    memory = copy.copy(apo._memory)
+    """Return what the policy sees once a window has seen some examples, with what event_macs foretells of it."""
+    memory, rows, settings = copy.copy(apo._memory), apo._target.num_examples, apo._settings
     memory.batch_rows = float(run.batch)
-    return telemetry(memory, apo._settings, apo.structure, rows=apo._target.num_examples)
+    gradients = settings.criterion.grad_factor and settings.tolerance != 0
+    macs = apo.structure.macs / rows
+    cost = event_macs(apo.groups(), forward_macs=macs, batch_rows=memory.batch_rows, gradients=gradients)
+    return replace(telemetry(memory, settings, apo.structure, rows=rows), event_macs=cost)
 
 
 def both(run: MethodRun, pair: tuple[Network, Network], batch: Batch, lr: float, *, first: int) -> tuple[float, float]:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from apoptosis import Apoptosis
 from apoptosis.decide.overhead import GRAM, MOVED, PER_PASS, PLANNED, TRACED, event_macs
 from apoptosis.graph import analyse
 from apoptosis.observe import MIN_EXAMPLES
@@ -75,12 +74,3 @@ def test_passes_that_are_run_again_count():
     hidden = [replace(g, sites=tuple(replace(s, outputs=()) if s.functional else s for s in g.sites)) for g in found]
     passes = MIN_EXAMPLES // 64
     assert cost(hidden, forward_macs=1e6) - cost(hidden) == pytest.approx(once + TRACED * passes * 64 * 1e6)
-
-
-def test_the_policy_is_told_of_it(runs):
-    net = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 4))
-    apo = Apoptosis(net, torch.optim.SGD(net.parameters(), 0.1), runs.inputs(2, 0), total_steps=100, calibration=5.0)
-    seen = apo._telemetry()
-    assert seen.overhead_macs == 5.0
-    expected = event_macs(apo.groups(), forward_macs=seen.macs, batch_rows=0.0, gradients=True)
-    assert seen.event_macs == expected > 0.0

@@ -146,7 +146,7 @@ def recorded(model: nn.Module, call: Call, structure: Structure) -> Recorded:
     """
     tensors = dict(model.named_parameters())
     device = next((p.device for p in tensors.values()), torch.device("cpu"))
-    found = Recorded(torch.zeros(1, device=device))
+    found = Recorded(torch.zeros(1, dtype=torch.float32, device=device))
     args, kwargs = call
     with internal_passes(model, training=True, drop=True, as_is=model.training, grad=True):
         whole = dict(model.named_parameters())  # of sharded ones, too, in here

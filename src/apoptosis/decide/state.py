@@ -16,11 +16,11 @@ from apoptosis.criteria import Criterion
 from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
 from apoptosis.decide.goal import NEAR, FullSize, Goal, least_widths, share_of
 from apoptosis.decide.ledger import Attempt, Ledger, Outcome
-from apoptosis.decide.overhead import event_macs
 from apoptosis.decide.policy import NUM_GOAL_STEPS, Decision, PastEvent, Telemetry, allocate, goal_steps
 from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.graph.explain import Code
 from apoptosis.graph.groups.frozen import is_of_frozen
+from apoptosis.observe import ROWS_PER_CHANNEL
 from apoptosis.planner import Costs, Request, Why
 from apoptosis.records import Group, Pin, Structure, Timings
 from apoptosis.surgery.target import with_pins
@@ -338,12 +338,7 @@ def _with_code(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def telemetry(memory: RunState, settings: Settings, structure: Structure, *, rows: int) -> Telemetry:
     """Gather what the policy sees. rows: examples in the example input, which `structure.macs` is for."""
-    event = event_macs(
-        structure.open_groups,
-        forward_macs=structure.macs / rows,
-        batch_rows=memory.batch_rows,
-        gradients=settings.criterion.grad_factor and settings.tolerance != 0,
-    )
+    event = sum(len(g.sites) * (ROWS_PER_CHANNEL + 1.0) * g.num_channels**3 for g in structure.open_groups)
     held = [g.num_channels * g.macs_per_channel for g in structure.groups if g.name in memory.behind]
     return Telemetry(
         step=memory.step,

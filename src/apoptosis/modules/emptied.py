@@ -26,18 +26,18 @@ class ConstantLinear(nn.Module):
     """A linear layer that reads no channels: its bias at every position. (..., anything) -> (..., out)."""
 
     bias: Tensor
-    dense: bool
+    stand_in_dense: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the constant at every position of x."""
-        return _dense(_cast(self.bias, x).expand(x.shape[:-1] + self.bias.shape), self.dense)
+        return _dense(_cast(self.bias, x).expand(x.shape[:-1] + self.bias.shape), self.stand_in_dense)
 
 
 class ConstantConv(nn.Module):
     """A convolution that reads no channels: its bias at every place that it would have computed."""
 
     bias: Tensor
-    dense: bool
+    stand_in_dense: bool
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -48,19 +48,19 @@ class ConstantConv(nn.Module):
         sizes = _conv_sizes(x, self)
         bias = _cast(self.bias, x).reshape([-1] + [1] * len(self.kernel_size))
         batch = list(x.shape[: x.dim() - len(self.kernel_size) - 1])
-        return _dense(bias.expand([*batch, self.bias.shape[0], *sizes]), self.dense)
+        return _dense(bias.expand([*batch, self.bias.shape[0], *sizes]), self.stand_in_dense)
 
 
 class ConstantNorm(nn.Module):
     """A batch norm behind a constant: what it would return in evaluation, in either mode. Shapes as nn.BatchNorm."""
 
     bias: Tensor
-    dense: bool
+    stand_in_dense: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the constant at every place of x."""
         bias = self.bias.to(x.dtype).reshape([1, -1] + [1] * (x.dim() - 2))
-        return _dense(bias.expand([x.shape[0], self.bias.shape[0], *x.shape[2:]]), self.dense)
+        return _dense(bias.expand([x.shape[0], self.bias.shape[0], *x.shape[2:]]), self.stand_in_dense)
 
 
 class ConstantBranch(nn.Module):
@@ -69,24 +69,24 @@ class ConstantBranch(nn.Module):
     Of what it returned beside the output nothing is left: None each.
     """
 
-    axis: int
-    anchor: tuple[int, str]
-    extras: int
-    holder: str
-    after: tuple[str, ...]
-    dense: bool
+    stand_in_axis: int
+    stand_in_anchor: tuple[int, str]
+    stand_in_extras: int
+    stand_in_holder: str
+    stand_in_after: tuple[str, ...]
+    stand_in_dense: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the constant for as many positions as the argument has."""
         x = _anchor(self, args, kwargs)
-        holder: Any = self.get_submodule(self.holder) if self.holder else self
-        bias, axis = _cast(holder.bias, x), self.axis % x.dim()
+        holder: Any = self.get_submodule(self.stand_in_holder) if self.stand_in_holder else self
+        bias, axis = _cast(holder.bias, x), self.stand_in_axis % x.dim()
         shape = [bias.shape[0] if i == axis else size for i, size in enumerate(x.shape)]
         out = bias.reshape([-1 if i == axis else 1 for i in range(x.dim())]).expand(shape)
-        out = _dense(out, self.dense)
-        for name in self.after:
+        out = _dense(out, self.stand_in_dense)
+        for name in self.stand_in_after:
             out = self.get_submodule(name)(out)
-        return out if self.extras < 0 else (out, *[None] * self.extras)
+        return out if self.stand_in_extras < 0 else (out, *[None] * self.stand_in_extras)
 
 
 class NoChannelsLinear(nn.Module):
@@ -118,15 +118,15 @@ class NoChannelsConv(nn.Module):
 class NoChannels(nn.Module):
     """A module of several layers none of whose outputs is read: no channels, else the shape of one of its arguments."""
 
-    axis: int
-    anchor: tuple[int, str]
-    extras: int
+    stand_in_axis: int
+    stand_in_anchor: tuple[int, str]
+    stand_in_extras: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return no channels for as many positions as the argument has."""
         x = _anchor(self, args, kwargs)
-        out = _without_channels(x, self.axis)
-        return out if self.extras < 0 else (out, *[None] * self.extras)
+        out = _without_channels(x, self.stand_in_axis)
+        return out if self.stand_in_extras < 0 else (out, *[None] * self.stand_in_extras)
 
 
 class PassThrough(nn.Module):
@@ -173,13 +173,14 @@ def class_of(stand_in: StandIn, module: nn.Module) -> type[nn.Module] | None:
 
 
 def attributes_of_stand_in(stand_in: StandIn, module: nn.Module) -> dict[str, Any]:
-    """Return the plain attributes that a stand-in reads in its forward pass."""
+    """Return the plain attributes that a stand-in reads in its forward pass, by names that no user's module has."""
     mark: dict[str, Any] = {MARK: stand_in}
     if stand_in.kind == "written_out":
         encoder = isinstance(module, nn.TransformerEncoder)
         return {**mark, "use_nested_tensor": False} if encoder else {**mark, "activation_relu_or_gelu": 0}
     names = {"constant": ("dense",), "branch": ("axis", "anchor", "extras", "holder", "after", "dense"), "pass": ()}
-    return mark | {name: getattr(stand_in, name) for name in names.get(stand_in.kind, ("axis", "anchor", "extras"))}
+    read = names.get(stand_in.kind, ("axis", "anchor", "extras"))
+    return mark | {f"stand_in_{name}": getattr(stand_in, name) for name in read}
 
 
 def stand_in_of(module: nn.Module) -> StandIn | None:
@@ -195,7 +196,7 @@ def is_stand_in(module: nn.Module) -> bool:
 
 def _anchor(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the argument that says how many positions there are."""
-    place, name = module.anchor
+    place, name = module.stand_in_anchor
     for key, value in kwargs.items():
         if not isinstance(value, _PLAIN):
             raise RuntimeError(

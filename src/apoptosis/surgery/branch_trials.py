@@ -61,14 +61,14 @@ def _refused_at_all(model: nn.Module, optimizers: Sequence[Optimizer]) -> str:
 
 
 def _tried(target: Target, structure: Structure) -> dict[str, str]:
-    refused = _of_other_sizes(target, branches_of(structure))
-    left = [branch for branch in branches_of(structure) if branch.name not in refused]
+    found = _of_other_sizes(target, branches_of(structure))
+    left = [branch for branch in branches_of(structure) if branch.name not in found]
     if not left or not _fault(target, structure, left):
-        return refused
+        return found
     for branch in left if len(left) > 1 else ():
         fault = _fault(target, structure, [branch])
-        refused |= {branch.name: fault} if fault else {}
-    return refused if len(left) > 1 else {**refused, left[0].name: _fault(target, structure, left)}
+        found |= {branch.name: fault} if fault else {}
+    return found if len(left) > 1 else {**found, left[0].name: _fault(target, structure, left)}
 
 
 def _fault(target: Target, structure: Structure, branches: Sequence[Branch]) -> str:

@@ -110,17 +110,17 @@ def with_known(target: Target, old: Structure, new: Structure) -> Structure:
     return with_follows(kept, follows, {follow: value_of(target.model, follow) for follow in follows})
 
 
-def without_branches(structure: Structure, refused: Mapping[str, str]) -> Structure:
+def without_branches(structure: Structure, left_out: Mapping[str, str]) -> Structure:
     """Return the structure in which these branches, by name, are not to be emptied, each for its reason."""
-    if not refused:
+    if not left_out:
         return structure
     groups = tuple(
-        replace(group, branch=None, unbranched=refused[group.branch.name])
-        if group.branch is not None and group.branch.name in refused
+        replace(group, branch=None, unbranched=left_out[group.branch.name])
+        if group.branch is not None and group.branch.name in left_out
         else group
         for group in structure.groups
     )
-    return replace(structure, groups=groups, refused={**structure.refused, **refused})
+    return replace(structure, groups=groups, refused={**structure.refused, **left_out})
 
 
 def with_pins(structure: Structure, pins: Mapping[str, Pin]) -> Structure:
