@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
-
-from benchmarks.aftermath import __main__ as command  # noqa: E402
-from benchmarks.aftermath import fit, networks, removal, tables, tasks, training  # noqa: E402
-from benchmarks.aftermath.trials import Bank  # noqa: E402
+from benchmarks.aftermath import __main__ as command
+from benchmarks.aftermath import fit, networks, removal, tables, tasks, training
+from benchmarks.aftermath.trials import Bank
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from distributed.launched import SRC, Launched
 from distributed.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
-
 model = importlib.import_module("benchmarks.cluster.model")
 tables = importlib.import_module("benchmarks.cluster.tables")
 scaling = importlib.import_module("benchmarks.scaling")

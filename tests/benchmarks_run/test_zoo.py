@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,15 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.zoo import __main__ as command
+from benchmarks.zoo import measure as zoo
+from benchmarks.zoo import page, runs, shrunk_config, timm_networks, transformers_networks
+from benchmarks.zoo.workers import rows
 from distributed.launched import ran
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks are modules of the repository, not of the package
-
-from benchmarks.zoo import __main__ as command  # noqa: E402
-from benchmarks.zoo import measure as zoo  # noqa: E402
-from benchmarks.zoo import page, runs, shrunk_config, timm_networks, transformers_networks  # noqa: E402
-from benchmarks.zoo.workers import rows  # noqa: E402
 
 
 def missing(*names):

@@ -323,3 +323,19 @@ def test_branches_that_add_nothing_go_first():
     assert (net(x) - before).norm() < 0.02 * before.norm()
     kept = shrink_(net, torch.zeros(2, 12), [x], target="1.2x", min_width=8)
     assert all(width >= 8 for _, width in kept.groups.values())
+
+
+def test_a_trial_that_the_network_does_not_run_in_is_told_of():
+    class Wide(nn.Linear):
+        def forward(self, x):
+            if self.out_features < 40 and len(x) > 2:  # the example input has two rows
+                raise RuntimeError("narrower than 40")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Wide(12, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 4))
+    before = copy.deepcopy(net.state_dict())
+    event = shrink_(net, torch.zeros(2, 12), [batch(step, (12,))[0] for step in range(8)], target="1.5x")
+    assert list(event.groups) == ["2"]
+    assert any(note.startswith("0: in a trial") and "narrower than 40" in note for note in event.notes)
+    assert torch.equal(net[0].weight, before["0.weight"])

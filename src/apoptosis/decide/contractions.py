@@ -155,6 +155,7 @@ def recorded(model: nn.Module, call: Call, structure: Structure) -> Recorded:
     return found
 
 
+# torch's class has no types, hence both ignores here.
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down contractions with weights."""
 

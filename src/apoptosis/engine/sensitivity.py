@@ -16,12 +16,14 @@ import torch
 
 from apoptosis.criteria import Ranking
 from apoptosis.decide.goal import FullSize, Goal, share_of
-from apoptosis.errors import NonFiniteError, OutOfMemoryError, RankError
+from apoptosis.engine.edited import BROKEN, outputs_of_edited
+from apoptosis.errors import NonFiniteError
+from apoptosis.graph.trace.failures import fault_of
 from apoptosis.interrupts import restoring
 from apoptosis.model.evaluate import Call, Probe, as_probe, cuts_of, like_example, logits_of, outputs
 from apoptosis.model.outputs import difference
 from apoptosis.model.outputs import read as read_output
-from apoptosis.planner import Costs, Observations, Request
+from apoptosis.planner import Costs, Observations, Request, Why
 from apoptosis.planner.allocation import Choice, Point, Price, choose_widths, together
 from apoptosis.planner.offers import Offers, Trial, UnitOffer, make_offers
 from apoptosis.records import EmptyProposal, Structure
@@ -39,12 +41,14 @@ class Sensitivity:
     """Measures shifts of the outputs, which add up over groups (`shift_of`).
 
     known: the shift per trial of earlier events of the run, by unit: (error, shift) pairs, which go on being used.
+    refused: by group, why the network does not run in a trial of it.
     """
 
     target: Target
     structure: Structure
     probe: Probe
     known: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def points(self, offers: Offers, price: Price) -> list[list[Point]]:
         """Return for every task the points among which one is chosen. price: what the network takes at some widths."""
@@ -94,13 +98,15 @@ class Sensitivity:
         return self.target.ranks.run_collectively(partial(outputs, self.target.model, self.probe))
 
     def _shift(self, trial: Trial, before: Sequence[Any]) -> float:
-        """Return how far the outputs move, infinite where the network does not run so on some rank."""
+        """Return how far the outputs move, infinite where the network does not run so on some rank: see `refused`."""
         ranks = self.target.ranks
-        shift = ranks.run_collectively(partial(self._own_shift, trial, before))
+        shift, fault = ranks.run_collectively(partial(self._own_shift, trial, before))
+        if fault := ranks.first_error(fault):
+            self.refused.update({reduction.group: fault for reduction in trial.reductions})
         total, number = ranks.total(torch.tensor([shift, 1.0], dtype=torch.float64, device="cpu")).tolist()
         return total / number if math.isfinite(total) else math.inf
 
-    def _own_shift(self, trial: Trial, before: Sequence[Any]) -> float:
+    def _own_shift(self, trial: Trial, before: Sequence[Any]) -> tuple[float, str]:
         transaction, narrowed = Transaction(self.target.model), [r for r in trial.reductions if not is_empty(r)]
         with restoring(transaction.close):
             try:
@@ -109,11 +115,9 @@ class Sensitivity:
                     transaction.apply(edits, self.structure, norm_edits(self.structure, narrowed))
                 if emptied := empty_edits(self.structure, trial.reductions):
                     transaction.empty(emptied)
-                return shift_of(before, outputs(self.target.model, self.probe), self.target)
-            except (OutOfMemoryError, RankError):
-                raise
-            except Exception:  # noqa: BLE001 - the user's forward may raise anything: the unit is not offered then
-                return math.inf
+                return shift_of(before, outputs_of_edited(self.target.model, self.probe), self.target), ""
+            except BROKEN as error:
+                return math.inf, fault_of(error).brief
 
 
 def _check_finite(outs: Sequence[Any], target: Target) -> None:
@@ -173,7 +177,9 @@ def towards(
     gone = {name for name, width in choice.widths.items() if not width}
     empty = frozenset(one.branch.name for one in offers.branches if gone.issuperset(one.branch.groups))
     widths = {name: width for name, width in choice.widths.items() if width}
-    return replace(request, widths=widths, empty=empty, waiting={**offers.left, **request.waiting}), choice
+    failed = {name: Why("goal", f"in a trial of half its width {text}") for name, text in sensitivity.refused.items()}
+    waiting = {**{name: why for name, why in failed.items() if name not in choice.widths}, **offers.left}
+    return replace(request, widths=widths, empty=empty, waiting=waiting | dict(request.waiting)), choice
 
 
 def _price(way: Way, structure: Structure, offers: Offers, rows: int) -> Price:

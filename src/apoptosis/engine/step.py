@@ -22,21 +22,17 @@ from apoptosis.decide.overhead import overhead_macs
 from apoptosis.decide.policy import NUM_GOAL_STEPS, goal_steps, loss_of, part_of_way
 from apoptosis.decide.state import PRETRAINED_GOAL, PRETRAINED_SHIFT, RunState, Settings, allowed, has_goal, telemetry
 from apoptosis.distributed.sharded import has_shards
+from apoptosis.engine.edited import BROKEN, outputs_of_edited
 from apoptosis.engine.event_builder import make_event, measured, size_of
 from apoptosis.engine.sensitivity import Way, towards
 from apoptosis.engine.window import left_out
 from apoptosis.errors import (
     ArgumentError,
-    CaptureError,
     NonFiniteError,
     OutOfMemoryError,
-    RankError,
-    ShapeError,
-    StructureChangedError,
-    one_line,
 )
 from apoptosis.graph import gains, verify_emptied, verify_up_to_scale
-from apoptosis.graph.trace.failures import Fault, after_edit, fault_of
+from apoptosis.graph.trace.failures import Fault, fault_of
 from apoptosis.interrupts import restoring
 from apoptosis.model.evaluate import Probe, comparable, compare, like_example, outputs, training_outputs
 from apoptosis.model.outputs import Change, together
@@ -57,7 +53,6 @@ from apoptosis.surgery.target import (
     without_branches,
 )
 
-_BROKEN = (CaptureError, StructureChangedError, ShapeError)  # what pins the group whose edit brought it about
 Check = Callable[[Change], AcceptanceResult]
 
 
@@ -354,7 +349,7 @@ class _Trial:
                 again = scaled and self.old_numbers
                 if not again and before is not None:
                     after = self._outputs_after(training=before.training is not None)
-            except _BROKEN as error:
+            except BROKEN as error:
                 fault = fault_of(error)
             except OutOfMemoryError as error:  # says nothing about a group; on one rank, it ends the event on all
                 short = error
@@ -403,7 +398,7 @@ class _Trial:
                     self._edit(transaction, together_with)
                     if self.probe is not None:
                         self._outputs_after(training=False)
-                except _BROKEN as error:
+                except BROKEN as error:
                     found.update((reduction.group, fault_of(error)) for reduction in together_with)
         return {name: fault for own in self.target.ranks.gathered(found) for name, fault in own.items()}
 
@@ -415,7 +410,7 @@ class _Trial:
 
         Returns: the new structure, and whether there were such factors.
 
-        Raises: what is in _BROKEN, where the edit is wrong for the model; the caller then pins the group.
+        Raises: what is in BROKEN, where the edit is wrong for the model; the caller then pins the group.
         """
         structure, target = self.structure, self.target
         emptied = empty_edits(structure, reductions)
@@ -458,13 +453,7 @@ class _Trial:
         if probe is None:
             return None
         passes = self._passes(probe)
-        try:
-            found = outputs(model, probe, passes=passes)
-        except (OutOfMemoryError, RankError):
-            raise
-        except Exception as error:  # the user's forward may raise anything
-            text = f"the forward pass fails on the probe: {one_line(error)}"
-            raise CaptureError(text, remedy=after_edit(error)) from error
+        found = outputs_of_edited(model, probe, passes=passes)
         other = None
         if training:
             other = training_outputs(model, probe, self.target.read, passes=passes, checked=False)
