@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apoptosis.criteria.constraints import allowed, interleaved, step_between
 from apoptosis.criteria.exact import below_roundoff
-from apoptosis.criteria.factored import reduce_by_factor
+from apoptosis.criteria.factored import Factored, reduce_by_factor
 from apoptosis.criteria.least_squares import reduce_by_least_squares
 from apoptosis.criteria.views import (
     Criterion,
@@ -147,8 +147,11 @@ def at_width(
     Raises: as `choose`.
     """
     search = _Search(criterion, view, ranking, {}, ())
-    reduction = search.reduction(num_keep)
     kind: CertificateKind = "empirical" if search.has_data else "worst_case"
+    found = search.from_factor(num_keep)
+    if found is not None:
+        return Proposal(reduction=found.reduction, errors=found.errors if errors else {}, kind=kind)
+    reduction = search.reduction(num_keep)
     return Proposal(reduction=reduction, errors=search.errors(num_keep, reduction) if errors else {}, kind=kind)
 
 
@@ -194,12 +197,16 @@ class _Search:
 
     def both(self, num_keep: int) -> tuple[Reduction, dict[str, float]]:
         """Return the reduction and its errors, from the ranking's own factorisation where there is one."""
-        own = self._criterion.reduce is not reduce_by_least_squares or bool(self._strict)
-        found = None if own else reduce_by_factor(self._view, self._ranking, num_keep)
+        found = self.from_factor(num_keep)
         if found is not None:
             return found
         reduction = self.reduction(num_keep)
         return reduction, self.errors(num_keep, reduction)
+
+    def from_factor(self, num_keep: int) -> Factored | None:
+        """Return them from the ranking's own factorisation; None where there is none, or it does not serve."""
+        own = self._criterion.reduce is not reduce_by_least_squares or bool(self._strict)
+        return None if own else reduce_by_factor(self._view, self._ranking, num_keep)
 
     def errors(self, num_keep: int, reduction: Reduction) -> dict[str, float]:
         if not self.has_data:

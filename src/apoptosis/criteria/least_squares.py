@@ -66,7 +66,7 @@ def _rank_interpolative(view: GroupView) -> Ranking:
         else:
             factor = pivoted_qr(root, norms)
         serves = root is None and has_factor(site)
-        curves = {site.key: _curve(site, factor)}
+        curves = {} if view.rows > 1 else {site.key: _curve(site, factor)}  # `interleaved` makes those of its order
         return Ranking(order=factor.order, curves=curves, factor=factor if serves else None)
     # One weight per channel for all sites: scaled site by site, exact duplicates would not be redundant in the sum.
     total = torch.zeros(view.num_channels, view.num_channels, dtype=torch.float64, device="cpu")
@@ -84,7 +84,7 @@ def _rank_interpolative(view: GroupView) -> Ranking:
     else:
         order = pivoted_cholesky(total, weights_C=weights.sqrt(), overwrite=True).order
     del total
-    return Ranking(order=order, curves=_curves(view, order))
+    return Ranking(order=order, curves={} if view.rows > 1 else _curves(view, order))
 
 
 def _rank_greedy(view: GroupView) -> Ranking:

@@ -280,11 +280,18 @@ def roundoff_tolerance(site: SiteView) -> float:
     floor = roundoff_floor(site.weight.shape[1])
     if site.centred or site.moments is None:
         return floor
-    weight, mean = cost_weight(site).to(site.moments.device), site.moments.mean
-    varying = float(site.moments.energies(cost_weight(site, working_dtype(site))).sum())
+    if "floor" not in site.memo:
+        site.memo["floor"] = floor * _share_of_mean(site, site.moments)
+    return site.memo["floor"]
+
+
+def _share_of_mean(site: SiteView, moments: Moments) -> float:
+    """Return the root of the uncentred energy of a site's output over what its errors relate to, at least 1."""
+    weight, mean = cost_weight(site).to(moments.device), moments.mean
+    varying = float(moments.energies(cost_weight(site, working_dtype(site))).sum())
     constant = float((weight @ mean).square().sum())
     scale = varying if site.scale is None or site.measure is not None else site.scale
-    return floor * float(max(1.0, (varying + constant) / scale) ** 0.5) if scale > 0.0 else floor
+    return float(max(1.0, (varying + constant) / scale) ** 0.5) if scale > 0.0 else 1.0
 
 
 def selection(keep: Tensor, num_channels: int, device: torch.device) -> Tensor:

@@ -80,7 +80,7 @@ class Sensitivity:
         return [Point(saved=price({}) - price(widths), cost=shift, widths=widths) for _, shift in self.known[name]]
 
     def _points_of(self, unit: UnitOffer, before: Sequence[Any], price: Price) -> list[Point]:
-        shifts = self.known.get(name := " ".join(unit.groups))
+        shifts = self.known.get(name := unit.name)
         if shifts is None:
             tried = [(trial.error, self._shift(trial, before)) for trial in unit.trials]
             shifts = [(error, shift) for error, shift in tried if math.isfinite(shift)]
@@ -162,7 +162,9 @@ def towards(
 
     Returns: the request of a plan with these widths, and the choice.
     """
-    offers = make_offers(target.model, structure, observations, request, target.ranks, rankings=rankings)
+    offers = make_offers(
+        target.model, structure, observations, request, target.ranks, rankings=rankings, known=way.known
+    )
     price = _price(way, structure, offers, target.num_examples)
     probe = inputs_of(like_example(inputs, target.call))
     sensitivity = Sensitivity(target=target, structure=structure, probe=probe, known=way.known)

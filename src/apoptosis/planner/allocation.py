@@ -27,6 +27,7 @@ class Point:
     widths: Mapping[str, int]
 
 
+_BLOCK = 32  # steps after which the price is asked, as long as the goal is far
 _NONE = Point(saved=0.0, cost=0.0, widths={})
 
 
@@ -94,73 +95,108 @@ def choose_widths(
         goal: share to reach. Steps that would go below it are passed over, and smaller ones taken.
         limit: most that all widths together may cost; the walk ends there.
     """
-    taken: dict[int, Point] = {}
-    passed: set[int] = set()  # tasks whose next step would go below the goal
-    share = price({})
-    for place, _, point in _steps([hull(points) for points in tasks]):
-        if _cost(taken, place, point) > limit or share <= goal:
-            break
-        if place in passed:
-            continue
-        after = price(_widths(taken, place, point))
-        if after < goal:
-            passed.add(place)
-            point, after = _largest_fitting(taken, place, tasks[place], point, price, goal, limit)
-        if after >= goal and point is not taken.get(place, _NONE):
-            taken[place], share = point, after
-    while share > goal:
-        found = _filling(taken, tasks, price, share, goal, limit)
-        if found is None:
-            break
-        place, point, share = found
-        taken[place] = point
-    return Choice(widths=_widths(taken), share=share, cost=sum(point.cost for point in taken.values()))
+    walk = _Walk(tasks, price, goal, limit)
+    walk.along_hulls()
+    while walk.share > goal and walk.fill():
+        pass
+    return Choice(widths=walk.widths, share=walk.share, cost=sum(point.cost for point in walk.taken.values()))
 
 
-def _largest_fitting(
-    taken: Mapping[int, Point],
-    place: int,
-    points: Sequence[Point],
-    beyond: Point,
-    price: Price,
-    goal: float,
-    limit: float,
-) -> tuple[Point, float]:
-    """Return the point of a task that saves most before the one that goes below the goal, and the share it leaves.
+class _Walk:
+    """Points that are taken, one for a task, and what the network takes with them.
 
-    The point that is taken, with a share of 0, where none fits.
+    taken: by the place of a task. widths: of all groups that change. share: what is left. cost: what is predicted.
     """
-    before = taken.get(place, _NONE)
-    for point in sorted(points, key=lambda p: (-p.saved, p.cost)):
-        if not before.saved < point.saved < beyond.saved or _cost(taken, place, point) > limit:
-            continue
-        after = price(_widths(taken, place, point))
-        if after >= goal:
-            return point, after
-    return before, 0.0
+
+    def __init__(self, tasks: Sequence[Sequence[Point]], price: Price, goal: float, limit: float) -> None:
+        self._tasks, self._price, self._goal, self._limit = tasks, price, goal, limit
+        self.taken: dict[int, Point] = {}
+        self.widths: dict[str, int] = {}
+        self.share, self.cost = price({}), 0.0
+        self._too_far: dict[int, list[Point]] = {}  # that went below the goal, and would again, as widths only fall
+
+    def along_hulls(self) -> None:
+        """Go along the hulls of all tasks, in the order of cost per saving.
+
+        Where a step goes below the goal, the largest smaller one of that task is taken instead, and its last. Asking
+        the price takes as long as all else together, so that it is asked after every few steps as long as these stay
+        above the goal.
+        """
+        steps = [(place, point) for place, _, point in _steps([hull(points) for points in self._tasks])]
+        start = self._many_at_once(steps)
+        passed: set[int] = set()  # tasks whose next step would go below the goal
+        for place, point in steps[start:]:
+            if self._cost_with(place, point) > self._limit or self.share <= self._goal:
+                break
+            if place not in passed and not self._take(place, point):
+                passed.add(place)
+                self._take_smaller(place, point)
+
+    def _many_at_once(self, steps: Sequence[tuple[int, Point]]) -> int:
+        """Take whole blocks of steps while these stay above the goal and within the limit; return how many steps."""
+        done = 0
+        while done < len(steps):
+            taken, widths, cost = dict(self.taken), dict(self.widths), self.cost
+            for place, point in steps[done : done + _BLOCK]:
+                self._put(place, point)
+            share = self._price(self.widths)
+            if share <= self._goal or self.cost > self._limit:
+                self.taken, self.widths, self.cost = taken, widths, cost
+                return done
+            self.share, done = share, done + _BLOCK
+        return len(steps)
+
+    def fill(self) -> bool:
+        """Take the further point, on a hull or not, that costs least for what it saves and does not go below the goal.
+
+        Returns: whether there was one.
+        """
+        further: list[tuple[float, int, Point]] = []
+        for place, points in enumerate(self._tasks):
+            before = self.taken.get(place, _NONE)
+            for point in points:
+                if point.saved > before.saved and self._cost_with(place, point) <= self._limit:
+                    further.append((_slope(before, point), place, point))
+        further.sort(key=lambda one: (one[0], one[1], one[2].saved))
+        return any(self._take(place, point, less=True) for _, place, point in further)
+
+    def _take_smaller(self, place: int, beyond: Point) -> None:
+        """Take the point of a task that saves most before the one that goes below the goal, where one fits."""
+        before = self.taken.get(place, _NONE)
+        for point in sorted(self._tasks[place], key=lambda p: (-p.saved, p.cost)):
+            inside = before.saved < point.saved < beyond.saved and self._cost_with(place, point) <= self._limit
+            if inside and self._take(place, point):
+                return
+
+    def _take(self, place: int, point: Point, *, less: bool = False) -> bool:
+        """Take a point unless the network would go below the goal; less: unless it would take no less than now."""
+        if any(_is_within(point.widths, other.widths) for other in self._too_far.get(place, ())):
+            return False
+        before, cost = self.taken.get(place), self.cost
+        self._put(place, point)
+        share = self._price(self.widths)
+        if share >= self._goal and not (less and share >= self.share):
+            self.share = share
+            return True
+        self._put(place, before or _NONE)
+        self.cost = cost
+        if before is None:
+            del self.taken[place]
+        if share < self._goal:
+            self._too_far.setdefault(place, []).append(point)
+        return False
+
+    def _put(self, place: int, point: Point) -> None:
+        self.cost = self._cost_with(place, point)
+        for name in self.taken.get(place, _NONE).widths:
+            self.widths.pop(name, None)
+        self.taken[place] = point
+        self.widths.update(point.widths)
+
+    def _cost_with(self, place: int, point: Point) -> float:
+        return self.cost + point.cost - self.taken.get(place, _NONE).cost
 
 
-def _filling(
-    taken: Mapping[int, Point], tasks: Sequence[Sequence[Point]], price: Price, share: float, goal: float, limit: float
-) -> tuple[int, Point, float] | None:
-    """Return the further point, on a hull or not, that costs least for what it saves and does not go below the goal."""
-    further: list[tuple[float, int, Point]] = []
-    for place, points in enumerate(tasks):
-        before = taken.get(place, _NONE)
-        for point in points:
-            if point.saved > before.saved and _cost(taken, place, point) <= limit:
-                further.append((_slope(before, point), place, point))
-    for _, place, point in sorted(further, key=lambda one: (one[0], one[1], one[2].saved)):
-        after = price(_widths(taken, place, point))
-        if goal <= after < share:
-            return place, point, after
-    return None
-
-
-def _widths(taken: Mapping[int, Point], place: int = -1, point: Point | None = None) -> dict[str, int]:
-    chosen = taken if point is None else {**taken, place: point}
-    return {name: width for one in chosen.values() for name, width in one.widths.items()}
-
-
-def _cost(taken: Mapping[int, Point], place: int, point: Point) -> float:
-    return point.cost + sum(one.cost for other, one in taken.items() if other != place)
+def _is_within(widths: Mapping[str, int], others: Mapping[str, int]) -> bool:
+    """Whether every group that others narrow is as narrow or narrower."""
+    return all(name in widths and widths[name] <= width for name, width in others.items())

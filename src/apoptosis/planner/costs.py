@@ -82,9 +82,10 @@ class Costs:
     def _kept(self, keeps: Mapping[str, int]) -> FloatArray:
         """Return the share of its channels that every group keeps."""
         kept = np.ones(self._widths.size)
-        for name, width in keeps.items():
-            number = self._index[name]
-            kept[number] = width / self._widths[number]
+        if keeps:
+            numbers = np.fromiter(map(self._index.__getitem__, keeps), dtype=np.int64, count=len(keeps))
+            widths = np.fromiter(keeps.values(), dtype=np.float64, count=len(keeps))
+            kept[numbers] = widths / self._widths[numbers]
         return kept
 
 

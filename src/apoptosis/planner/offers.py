@@ -6,7 +6,7 @@ loss is measured. Elsewhere: what a width costs (engine.sensitivity), the choice
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, MutableMapping, Sequence
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from apoptosis.planner.views import Observations
 from apoptosis.records import EmptyProposal, Group, Reduction, Structure
 
 WIDTHS = 64  # of one unit that are offered
+FACTOR_BYTES = 1 << 28  # of factorisations that are kept for the plan; of those beyond it orders alone
 MEASURED = 5  # of these whose errors are computed, where each takes a reduction of its own; others lie between
 TRIALS = (0.5,)  # shares kept by the trial reductions; by the square of the error they tell of the others
 
@@ -53,6 +54,11 @@ class UnitOffer:
     widths: tuple[Width, ...]
     trials: tuple[Trial, ...]
 
+    @property
+    def name(self) -> str:
+        """What the unit is called from event to event."""
+        return _unit_name(self.groups)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Offers:
@@ -75,8 +81,12 @@ def make_offers(
     ranks: Ranks | None = None,
     *,
     rankings: MutableMapping[str, Ranking],
+    known: Container[str] = (),
 ) -> Offers:
-    """Return the widths that every group may get. All arguments are those of `make_plan`.
+    """Return the widths that every group may get.
+
+    Args: known: units, by `UnitOffer.name`, whose loss was measured before: they get no trials. Others: as in
+        `make_plan`.
 
     Raises: NonFiniteError: statistics or weights hold NaN or infinity.
     """
@@ -86,12 +96,14 @@ def make_offers(
     tasks = tasks_of([group for group in structure.open_groups if group.name not in left])
     rank_of = assign_to_ranks(tasks, ranks.size)
     own = [task for task, rank in zip(tasks, rank_of, strict=True) if rank == ranks.rank]
-    builder = ProposalBuilder(model, structure, observations, request, rankings, own, last=False)
+    builder = ProposalBuilder(
+        model, structure, observations, request, rankings, own, last=False, factor_bytes=FACTOR_BYTES
+    )
     found: dict[int, tuple[tuple[UnitOffer, ...], ...]] = {}
     places = {id(task): place for place, task in enumerate(tasks)}
 
     def offer(task: Task) -> None:
-        sets = [[_unit_offer(unit, builder, request, left) for unit in units] for units in task.sets]
+        sets = [[_unit_offer(unit, builder, request, left, known) for unit in units] for units in task.sets]
         found[places[id(task)]] = tuple(tuple(one for one in units if one is not None) for units in sets)
         builder.forget()
 
@@ -114,22 +126,30 @@ def _branches(
     """Return the branches that may be emptied; none whose groups wait, or keep a least width that was asked for."""
     if not request.empty or has_shards(model):  # views take whole weights
         return ()
-    found = propose_empty(model, structure, observations, seed=request.seed)
+    found = propose_empty(model, structure, observations, seed=request.seed, errors=False)
     return tuple(
         one for one in found if not any(name in waiting or request.least.get(name) for name in one.branch.groups)
     )
 
 
-def _unit_offer(unit: Unit, builder: ProposalBuilder, request: Request, left: dict[str, Why]) -> UnitOffer | None:
+def _unit_name(groups: Iterable[str]) -> str:
+    return " ".join(groups)
+
+
+def _unit_offer(
+    unit: Unit, builder: ProposalBuilder, request: Request, left: dict[str, Why], known: Container[str]
+) -> UnitOffer | None:
     """Return what a unit may become, or note why nothing."""
     found = _unusable(unit, request) or _candidates(unit, builder, request)
     if isinstance(found, Why):
         left.update({group.name: found for group in unit})
         return None
     widths = [Width(kept, error) for kept, error in zip(found, _errors(unit, found, builder), strict=True)]
-    chosen = {min(range(len(widths)), key=lambda i: abs(_share(unit, widths[i].kept) - share)) for share in TRIALS}
-    trials = [_trial(unit, widths[place], builder) for place in sorted(chosen)]
-    return UnitOffer(groups=tuple(group.name for group in unit), widths=tuple(widths), trials=tuple(trials))
+    names, trials = tuple(group.name for group in unit), list[Trial]()
+    if _unit_name(names) not in known:
+        chosen = {min(range(len(widths)), key=lambda i: abs(_share(unit, widths[i].kept) - share)) for share in TRIALS}
+        trials = [_trial(unit, widths[place], builder) for place in sorted(chosen)]
+    return UnitOffer(groups=names, widths=tuple(widths), trials=tuple(trials))
 
 
 def _unusable(unit: Unit, request: Request) -> Why | None:

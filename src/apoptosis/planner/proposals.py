@@ -118,6 +118,7 @@ class ProposalBuilder:
         model, structure, observations, request, rankings: as in `make_plan`.
         tasks: those that `take` will be called with.
         last: release the observations of a task's groups once it is planned, where they are in a dict.
+        factor_bytes: how much memory factorisations may take in `rankings`, for a plan that follows.
     """
 
     def __init__(
@@ -130,7 +131,9 @@ class ProposalBuilder:
         tasks: Iterable[Task],
         *,
         last: bool,
+        factor_bytes: int = 0,
     ) -> None:
+        self._factor_bytes = factor_bytes
         self._model, self._structure, self._observations, self._request = model, structure, observations, request
         self._rankings, self._costs = rankings, Costs(structure)
         self._released: dict[tuple[str, str], Observation] = {}
@@ -158,6 +161,7 @@ class ProposalBuilder:
                 left.setdefault(name, why.get(name) or other)
         self.made.left.update(left)
         for group in task.groups:
+            self._drop_factor(group.name)
             for site in group.sites:
                 self._released.pop((group.name, site.key), None)
 
@@ -184,7 +188,10 @@ class ProposalBuilder:
         if (widths := self._request.widths) is not None:
             if any(group.name not in widths for group in unit):
                 return {}, {group.name: NOT_CHOSEN for group in unit}
-            return self.at_widths(unit, widths), {}
+            found = self.at_widths(unit, widths)
+            for group in unit:
+                self._drop_factor(group.name)
+            return found, {}
         data = [self.show(group) for group in unit]
         steps = common_steps(unit, [one.view for one in data], self._request.align)
         least = 0.0
@@ -223,7 +230,7 @@ class ProposalBuilder:
             return criterion
         ranking = self.ranking(group)
         proposal = choose(criterion, data.view, limits, align=step, min_keep=least, ranking=ranking)
-        self._factored.pop(group.name, None)
+        self._drop_factor(group.name)
         if proposal is None:
             cap = request.allotted.get(group.name, request.tolerance)
             return missed_tolerance(group, data.view, limits, step, request.align, cap)
@@ -252,8 +259,17 @@ class ProposalBuilder:
             if isinstance(criterion, Why):
                 raise ArgumentError(f"group '{group.name}': {criterion.text}")
             found = self._factored[group.name] = interleaved(criterion, self.show(group).view)
-            self._rankings[group.name] = replace(found, factor=None)  # which is as large as a Gram matrix
+            size = 0 if found.factor is None else found.factor.lower.nbytes  # as large as a Gram matrix
+            kept = found if size <= self._factor_bytes else replace(found, factor=None)
+            self._factor_bytes -= size if kept is found else 0
+            self._rankings[group.name] = kept
         return found
+
+    def _drop_factor(self, name: str) -> None:
+        """Release the factorisation of a group that is planned."""
+        self._factored.pop(name, None)
+        if (known := self._rankings.get(name)) is not None and known.factor is not None:
+            self._rankings[name] = replace(known, factor=None)
 
     def forget(self) -> None:
         """Release what was shown of the groups of a task: weights in float64, factorisations of Gram matrices."""

@@ -68,7 +68,6 @@ def make_view(
         neurons: include how the channels are computed.
     """
     grad_factor = grad_factor and not group.under_norm
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     views: list[SiteView] = []
     samples: dict[str, SampledSite] = {}
     ratios: dict[str, float] = {}
@@ -81,13 +80,13 @@ def make_view(
             case NormSite():
                 views.append(_show_norm(site, seen, model.get_submodule(site.module)))
             case LinearSite():
-                weight, sample = tensors[site.weight], None
+                weight, sample = _tensor(model, site.weight), None
                 if needs_whole_inputs(site) and seen.sample is not None and (seen.dropout == 0.0 or site.is_complex):
                     sample = sampled_site(model.get_submodule(site.module), site, seen.sample, weight)
                     samples[site.key] = sample
                 views.append(_show_linear(site, seen, weight, sample, grad_factor=grad_factor))
                 ratios[site.key] = _ratio(site, views[-1], seen, weight)
-    neuron = None if group.neuron is None or not neurons else _neuron_view(model, tensors, group.neuron)
+    neuron = None if group.neuron is None or not neurons else _neuron_view(model, group.neuron)
     view = GroupView(
         name=group.name,
         num_channels=group.num_channels,
@@ -197,13 +196,25 @@ def _takes_offset(site: LinearSite, weight: Tensor) -> bool:
     return not site.zero_padded and (site.bias is not None or site.norm is not None)
 
 
-def _neuron_view(model: nn.Module, tensors: Mapping[str, Tensor], neuron: Neuron) -> NeuronView | None:
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """Return one parameter or buffer by its name; walking through all of them for every group takes long."""
+    module, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(module)
+    found = owner._parameters.get(leaf)
+    found = owner._buffers[leaf] if found is None else found
+    if found is None:
+        raise KeyError(name)
+    return found
+
+
+def _neuron_view(model: nn.Module, neuron: Neuron) -> NeuronView | None:
     """Incoming weights (channels, F + 1) with the bias last and an evaluation-mode BatchNorm folded in."""
-    if tensors[neuron.weight].is_complex():
+    weight = _tensor(model, neuron.weight).detach()
+    if weight.is_complex():
         return None
-    weight = tensors[neuron.weight].detach().double().movedim(neuron.dim, 0)
+    weight = weight.double().movedim(neuron.dim, 0)
     incoming = weight.reshape(weight.shape[0], -1)
-    bias = incoming.new_zeros(len(incoming)) if neuron.bias is None else tensors[neuron.bias].detach().double()
+    bias = incoming.new_zeros(len(incoming)) if neuron.bias is None else _tensor(model, neuron.bias).detach().double()
     if neuron.norm is not None:
         norm: Any = model.get_submodule(neuron.norm)
         if norm.running_mean is None:
@@ -219,7 +230,7 @@ def _neuron_view(model: nn.Module, tensors: Mapping[str, Tensor], neuron: Neuron
         incoming=torch.cat([incoming, bias[:, None]], 1),
         activation=neuron.activation,
         args=neuron.args,
-        slopes=None if neuron.slopes is None else tensors[neuron.slopes].detach().double(),
+        slopes=None if neuron.slopes is None else _tensor(model, neuron.slopes).detach().double(),
         max_pool=neuron.max_pool,
         normalised=neuron.norm is not None,
     )

@@ -81,7 +81,7 @@ class EmptyProposal:
     reductions: of the groups in `branch.read`, which keep nothing; hand them to `apply_reductions`, with no reduction
     of another group in `branch.groups`. error: relative rms of the site's output when only its mean is kept: 1.0 for
     every branch that varies, 0.0 where it is constant already. variance: E‖y - E y‖² of the layer's output y, summed
-    over its channels, per position.
+    over its channels, per position. Both are NaN where they were not asked for.
     rows: positions that were observed. certificates: by group.
     """
 
