@@ -59,18 +59,20 @@ class uninterrupted:
 def restoring(undo: Callable[[], object]) -> Iterator[None]:
     """Call `undo` when the block ends, however it ends; torch's modes are then those of its beginning.
 
-    It is called twice, as an interrupt may come just before it or inside: calling it again must do no harm. It is
-    made before anything changes.
+    It is called again where it did not end, as an interrupt may come just before it or inside: calling it again must do
+    no harm. It is made before anything changes.
     """
-    grad, modes = torch.is_grad_enabled(), _len_torch_dispatch_stack()
+    grad, modes, through = torch.is_grad_enabled(), _len_torch_dispatch_stack(), False
 
     def end() -> None:
+        nonlocal through
         try:
             undo()
         finally:  # an interrupt may have come just where a context of torch's was to end
             while _len_torch_dispatch_stack() > modes:
                 _pop_mode()
             torch._C._set_grad_enabled(grad)
+        through = True
 
     try:
         try:
@@ -79,8 +81,9 @@ def restoring(undo: Callable[[], object]) -> Iterator[None]:
             with uninterrupted():
                 end()
     finally:
-        with uninterrupted():
-            end()
+        if not through:
+            with uninterrupted():
+                end()
 
 
 @contextmanager

@@ -48,7 +48,9 @@ def _plain(tasks, goal, limit):
         if priced(place, point) < goal:
             passed.add(place)
             before = taken.get(place, none).saved
-            steps = [p for p in sorted(tasks[place], key=lambda p: (-p.saved, p.cost)) if before < p.saved < point.saved]
+            steps = [
+                p for p in sorted(tasks[place], key=lambda p: (-p.saved, p.cost)) if before < p.saved < point.saved
+            ]
         fits = [p for p in steps if cost(place, p) <= limit and priced(place, p) >= goal]
         if fits:
             taken[place], share = fits[0], priced(place, fits[0])

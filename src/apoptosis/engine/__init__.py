@@ -21,7 +21,6 @@ from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.goal import check_goal
 from apoptosis.decide.ledger import Event, Ledger
-from apoptosis.decide.overhead import overhead_macs
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, decide, tolerance_at
 from apoptosis.decide.state import (
     CORRUPT_STATE_ERRORS,
@@ -60,7 +59,6 @@ from apoptosis.model.arguments import (
 )
 from apoptosis.model.evaluate import as_call, make_probe
 from apoptosis.model.outputs import ReadLogits
-from apoptosis.model.passes import device_of
 from apoptosis.model.trials import has_classes, looked_at
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer
 from apoptosis.planner import Plan, make_plan
@@ -69,7 +67,6 @@ from apoptosis.surgery import as_averaged_model, check_averaged_models, check_op
 from apoptosis.surgery.target import (
     Target,
     refreshed,
-    timed_capture,
     with_known,
 )
 
@@ -163,12 +160,11 @@ class Apoptosis:
             model=model, optimizers=optimizers, call=call, ranks=ranks, read=logits, wrappers=wrappers, **options
         )
         held_out = None if probe is None else make_probe(probe, example_input)
-        structure, seconds = timed_capture(self._target)
-        overhead = ranks.first(overhead_macs(seconds, device=device_of(model)) if known is None else known)
+        structure = self._target.capture()
         self._structure = rehearsed(self._target, structure, settings, patterns, pretrained)
         self._has_classes = has_classes(model, call, logits)
         held_out = looked_at(model, held_out, call, logits, remedy=_UNREAD_REMEDY, ranks=ranks)
-        self._memory = new_memory(self._target, structure, settings, overhead, pretrained, timings)
+        self._memory = new_memory(self._target, structure, settings, known, pretrained, timings)
         sanity = limit_of_outputs(self._target, self._memory, settings)
         self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity, ranks=ranks)
         self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)

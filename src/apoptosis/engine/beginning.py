@@ -11,6 +11,7 @@ from typing import Any
 from apoptosis.criteria import get_criterion
 from apoptosis.decide.acceptance import sanity_limit
 from apoptosis.decide.goal import read_goal
+from apoptosis.decide.overhead import overhead_macs
 from apoptosis.decide.policy import SITE_LIMIT_FACTOR, site_limit
 from apoptosis.decide.state import PRETRAINED_RMS, RunState, Settings, has_goal
 from apoptosis.decide.timing import measure_timings
@@ -19,11 +20,12 @@ from apoptosis.engine.event_builder import num_parameters
 from apoptosis.errors import ArgumentError
 from apoptosis.model.arguments import check_limits, check_numbers
 from apoptosis.model.built import built_shapes
+from apoptosis.model.passes import device_of
 from apoptosis.model.pretrained import looks_pretrained
 from apoptosis.numerics.linalg import roundoff_floor
 from apoptosis.records import Structure, Timings
 from apoptosis.surgery.rehearsal import rehearse
-from apoptosis.surgery.target import Target, exclude_pins, warn_if_fixed, without_pins
+from apoptosis.surgery.target import Target, exclude_pins, seconds_of_capture, warn_if_fixed, without_pins
 
 
 def read_settings(
@@ -88,21 +90,27 @@ def _is_pretrained(target: Target, given: bool | None) -> bool:
 
 
 def new_memory(
-    target: Target, structure: Structure, settings: Settings, overhead: float, pretrained: bool | None, timings: Any
+    target: Target,
+    structure: Structure,
+    settings: Settings,
+    calibration: float | None,
+    pretrained: bool | None,
+    timings: Any,
 ) -> RunState:
     """Return the state of a run that begins.
 
-    Args: structure: at full width. overhead: calibrated fixed cost of an event. pretrained: None to look. timings: of
-        an earlier run, or None.
+    Args: structure: at full width. calibration: fixed cost of an event in MACs; None: what captures took so far tells
+        it. pretrained: None to look. timings: of an earlier run, or None.
 
     Raises: ArgumentError: timings= is no table of timings.
     """
-    model = target.model
+    model, device = target.model, device_of(target.model)
+    overhead = overhead_macs(seconds_of_capture(target), device=device) if calibration is None else calibration
     return RunState(
         full=(num_parameters(model), structure.macs / target.num_examples),
         full_shapes=built_shapes(model, structure.shapes),
         full_widths={g.name: g.num_channels for g in structure.groups},
-        overhead=overhead,
+        overhead=target.ranks.first(overhead),
         timings=_timed(target, structure, settings, timings),
         pretrained=_is_pretrained(target, pretrained),
     )

@@ -76,9 +76,9 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
         if func is not functional.scaled_dot_product_attention or self._tracer.suspended:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
         args = (*args, *(kwargs.pop(name) for name in ("query", "key", "value")[len(args) :]))
         self._tracer.suspended = True
         try:

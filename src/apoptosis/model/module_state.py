@@ -360,7 +360,8 @@ class Walk:
             if id(item) not in self._seen and not _is_leaf(_kind(item)):
                 self._seen.add(id(item))
                 for key, part, further in self._visit(path, item, depth):
-                    self._todo.append(((*path, key), part, further))
+                    if not _is_leaf(_kind(part)):  # most are: asked before a path is made for it
+                        self._todo.append(((*path, key), part, further))
 
     def _visit(self, path: Path, item: Any, depth: int) -> Iterator[tuple[str | int, Any, int]]:
         if isinstance(item, Tensor):

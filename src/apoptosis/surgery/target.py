@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -32,6 +33,7 @@ from apoptosis.records import Frozen, NormWidths, Pin, Structure, TensorEdit
 from apoptosis.surgery.numbers import value_of
 
 _SHOWN_PINS = 3  # of a network that cannot shrink at all
+_TIMED = 8  # captures whose times are kept
 _LONG_CAPTURE = 0.5  # seconds; a longer one is not repeated just to be timed
 
 
@@ -40,7 +42,7 @@ class Target:
     """What a pruning step changes (the model, its optimizers, averaged copies), and how to call and read the model.
 
     wrappers: around the model, which is without them here. norm_widths: whether channels under norms may go. ranks:
-    that take the same step at the same time.
+    that take the same step at the same time. capture_seconds: what the last captures took.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Target:
     ranks: Ranks = field(default_factory=Ranks)
     norm_widths: NormWidths = "pinned"
     frozen: Frozen = "keep"
+    capture_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED))
 
     @property
     def num_examples(self) -> int:
@@ -60,26 +63,26 @@ class Target:
 
     def capture(self) -> Structure:
         """Capture the model as it is now."""
-        return analyse(self.model, *self.call, norm_widths=self.norm_widths, frozen=self.frozen)
+        begin = time.thread_time()
+        found = analyse(self.model, *self.call, norm_widths=self.norm_widths, frozen=self.frozen)
+        self.capture_seconds.append(time.thread_time() - begin)
+        return found
 
     def rebuild_wrappers(self, layouts: Sequence[Layout | None] = ()) -> None:
         """Let wrappers and sharded optimizers take the tensors as they are now, after a rollback too."""
         rebuild_wrappers(self.wrappers, self.model, self.optimizers, layouts)
 
 
-def timed_capture(target: Target) -> tuple[Structure, float]:
-    """Capture a model and say what that takes in seconds: the better of two, the first of which meets cold caches.
+def seconds_of_capture(target: Target) -> float:
+    """Return what a capture takes, in seconds: the best of those so far, the first of which meets cold caches.
 
-    By the clock of this thread, on which other programs count for little: the figure decides.
+    By the clock of this thread, on which other programs count for little: the figure decides. Where there was a single
+    one, and that was short, another is made.
     """
-    found = []
-    for _ in range(2):
-        begin = time.thread_time()
-        structure = target.capture()
-        found.append(time.thread_time() - begin)
-        if target.ranks.any(found[-1] > _LONG_CAPTURE):
-            break
-    return structure, min(found)
+    found = target.capture_seconds
+    if target.ranks.all(len(found) < 2 and min(found) <= _LONG_CAPTURE):
+        target.capture()
+    return min(found)
 
 
 def refreshed(target: Target, structure: Structure) -> Structure:
