@@ -1,4 +1,4 @@
-"""What is not computed twice: captures at construction, factorisations between offers and plan, trials that are known."""
+"""What is not computed twice: captures at construction, factorisations of offers, trials whose outcome is known."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def test_a_plan_reuses_the_factorisations_of_its_offers_and_releases_them():
     structure, seen, request = _seen(net)
     rankings = {}
     offers = make_offers(net, structure, seen, request, rankings=rankings)
-    assert sorted(rankings) == ["0", "2"] and all(ranking.factor is not None for ranking in rankings.values())
+    assert sorted(rankings) == ["0", "2"]
+    assert all(ranking.factor is not None for ranking in rankings.values())
     widths = {"0": 24, "2": 16}
     without = {name: replace(ranking, factor=None) for name, ranking in rankings.items()}
     fast = make_plan(net, structure, seen, replace(request, widths=widths), rankings=rankings)
@@ -62,5 +63,6 @@ def test_units_whose_loss_is_known_get_no_trials():
     structure, seen, request = _seen(net)
     offers = make_offers(net, structure, seen, request, rankings={}, known={"2": [(0.1, 0.01)]})
     found = {unit.name: unit for sets in offers.tasks for units in sets for unit in units}
-    assert len(found["0"].trials) == 1 and not found["2"].trials
+    assert len(found["0"].trials) == 1
+    assert not found["2"].trials
     assert found["2"].widths == make_offers(net, structure, seen, request, rankings={}).tasks[1][0][0].widths

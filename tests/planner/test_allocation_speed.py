@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from unittest.mock import patch
 
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ def _tasks(found):
 def _price(widths):
     """Every task holds a part of its own, and half of a product with the next one, as layers in a row do."""
     kept = [widths.get(str(number), 100) / 100 for number in range(7)]
-    return sum(0.5 * a + 0.5 * a * b for a, b in zip(kept, kept[1:], strict=False)) / 6
+    return sum(0.5 * a + 0.5 * a * b for a, b in itertools.pairwise(kept)) / 6
 
 
 def _plain(tasks, goal, limit):
