@@ -200,8 +200,8 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     """Return one parameter or buffer by its name; walking through all of them for every group takes long."""
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
-    found = owner._parameters.get(leaf)
-    found = owner._buffers[leaf] if found is None else found
+    parameter = owner._parameters.get(leaf)
+    found = owner._buffers[leaf] if parameter is None else parameter
     if found is None:
         raise KeyError(name)
     return found
