@@ -41,7 +41,7 @@ class Sensitivity:
     """Measures shifts of the outputs, which add up over groups (`shift_of`).
 
     known: the shift per trial of earlier events of the run, by unit: (error, shift) pairs, which go on being used.
-    refused: by group, why the network does not run in a trial of it.
+    refused: by group, why the network does not run in a trial of it. before: the outputs before any trial.
     """
 
     target: Target
@@ -49,14 +49,13 @@ class Sensitivity:
     probe: Probe
     known: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    before: list[Any] | None = None
 
     def points(self, offers: Offers, price: Price) -> list[list[Point]]:
         """Return for every task the points among which one is chosen. price: what the network takes at some widths."""
-        before = self._outputs()
-        self.target.ranks.run_collectively(partial(_check_finite, before, self.target))
         found: list[tuple[set[str], list[Point]]] = []
         for sets in offers.tasks:
-            units = [[self._points_of(unit, before, price) for unit in own] for own in sets]
+            units = [[self._points_of(unit, price) for unit in own] for own in sets]
             names = {name for own in sets for unit in own for name in unit.groups}
             found.append((names, [point for own in units for point in _merged(own)]))
         for proposal in offers.branches:
@@ -65,24 +64,24 @@ class Sensitivity:
             for touched, points in (task for task in found if task[0] & names):
                 names |= touched
                 inside.append(points)
-            found = [*apart, (names, [*_merged(inside), *self._emptied(proposal, before, price)])]
+            found = [*apart, (names, [*_merged(inside), *self._emptied(proposal, price)])]
         return [points for _, points in found]
 
-    def _emptied(self, proposal: EmptyProposal, before: Sequence[Any], price: Price) -> list[Point]:
+    def _emptied(self, proposal: EmptyProposal, price: Price) -> list[Point]:
         """Return the point of emptying a branch, as a list; none where the network does not run so."""
         name = f"branch {proposal.branch.name}"
         if name not in self.known:
-            shift = self._shift(Trial(proposal.reductions, {}, 1.0), before)
+            shift = self._shift(Trial(proposal.reductions, {}, 1.0))
             if not math.isfinite(shift):
                 return []
             self.known[name] = [(1.0, shift)]
         widths = dict.fromkeys(proposal.branch.groups, 0)
         return [Point(saved=price({}) - price(widths), cost=shift, widths=widths) for _, shift in self.known[name]]
 
-    def _points_of(self, unit: UnitOffer, before: Sequence[Any], price: Price) -> list[Point]:
+    def _points_of(self, unit: UnitOffer, price: Price) -> list[Point]:
         shifts = self.known.get(name := unit.name)
         if shifts is None:
-            tried = [(trial.error, self._shift(trial, before)) for trial in unit.trials]
+            tried = [(trial.error, self._shift(trial)) for trial in unit.trials]
             shifts = [(error, shift) for error, shift in tried if math.isfinite(shift)]
             if len(shifts) == len(tried):  # else the next event tries again
                 self.known[name] = shifts
@@ -95,11 +94,20 @@ class Sensitivity:
         ]
 
     def _outputs(self) -> list[Any]:
-        return self.target.ranks.run_collectively(partial(outputs, self.target.model, self.probe))
+        """Return the outputs before any trial, once the first is due; none is where all shifts are known.
 
-    def _shift(self, trial: Trial, before: Sequence[Any]) -> float:
+        Raises: NonFiniteError: they hold NaN or infinity.
+        """
+        if self.before is None:
+            ranks = self.target.ranks
+            before = ranks.run_collectively(partial(outputs, self.target.model, self.probe))
+            ranks.run_collectively(partial(_check_finite, before, self.target))
+            self.before = before
+        return self.before
+
+    def _shift(self, trial: Trial) -> float:
         """Return how far the outputs move, infinite where the network does not run so on some rank: see `refused`."""
-        ranks = self.target.ranks
+        ranks, before = self.target.ranks, self._outputs()
         shift, fault = ranks.run_collectively(partial(self._own_shift, trial, before))
         if fault := ranks.first_error(fault):
             self.refused.update({reduction.group: fault for reduction in trial.reductions})

@@ -95,9 +95,15 @@ def _places(
 ) -> dict[int, dict[Axis, list[int]]]:
     """Positions by head and axis."""
     out: dict[int, dict[Axis, list[int]]] = {}
+    is_wanted = np.zeros(int(head_of.max(initial=-1)) + 1, dtype=np.bool_)
+    is_wanted[list(wanted)] = True
     for name, dim in all_axes(trace):
         info = trace.channel_ids.tensors[name]
         heads = head_of[labels[info.bases[dim] : info.bases[dim] + info.shape[dim]]]
-        for position in np.flatnonzero(np.isin(heads, list(wanted))).tolist():
-            out.setdefault(int(heads[position]), {}).setdefault((name, dim), []).append(position)
+        positions = np.flatnonzero(is_wanted[heads])
+        order = np.argsort(heads[positions], kind="stable")
+        own, positions = heads[positions][order], positions[order]
+        starts = np.flatnonzero(np.diff(own, prepend=-1))
+        for head, found in zip(own[starts].tolist(), np.split(positions, starts[1:]), strict=False):
+            out.setdefault(head, {})[name, dim] = found.tolist()
     return out

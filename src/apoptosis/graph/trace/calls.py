@@ -229,7 +229,7 @@ def is_layer(module: nn.Module) -> bool:
 
 def _known(tensor: Tensor) -> bool:
     try:
-        geometry(tensor)
+        tensor.stride()
     except RuntimeError:  # without strides
         return False
     return True

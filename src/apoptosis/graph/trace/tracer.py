@@ -266,7 +266,7 @@ class Tracer:
     def where(self) -> str:
         """Return the line of the user's model that is running, "" where only library modules are."""
         frame = sys._getframe(1)
-        while frame is not None and frame.f_code not in FRAME_MARKS:
+        while frame is not None and not any(frame.f_code is mark for mark in FRAME_MARKS):  # hashes of code are slow
             path = frame.f_code.co_filename
             if not path.startswith((_TORCH, _HERE, "<")):
                 return f"{os.path.basename(path)}:{frame.f_lineno}"
