@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apoptosis.errors import ShapeError
-from apoptosis.numerics.sketch import Sketch, sketched
+from apoptosis.numerics.sketch import Sketch, row_sizes, sketched
 
 
 def test_as_many_rows_as_there_is_room_for_are_kept_exactly():
@@ -57,3 +59,23 @@ def test_a_matrix_at_hand():
     matrix = torch.randn(300, 5)
     assert sketched(matrix, 16, 0).shape == (16, 5)
     assert torch.equal(sketched(matrix, 16, 0), sketched(matrix, 16, 0))
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1e-42, 1e-25, -1e-25, 1.0, 1e25, 3e38, float("inf"), float("nan")]),
+            min_size=3,
+            max_size=3,
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sampled_from([torch.float16, torch.float32, torch.float64]),
+)
+def test_rows_are_zero_or_not_finite_as_sums_of_absolute_values_say(values, dtype):
+    rows = torch.tensor(values, dtype=torch.float64).to(dtype)
+    plain = rows.to(torch.float64 if dtype == torch.float64 else torch.float32).abs().sum(1)
+    found = row_sizes(rows)
+    assert torch.equal(found.eq(0), plain.eq(0))
+    assert torch.equal(found.isfinite(), plain.isfinite())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apoptosis.errors import ShapeError
-from apoptosis.numerics.devices import to_async
+from apoptosis.numerics.devices import is_async, to_async
 
 SKETCH_ROWS = 512  # the standard deviation of a sketched energy is sqrt(2 / SKETCH_ROWS) = 6 % of it, of an rms 3 %
 
@@ -75,7 +75,7 @@ class Sketch:
         """Return S without rows of zeros, (at most size, channels) float32. last: S is not needed again: no copy."""
         if not self.num_rows:
             return self._kept[:0].clone()
-        good = torch.linalg.vector_norm(self._kept, 1, dim=1).ne(0)
+        good = row_sizes(self._kept, ahead=is_async(self._kept.device)).ne(0)
         return self._kept if last and bool(good.all()) else self._kept[good]
 
     def pool(self, total: Callable[[Tensor], Tensor]) -> None:
@@ -103,6 +103,26 @@ class Sketch:
         if num_rows:
             self._kept = kept.to(self._kept.device, copy=True)
         self._order = state["order"].cpu().clone()
+
+
+def row_sizes(rows_NC: Tensor, *, ahead: bool = False) -> Tensor:
+    """Return a number for every row: 0 where all of it is zero, not finite where some of it is not, else positive.
+
+    Sums of squares take a tenth of the time of sums of absolute values on the CPU, but underflow and overflow: those
+    that did are summed again. ahead: no number may be read from the device, so that only the latter are used.
+
+    Example:
+        >>> row_sizes(torch.tensor([[0.0, 0.0], [1e-30, 0.0], [3.0, 4.0], [float("nan"), 1.0]])).gt(0).tolist()
+        [False, True, True, False]
+    """
+    dtype = torch.float64 if rows_NC.dtype == torch.float64 else torch.float32
+    if ahead:
+        return torch.linalg.vector_norm(rows_NC, 1, dim=1, dtype=dtype)
+    found = torch.linalg.vector_norm(rows_NC, dim=1, dtype=dtype)
+    doubtful = ~(found.ne(0) & found.isfinite())
+    if bool(doubtful.any()):
+        found[doubtful] = torch.linalg.vector_norm(rows_NC[doubtful], 1, dim=1, dtype=dtype)
+    return found
 
 
 def sketched(matrix_NC: Tensor, size: int, seed: int) -> Tensor:

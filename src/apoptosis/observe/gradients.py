@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from apoptosis.numerics.devices import is_async, sample_rows
-from apoptosis.numerics.sketch import Sketch
+from apoptosis.numerics.sketch import Sketch, row_sizes
 from apoptosis.observe.accumulators import WHOLE_COLUMNS, Accumulator
 from apoptosis.observe.hooks import is_wrapped
 from apoptosis.records import IntArray, NormSite, Site
@@ -48,10 +48,9 @@ class GradientWatch(Accumulator):
         rows = self.flat(gradient)
         if not self.fits(rows):
             return
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        sizes = torch.linalg.vector_norm(rows, 1, dim=1, dtype=dtype)  # zero, or not finite, where the row is
-        good, share = sizes.ne(0) & sizes.isfinite(), -(-self.rows_needed // _SHARE)
         ahead = is_async(rows.device)
+        sizes = row_sizes(rows, ahead=ahead)
+        good, share = sizes.ne(0) & sizes.isfinite(), -(-self.rows_needed // _SHARE)
         if ahead:
             rows = sample_rows(rows, good, share, generator)
         elif not bool(good.all()):
@@ -70,7 +69,7 @@ class GradientWatch(Accumulator):
         found = self.sketch.rows(last=last)
         if last:
             self.sketch = Sketch(self.sketch.num_channels, device=found.device)
-        return found if bool(torch.linalg.vector_norm(found, 1, dim=1).isfinite().all()) else None
+        return found if bool(row_sizes(found, ahead=is_async(found.device)).isfinite().all()) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything exactly."""
