@@ -116,8 +116,10 @@ def row_sizes(rows_NC: Tensor, *, ahead: bool = False) -> Tensor:
         [False, True, True, False]
     """
     dtype = torch.float64 if rows_NC.dtype == torch.float64 else torch.float32
+    found: Tensor
     if ahead:
-        return torch.linalg.vector_norm(rows_NC, 1, dim=1, dtype=dtype)
+        found = torch.linalg.vector_norm(rows_NC, 1, dim=1, dtype=dtype)
+        return found
     found = torch.linalg.vector_norm(rows_NC, dim=1, dtype=dtype)
     doubtful = ~(found.ne(0) & found.isfinite())
     if bool(doubtful.any()):
