@@ -9,7 +9,7 @@ from torch import nn
 
 from apoptosis import Apoptosis
 from apoptosis.criteria import get_criterion
-from apoptosis.planner import Request, make_plan
+from apoptosis.planner import Request, Why, make_plan
 from apoptosis.planner.offers import make_offers
 from apoptosis.planner.sampling import sample
 from apoptosis.surgery.target import Target
@@ -45,6 +45,9 @@ def test_a_plan_reuses_the_factorisations_of_its_offers_and_releases_them():
     assert all(ranking.factor is not None for ranking in rankings.values())
     widths = {"0": 24, "2": 16}
     without = {name: replace(ranking, factor=None) for name, ranking in rankings.items()}
+    held = dict(rankings)  # of groups that the plan leaves out, too
+    make_plan(net, structure, seen, replace(request, widths={}, waiting={"0": Why("goal", "waits")}), rankings=held)
+    assert all(ranking.factor is None for ranking in held.values())
     fast = make_plan(net, structure, seen, replace(request, widths=widths), rankings=rankings)
     plain = make_plan(net, structure, seen, replace(request, widths=widths), rankings=without)
     assert all(ranking.factor is None for ranking in rankings.values())

@@ -129,6 +129,7 @@ def make_plan(
 
     def made() -> Made:
         in_turn(model, tasks, rank_of, ranks, builder.take)
+        builder.forget_factors()
         return builder.made
 
     total = Made({}, {}, {}, left)

@@ -265,6 +265,11 @@ class ProposalBuilder:
             self._rankings[group.name] = kept
         return found
 
+    def forget_factors(self) -> None:
+        """Release all factorisations, those of groups that are not planned included."""
+        for name in list(self._rankings):
+            self._drop_factor(name)
+
     def _drop_factor(self, name: str) -> None:
         """Release the factorisation of a group that is planned."""
         self._factored.pop(name, None)
