@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from apoptosis.decide.acceptance import AcceptanceResult
 from apoptosis.decide.timing import measure_timings
-from apoptosis.engine.step import apply_reductions
+from apoptosis.engine.applying import apply_reductions
 from apoptosis.graph import analyse
 from apoptosis.planner import Costs
 from apoptosis.records import Group, Reduction, SiteReduction, Structure

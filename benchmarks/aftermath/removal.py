@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from apoptosis.criteria import get_criterion, relative_error
 from apoptosis.criteria.views import column_squares, output_variance
 from apoptosis.decide.acceptance import AcceptanceResult
-from apoptosis.engine.step import apply_reductions
+from apoptosis.engine.applying import apply_reductions
 from apoptosis.graph import analyse, replay
 from apoptosis.model.outputs import Change
 from apoptosis.observe import Observation, Observer

@@ -21,9 +21,9 @@ from apoptosis.decide.goal import FullSize, Goal, check_goal, least_widths, read
 from apoptosis.decide.ledger import Event
 from apoptosis.decide.timing import measure_timings
 from apoptosis.distributed.wrappers import check_alone
+from apoptosis.engine.applying import Check, Outcome, apply_reductions
 from apoptosis.engine.event_builder import Size, make_event, size_of
 from apoptosis.engine.sensitivity import Way, towards
-from apoptosis.engine.step import Check, Outcome, apply_reductions
 from apoptosis.errors import ArgumentError
 from apoptosis.graph.explain import Code
 from apoptosis.model.arguments import (

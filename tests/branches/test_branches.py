@@ -14,7 +14,7 @@ from torch import nn
 from apoptosis import load, save
 from apoptosis.criteria import get_criterion
 from apoptosis.decide.acceptance import AcceptanceResult
-from apoptosis.engine.step import Outcome, apply_reductions
+from apoptosis.engine.applying import Outcome, apply_reductions
 from apoptosis.errors import CheckpointError
 from apoptosis.model.evaluate import as_probe
 from apoptosis.planner import Request, branches_of, groups_to_observe, make_plan, propose_empty

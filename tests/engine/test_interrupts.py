@@ -35,6 +35,7 @@ FILES = {
         "model/passes.py",
         "model/evaluate.py",
         "engine/step.py",
+        "engine/applying.py",
         "surgery/target.py",
         "graph/capture.py",
         "observe/window.py",

@@ -6,7 +6,7 @@ from torch import nn
 
 from apoptosis import Apoptosis, shrink_
 from apoptosis.decide.acceptance import AcceptanceResult
-from apoptosis.engine.step import apply_reductions
+from apoptosis.engine.applying import apply_reductions
 from apoptosis.errors import ArgumentError, UnsupportedOptimizerError
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import make_probe

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from apoptosis import Apoptosis, shrink_
 from apoptosis.decide.acceptance import AcceptanceResult
-from apoptosis.engine.step import apply_reductions
+from apoptosis.engine.applying import apply_reductions
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import make_probe
 from apoptosis.records import Reduction, SiteReduction

@@ -12,7 +12,7 @@ from torch import nn
 
 from apoptosis import Apoptosis, load, save, shrink_
 from apoptosis.decide.acceptance import AcceptanceResult
-from apoptosis.engine.step import apply_reductions
+from apoptosis.engine.applying import apply_reductions
 from apoptosis.errors import CaptureError
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import as_probe

@@ -150,12 +150,14 @@ class Examples:
 class AcceptanceResult:
     """What one acceptance test measured and decided.
 
-    change: how far the outputs moved. refused: why that is not accepted, "" if it is. certificate: the limit on the
-    share of predictions that changed, None where no classes can be read off the outputs.
+    change: how far the outputs moved. refused: why that is not accepted, "" if it is. cause: "measured" where a limit
+    was exceeded, "exchange" where the event is not worth its cost in the long run. certificate: the limit on the share
+    of predictions that changed, None where no classes can be read off the outputs.
     """
 
     change: Change
     refused: str = ""
+    cause: str = "measured"
     certificate: Certificate | None = None
 
 

@@ -263,6 +263,15 @@ def is_due(telemetry: Telemetry, steps: float) -> bool:
     return upcoming is None or upcoming - telemetry.step >= steps
 
 
+def has_to_end(telemetry: Telemetry, elapsed: int) -> bool:
+    """Whether a window ends that has lasted so many steps (elapsed): the next one towards the goal would open now."""
+    if telemetry.towards_goal is None or telemetry.total_steps is None:
+        return False
+    opened = telemetry.step - elapsed
+    upcoming = goal_steps(telemetry.total_steps, after=opened, pretrained=telemetry.pretrained)
+    return bool(upcoming) and telemetry.step >= upcoming[0]
+
+
 def _next_event(telemetry: Telemetry) -> int | None:
     """Return the next event step, None where there is none or no event is expected to pay then."""
     if telemetry.towards_goal is not None and telemetry.total_steps is not None:

@@ -37,6 +37,7 @@ REMEDIES = {
     "waiting": "Larger batches, or a longer run, show more rows.",
     "unseen": "Call the model in training mode, with gradients, on the batches of training.",
     "gain": "A longer run, or a larger tolerance=, saves more; on a network this small events may never pay.",
+    "exchange": "With tolerance= or target= channels go all the same.",
     "": "",
 }
 VERSION = 3
@@ -54,6 +55,7 @@ CORRUPT_STATE_ERRORS = (
 )
 PRETRAINED_SHIFT = 0.25**2  # squared relative rms of the outputs that goes early from a pretrained network, all in all
 PRETRAINED_RMS = 0.5  # relative rms of the outputs beyond which such an event is rolled back, whatever trials predict
+RETRIES = 2  # of a step whose outputs moved too far, each half as large as the one before
 PRETRAINED_GOAL = Goal(measure="macs", share=0.2)  # beyond which nothing goes then
 MAX_DROP = 0.9  # an event leaves at least a tenth of every group
 _LATER = (

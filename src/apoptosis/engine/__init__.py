@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.optim import Optimizer
 
 from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceTest
-from apoptosis.decide.goal import check_goal
 from apoptosis.decide.ledger import Event, Ledger
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry, decide, tolerance_at
 from apoptosis.decide.state import (
@@ -40,13 +38,14 @@ from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layouts_of, read_layouts, step_checks
 from apoptosis.engine.beginning import (
     check_agreed,
+    check_reachable,
     limit_of_outputs,
     limit_of_sites,
     new_memory,
     read_settings,
     rehearsed,
 )
-from apoptosis.engine.event_builder import num_parameters
+from apoptosis.engine.event_builder import log_entry, num_parameters
 from apoptosis.engine.sensitivity import towards
 from apoptosis.engine.step import PruningStep, StepResult, way_of
 from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short, new_window
@@ -169,7 +168,7 @@ class Apoptosis:
         self._acceptance = AcceptanceTest(budget, held_out, sanity=sanity, ranks=ranks)
         self._acceptance.check_budget(readable=self._has_classes, named=logits is not None)
         self._settings = replace(settings, site_limit=limit_of_sites(settings.tolerance, structure))
-        self._check_goal()
+        check_reachable(self._target, self._structure, self._memory, self._settings, self.groups())
         warn_if_few(settings.total_steps)
         check_agreed(self._target, self._settings, self._structure, budget=budget, probe=self._acceptance.held_out)
         self._memory.decision = self._decide()
@@ -430,14 +429,15 @@ class Apoptosis:
         self._drop_window()
         rows = observer.examples / max(1, memory.step - memory.window_start)
         memory.batch_rows = float(ranks.total(torch.tensor([rows], dtype=torch.float64, device="cpu"))) / ranks.size
-        before, full_sample = self._structure, memory.require_full_sample
+        full_sample, before = memory.require_full_sample, self._structure
         self._structure = refreshed(self._target, before)
+        changed = "" if self._structure is before else CHANGED_BY_OTHERS
+        fault = UNFINISHED if observer.unfinished else NOTHING_SEEN if observer.saw_nothing else changed
+        event = None
         try:
-            changed = "" if self._structure is before else CHANGED_BY_OTHERS
-            fault = UNFINISHED if observer.unfinished else NOTHING_SEEN if observer.saw_nothing else changed
             if fault := ranks.first_error(fault):
                 raise NonFiniteError(fault)
-            result = PruningStep(
+            step = PruningStep(
                 target=self._target,
                 structure=self._structure,
                 memory=memory,
@@ -445,18 +445,24 @@ class Apoptosis:
                 acceptance=self._acceptance,
                 observer=observer,
                 start=start,
-            ).run()
+            )
+            for result in step.tries():
+                event = self._keep(result, self._structure.macs, full_sample)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
-            result = self._skipped("fault", str(error))
+            self._book(self._skipped("fault", str(error)))
             warnings.warn(f"apoptosis skipped an event at step {memory.step}: {error}", RuntimeWarning, stacklevel=3)
-        else:
-            self._structure, undone = result.structure, result.attempt.outcome == "rolled back"
-            # nor is it one that rows were too few: from then on windows see all that they ask for
-            if result.event or undone or full_sample == memory.require_full_sample:
-                macs = {"macs_before": before.macs, "macs_after": self._structure.macs}
-                memory.history += (PastEvent(step=memory.step, rolled_back=undone, **macs),)
         finally:
             memory.decision = self._decide()
+        return event
+
+    def _keep(self, result: StepResult, macs: float, full_sample: bool) -> Event | None:
+        """Take over what came of a pruning step. macs: before it. full_sample: whether its window saw all rows."""
+        memory, undone = self._memory, result.attempt.outcome == "rolled back"
+        self._structure = result.structure
+        # it is no attempt if rows were too few: from then on windows see all that they ask for
+        if result.event or undone or full_sample == memory.require_full_sample:
+            past = PastEvent(step=memory.step, rolled_back=undone, macs_before=macs, macs_after=self._structure.macs)
+            memory.history += (past,)
         self._book(result)
         return result.event
 
@@ -465,23 +471,11 @@ class Apoptosis:
 
     def _book(self, result: StepResult) -> None:
         """Keep the record of an attempt, and pass it to the user's log."""
-        attempt, event = result.attempt, result.event
-        self._memory.attempts += (attempt,)
-        if self._log is None or self._target.ranks.rank:
-            return
-        if attempt.outcome in ("nothing", "skipped"):
-            self._log({"kind": "attempt", **attempt.as_dict(), "groups": dict(result.left)})
-            return
-        found = {"step": attempt.step, "measured": dict(result.measured)} if event is None else event.as_dict()
-        self._log({"kind": "event", "rolled_back": event is None, "reason": attempt.reason, **found})
+        self._memory.attempts += (result.attempt,)
+        if self._log is not None and not self._target.ranks.rank:
+            self._log(log_entry(result.attempt, result.event, left=result.left, measured=result.measured))
 
     # ------------------------------------------------------------------ small things
-
-    def _check_goal(self) -> None:
-        request = replace(allowed(self._memory, self._settings, self.groups()), max_drop=1.0)
-        least = partial(request.fewest, step=self._settings.align)
-        full, rows = self._memory.full_size, self._target.num_examples
-        check_goal(self._settings.goal, self._structure, full, rows, least)
 
     def _telemetry(self) -> Telemetry:
         return telemetry(self._memory, self._settings, self._structure, rows=self._target.num_examples)

@@ -6,14 +6,16 @@ Holds: these. Elsewhere: checking single arguments (model.arguments), how ranks 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from apoptosis.criteria import get_criterion
 from apoptosis.decide.acceptance import sanity_limit
-from apoptosis.decide.goal import read_goal
+from apoptosis.decide.goal import check_goal, read_goal
 from apoptosis.decide.overhead import overhead_macs
 from apoptosis.decide.policy import SITE_LIMIT_FACTOR, site_limit
-from apoptosis.decide.state import PRETRAINED_RMS, RunState, Settings, has_goal
+from apoptosis.decide.state import PRETRAINED_RMS, RunState, Settings, allowed, has_goal
 from apoptosis.decide.timing import measure_timings
 from apoptosis.distributed.protocol import kind_of
 from apoptosis.engine.event_builder import num_parameters
@@ -23,7 +25,7 @@ from apoptosis.model.built import built_shapes
 from apoptosis.model.passes import device_of
 from apoptosis.model.pretrained import looks_pretrained
 from apoptosis.numerics.linalg import roundoff_floor
-from apoptosis.records import Structure, Timings
+from apoptosis.records import Group, Structure, Timings
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import Target, exclude_pins, seconds_of_capture, warn_if_fixed, without_pins
 
@@ -166,3 +168,15 @@ def check_agreed(
     widths = {f"group {g.name}": (g.num_channels, g.pin is None, *(site.key for site in g.sites))
               for g in structure.groups}  # fmt: skip
     target.ranks.same("arguments or groups of Apoptosis", asked | widths)
+
+
+def check_reachable(
+    target: Target, structure: Structure, memory: RunState, settings: Settings, groups: Sequence[Group]
+) -> None:
+    """Check that the goal can be reached. groups: that are open.
+
+    Raises: ArgumentError: it cannot; with what would remain, and what holds most.
+    """
+    request = replace(allowed(memory, settings, groups), max_drop=1.0)
+    least = partial(request.fewest, step=settings.align)
+    check_goal(settings.goal, structure, memory.full_size, target.num_examples, least)

@@ -6,13 +6,14 @@ event prints itself (decide.ledger).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from apoptosis.decide.ledger import Event
+from apoptosis.decide.ledger import Attempt, Event
 from apoptosis.model.outputs import Change
 from apoptosis.planner import Plan, merged
 from apoptosis.records import Structure
@@ -20,7 +21,7 @@ from apoptosis.surgery import layers
 from apoptosis.surgery.target import Target
 
 if TYPE_CHECKING:
-    from apoptosis.engine.step import Outcome
+    from apoptosis.engine.applying import Outcome
 
 _SHOWN = 3  # outputs that are named
 
@@ -109,3 +110,16 @@ def state_bytes(target: Target) -> int:
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def log_entry(
+    attempt: Attempt, event: Event | None, *, left: Mapping[str, str], measured: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what a user's log gets for an attempt, as plain values.
+
+    Args: left: what the plan left as it was, a line by group. measured: what was measured where there is no event.
+    """
+    if attempt.outcome in ("nothing", "skipped"):
+        return {"kind": "attempt", **attempt.as_dict(), "groups": dict(left)}
+    found = {"step": attempt.step, "measured": dict(measured)} if event is None else event.as_dict()
+    return {"kind": "event", "rolled_back": event is None, "reason": attempt.reason, **found}

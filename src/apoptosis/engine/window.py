@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from apoptosis.decide.acceptance import AcceptanceTest
-from apoptosis.decide.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, is_due, worth_waiting
+from apoptosis.decide.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, has_to_end, is_due, worth_waiting
 from apoptosis.decide.state import RunState, Settings, has_goal
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.graph import replay
@@ -54,6 +54,9 @@ def is_cut_short(observer: Observer, groups: Sequence[Group], seen: Telemetry, b
     (policy.is_due).
     """
     seen = replace(seen, batch_rows=observer.examples / observer.steps)
+    if has_to_end(seen, observer.steps) and len(_late(groups, observer, gradients=False)) < len(groups):
+        observer.cut_short = True
+        return True
     steps = _steps_to_wait(observer, groups, seen, behind, gradients=False)
     steps = steps or _steps_to_wait(observer, groups, seen, behind, gradients=True)
     observer.patience = observer.steps + min(int(steps / 2), PATIENCE_STEPS)

@@ -331,7 +331,11 @@ def named_snapshot(watch: Accumulator, *, last: bool = False) -> Moments:
 
 
 class Sample:
-    """The first whole inputs of one module, as many as are needed to measure errors of its outputs."""
+    """The first whole inputs of one module, as many as are needed to measure errors of its outputs.
+
+    Where sizes vary from batch to batch, as those of padded sentences do, inputs of all sizes count, because the first
+    size may never come again; errors are measured on those of the size that came most.
+    """
 
     def __init__(self, *, exact: bool, most: int = SAMPLE_EXAMPLES) -> None:
         self.kept: list[Tensor] = []
@@ -344,7 +348,7 @@ class Sample:
         return cls(exact=exact, most=SAMPLE_EXAMPLES if site.reads_positions else SAMPLE_ROWS)
 
     def _missing(self) -> int:
-        size = self.kept[0][0].numel() if self.kept else 1
+        size = max((x[0].numel() for x in self.kept), default=1)
         wanted = max(1, min(self._most, SAMPLE_ELEMENTS // max(size, 1)))
         return max(0, wanted - sum(len(x) for x in self.kept))
 
@@ -353,20 +357,24 @@ class Sample:
         return self._missing() == 0
 
     def take(self, x: Tensor) -> None:
-        """Keep examples of one input; where sizes vary, only those of the first size."""
-        if self.kept and x.shape[1:] != self.kept[0].shape[1:]:
-            return
+        """Keep examples of one input."""
         size = max(1, x[0].numel())
         free = self._missing() if self.kept else max(1, min(self._most, SAMPLE_ELEMENTS // size))
+        if not free:
+            return
         device = self.kept[0].device if self.kept else x.device
         dtype = self._dtype.to_complex() if x.is_complex() else self._dtype
         self.kept.append(x[:free].to(device, dtype, copy=True))
 
     def joined(self) -> Tensor | None:
-        """Return all that was kept, (examples, ...); None if nothing was."""
-        if not self.kept:
+        """Return what was kept of the size that came most, (examples, ...); None if nothing was."""
+        by_size: dict[torch.Size, list[Tensor]] = {}
+        for x in self.kept:
+            by_size.setdefault(x.shape[1:], []).append(x)
+        if not by_size:
             return None
-        return self.kept[0] if len(self.kept) == 1 else torch.cat(self.kept)
+        most = max(by_size.values(), key=lambda found: sum(len(x) for x in found))
+        return most[0] if len(most) == 1 else torch.cat(most)
 
 
 def state_of(watches: Mapping[tuple[str, str], Accumulator], samples: Mapping[str, Sample]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The transaction: edits reach model, optimizers and averaged copies together, or not at all.
 
 Holds: computing all new values first, exchanging them under every tensor's identity, commit and rollback.
-Elsewhere: the values themselves (values.py, optimizers.py), measuring what the edits did (engine.step).
+Elsewhere: the values themselves (values.py, optimizers.py), measuring what the edits did (engine.applying).
 """
 
 from __future__ import annotations
