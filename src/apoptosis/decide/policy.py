@@ -25,6 +25,8 @@ NUM_GOAL_STEPS = 3  # event steps towards a goal, between two shares of the run:
 GOAL_WARMUP, GOAL_SHARE = 0.08, 0.2
 EARLY_WARMUP, EARLY_GOAL_SHARE = 0.02, 0.08  # of a pretrained network
 AT_GOAL = "the goal is reached, or what goes early from a pretrained network has gone"
+FIRST_LOOK = 0.5  # of the steps to the first event: where it is noted over how many directions activations spread
+FORMING = 1.5  # by so much they spread over more directions with every doubling of the steps while features form
 SITE_LIMIT_FACTOR = 8.0  # what the errors of one site may add up to over all events, in tolerances
 
 
@@ -52,7 +54,8 @@ class Telemetry:
     factorisations cost in MACs at today's widths. overhead_macs: calibrated fixed cost of an event. tolerance: cap per
     site and event, relative rms. num_backoffs: rollbacks so far. untried: share of the MACs that belong to groups which
     the last event left for the next one. towards_goal: None without a goal; else whether it is still to be reached.
-    pretrained: the network was trained before.
+    pretrained: the network was trained before. too_dear: why the last attempt was not worth its cost in the long run,
+    "" if it was.
     """
 
     step: int
@@ -67,6 +70,7 @@ class Telemetry:
     untried: float = 0.0
     towards_goal: bool | None = None
     pretrained: bool = False
+    too_dear: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +131,34 @@ def goal_steps(total_steps: int, *, after: int, pretrained: bool) -> tuple[int, 
     first, last = max(1, min(round(begin * total_steps), WARMUP_MAX)), max(2, round(end * total_steps))
     distance = max(1, (last - first) // (NUM_GOAL_STEPS - 1))
     return tuple(s for s in range(first, max(last, int(LAST_SHARE * total_steps)) + 1, distance) if s > after)
+
+
+def first_look(total_steps: int | None) -> int:
+    """Return the step after which the first look is taken at how activations spread, 0 in a run too short for it.
+
+    Example:
+        >>> first_look(4000), first_look(100), first_look(None)
+        (75, 0, 0)
+    """
+    if total_steps is None or total_steps < TRIAL_STEPS:
+        return 0
+    return max(1, int(FIRST_LOOK * warmup_steps(total_steps)))
+
+
+def still_forming(growth: float) -> str:
+    """Say why nothing is removed while activations spread over ever more directions, "" if they do not.
+
+    What is redundant then need not be so later: channels that an autoencoder could do without after 4 % of its run were
+    missing at the end of it.
+
+    Args: growth: factor by which the participation ratio grew with every doubling of the steps, mean over the layers.
+    """
+    if growth <= FORMING:
+        return ""
+    return (
+        f"features still form: activations spread over {growth:.2f} times as many directions with every doubling of "
+        f"the steps, more than {FORMING:g} times; what is redundant now may be needed later"
+    )
 
 
 def part_of_way(total_steps: int, step: int, *, pretrained: bool) -> float:
@@ -202,6 +234,8 @@ def decide(telemetry: Telemetry) -> Decision:
     """Choose the next window: the next event step of the schedule at which an event is expected to pay, or none."""
     if telemetry.towards_goal is not None and telemetry.total_steps is not None:
         return _towards_goal(telemetry, telemetry.total_steps)
+    if telemetry.too_dear:  # what is saved and what is lost later both fall with the steps that remain
+        return Decision(at_step=None, tolerance=0.0, reason=f"the last attempt did not pay: {telemetry.too_dear}")
     upcoming = event_steps(telemetry.total_steps, after=telemetry.step)
     if not upcoming:
         reason = "the schedule has no event step left"

@@ -7,7 +7,6 @@ and the ledger. Elsewhere: files (checkpoint), windows (observe), the structure 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -37,6 +36,7 @@ REMEDIES = {
     "waiting": "Larger batches, or a longer run, show more rows.",
     "unseen": "Call the model in training mode, with gradients, on the batches of training.",
     "gain": "A longer run, or a larger tolerance=, saves more; on a network this small events may never pay.",
+    "forming": "With tolerance= or target= channels go all the same.",
     "exchange": "With tolerance= or target= channels go all the same.",
     "": "",
 }
@@ -66,6 +66,7 @@ _LATER = (
     "shift",
     "full_widths",
     "shifts",
+    "spreads",
 )  # fields that older checkpoints lack
 _LIMITS = {"min_width": 0.0, "max_removed": MAX_DROP}
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
@@ -124,6 +125,7 @@ class RunState:
     shift: of the outputs by all removals, as predicted.
     full_widths: channels of every group at construction.
     shifts: by the groups of a unit, (error, shift of the outputs) of the trials that were made of it.
+    spreads: by step, what the last two looks found by module (observe.Look), numbers or tensors of one number.
     """
 
     full: tuple[int, float]
@@ -148,6 +150,7 @@ class RunState:
     shift: float = 0.0
     full_widths: dict[str, int] = field(default_factory=dict)
     shifts: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    spreads: dict[int, dict[str, Any]] = field(default_factory=dict)
     decision: Decision = UNDECIDED
 
     @property
@@ -179,6 +182,7 @@ class RunState:
             "timings": None if self.timings is None else self.timings.as_dict(),
             "full_widths": dict(self.full_widths),
             "shifts": {name: [list(pair) for pair in pairs] for name, pairs in self.shifts.items()},
+            "spreads": [[step, {k: float(v) for k, v in found.items()}] for step, found in self.spreads.items()],
             "decision": asdict(self.decision),
         }
         return found
@@ -199,12 +203,16 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
         "attempts": tuple(_record(Attempt, one.as_dict()) for one in read_attempts(state)),
         "behind": tuple(str(name) for name in state.get("behind", ())),
         "timings": None if state.get("timings") is None else Timings.from_dict(state["timings"]),
-        "pretrained": state.get("pretrained", False),  # earlier versions have none of these five
+        "pretrained": state.get("pretrained", False),  # earlier versions have none of these six
         "shift": state.get("shift", 0.0),
         "full_widths": {str(name): _number(width, "int") for name, width in state.get("full_widths", {}).items()},
         "shifts": {
             str(name): [(_number(error, "float"), _number(shift, "float")) for error, shift in pairs]
             for name, pairs in state.get("shifts", {}).items()
+        },
+        "spreads": {
+            _number(step, "int"): {str(name): _number(value, "float") for name, value in found.items()}
+            for step, found in state.get("spreads", ())
         },
         "site_cost": {str(key): _number(value, "float") for key, value in state["site_cost"].items()},
         "decision": _record(Decision, state["decision"]),
@@ -355,6 +363,7 @@ def telemetry(memory: RunState, settings: Settings, structure: Structure, *, row
         untried=min(1.0, sum(held) / structure.macs) if structure.macs > 0 else 0.0,
         towards_goal=_towards_goal(memory, settings, structure, rows),
         pretrained=memory.pretrained,
+        too_dear=last.reason if (last := next(iter(memory.attempts[-1:]), None)) and last.cause == "exchange" else "",
     )
 
 
@@ -435,19 +444,6 @@ def idle(memory: RunState, settings: Settings, *, watching: bool, num_open: int)
     if due is not None:
         return f"the next window opens at step {due:,}. {remedy}".strip()
     return f"no further window opens: {memory.decision.reason}. {remedy}".strip()
-
-
-def warn_if_few(total_steps: int | None) -> None:
-    """Warn of a run of so few steps that epochs must have been given."""
-    if total_steps is not None and total_steps < FEWEST_STEPS:
-        what = f"apoptosis: total_steps={total_steps} is too short for an event. {STEPS_NOT_EPOCHS}"
-        warnings.warn(what, RuntimeWarning, stacklevel=3)
-
-
-def warn_at_end(step: int) -> None:
-    """Warn of the first step beyond those that the run was to have."""
-    what = f"apoptosis: step {step:,} is beyond total_steps={step - 1:,}: no further event comes. {STEPS_NOT_EPOCHS}"
-    warnings.warn(what, RuntimeWarning, stacklevel=3)
 
 
 def make_ledger(

@@ -30,8 +30,6 @@ from apoptosis.decide.state import (
     progress,
     read_state,
     telemetry,
-    warn_at_end,
-    warn_if_few,
     write_state,
 )
 from apoptosis.distributed.ranks import ranks_of
@@ -44,8 +42,11 @@ from apoptosis.engine.beginning import (
     new_memory,
     read_settings,
     rehearsed,
+    warn_at_end,
+    warn_if_few,
 )
 from apoptosis.engine.event_builder import log_entry, num_parameters
+from apoptosis.engine.looks import Looks
 from apoptosis.engine.sensitivity import towards
 from apoptosis.engine.step import PruningStep, StepResult, way_of
 from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short, new_window
@@ -172,6 +173,7 @@ class Apoptosis:
         warn_if_few(settings.total_steps)
         check_agreed(self._target, self._settings, self._structure, budget=budget, probe=self._acceptance.held_out)
         self._memory.decision = self._decide()
+        self._looks = Looks(model, self._memory, self._settings, structure)
         self._memory.own_seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ what a user asks
@@ -342,6 +344,7 @@ class Apoptosis:
         if observer is not None and not memory.closed:
             observer.open()
             self._observer = observer
+        self._looks = Looks(self._target.model, memory, self._settings, structure)
 
     # ------------------------------------------------------------------ the loop
 
@@ -352,6 +355,8 @@ class Apoptosis:
         for check in self._step_checks:
             check()
         self._memory.step += 1
+        if self._looks.due(self._memory.step):
+            self._looks.take(self._memory, self._structure, again=self._memory.step == self._looks.first)
         if self._memory.step - 1 == self._settings.total_steps:
             warn_at_end(self._memory.step)
         observer, due = self._observer, self._memory.decision.at_step
@@ -387,6 +392,7 @@ class Apoptosis:
         try:
             observer.open()
             self._observer = observer
+            self._looks.take(self._memory, self._structure, again=True)
         except BaseException:
             observer.close()
             self._observer = None
@@ -418,6 +424,8 @@ class Apoptosis:
         return comes_too_late(observer, self.groups(), step=step, total_steps=total)
 
     def _drop_window(self) -> None:
+        if "_looks" in vars(self):  # not where the constructor failed
+            self._looks.close()
         if self._observer is not None:
             self._observer.close()
             self._memory.hook_seconds += self._observer.hook_seconds
@@ -460,7 +468,7 @@ class Apoptosis:
         memory, undone = self._memory, result.attempt.outcome == "rolled back"
         self._structure = result.structure
         # it is no attempt if rows were too few: from then on windows see all that they ask for
-        if result.event or undone or full_sample == memory.require_full_sample:
+        if result.event or undone or (full_sample == memory.require_full_sample and result.attempt.cause != "forming"):
             past = PastEvent(step=memory.step, rolled_back=undone, macs_before=macs, macs_after=self._structure.macs)
             memory.history += (past,)
         self._book(result)

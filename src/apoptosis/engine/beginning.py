@@ -5,6 +5,7 @@ Holds: these. Elsewhere: checking single arguments (model.arguments), how ranks 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from apoptosis.decide.acceptance import sanity_limit
 from apoptosis.decide.goal import check_goal, read_goal
 from apoptosis.decide.overhead import overhead_macs
 from apoptosis.decide.policy import SITE_LIMIT_FACTOR, site_limit
-from apoptosis.decide.state import PRETRAINED_RMS, RunState, Settings, allowed, has_goal
+from apoptosis.decide.state import FEWEST_STEPS, PRETRAINED_RMS, STEPS_NOT_EPOCHS, RunState, Settings, allowed, has_goal
 from apoptosis.decide.timing import measure_timings
 from apoptosis.distributed.protocol import kind_of
 from apoptosis.engine.event_builder import num_parameters
@@ -180,3 +181,16 @@ def check_reachable(
     request = replace(allowed(memory, settings, groups), max_drop=1.0)
     least = partial(request.fewest, step=settings.align)
     check_goal(settings.goal, structure, memory.full_size, target.num_examples, least)
+
+
+def warn_if_few(total_steps: int | None) -> None:
+    """Warn of a run of so few steps that epochs must have been given."""
+    if total_steps is not None and total_steps < FEWEST_STEPS:
+        what = f"apoptosis: total_steps={total_steps} is too short for an event. {STEPS_NOT_EPOCHS}"
+        warnings.warn(what, RuntimeWarning, stacklevel=3)
+
+
+def warn_at_end(step: int) -> None:
+    """Warn of the first step beyond those that the run was to have."""
+    what = f"apoptosis: step {step:,} is beyond total_steps={step - 1:,}: no further event comes. {STEPS_NOT_EPOCHS}"
+    warnings.warn(what, RuntimeWarning, stacklevel=3)

@@ -31,6 +31,7 @@ from apoptosis.decide.state import (
 from apoptosis.distributed.sharded import has_shards
 from apoptosis.engine.applying import Outcome, apply_reductions
 from apoptosis.engine.event_builder import make_event, measured, size_of
+from apoptosis.engine.looks import forming
 from apoptosis.engine.sensitivity import Way, towards
 from apoptosis.engine.window import left_out
 from apoptosis.errors import (
@@ -92,6 +93,9 @@ class PruningStep:
         waiting = left_out(self.observer, groups, ranks)
         self.observer.pool()
         ranks.same_parameters("before an event", self.target.model)
+        if reason := forming(self.memory, self.settings, self.structure, ranks):
+            yield StepResult(self.structure, self.memory.attempt(len(groups), "nothing", "forming", reason))
+            return
         seen, rankings = self._seen_again(), dict[str, Ranking]()
         left = RETRIES if has_goal(self.memory, self.settings) else 0
         while True:
@@ -173,11 +177,12 @@ class PruningStep:
     def _check(self, examples: Examples, saved: float, change: Change) -> AcceptanceResult:
         """Test a measured change; where nobody has said what may be lost, set its cost against what it saves.
 
-        saved: share of the multiply-adds.
+        Only where no classes can be read off the outputs: there the loss itself is what counts, and it follows every
+        change of the outputs; predictions do not. saved: share of the multiply-adds.
         """
         settings, memory, result = self.settings, self.memory, self.acceptance.check(examples, change)
         asked = not settings.automatic or has_goal(memory, settings) or self.acceptance.error_budget.budget is not None
-        if result.refused or asked or not change.mode or not settings.total_steps:
+        if result.refused or asked or change.readable or not change.mode or not settings.total_steps:
             return result
         left = max(0.0, 1.0 - memory.step / settings.total_steps)
         return replace(result, refused=too_dear(change.rms, saved=saved, left=left), cause="exchange")

@@ -12,6 +12,7 @@ from apoptosis.observe.accumulators import (
     rows_per_channel,
 )
 from apoptosis.observe.hooks import CHANGED_BY_OTHERS, NOTHING_SEEN
+from apoptosis.observe.spread import Look, growth
 from apoptosis.observe.unfinished import UNFINISHED
 from apoptosis.observe.window import Observer
 
@@ -23,8 +24,10 @@ __all__ = [
     "ROWS_PER_CHANNEL",
     "UNFINISHED",
     "WHOLE_COLUMNS",
+    "Look",
     "Observation",
     "Observer",
+    "growth",
     "in_both",
     "needs_float64",
     "needs_whole_inputs",
