@@ -168,12 +168,16 @@ def rotate_optimizer(
     if not kept:
         return optimizer
     first, second = ({name: state[key] for name, state in kept.items()} for key in ("exp_avg", "exp_avg_sq"))
+    beta = before.param_groups[0]["betas"][1]
     squares = measured_squares(new, batches) if moments == "measured" else {}
     for name, parameter in new.named_parameters():
         changed = name not in moves or moves[name].left is not None or moves[name].right is not None
         if moments == "restart" and changed:
             continue
-        values = squares[name] if squares else moves[name].second(second)
+        if squares:  # Adam divides by this factor: its averages begin with 0
+            values = squares[name] * (1 - beta ** float(kept[name]["step"]))
+        else:
+            values = moves[name].second(second)
         optimizer.state[parameter] = {
             "step": kept[name]["step"].clone(),
             "exp_avg": moves[name].first(first).to(parameter.dtype),

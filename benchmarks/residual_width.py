@@ -52,7 +52,7 @@ class Settings:
     pretrain_steps: int = 1500
     pretrain_rate: float = 2e-3
     steps: int = 500
-    rate: float = 1e-3
+    rate: float = 3e-3
     at: int = 25
     rated: int = 8
     held_out: int = 1024

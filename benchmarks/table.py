@@ -1,5 +1,5 @@
-"""Make the tables of README.md, docs/results.md, scaling.md and method.md from benchmarks/results/*.json, and that of
-the command's options in docs/cli.md from its configuration model.
+"""Make the tables of README.md, docs/results.md, scaling.md, method.md and research.md from benchmarks/results/*.json,
+and that of the command's options in docs/cli.md from its configuration model.
 
     python -m benchmarks.table --write      fill the text between the markers of these files
     python -m benchmarks.table --check      exit status 1 if a file does not say what the JSON says
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import residual_width
 from benchmarks.aftermath import tables as aftermath
 from benchmarks.cluster import tables as scaling
 from benchmarks.paper import kinds, tables
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER = RESULTS / "paper"
 PAGES = tuple(
-    ROOT / page for page in ("README.md", "docs/results.md", "docs/scaling.md", "docs/cli.md", "docs/method.md")
+    ROOT / page
+    for page in ("README.md", "docs/results.md", "docs/scaling.md", "docs/cli.md", "docs/method.md", "docs/research.md")
 )
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."
@@ -177,6 +179,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "step-time": step_time_table,
     "machines": machines_table,
     "options": options_table,
+    "residual-width": residual_width.table,
     **scaling.TABLES,
     **aftermath.TABLES,
 }

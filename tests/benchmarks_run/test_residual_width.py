@@ -95,9 +95,8 @@ def test_the_optimizer_goes_on_with_what_is_known(moments):
     assert torch.equal(state["exp_avg"], optimizer.state[model.blocks[0].fc1.bias]["exp_avg"])
     assert (parameters["tokens.weight"] in after.state) == (moments != "restart")
     if moments == "measured":
-        assert torch.allclose(
-            after.state[parameters["head.weight"]]["exp_avg_sq"], gradients(narrow, batch)["head.weight"] ** 2
-        )
+        unbiased = after.state[parameters["head.weight"]]["exp_avg_sq"] / (1 - 0.999**3)
+        assert torch.allclose(unbiased, gradients(narrow, batch)["head.weight"] ** 2)
     residual_rotation.loss_of(narrow, batch).backward()
     after.step()
     assert all(parameter.isfinite().all() for parameter in parameters.values())
@@ -130,7 +129,9 @@ def test_a_quick_run_tells_every_method_and_is_not_run_again(tmp_path, capsys):
     assert methods["50 %, restart"]["macs"] < methods["75 %, restart"]["macs"] < methods["dense"]["macs"]
     assert methods["dense"]["loss"] < methods["dense"]["loss_before"] - 0.3
     assert methods["rotated, restart"]["loss_cut"] == pytest.approx(methods["rotated, restart"]["loss_uncut"], abs=1e-5)
-    assert methods["target as 75 %"]["macs"] <= 1.01 * methods["75 %, restart"]["macs"]
+    assert methods["target as 75 %"]["macs"] < methods["dense"]["macs"]
+    assert methods["75 %, then target as 50 %"]["macs"] < methods["75 %, restart"]["macs"]
+    assert methods["dense, time of 50 %"]["steps"] <= 60
     assert "seed 0, dense" in capsys.readouterr().out
     assert residual_width.main(arguments) == 0
     assert "seed 0, dense" not in capsys.readouterr().out
