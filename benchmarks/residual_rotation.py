@@ -104,6 +104,12 @@ def principal_axes(model: GPT, inputs: Sequence[Tensor], keep: int) -> Tensor:
     return axes.flip(1)[:, : min(keep, width - 1)]
 
 
+def random_axes(width: int, keep: int, seed: int) -> Tensor:
+    """Return axes by chance, orthogonal to the mean."""
+    drawn = torch.randn(width, min(keep, width - 1), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(drawn - drawn.mean(0))[0]
+
+
 @torch.no_grad()
 def rotate(model: GPT, axes: Tensor) -> tuple[GPT, dict[str, Move]]:
     """Return a copy whose stream holds the components along `axes` (width, keep), and how gradients follow.

@@ -31,7 +31,16 @@ from benchmarks import shared
 from benchmarks.paper.networks import GPT
 from benchmarks.paper.summary import table as markdown
 from benchmarks.paper.training import count_macs
-from benchmarks.residual_rotation import Batch, Run, loss_of, new_optimizer, principal_axes, rotate, rotate_optimizer
+from benchmarks.residual_rotation import (
+    Batch,
+    Run,
+    loss_of,
+    new_optimizer,
+    principal_axes,
+    random_axes,
+    rotate,
+    rotate_optimizer,
+)
 
 Draw = Callable[[int], Batch]
 TURNS = 25  # steps of every network that are timed, in turn
@@ -65,34 +74,37 @@ QUICK = Settings(width=16, heads=2, depth=2, hidden=32, length=16, rows=8, pretr
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """keep: share of the stream's channels; None: not rotated. moments: what becomes of the optimizer's ("restart",
-    "diagonal" or "measured"). at_once: cut before the first step, with the moments of the pretraining. target: the
-    method whose multiply-adds the library is told to reach. time_of: the method whose processor time a dense run takes.
+    "diagonal" or "measured"). at_once: cut before the first step, with the moments of the pretraining. by_chance: along
+    axes drawn by chance. target: the method whose multiply-adds the library is told to reach. time_of: the method whose
+    processor time a dense run takes. seeds: run for so many of them at most.
     """
 
     name: str
     keep: float | None = None
     moments: str = "restart"
     at_once: bool = False
+    by_chance: bool = False
     target: str | None = None
     time_of: str | None = None
+    seeds: int = 2
 
 
 METHODS = (
     Method(name="dense"),
     Method(name="rotated, restart", keep=1.0),
-    Method(name="rotated, diagonal", keep=1.0, moments="diagonal"),
-    Method(name="rotated, measured", keep=1.0, moments="measured"),
+    Method(name="rotated, diagonal", keep=1.0, moments="diagonal", seeds=1),
     Method(name="75 %, restart", keep=0.75),
-    Method(name="75 %, diagonal", keep=0.75, moments="diagonal"),
-    Method(name="75 %, measured", keep=0.75, moments="measured"),
     Method(name="50 %, restart", keep=0.5),
-    Method(name="50 %, diagonal", keep=0.5, moments="diagonal"),
-    Method(name="50 %, measured", keep=0.5, moments="measured"),
-    Method(name="50 %, at once, restart", keep=0.5, at_once=True),
-    Method(name="50 %, at once, diagonal", keep=0.5, moments="diagonal", at_once=True),
     Method(name="target as 75 %", target="75 %, restart"),
     Method(name="target as 50 %", target="50 %, restart"),
-    Method(name="75 %, then target as 50 %", keep=0.75, moments="measured", target="50 %, restart"),
+    Method(name="50 %, diagonal", keep=0.5, moments="diagonal"),
+    Method(name="75 %, then target as 50 %", keep=0.75, target="50 %, restart"),
+    Method(name="rotated by chance, restart", keep=1.0, by_chance=True),
+    Method(name="50 %, measured", keep=0.5, moments="measured", seeds=1),
+    Method(name="75 %, diagonal", keep=0.75, moments="diagonal", seeds=1),
+    Method(name="50 % by chance, restart", keep=0.5, by_chance=True, seeds=1),
+    Method(name="50 %, at once, restart", keep=0.5, at_once=True, seeds=1),
+    Method(name="50 %, at once, diagonal", keep=0.5, moments="diagonal", at_once=True, seeds=1),
     Method(name="dense, time of 75 %", time_of="75 %, restart"),
     Method(name="dense, time of 50 %", time_of="50 %, restart"),
 )
@@ -226,7 +238,11 @@ class Bench:
         s = self.settings
         assert method.keep is not None
         seen = [self.draw(step) for step in range(max(0, at - s.rated), max(at, s.rated))]
-        axes = principal_axes(run[0], [inputs for inputs, _ in seen], round(method.keep * s.width))
+        keep = round(method.keep * s.width)
+        if method.by_chance:
+            axes = random_axes(s.width, keep, self.seed)
+        else:
+            axes = principal_axes(run[0], [inputs for inputs, _ in seen], keep)
         narrow, moves = rotate(run[0], axes)
         return narrow, rotate_optimizer(run, narrow, moves, method.moments, seen)
 
@@ -259,13 +275,14 @@ class Bench:
     def records(self) -> dict[str, dict[str, Any]]:
         """Return the records of all methods by name; those in the cache are not run again."""
         found: dict[str, dict[str, Any]] = {}
-        for method in (m for m in METHODS if m.time_of is None):
+        methods = [method for method in METHODS if self.seed < method.seeds]
+        for method in (m for m in methods if m.time_of is None):
             target = None if method.target is None else found[method.target]["macs"]
             found[method.name] = self.cached(method, self.settings.steps, target)
         seconds = self.step_seconds(list(found))
         for name, value in seconds.items():
             found[name]["step_seconds"] = value
-        for method in (m for m in METHODS if m.time_of is not None):
+        for method in (m for m in methods if m.time_of is not None):
             steps = self.fewer_steps(found["dense"], found[str(method.time_of)])
             found[method.name] = self.cached(method, steps, None) | {"step_seconds": seconds["dense"]}
         return found
@@ -291,7 +308,8 @@ class Bench:
     def step_seconds(self, names: Sequence[str]) -> dict[str, float]:
         """Return the median processor seconds of a training step of every network, in turn."""
         path = self.place("step seconds", "json")
-        if not path.exists():
+        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if set(found) != set(names):
             networks = {name: torch.load(self.place(name, "pt"), weights_only=False) for name in names}
             runs = {name: (model, new_optimizer(model, 0.0)) for name, model in networks.items()}
             times: dict[str, list[float]] = {name: [] for name in names}
@@ -300,8 +318,8 @@ class Bench:
                     begun = time.thread_time()
                     train(run, self.draw, range(turn, turn + 1), WARM + TURNS, 0.0, Clock())
                     times[name].append(time.thread_time() - begun)
-            path.write_text(json.dumps({n: statistics.median(t[WARM:]) for n, t in times.items()}), encoding="utf-8")
-        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+            found = {name: statistics.median(own[WARM:]) for name, own in times.items()}
+            path.write_text(json.dumps(found), encoding="utf-8")
         return found
 
     def place(self, name: str, suffix: str) -> Path:
@@ -313,28 +331,24 @@ class Bench:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the table of docs/research.md: means over seeds, and every seed's difference from the dense run."""
+    """Return the table of docs/research.md; times are means over seeds, losses those of every seed."""
     result = results.get("residual-width")
     if result is None:
         return "No results are committed yet; `python -m benchmarks.residual_width` makes them."
     runs = result["runs"]
     rows = []
     for name in runs[0]["methods"]:
-        own, dense = [run["methods"][name] for run in runs], [run["methods"]["dense"] for run in runs]
-
-        def mean(key: str, own: Sequence[Mapping[str, Any]] = own) -> float:
-            return statistics.mean(record[key] for record in own)
-
-        apart = ", ".join(f"{a['loss'] - b['loss']:+.4f}" for a, b in zip(own, dense, strict=True))
-        share, step = (
-            statistics.mean(a[key] / b[key] for a, b in zip(own, dense, strict=True))
-            for key in ("macs", "step_seconds")
-        )
-        cut = f"{mean('loss_cut') - mean('loss_uncut'):+.3f}" if "loss_cut" in own[0] else ""
-        rows.append((name, f"{mean('steps'):.0f}", f"{share:.2f}", f"{step:.2f}", f"{mean('own_seconds'):.2f} s", cut,
-                     f"{mean('loss'):.4f}", "" if name == "dense" else apart))  # fmt: skip
+        pairs = [(run["methods"][name], run["methods"]["dense"]) for run in runs if name in run["methods"]]
+        own = [record for record, _ in pairs]
+        share, step = (statistics.mean(a[key] / b[key] for a, b in pairs) for key in ("macs", "step_seconds"))
+        steps, seconds = (statistics.mean(record[key] for record in own) for key in ("steps", "own_seconds"))
+        at_cut = ", ".join(f"{r['loss_cut'] - r['loss_uncut']:+.3f}" for r in own if "loss_cut" in r)
+        apart = ", ".join(f"{a['loss'] - b['loss']:+.4f}" for a, b in pairs)
+        loss = ", ".join(f"{record['loss']:.4f}" for record in own)
+        rows.append((name, f"{steps:.0f}", f"{share:.2f}", f"{step:.2f}", f"{seconds:.1f} s" if seconds else "", at_cut,
+                     loss, "" if name == "dense" else apart))  # fmt: skip
     head = ("run", "steps", "multiply-adds", "processor time of a step", "cut or events", "loss at the cut",
-            "loss at the end", "against dense, by seed")  # fmt: skip
+            "loss at the end, by seed", "against dense")  # fmt: skip
     return markdown(head, rows)
 
 
