@@ -99,6 +99,7 @@ METHODS = (
     Method(name="target as 50 %", target="50 %, restart"),
     Method(name="50 %, diagonal", keep=0.5, moments="diagonal"),
     Method(name="75 %, then target as 50 %", keep=0.75, target="50 %, restart"),
+    Method(name="rotated, then target as 75 %", keep=1.0, target="75 %, restart"),
     Method(name="rotated, then target as 50 %", keep=1.0, target="50 %, restart"),
     Method(name="rotated by chance, restart", keep=1.0, by_chance=True),
     Method(name="50 %, measured", keep=0.5, moments="measured", seeds=1),
