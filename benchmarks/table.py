@@ -173,6 +173,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "frontier": paper(tables.frontier),
     "by-kind": paper(kinds.by_kind),
     "by-kind-aims": paper(kinds.aims),
+    "gains": paper(kinds.gains),
     "overhead": overhead_table,
     "capture": capture_table,
     "event-cost": event_cost_table,

@@ -53,6 +53,19 @@ def by_kind(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
     return table(head, lines) if lines else EMPTY.format(tasks=tasks)
 
 
+def gains(cells: Sequence[Cell], frontiers: Sequence[Cell]) -> str:
+    """Who gains how much: the methods of every kind that need no other one, dense left out."""
+    head = ("kind of network", "data", "method", "seeds", "whole run", "multiply-adds", "difference (95 %)")
+    lines = [
+        (kind, row.task, row.method, str(row.seeds), f"{row.cpu_speedup:.2f}x", f"{row.macs:.2f}x fewer",
+         row.difference_text)
+        for kind, rows in rows_by_kind(cells).items()
+        for row in rows
+        if row.method != "dense" and not row.method.startswith(("same widths", "torch-pruning"))
+    ]  # fmt: skip
+    return table(head, lines) if lines else EMPTY.format(tasks=",".join(t.name for t in TASKS.values() if t.turn))
+
+
 def rows_by_kind(cells: Sequence[Cell]) -> dict[str, list[Row]]:
     """Return the rows of all tasks that are of a kind, in the order of the tasks."""
     named = {name_of(cell): BY_NAME[cell["task"]].kind for cell in cells if BY_NAME[cell["task"]].kind}

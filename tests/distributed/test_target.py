@@ -71,3 +71,52 @@ def test_memory_that_runs_out_in_a_trial_of_one_rank_is_told_to_all():
     _, faults = together(failing_on_one_rank)
     assert all(faults)
     assert all("memory ran out" in fault for fault in faults)
+
+
+class Residual(nn.Module):
+    """Two residual blocks, of which the second adds next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(12, 24)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 24)) for _ in range(2))
+        self.head = nn.Linear(24, 4)
+        with torch.no_grad():
+            self.blocks[1][2].weight.mul_(1e-4)
+            self.blocks[1][2].bias.mul_(1e-4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def emptied(rank, size):
+    net = Residual()
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    apo = Apoptosis(model, optimizer, torch.zeros(2, 12), pretrained=True, total_steps=400, align=64, calibration=1.0)
+    draws, events = torch.Generator().manual_seed(rank), []
+    for _ in range(60):
+        optimizer.zero_grad()
+        x = torch.randn(96, 12, generator=draws)
+        (model(x)[:, 0] - x[:, 0].relu()).square().mean().backward()
+        optimizer.step()
+        if event := apo.step():
+            events.append((event.step, dict(event.groups)))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    return events, state, apo.ledger().as_dict()["macs"]
+
+
+def test_a_branch_is_emptied_on_all_ranks_alike_and_gradients_stay_averaged():
+    results, faults = together(emptied)
+    assert faults == [None, None]
+    (events, one, macs), (others, two, _) = results
+    assert events == others
+    assert any(after == 0 for _, groups in events for _, after in groups.values())
+    assert set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not any(name.startswith("blocks.1") and "weight" in name for name in one)
+    assert macs[1] < 0.55 * macs[0]
