@@ -38,7 +38,7 @@ from apoptosis.model.evaluate import Probe, as_call, as_probe, make_probe
 from apoptosis.model.outputs import Change
 from apoptosis.model.trials import looked_at
 from apoptosis.observe import Observer
-from apoptosis.planner import Costs, Observations, Plan, Request, groups_to_observe, make_plan
+from apoptosis.planner import Costs, Observations, Plan, Request, groups_to_observe, make_plan, may_be_empty
 from apoptosis.planner.sampling import has_modes, sample
 from apoptosis.records import Frozen, NormWidths, Pin, Reduction, Structure
 from apoptosis.surgery import check_optimizers
@@ -180,9 +180,9 @@ class _Job:
         if goal.measure == "seconds":
             timings = measure_timings(target.model, target.call, self.structure, target.optimizers)
         full = FullSize(parameters=size.parameters, macs=size.macs, timings=timings)
-        check_goal(
-            goal, self.structure, full, target.num_examples, partial(self._request.fewest, step=self._request.align)
-        )
+        least = partial(self._request.fewest, step=self._request.align)
+        empty = may_be_empty(self.structure, self._request.least) if self._request.empty else ()
+        check_goal(goal, self.structure, full, target.num_examples, least, empty)
         return self.to_goal(goal, full)
 
     def exactly(self) -> Result:

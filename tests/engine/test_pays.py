@@ -14,6 +14,7 @@ from apoptosis import Apoptosis
 from apoptosis.decide import exchange, policy, state
 from apoptosis.decide.policy import FORMING, first_look, still_forming
 from apoptosis.engine import beginning, looks
+from apoptosis.errors import ArgumentError
 from apoptosis.observe import Look, growth
 from apoptosis.observe.accumulators import Sample
 from apoptosis.observe.spread import participation
@@ -232,3 +233,32 @@ def test_a_window_towards_a_goal_ends_when_the_next_one_would_open():
     assert steps[0] == 8
     assert events[0] <= max(steps[1], steps[0] + policy.PATIENCE_STEPS) + 1
     assert looks.first_of(apo._memory, apo._settings) == 0
+
+
+def test_a_goal_that_only_the_end_of_a_branch_reaches_is_not_refused():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(x + self.block(x))
+
+    torch.manual_seed(0)
+    net = Residual()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    ask = {"total_steps": 120, "align": 32, "calibration": 1.0}
+    with pytest.raises(ArgumentError, match="remain with every group"):
+        Apoptosis(net, optimizer, torch.zeros(2, 8), target={"macs": 32 / 544}, min_width=0.5, **ask)
+    with pytest.raises(ArgumentError, match=r"0\.0588 remain"):
+        Apoptosis(net, optimizer, torch.zeros(2, 8), target={"macs": 0.05}, **ask)
+    apo = Apoptosis(net, optimizer, torch.zeros(2, 8), target={"macs": 32 / 544}, **ask)
+    for step in range(60):
+        x = torch.randn(96, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (net(x)[:, 0] - x[:, 0]).square().mean().backward()
+        optimizer.step()
+        apo.step()
+    assert sum(p.numel() for p in net.parameters()) == 8 + 8 * 4 + 4
+    assert "reached" in apo.ledger().goal

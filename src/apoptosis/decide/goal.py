@@ -7,7 +7,7 @@ reach it with the least loss (planner.allocation), when events come (policy).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -146,16 +146,18 @@ def least_widths(min_width: float, groups: Sequence[Group], full_widths: Mapping
     return {n: min(width, math.ceil(min_width * width if min_width < 1 else min_width)) for n, width in full.items()}
 
 
-def check_goal(goal: Goal | None, structure: Structure, full: FullSize, rows: int, least: Least) -> None:
+def check_goal(
+    goal: Goal | None, structure: Structure, full: FullSize, rows: int, least: Least, empty: Iterable[str] = ()
+) -> None:
     """Check that a goal can be reached with every open group at its least width.
 
-    Args: full, rows: as in `share_of`. least: channels that stay of a group.
+    Args: full, rows: as in `share_of`. least: channels that stay of a group. empty: groups that may lose them all.
 
     Raises: ArgumentError: it cannot; what can, and the pins that hold most, are named.
     """
     if goal is None:
         return
-    narrow = {group.name: least(group) for group in structure.open_groups}
+    narrow = {group.name: least(group) for group in structure.open_groups} | dict.fromkeys(empty, 0)
     share = share_of(goal, Costs(structure, full.timings).of(narrow), full, rows)
     if share <= goal.share:
         return
@@ -163,6 +165,6 @@ def check_goal(goal: Goal | None, structure: Structure, full: FullSize, rows: in
     most = sorted(pinned, key=lambda one: -one[0])[:_PINS_SHOWN]
     named = [f"{pin} ({100 * macs / structure.macs:.2g} % of the multiply-adds)" for macs, pin in most if macs > 0]
     raise ArgumentError(
-        f"target= asks for {goal}, and {share:.3g} remain with every group that may shrink at its least width."
-        + (f" What is pinned: {'; '.join(named)}" if named else "")
+        f"target= asks for {goal}, and {share:.3g} remain with every group that may shrink at its least width and "
+        "without the branches that may go." + (f" What is pinned: {'; '.join(named)}" if named else "")
     )

@@ -19,6 +19,7 @@ from apoptosis.decide.policy import SITE_LIMIT_FACTOR, site_limit
 from apoptosis.decide.state import FEWEST_STEPS, PRETRAINED_RMS, STEPS_NOT_EPOCHS, RunState, Settings, allowed, has_goal
 from apoptosis.decide.timing import measure_timings
 from apoptosis.distributed.protocol import kind_of
+from apoptosis.distributed.sharded import has_shards
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.errors import ArgumentError
 from apoptosis.model.arguments import check_limits, check_numbers
@@ -26,6 +27,7 @@ from apoptosis.model.built import built_shapes
 from apoptosis.model.passes import device_of
 from apoptosis.model.pretrained import looks_pretrained
 from apoptosis.numerics.linalg import roundoff_floor
+from apoptosis.planner import may_be_empty
 from apoptosis.records import Group, Structure, Timings
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import Target, exclude_pins, seconds_of_capture, warn_if_fixed, without_pins
@@ -180,7 +182,9 @@ def check_reachable(
     """
     request = replace(allowed(memory, settings, groups), max_drop=1.0)
     least = partial(request.fewest, step=settings.align)
-    check_goal(settings.goal, structure, memory.full_size, target.num_examples, least)
+    whole = request.empty and not has_shards(target.model)
+    empty = may_be_empty(structure, request.least) if whole else ()
+    check_goal(settings.goal, structure, memory.full_size, target.num_examples, least, empty)
 
 
 def warn_if_few(total_steps: int | None) -> None:

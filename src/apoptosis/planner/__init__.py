@@ -1,6 +1,6 @@
 """Moments become a plan with certificates; nothing of the user's is touched."""
 
-from apoptosis.planner.branches import branches_of, groups_to_observe, propose_empty
+from apoptosis.planner.branches import branches_of, groups_to_observe, may_be_empty, propose_empty
 from apoptosis.planner.costs import Cost, Costs, macs_after
 from apoptosis.planner.couplings import with_tied
 from apoptosis.planner.plan import Plan, make_plan, merged
@@ -20,6 +20,7 @@ __all__ = [
     "groups_to_observe",
     "macs_after",
     "make_plan",
+    "may_be_empty",
     "merged",
     "propose_empty",
     "summary",

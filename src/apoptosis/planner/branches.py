@@ -35,6 +35,16 @@ def branches_of(structure: Structure) -> tuple[Branch, ...]:
     return tuple(branch for branch in found.values() if not pinned.intersection(branch.read))
 
 
+def may_be_empty(structure: Structure, least: Mapping[str, int]) -> frozenset[str]:
+    """Return the names of the groups that may lose all their channels.
+
+    Args: least: channels that were asked to stay; a branch of which a group keeps some is not emptied.
+    """
+    kept = {name for name, width in least.items() if width}
+    branches = [branch for branch in branches_of(structure) if not kept.intersection(branch.groups)]
+    return frozenset(name for branch in branches for name in branch.groups)
+
+
 def groups_to_observe(structure: Structure) -> tuple[Group, ...]:
     """Return the open groups, and those pinned ones that a branch which may be emptied reads, in forward order.
 

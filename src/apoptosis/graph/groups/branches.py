@@ -388,7 +388,7 @@ class _Finder:
         made = self._tensors[found.site.weight].shape[1 - found.site.dim]  # numbers of the constant
         removed = list(dict.fromkeys(n for module in going for n in self._own.get(module, ()) if n != bias))
         gone = set(removed)
-        along = [g for g in self._groups if self._goes(g, gone)]
+        along = [g for g in self._groups if self._goes(g, gone, going)]
         return Branch(
             name=found.end if len(region) > 1 else region[0],
             groups=(*(g.name for g in found.read), *(g.name for g in along if g not in found.read)),
@@ -409,10 +409,10 @@ class _Finder:
         return 0 if info.is_buffer else math.prod(info.shape)
 
     @staticmethod
-    def _goes(group: Group, gone: set[str]) -> bool:
-        """Whether a group is made by weights that go alone."""
+    def _goes(group: Group, gone: set[str], going: Sequence[str]) -> bool:
+        """Whether a group is made by weights that go alone, and read by none that stays."""
         made = [member.tensor in gone for member in group.members if member.role == "producer"]
-        return bool(made) and all(made)
+        return bool(made) and all(made) and all(_within(site.module, going) for site in group.sites)
 
     def _in_front(self, region: Sequence[str]) -> list[str]:
         """Return the modules in front of a branch that nothing else reads: norms, a depthwise convolution."""
