@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis
-from apoptosis.engine import sensitivity
+from apoptosis.engine import looks, sensitivity
 from apoptosis.errors import OutOfMemoryError
 from distributed.processes import together
 from distributed.test_ddp import train
@@ -53,14 +53,14 @@ def test_gradients_are_averaged_after_trials_that_changed_nothing():
 
 
 def failing_on_one_rank(rank, size):
-    whole = sensitivity.outputs
+    whole = sensitivity.outputs_of_edited
 
     def fails(model, probe, **options):
-        if rank and sensitivity_trials.append(1) is None and len(sensitivity_trials) == 3:
+        if rank and sensitivity_trials.append(1) is None and len(sensitivity_trials) == 2:
             raise OutOfMemoryError("memory ran out")
         return whole(model, probe, **options)
 
-    sensitivity.outputs = fails
+    sensitivity.outputs_of_edited = fails
     return train(rank, size, target="2x", rows=256)
 
 
@@ -120,3 +120,32 @@ def test_a_branch_is_emptied_on_all_ranks_alike_and_gradients_stay_averaged():
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not any(name.startswith("blocks.1") and "weight" in name for name in one)
     assert macs[1] < 0.55 * macs[0]
+
+
+def looking(rank, size, compiled):
+    if compiled and not rank:
+        looks.compile_seconds = lambda: 1.0
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 4))
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    apo = Apoptosis(model, optimizer, torch.zeros(2, 12), total_steps=400, align=1, calibration=1.0)
+    draws, axes = torch.Generator().manual_seed(rank), torch.randn(12, 12, generator=torch.Generator().manual_seed(9))
+    for step in range(130):
+        optimizer.zero_grad()
+        width = 1 if step < 75 else 12
+        x = torch.randn(128, width, generator=draws) @ axes[:width]
+        torch.nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
+        optimizer.step()
+        apo.step()
+    return [(one.outcome, one.cause) for one in apo.ledger().history], len(apo._memory.spreads)
+
+
+def test_ranks_agree_on_looks_and_one_that_takes_none_does_not_leave_the_others_waiting():
+    for compiled, cause in ((False, "forming"), (True, "")):
+        results, faults = together(looking, compiled)
+        assert faults == [None, None]
+        (one, _), (two, number) = results
+        assert one == two
+        assert number == 2
+        assert one[0][1] == cause

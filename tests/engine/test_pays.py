@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -84,13 +85,61 @@ def test_a_look_takes_the_first_training_pass_alone_and_leaves_no_hook():
     with torch.no_grad():
         net(x)
     net.eval()(x)
-    assert not look.found
     net.train()(x)
-    first = {name: float(value) for name, value in look.found.items()}
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
     net(torch.randn(16, 3, 8, 8))
-    assert {name: float(value) for name, value in look.close().items()} == first
-    assert set(first) == {"0", "3"}
+    found = look.close()
+    assert set(found) == {"0|256", "3|16"}
+    assert float(found["0|256"]) == float(participation(x.movedim(1, -1).reshape(-1, 3)))
+    copied(torch.randn(16, 3, 8, 8))
+    assert len(found) == 2
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_look_takes_what_cannot_be_compared_for_nothing_and_never_fails():
+    net = nn.Linear(4, 4)
+    for x in (torch.full((32, 4), torch.nan), torch.full((32, 4), 1e30), torch.randn(32, 4) * 1e30, torch.empty(0, 4)):
+        look = Look(net, [""])
+        net(x)
+        assert all(0 <= float(value) < 6 for value in look.close().values())
+    half = nn.Linear(4, 4).to(torch.bfloat16)
+    look = Look(half, [""])
+    half(input=torch.randn(300, 4, dtype=torch.bfloat16))
+    assert 2 < float(look.close()["|256"]) <= 4
+    look = Look(net, [""])
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    loss = lambda w, x: torch.func.functional_call(net, w, (x,)).sum()  # noqa: E731
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, torch.randn(32, 1, 4))
+    assert look.close() == {}
+    assert growth({"a": float("inf"), "b": 2.0}, {"a": 2.0, "b": float("nan")}, doublings=1.0) == 1.0
+
+
+def test_looks_too_close_to_tell_are_not_compared():
+    found = looks._last_two({60: {"a": 1.0}, 120: {"a": 2.0}, 122: {"a": 9.0}})
+    assert list(found) == [60, 120]
+    assert list(looks._last_two({60: {}, 120: {}, 240: {}})) == [120, 240]
+
+
+def test_a_tolerance_overrules_what_was_too_dear_when_a_run_is_resumed(monkeypatch):
+    monkeypatch.setattr(exchange, "RATE", 0.0)
+    monkeypatch.setattr(exchange, "SURE_SHARE", 1.0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 5))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    ask = {"total_steps": 120, "align": 1, "calibration": 1.0}
+    apo = Apoptosis(net, optimizer, torch.zeros(2, 3, 6), **ask)
+    for step in range(60):
+        x = torch.randn(64, 3, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (net(x) - x[..., :5].relu()).square().mean().backward()
+        optimizer.step()
+        apo.step()
+    assert apo.decision.at_step is None
+    state = apo.state_dict()
+    for options in ({}, {"tolerance": 0.01}, {"total_steps": 240}):
+        again = Apoptosis(net, optimizer, torch.zeros(2, 3, 6), **{**ask, **options})
+        again.load_state_dict(state)
+        assert (again.decision.at_step is None) == (not options)
 
 
 def test_nothing_goes_while_features_form():

@@ -150,9 +150,10 @@ class Examples:
 class AcceptanceResult:
     """What one acceptance test measured and decided.
 
-    change: how far the outputs moved. refused: why that is not accepted, "" if it is. cause: "measured" where a limit
-    was exceeded, "exchange" where the event is not worth its cost in the long run. certificate: the limit on the share
-    of predictions that changed, None where no classes can be read off the outputs.
+    change: how far the outputs moved. refused: why that is not accepted, "" if it is. cause: "outputs" where they moved
+    too far, "measured" where another limit was exceeded, "exchange" where the event is not worth its cost in the long
+    run. certificate: the limit on the share of predictions that changed, None where no classes can be read off the
+    outputs.
     """
 
     change: Change
@@ -230,7 +231,9 @@ class AcceptanceTest:
     def check(self, examples: Examples, change: Change) -> AcceptanceResult:
         """Decide about a change that was measured. On held-out examples every check spends confidence."""
         certificate = self._certificate(examples, change) if change.readable else None
-        return AcceptanceResult(change=change, refused=self._refused(change, certificate), certificate=certificate)
+        refused = self._refused(change, certificate)
+        cause = "outputs" if refused and refused == self._beyond_sanity(change) else "measured"
+        return AcceptanceResult(change=change, refused=refused, cause=cause, certificate=certificate)
 
     def _certificate(self, examples: Examples, change: Change) -> Certificate:
         """Return the limit on the share of predictions that changed; the error budget counts the attempt."""

@@ -335,7 +335,8 @@ def read_state(
     for pins in (own, found):  # those of this run first: files from before pins had codes hold none
         structure = with_pins(structure, {p.group: p for p in pins if p.group in names and not is_of_frozen(p)})
     memory, window = read_run_state(state["memory"]), state["window"]
-    if state["settings"] != settings.as_dict():
+    overruled = not settings.automatic and any(one.cause == "exchange" for one in memory.attempts[-1:])
+    if state["settings"] != settings.as_dict() or overruled:
         memory.decision, window = UNDECIDED, None
     return structure, memory, window
 
@@ -363,8 +364,15 @@ def telemetry(memory: RunState, settings: Settings, structure: Structure, *, row
         untried=min(1.0, sum(held) / structure.macs) if structure.macs > 0 else 0.0,
         towards_goal=_towards_goal(memory, settings, structure, rows),
         pretrained=memory.pretrained,
-        too_dear=last.reason if (last := next(iter(memory.attempts[-1:]), None)) and last.cause == "exchange" else "",
+        too_dear=_too_dear(memory, settings),
     )
+
+
+def _too_dear(memory: RunState, settings: Settings) -> str:
+    """Return why the last attempt was put back for its cost in the long run, "" if it was not, or if that is open."""
+    last = next(iter(memory.attempts[-1:]), None)
+    asks = settings.automatic and not has_goal(memory, settings) and memory.decision != UNDECIDED
+    return last.reason if asks and last is not None and last.cause == "exchange" else ""
 
 
 def progress(memory: RunState, settings: Settings, structure: Structure, rows: int) -> str:

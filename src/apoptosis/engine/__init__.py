@@ -417,7 +417,8 @@ class Apoptosis:
             cause, reason = ("unseen", NOTHING_SEEN) if observer.saw_nothing else ("rows", lacks)
             self._drop_window()
             self._memory.decision = self._decide()
-            self._book(self._skipped(cause, reason))
+            self._memory.attempts += ((result := self._skipped(cause, reason)).attempt,)
+            self._report(result)
             return f"apoptosis saw nothing of this run: {NOTHING_SEEN}" if observer.saw_nothing else ""
         if self._memory.attempts or self._target.ranks.rank:
             return ""
@@ -441,7 +442,7 @@ class Apoptosis:
         self._structure = refreshed(self._target, before)
         changed = "" if self._structure is before else CHANGED_BY_OTHERS
         fault = UNFINISHED if observer.unfinished else NOTHING_SEEN if observer.saw_nothing else changed
-        event = None
+        results: list[StepResult] = []
         try:
             if fault := ranks.first_error(fault):
                 raise NonFiniteError(fault)
@@ -455,31 +456,33 @@ class Apoptosis:
                 start=start,
             )
             for result in step.tries():
-                event = self._keep(result, self._structure.macs, full_sample)
+                self._keep(result, self._structure.macs, full_sample)
+                results.append(result)
         except NonFiniteError as error:  # nothing was tried: no reason for the policy to back off
-            self._book(self._skipped("fault", str(error)))
+            results.append(self._skipped("fault", str(error)))
+            memory.attempts += (results[-1].attempt,)
             warnings.warn(f"apoptosis skipped an event at step {memory.step}: {error}", RuntimeWarning, stacklevel=3)
         finally:
             memory.decision = self._decide()
-        return event
+        for result in results:  # after all that ranks do together: a log may fail, on one of them
+            self._report(result)
+        return results[-1].event
 
-    def _keep(self, result: StepResult, macs: float, full_sample: bool) -> Event | None:
+    def _keep(self, result: StepResult, macs: float, full_sample: bool) -> None:
         """Take over what came of a pruning step. macs: before it. full_sample: whether its window saw all rows."""
-        memory, undone = self._memory, result.attempt.outcome == "rolled back"
-        self._structure = result.structure
-        # it is no attempt if rows were too few: from then on windows see all that they ask for
-        if result.event or undone or (full_sample == memory.require_full_sample and result.attempt.cause != "forming"):
-            past = PastEvent(step=memory.step, rolled_back=undone, macs_before=macs, macs_after=self._structure.macs)
-            memory.history += (past,)
-        self._book(result)
-        return result.event
+        memory, attempt, self._structure = self._memory, result.attempt, result.structure
+        memory.attempts += (attempt,)
+        # one that was too early does not count, nor one of too few rows: later windows see all that they ask for
+        early = attempt.cause in ("forming", "exchange") or full_sample != memory.require_full_sample
+        if attempt.outcome != "nothing" or not early:
+            sizes = {"macs_before": macs, "macs_after": self._structure.macs}
+            memory.history += (PastEvent(step=memory.step, rolled_back=attempt.outcome == "rolled back", **sizes),)
 
     def _skipped(self, cause: str, reason: str) -> StepResult:
         return StepResult(self._structure, self._memory.attempt(len(self.groups()), "skipped", cause, reason))
 
-    def _book(self, result: StepResult) -> None:
-        """Keep the record of an attempt, and pass it to the user's log."""
-        self._memory.attempts += (result.attempt,)
+    def _report(self, result: StepResult) -> None:
+        """Pass the record of an attempt to the user's log."""
         if self._log is not None and not self._target.ranks.rank:
             self._log(log_entry(result.attempt, result.event, left=result.left, measured=result.measured))
 

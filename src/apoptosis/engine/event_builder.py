@@ -120,6 +120,7 @@ def log_entry(
     Args: left: what the plan left as it was, a line by group. measured: what was measured where there is no event.
     """
     if attempt.outcome in ("nothing", "skipped"):
-        return {"kind": "attempt", **attempt.as_dict(), "groups": dict(left)}
-    found = {"step": attempt.step, "measured": dict(measured)} if event is None else event.as_dict()
-    return {"kind": "event", "rolled_back": event is None, "reason": attempt.reason, **found}
+        found = {"measured": dict(measured)} if measured else {}
+        return {"kind": "attempt", **attempt.as_dict(), "groups": dict(left), **found}
+    told = {"step": attempt.step, "measured": dict(measured)} if event is None else event.as_dict()
+    return {"kind": "event", "rolled_back": event is None, "reason": attempt.reason, **told}

@@ -7,8 +7,9 @@ Holds: when a look is taken and what the last two say. Elsewhere: the hooks and 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import nn
 
 from apoptosis.decide.policy import first_look, still_forming
@@ -17,6 +18,8 @@ from apoptosis.distributed.ranks import Ranks
 from apoptosis.model.passes import compile_seconds
 from apoptosis.observe import Look, growth
 from apoptosis.records import Structure
+
+LEAST_DOUBLINGS = 0.4  # of the steps between two looks that are compared
 
 
 class Looks:
@@ -40,7 +43,7 @@ class Looks:
         """End the look that is open; again: begin one for the next step. Compiled models would compile again for it."""
         if self._look is not None:
             memory.spreads[memory.step - 1] = self._look.close()
-            memory.spreads = {step: memory.spreads[step] for step in sorted(memory.spreads)[-2:]}
+            memory.spreads = _last_two(memory.spreads)
             self._look = None
         if again and first_of(memory, self._settings) and not compile_seconds():
             self._look = Look(self._model, (site.module for group in structure.groups for site in group.sites))
@@ -58,16 +61,26 @@ def first_of(memory: RunState, settings: Settings) -> int:
     return first_look(settings.total_steps) if wanted else 0
 
 
-def forming(memory: RunState, settings: Settings, structure: Structure, ranks: Ranks) -> str:
+def _last_two(spreads: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return the last look and the one before it; of looks too close to tell growth from chance, the earlier one."""
+    steps = sorted(spreads)
+    kept = steps[:1]
+    for step in steps[1:]:
+        if math.log2(step / kept[-1]) >= LEAST_DOUBLINGS:
+            kept.append(step)
+    return {step: spreads[step] for step in kept[-2:]}
+
+
+def forming(memory: RunState, settings: Settings, ranks: Ranks) -> str:
     """Say why it is too early for any event, "" if it is not: by the last two looks, of all ranks together."""
-    looks = sorted(memory.spreads)[-2:]
-    if not first_of(memory, settings) or len(looks) < 2:
+    if not first_of(memory, settings):
         return ""
-    names = sorted({site.module for group in structure.groups for site in group.sites})
-    own = [float(memory.spreads[step].get(name, 0.0)) for step in looks for name in names]
-    found = ranks.total(torch.tensor(own, dtype=torch.float64, device="cpu")).tolist()
-    before, after = (
-        dict(zip(names, found[: len(names)], strict=True)),
-        dict(zip(names, found[len(names) :], strict=True)),
-    )
+    own = {step: {k: float(v) for k, v in found.items()} for step, found in sorted(memory.spreads.items())[-2:]}
+    every = ranks.gathered(own)
+    looks = sorted(own)
+    if len(looks) < 2 or any(sorted(one) != looks for one in every):  # a rank that compiled something takes none
+        return ""
+    seen = [set(found) for one in every for found in one.values()]
+    whole = sorted(set.intersection(*seen))  # what all ranks saw in both
+    before, after = ({key: sum(one[step][key] for one in every) for key in whole} for step in looks)
     return still_forming(growth(before, after, doublings=math.log2(looks[1] / looks[0])))

@@ -93,17 +93,17 @@ class PruningStep:
         waiting = left_out(self.observer, groups, ranks)
         self.observer.pool()
         ranks.same_parameters("before an event", self.target.model)
-        if reason := forming(self.memory, self.settings, self.structure, ranks):
+        if reason := forming(self.memory, self.settings, ranks):
             yield StepResult(self.structure, self.memory.attempt(len(groups), "nothing", "forming", reason))
             return
         seen, rankings = self._seen_again(), dict[str, Ranking]()
-        left = RETRIES if has_goal(self.memory, self.settings) else 0
+        left, step = RETRIES if has_goal(self.memory, self.settings) else 0, self
         while True:
-            result = self._try(waiting, seen, rankings, last=left == 0)
+            result = step._try(waiting, seen, rankings, last=left == 0)
             yield result
-            if left == 0 or result.attempt.outcome != "rolled back" or not result.measured:
+            if left == 0 or result.attempt.cause != "outputs":
                 return
-            left -= 1
+            left, step = left - 1, replace(step, structure=result.structure)
 
     def _try(
         self, waiting: Mapping[str, Why], seen_rows: Observations, rankings: dict[str, Ranking], *, last: bool
@@ -132,7 +132,7 @@ class PruningStep:
         if not outcome.committed:
             memory.rolled_back += 1
             memory.num_backoffs += outcome.result is not None
-            undone = record("rolled back", "measured", outcome.refused)
+            undone = record("rolled back", outcome.result.cause if outcome.result else "measured", outcome.refused)
             return StepResult(outcome.structure, undone, left=left, measured=found)
         # keep: what it cost is added up, and reported
         self._record(plan, outcome, shift)

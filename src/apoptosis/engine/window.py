@@ -54,7 +54,7 @@ def is_cut_short(observer: Observer, groups: Sequence[Group], seen: Telemetry, b
     (policy.is_due).
     """
     seen = replace(seen, batch_rows=observer.examples / observer.steps)
-    if has_to_end(seen, observer.steps) and len(_late(groups, observer, gradients=False)) < len(groups):
+    if has_to_end(seen, observer.steps) and len(_late(groups, observer, gradients=True)) < len(groups):
         observer.cut_short = True
         return True
     steps = _steps_to_wait(observer, groups, seen, behind, gradients=False)

@@ -347,19 +347,20 @@ class Sample:
         """Make one for a site; more examples where each is a single position, not a map."""
         return cls(exact=exact, most=SAMPLE_EXAMPLES if site.reads_positions else SAMPLE_ROWS)
 
-    def _missing(self) -> int:
-        size = max((x[0].numel() for x in self.kept), default=1)
-        wanted = max(1, min(self._most, SAMPLE_ELEMENTS // max(size, 1)))
-        return max(0, wanted - sum(len(x) for x in self.kept))
+    def _missing(self, size: int = 0) -> int:
+        """Return how many examples of a size (numbers in each) are still wanted; of the largest so far by default."""
+        size = max(1, size, *(x[0].numel() for x in self.kept))
+        wanted = max(1, min(self._most, SAMPLE_ELEMENTS // size))
+        room = max(0, SAMPLE_ELEMENTS - sum(x.numel() for x in self.kept)) // size if self.kept else wanted
+        return max(0, min(wanted - sum(len(x) for x in self.kept), room))
 
     def enough(self) -> bool:
         """Whether enough was observed."""
-        return self._missing() == 0
+        return bool(self.kept) and self._missing() == 0
 
     def take(self, x: Tensor) -> None:
         """Keep examples of one input."""
-        size = max(1, x[0].numel())
-        free = self._missing() if self.kept else max(1, min(self._most, SAMPLE_ELEMENTS // size))
+        free = self._missing(x[0].numel())
         if not free:
             return
         device = self.kept[0].device if self.kept else x.device
