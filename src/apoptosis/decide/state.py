@@ -53,7 +53,7 @@ CORRUPT_STATE_ERRORS = (
     RuntimeError,
     ApoptosisError,
 )
-PRETRAINED_SHIFT = 0.25**2  # squared relative rms of the outputs that goes early from a pretrained network, all in all
+PRETRAINED_SHIFT = 0.125**2  # squared relative rms of the outputs that goes early from a pretrained network, all in all
 PRETRAINED_RMS = 0.5  # relative rms of the outputs beyond which such an event is rolled back, whatever trials predict
 RETRIES = 2  # of a step whose outputs moved too far, each half as large as the one before
 PRETRAINED_GOAL = Goal(measure="macs", share=0.2)  # beyond which nothing goes then
