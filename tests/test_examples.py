@@ -18,7 +18,7 @@ def test_an_example_runs_and_its_network_shrinks(name, tmp_path, monkeypatch, ca
     """What an event costs beside its arithmetic is fixed: a busy machine would have none on networks this small."""
     if name == "transformer_fine_tuning":
         pytest.importorskip("transformers")
-    monkeypatch.setattr("apoptosis.engine.overhead_macs", lambda *args, **options: 1e9)
+    monkeypatch.setattr("apoptosis.engine.beginning.overhead_macs", lambda *args, **options: 1e9)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     out, err = capfd.readouterr()

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apoptosis import Apoptosis, load, save, shrink_
 from apoptosis.distributed.ranks import TorchRanks
+from apoptosis.engine import applying
 from apoptosis.engine import step as pruning
 from apoptosis.errors import ArgumentError
 from apoptosis.graph import analyse
@@ -239,7 +240,7 @@ def dying(rank, size, where):
     if rank == 1 and where == "planning":
         pruning.make_plan = die
     if rank == 1 and where == "surgery":
-        pruning.compare = die
+        applying.compare = die
     train(rank, size)
 
 

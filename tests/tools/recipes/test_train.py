@@ -28,7 +28,7 @@ FULL = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
 @pytest.fixture(autouse=True)
 def same_calibration(monkeypatch):
     """Widths are a function of seed and calibration; the one clock that decides must tell every run the same."""
-    monkeypatch.setattr("apoptosis.engine.overhead_macs", lambda capture_seconds, **_: 4.0**12)
+    monkeypatch.setattr("apoptosis.engine.beginning.overhead_macs", lambda capture_seconds, **_: 4.0**12)
 
 
 class Quiet:
