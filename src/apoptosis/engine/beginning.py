@@ -110,7 +110,8 @@ def new_memory(
     Raises: ArgumentError: timings= is no table of timings.
     """
     model, device = target.model, device_of(target.model)
-    overhead = overhead_macs(seconds_of_capture(target), device=device) if calibration is None else calibration
+    seconds = seconds_of_capture(target, wanted=calibration is None)  # ranks vote, whatever was given to one of them
+    overhead = overhead_macs(seconds, device=device) if calibration is None else calibration
     return RunState(
         full=(num_parameters(model), structure.macs / target.num_examples),
         full_shapes=built_shapes(model, structure.shapes),

@@ -73,14 +73,14 @@ class Target:
         rebuild_wrappers(self.wrappers, self.model, self.optimizers, layouts)
 
 
-def seconds_of_capture(target: Target) -> float:
+def seconds_of_capture(target: Target, *, wanted: bool = True) -> float:
     """Return what a capture takes, in seconds: the best of those so far, the first of which meets cold caches.
 
     By the clock of this thread, on which other programs count for little: the figure decides. Where there was a single
-    one, and that was short, another is made.
+    one, and that was short, another is made if all ranks want to know.
     """
     found = target.capture_seconds
-    if target.ranks.all(len(found) < 2 and min(found) <= _LONG_CAPTURE):
+    if target.ranks.all(wanted and len(found) < 2 and min(found) <= _LONG_CAPTURE):
         target.capture()
     return min(found)
 
