@@ -163,7 +163,7 @@ def check_goal(
         return
     pinned = [(g.num_channels * g.macs_per_channel, g.pin) for g in structure.groups if g.pin is not None]
     most = sorted(pinned, key=lambda one: -one[0])[:_PINS_SHOWN]
-    named = [f"{pin} ({100 * macs / structure.macs:.2g} % of the multiply-adds)" for macs, pin in most if macs > 0]
+    named = [f"{pin} ({100 * macs / structure.macs:.3g} % of the multiply-adds)" for macs, pin in most if macs > 0]
     raise ArgumentError(
         f"target= asks for {goal}, and {share:.3g} remain with every group that may shrink at its least width and "
         "without the branches that may go." + (f" What is pinned: {'; '.join(named)}" if named else "")

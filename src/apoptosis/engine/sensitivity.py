@@ -173,7 +173,11 @@ def towards(
     offers = make_offers(
         target.model, structure, observations, request, target.ranks, rankings=rankings, known=way.known
     )
-    price = _price(way, structure, offers, target.num_examples)
+    costs, rows = Costs(structure, way.full.timings), target.num_examples
+
+    def price(widths: Mapping[str, int]) -> float:
+        return share_of(way.goal, costs.of(widths), way.full, rows)
+
     probe = inputs_of(like_example(inputs, target.call))
     sensitivity = Sensitivity(target=target, structure=structure, probe=probe, known=way.known)
     try:
@@ -190,26 +194,6 @@ def towards(
     failed = {name: Why("goal", f"in a trial of half its width {text}") for name, text in sensitivity.refused.items()}
     waiting = {**{name: why for name, why in failed.items() if name not in choice.widths}, **offers.left}
     return replace(request, widths=widths, empty=empty, waiting=waiting | dict(request.waiting)), choice
-
-
-def _price(way: Way, structure: Structure, offers: Offers, rows: int) -> Price:
-    """Return what the network takes at some widths, the norms and biases included that go with whole branches."""
-    costs = Costs(structure, way.full.timings)
-    now, extra = costs.of({}), list[tuple[frozenset[str], float, float]]()
-    for branch in (one.branch for one in offers.branches):
-        left = costs.of(dict.fromkeys(branch.groups, 0))
-        parameters = max(0.0, branch.parameters - (now.parameters - left.parameters))
-        macs = max(0.0, branch.macs - (now.macs - left.macs))
-        extra.append((frozenset(branch.groups), parameters, macs))
-
-    def price(widths: Mapping[str, int]) -> float:
-        cost, gone = costs.of(widths), {name for name, width in widths.items() if not width}
-        for groups, parameters, macs in extra if gone else ():
-            if groups <= gone:
-                cost = replace(cost, parameters=cost.parameters - parameters, macs=cost.macs - macs)
-        return share_of(way.goal, cost, way.full, rows)
-
-    return price
 
 
 def shift_of(before: Sequence[Any], after: Sequence[Any], target: Target) -> float:

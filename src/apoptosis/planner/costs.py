@@ -67,17 +67,36 @@ class Costs:
         self._tensor_sizes = np.array([sizes.get(name, 0.0) for name in tensors])
         self._products = _Channelwise(_products(groups), groups, owners)
         self._seconds = None if timings is None else _Seconds(structure, timings, tensors, self._tensor_macs, owners)
+        self._branches = [branch for group in groups if (branch := group.branch) is not None]
+        self._beside: dict[str, tuple[float, float]] = {}  # by branch: macs and parameters that no group counts
 
     def of(self, keeps: Mapping[str, int]) -> Cost:
-        """Return the cost where these groups, by name, have so many channels and the others all they have now."""
+        """Return the cost where these groups, by name, have so many channels and the others all they have now.
+
+        With all groups of a residual branch at 0 goes what lies in it beside them: norms, biases, other products.
+        """
         kept = self._kept(keeps)
         gone = self._shares.gone(kept)
-        products = self._products.saved(kept)
+        beside, others = self._gone_whole(keeps) if self._branches and 0 in keeps.values() else (0.0, 0.0)
+        products = self._products.saved(kept) + beside
         macs = self._macs - float(self._tensor_macs @ gone) - products
-        parameters = self._parameters - float(self._tensor_sizes @ gone)
+        parameters = self._parameters - float(self._tensor_sizes @ gone) - others
         if self._seconds is None:
             return Cost(macs, parameters)
         return Cost(macs, parameters, self._seconds.of(kept, gone, products, parameters))
+
+    def _gone_whole(self, keeps: Mapping[str, int]) -> tuple[float, float]:
+        """Return the multiply-adds and parameters beside groups that go with branches of which nothing is kept."""
+        none = {name for name, width in keeps.items() if not width}
+        whole = {branch.name: branch for branch in self._branches if none.issuperset(branch.groups)}
+        for name, branch in whole.items():
+            if name not in self._beside:
+                kept = self._kept(dict.fromkeys(branch.groups, 0))
+                gone = self._shares.gone(kept)
+                macs = float(self._tensor_macs @ gone) + self._products.saved(kept)
+                parameters = float(self._tensor_sizes @ gone)
+                self._beside[name] = max(0.0, branch.macs - macs), max(0.0, branch.parameters - parameters)
+        return sum(self._beside[name][0] for name in whole), sum(self._beside[name][1] for name in whole)
 
     def _kept(self, keeps: Mapping[str, int]) -> FloatArray:
         """Return the share of its channels that every group keeps."""
