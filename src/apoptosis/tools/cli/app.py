@@ -6,14 +6,17 @@ Holds: registration, exit statuses. Elsewhere: what a command does.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import typer
 
+from apoptosis import __version__
 from apoptosis.errors import ApoptosisError
 from apoptosis.tools.cli.compare import compare
 from apoptosis.tools.cli.inspect import inspect
@@ -30,9 +33,27 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (train, compare, inspect, plan, report):
     app.command()(_command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"apoptosis {__version__} (torch {torch.__version__}, Python {platform.python_version()})\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", help="Print the version and end.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Remove redundant neurons while a network trains."""
+
 
 _FORESEEN = (ApoptosisError, OSError, MemoryError, torch.OutOfMemoryError)
 # How torch and Python say in a RuntimeError that memory is short, also for a thread.

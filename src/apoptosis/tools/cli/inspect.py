@@ -1,14 +1,11 @@
 """`apoptosis inspect`: what can be pruned in a network, and what cannot, and why.
 
-Holds: importing the user's network, the tables. Elsewhere: the analysis (graph).
+Holds: placing the user's network, the tables. Elsewhere: importing it (recipes.own), the analysis (graph).
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -22,24 +19,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from apoptosis.distributed.wrappers import unwrap
-from apoptosis.errors import ArgumentError
+from apoptosis.errors import ArgumentError, CaptureError
 from apoptosis.graph import analyse
 from apoptosis.graph.trace.fakes import built_fake, make_fake
 from apoptosis.model.evaluate import as_call, num_rows
 from apoptosis.records import LinearSite, Structure
-from apoptosis.storage.plain_json import parse
 from apoptosis.surgery.rehearsal import rehearse
 from apoptosis.surgery.target import Target
 from apoptosis.tools.cli.display import console
 from apoptosis.tools.cli.options import JsonFile, check_json_file, integers
 from apoptosis.tools.cli.rank_errors import refuse_several
 from apoptosis.tools.recipes.folder import write_json
+from apoptosis.tools.recipes.forecast import shrinkable_macs
+from apoptosis.tools.recipes.memory import needs_numbers, within_memory
 from apoptosis.tools.recipes.networks import num_parameters
+from apoptosis.tools.recipes.own import call_factory, network_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Placer = Callable[[nn.Module, Call], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.',]|$)")  # of a module among others: layers.3.fc
+_NUMBERS_READ = "--device fake: the network reads numbers off its weights, so that it was built with real ones"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 
@@ -65,23 +65,34 @@ def inspect(
     """List the channel groups of a network, their widths and consumer sites, and what cannot be pruned and why."""
     refuse_several("inspect")
     check_json_file(json_file)
-    inputs = [_trial(shape, batch, input_dtype) for shape in input_shape or ()]
+    inputs = tuple(trial_input(shape, batch, input_dtype) for shape in input_shape or ())
+    try:
+        record = _described(model, kwargs, inputs, device)
+    except (ArgumentError, CaptureError) as error:
+        if device != "fake" or not needs_numbers(error):
+            raise
+        device = "cpu"
+        with within_memory():
+            record = _described(model, kwargs, inputs, device)
+        record["notes"].append(f"{_NUMBERS_READ} ({' '.join(str(error).split())[:160]})")
+    if json_file is not None:
+        write_json(json_file, {"model": model, "input_shape": list(input_shape or ()), "device": device, **record})
+    show(record)
+
+
+def _described(model: str, kwargs: str, inputs: tuple[Tensor, ...], device: str) -> dict[str, Any]:
+    """Build the network on a device, and return what can be pruned in it."""
     with placed(device) as place:
-        network, example = build(model, kwargs)
-        if inputs:
-            example = tuple(inputs)
-        elif example is None:
+        network, example = network_of(model, call_factory(model, kwargs))
+        example = inputs or example
+        if example is None:
             raise ArgumentError(
                 f"'{model}' gives no example input: give --input-shape, or return (model, example_input)."
             )
         network, args, named = place(unwrap(network).model, as_call(example))
-        structure = rehearse(
-            Target(model=network, optimizers=(), call=(args, named)), analyse(network, args, named), {}
-        )
-    record = describe(structure, network, max(1, num_rows((args, named))))
-    if json_file is not None:
-        write_json(json_file, {"model": model, "input_shape": list(input_shape or ()), "device": device, **record})
-    show(record)
+        target = Target(model=network, optimizers=(), call=(args, named))
+        structure = rehearse(target, analyse(network, args, named), {})
+    return describe(structure, network, max(1, num_rows((args, named))))
 
 
 @contextmanager
@@ -113,43 +124,6 @@ def placed(device: str) -> Iterator[Placer]:
 
     with there:
         yield move
-
-
-def build(model: str, kwargs: str) -> tuple[nn.Module, Any]:
-    """Import `package.module:factory`, the working directory first, and call it; a module is taken as it is.
-
-    Returns: the module, and the example input that the factory gave with it, or None.
-
-    Raises: ArgumentError: it cannot be imported or called, or gives no torch.nn.Module.
-    """
-    module_name, _, name = model.partition(":")
-    if not module_name or not name:
-        raise ArgumentError(
-            f"'{model}' is not of the form package.module:factory (for example torchvision.models:resnet18)."
-        )
-    try:
-        arguments = parse(kwargs)
-    except ValueError as error:
-        raise ArgumentError(f"--kwargs: '{kwargs[:80]}' is not JSON ({error}).") from error
-    if not isinstance(arguments, dict):
-        raise ArgumentError(f"--kwargs: '{kwargs}' is not a JSON object.")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            found = getattr(found, part)
-        network = found if isinstance(found, nn.Module) else found(**arguments)
-    except Exception as error:  # the user's code may raise anything
-        hint = " (its arguments are given with --kwargs)" if isinstance(error, TypeError) else ""
-        raise ArgumentError(f"'{model}' cannot be built: {type(error).__name__}: {error}{hint}") from error
-    example = None
-    if isinstance(network, tuple) and len(network) == 2:
-        network, example = network
-    if not isinstance(network, nn.Module):
-        raise ArgumentError(f"'{model}' gives a {type(network).__name__}, not a torch.nn.Module.")
-    return network, example
 
 
 def describe(structure: Structure, network: nn.Module, batch: int) -> dict[str, Any]:
@@ -184,13 +158,18 @@ def describe(structure: Structure, network: nn.Module, batch: int) -> dict[str, 
     return {
         "parameters": num_parameters(network),
         "macs": structure.macs / batch,
+        "macs_that_may_shrink": shrinkable_macs(structure) / batch,
         "groups": groups,
         "pins": pins,
         "notes": list(structure.notes),
     }
 
 
-def _trial(shape: str, batch: int, dtype: str) -> Tensor:
+def trial_input(shape: str, batch: int, dtype: str) -> Tensor:
+    """Return random examples of a shape that was typed, zeros where these are whole numbers.
+
+    Raises: ArgumentError: no shape, no number of examples, or another type than DTYPES has.
+    """
     sizes = integers("--input-shape", shape)
     if min(sizes) < 1 or batch < 1:
         raise ArgumentError(f"--input-shape: sizes and batch must be at least 1 (given: {shape}, batch {batch}).")
@@ -226,7 +205,18 @@ def show(record: dict[str, Any]) -> None:
         out.print(table)
     for note in record["notes"]:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
-    out.print(f"{record['parameters']:,} parameters, {record['macs']:,.0f} MACs per example", markup=False)
+    out.print(summary(record), soft_wrap=True, markup=False)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Say in one line how large a network is, and how much of it may shrink."""
+    macs, free = record["macs"], [group for group in record["groups"] if not group["pinned"]]
+    channels, all_channels = (sum(g["channels"] for g in groups) for groups in (free, record["groups"]))
+    share = 100 * record["macs_that_may_shrink"] / macs if macs else 0.0
+    return (
+        f"{record['parameters']:,} parameters, {macs:,.0f} MACs per example; {share:.3g} % of the MACs are in layers "
+        f"that may shrink ({len(free)} of {len(record['groups'])} groups, {channels:,} of {all_channels:,} channels)"
+    )
 
 
 def _table(title: str, columns: dict[str, Any]) -> Table:
