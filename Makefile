@@ -15,16 +15,18 @@ JOBS ?= $(shell expr $$(nproc) + 1)
 CORE := $(foreach name,checkpoint criteria decide engine families graph model modules numerics observe planner \
 	storage surgery,tests/$(name))
 
-.PHONY: help setup demo test test-floor networks check format clean
+SOURCES := src tests benchmarks examples .ci setup.py
+
+.PHONY: help setup demo test test-floor networks check docs dist format clean
 
 help:
-	@echo "make demo | test | test-floor | networks | check | format | clean"
+	@echo "make demo | test | test-floor | networks | check | docs | dist | format | clean"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,families,mpi,baselines]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,docs,families,mpi,baselines]"
 	touch $@
 
 demo: $(STAMP)
@@ -57,16 +59,20 @@ networks: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=src:tests $(BIN)/python -m families.long --networks $(NETWORKS)
 
 check: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	@unused=$$($(BIN)/vulture | grep '^src/'); test -z "$$unused" || { echo "$$unused"; exit 1; }
 	$(BIN)/codespell src docs tests benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
 
+# What is to be uploaded, and what would go wrong with it: see .ci/dist.py.
+dist: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/dist.py
+
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks examples
-	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
