@@ -23,7 +23,7 @@ from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_sh
 from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
 from apoptosis.distributed.sharded import has_shards, reshard
-from apoptosis.distributed.wrappers import rebuild_wrappers, unwrapped, wrappers_of
+from apoptosis.distributed.wrappers import layouts_of, rebuild_wrappers, unwrapped, wrappers_of
 from apoptosis.errors import CheckpointError
 from apoptosis.interrupts import restoring
 from apoptosis.model.built import built_shapes, is_known, note_built
@@ -185,6 +185,7 @@ def apply_checkpoint(
 ) -> dict[str, Any]:
     """Check a checkpoint that was read and take it over, as `load` says."""
     wrappers, model = wrappers_of(model), unwrapped(model)
+    layouts = layouts_of(wrappers)
     reshard(model)
     journal, todo, stored = UndoLog(), [True], manifest["model"]
     before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
@@ -194,7 +195,7 @@ def apply_checkpoint(
         if todo:
             journal.undo()
             note_built(model, built)
-            rebuild_wrappers(wrappers, model, several(optimizer))
+            rebuild_wrappers(wrappers, model, several(optimizer), layouts)
             todo.clear()
 
     with restoring(undo):

@@ -311,6 +311,7 @@ def write_state(
         "memory": memory.as_dict(),
         "verdict": acceptance.state_dict(),
         "window": window,
+        **({"refused": dict(structure.refused)} if has_goal(memory, settings) else {}),
         **({"buckets": list(buckets)} if buckets else {}),
     }
 

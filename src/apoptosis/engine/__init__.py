@@ -19,21 +19,17 @@ from torch.optim import Optimizer
 from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.ledger import Event, Ledger
-from apoptosis.decide.policy import Decision, PastEvent, Telemetry, decide, tolerance_at
+from apoptosis.decide.policy import Decision, PastEvent, Telemetry
 from apoptosis.decide.state import (
-    CORRUPT_STATE_ERRORS,
     MAX_DROP,
-    UNDECIDED,
     allowed,
-    check_fits,
     make_ledger,
     progress,
-    read_state,
     telemetry,
     write_state,
 )
 from apoptosis.distributed.ranks import ranks_of
-from apoptosis.distributed.wrappers import layouts_of, read_layouts, step_checks
+from apoptosis.distributed.wrappers import layouts_of, step_checks
 from apoptosis.engine.beginning import (
     check_agreed,
     check_reachable,
@@ -47,10 +43,12 @@ from apoptosis.engine.beginning import (
 )
 from apoptosis.engine.event_builder import log_entry, num_parameters
 from apoptosis.engine.looks import Looks
+from apoptosis.engine.resuming import Run, read_run
 from apoptosis.engine.sensitivity import towards
 from apoptosis.engine.step import PruningStep, StepResult, way_of
-from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short, new_window
-from apoptosis.errors import CheckpointError, NonFiniteError, RankError
+from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short, new_window, next_window
+from apoptosis.errors import NonFiniteError
+from apoptosis.interrupts import uninterrupted
 from apoptosis.model.arguments import (
     check_exclude,
     check_model,
@@ -67,11 +65,9 @@ from apoptosis.surgery import as_averaged_model, check_averaged_models, check_op
 from apoptosis.surgery.target import (
     Target,
     refreshed,
-    with_known,
 )
 
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
-_FOLLOW_LATER = "Load the run's checkpoint first, and then register averaged copies, or load their own files before."
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -173,7 +169,7 @@ class Apoptosis:
         warn_if_few(settings.total_steps)
         check_agreed(self._target, self._settings, self._structure, budget=budget, probe=self._acceptance.held_out)
         self._memory.decision = self._decide()
-        self._looks = Looks(model, self._memory, self._settings, structure)
+        self._looks = Looks(model, self._memory, self._settings)
         self._memory.own_seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ what a user asks
@@ -300,51 +296,36 @@ class Apoptosis:
         Raises: CheckpointError: the state is of another network or other widths. RankError: ranks load different ones.
         Nothing has changed then.
         """
-        window, before, acceptance = self._observer, dict(vars(self)), self._acceptance.state_dict()
+        run: dict[str, Any] = {"structure": self._structure, "memory": self._memory, "acceptance": self._acceptance}
+        now, before, layouts = Run(**run, observer=self._observer), dict(vars(self)), layouts_of(self._target.wrappers)
+        new, looks = None, None
         try:
-            if window is not None:  # the capture below is no pass of the user's
-                window.close()
-            self._restore(state)
+            if now.observer is not None:  # the capture below is no pass of the user's
+                now.observer.pause()
+            new = read_run(self._target, now, self._settings, state)
+            self._target.rebuild_wrappers(new.layouts)  # the model may have got the widths of a checkpoint
+            looks = Looks(self._target.model, new.memory, self._settings)
+            looks.go_on(new.memory, new.structure)
+            if new.observer is not None:
+                new.observer.open()
+            with uninterrupted():
+                self._looks.pause()
+                if now.observer is not None:
+                    now.observer.close()
+                self._structure, self._memory, self._acceptance = new.structure, new.memory, new.acceptance
+                self._observer, self._looks = new.observer, looks
         except BaseException:
-            if self._observer is not None and self._observer is not window:
-                self._observer.close()
-            vars(self).update(before)
-            self._acceptance.load_state_dict(acceptance)
-            if window is not None:
-                window.open()
+            with uninterrupted():
+                for opened in (looks, None if new is None else new.observer):
+                    if opened is not None:
+                        opened.close()
+                vars(self).update(before)
+                self._looks.open()
+                if now.observer is not None:
+                    now.observer.open()
+            if new is not None:
+                self._target.rebuild_wrappers(layouts)
             raise
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        ranks = self._target.ranks
-        structure = with_known(self._target, self._structure, self._target.capture())
-        check_fits(state, {g.name: g.num_channels for g in structure.groups})
-        check_averaged_models(self._target.averaged_models, self._target.model, _FOLLOW_LATER)
-        try:
-            structure, memory, window = read_state(state, self._settings, structure, self.pins())
-            memory.timings = memory.timings or self._memory.timings
-            layouts = read_layouts(self._target.wrappers, state.get("buckets", ()))  # older ones have none
-            ranks.same("the checkpoint that they load", {"step": memory.step, "events": memory.num_events})
-            ranks.same_parameters("in the checkpoint that they load", self._target.model)
-            layouts = ranks.first(layouts)
-            observer = None
-            if window is not None and ranks.size == 1:  # of several ranks every one saw other rows
-                observer = new_window(self._target, self._settings, memory, structure, self._acceptance)
-                observer.load_state_dict(window)
-            self._acceptance.load_state_dict(state["verdict"])  # the last that can fail; it changes all or nothing
-        except (CheckpointError, RankError):  # say themselves what differs
-            raise
-        except CORRUPT_STATE_ERRORS as error:
-            raise CheckpointError(f"apoptosis state is damaged or of another network: {error!r}.") from error
-        self._drop_window()
-        self._target.rebuild_wrappers(layouts)  # the model may have got the widths of a checkpoint
-        self._structure, self._memory = structure, memory
-        self._acceptance.sanity = limit_of_outputs(self._target, memory, self._settings)
-        if memory.decision == UNDECIDED:  # other settings: a longer run, say, has another schedule
-            memory.decision = self._decide()
-        if observer is not None and not memory.closed:
-            observer.open()
-            self._observer = observer
-        self._looks = Looks(self._target.model, memory, self._settings, structure)
 
     # ------------------------------------------------------------------ the loop
 
@@ -492,8 +473,4 @@ class Apoptosis:
         return telemetry(self._memory, self._settings, self._structure, rows=self._target.num_examples)
 
     def _decide(self) -> Decision:
-        if not self.groups():
-            again = 2 * self._memory.step + 1 if self._structure.frozen else None  # it may be unfrozen by then
-            tolerance = tolerance_at(self._settings.tolerance, self._memory.num_backoffs)
-            return Decision(at_step=again, tolerance=tolerance, reason="no group can be pruned")
-        return decide(self._telemetry())
+        return next_window(self._memory, self._settings, self._structure, self._target.num_examples)

@@ -78,7 +78,7 @@ def rehearsed(
     Args: structure: as captured. patterns: of groups to leave alone. pretrained: as given.
     """
     left_out = exclude_pins(structure, patterns)
-    early = _is_pretrained(target, pretrained) and settings.automatic
+    early = _is_pretrained(target, pretrained) and settings.automatic and settings.total_steps is not None
     found = rehearse(target, structure, left_out, settings.align, branches=settings.goal is not None or early)
     warn_if_fixed(without_pins(found, structure, left_out), type(target.model).__name__)
     return found

@@ -15,6 +15,7 @@ from torch import nn
 from apoptosis.decide.policy import first_look, still_forming
 from apoptosis.decide.state import RunState, Settings, has_goal
 from apoptosis.distributed.ranks import Ranks
+from apoptosis.interrupts import uninterrupted
 from apoptosis.model.passes import compile_seconds
 from apoptosis.observe import Look, growth
 from apoptosis.records import Structure
@@ -28,11 +29,14 @@ class Looks:
     A look is over with the step; what it found is in the run's memory then. first: 0 where nothing hangs on looks.
     """
 
-    def __init__(self, model: nn.Module, memory: RunState, settings: Settings, structure: Structure) -> None:
+    def __init__(self, model: nn.Module, memory: RunState, settings: Settings) -> None:
         self._model, self._settings = model, settings
         self._look: Look | None = None
         self.first = first_of(memory, settings)
-        if memory.step and memory.step in (self.first, memory.window_start) and not memory.closed:  # a run is resumed
+
+    def go_on(self, memory: RunState, structure: Structure) -> None:
+        """Begin the look that was open where a resumed run was saved."""
+        if memory.step and memory.step in (self.first, memory.window_start) and not memory.closed:
             self.take(memory, structure, again=True)
 
     def due(self, step: int) -> bool:
@@ -46,13 +50,23 @@ class Looks:
             memory.spreads = _last_two(memory.spreads)
             self._look = None
         if again and first_of(memory, self._settings) and not compile_seconds():
-            self._look = Look(self._model, (site.module for group in structure.groups for site in group.sites))
+            with uninterrupted():
+                self._look = Look(self._model, (site.module for group in structure.groups for site in group.sites))
+
+    def pause(self) -> None:
+        """Take the hooks of the look off that is open; what it has found is kept."""
+        if self._look is not None:
+            self._look.close()
+
+    def open(self) -> None:
+        """Put the hooks of the look on again."""
+        if self._look is not None:
+            self._look.open()
 
     def close(self) -> None:
         """Give the look up that is open."""
-        if self._look is not None:
-            self._look.close()
-            self._look = None
+        self.pause()
+        self._look = None
 
 
 def first_of(memory: RunState, settings: Settings) -> int:

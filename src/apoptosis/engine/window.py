@@ -10,8 +10,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from apoptosis.decide.acceptance import AcceptanceTest
-from apoptosis.decide.policy import PATIENCE_STEPS, SOON_SHARE, Telemetry, delay_of, has_to_end, is_due, worth_waiting
-from apoptosis.decide.state import RunState, Settings, has_goal
+from apoptosis.decide.policy import (
+    PATIENCE_STEPS,
+    SOON_SHARE,
+    Decision,
+    Telemetry,
+    decide,
+    delay_of,
+    has_to_end,
+    is_due,
+    tolerance_at,
+    worth_waiting,
+)
+from apoptosis.decide.state import RunState, Settings, has_goal, telemetry
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.graph import replay
 from apoptosis.observe import Observer, needs_float64
@@ -39,6 +50,15 @@ def new_window(
         ranks=target.ranks,
         whole=memory.require_full_sample or exactly,
     )
+
+
+def next_window(memory: RunState, settings: Settings, structure: Structure, rows: int) -> Decision:
+    """Decide when the next window opens. rows: examples in the example input."""
+    if not structure.open_groups:
+        again = 2 * memory.step + 1 if structure.frozen else None  # it may be unfrozen by then
+        tolerance = tolerance_at(settings.tolerance, memory.num_backoffs)
+        return Decision(at_step=again, tolerance=tolerance, reason="no group can be pruned")
+    return decide(telemetry(memory, settings, structure, rows=rows))
 
 
 def may_be_cut_short(observer: Observer) -> bool:

@@ -36,7 +36,12 @@ class Look:
         modules = dict(model.named_modules())
         kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
         self._modules = [(n, modules[n]) for n in dict.fromkeys(names) if isinstance(modules.get(n), kinds)]
+        self.open()
+
+    def open(self) -> None:
+        """Put the hooks on; again, after `close`, what was found before is kept."""
         for name, module in self._modules:
+            take_off(module, self)
             hook = Hook(partial(self._take, name), mark=self)
             module.register_forward_pre_hook(hook, with_kwargs=True)
 

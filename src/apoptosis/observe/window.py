@@ -183,14 +183,19 @@ class Observer:
                     hook = Hook(self._dropped.hook(name, self._trains), self._mark)
                     self._handles.append(module.register_forward_hook(hook))
 
-    def close(self) -> None:
-        """Remove every hook; what was observed is kept. After an interrupt it can be called again."""
+    def pause(self) -> None:
+        """Take the hooks off the modules until `open` is called; what is known of the step that runs is kept."""
         with uninterrupted():
             for handle in self._handles:
                 handle.remove()
             for module in self._modules.values():
                 take_off(module, self._mark)  # a hook whose handle was lost in an interrupt
             self._handles = []
+
+    def close(self) -> None:
+        """Remove every hook; what was observed is kept. After an interrupt it can be called again."""
+        with uninterrupted():
+            self.pause()
             self._dropped.clear()
             self._unfinished.release()
             self._gradients.end_step()
