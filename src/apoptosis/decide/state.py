@@ -124,7 +124,7 @@ class RunState:
     timings: what a training step takes, where the goal is in seconds. pretrained: the network was trained before.
     shift: of the outputs by all removals, as predicted.
     full_widths: channels of every group at construction.
-    shifts: by the groups of a unit, (error, shift of the outputs) of the trials that were made of it.
+    shifts: by the groups of a unit, (error, shift of the outputs) of its trials; by a branch, (share of width, shift).
     spreads: by step, what the last two looks found by module (observe.Look), numbers or tensors of one number.
     """
 

@@ -26,7 +26,7 @@ from apoptosis.model.outputs import read as read_output
 from apoptosis.planner import Costs, Observations, Request, Why
 from apoptosis.planner.allocation import Choice, Point, Price, choose_widths, together
 from apoptosis.planner.offers import Offers, Trial, UnitOffer, make_offers
-from apoptosis.records import EmptyProposal, Structure
+from apoptosis.records import Branch, EmptyProposal, Structure
 from apoptosis.surgery import Transaction, build_edits, norm_edits
 from apoptosis.surgery.branches import empty_edits, is_empty
 from apoptosis.surgery.target import Target
@@ -34,13 +34,15 @@ from apoptosis.surgery.target import Target
 _LOSSLESS = 1e-6  # relative error of a trial
 EXAMPLES = 8  # of the inputs at hand that trials are run on
 LEAST_POWER, MOST_POWER = 1.0, 4.0  # of the error, in which the shift grows
+STALE = 0.5  # of the channels that a branch had when its end was tried: with fewer it is tried again
 
 
 @dataclass(slots=True, kw_only=True)
 class Sensitivity:
     """Measures shifts of the outputs, which add up over groups (`shift_of`).
 
-    known: the shift per trial of earlier events of the run, by unit: (error, shift) pairs, which go on being used.
+    known: the shift per trial of earlier events of the run, by unit: (error, shift) pairs, which go on being used; of
+    the end of a branch (share of its full width, shift). full_widths: channels at full width, by group.
     refused: by group, why the network does not run in a trial of it. before: the outputs before any trial.
     """
 
@@ -48,6 +50,7 @@ class Sensitivity:
     structure: Structure
     probe: Probe
     known: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    full_widths: Mapping[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     before: list[Any] | None = None
 
@@ -68,15 +71,25 @@ class Sensitivity:
         return [points for _, points in found]
 
     def _emptied(self, proposal: EmptyProposal, price: Price) -> list[Point]:
-        """Return the point of emptying a branch, as a list; none where the network does not run so."""
-        name = f"branch {proposal.branch.name}"
-        if name not in self.known:
+        """Return the point of emptying a branch, as a list; none where the network does not run so.
+
+        What is left of a branch that has lost most of its channels may say little: then it is tried again.
+        """
+        name, share = f"branch {proposal.branch.name}", self._share(proposal.branch)
+        tried = self.known.get(name, [])
+        if not tried or share < STALE * tried[-1][0]:
             shift = self._shift(Trial(proposal.reductions, {}, 1.0))
             if not math.isfinite(shift):
                 return []
-            self.known[name] = [(1.0, shift)]
+            self.known[name] = tried = [(share, shift)]
         widths = dict.fromkeys(proposal.branch.groups, 0)
-        return [Point(saved=price({}) - price(widths), cost=shift, widths=widths) for _, shift in self.known[name]]
+        return [Point(saved=price({}) - price(widths), cost=tried[-1][1], widths=widths)]
+
+    def _share(self, branch: Branch) -> float:
+        """Return the share of its channels at full width that a branch has now."""
+        now = {group.name: group.num_channels for group in self.structure.groups}
+        full = sum(self.full_widths.get(name, now[name]) for name in branch.groups)
+        return sum(now[name] for name in branch.groups) / full
 
     def _points_of(self, unit: UnitOffer, price: Price) -> list[Point]:
         shifts = self.known.get(name := unit.name)
@@ -145,7 +158,7 @@ def _merged(units: Sequence[list[Point]]) -> list[Point]:
 class Way:
     """The way to a goal. full: what the network took at full width. part: of it that is gone now.
 
-    limit: what the shifts of an event may add up to. known: as in `Sensitivity`.
+    limit: what the shifts of an event may add up to. known, full_widths: as in `Sensitivity`.
     """
 
     goal: Goal
@@ -153,6 +166,7 @@ class Way:
     part: float = 1.0
     limit: float = math.inf
     known: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    full_widths: Mapping[str, int] = field(default_factory=dict)
 
 
 def towards(
@@ -179,7 +193,9 @@ def towards(
         return share_of(way.goal, costs.of(widths), way.full, rows)
 
     probe = inputs_of(like_example(inputs, target.call))
-    sensitivity = Sensitivity(target=target, structure=structure, probe=probe, known=way.known)
+    sensitivity = Sensitivity(
+        target=target, structure=structure, probe=probe, known=way.known, full_widths=way.full_widths
+    )
     try:
         points = sensitivity.points(offers, price)
     except BaseException as error:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceResult, AcceptanceTest, Examples
@@ -241,9 +241,10 @@ def way_of(memory: RunState, settings: Settings) -> Way | None:
         return None
     part = part_of_way(settings.total_steps, memory.step, pretrained=memory.pretrained)
     part *= 0.5**memory.num_backoffs
+    trials: Any = {"full": memory.full_size, "known": memory.shifts, "full_widths": memory.full_widths}
     if settings.goal is not None:
-        return Way(goal=settings.goal, full=memory.full_size, part=part, known=memory.shifts)
+        return Way(goal=settings.goal, part=part, **trials)
     early = goal_steps(settings.total_steps, after=0, pretrained=True)[:NUM_GOAL_STEPS]
     part = max(part, 0.5**memory.num_backoffs) if memory.step >= early[-1] else part  # no further one comes
     limit = part * max(0.0, PRETRAINED_SHIFT - memory.shift)
-    return Way(goal=PRETRAINED_GOAL, full=memory.full_size, limit=limit, known=memory.shifts)
+    return Way(goal=PRETRAINED_GOAL, limit=limit, **trials)
