@@ -158,7 +158,7 @@ def registries() -> Iterator[None]:
         table.update(entries)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def runs() -> SimpleNamespace:
     return SimpleNamespace(
         STEPS=STEPS,

@@ -19,6 +19,7 @@ MAX_FILE, MAX_FUNCTION = 500, 60
 CORE = {"torch", "numpy", "scipy", "safetensors", "threadpoolctl"}
 EXTRAS = {"typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "tensorboard"}
 MORE = {
+    "display": {"matplotlib", "tqdm", "rich"},
     "tools.recipes": EXTRAS,
     "tools.cli": EXTRAS,
     "tools.report": {"matplotlib", "jinja2"},

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
+from apoptosis.display import html
+from apoptosis.display.text import share
 from apoptosis.records import Certificate
 
 Outcome = Literal["event", "nothing", "rolled back", "skipped"]
@@ -45,6 +47,15 @@ def _shortened(text: str, most: int, *, end: bool = False) -> str:
     if len(text) <= most:
         return text
     return "…" + text[len(text) - most + 1 :] if end else text[: most - 1] + "…"
+
+
+def _sizes_table(parameters: tuple[int, int], macs: tuple[float, float]) -> html.Html:
+    """Return parameters and multiply-adds before and after, as a table for notebooks."""
+    rows = []
+    for name, (before, after) in (("parameters", parameters), ("multiply-adds per example", macs)):
+        numbers = _count(round(before)), _count(round(after))
+        rows.append((name, *numbers, html.bar(after, before), share(after, before)))
+    return html.table(("", "before", "after", "kept", ""), rows, numeric=(1, 2, 4))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +131,21 @@ class Event:
 
     def __bool__(self) -> bool:
         return any(before != after for before, after in self.groups.values())
+
+    def __repr__(self) -> str:
+        """Return one line; `vars` of a frozen record are its fields, and `as_dict` has them as plain values."""
+        first = str(self).partition("\n")[0]
+        return f"<Event at {first.partition('; parameters')[0]}>"
+
+    def _repr_html_(self) -> str:
+        widths = [(name, *pair) for name, pair in self.groups.items() if pair[0] != pair[1]]
+        parts = [html.widths_table(widths)] if widths else []
+        parts.append(_sizes_table(self.parameters, self.macs))
+        parts.append(html.line(self._changes(), muted=True))
+        if self.notes:
+            parts.append(html.folded(f"{len(self.notes):,} notes", html.line("\n".join(self.notes))))
+        freed = f"{self.bytes_freed / 1e6:,.3g} MB freed in {self.seconds:.2g} s"
+        return html.card(f"Event at step {self.step:,}: {freed if self else 'nothing removed'}", *parts)
 
     def __str__(self) -> str:
         """Return at most two lines of 120 characters; `as_dict` and the log have all groups and notes."""
@@ -223,6 +249,21 @@ class Ledger:
         lines.append(f"{self.seconds:.2f} s spent on apoptosis, {self.hook_seconds:.2f} s of it in hooks")
         lines.extend(self.notes)
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        first = str(self).partition("\n")[0]
+        return f"<Ledger: {first}>"
+
+    def _repr_html_(self) -> str:
+        parts = [_sizes_table(self.parameters, self.macs)]
+        lines = str(self).split("\n")
+        parts += [html.line(line) for line in lines[1:] if line not in self.notes]
+        parts += [html.line(note, muted=True) for note in self.notes]
+        if self.history:
+            rows = [(f"{one.step:,}", one.outcome, one.reason or "-") for one in self.history]
+            found = html.table(("step", "outcome", "reason"), rows, numeric=(0,))
+            parts.append(html.folded(f"{len(self.history):,} attempts", found))
+        return html.card(lines[0].partition(":")[0], *parts)
 
     def _accuracy(self, cost: float) -> str:
         """Say what all removals together cost in accuracy, or how many predictions they changed."""

@@ -1,7 +1,7 @@
 """What a run of apoptosis remembers between steps, how it is written down and read again, and what follows from it.
 
-Holds: the RunState as plain values, what the policy sees of it (telemetry), what an event may do, why a run is idle,
-and the ledger. Elsewhere: files (checkpoint), windows (observe), the structure of the model (graph).
+Holds: the RunState as plain values, what the policy sees of it (telemetry), what an event may do. Elsewhere: files
+(checkpoint), windows (observe), the structure of the model (graph), the ledger (summing.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from apoptosis.criteria import Criterion
-from apoptosis.decide.acceptance import ALPHA, AcceptanceTest
+from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.goal import NEAR, FullSize, Goal, least_widths, share_of
-from apoptosis.decide.ledger import Attempt, Ledger, Outcome
+from apoptosis.decide.ledger import Attempt, Event, Outcome
 from apoptosis.decide.policy import NUM_GOAL_STEPS, Decision, PastEvent, Telemetry, allocate, goal_steps
 from apoptosis.errors import ApoptosisError, CheckpointError
 from apoptosis.graph.explain import Code
@@ -28,18 +28,6 @@ FEWEST_STEPS = 6  # a run of fewer is too short for a window
 STEPS_NOT_EPOCHS = (
     "total_steps= counts optimizer steps, not epochs: give epochs * len(loader), or leave it out where it is not known."
 )
-REMEDIES = {
-    "tolerance": "A larger tolerance= allows more; a network without redundant channels stays as it is.",
-    "align": "A smaller align= allows finer steps.",
-    "limit": "A larger tolerance= allows more over the whole run.",
-    "rows": "Larger batches, or a longer run, show more rows.",
-    "waiting": "Larger batches, or a longer run, show more rows.",
-    "unseen": "Call the model in training mode, with gradients, on the batches of training.",
-    "gain": "A longer run, or a larger tolerance=, saves more; on a network this small events may never pay.",
-    "forming": "With tolerance= or target= channels go all the same.",
-    "exchange": "With tolerance= or target= channels go all the same.",
-    "": "",
-}
 VERSION = 3
 _STORED = {"num_backoffs": "halvings", "require_full_sample": "thorough"}  # names that checkpoints have for fields
 # What a bad state raises.
@@ -67,6 +55,7 @@ _LATER = (
     "full_widths",
     "shifts",
     "spreads",
+    "removals",
 )  # fields that older checkpoints lack
 _LIMITS = {"min_width": 0.0, "max_removed": MAX_DROP}
 UNDECIDED = Decision(at_step=None, tolerance=0.0, reason="not decided yet")
@@ -112,6 +101,29 @@ class Settings:
     max_removed: float = MAX_DROP
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """What an event left: parameters, MACs per example, and the channels of the groups that it changed."""
+
+    step: int
+    parameters: int
+    macs: float
+    widths: Mapping[str, int]
+
+    @classmethod
+    def of(cls, event: Event) -> Removal:
+        """Return what an event left."""
+        widths = {name: after for name, (_, after) in event.groups.items()}
+        return cls(step=event.step, parameters=event.parameters[1], macs=event.macs[1], widths=widths)
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Removal:
+        """Read what `asdict` gave. Raises: KeyError, TypeError, ValueError, AttributeError: it is damaged."""
+        widths = {str(name): _number(width, "int") for name, width in stored["widths"].items()}
+        step, parameters = (_number(stored[name], "int") for name in ("step", "parameters"))
+        return cls(step=step, parameters=parameters, macs=_number(stored["macs"], "float"), widths=widths)
+
+
 @dataclass(slots=True, kw_only=True)
 class RunState:
     """Everything of a run that is neither the model's structure, nor the window, nor the error budget.
@@ -126,6 +138,7 @@ class RunState:
     full_widths: channels of every group at construction.
     shifts: by the groups of a unit, (error, shift of the outputs) of its trials; by a branch, (share of width, shift).
     spreads: by step, what the last two looks found by module (observe.Look), numbers or tensors of one number.
+    removals: what every event left, for plots; nothing decides by it.
     """
 
     full: tuple[int, float]
@@ -151,6 +164,7 @@ class RunState:
     full_widths: dict[str, int] = field(default_factory=dict)
     shifts: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     spreads: dict[int, dict[str, Any]] = field(default_factory=dict)
+    removals: tuple[Removal, ...] = ()
     decision: Decision = UNDECIDED
 
     @property
@@ -183,6 +197,7 @@ class RunState:
             "full_widths": dict(self.full_widths),
             "shifts": {name: [list(pair) for pair in pairs] for name, pairs in self.shifts.items()},
             "spreads": [[step, {k: float(v) for k, v in found.items()}] for step, found in self.spreads.items()],
+            "removals": [asdict(one) for one in self.removals],
             "decision": asdict(self.decision),
         }
         return found
@@ -203,7 +218,7 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
         "attempts": tuple(_record(Attempt, one.as_dict()) for one in read_attempts(state)),
         "behind": tuple(str(name) for name in state.get("behind", ())),
         "timings": None if state.get("timings") is None else Timings.from_dict(state["timings"]),
-        "pretrained": state.get("pretrained", False),  # earlier versions have none of these six
+        "pretrained": state.get("pretrained", False),  # earlier versions have none of these seven
         "shift": state.get("shift", 0.0),
         "full_widths": {str(name): _number(width, "int") for name, width in state.get("full_widths", {}).items()},
         "shifts": {
@@ -214,6 +229,7 @@ def read_run_state(state: Mapping[str, Any]) -> RunState:
             _number(step, "int"): {str(name): _number(value, "float") for name, value in found.items()}
             for step, found in state.get("spreads", ())
         },
+        "removals": tuple(Removal.read(one) for one in state.get("removals", ())),
         "site_cost": {str(key): _number(value, "float") for key, value in state["site_cost"].items()},
         "decision": _record(Decision, state["decision"]),
     }
@@ -422,78 +438,4 @@ def allowed(
         waiting=waiting or {},
         least=least_widths(settings.min_width, groups, memory.full_widths),
         empty=has_goal(memory, settings) and settings.max_removed >= MAX_DROP,
-    )
-
-
-def idle(memory: RunState, settings: Settings, *, watching: bool, num_open: int) -> str:
-    """Say why a run has had no event so far and what to do about it, "" if it had one.
-
-    watching: a window is open. num_open: groups that may shrink.
-    """
-    step, total, due, attempts = memory.step, settings.total_steps, memory.decision.at_step, memory.attempts
-    if memory.num_events:
-        return ""
-    if num_open == 0:
-        return "no group can be pruned: pins() lists the reasons, and what would let a group shrink."
-    if step == 0:
-        return "step() has not been called: call it once after every optimizer.step()."
-    if total is not None and step > total:
-        return f"the run has made {step:,} steps of total_steps={total:,}. {STEPS_NOT_EPOCHS}"
-    if watching:
-        window = f"the window that opened at step {memory.window_start:,} still waits for rows at step {step:,}"
-        return f"{window}. {REMEDIES['rows']}"
-    if not attempts and memory.closed:
-        return f"close() was called at step {step:,}, before the first attempt."
-    if not attempts and due is not None:
-        known = "" if total is not None else "; total_steps= lets short runs begin sooner"
-        return f"the first window opens at step {due:,}, and the run has made {step:,}{known}."
-    if not attempts:
-        return f"{memory.decision.reason}."
-    remedy = REMEDIES.get(attempts[-1].cause, "")
-    if due is not None:
-        return f"the next window opens at step {due:,}. {remedy}".strip()
-    return f"no further window opens: {memory.decision.reason}. {remedy}".strip()
-
-
-def make_ledger(
-    memory: RunState,
-    settings: Settings,
-    acceptance: AcceptanceTest,
-    *,
-    parameters: int,
-    macs: float,
-    hook_seconds: float,
-    has_classes: bool,
-    watching: bool,
-    num_open: int,
-    goal: str = "",
-) -> Ledger:
-    """Make the ledger of a run.
-
-    parameters, macs: as they are now, the latter per example. hook_seconds: the open window's included. has_classes:
-    whether classes can be read off the outputs. watching, num_open: as in `idle`. goal: see `progress`.
-    """
-    budget, held_out = acceptance.error_budget, acceptance.held_out
-    cost = budget.spent if held_out else acceptance.training_flips
-    reused = "some probe rows were used by several attempts, or are counted so, which widens the limits"
-    return Ledger(
-        events=memory.num_events,
-        attempts=sum(one.outcome != "skipped" for one in memory.attempts),
-        rolled_back=memory.rolled_back,
-        parameters=(memory.full[0], parameters),
-        macs=(memory.full[1], macs),
-        accuracy_cost=min(1.0, cost) if has_classes else None,  # a share, though limits add up to more
-        confidence=1.0 - ALPHA if held_out else 1.0,
-        population=held_out,
-        probe_rows=budget.rows * budget.ranks,
-        budget=budget.budget,
-        classes=acceptance.named,
-        site_cost=dict(memory.site_cost),
-        site_limit=None if has_goal(memory, settings) else settings.site_limit,
-        seconds=memory.own_seconds + hook_seconds,
-        hook_seconds=hook_seconds,
-        history=memory.attempts,
-        idle=idle(memory, settings, watching=watching, num_open=num_open),
-        notes=(reused,) if budget.reused else (),
-        goal=goal,
     )

@@ -1,7 +1,8 @@
 """Apoptosis: one call per training step; shrinks model and optimizer in place when it pays.
 
-Holds: the class that users make, when windows open and end, and what survives between steps. Elsewhere: one pruning
-step from plan to rollback (step.py), how long a window waits (window.py), any formula.
+Holds: the class that users make, when windows open and end, and what survives between steps. Elsewhere: what can be
+asked of a run (run_view.py), one pruning step from plan to rollback (step.py), how long a window waits (window.py), any
+formula.
 """
 
 from __future__ import annotations
@@ -10,24 +11,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceTest
-from apoptosis.decide.ledger import Event, Ledger
+from apoptosis.decide.ledger import Event
 from apoptosis.decide.policy import Decision, PastEvent, Telemetry
 from apoptosis.decide.state import (
     MAX_DROP,
-    allowed,
-    make_ledger,
-    progress,
+    Removal,
     telemetry,
     write_state,
 )
+from apoptosis.display.progress import Reporter, check_progress, make_line
 from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layouts_of, step_checks
 from apoptosis.engine.beginning import (
@@ -41,13 +40,13 @@ from apoptosis.engine.beginning import (
     warn_at_end,
     warn_if_few,
 )
-from apoptosis.engine.event_builder import log_entry, num_parameters
+from apoptosis.engine.event_builder import log_entry
 from apoptosis.engine.looks import Looks
 from apoptosis.engine.resuming import Run, read_run
-from apoptosis.engine.sensitivity import towards
-from apoptosis.engine.step import PruningStep, StepResult, way_of
+from apoptosis.engine.run_view import RunView
+from apoptosis.engine.step import PruningStep, StepResult
 from apoptosis.engine.window import comes_too_late, is_cut_short, may_be_cut_short, new_window, next_window
-from apoptosis.errors import NonFiniteError
+from apoptosis.errors import ArgumentError, NonFiniteError
 from apoptosis.interrupts import uninterrupted
 from apoptosis.model.arguments import (
     check_exclude,
@@ -59,8 +58,7 @@ from apoptosis.model.evaluate import as_call, make_probe
 from apoptosis.model.outputs import ReadLogits
 from apoptosis.model.trials import has_classes, looked_at
 from apoptosis.observe import CHANGED_BY_OTHERS, NOTHING_SEEN, UNFINISHED, Observer
-from apoptosis.planner import Plan, make_plan
-from apoptosis.records import Frozen, Group, NormWidths, Pin, Structure, Timings
+from apoptosis.records import Frozen, NormWidths, Timings
 from apoptosis.surgery import as_averaged_model, check_averaged_models, check_optimizers, warn_of_averages
 from apoptosis.surgery.target import (
     Target,
@@ -68,10 +66,14 @@ from apoptosis.surgery.target import (
 )
 
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
+_LEFT = (
+    "Apoptosis.{}() after the end of its with block, where its hooks were taken off: put the training loop inside the "
+    "block, or enter it again (`with apo:`) to go on."
+)
 Log = Callable[[dict[str, Any]], None]
 
 
-class Apoptosis:
+class Apoptosis(RunView):
     """Removes redundant neurons while a network trains.
 
     Args:
@@ -107,12 +109,17 @@ class Apoptosis:
             its norms are not what they start as.
         timings: what a training step takes (`apo.timings` of an earlier run), for a target in seconds. None: measured
             now, in a second or a few passes. Decisions are a function of it; a busy machine may measure another one.
+        progress: True for a progress line on a terminal or in a notebook (on rank 0), by tqdm or rich, whichever is
+            there; "tqdm" or "rich" for that one.
+
+    In a `with` block the hooks of an open window are taken off at its end, also by an error; model and optimizer stay
+    as they are then. step() is refused after it, until the block is entered again.
 
     Raises:
         ArgumentError, BudgetError, CaptureError, UnsupportedOptimizerError: before anything has changed.
     """
 
-    _observer: Observer | None = None  # the open window
+    _line: Reporter | None = None
     _looked = False  # whether averages that do not follow were looked for
 
     def __init__(
@@ -139,6 +146,7 @@ class Apoptosis:
         max_removed: float = MAX_DROP,
         pretrained: bool | None = None,
         timings: Timings | None = None,
+        progress: bool | str = False,
     ) -> None:
         start = time.perf_counter()
         model, wrappers = check_model(model)
@@ -148,7 +156,7 @@ class Apoptosis:
         bounds: dict[str, Any] = {"target": target, "min_width": min_width, "max_removed": max_removed}
         numbers: dict[str, Any] = {"tolerance": tolerance, "align": align, "total_steps": total_steps, "budget": budget}
         settings, budget = read_settings(criterion, seed, calibrated=known is not None, **numbers, **bounds)
-        patterns = check_exclude(exclude)
+        patterns, library = check_exclude(exclude), check_progress(progress)
         check_optimizers(optimizers, model)
         ranks, self._step_checks = ranks_of(wrappers, model), step_checks(wrappers)
         call, self._log = as_call(example_input), log
@@ -170,97 +178,11 @@ class Apoptosis:
         check_agreed(self._target, self._settings, self._structure, budget=budget, probe=self._acceptance.held_out)
         self._memory.decision = self._decide()
         self._looks = Looks(model, self._memory, self._settings)
+        line = make_line(library, self._settings.total_steps) if library is not None and not ranks.rank else None
+        self._line = None if line is None else Reporter(line)
         self._memory.own_seconds += time.perf_counter() - start
 
-    # ------------------------------------------------------------------ what a user asks
-
-    def groups(self) -> tuple[Group, ...]:
-        """Coupled channel groups that may shrink, in forward order."""
-        return self._structure.open_groups
-
-    def pins(self) -> tuple[Pin, ...]:
-        """Channels that are never removed, each with its reason."""
-        return tuple(g.pin for g in self._structure.groups if g.pin is not None)
-
-    def notes(self) -> tuple[str, ...]:
-        """Say what else the capture met: modules that the example input does not run, parameters that nothing reads."""
-        return self._structure.notes
-
-    @property
-    def full_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter and buffer at full width, by name."""
-        return dict(self._memory.full_shapes)
-
-    @property
-    def model(self) -> nn.Module:
-        """The network that shrinks, without its wrappers."""
-        return self._target.model
-
-    @property
-    def structure(self) -> Structure:
-        """What the last capture found."""
-        return self._structure
-
-    @property
-    def seconds(self) -> float:
-        """Wall time spent in apoptosis so far: capture, hooks, planning, surgery, measuring."""
-        return self._memory.own_seconds + self.hook_seconds
-
-    @property
-    def decision(self) -> Decision:
-        """When the next window opens, or why none does."""
-        return self._memory.decision
-
-    @property
-    def calibration(self) -> float:
-        """Fixed cost of an event in MACs, which decisions rest on: same seed, data and calibration, same widths."""
-        return self._memory.overhead
-
-    @property
-    def timings(self) -> Timings | None:
-        """What a training step takes at given widths, measured at construction where the target is in seconds."""
-        return self._memory.timings
-
-    @property
-    def hook_seconds(self) -> float:
-        """The part of `seconds` spent on observing: hooks in the user's forward passes, and passes run again."""
-        return self._memory.hook_seconds + (self._observer.hook_seconds if self._observer is not None else 0.0)
-
-    @property
-    def watching(self) -> bool:
-        """Whether a window is open; a checkpoint of several ranks does not hold it, and they open another one."""
-        return self._observer is not None
-
-    def plan(self) -> Plan:
-        """Say what an event would do now, from what the open window has seen so far: a dry run, changes nothing.
-
-        Its multiply-adds are per example. Of several ranks it is the plan that the tolerance alone would make.
-        """
-        observations = {} if self._observer is None else self._observer.observations()
-        request, examples = allowed(self._memory, self._settings, self.groups()), self._target.num_examples
-        rankings: dict[str, Ranking] = {}
-        way = way_of(self._memory, self._settings) if self._target.ranks.size == 1 else None  # trials are collective
-        if way is not None:
-            inputs = self._target.call if self._observer is None else self._observer.inputs or self._target.call
-            way = replace(way, known=dict(way.known))
-            request, _ = towards(way, self._target, self._structure, observations, request, rankings, inputs)
-        plan = make_plan(self._target.model, self._structure, observations, request, rankings=rankings)
-        return replace(plan, macs_before=plan.macs_before / examples, macs_after=plan.macs_after / examples)
-
-    def ledger(self) -> Ledger:
-        """Sum up what all removals so far cost at most, and with what confidence."""
-        return make_ledger(
-            self._memory,
-            self._settings,
-            self._acceptance,
-            parameters=num_parameters(self._target.model),
-            macs=self._structure.macs / self._target.num_examples,
-            hook_seconds=self.hook_seconds,
-            has_classes=self._has_classes,
-            watching=self.watching,
-            num_open=len(self.groups()),
-            goal=progress(self._memory, self._settings, self._structure, self._target.num_examples),
-        )
+    # ------------------------------------------------------------------ what a user may do
 
     def follow(self, averaged: Any) -> None:
         """Shrink an averaged copy of the model along with it from now on.
@@ -280,8 +202,22 @@ class Apoptosis:
 
     def close(self) -> None:
         """Take every hook off and never act again; step() becomes a no-op."""
-        self._drop_window()
+        self._release()
         self._memory.closed = True
+
+    def __enter__(self) -> Self:
+        self._left = False
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release()
+        self._left = True
+
+    def _release(self) -> None:
+        self._drop_window()
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what happens next, a half-filled window included; plain values and tensors."""
@@ -294,8 +230,10 @@ class Apoptosis:
         """Go on where `state_dict` stopped. The model must have the widths it had then (apoptosis.load sets them).
 
         Raises: CheckpointError: the state is of another network or other widths. RankError: ranks load different ones.
-        Nothing has changed then.
+        ArgumentError: a with block was left. Nothing has changed then.
         """
+        if self._left:
+            raise ArgumentError(_LEFT.format("load_state_dict"))
         run: dict[str, Any] = {"structure": self._structure, "memory": self._memory, "acceptance": self._acceptance}
         now, before, layouts = Run(**run, observer=self._observer), dict(vars(self)), layouts_of(self._target.wrappers)
         new, looks = None, None
@@ -333,9 +271,13 @@ class Apoptosis:
         """Call once after optimizer.step(). Returns an Event if shapes changed, else None."""
         if self._memory.closed:
             return None
+        if self._left:
+            raise ArgumentError(_LEFT.format("step"))
         for check in self._step_checks:
             check()
         self._memory.step += 1
+        if self._line is not None:
+            self._line.update(self._memory.step, self._memory.num_events, self._brief)
         if self._looks.due(self._memory.step):
             self._looks.take(self._memory, self._structure, again=self._memory.step == self._looks.first)
         if self._memory.step - 1 == self._settings.total_steps:
@@ -358,7 +300,7 @@ class Apoptosis:
             self._memory.own_seconds += time.perf_counter() - start
 
     def __del__(self) -> None:
-        self._drop_window()
+        self._release()
 
     def _open_window(self) -> None:
         self._structure = refreshed(self._target, self._structure)
@@ -453,6 +395,7 @@ class Apoptosis:
         """Take over what came of a pruning step. macs: before it. full_sample: whether its window saw all rows."""
         memory, attempt, self._structure = self._memory, result.attempt, result.structure
         memory.attempts += (attempt,)
+        memory.removals += () if result.event is None else (Removal.of(result.event),)
         # one that was too early does not count, nor one of too few rows: later windows see all that they ask for
         early = attempt.cause in ("forming", "exchange") or full_sample != memory.require_full_sample
         if attempt.outcome != "nothing" or not early:

@@ -20,6 +20,11 @@ from apoptosis.model.passes import check_not_inference
 from apoptosis.records import Frozen, NormWidths
 
 _SEEDS = 2**40  # as many windows and ranks draw from generators of their own, whose seeds have 64 bits
+_LOGGERS = {  # what a logger of another library has -> what makes a function of it
+    "add_scalar": "apoptosis.events.to_tensorboard(writer) makes one of a SummaryWriter.",
+    "log_metrics": "apoptosis.events.to_mlflow(logger) makes one of what has log_metrics().",
+    "log": "apoptosis.events.to_wandb(run) makes one of what has log().",
+}
 
 
 def check_model(model: object) -> Unwrapped:
@@ -120,7 +125,8 @@ def check_others(
         raise ArgumentError(f"frozen={frozen!r} must be {' or '.join(map(repr, get_args(Frozen)))}.")
     for name, value in (("log", log), ("logits", logits)):
         if value is not None and not callable(value):
-            raise ArgumentError(f"{name}={value!r} must be a function, or None.")
+            adapter = next((f" {hint}" for has, hint in _LOGGERS.items() if name == "log" and hasattr(value, has)), "")
+            raise ArgumentError(f"{name}={value!r} must be a function, or None.{adapter}")
     if calibration is None:
         return int(seed), None
     value = float(calibration) if isinstance(calibration, Real) else math.nan

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from apoptosis.criteria import Ranking
+from apoptosis.display import html
+from apoptosis.display.text import plain, short_number
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.sharded import summon_full_params
 from apoptosis.model.passes import device_of
@@ -60,6 +62,27 @@ class Plan:
                 total[key] = total.get(key, 0.0) + error
         return total
 
+    def _worst(self, name: str) -> float:
+        return max(self.errors.get(name, {}).values(), default=0.0)
+
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{name} {before}->{after}" for name, (before, after) in self.widths.items())
+        return f"<Plan: {widths or 'nothing to remove'}>"
+
+    def _repr_html_(self) -> str:
+        left = [(name, why.text) for name, why in self.left.items()]
+        parts = []
+        if self.reductions:
+            sizes = f"{short_number(self.macs_before)} -> {short_number(self.macs_after)} multiply-adds"
+            errors = [plain(self._worst(name)) for name in self.widths]
+            widths = [(name, *pair) for name, pair in self.widths.items()]
+            parts.append(html.line(f"tolerance {self.tolerance:g}, {self.criterion}: {sizes}", muted=True))
+            parts.append(html.widths_table(widths, ("site error (relative rms)", errors)))
+        if left:
+            found = html.table(("group", "why it stays as it is"), left)
+            parts.append(html.folded(f"{len(left):,} groups stay as they are", found) if self.reductions else found)
+        return html.card("Plan" if self.reductions else "Plan: nothing to remove", *parts)
+
     def __str__(self) -> str:
         if not self.reductions:
             return "nothing to remove" + "".join(f"\n  {note}" for note in self.notes)
@@ -68,8 +91,8 @@ class Plan:
             f"{self.macs_before:,.0f} -> {self.macs_after:,.0f} multiply-adds"
         ]
         for name, (before, after) in self.widths.items():
-            worst = max(self.errors.get(name, {}).values(), default=0.0)
-            lines.append(f"  {name}: {before} -> {after} channels, site error {worst:.3g} (relative rms)")
+            error = f"site error {self._worst(name):.3g} (relative rms)"
+            lines.append(f"  {name}: {before} -> {after} channels, {error}")
         lines.extend(f"  {note}" for note in self.notes)
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from apoptosis.display import html
 from apoptosis.records.branch import Branch
 from apoptosis.records.calls import Count, Follow, IntArray, Kept, PartialOp, ScalarOperands, Split
 from apoptosis.records.outputs import ModuleOutput
@@ -47,6 +48,11 @@ class Pin:
         place = f" ({self.where})" if self.where else ""
         remedy = f" {self.remedy}" if self.remedy else ""
         return f"'{self.group}' ({self.num_channels} channels): {self.reason}{place}.{remedy}"
+
+    def _repr_html_(self) -> str:
+        rows = [("channels", f"{self.num_channels:,}"), ("why", self.reason), ("where", self.where)]
+        rows += [("remedy", self.remedy), ("code", self.code)]
+        return html.card(f"Group {self.group} cannot be pruned", html.table(("", ""), [row for row in rows if row[1]]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -328,6 +334,29 @@ class Group:
     unbranched: str = ""
     product_macs: float = 0.0
     elements: float = 0.0
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what a user asks of a group first, as (what, words)."""
+        made = dict.fromkeys(m.tensor for m in self.members if m.role == "producer")
+        facts = [("made by", ", ".join(made)), ("read by", ", ".join(dict.fromkeys(s.module for s in self.sites)))]
+        facts.append(("rows of equal length", f"{self.rows:,}" if self.rows > 1 else ""))
+        facts += [("keeps the share of", ", ".join(self.tied_groups)), ("instead of", ", ".join(self.conflicts_with))]
+        facts.append(("cannot be pruned", "" if self.pin is None else f"{self.pin.reason}. {self.pin.remedy}".strip()))
+        return [(what, words) for what, words in facts if words]
+
+    def __repr__(self) -> str:
+        pinned = "" if self.pin is None else f", pin={self.pin.code or self.pin.reason!r}"
+        sites = f"{len(self.sites)} site{'s' * (len(self.sites) != 1)}"
+        return f"<Group '{self.name}': {self.num_channels:,} channels, {sites}{pinned}>"
+
+    def __str__(self) -> str:
+        """Return the group's channels, what makes and reads them, and what keeps them."""
+        facts = "".join(f"; {what} {words}" for what, words in self._facts())
+        return f"{self.name}: {self.num_channels:,} channels{facts}"
+
+    def _repr_html_(self) -> str:
+        channels = ("channels", f"{self.num_channels:,}")
+        return html.card(f"Group {self.name}", html.table(("", ""), [channels, *self._facts()]))
 
     @property
     def under_norm(self) -> bool:

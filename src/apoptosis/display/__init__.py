@@ -1,0 +1,1 @@
+"""How results are shown: text, HTML for notebooks, plots, a progress line; numbers for loggers."""
