@@ -15,7 +15,7 @@ JOBS ?= $(shell expr $$(nproc) + 1)
 CORE := $(foreach name,checkpoint criteria decide engine families graph model modules numerics observe planner \
 	storage surgery,tests/$(name))
 
-SOURCES := src tests benchmarks examples .ci setup.py
+SOURCES := src tests benchmarks examples docs/site .ci setup.py
 
 .PHONY: help setup demo test test-floor networks check docs dist format clean
 
@@ -65,6 +65,11 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	@unused=$$($(BIN)/vulture | grep '^src/'); test -z "$$unused" || { echo "$$unused"; exit 1; }
 	$(BIN)/codespell src docs tests benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
+
+# The site, in build/site; a broken link or a page that is in no menu is an error. The variable spares a notice about
+# the versions of mkdocs to come.
+docs: $(STAMP)
+	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # What is to be uploaded, and what would go wrong with it: see .ci/dist.py.
 dist: $(STAMP)

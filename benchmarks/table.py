@@ -1,4 +1,4 @@
-"""Make the tables of README.md, docs/results.md, scaling.md, method.md and research.md from benchmarks/results/*.json,
+"""Make the tables of README.md and of the pages in docs from benchmarks/results/*.json,
 and that of the command's options in docs/cli.md from its configuration model.
 
     python -m benchmarks.table --write      fill the text between the markers of these files
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import residual_width
+from benchmarks import expected, residual_width
 from benchmarks.aftermath import tables as aftermath
 from benchmarks.cluster import tables as scaling
 from benchmarks.paper import kinds, tables
@@ -29,8 +29,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAPER = RESULTS / "paper"
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", "docs/results.md", "docs/scaling.md", "docs/cli.md", "docs/method.md", "docs/research.md")
-)
+    for page in ("README.md", "docs/results.md", "docs/scaling.md", "docs/cli.md", "docs/method.md", "docs/research.md",
+                 "docs/from-torch-pruning.md", *(f"docs/networks/{name}.md" for name in ("index", *expected.KINDS)))
+)  # fmt: skip
 Record = Mapping[str, Any]
 EMPTY = "No results are committed yet; `{command}` makes them."
 
@@ -183,6 +184,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "residual-width": residual_width.table,
     **scaling.TABLES,
     **aftermath.TABLES,
+    **expected.tables(lambda: read_cells(PAPER)),
 }
 
 
