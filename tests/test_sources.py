@@ -87,7 +87,9 @@ def test_numerics_knows_no_module(module):
 
 ROOT = SRC.parents[1]
 PYTHON = {
-    path.relative_to(ROOT).as_posix() for part in ("src", "tests", "benchmarks") for path in (ROOT / part).rglob("*.py")
+    path.relative_to(ROOT).as_posix()
+    for part in ("src", "tests", "benchmarks", "examples")
+    for path in (ROOT / part).rglob("*.py")
 }
 #: Names of packages that stand for something else in prose are left out: `model.parameters()`.
 PACKAGES = sorted({name.partition(".")[0] for name in TREES} - {"", "model", "cli", "events", "launch"})
