@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apoptosis.checkpoint import load, load_sharded, save, save_sharded
+    from apoptosis.checkpoint import load, load_sharded, save, save_sharded, set_widths_, widths_of
     from apoptosis.criteria import register_criterion
     from apoptosis.decide.ledger import Event, Ledger
     from apoptosis.distributed.protocol import register_wrapper
@@ -41,7 +41,9 @@ __all__ = [
     "register_wrapper",
     "save",
     "save_sharded",
+    "set_widths_",
     "shrink_",
+    "widths_of",
 ]
 __version__ = "0.1.0"
 _HOMES = {

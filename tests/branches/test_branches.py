@@ -17,6 +17,7 @@ from apoptosis.decide.acceptance import AcceptanceResult
 from apoptosis.engine.applying import Outcome, apply_reductions
 from apoptosis.errors import CheckpointError
 from apoptosis.model.evaluate import as_probe
+from apoptosis.modules.emptied import OUTLINE
 from apoptosis.planner import Request, branches_of, groups_to_observe, make_plan, propose_empty
 from apoptosis.planner.sampling import sample
 from apoptosis.records import EmptyProposal, Structure
@@ -206,8 +207,10 @@ def test_checkpoints_of_emptied_networks_load_into_fresh_ones(kind: str, tmp_pat
     assert list(again.state_dict()) == list(before)
     load(tmp_path / "net", net, optimizer)  # one that has the stand-ins already
     save(tmp_path / "full", again)
+    alone = copy.deepcopy(net)  # of which nothing is known but what it is
+    vars(next(m for m in alone.modules() if OUTLINE in vars(m))).pop(OUTLINE)
     with pytest.raises(CheckpointError, match="before a branch went"):
-        load(tmp_path / "full", net)
+        load(tmp_path / "full", alone)
 
 
 def test_a_plan_empties_a_constant_branch_only_when_it_is_asked() -> None:

@@ -10,7 +10,9 @@ changes the operation, so it can be shared. Elsewhere: the models (registry.py),
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,7 +26,10 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from torch.utils._pytree import tree_map_only
 
-from apoptosis import Event, load, save, shrink_
+from apoptosis import Event, load, save, set_widths_, shrink_, widths_of
+from apoptosis.checkpoint.tensors import tensors_of
+from apoptosis.checkpoint.widths import record_of
+from apoptosis.errors import CheckpointError
 from apoptosis.graph import analyse
 from apoptosis.model.evaluate import as_call
 from apoptosis.records import Group, Structure
@@ -231,6 +236,32 @@ def check_checkpoint(operation: Operation) -> None:
     assert repr(fresh) == repr(operation.after)
 
 
+def check_widths(operation: Operation) -> None:
+    """A record of widths, as JSON, makes a fresh model one that takes the state_dict; and wide again after that."""
+    family, x = operation.family, inputs(operation.family, operation.dtype, 77)
+    full = {name: tuple(tensor.shape) for name, tensor in tensors_of(operation.before).items()}
+    records = [json.loads(json.dumps(record_of(net, {}, full))) for net in (operation.after, operation.before)]
+    fresh = quiet(build(family, operation.dtype, seed=5)).eval()
+    for record, net in zip((*records, records[0]), (operation.after, operation.before, operation.after), strict=True):
+        set_widths_(fresh, record)
+        fresh.load_state_dict(net.state_dict())
+        with torch.no_grad():
+            expected, found = run(family, net, x), run(family, fresh, x)
+        assert torch.equal(found, expected), f"outputs differ by {difference(found, expected):.3g} after set_widths_"
+    try:
+        told = widths_of(operation.after.state_dict(), fresh)
+    except CheckpointError as error:
+        assert "apo.widths" in str(error)  # noqa: PT017 - either is right
+        return
+    other = quiet(build(family, operation.dtype, seed=6)).eval()
+    set_widths_(other, told)
+    other.load_state_dict(operation.after.state_dict())
+    with torch.no_grad(), contextlib.suppress(RuntimeError):  # a number of the network's own; never another result
+        found = run(family, other, x)
+        expected = run(family, operation.after, x)
+        assert torch.equal(found, expected), f"outputs differ by {difference(found, expected):.3g}, widths from shapes"
+
+
 def check_state_dict(operation: Operation) -> None:
     """A state_dict goes out and into another model of the same widths, strictly."""
     other, _ = operation.copy()
@@ -346,6 +377,7 @@ CHECKS: dict[str, tuple[Check, tuple[torch.dtype, ...]]] = {
     "train outputs": (check_train_outputs, (torch.float64, torch.float32)),
     "attributes": (check_attributes, (torch.float64,)),
     "checkpoint": (check_checkpoint, (torch.float32,)),
+    "widths": (check_widths, (torch.float32,)),
     "state_dict": (check_state_dict, (torch.float32,)),
     "gradients": (check_gradients, (torch.float32,)),
     "training": (check_training, (torch.float32,)),

@@ -118,7 +118,7 @@ def empty_for_load(
     before: dict[str, Tensor] = dict(model.named_parameters())
     try:
         made = made_biases(log, model, left)
-        exchange_all(log, model, left)
+        exchange_all(log, model, left, [new for _, new in made])
     except (ShapeError, ArgumentError, AttributeError) as error:
         raise CheckpointError(f"it is of another network: {error}") from error
     after = {id(p) for p in model.parameters()}

@@ -133,6 +133,12 @@ def check_manifest(manifest: Mapping[str, Any], names: frozenset[str]) -> None:
         _bad("manifest", f"names nothing that the tensor '{min(idle)}' would be part of")
 
 
+def check_schema(value: Any, expected: Any) -> None:
+    """Check the types of entries against a table of them, see `_MANIFEST`. Raises: CheckpointError: one is another."""
+    for _ in _checked(value, expected, ""):
+        pass
+
+
 def _checked(value: Any, expected: Any, place: str) -> Iterator[str]:
     """Check the type of an entry and of all in it; yield the names of the tensors in it."""
     if expected is _SHAPE:

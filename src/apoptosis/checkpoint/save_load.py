@@ -20,7 +20,7 @@ from apoptosis.checkpoint.emptied import empty_for_load, pack_emptied, read_empt
 from apoptosis.checkpoint.file import read_file, write_file
 from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved, loading
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
-from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, non_persistent, tensors_of
+from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, is_wider, non_persistent, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
 from apoptosis.distributed.sharded import has_shards, reshard
 from apoptosis.distributed.wrappers import layouts_of, rebuild_wrappers, unwrapped, wrappers_of
@@ -31,6 +31,7 @@ from apoptosis.model.passes import check_not_inference
 from apoptosis.modules.norms import is_shrunk
 from apoptosis.surgery.attributes import attributes_of
 from apoptosis.surgery.undo_log import UndoLog
+from apoptosis.surgery.widening import may_widen, widen
 
 
 class Resumable(Protocol):
@@ -137,7 +138,8 @@ def load(
     """Load a checkpoint into a freshly built full-width model, which gets the stored widths first.
 
     Parameters keep their identity, so an optimizer made before stays valid. Values take the model's dtype and device.
-    A model that already has the stored widths is loaded as well.
+    A model that already has the stored widths is loaded as well, and one that has shrunk further since, in this
+    process: it gets the widths back that it was built with.
 
     Args:
         path: a file that `save` wrote.
@@ -169,8 +171,10 @@ def check_shapes(manifest: Mapping[str, Any], shapes: Shapes, model: nn.Module, 
     """
     model = unwrapped(model)
     check_manifest(manifest, frozenset(shapes))
-    stored = manifest["model"]
-    check_names(model, {**stored, "emptied": unpack(stored.get("emptied"), {})}, shapes)
+    stored = {**manifest["model"], "emptied": unpack(manifest["model"].get("emptied"), {})}
+    if is_wider(model, stored, shapes) and may_widen(model):
+        return  # it gets its full width first, and is checked then
+    check_names(model, stored, shapes)
     for entry, given in zip(manifest["optimizers"] or (), several(optimizer), strict=False):
         check_state_shapes(entry, given, model, shapes)
 
@@ -200,9 +204,13 @@ def apply_checkpoint(
 
     with restoring(undo):
         with loading(path):
-            stand_ins = read_emptied(unpack(stored.get("emptied"), tensors))
+            emptied = unpack(stored.get("emptied"), tensors)
+            stand_ins = read_emptied(emptied)
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            if is_wider(model, {**stored, "emptied": emptied}, shapes) and may_widen(model):
+                widen(journal, model, several(optimizer), _orders(manifest))
             empty_for_load(journal, model, several(optimizer), stand_ins, manifest["optimizers"] or ())
-            values = check_tensors(model, {**stored, "emptied": unpack(stored.get("emptied"), tensors)}, tensors)
+            values = check_tensors(model, {**stored, "emptied": emptied}, tensors)
             attributes = check_attributes(model, unpack(stored["attributes"], tensors), values)
             states = _check_states(model, unpack(stored["states"], tensors))
             loaded = _check_optimizers(manifest["optimizers"], optimizer, model, tensors)
@@ -225,6 +233,11 @@ def apply_checkpoint(
         journal.forget()
         todo.clear()
     return extra
+
+
+def _orders(manifest: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Return by optimizer and group the names of the parameters that were saved, in order."""
+    return [[list(group["parameters"]) for group in entry["groups"]] for entry in manifest["optimizers"] or ()]
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:

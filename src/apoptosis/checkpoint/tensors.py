@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from apoptosis.checkpoint.emptied import names_after, read_emptied
 from apoptosis.distributed.sharded import is_sharded
 from apoptosis.errors import CheckpointError
+from apoptosis.modules.emptied import stand_in_of
 from apoptosis.surgery.values import memory_format
 
 PREFIX = "model."
@@ -60,10 +61,10 @@ def check_names(
     found = []
     for name in stored["names"]:
         shape = tuple(shapes[f"{PREFIX}{name}"])
-        if name not in here or (name in optional and not _fits(model, name, shape, here[name])):
+        if name not in here or (name in optional and not fits(model, name, shape, here[name])):
             continue
         tensor = here[name]
-        if not _fits(model, name, shape, tensor):
+        if not fits(model, name, shape, tensor):
             if _narrower(tuple(tensor.shape), shape, stored["full"].get(name)):
                 raise CheckpointError(
                     f"it was saved before channels went that this model has lost: '{name}' has shape {shape} there and "
@@ -82,6 +83,18 @@ def check_names(
             )
         found.append((name, tensor))
     return found
+
+
+def is_wider(model: nn.Module, stored: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a checkpoint has channels or branches that the model has not.
+
+    Args: stored: the manifest's part of the model, `emptied` unpacked. shapes: as for `check_names`.
+    """
+    here, emptied = tensors_of(model), stored.get("emptied") or {}
+    if any(stand_in_of(module) is not None and name not in emptied for name, module in model.named_modules()):
+        return True
+    found = [(tuple(shapes[f"{PREFIX}{name}"]), here[name]) for name in stored["names"] if name in here]
+    return any(len(s) == t.ndim and any(map(int.__gt__, s, t.shape)) for s, t in found)
 
 
 def check_tensors(
@@ -109,7 +122,7 @@ def _narrower(now: Sequence[int], there: Sequence[int], full: Sequence[int] | No
     return all(a <= b <= c for a, b, c in zip(now, there, full, strict=True))
 
 
-def _fits(model: nn.Module, name: str, shape: Sequence[int], tensor: Tensor) -> bool:
+def fits(model: nn.Module, name: str, shape: Sequence[int], tensor: Tensor) -> bool:
     """Whether a stored shape can be that of the model's tensor after removals: no dim larger, and the same kernels."""
     if len(shape) != tensor.ndim:
         return False

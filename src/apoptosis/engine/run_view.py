@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from apoptosis.checkpoint.widths import Widths, record_of
 from apoptosis.criteria import Ranking
 from apoptosis.decide.acceptance import AcceptanceTest
 from apoptosis.decide.ledger import Ledger
@@ -63,6 +64,12 @@ class RunView:
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter and buffer at full width, by name."""
         return dict(self._memory.full_shapes)
+
+    @property
+    def widths(self) -> Widths:
+        """The widths of now, as plain JSON: `set_widths_` gives them to another copy of the network."""
+        groups = {g.name: g.num_channels for g in self.groups()}
+        return record_of(self._target.model, groups, self._memory.full_shapes)
 
     @property
     def model(self) -> nn.Module:

@@ -1,19 +1,22 @@
 """The shapes that a model was built with, known as long as the model lives.
 
-Holds: what they were before anything was removed, over several runs, one-shot events and checkpoints. A checkpoint says
-them, so that `load` knows a freshly built model by them.
+Holds: what they were before anything was removed, over several runs, one-shot events and checkpoints, and the plain
+numbers and classes of modules then. A checkpoint says the shapes, so that `load` knows a freshly built model by them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _BUILT: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
+_VALUES: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_NUMBERS: WeakKeyDictionary[nn.Module, dict[str, tuple[ref[nn.Module], dict[str, Any]]]] = WeakKeyDictionary()
 
 
 def built_shapes(model: nn.Module, now: Shapes) -> dict[str, tuple[int, ...]]:
@@ -26,9 +29,49 @@ def built_shapes(model: nn.Module, now: Shapes) -> dict[str, tuple[int, ...]]:
         now: shapes by name.
     """
     known = _BUILT.get(model, {})
+    _note_numbers(model)
     found = {name: known[name] if _holds(known.get(name), shape) else tuple(shape) for name, shape in now.items()}
-    _BUILT[model] = found
+    _BUILT[model] = {**known, **found}  # tensors of branches that are empty now may come back with a checkpoint
     return dict(found)
+
+
+def built_numbers(model: nn.Module, name: str) -> dict[str, Any]:
+    """Return the class (`__class__`) and the plain numbers that a module had before anything was removed.
+
+    Args:
+        model: without its wrappers.
+        name: of a module in it.
+
+    Returns: attribute -> value; {} where nothing is known, or where another module has taken the place.
+    """
+    seen = _NUMBERS.get(model, {}).get(name)
+    return dict(seen[1]) if seen is not None and seen[0]() is model.get_submodule(name) else {}
+
+
+def built_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return by name the buffers that no state_dict holds, as they were before anything was removed."""
+    return dict(_VALUES.get(model, {}))
+
+
+def _note_numbers(model: nn.Module) -> None:
+    known, values = _NUMBERS.setdefault(model, {}), _VALUES.setdefault(model, {})
+    for name, module in model.named_modules():
+        if name not in known or known[name][0]() is not module:
+            for leaf in module._non_persistent_buffers_set:  # an event puts others in their place: these cost nothing
+                if (buffer := module._buffers.get(leaf)) is not None:
+                    values[f"{name}.{leaf}".lstrip(".")] = buffer.detach()
+            numbers = {key: _copied(value) for key, value in vars(module).items() if _is_plain(value)}
+            known[name] = ref(module), {"__class__": type(module), **numbers}
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) in (tuple, list):
+        return all(type(entry) is int for entry in value)  # type: ignore[attr-defined]
+    return type(value) in (int, float, bool)
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 def is_known(model: nn.Module) -> bool:
@@ -38,7 +81,7 @@ def is_known(model: nn.Module) -> bool:
 
 def note_built(model: nn.Module, shapes: Shapes) -> None:
     """Note the shapes that a model which takes over a checkpoint was built with."""
-    _BUILT[model] = {name: tuple(shape) for name, shape in shapes.items()}
+    _BUILT[model] = {**_BUILT.get(model, {}), **{name: tuple(shape) for name, shape in shapes.items()}}
 
 
 def _holds(built: tuple[int, ...] | None, now: tuple[int, ...]) -> bool:

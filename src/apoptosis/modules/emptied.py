@@ -8,6 +8,8 @@ Constants are views of one bias, expanded: nothing is computed, and no memory is
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -139,6 +141,8 @@ class PassThrough(nn.Module):
 
 MARK = "_apoptosis_stand_in"
 """Attribute in which a module keeps what it stands in for, for checkpoints."""
+OUTLINE = "_apoptosis_outline"
+"""Attribute in which a module keeps what it was, for loading a checkpoint from before it was emptied."""
 STAND_INS: tuple[type[nn.Module], ...] = (
     ConstantLinear,
     ConstantConv,
@@ -149,6 +153,53 @@ STAND_INS: tuple[type[nn.Module], ...] = (
     NoChannels,
     PassThrough,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """A module without the memory of its parameters, so that it can be put together again.
+
+    shell: a copy without anything in it. parameters, buffers: on the meta device, but for buffers that a state_dict
+    leaves out. children: the modules inside. others: attributes that a stand-in overwrites.
+    """
+
+    shell: nn.Module
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    children: dict[str, Outline | None]
+    others: dict[str, Any]
+
+
+def outline_of(module: nn.Module, overwritten: Iterable[str] = (), made: Sequence[nn.Parameter] = ()) -> Outline:
+    """Return the outline of a module.
+
+    Args: overwritten: names of attributes that change. made: parameters that it has got just now, and had not before.
+
+    Example:
+        >>> found = outline_of(nn.Sequential(nn.Linear(2, 3)))
+        >>> found.children["0"].parameters["weight"].shape, found.children["0"].parameters["weight"].device.type
+        (torch.Size([3, 2]), 'meta')
+    """
+    shell = nn.Module.__new__(type(module))
+    vars(shell).update(
+        {k: dict(v) if k.endswith(("_hooks", "_hooks_with_kwargs")) else v for k, v in vars(module).items()}
+    )
+    vars(shell).update(_parameters={}, _buffers={}, _modules={})
+    kept = module._non_persistent_buffers_set
+    buffers = {n: t if n in kept or t is None else t.to("meta") for n, t in module._buffers.items()}
+    parameters = {
+        n: None if p is None or any(p is q for q in made) else _on_meta(p) for n, p in module._parameters.items()
+    }
+    children = {
+        n: None if inner is None else vars(inner).get(OUTLINE) or outline_of(inner, (), made)
+        for n, inner in module._modules.items()
+    }
+    others = {name: vars(module)[name] for name in overwritten if name in vars(module)}
+    return Outline(shell=shell, parameters=parameters, buffers=buffers, children=children, others=others)
+
+
+def _on_meta(p: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
 
 
 def class_of(stand_in: StandIn, module: nn.Module) -> type[nn.Module] | None:

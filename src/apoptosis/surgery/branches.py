@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError
-from apoptosis.modules.emptied import attributes_of_stand_in, class_of
+from apoptosis.modules.emptied import OUTLINE, attributes_of_stand_in, class_of, outline_of
 from apoptosis.records import Branch, LinearSite, OffsetFold, Reduction, StandIn, Structure
 from apoptosis.surgery.averaged_models import Tensors, copy_of, named_tensors
 from apoptosis.surgery.builder import unique_columns
@@ -104,16 +104,23 @@ def empty_branch(
     value = constant_of(edit, named)
     holder = model.get_submodule(branch.bias.rpartition(".")[0])
     made = _set_bias(log, holder, value, named[edit.weight])
-    exchange_all(log, model, branch.stand_ins)
+    exchange_all(log, model, branch.stand_ins, () if made is None else (made,))
     return made
 
 
-def exchange_all(log: UndoLog, model: nn.Module, stand_ins: Sequence[StandIn]) -> None:
-    """Give modules their stand-ins. Raises: ShapeError: a module's forward pass was replaced."""
+def exchange_all(
+    log: UndoLog, model: nn.Module, stand_ins: Sequence[StandIn], made: Sequence[nn.Parameter] = ()
+) -> None:
+    """Give modules their stand-ins.
+
+    Args: made: parameters that they have got for the constants, and had not before.
+
+    Raises: ShapeError: a module's forward pass was replaced.
+    """
     modules = [model.get_submodule(stand_in.module) for stand_in in stand_ins]  # before any is taken apart
     classes = [class_of(stand_in, module) for stand_in, module in zip(stand_ins, modules, strict=True)]
     for stand_in, module, cls in zip(stand_ins, modules, classes, strict=True):
-        _exchange(log, module, stand_in, cls)
+        _exchange(log, module, stand_in, cls, made)
 
 
 def made_biases(log: UndoLog, model: nn.Module, stand_ins: Sequence[StandIn]) -> list[tuple[Tensor, nn.Parameter]]:
@@ -161,11 +168,15 @@ def _set_bias(log: UndoLog, holder: nn.Module, value: Tensor, weight: Tensor) ->
     return made
 
 
-def _exchange(log: UndoLog, module: nn.Module, stand_in: StandIn, cls: type[nn.Module] | None) -> None:
+def _exchange(
+    log: UndoLog, module: nn.Module, stand_in: StandIn, cls: type[nn.Module] | None, made: Sequence[nn.Parameter]
+) -> None:
+    changed = attributes_of_stand_in(stand_in, module)
+    log.set_attribute(module, OUTLINE, outline_of(module, changed, made))
     if cls is not None:
         paths = [stand_in.holder, *stand_in.after] if stand_in.kind == "branch" else []
         _strip(log, module, paths, bias=stand_in.kind == "constant")
-    for name, value in attributes_of_stand_in(stand_in, module).items():
+    for name, value in changed.items():
         log.set_attribute(module, name, value)
     if cls is not None:
         log.set_attribute(module, "__class__", cls)

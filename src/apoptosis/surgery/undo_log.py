@@ -55,6 +55,12 @@ class UndoLog:
             self._undo.append(lambda: _remove(module, name))
         setattr(module, name, value)
 
+    def remove_attribute(self, module: nn.Module, name: str) -> None:
+        """Take a plain attribute off a module; undoing sets it again."""
+        if name in vars(module):
+            self._undo.append(partial(vars(module).__setitem__, name, vars(module)[name]))
+            _remove(module, name)
+
     def set_item(self, mapping: MutableMapping[Any, Any], key: object, value: object) -> None:
         """Set an item of a dictionary, the keys' order included in what is undone."""
         old = dict(mapping)
