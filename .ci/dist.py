@@ -161,7 +161,7 @@ def try_wheel(wheel: Path, work: Path) -> None:
     check("torch-apoptosis[cli]" in text, f"the command without its extra says: {text}")
     link(work / "env", needed(PROJECT["optional-dependencies"]["cli"]).values())
     for command in ((bin_ / "apoptosis",), (bin_ / "python", "-m", "apoptosis")):
-        check("inspect" in run(*command, "--help", cwd=work), "the command's help lists no commands")
+        check(f"apoptosis {PROJECT['version']} " in run(*command, "--version", cwd=work), "--version tells another one")
 
 
 def try_source(source: Path, work: Path) -> None:
