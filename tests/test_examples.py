@@ -30,4 +30,8 @@ def test_an_example_runs_and_its_network_shrinks(name, tmp_path, monkeypatch, ca
 
 
 def test_every_example_is_run():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*ALONE, "several_processes"}  # the last: test_launch.py
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        *ALONE,
+        "several_processes",
+        "own_work",
+    }  # the last two: test_launch.py, tools/test_own_work.py

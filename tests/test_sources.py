@@ -17,7 +17,7 @@ SRC = Path(apoptosis.errors.__file__).parent
 MAX_FILE, MAX_FUNCTION = 500, 60
 #: What may be imported from outside; packages that are not listed here take CORE alone.
 CORE = {"torch", "numpy", "scipy", "safetensors", "threadpoolctl"}
-EXTRAS = {"typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "tensorboard"}
+EXTRAS = {"typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "tensorboard", "PIL"}
 MORE = {
     "display": {"matplotlib", "tqdm", "rich"},
     "tools.recipes": EXTRAS,

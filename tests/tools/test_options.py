@@ -16,11 +16,18 @@ OWN = {
     "plan": {"checkpoint", "json_file"},
 }
 VALUES = {
-    "data": "mnist",
+    "data": "csv:table.csv",
     "data_dir": "files",
     "train_rows": 70,
     "test_rows": 30,
+    "label": "price",
+    "drop": ("id", "name"),
+    "task": "regression",
+    "size": 32,
     "validation": 0.25,
+    "model": "my.nets:build",
+    "kwargs": '{"hidden": 3}',
+    "loss": "my.nets:loss",
     "network": "cnn",
     "widths": (64, 32),
     "activation": "gelu",
@@ -78,7 +85,7 @@ def typed_words(name, value):
         return [option]
     if value is False:
         return [option.replace("--", "--no-", 1)]
-    if name == "exclude":
+    if name in ("exclude", "drop"):
         return [word for item in value for word in (option, item)]
     return [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 

@@ -34,6 +34,9 @@ def same_calibration(monkeypatch):
 class Quiet:
     """A watcher that does nothing; tests override what they need."""
 
+    def data(self, data):
+        pass
+
     def step(self, trainer, loss):
         pass
 

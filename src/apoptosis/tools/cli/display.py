@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from apoptosis.decide.ledger import Event
+from apoptosis.tools.recipes.datasets import Dataset
 from apoptosis.tools.recipes.loop import SILENT, Epoch, Trainer, Watcher
 from apoptosis.tools.report.words import metric_value
 
@@ -36,6 +37,11 @@ class Lines(Watcher):
 
     def __init__(self, out: Console) -> None:
         self.out = out
+
+    def data(self, data: Dataset) -> None:
+        """Print what the user should know of data of their own."""
+        for note in data.notes:
+            self.out.print(f"data: {note}", soft_wrap=True, markup=False)
 
     def event(self, trainer: Trainer, event: Event) -> None:
         """Print what was removed."""

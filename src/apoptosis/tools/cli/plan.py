@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from apoptosis import shrink_
 from apoptosis.checkpoint import load
@@ -23,8 +22,10 @@ from apoptosis.tools.cli.options import JsonFile, check_json_file, path_of, with
 from apoptosis.tools.cli.rank_errors import refuse_several
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.datasets import Dataset
+from apoptosis.tools.recipes.fitting import placed_on, probe_of
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, write_json
 from apoptosis.tools.recipes.loop import make_network
+from apoptosis.tools.recipes.own_network import probe_limit
 from apoptosis.tools.recipes.train import prepare
 
 BOUNDS = {
@@ -48,16 +49,16 @@ def plan(
     data, place = prepare(config)
     model = make_network(config, data, place)
     load(path, model)
-    rows = min(config.probe_rows, len(data.validation))
-    example, _ = data.train.between(0, 2)
+    example = placed_on(data.train.between(0, 2)[0], place)
+    rows = min(config.probe_rows, len(data.validation), probe_limit(example))
     event = shrink_(
         model,
-        example.to(place),
+        example,
         _batches(data, min(config.batch, len(data.train)), place),
         tolerance=_tolerance(config),
         target=config.target,
         criterion=config.criterion,
-        probe=tuple(t.to(place) for t in data.validation.between(0, rows)) if rows else None,
+        probe=probe_of(data, 0, rows, place, labelled=config.loss is None) if rows else None,
         align=config.align,
         exclude=config.exclude,
     )
@@ -95,8 +96,8 @@ def _find(given: Path) -> tuple[Path, RunConfig]:
     raise CheckpointError(f"'{given}' holds no {CHECKPOINT}{hint}.")
 
 
-def _batches(data: Dataset, batch: int, device: torch.device) -> Iterator[Tensor]:
+def _batches(data: Dataset, batch: int, device: torch.device) -> Iterator[Any]:
     """Yield training inputs in order; the library stops when it has seen enough."""
-    for start in range(0, len(data.train) - batch + 1, batch):
-        inputs, _ = data.train.between(start, start + batch)
-        yield inputs.to(device)
+    for inputs, labels in data.train.slices(batch):
+        if len(labels) == batch:
+            yield placed_on(inputs, device)

@@ -6,6 +6,7 @@ Holds: from options to a run, and the result as text. Elsewhere: the run (recipe
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from apoptosis.tools.cli.display import console, display, widths_words
 from apoptosis.tools.cli.options import Out, Quiet, path_of, same_config, with_run_options
 from apoptosis.tools.cli.rank_errors import joined_group
 from apoptosis.tools.launch import Group
-from apoptosis.tools.recipes.config import RunConfig, resolve_device
+from apoptosis.tools.recipes.config import CSV, IMAGES, RunConfig, resolve_device
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, RunFolder, has_results
 from apoptosis.tools.recipes.train import train as run_train
 from apoptosis.tools.report.words import metric_value
@@ -88,7 +89,11 @@ def _where(group: Group, config: RunConfig, out: Path | None, resume: Path | Non
 
 def default_folder(config: RunConfig) -> Path:
     """Name a folder after data, network and time; one that is not there yet."""
-    name = f"{config.data}-{config.network}-{time.strftime('%Y%m%d-%H%M%S')}"
+    own = config.data.startswith((CSV, IMAGES))
+    data = Path(config.data.partition(":")[2]).stem if own else config.data.rpartition(":")[2]
+    data = re.sub(r"[^\w.-]+", "-", data).strip("-.") or "data"
+    network = config.network if config.model is None else config.model.rpartition(":")[2]
+    name = f"{data}-{network}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 

@@ -40,7 +40,8 @@ def compare(
     Raises: as `train`; what is logged stays.
     """
     data, device = prepare(config)
-    folder.begin(config.model_copy(update={"seed": seeds[0]}), device, seeds=list(seeds))
+    watch.data(data)
+    folder.begin(config.model_copy(update={"seed": seeds[0]}), device, about=data.about, seeds=list(seeds))
     pairs = []
     with Interrupt() as interrupt:
         for seed in seeds:

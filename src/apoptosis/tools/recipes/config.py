@@ -14,12 +14,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from apoptosis.criteria import criteria
+from apoptosis.decide.goal import is_goal
 from apoptosis.errors import ArgumentError, DataError
 from apoptosis.storage.files import check_regular, replacing
 from apoptosis.storage.plain_json import parse
 from apoptosis.tools.recipes.datasets import DATASETS
 from apoptosis.tools.recipes.networks import ACTIVATIONS, NETWORKS
+from apoptosis.tools.recipes.own import is_factory
 
+IMAGES, CSV = "images:", "csv:"
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -32,7 +35,10 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: str = Field("digits", description=f"Data set: {', '.join(DATASETS)}.")
+    data: str = Field(
+        "digits",
+        description=f"Data set: {', '.join(DATASETS)}; or your own: images:DIR, csv:FILE, or package.module:factory.",
+    )
     data_dir: str | None = Field(
         None,
         description="Where the publisher's files lie or are downloaded to. Default: $APOPTOSIS_DATA or the cache.",
@@ -41,8 +47,21 @@ class RunConfig(BaseModel):
         None, description="Use only so many training rows (digits: enlarge to so many)."
     )
     test_rows: Positive | None = Field(None, description="higgs: rows at the end of the file that are the test split.")
+    label: str | None = Field(None, description="csv: column to predict (--target COLUMN is understood, too).")
+    drop: tuple[str, ...] = Field((), description="csv: column to leave out; may be repeated.")
+    task: Literal["auto", "classification", "regression"] = Field(
+        "auto", description="csv: what the column to predict is: auto, classification, regression."
+    )
+    size: int = Field(64, ge=4, le=4096, description="images: pixels of a side, after resizing.")
     validation: float = Field(
         0.1, ge=0, le=0.9, description="Share of the training rows held out for validation and certificates."
+    )
+    model: str | None = Field(None, description="Network of your own, package.module:factory, in place of --network.")
+    kwargs: str = Field("{}", description="Arguments of the factory of --model, as JSON.")
+    loss: str | None = Field(
+        None,
+        description="Loss of your own, package.module:loss, called as loss(output, labels). Default: cross-entropy of "
+        "classes, mean squared error of values.",
     )
     network: str = Field("mlp", description=f"Network: {', '.join(NETWORKS)}.")
     widths: tuple[Positive, ...] | None = Field(
@@ -140,9 +159,34 @@ class RunConfig(BaseModel):
         with replacing(path) as partial:
             partial.write_text(self.model_dump_json(indent=2) + "\n")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _column_as_target(cls, values: Any) -> Any:
+        """Take --target COLUMN as --label COLUMN, where it is no size to reach."""
+        if not isinstance(values, dict) or not str(values.get("data", "")).startswith(CSV):
+            return values
+        column, label = values.get("target"), values.get("label")
+        if isinstance(column, str) and not is_goal(column) and label in (None, column):
+            return {**values, "label": column, "target": None}
+        return values
+
+    @field_validator("model", "loss")
+    @classmethod
+    def _factory(cls, value: str | None, info: Any) -> str | None:
+        if value is not None and not is_factory(value):
+            raise ValueError("not of the form package.module:factory (for example torchvision.models:resnet18)")
+        return value
+
     @field_validator("data", "network", "activation", "criterion")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
+        if info.field_name == "data" and ":" in value:
+            kind, _, rest = value.partition(":")
+            if f"{kind}:" in (IMAGES, CSV) and not rest.strip():
+                raise ValueError(f"{kind}: is to be followed by a path")
+            if f"{kind}:" not in (IMAGES, CSV) and not is_factory(value):
+                raise ValueError("of your own are images:DIR, csv:FILE and package.module:factory")
+            return value
         known: Collection[str] = {
             "data": DATASETS,
             "network": NETWORKS,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -24,6 +24,7 @@ from apoptosis.tools.recipes.machine import machine, versions
 
 SCHEMA = 1  # of summaries
 CONFIG, LOG, SUMMARY, CHECKPOINT = "config.json", "events.jsonl", "summary.json", "last.safetensors"
+DATA = "data.json"  # of data of the user's own: classes, columns, statistics
 
 
 class RunFolder:
@@ -61,12 +62,19 @@ class RunFolder:
         """Where the last checkpoint lies."""
         return self.path / CHECKPOINT
 
-    def begin(self, config: RunConfig, device: torch.device, **more: Any) -> None:
-        """Write configuration, versions and machine; from here on the folder is that of a run."""
+    def begin(
+        self, config: RunConfig, device: torch.device, *, about: Mapping[str, Any] = MappingProxyType({}), **more: Any
+    ) -> None:
+        """Write configuration, versions and machine; from here on the folder is that of a run.
+
+        about: what a later use of the network has to know of the data; written as a file of its own.
+        """
         self._head = {"config": config.model_dump(mode="json"), "versions": versions(), "machine": machine(device)}
         if self._writes:
             self._begun = True
             config.write(self.path / CONFIG)
+            if about:
+                write_json(self.path / DATA, about)
             self._log.append("run", **self._head, **more)
 
     def event_logger(self, seed: int, kept: list[Mapping[str, Any]] | None = None) -> LogRecord:

@@ -19,21 +19,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apoptosis.decide.ledger import Event
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.engine import Apoptosis
-from apoptosis.errors import CheckpointError, NonFiniteError
+from apoptosis.errors import ArgumentError, CheckpointError, NonFiniteError
 from apoptosis.tools.launch import Group, ProcessInfo
 from apoptosis.tools.recipes import several
 from apoptosis.tools.recipes.config import RunConfig
-from apoptosis.tools.recipes.datasets import Dataset
+from apoptosis.tools.recipes.datasets import DATASETS, Dataset, Part
+from apoptosis.tools.recipes.fitting import check_classes, check_fit, loss_of, placed_on, probe_of, run_on
 from apoptosis.tools.recipes.interrupt import Interrupt, Stopped
 from apoptosis.tools.recipes.metrics import evaluate
-from apoptosis.tools.recipes.networks import build_network, num_macs, num_parameters
+from apoptosis.tools.recipes.networks import build_network, call_macs, num_parameters
 from apoptosis.tools.recipes.optim import learning_rates, make_optimizer
+from apoptosis.tools.recipes.own_network import own_network, probe_limit
 from apoptosis.tools.recipes.several import (
     StopVote,
     batch_share,
@@ -52,6 +53,9 @@ LogRecord = Callable[[Mapping[str, Any]], None]
 
 class Watcher:
     """Sees a run's progress; this one shows nothing. Must be quick, for its time counts as training."""
+
+    def data(self, data: Dataset) -> None:
+        """Before the first step: the data as they were read."""
 
     def step(self, trainer: Trainer, loss: float) -> None:
         """Every CHECK_EVERY steps: mean loss of the epoch so far."""
@@ -84,7 +88,14 @@ class Epoch:
 
 
 def make_network(config: RunConfig, data: Dataset, device: torch.device) -> nn.Module:
-    """Build the full-width network of a run."""
+    """Build the full-width network of a run.
+
+    Raises: ArgumentError: the library's do not take such data, or the user's factory fails.
+    """
+    if config.model is not None:
+        return own_network(config.model, config.kwargs, data, device)
+    if not data.shape or not data.num_classes:
+        raise ArgumentError(f"'{config.data}' has examples of more than one tensor: give a network with --model.")
     return build_network(
         config.network,
         data.shape,
@@ -125,9 +136,14 @@ class Trainer:
         self.group = group or Group(ProcessInfo(), device, Ranks())
         self.stop = StopVote(self.group, self.interrupt)
         self.batch = min(config.batch, len(data.train))
+        self._evaluated = 512 if isinstance(data.train, Part) else self.batch
         self._share = batch_share(self.group, self.batch)
         torch.manual_seed(config.seed)
         self.model = make_network(config, data, device)
+        self._loss_of = loss_of(data.kind, config.loss)
+        self._classes = 0
+        if config.model is not None or config.data not in DATASETS:
+            self._classes = check_fit(self.model, data, self._loss_of, config.loss, device)
         self.parallel = self.group.parallel(self.model)
         self.optimizer = make_optimizer(config, self.model)
         self.steps_per_epoch = len(data.train) // self.batch
@@ -149,12 +165,18 @@ class Trainer:
     def _start_apoptosis(self, log: LogRecord | None) -> Apoptosis:
         config, held_out = self.config, self.data.validation
         rows = len(held_out) if config.budget is not None else min(config.probe_rows, len(held_out))
-        probe = tuple(t.to(self.device) for t in held_out.between(*probe_share(self.group, rows))) if rows else None
-        example, _ = self.data.train.between(0, 2)
+        example = placed_on(self.data.train.between(0, 2)[0], self.device)
+        if config.budget is None:
+            rows = min(rows, probe_limit(example))
+        probe = None
+        if rows:
+            share = probe_share(self.group, rows)
+            labelled = config.loss is None
+            probe = probe_of(self.data, *share, self.device, labelled=labelled, num_classes=self._classes)
         return Apoptosis(
             self.parallel,
             self.optimizer,
-            example.to(self.device),
+            example,
             tolerance=config.tolerance,
             target=config.target,
             criterion=config.criterion,
@@ -200,7 +222,8 @@ class Trainer:
         """Count multiply-adds per example now; counted again only after the network has shrunk."""
         size = self.parameters()
         if self._macs is None or self._macs[0] != size:
-            self._macs = (size, num_macs(self.model, self.data.shape))
+            one = placed_on(self.data.train.between(0, 1)[0], self.device)
+            self._macs = (size, call_macs(self.model, lambda: run_on(self.model, one)))
         return self._macs[1]
 
     def run_epoch(self, watch: Watcher = SILENT) -> Epoch:
@@ -239,7 +262,9 @@ class Trainer:
         ranks = self.group.ranks
 
         def value_of_rank_0() -> float:  # the running averages of its BatchNorm are those of the run
-            return evaluate(self.model, part, self.data.metric, self.device) if ranks.rank == 0 else 0.0
+            if ranks.rank:
+                return 0.0
+            return evaluate(self.model, part, self.data.metric, self.device, self._evaluated, self._loss_of)
 
         value = ranks.first(ranks.run_collectively(value_of_rank_0))
         self.evaluation_seconds += time.perf_counter() - started
@@ -281,19 +306,21 @@ class Trainer:
     def _train(self, watch: Watcher) -> None:
         """Run the steps that are left of the current epoch."""
         data, model, optimizer, apo = self.data.train, self.parallel, self.optimizer, self.apo
-        own, alone = self._share, self.group.size == 1
+        own, alone, loss_of_batch = self._share, self.group.size == 1, self._loss_of
         weight = (own.stop - own.start) * self.group.size / self.batch
         epoch, first = divmod(self.step, self.steps_per_epoch)
         batches = self._begin_epoch(epoch, first)
         group = optimizer.param_groups[0]
         precision = self._precision()
-        for position in range(first, self.steps_per_epoch):
-            inputs, labels = data.take(batches[position][own])
-            inputs, labels = inputs.to(self.device), labels.to(self.device)
+        read = data.batches(batch[own] for batch in batches[first:])
+        for position, (inputs, labels) in enumerate(read, start=first):
+            if self._classes and labels.device.type == "cpu":
+                check_classes(labels, self._classes)
+            inputs, labels = placed_on(inputs, self.device), labels.to(self.device)
             group["lr"] = self._rates[self.step]
             with self.group.step():
                 with precision:
-                    loss = F.cross_entropy(model(inputs), labels)
+                    loss = loss_of_batch(run_on(model, inputs), labels)
                 loss = loss if alone else weight * loss
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
@@ -333,7 +360,7 @@ class Trainer:
         if not first:
             self._loss_sum = torch.zeros_like(self._loss_sum)
         self.model.train()
-        order = order[: self.steps_per_epoch * self.batch].to(self.data.train.labels.device)
+        order = order[: self.steps_per_epoch * self.batch].to(self.data.train.device)
         return order.view(self.steps_per_epoch, self.batch)
 
     def _loss(self) -> float:

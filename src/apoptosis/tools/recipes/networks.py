@@ -214,11 +214,16 @@ def num_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
         >>> num_macs(nn.Linear(4, 3), (4,))
         12
     """
+    first = next(model.parameters())
+    return call_macs(model, lambda: model(torch.zeros((1, *shape), dtype=first.dtype, device=first.device)))
+
+
+def call_macs(model: nn.Module, call: Callable[[], object]) -> int:
+    """Count the multiply-adds of a call of `model`, in evaluation mode; the model is as before afterwards."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    first = next(model.parameters())
     with internal_passes(model), FlopCounterMode(display=False) as counter:
-        model(torch.zeros((1, *shape), dtype=first.dtype, device=first.device))
+        call()
     return int(counter.get_total_flops()) // 2
 
 

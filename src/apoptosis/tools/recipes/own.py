@@ -54,7 +54,9 @@ def find_object(spec: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except Exception as error:  # the user's code may raise anything
-        raise ArgumentError(f"'{spec}' cannot be imported: {_what(error)}{_hint(error, module_name)}") from error
+        raise ArgumentError(
+            f"'{spec}' cannot be imported: {what_went_wrong(error)}{_hint(error, module_name)}"
+        ) from error
     return found
 
 
@@ -87,7 +89,7 @@ def call_factory(spec: str, kwargs: str = "{}", offered: Mapping[str, Any] | Non
         raise
     except Exception as error:  # the user's code may raise anything
         hint = " (its arguments are given with --kwargs)" if isinstance(error, TypeError) else ""
-        raise ArgumentError(f"'{spec}' cannot be built: {_what(error)}{hint}") from error
+        raise ArgumentError(f"'{spec}' cannot be built: {what_went_wrong(error)}{hint}") from error
 
 
 def network_of(spec: str, made: Any) -> tuple[nn.Module, Any]:
@@ -112,7 +114,7 @@ def _parameters(found: Any) -> set[str]:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def _what(error: BaseException) -> str:
+def what_went_wrong(error: BaseException) -> str:
     """Return an error's kind, its text, and the last line of the user's code that it came through."""
     trace, where = error.__traceback__, ""
     while trace is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from apoptosis.distributed.ranks import Ranks
 from apoptosis.errors import CheckpointError, NonFiniteError
 from apoptosis.tools.launch import Group
 from apoptosis.tools.recipes.config import RunConfig, resolve_device
-from apoptosis.tools.recipes.datasets import Dataset, load_dataset
+from apoptosis.tools.recipes.data import load_data
+from apoptosis.tools.recipes.datasets import Dataset
 from apoptosis.tools.recipes.folder import RunFolder
 from apoptosis.tools.recipes.interrupt import Interrupt, Stopped
 from apoptosis.tools.recipes.loop import SILENT, Epoch, Trainer, Watcher
@@ -42,13 +42,7 @@ def prepare(config: RunConfig, group: Group | None = None) -> tuple[Dataset, tor
         torch.set_num_threads(config.threads)
     elif several and group is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_of_one(group.process.local_size))
-    data = load_dataset(
-        config.data,
-        data_dir=None if config.data_dir is None else Path(config.data_dir),
-        validation=config.validation,
-        train_rows=config.train_rows,
-        test_rows=config.test_rows,
-    )
+    data = load_data(config)
     parts = {name: getattr(data, name).resident(device) for name in ("train", "validation", "test")}
     return replace(data, **parts), device
 
@@ -75,6 +69,7 @@ def write_checkpoint(folder: RunFolder, trainer: Trainer, epochs: list[Epoch]) -
                 trainer.apo,
                 trainer=state,
                 epochs=history,
+                data=trainer.data.fingerprint,
                 config=trainer.config.model_dump(mode="json"),
             )
 
@@ -91,6 +86,11 @@ def read_checkpoint(folder: RunFolder, trainer: Trainer) -> list[Epoch]:
     try:
         if extra["config"] != trainer.config.model_dump(mode="json"):
             raise CheckpointError(f"'{folder.checkpoint}' is of a run with another configuration than its folder says.")
+        if extra.get("data", "") != trainer.data.fingerprint:
+            raise CheckpointError(
+                f"the data of '{trainer.config.data}' have changed since '{folder.checkpoint}' was written: put them "
+                "back, or start another run."
+            )
         trainer.load_state_dict(extra["trainer"])
         return [Epoch(**values) for values in extra["epochs"]]
     except (KeyError, TypeError) as error:
@@ -133,12 +133,13 @@ def train(
     several = group is not None and group.size > 1
     with Interrupt(grace=INTERRUPT_GRACE if several else 0.0) as interrupt:
         log = folder.event_logger(config.seed)
+        watch.data(data)
         trainer = Trainer(config, data, device, log=log, interrupt=interrupt, group=group)
         epochs = each(lambda: read_checkpoint(folder, trainer)) if resume else []
         reported: dict[str, Any] = {"resumed_at_step": trainer.step} if resume else {}
         if trainer.group.size > 1:
             reported |= {"ranks": trainer.group.size, "launcher": trainer.group.launcher}
-        each(lambda: folder.begin(config, device, **reported))
+        each(lambda: folder.begin(config, device, about=data.about, **reported))
         checkpoints = _Checkpoints(folder, trainer, epochs)
         try:
             while not trainer.finished:

@@ -5,7 +5,7 @@ Holds: formatting. Elsewhere: layout.
 
 from __future__ import annotations
 
-METRIC_WORDS = {"accuracy": "accuracy", "auc": "AUC"}
+METRIC_WORDS = {"accuracy": "accuracy", "auc": "AUC", "r2": "R²"}
 
 
 def short_number(value: float) -> str:

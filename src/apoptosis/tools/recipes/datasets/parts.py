@@ -6,10 +6,10 @@ read). Elsewhere: file formats, downloads, or anything random.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,18 +17,46 @@ from torch import Tensor
 from apoptosis.errors import DataError
 from apoptosis.tools.recipes.datasets.fetch import Source
 
-MetricName = Literal["accuracy", "auc"]
+MetricName = Literal["accuracy", "auc", "r2", "negative loss"]
+Kind = Literal["classes", "values"]
 
 # Standardised copies up to this size are made once; larger parts are standardised batch by batch.
 RESIDENT_BYTES = 512 * 2**20
 _CHUNK_ROWS = 65536
+SPLIT_SEED = 0
+TEST_SHARE = 0.2  # of data that bring no test part
+
+
+class Rows(Protocol):
+    """Examples and labels, of which batches are taken: `Part`, or what reads a data set of the user's own."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index of a batch has to be."""
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield inputs and labels of the rows in every index."""
+
+    def between(self, start: int, stop: int) -> tuple[Any, Tensor]:
+        """Return inputs and labels of the rows start..stop."""
+
+    def slices(self, size: int) -> Iterator[tuple[Any, Tensor]]:
+        """Yield inputs and labels of all rows in order, so many at a time."""
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return the rows start..stop as a part of their own."""
+
+    def resident(self, device: torch.device) -> Self:
+        """Return a copy on `device` where that is possible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
     """Examples and their labels.
 
-    inputs: (rows, *shape), float32, or uint8 pixels; may be mapped from a file. labels: (rows,) int64.
+    inputs: (rows, *shape), float32, or uint8 pixels; may be mapped from a file. labels: (rows,) int64, or values.
     shift, scale: broadcast against one example; a batch is `inputs * scale + shift` in float32. None: ready as is.
     """
 
@@ -40,13 +68,26 @@ class Part:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the labels are, and with them the index of a batch."""
+        return self.labels.device
+
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (float32) and labels of the rows in `index` (int64, on the part's device)."""
         return self._standard(self.inputs.index_select(0, index)), self.labels.index_select(0, index)
 
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and labels of the rows in every index."""
+        return (self.take(index) for index in indices)
+
     def between(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return inputs (float32) and labels of the rows start..stop."""
         return self._standard(self.inputs[start:stop]), self.labels[start:stop]
+
+    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and labels of all rows in order, so many at a time."""
+        return (self.between(start, start + size) for start in range(0, len(self), size))
 
     def rows(self, start: int, stop: int) -> Part:
         """Return the rows start..stop as a part of their own, sharing memory."""
@@ -75,16 +116,24 @@ class Part:
 class Dataset:
     """One data set, split once: training, validation (may be empty) and test parts.
 
-    shape: of one example, (features,) or (planes, height, width). metric: what a run on it reports, in 0..1.
+    shape: of one example, (features,) or (planes, height, width); () where an example is more than one tensor.
+    num_classes: outputs of a network: classes, or numbers to predict; 0 where that is not known without it. metric:
+    what a run on it reports; more is better. kind: whether labels are classes, or values (regression). notes: what the
+    user should know of how it was read. fingerprint: of the contents, "" where they are known by name. about: plain
+    values that a later use of the network needs: names of classes, columns and their statistics.
     """
 
     name: str
     shape: tuple[int, ...]
     num_classes: int
     metric: MetricName
-    train: Part
-    validation: Part
-    test: Part
+    train: Rows
+    validation: Rows
+    test: Rows
+    kind: Kind = "classes"
+    notes: tuple[str, ...] = ()
+    fingerprint: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +176,57 @@ def standardised(train: Part, *others: Part, dims: tuple[int, ...]) -> tuple[Par
     scale = (1 / deviation)[0].to(torch.float32)
     shift = (-mean / deviation)[0].to(torch.float32)
     return tuple(replace(part, shift=shift, scale=scale) for part in (train, *others))
+
+
+def split_rows(labels: Tensor | None, num_rows: int, validation: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose training, validation and test rows: the same for the same number of rows (and labels), whatever the run.
+
+    Every class gives its share to each of them, where classes have enough examples for that.
+
+    Args:
+        labels: (rows,) classes; None for rows without.
+        num_rows: how many there are; a fifth becomes the test part.
+        validation: share of the others that is held out.
+
+    Returns: indices of rows, in an order that says nothing about their labels.
+
+    Raises: DataError: too few rows for that.
+
+    Example:
+        >>> [len(part) for part in split_rows(None, 100, 0.1)]
+        [72, 8, 20]
+    """
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(num_rows, generator=generator, device="cpu")
+    groups = [order] if labels is None else [order[labels[order] == label] for label in torch.unique(labels)]
+    parts: tuple[list[Tensor], ...] = ([], [], [])
+    for group in groups:
+        num_test = round(len(group) * TEST_SHARE)
+        num_held = round((len(group) - num_test) * validation)
+        sizes = [len(group) - num_test - num_held, num_held, num_test]
+        for part, rows in zip(parts, torch.split(group, sizes), strict=True):
+            part.append(rows)
+    train, held_out, test = (torch.cat(part) for part in parts)
+    if labels is not None and (not len(test) or (validation > 0 and not len(held_out))):  # classes of few examples
+        return split_rows(None, num_rows, validation)
+    if len(train) < 2 or not len(test) or (validation > 0 and not len(held_out)):
+        raise DataError(
+            f"{num_rows} examples are too few to hold out a fifth for testing and a share of {validation} of the rest "
+            "for validation."
+        )
+    mixed = (part[torch.randperm(len(part), generator=generator, device="cpu")] for part in (train, held_out, test))
+    train, held_out, test = mixed
+    return train, held_out, test
+
+
+def first_rows(part: Tensor, train_rows: int | None) -> Tensor:
+    """Return so many of the training rows, the first; None for all.
+
+    Raises: DataError: there are fewer.
+    """
+    if train_rows is not None and train_rows > len(part):
+        raise DataError(f"--train-rows: {train_rows} is more than the {len(part)} training rows that are there.")
+    return part[:train_rows]
 
 
 def hold_out(part: Part, share: float, train_rows: int | None = None) -> tuple[Part, Part]:
