@@ -66,7 +66,7 @@ check: $(STAMP)
 	@unused=$$($(BIN)/vulture | grep '^src/'); test -z "$$unused" || { echo "$$unused"; exit 1; }
 	$(BIN)/codespell src docs tests benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
 
-# The site, in build/site; a broken link or a page that is in no menu is an error. The variable spares a notice about
+# The site, in build/site; a broken link is an error. The variable spares a notice about
 # the versions of mkdocs to come.
 docs: $(STAMP)
 	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

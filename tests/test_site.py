@@ -60,11 +60,16 @@ def hooks():
     return load("hooks")
 
 
-def test_every_page_is_in_the_menu_once(hooks):
+def test_the_menu_has_every_page_once(hooks):
     menu = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    made = {page for page in hooks.MADE.values() if page.endswith(".md")}
-    assert sorted(menu) == sorted(pages | made)
+    pages |= {page for page in hooks.MADE.values() if page.endswith(".md")}
+    assert len(menu) == len(set(menu))
+    assert set(menu) <= pages
+    whole = hooks.with_rest(["index.md", {"Learn": [{"Guide": "guide.md"}]}], ["guide.md", "b.md", "a.md", "index.md"])
+    assert whole == ["index.md", {"Learn": [{"Guide": "guide.md"}]}, {"More": ["a.md", "b.md"]}]
+    assert hooks.with_rest(menu, menu) == menu
+    assert hooks.listed(whole) == ["index.md", "guide.md", "a.md", "b.md"]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def notebook_page(text: str) -> str:
             told = "".join(output.get("text") or data.get("text/plain", ())).rstrip()
             if "image/png" in data:
                 parts.append(f"![What the cell above drew](data:image/png;base64,{data['image/png'].strip()})")
+            elif "text/html" in data:
+                parts.append(re.sub(r"\n\s*", "", "".join(data["text/html"])))
             elif told:
                 parts.append(f"```text\n{told}\n```")
     return "\n\n".join(parts) + "\n"
@@ -117,6 +119,19 @@ def all_names_told(text: str) -> str:
     return text + ("\n## More\n\n" if rest else "") + "\n".join(f"::: apoptosis.{name}\n" for name in rest)
 
 
+def listed(menu: Any) -> list[str]:
+    """Return the pages of a menu, in its order."""
+    if isinstance(menu, str):
+        return [menu]
+    return [page for entry in (menu.values() if isinstance(menu, dict) else menu) for page in listed(entry)]
+
+
+def with_rest(menu: list[Any], pages: list[str]) -> list[Any]:
+    """Return the menu with the pages that it lacks at its end, so that none is lost."""
+    rest = sorted(set(pages) - set(listed(menu)))
+    return [*menu, {"More": rest}] if rest else menu
+
+
 # ---------------------------------------------------------------- what mkdocs calls
 
 
@@ -129,6 +144,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, text in made_pages().items():
         files.append(File.generated(config, name, content=text))
+    pages = [file.src_uri for file in files.documentation_pages() if not file.inclusion.is_excluded()]
+    config.nav = with_rest(config.nav or [], pages)
     return files
 
 
