@@ -8,9 +8,10 @@ import matplotlib as mpl
 import pytest
 
 from apoptosis.decide.log import EventLog, read_events
+from apoptosis.display.text import short_number
 from apoptosis.errors import ApoptosisError, DataError
 from apoptosis.tools.report import read_run, write_report
-from apoptosis.tools.report.words import exact_number, short_number
+from apoptosis.tools.report.words import metric_value, rounded
 from distributed.launched import ran
 
 PLOTS = ("widths", "size", "learning", "certificates", "time")
@@ -35,8 +36,9 @@ class Page(HTMLParser):
         if "id" in given:
             self.ids.append(given["id"])
         self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "xlink:href", "action")]
-        if tag == "svg":
-            assert given["role"] == "img"
+        if tag == "svg":  # what stands around it has its words
+            assert given["aria-hidden"] == "true"
+        if given.get("role") == "img":
             self.labels[self.section] = given["aria-label"]
         if tag == "section":
             self.section = given["aria-labelledby"].removeprefix("h-")
@@ -192,13 +194,14 @@ def test_tiles_tell_the_logs_figures(page):
 def test_tables_tell_the_logs_figures(run, page):
     for record in read_events(run / "events.jsonl"):
         if record["kind"] == "epoch":
-            for key in ("step", "seconds", "loss", "metric", "parameters", "macs"):
-                assert exact_number(record[key]) in page.text("epochs")
+            for key in ("step", "seconds", "loss", "parameters", "macs"):
+                assert rounded(record[key]) in page.text("epochs")
+            assert metric_value("accuracy", record["metric"]) in page.text("epochs")
         if record["kind"] == "event":
-            assert all(exact_number(v) in page.text("events") for v in record["measured"].values())
-            assert all(exact_number(c["value"]) in page.text("events") for c in record["certificates"])
+            assert all(rounded(v) in page.text("events") for v in record["measured"].values())
+            assert all(rounded(c["value"]) in page.text("events") for c in record["certificates"])
             assert "fc1 {}→{}".format(*record["groups"]["fc1"]) in page.text("events")
-            assert " → ".join(exact_number(v) for v in record["parameters"]) in page.text("events")
+            assert " → ".join(rounded(v) for v in record["parameters"]) in page.text("events")
     assert "rolled back: beyond the budget" in page.text("events")
     assert "nothing removed: too few rows" in page.text("events")
     assert "0.00731" in page.text("ledger")
@@ -399,6 +402,66 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     assert done.wait() == 0, done.told()
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.97, "0.97"), (9999, "9999"), (10_000, "10k"), (2_913_290, "2.913M")])
+def test_bounds_that_say_nothing_are_left_out_with_the_reason(tmp_path):
+    nothing = [
+        {"kind": "accuracy", "subject": "outputs", "value": 1.06, "confidence": 0.97, "population": True},
+        {"kind": "empirical", "subject": "fc2", "value": 1.2, "rows": 9},
+    ]
+    with EventLog(tmp_path / "events.jsonl") as log:
+        epoch(log, "apoptosis", 1, 64)
+        event(log, 150, 64, 48, certificates=nothing)
+        event(log, 160, 48, 40)
+        log.append("ledger", seed=0, ledger={"events": 2, "accuracy_cost": 1.0})
+    page = page_of(tmp_path)
+    assert "1.06" not in page.text()
+    assert "no bound, too few probe rows" in page.text("events")
+    assert "no bound at fc2" in page.text("events")
+    assert "Left out are bounds that say nothing: 1 of kind accuracy (too few probe rows" in page.text("certificates")
+    assert "accuracy: 1 certified, 1 measured" in page.labels["certificates"]
+    assert "none can be given: too few probe rows" in page.text("ledger")
+    (tmp_path / "alone").mkdir()
+    with EventLog(tmp_path / "alone" / "events.jsonl") as log:
+        event(log, 150, 64, 48, certificates=nothing, measured={})
+    page = page_of(tmp_path / "alone")
+    assert "certificates" not in page.labels
+    assert page.text("certificates").endswith("as large as the output itself).")
+
+
+def test_units_are_per_example_in_older_logs_too(tmp_path):
+    with EventLog(tmp_path / "events.jsonl") as log:
+        epoch(log, "apoptosis", 1, 64)
+        event(log, 150, 64, 48, macs=(4 * 9_000.0 * 64, 4 * 9_000.0 * 48))
+        epoch(log, "apoptosis", 2, 48)
+    assert "576,000 → 432,000" in page_of(tmp_path).text("events")
+    assert "multiply-adds per example" in page_of(tmp_path).text("events")
+    assert "example input" not in page_of(tmp_path).text()
+
+
+def test_numbers_have_three_significant_digits(tmp_path):
+    with EventLog(tmp_path / "events.jsonl") as log:
+        epoch(log, "apoptosis", 1, 64, seconds=1234.5678, loss=0.123456)
+        event(log, 150, 64, 48, seconds=0.0123456, measured={"output_rms": 0.0113777, "flips": 2.41234e-4})
+    text = page_of(tmp_path).text()
+    assert {"1,235", "0.123", "0.0123", "0.0114", "0.000241"} <= set(text.split())
+    assert not re.search(r"[1-9]\d*\.\d{4}|\b0\.0*[1-9]\d{3}", text)
+    assert "640,000 → 480,000" in text  # counts are counts
+
+
+def test_validation_stands_beside_test_and_a_disagreement_is_said(tmp_path):
+    folder = whole_run(tmp_path / "run")
+    with EventLog(folder / "events.jsonl") as log:
+        epoch(log, "dense", 4, 64, slower=2.0, metric=0.95)
+        epoch(log, "apoptosis", 4, 48, metric=0.94)
+        log.append("summary", overall={"test_metric_dense": 0.92, "test_metric_apoptosis": 0.93})
+    text = page_of(folder).text()
+    assert "test accuracy, with apoptosis 93.00 % validation 94.00 %, after the last epoch" in text
+    assert "Test and validation disagree: accuracy is better with apoptosis on the test part" in text
+    assert "worse with apoptosis on the validation part (94.00 % against 95.00 %)" in text
+    with EventLog(folder / "events.jsonl") as log:
+        log.append("summary", overall={"test_metric_dense": 0.93, "test_metric_apoptosis": 0.92})
+    assert "disagree" not in page_of(folder).text()
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.97, "0.97"), (9999, "9999"), (10_000, "10k"), (2_913_290, "2.91M")])
 def test_short_numbers(value, text):
     assert short_number(value) == text

@@ -30,7 +30,7 @@ def test_one_function_adds_a_plot(tmp_path):
         del figures.PLOTS["epochs-drawn"], figures.PLOTS["never-drawn"]
     assert (tmp_path / "plots" / "epochs-drawn.png").read_bytes().startswith(b"\x89PNG")
     assert '<h2 id="h-epochs-drawn">A &lt;new&gt; plot</h2>' in page
-    assert '<svg role="img" aria-label="One loss."' in page
+    assert '<div class="panels" role="img" aria-label="One loss.">' in page
     assert "<figcaption>Losses. More words.</figcaption>" in page
     assert "The log holds &lt;nothing&gt; of that kind." in page
     assert not (tmp_path / "plots" / "never-drawn.png").exists()

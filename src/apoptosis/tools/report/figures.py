@@ -1,35 +1,36 @@
 """The plots: widths, size, loss and metric, certificates, time.
 
-Holds: drawing with matplotlib's object interface (no pyplot, no global state is left changed). Elsewhere:
-numbers that the log does not hold. Every plot comes as PNG bytes, as themed inline SVG, or as a sentence why not.
+Holds: drawing with matplotlib's object interface (no pyplot, no global state is left changed), a figure for every
+panel. Elsewhere: PNG, SVG and legends (rendering.py), numbers that the log does not hold.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from apoptosis.display.text import short_number, shown_name
 from apoptosis.errors import ArgumentError
+from apoptosis.tools.report.rendering import Entry, rendered
 from apoptosis.tools.report.run import (
     APOPTOSIS,
     DENSE,
+    NOTHING_SAID,
     Curve,
     Record,
     RunData,
     certificates,
     measured,
     measured_points,
+    says_nothing,
     step_of,
 )
 from apoptosis.tools.report.theme import (
@@ -39,13 +40,12 @@ from apoptosis.tools.report.theme import (
     INK,
     MUTED,
     SERIES,
-    VARIABLES,
 )
-from apoptosis.tools.report.words import METRIC_WORDS, short_number
+from apoptosis.tools.report.words import METRIC_WORDS
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 10,
+    "font.size": 11,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
@@ -63,6 +63,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "text.parse_math": False,  # names of groups are names, whatever dollar signs they hold
     "lines.linewidth": 2.0,
     "svg.fonttype": "none",
@@ -75,7 +76,6 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 DASHES = ("-", "--", "-.", ":")
 MAX_LABELLED = 8
-_LONGEST_LABEL = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +88,17 @@ class Plot:
     alt: str = ""
     missing: str = ""
     png: bytes = b""
-    svg: str = ""
+    svgs: tuple[str, ...] = ()
+    legend: tuple[Entry, ...] = ()
 
 
 class Drawn(NamedTuple):
-    """What a function of PLOTS returns: the figure, its alternative text, and what it adds to the caption."""
+    """What a function of PLOTS returns: a figure, or one for every panel; words for it; what it adds to the caption.
 
-    figure: Figure
+    What is labelled and has no legend of its own gets one beside the plot.
+    """
+
+    figures: Figure | Sequence[Figure]
     alt: str
     more: str = ""
 
@@ -118,8 +122,10 @@ def plot(key: str, title: str, caption: str) -> Callable[[Draw], Draw]:
             drawn = draw(run)
             if isinstance(drawn, str):
                 return Plot(key=key, title=title, caption=caption, missing=drawn)
-            png, svg = _rendered(drawn.figure, key)
-            return Plot(key=key, title=title, caption=caption + drawn.more, alt=drawn.alt, png=png, svg=svg)
+            figures = [drawn.figures] if isinstance(drawn.figures, Figure) else drawn.figures
+            png, svgs, legend = rendered(figures, key)
+            more = {"caption": caption + drawn.more, "alt": drawn.alt}
+            return Plot(key=key, title=title, **more, png=png, svgs=svgs, legend=legend)
 
         PLOTS[key] = made
         return draw
@@ -134,37 +140,14 @@ def draw_all(run: RunData) -> tuple[Plot, ...]:
         return tuple(draw(run) for draw in PLOTS.values())
 
 
-def _rendered(fig: Figure, key: str) -> tuple[bytes, str]:
-    FigureCanvasAgg(fig)
-    png, svg = io.BytesIO(), io.StringIO()
-    fig.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
-    fig.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return png.getvalue(), _inline(svg.getvalue(), key)
-
-
-def _inline(svg: str, key: str) -> str:
-    """Make a standalone SVG fit for the page: ids of its own, colours from the style sheet, no outside references."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"|(<svg[^>]*?)\sheight="[^"]*"', r"\1\2", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
-    svg = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{key}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", svg)
-    for colour, (name, _, _) in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg.strip()
-
-
-def _axes(num: int) -> tuple[Figure, list[Axes]]:
-    fig = Figure(figsize=(9.6, 3.7))
-    axes = [fig.add_subplot(1, num, i + 1) for i in range(num)]
+def _axes(num: int) -> tuple[list[Figure], list[Axes]]:
+    figures = [Figure(figsize=(5.2, 3.4)) for _ in range(num)]
+    axes = [fig.add_subplot() for fig in figures]
     for ax in axes:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
         ax.xaxis.set_major_locator(MaxNLocator(6))
-    return fig, axes
+    return figures, axes
 
 
 @plot(
@@ -196,7 +179,6 @@ def _widths(run: RunData) -> Drawn | str:
     if len(run.seeds) > 1:
         more += f" Shown is seed {seed}, one of {len(run.seeds)}."
     ax.set(xlabel="step", ylabel="channels", ylim=(0, None), xlim=(0, None))
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="group", alignment="left")
     ends = "; ".join(f"{g} from {int(line[0][1])} to {int(line[-1][1])}" for g, line in lines.items())
     return Drawn(fig, f"Staircase plot of {len(lines)} group widths over steps: {ends}.", more)
 
@@ -214,7 +196,7 @@ def _size(run: RunData) -> Drawn | str:
         ax.step(x, y, where="post", label=_once(ax, _name(method)), **LOOKS[method] | {"marker": ""})
         return f"from {short_number(y[0])} to {short_number(y[-1])}"
 
-    drawn = _over_time(run, {"parameters": "parameters", "macs": "MACs"}, draw, ylim=(0, None))
+    drawn = _over_time(run, {"parameters": "parameters", "macs": "multiply-adds per example"}, draw, ylim=(0, None))
     if drawn is None:
         return "The log has no sizes yet: no finished epoch."
     return Drawn(drawn[0], f"Staircase plots over training time. {drawn[1]}.")
@@ -244,7 +226,7 @@ def _learning(run: RunData) -> Drawn | str:
 
 def _over_time(
     run: RunData, columns: Mapping[str, str], draw: Callable[[Axes, str, int, str], str], **limits: Any
-) -> tuple[Figure, str] | None:
+) -> tuple[list[Figure], str] | None:
     """Draw a panel for every column that the epochs have, over training seconds; return them in words, too."""
     found = {column: label for column, label in columns.items() if _has(run, column)}
     if not found:
@@ -256,7 +238,6 @@ def _over_time(
             if said := draw(ax, method, seed, column):
                 words.append(f"{_name(method)}, {label}: {said}")
         ax.set(title=label, xlabel="training seconds", xlim=(0, None), **limits)
-        ax.legend(loc="best")
     return fig, "; ".join(words)
 
 
@@ -280,27 +261,32 @@ MARGINS: dict[str, Any] = {"linestyle": "", "marker": "s", "markerfacecolor": "n
 )
 def _certificates(run: RunData) -> Drawn | str:
     attempts = [e for seed in run.seeds for e in run.events.get(seed, ())]
-    kinds = [k for k in CERTIFICATE_WORDS if any(c.get("kind") == k for e in attempts for c in certificates(e))]
-    if not kinds:
+    found = [c for e in attempts for c in certificates(e)]
+    if not found:
         return "No event carries a certificate." if attempts else "There has been no event yet."
+    kinds = [k for k in CERTIFICATE_WORDS if any(c.get("kind") == k and not says_nothing(c) for c in found)]
     outputs = measured_points(attempts, "output_rms")
+    if not kinds and not outputs:
+        return _left_out(attempts).strip()
     fig, axes = _axes(len(kinds) + bool(outputs))
-    more, said = "", [_certificate_panel(ax, attempts, kind) for ax, kind in zip(axes, kinds, strict=False)]
+    said = [_certificate_panel(ax, attempts, kind) for ax, kind in zip(axes, kinds, strict=False)]
+    more = _left_out(attempts)
     if outputs:
         axes[-1].plot([s for s, _ in outputs], [v for _, v in outputs], label="measured", **MEASURED)
         _finish_panel(axes[-1], "outputs: relative rms change", [v for _, v in outputs])
-        more = " The change of the outputs comes from all sites of an event together and has no bound of its own."
+        more += " The change of the outputs comes from all sites of an event together and has no bound of its own."
     return Drawn(fig, f"Points over steps. {'; '.join(said)}.", more)
 
 
 def _certificate_panel(ax: Axes, attempts: Sequence[Record], kind: str) -> str:
     """Draw one kind of certificate with its measurements; return it in words."""
-    found = [(e, c) for e in attempts for c in certificates(e) if c.get("kind") == kind]
+    found = [(e, c) for e in attempts for c in certificates(e) if c.get("kind") == kind and not says_nothing(c)]
     pairs = [(step_of(e), float(c["value"]), measured(e, c)) for e, c in found]
     dots = [(s, b, v) for s, b, v in pairs if v is not None]
     for step, bound, value in dots:
         ax.plot([step, step], [value, bound], color=MUTED, linewidth=0.8, zorder=1)
-    ax.plot([s for s, _, _ in pairs], [b for _, b, _ in pairs], label="certified", **CERTIFIED)
+    if pairs:
+        ax.plot([s for s, _, _ in pairs], [b for _, b, _ in pairs], label="certified", **CERTIFIED)
     margins = measured_points(attempts, "margin_share") if kind == "accuracy" else []
     if margins:
         ax.plot([s for s, _ in margins], [v for _, v in margins], label="by margins", **MARGINS)
@@ -312,10 +298,16 @@ def _certificate_panel(ax: Axes, attempts: Sequence[Record], kind: str) -> str:
     return f"{kind}: {len(pairs)} certified, {len(dots)} measured, {held} of these at or below their bound"
 
 
+def _left_out(attempts: Sequence[Record]) -> str:
+    """Say which bounds are not drawn, and why."""
+    found = Counter(str(c.get("kind")) for e in attempts for c in certificates(e) if says_nothing(c))
+    reasons = [f"{number} of kind {kind.replace('_', ' ')} ({NOTHING_SAID[kind]})" for kind, number in found.items()]
+    return f" Left out are bounds that say nothing: {'; '.join(reasons)}." if reasons else ""
+
+
 def _finish_panel(ax: Axes, title: str, values: Sequence[float]) -> None:
     _scale(ax, values)
     ax.set(title=title, xlabel="step", xlim=(0, None))
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, columnspacing=1.0, handletextpad=0.3)
 
 
 @plot("time", "Time saved", "Cumulative training seconds at the end of each epoch; the gap is the time saved so far.")
@@ -342,12 +334,9 @@ def _time(run: RunData) -> Drawn | str:
         d, a = dense.last("seconds") or 0.0, apo.last("seconds") or 0.0
         said.append(f"seed {seed}: {short_number(d)} s without, {short_number(a)} s with apoptosis")
         if len(both) == 1 and d > a:
-            at = max(dense.points("epoch", "seconds")[0])
-            ax.annotate(f"{short_number(d - a)} s saved", (at, (d + a) / 2), (-8, 0), ha="right", va="center",
-                        textcoords="offset points")  # fmt: skip
+            ax.set_title(f"{short_number(d - a)} s saved")
     ax.set(xlabel="epoch", ylabel="training seconds", ylim=(0, None), xlim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    ax.legend(loc="upper left")
     return Drawn(fig, f"Line plot of cumulative seconds by epoch. {'; '.join(said)}.")
 
 
@@ -365,19 +354,6 @@ def _scale(ax: Axes, values: Iterable[float]) -> None:
         ax.set_yscale("symlog", linthresh=min(positive))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
     ax.set_ylim(0, None)
-
-
-def shown_name(name: str) -> str:
-    r"""Return a name as a plot can show it: in one line, not too long, without characters that are none.
-
-    Example:
-        >>> shown_name("fc"), shown_name("_stem"), shown_name("two\nlines"), len(shown_name("x" * 500))
-        ('fc', ' _stem', 'two lines', 40)
-    """
-    shown = "".join("\ufffd" if unicodedata.category(c) in ("Cs", "Cn", "Co") else c for c in name)
-    shown = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cf") else c for c in shown).split())
-    shown = shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 3]}..."
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves labels with an underscore out
 
 
 def _has(run: RunData, column: str) -> bool:

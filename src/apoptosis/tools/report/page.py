@@ -11,11 +11,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from apoptosis.display.text import short_number
 from apoptosis.tools.report.figures import Plot
 from apoptosis.tools.report.run import APOPTOSIS, DENSE, RunData, number, summary_value
 from apoptosis.tools.report.tables import epochs_table, events_table, ledger_table, pairs_table
 from apoptosis.tools.report.theme import VARIABLES
-from apoptosis.tools.report.words import METRIC_WORDS, metric_value, short_number, times
+from apoptosis.tools.report.words import METRIC_WORDS, metric_value, times
 
 HIDDEN = frozenset({"kind", "time", "config", "versions", "machine"})
 OWN_SECTIONS = HIDDEN | {"epochs", "events", "ledger_text"}  # of the summary: what the page has in its own sections
@@ -76,9 +77,27 @@ def _lead(run: RunData) -> str:
         said += [
             "The run has no paired run without apoptosis, so there is nothing to compare its time and metric with."
         ]
+    said.append(_disagreement(run))
     if run.summary is None and not run.ledgers:
         said += ["The log has no ledger and no summary: the run has not ended yet, or it was interrupted."]
     return " ".join(s for s in said if s)
+
+
+def _disagreement(run: RunData) -> str:
+    """Say so where validation and test differ on which of the two methods is better."""
+    test = [summary_value(run, "overall", f"test_metric_{method}") for method in (APOPTOSIS, DENSE)]
+    validated = [_mean([c.last("metric") for c in run.curves if c.method == m]) for m in (APOPTOSIS, DENSE)]
+    if None in test or None in validated:
+        return ""
+    gains = [(with_ or 0.0) - (without or 0.0) for with_, without in (test, validated)]
+    if gains[0] * gains[1] >= 0:
+        return ""
+    words = [f"{'better' if gain > 0 else 'worse'} with apoptosis" for gain in gains]
+    pairs = [" against ".join(metric_value(run.metric_name, v or 0.0) for v in pair) for pair in (test, validated)]
+    return (
+        f"Test and validation disagree: {METRIC_WORDS.get(run.metric_name, run.metric_name)} is {words[0]} on the test "
+        f"part ({pairs[0]}) and {words[1]} on the validation part ({pairs[1]}), so the difference may be chance."
+    )
 
 
 def _tiles(run: RunData) -> list[tuple[str, str, str]]:
@@ -111,13 +130,16 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
         if test is None and [c.method for c in run.curves] == [method]:
             test = summary_value(run, "result", "test_metric")
         values = [c.last("metric") for c in run.curves if c.method == method]
+        validated = _mean(values)
         over = f"mean of {len(values)} seeds, " if len(values) > 1 else ""
+        beside = "" if validated is None else f"validation {metric_value(run.metric_name, validated)}, "
         if test is not None:
             tiles.append(
-                (f"test {metric}, {words}", metric_value(run.metric_name, test), f"{over}after the last epoch")
+                (f"test {metric}, {words}", metric_value(run.metric_name, test), f"{over}{beside}after the last epoch")
             )
-        elif (mean := _mean(values)) is not None:
-            tiles.append((f"validation {metric}, {words}", metric_value(run.metric_name, mean), f"{over}last epoch"))
+        elif validated is not None:
+            value = metric_value(run.metric_name, validated)
+            tiles.append((f"validation {metric}, {words}", value, f"{over}last epoch"))
     return tiles
 
 

@@ -21,6 +21,11 @@ DENSE = "dense"
 APOPTOSIS = "apoptosis"
 
 Record = Mapping[str, Any]
+#: Kind of a certificate -> why one of 1 or more says nothing.
+NOTHING_SAID = {
+    "accuracy": "too few probe rows to bound the share of changed predictions below 1",
+    "empirical": "a relative change of 1 is as large as the output itself",
+}
 _LARGEST = 1e100  # beyond, axes overflow
 
 
@@ -130,6 +135,11 @@ class RunData:
         points.sort(key=lambda p: (p[0], -p[1]))
         return [x for x, _ in points], [y for _, y in points]
 
+    def per_example(self, seed: int) -> float:
+        """Return what MACs of the events of a seed have to be multiplied by to be per example (older logs differ)."""
+        curve = self.curve(APOPTOSIS, seed)
+        return 1.0 if curve is None else self._epoch_unit(curve, "macs")
+
     def _epoch_unit(self, curve: Curve, key: str) -> float:
         """Epochs count MACs per example, events per example input: how much one is of the other."""
         for event in reversed(self.committed(curve.seed)):
@@ -218,6 +228,11 @@ def certificates(event: Record) -> list[Record]:
     found = event.get("certificates")
     entries = found if isinstance(found, list) else []
     return [c for c in entries if isinstance(c, dict) and number(c.get("value")) is not None]
+
+
+def says_nothing(certificate: Record) -> bool:
+    """Whether a bound holds whatever happens: a share of 1 or more, a relative change as large as what changes."""
+    return certificate.get("kind") in NOTHING_SAID and (number(certificate.get("value")) or 0.0) >= 1.0
 
 
 def measured(event: Record, certificate: Record) -> float | None:

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 
 from apoptosis.tools.report.run import (
     APOPTOSIS,
+    NOTHING_SAID,
     Record,
     RunData,
     before_after,
     certificates,
     event_groups,
     number,
+    says_nothing,
     step_of,
 )
-from apoptosis.tools.report.words import exact_number
+from apoptosis.tools.report.words import metric_value, rounded
 
 LEDGER_WORDS = {
     "events": "events",
@@ -26,7 +28,7 @@ LEDGER_WORDS = {
     "rolled_back": "rolled back",
     "parameters": "parameters, before and after",
     "macs": "multiply-adds per example, before and after",
-    "accuracy_cost": "upper limit on the cost in accuracy, before further training (a share; 1: none can be given)",
+    "accuracy_cost": "upper limit on the cost in accuracy, before further training (a share)",
     "confidence": "confidence of that limit",
     "population": "holds for the population (not only for the rows measured)",
     "probe_rows": "probe rows",
@@ -66,13 +68,16 @@ def ledger_table(ledger: Record, caption: str) -> Table:
     )
     entries = {k: v for k, v in entries.items() if k != "history" and (k, v) != ("idle", "")}  # the events table has it
     order = [k for k in LEDGER_WORDS if k in entries] + [k for k in entries if k not in LEDGER_WORDS]
-    rows = [(LEDGER_WORDS.get(k, k.replace("_", " ")), cell(entries[k])) for k in order]
+    shown = {k: cell(entries[k]) for k in order}
+    if (number(entries.get("accuracy_cost")) or 0.0) >= 1.0:
+        shown["accuracy_cost"] = f"none can be given: {NOTHING_SAID['accuracy']}"
+    rows = [(LEDGER_WORDS.get(k, k.replace("_", " ")), shown[k]) for k in order]
     return Table(caption or "All events of the run", ("entry", "value"), rows)
 
 
 def events_table(run: RunData) -> Table:
     """Return one row per attempt, with what was certified and measured."""
-    head = ("step", "widths", "parameters", "MACs (example input)", "certified", "measured", "seconds", "outcome")
+    head = ("step", "widths", "parameters", "multiply-adds per example", "certified", "measured", "seconds", "outcome")
     rows = []
     for seed in run.seeds:
         for event in sorted((*run.events.get(seed, ()), *run.attempts.get(seed, ())), key=step_of):
@@ -81,7 +86,12 @@ def events_table(run: RunData) -> Table:
             outcome = "rolled back" if event.get("rolled_back") else outcome
             reason = f": {event['reason']}" if event.get("reason") else ""
             row = [cell(event.get("step")), "\n".join(widths) or "none", _sizes(event, "parameters")]
-            row += [_sizes(event, "macs"), _certified(event), _measured(event), cell(event.get("seconds"))]
+            row += [
+                _sizes(event, "macs", run.per_example(seed)),
+                _certified(event),
+                _measured(event),
+                cell(event.get("seconds")),
+            ]
             rows.append((seed, [*row, outcome + reason]))
     return _by_seed(run, "Every attempt, in order", head, rows, {0, 2, 3, 6}, at=0)
 
@@ -89,11 +99,24 @@ def events_table(run: RunData) -> Table:
 def epochs_table(run: RunData) -> Table:
     """Return one row per epoch, of the runs with and without apoptosis."""
     columns = ("epoch", "step", "seconds", "loss", "metric", "parameters", "macs")
-    head = ("method", "epoch", "step", "training seconds", "training loss", run.metric_name, "parameters", "MACs")
+    head = (
+        "method",
+        "epoch",
+        "step",
+        "training seconds",
+        "training loss",
+        run.metric_name,
+        "parameters",
+        "multiply-adds per example",
+    )
     rows = []
     for curve in run.curves:
         name = "with apoptosis" if curve.method == APOPTOSIS else "without"
-        rows += [(curve.seed, [name, *(cell(epoch.get(c)) for c in columns)]) for epoch in curve.epochs]
+        for epoch in curve.epochs:
+            cells = {c: cell(epoch.get(c)) for c in columns}
+            metric = number(epoch.get("metric"))
+            cells["metric"] = "–" if metric is None else metric_value(run.metric_name, metric)
+            rows.append((curve.seed, [name, *cells.values()]))
     return _by_seed(run, "After every epoch", head, rows, set(range(1, len(head))), at=1)
 
 
@@ -127,7 +150,7 @@ def cell(value: Any) -> str:
         return "yes" if value else "no"
     plain = number(value)
     if plain is not None:
-        return exact_number(plain)
+        return rounded(plain)
     if isinstance(value, list):
         pair = len(value) == 2 and all(number(v) is not None for v in value)
         return (" → " if pair else "\n").join(cell(v) for v in value) or "none"
@@ -136,8 +159,8 @@ def cell(value: Any) -> str:
     return " ".join(str(value).split("\n"))
 
 
-def _sizes(event: Record, key: str) -> str:
-    return " → ".join(exact_number(v) for v in before_after(event, key)) or "–"
+def _sizes(event: Record, key: str, unit: float = 1.0) -> str:
+    return " → ".join(rounded(unit * v) for v in before_after(event, key)) or "–"
 
 
 def _certified(event: Record) -> str:
@@ -150,8 +173,10 @@ def _certified(event: Record) -> str:
         confidence = number(largest.get("confidence"))
         sure = f", {100 * confidence:.4g} %" if confidence is not None and confidence < 1 else ""
         where = "" if kind != "accuracy" or largest.get("population") else ", on these rows only"
-        text = f"{kind.replace('_', ' ')} ≤ {exact_number(float(largest['value']))}{about}{sure}{where}"
-        lines.append(text)
+        if says_nothing(largest):
+            lines.append(f"{kind.replace('_', ' ')}: no bound{about}, {NOTHING_SAID[kind]}")
+            continue
+        lines.append(f"{kind.replace('_', ' ')} ≤ {rounded(float(largest['value']))}{about}{sure}{where}")
     return "\n".join(lines) or "–"
 
 
