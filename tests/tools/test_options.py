@@ -6,6 +6,7 @@ import typer
 from apoptosis.errors import ArgumentError
 from apoptosis.tools.cli.app import app
 from apoptosis.tools.cli.options import option_name, with_run_options
+from apoptosis.tools.cli.plan import OF_A_NETWORK, OF_A_RUN
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.networks import NETWORKS, network
 from apoptosis.tools.report.figures import PLOTS, plot
@@ -13,7 +14,7 @@ from apoptosis.tools.report.figures import PLOTS, plot
 OWN = {
     "train": {"out", "launcher", "resume", "quiet"},
     "compare": {"seeds", "out", "json_file", "quiet"},
-    "plan": {"checkpoint", "json_file"},
+    "plan": {"checkpoint", "input_shape", "input_dtype", "json_file"},
 }
 VALUES = {
     "data": "csv:table.csv",
@@ -75,7 +76,8 @@ def test_every_field_is_an_option_and_every_option_a_field(command, without):
 
 def test_plan_changes_what_it_names_and_has_no_defaults_of_its_own():
     options = {option.name: option for option in commands()["plan"].params}
-    assert set(options) - OWN["plan"] == {"tolerance", "target", "criterion", "data_dir", "device"}
+    assert set(options) - OWN["plan"] == {*OF_A_RUN, *OF_A_NETWORK}
+    assert set(OF_A_RUN) == {"tolerance", "target", "criterion", "data_dir", "device"}
     assert all(options[name].default is None for name in set(options) - OWN["plan"])
 
 

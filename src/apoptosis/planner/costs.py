@@ -53,6 +53,7 @@ class Costs:
     """
 
     def __init__(self, structure: Structure, timings: Timings | None = None) -> None:
+        self.timings = timings
         self._macs, groups = structure.macs, structure.groups
         self._index = {group.name: number for number, group in enumerate(groups)}
         self._widths = np.array([float(group.num_channels) for group in groups])

@@ -1,7 +1,7 @@
-"""`apoptosis plan`: what apoptosis would remove from the network of a checkpoint now.
+"""`apoptosis plan`: what apoptosis would remove from the network of a checkpoint now, or what to expect of a new one.
 
 Holds: the dry run. It shrinks a copy in memory, measures what that does, and writes nothing.
-Elsewhere: planning and surgery (the library).
+Elsewhere: planning and surgery (the library), networks that were not trained yet (expect).
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from apoptosis.checkpoint import load
 from apoptosis.criteria import get_criterion
 from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.tools.cli.display import console
-from apoptosis.tools.cli.options import JsonFile, check_json_file, path_of, with_run_options
+from apoptosis.tools.cli.expect import expect
+from apoptosis.tools.cli.inspect import DTYPES
+from apoptosis.tools.cli.options import JsonFile, check_json_file, option_name, path_of, with_run_options
 from apoptosis.tools.cli.rank_errors import refuse_several
 from apoptosis.tools.recipes.config import RunConfig
 from apoptosis.tools.recipes.datasets import Dataset
 from apoptosis.tools.recipes.fitting import placed_on, probe_of
 from apoptosis.tools.recipes.folder import CHECKPOINT, CONFIG, write_json
 from apoptosis.tools.recipes.loop import make_network
+from apoptosis.tools.recipes.own import is_factory
 from apoptosis.tools.recipes.own_network import probe_limit
 from apoptosis.tools.recipes.train import prepare
 
@@ -35,15 +38,48 @@ BOUNDS = {
 }
 
 
-@with_run_options(fields=("tolerance", "target", "criterion", "data_dir", "device"))
+OF_A_RUN = ("tolerance", "target", "criterion", "data_dir", "device")
+OF_A_NETWORK = (
+    "model", "kwargs", "loss", "data", "label", "drop", "task", "size", "network", "widths", "activation", "dropout",
+    "batch", "optimizer", "align", "exclude", "threads",
+)  # fmt: skip
+
+
+@with_run_options(fields=(*OF_A_RUN, *OF_A_NETWORK))
 def plan(
     typed: Mapping[str, Any],
-    checkpoint: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint file in it.", parser=path_of)],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run folder, or one checkpoint file in it; or package.module:factory, a network that was not trained "
+            "yet, as --model.",
+            parser=path_of,
+        ),
+    ] = None,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Shape of one example of a new network, 3,32,32, where no --data are named."),
+    ] = None,
+    input_dtype: Annotated[str, typer.Option(help=f"Of the inputs of that shape: {', '.join(DTYPES)}.")] = "float32",
     json_file: JsonFile = None,
 ) -> None:
-    """Say what would be removed from the network of a checkpoint, and what that would change. Nothing is written."""
+    """Say what would be removed from the network of a checkpoint now, or what to expect of a new network."""
     refuse_several("plan")
     check_json_file(json_file)
+    if checkpoint is None or (is_factory(str(checkpoint)) and not checkpoint.exists()):
+        expect(typed, None if checkpoint is None else str(checkpoint), tuple(input_shape or ()), input_dtype, json_file)
+        return
+    foreign = [name for name in OF_A_NETWORK if name in typed] + (["input_shape"] if input_shape else [])
+    if foreign:
+        raise ArgumentError(
+            f"{option_name(foreign[0])} is for a network that was not trained yet, and '{checkpoint}' is to be a run: "
+            "leave one of them out."
+        )
+    _dry_run(typed, checkpoint, json_file)
+
+
+def _dry_run(typed: Mapping[str, Any], checkpoint: Path, json_file: Path | None) -> None:
+    """Shrink the network of a checkpoint in memory, and print what that does."""
     path, config = _find(checkpoint)
     config = RunConfig.checked(**{**config.model_dump(), **typed})
     data, place = prepare(config)
