@@ -97,7 +97,7 @@ def altered(lines, rng, where):
 def test_any_place_of_a_log_may_hold_anything(lines, tmp_path, monkeypatch):
     """Everything but the rendering of the canvas, which takes most of the time and sees numbers and names alone."""
 
-    monkeypatch.setattr(figures, "rendered", lambda figs, key: (b"x", ('<svg aria-hidden="true"></svg>',), ()))
+    monkeypatch.setattr(figures, "rendered", lambda _figures, _key: (b"x", ('<svg aria-hidden="true"></svg>',), ()))
     rng, pages = random.Random(0), 0
     where = [path for path in places(lines) if path[0] > 0]
     for _ in range(25):

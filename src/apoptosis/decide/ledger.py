@@ -10,11 +10,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from apoptosis.display import html
-from apoptosis.display.text import share
 from apoptosis.records import Certificate
+
+if TYPE_CHECKING:
+    from apoptosis.display.html import Html
 
 Outcome = Literal["event", "nothing", "rolled back", "skipped"]
 _LINE = 120  # characters of a line of an event's text
@@ -49,8 +50,11 @@ def _shortened(text: str, most: int, *, end: bool = False) -> str:
     return "…" + text[len(text) - most + 1 :] if end else text[: most - 1] + "…"
 
 
-def _sizes_table(parameters: tuple[int, int], macs: tuple[float, float]) -> html.Html:
+def _sizes_table(parameters: tuple[int, int], macs: tuple[float, float]) -> Html:
     """Return parameters and multiply-adds before and after, as a table for notebooks."""
+    from apoptosis.display import html
+    from apoptosis.display.text import share
+
     rows = []
     for name, (before, after) in (("parameters", parameters), ("multiply-adds per example", macs)):
         numbers = _count(round(before)), _count(round(after))
@@ -138,6 +142,8 @@ class Event:
         return f"<Event at {first.partition('; parameters')[0]}>"
 
     def _repr_html_(self) -> str:
+        from apoptosis.display import html
+
         widths = [(name, *pair) for name, pair in self.groups.items() if pair[0] != pair[1]]
         parts = [html.widths_table(widths)] if widths else []
         parts.append(_sizes_table(self.parameters, self.macs))
@@ -255,6 +261,8 @@ class Ledger:
         return f"<Ledger: {first}>"
 
     def _repr_html_(self) -> str:
+        from apoptosis.display import html
+
         parts = [_sizes_table(self.parameters, self.macs)]
         lines = str(self).split("\n")
         parts += [html.line(line) for line in lines[1:] if line not in self.notes]

@@ -27,13 +27,11 @@ class Line(Protocol):
     def close(self) -> None: ...  # noqa: D102
 
 
-def check_progress(progress: object) -> str | None:
-    """Return the library that a progress line is drawn with, None where none was asked for.
+def check_progress(progress: object) -> str:
+    """Return the library that a progress line is drawn with.
 
     Raises: ArgumentError: progress= is no choice, or the library is not installed.
     """
-    if progress is None or progress is False:
-        return None
     if progress is not True and progress not in LIBRARIES:
         choices = ", ".join(map(repr, (True, False, *LIBRARIES)))
         raise ArgumentError(f"progress={progress!r} must be one of {choices}.")
@@ -115,3 +113,9 @@ class Reporter:
     def close(self) -> None:
         """End the line."""
         self._line.close()
+
+
+def make_reporter(library: str, total: int | None) -> Reporter | None:
+    """Return a line that is kept up to date, or None where nobody would see it."""
+    line = make_line(library, total)
+    return None if line is None else Reporter(line)

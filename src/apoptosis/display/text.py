@@ -5,7 +5,6 @@ Holds: formatting in ASCII, so that every terminal and log file can show it. Els
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
 _LONGEST_LABEL = 40
@@ -88,6 +87,8 @@ def shown_name(name: str) -> str:
         >>> shown_name("fc"), shown_name("_stem"), shown_name("two\nlines"), len(shown_name("x" * 500))
         ('fc', ' _stem', 'two lines', 40)
     """
+    import unicodedata  # which nothing but plots needs
+
     shown = "".join("\ufffd" if unicodedata.category(c) in ("Cs", "Cn", "Co") else c for c in name)
     shown = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cf") else c for c in shown).split())
     shown = shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 3]}..."

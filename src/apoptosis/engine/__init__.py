@@ -11,7 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -26,7 +27,6 @@ from apoptosis.decide.state import (
     telemetry,
     write_state,
 )
-from apoptosis.display.progress import Reporter, check_progress, make_line
 from apoptosis.distributed.ranks import ranks_of
 from apoptosis.distributed.wrappers import layouts_of, step_checks
 from apoptosis.engine.beginning import (
@@ -65,12 +65,24 @@ from apoptosis.surgery.target import (
     refreshed,
 )
 
+if TYPE_CHECKING:
+    from apoptosis.display.progress import Reporter
+
 _UNREAD_REMEDY = "Give logits= to read numbers off its output, or a probe= on whose inputs it returns some."
 _LEFT = (
     "Apoptosis.{}() after the end of its with block, where its hooks were taken off: put the training loop inside the "
     "block, or enter it again (`with apo:`) to go on."
 )
 Log = Callable[[dict[str, Any]], None]
+
+
+def _progress_line(progress: bool | str) -> Callable[[int | None], Reporter | None] | None:
+    """Return what makes a progress line for so many steps, None where none was asked for. Raises: ArgumentError."""
+    if progress is None or progress is False:
+        return None
+    from apoptosis.display.progress import check_progress, make_reporter
+
+    return partial(make_reporter, check_progress(progress))
 
 
 class Apoptosis(RunView):
@@ -156,7 +168,7 @@ class Apoptosis(RunView):
         bounds: dict[str, Any] = {"target": target, "min_width": min_width, "max_removed": max_removed}
         numbers: dict[str, Any] = {"tolerance": tolerance, "align": align, "total_steps": total_steps, "budget": budget}
         settings, budget = read_settings(criterion, seed, calibrated=known is not None, **numbers, **bounds)
-        patterns, library = check_exclude(exclude), check_progress(progress)
+        patterns, line = check_exclude(exclude), _progress_line(progress)
         check_optimizers(optimizers, model)
         ranks, self._step_checks = ranks_of(wrappers, model), step_checks(wrappers)
         call, self._log = as_call(example_input), log
@@ -178,8 +190,7 @@ class Apoptosis(RunView):
         check_agreed(self._target, self._settings, self._structure, budget=budget, probe=self._acceptance.held_out)
         self._memory.decision = self._decide()
         self._looks = Looks(model, self._memory, self._settings)
-        line = make_line(library, self._settings.total_steps) if library is not None and not ranks.rank else None
-        self._line = None if line is None else Reporter(line)
+        self._line = None if line is None or ranks.rank else line(self._settings.total_steps)
         self._memory.own_seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------ what a user may do

@@ -19,7 +19,6 @@ from apoptosis.decide.ledger import Ledger
 from apoptosis.decide.policy import Decision
 from apoptosis.decide.state import RunState, Settings, allowed, progress
 from apoptosis.decide.summing import make_ledger
-from apoptosis.display import html
 from apoptosis.display.text import bar, columns, share, shortened
 from apoptosis.engine.event_builder import num_parameters
 from apoptosis.engine.sensitivity import towards
@@ -201,6 +200,8 @@ class RunView:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        from apoptosis.display import html
+
         if "_memory" not in vars(self):
             return html.card(repr(self))
         pins, ledger = self.pins(), self.ledger()

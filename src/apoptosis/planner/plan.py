@@ -13,8 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from apoptosis.criteria import Ranking
-from apoptosis.display import html
-from apoptosis.display.text import plain, short_number
 from apoptosis.distributed.ranks import Ranks
 from apoptosis.distributed.sharded import summon_full_params
 from apoptosis.model.passes import device_of
@@ -70,6 +68,9 @@ class Plan:
         return f"<Plan: {widths or 'nothing to remove'}>"
 
     def _repr_html_(self) -> str:
+        from apoptosis.display import html
+        from apoptosis.display.text import plain, short_number
+
         left = [(name, why.text) for name, why in self.left.items()]
         parts = []
         if self.reductions:

@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from apoptosis.display import html
 from apoptosis.records.branch import Branch
 from apoptosis.records.calls import Count, Follow, IntArray, Kept, PartialOp, ScalarOperands, Split
 from apoptosis.records.outputs import ModuleOutput
@@ -50,6 +49,8 @@ class Pin:
         return f"'{self.group}' ({self.num_channels} channels): {self.reason}{place}.{remedy}"
 
     def _repr_html_(self) -> str:
+        from apoptosis.display import html
+
         rows = [("channels", f"{self.num_channels:,}"), ("why", self.reason), ("where", self.where)]
         rows += [("remedy", self.remedy), ("code", self.code)]
         return html.card(f"Group {self.group} cannot be pruned", html.table(("", ""), [row for row in rows if row[1]]))
@@ -355,6 +356,8 @@ class Group:
         return f"{self.name}: {self.num_channels:,} channels{facts}"
 
     def _repr_html_(self) -> str:
+        from apoptosis.display import html
+
         channels = ("channels", f"{self.num_channels:,}")
         return html.card(f"Group {self.name}", html.table(("", ""), [channels, *self._facts()]))
 

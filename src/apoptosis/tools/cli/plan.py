@@ -7,6 +7,7 @@ Elsewhere: planning and surgery (the library), networks that were not trained ye
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from apoptosis.tools.recipes.loop import make_network
 from apoptosis.tools.recipes.own import is_factory
 from apoptosis.tools.recipes.own_network import probe_limit
 from apoptosis.tools.recipes.train import prepare
+from apoptosis.tools.report.run import NOTHING_SAID, says_nothing
 
 BOUNDS = {
     "empirical": "relative error of what layer '{}' reads",
@@ -104,8 +106,11 @@ def _dry_run(typed: Mapping[str, Any], checkpoint: Path, json_file: Path | None)
     for name, (before, after) in event.groups.items():
         shown.print(f"  {name}: {before} -> {after} channels", markup=False)
     for certificate in event.certificates:
-        what = BOUNDS[certificate.kind].format(certificate.subject.partition(":")[0])
-        shown.print(f"  {what} <= {certificate.value:.3g} ({certificate.rows} rows)", soft_wrap=True, markup=False)
+        what = "  " + BOUNDS[certificate.kind].format(certificate.subject.partition(":")[0])
+        bound = f" <= {certificate.value:.3g} ({certificate.rows} rows)"
+        if says_nothing(asdict(certificate)):
+            bound = f": no bound, {NOTHING_SAID[certificate.kind]} ({certificate.rows} rows)"
+        shown.print(what + bound, soft_wrap=True, markup=False)
     shown.print(str(event), soft_wrap=True, markup=False)
     if json_file is not None:
         write_json(json_file, {"checkpoint": str(path), **event.as_dict()})
