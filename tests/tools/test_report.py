@@ -411,7 +411,9 @@ def test_bounds_that_say_nothing_are_left_out_with_the_reason(tmp_path):
         epoch(log, "apoptosis", 1, 64)
         event(log, 150, 64, 48, certificates=nothing)
         event(log, 160, 48, 40)
-        log.append("ledger", seed=0, ledger={"events": 2, "accuracy_cost": 1.0})
+        sites = {"fc2:fc2.weight:1": 0.01, "q:w:0": 0.02, "q:v:0": 0.03}
+        more = {"confidence": 0.95, "population": True, "goal": "", "notes": [], "site_cost": sites}
+        log.append("ledger", seed=0, ledger={"events": 2, "accuracy_cost": 1.0, **more})
     page = page_of(tmp_path)
     assert "1.06" not in page.text()
     assert "no bound, too few probe rows" in page.text("events")
@@ -419,6 +421,9 @@ def test_bounds_that_say_nothing_are_left_out_with_the_reason(tmp_path):
     assert "Left out are bounds that say nothing: 1 of kind accuracy (too few probe rows" in page.text("certificates")
     assert "accuracy: 1 certified, 1 measured" in page.labels["certificates"]
     assert "none can be given: too few probe rows" in page.text("ledger")
+    for empty in ("confidence", "population", "size asked for", "notes"):
+        assert empty not in page.text("ledger")
+    assert "fc2: 0.01 q:w:0: 0.02 q:v:0: 0.03" in page.text("ledger")
     (tmp_path / "alone").mkdir()
     with EventLog(tmp_path / "alone" / "events.jsonl") as log:
         event(log, 150, 64, 48, certificates=nothing, measured={})

@@ -5,6 +5,7 @@ Holds: rows and cells, as text. Elsewhere: the order of the page, markup (templa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ LEDGER_WORDS = {
     "goal": "size asked for",
     "seconds": "seconds in apoptosis",
     "hook_seconds": "of these, in hooks",
+    "classes": "labels or logits= say that outputs are classes",
     "idle": "why nothing was removed",
     "refused": "refused",
 }
@@ -66,10 +68,19 @@ def ledger_table(ledger: Record, caption: str) -> Table:
         if isinstance(inner, dict)
         else {k: v for k, v in ledger.items() if k not in ("kind", "time", "seed", "text")}
     )
-    entries = {k: v for k, v in entries.items() if k != "history" and (k, v) != ("idle", "")}  # the events table has it
+    entries = {
+        k: v for k, v in entries.items() if k != "history" and v not in (None, "", [])
+    }  # the events table has it
+    unbounded = (number(entries.get("accuracy_cost")) or 0.0) >= 1.0
+    if unbounded:  # nothing holds of a limit that there is not
+        entries = {k: v for k, v in entries.items() if k not in ("confidence", "population")}
+    if isinstance(sites := entries.get("site_cost"), dict):
+        modules = Counter(str(key).partition(":")[0] for key in sites)  # one may have several sites
+        short = {key: str(key).partition(":")[0] for key in sites}
+        entries["site_cost"] = {name if modules[name] == 1 else str(key): sites[key] for key, name in short.items()}
     order = [k for k in LEDGER_WORDS if k in entries] + [k for k in entries if k not in LEDGER_WORDS]
     shown = {k: cell(entries[k]) for k in order}
-    if (number(entries.get("accuracy_cost")) or 0.0) >= 1.0:
+    if unbounded:
         shown["accuracy_cost"] = f"none can be given: {NOTHING_SAID['accuracy']}"
     rows = [(LEDGER_WORDS.get(k, k.replace("_", " ")), shown[k]) for k in order]
     return Table(caption or "All events of the run", ("entry", "value"), rows)
@@ -169,7 +180,7 @@ def _certified(event: Record) -> str:
     found = certificates(event)
     for kind in sorted({str(c.get("kind")) for c in found}, key=lambda k: CERTIFICATE_ORDER.get(k, 9)):
         largest = max((c for c in found if str(c.get("kind")) == kind), key=lambda c: float(c["value"]))
-        about = f" at {largest.get('subject')}" if kind != "accuracy" else ""
+        about = f" at {str(largest.get('subject')).partition(':')[0]}" if kind != "accuracy" else ""
         confidence = number(largest.get("confidence"))
         sure = f", {100 * confidence:.4g} %" if confidence is not None and confidence < 1 else ""
         where = "" if kind != "accuracy" or largest.get("population") else ", on these rows only"
