@@ -69,6 +69,13 @@ def breaks():
         raise KeyError("no label")
     return Rows(label)
 
+def breaks_in_a_worker():
+    return DataLoader(Rows(lambda i: int(Y[i]) if i % 7 else [][i]), num_workers=2), Rows()
+
+def dies():
+    import os
+    return DataLoader(Rows(lambda i: os._exit(3) if i == 200 else int(Y[i])), num_workers=2), Rows()
+
 
 def three(): return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
 def one(): return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -171,7 +178,6 @@ def test_compare_trains_both_on_the_same(work, capsys):
     assert pair["dense"]["metric_name"] == "negative loss"
     assert pair["dense"]["loss"] == pytest.approx(pair["apoptosis"]["loss"], rel=1e-3)
     assert run(["report", "pair"]) == 0
-    assert run(["report", "pair"]) == 0
 
 
 def test_the_librarys_networks_learn_own_data(work, capsys):
@@ -201,6 +207,7 @@ def test_the_librarys_networks_learn_own_data(work, capsys):
         ("raises", "three", "RuntimeError: two lines (own_things.py:"),
         ("breaks", "three", "KeyError: 'no label' (own_things.py:"),
         ("absent", "three", "has no attribute 'absent'"),
+        ("breaks_in_a_worker", "three", "IndexError: list index out of range (own_things.py:"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(work, refusal, data, model, what):
@@ -236,6 +243,12 @@ def test_a_factory_that_gives_one_network_for_two_runs_is_refused(work, refusal)
 def test_batches_without_an_end(work, refusal, monkeypatch):
     monkeypatch.setattr("apoptosis.tools.recipes.datasets.own.MEMORY_SHARE", 1e-6)
     refusal(["train", *of("endless"), *QUICK], "its batches do not end within")
+
+
+@pytest.mark.filterwarnings("default:.*fork.*:DeprecationWarning")
+def test_a_process_that_reads_and_dies_is_one_line(work, refusal):
+    arguments = ["--validation", "0", "--no-apoptosis"]
+    refusal(["train", *of("dies"), *QUICK, *arguments, "--out", "one"], "'own_things:dies' (train): DataLoader worker")
 
 
 def test_the_example_runs_and_shrinks(here, capsys, monkeypatch):

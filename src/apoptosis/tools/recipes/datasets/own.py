@@ -17,6 +17,7 @@ Labels that are whole numbers are classes, 0 to K - 1; floating-point numbers ar
 from __future__ import annotations
 
 import random
+import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data.sampler import RandomSampler, SequentialSampler, SubsetRandomSampler
 
 from apoptosis.errors import ApoptosisError, DataError
+from apoptosis.storage.files import reason
 from apoptosis.tools.recipes.datasets.parts import Dataset, Kind, Part, Rows, first_rows, split_rows
 from apoptosis.tools.recipes.memory import available_memory
 from apoptosis.tools.recipes.own import call_factory, what_went_wrong
@@ -67,28 +69,35 @@ class OwnRows:
         return self.index.device
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Any, Tensor]]:
-        """Yield inputs and labels of the rows in every index, on the CPU."""
+        """Yield inputs and labels of the rows in every index, on the CPU.
+
+        Raises: DataError: the user's code fails, or a process that reads is gone.
+        """
         rows = [self.index[index].tolist() for index in indices]
         reader = _Reader(self.name, self.source, self.collate)
-        if not self.workers or len(rows) < 2:
-            for batch in rows:
-                with _disable_current_modes():
-                    found = reader[batch]
-                yield found
-            return
-        loader = DataLoader(
+        with _disable_current_modes():
+            ready = (
+                iter(self._loader(reader, rows)) if self.workers and len(rows) > 1 else map(reader.__getitem__, rows)
+            )
+        for _ in rows:
+            with _disable_current_modes():
+                try:
+                    found = next(ready)
+                except RuntimeError as error:  # the system killed one, most often for memory
+                    raise DataError(f"{self.name}: {reason(error)[:200]}") from error
+            if isinstance(found, DataError):
+                raise found
+            yield found
+
+    def _loader(self, reader: _Reader, rows: list[list[int]]) -> DataLoader[Any]:
+        return DataLoader(
             reader,
             sampler=rows,
             batch_size=None,
             num_workers=min(self.workers, len(rows)),
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # the global one is that of dropout
         )
-        with _disable_current_modes():
-            ready = iter(loader)
-        for _ in rows:
-            with _disable_current_modes():
-                found = next(ready)
-            yield found
 
     def between(self, start: int, stop: int) -> tuple[Any, Tensor]:
         """Return inputs and labels of the rows start..stop."""
@@ -115,7 +124,14 @@ class _Reader(TorchDataset[Any]):
     def __init__(self, name: str, source: Any, collate: Callable[[list[Any]], Any]) -> None:
         self._name, self._source, self._collate = name, source, collate
 
-    def __getitem__(self, rows: list[int]) -> tuple[Any, Tensor]:
+    def __getitem__(self, rows: list[int]) -> tuple[Any, Tensor] | DataError:
+        """Return a batch, or what is wrong: an error that leaves a process as such takes its traceback along."""
+        try:
+            return self._read(rows)
+        except DataError as error:
+            return error
+
+    def _read(self, rows: list[int]) -> tuple[Any, Tensor]:
         with drawn_from(zlib.crc32(np.array(rows, dtype=np.int64).tobytes())):
             try:
                 at_once = getattr(self._source, "__getitems__", None)
@@ -128,6 +144,11 @@ class _Reader(TorchDataset[Any]):
                     f"{self._name}: a batch of rows {rows[:3]} ... fails: {what_went_wrong(error)}"
                 ) from error
         return in_two(self._name, batch)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave an interrupt, which a terminal sends to all processes, to the one that trains: it writes a checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
