@@ -52,8 +52,10 @@ def make_line(library: str, total: int | None, name: str = "apoptosis") -> Line 
 
 class _Tqdm:
     def __init__(self, total: int | None, name: str) -> None:
-        from tqdm.auto import tqdm
-
+        if find_spec("ipywidgets") is None:  # tqdm.auto would warn that it has no widgets
+            from tqdm import tqdm
+        else:
+            from tqdm.auto import tqdm
         self._bar: Any = tqdm(total=total, desc=name, unit="step", dynamic_ncols=True)
 
     def move(self, step: int) -> None:

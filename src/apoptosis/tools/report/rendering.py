@@ -94,13 +94,13 @@ def _png(figures: Sequence[Figure]) -> bytes:
                 below = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
             for ax in drawn:
                 ax.legend(**below)
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white")
-        buffer.seek(0)
-        panels.append(image.imread(buffer, format="png")[..., :3])
+        fig.set(facecolor="white", dpi=PNG_DPI)
+        canvas: Any = FigureCanvasAgg(fig)
+        canvas.draw()
+        panels.append(np.asarray(canvas.buffer_rgba())[..., :3])
     whole = io.BytesIO()
     height = max(panel.shape[0] for panel in panels)
-    padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=1.0) for p in panels]
+    padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255) for p in panels]
     image.imsave(whole, np.concatenate(padded, axis=1), format="png", dpi=PNG_DPI)
     return whole.getvalue()
 
