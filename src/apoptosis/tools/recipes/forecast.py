@@ -33,7 +33,7 @@ SHARES = (0.75, 0.5, 0.25)  # of the channels of every group
 LEAST_BUY = 0.01  # of the multiply-adds, or of a step: a pin that holds less is not worth a line
 MOST_PINS = 5
 _STEPS = 5  # training steps that are timed, the best counts
-_FORWARD, _LONGEST = 1.0, 10.0  # seconds of one forward pass, and of all training steps that are timed
+_FORWARD, _LONGEST = 1.0, 5.0  # seconds of one forward pass, and of all training steps that are timed
 _NOT_ASKED = ("output",)  # codes of pins that are no fault of the network
 
 
@@ -114,8 +114,10 @@ def forecast(
     """
     target = Target(model=model, optimizers=(optimizer,), call=small)
     captured = analyse(model, *small)
-    tried = rehearse(target, captured, exclude_pins(captured, tuple(exclude)), align)
-    structure = with_pins(analyse(model, *call), {g.name: g.pin for g in tried.groups if g.pin is not None})
+    tried = rehearse(target, captured, exclude_pins(captured, tuple(exclude)), align, branches=False)
+    structure = tried
+    if num_rows(call) != num_rows(small):
+        structure = with_pins(analyse(model, *call), {g.name: g.pin for g in tried.groups if g.pin is not None})
     timings = measure_timings(model, call, structure, (optimizer,))
     costs, rows = Costs(structure, timings), num_rows(call)
     full, free = costs.of({}), [g for g in structure.open_groups if not _is_whole(g)]
