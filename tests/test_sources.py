@@ -24,6 +24,7 @@ MORE = {
     "tools.cli": EXTRAS,
     "tools.report": {"matplotlib", "jinja2"},
     "tools.launch": {"mpi4py"},
+    "shipping": {"onnx", "onnxruntime"},
 }
 
 FILES = sorted(SRC.rglob("*.py"))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from apoptosis.model.passes import is_internal_forward, is_own_pass
     from apoptosis.oneshot import shrink_
     from apoptosis.planner import Plan
+    from apoptosis.shipping import ship
     from apoptosis.surgery.attributes import register_attributes
     from apoptosis.surgery.optimizers import register_optimizer
 
@@ -42,6 +43,7 @@ __all__ = [
     "save",
     "save_sharded",
     "set_widths_",
+    "ship",
     "shrink_",
     "widths_of",
 ]
@@ -59,6 +61,7 @@ _HOMES = {
     "register_optimizer": "surgery.optimizers",
     "register_rule": "graph.rules.table",
     "register_wrapper": "distributed.protocol",
+    "ship": "shipping",
     "shrink_": "oneshot",
 }
 _MODULES = frozenset(("errors", "events", "distributed", "launch", "graph", "surgery", "criteria", "records"))

@@ -45,6 +45,16 @@ def check_model(model: object) -> Unwrapped:
                 "with the tensors that it was recorded with. Give the model before it is graphed; "
                 "torch.compile(mode='reduce-overhead') records its graphs again after an event."
             )
+    check_data(model)
+    check_not_inference(unwrapped.model, "removing channels")
+    return unwrapped
+
+
+def check_data(model: nn.Module) -> None:
+    """Check that all parameters and buffers have shapes and data.
+
+    Raises: ArgumentError: one is lazy, lies on the meta device or is fake.
+    """
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
             if nn.parameter.is_lazy(tensor):
@@ -56,8 +66,6 @@ def check_model(model: object) -> Unwrapped:
                     "Materialise the model (model.to_empty(device=...), then initialise or load it); "
                     "`apoptosis inspect` needs none."
                 )
-    check_not_inference(unwrapped.model, "removing channels")
-    return unwrapped
 
 
 def _without_data(tensor: Tensor) -> str:

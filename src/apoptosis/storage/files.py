@@ -93,10 +93,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def placing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def placing_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Give an empty folder beside `path` to fill; it becomes `path` when the block has ended well.
 
-    One that another process has put there meanwhile is left, and this one removed.
+    One that another process has put there meanwhile is left, and this one removed; with `replace` the new one takes the
+    place of one that is there.
 
     Raises: OSError: it cannot be made, or something else lies at `path`.
 
@@ -118,8 +119,22 @@ def placing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
+            if replace:
+                _exchange(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Put a folder in the place of another, which is removed."""
+    old = _partial(target)
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _partial(target: Path) -> Path:
