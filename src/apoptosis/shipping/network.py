@@ -80,6 +80,7 @@ def plain(out: Any) -> Any:
     its fields. What is no tensor is left out; in tuples and lists None stands in its place.
 
     Example:
+        >>> import torch
         >>> from typing import NamedTuple
         >>> class Out(NamedTuple):
         ...     logits: Tensor
@@ -112,6 +113,7 @@ def leaves(out: Any) -> dict[str, Tensor]:
     """Return the tensors of a plain output by their paths: "logits", "0", "caches.0.keys"; "output" for one alone.
 
     Example:
+        >>> import torch
         >>> list(leaves(({"a": torch.ones(1)}, [torch.ones(2)])))
         ['0.a', '1.0']
     """
