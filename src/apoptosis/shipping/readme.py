@@ -163,8 +163,9 @@ from safetensors.torch import load_model
 load_model(network, "{WEIGHTS}")
 ```
 
-`network` is a `{kind}` built with the widths in `{WIDTHS}`. What is tied is stored once; `load_file` returns the
-tensors by name."""
+`network` is a `{kind}` built with the widths in `{WIDTHS}` (`shapes` there says how large every tensor is; where
+torch-apoptosis is installed, `apoptosis.set_widths_(network, widths)` gives them to one of full width). What is tied is
+stored once; `load_file` returns the tensors by name."""
     own = sorted(name for name, m in found.model.named_modules() if type(m).__module__.startswith("apoptosis."))
     if own:
         text += (
