@@ -146,7 +146,7 @@ class _Reader(TorchDataset[Any]):
         return in_two(self._name, batch)
 
 
-def _ignore_interrupts(worker: int) -> None:
+def _ignore_interrupts(_: int) -> None:
     """Leave an interrupt, which a terminal sends to all processes, to the one that trains: it writes a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
