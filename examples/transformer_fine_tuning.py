@@ -1,4 +1,4 @@
-"""Fine-tune a transformer with transformers' Trainer; the callback makes the one call per step.
+"""Fine-tune a transformer with transformers' Trainer and the callback of apoptosis.integrations.transformers.
 
 The network is small and its task is made up (which of two words comes more often?), so that the script runs anywhere in
 a minute. With a pretrained model only the lines that build `model` and the data change.
@@ -6,9 +6,9 @@ a minute. With a pretrained model only the lines that build `model` and the data
 
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from apoptosis import Apoptosis
+from apoptosis.integrations.transformers import ApoptosisTrainerCallback
 
 torch.manual_seed(0)
 
@@ -27,21 +27,9 @@ class Words(Dataset):
         return {"input_ids": self.words[index], "labels": self.labels[index]}
 
 
-class ApoptosisCallback(TrainerCallback):
-    """Starts with the training, when the Trainer has made its optimizer."""
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        plain = optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer  # accelerate wraps it
-        example = {"input_ids": torch.ones(2, 16, dtype=torch.long)}
-        self.apo = Apoptosis(model, plain, example, total_steps=state.max_steps)
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if event := self.apo.step():
-            print(event)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        print(self.apo.ledger())
-        self.apo.close()
+def show(record):
+    if record["kind"] == "event" and not record["rolled_back"]:
+        print("step {}: parameters {:,}->{:,}".format(record["step"], *record["parameters"]))
 
 
 config = BertConfig(
@@ -53,8 +41,10 @@ arguments = TrainingArguments(
     "runs/example", per_device_train_batch_size=64, num_train_epochs=3, learning_rate=1e-3, logging_strategy="no",
     save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
 )  # fmt: skip
-trainer = Trainer(model, arguments, train_dataset=Words(4000), eval_dataset=Words(500), callbacks=[ApoptosisCallback()])
+callback = ApoptosisTrainerCallback(log=show)
+trainer = Trainer(model, arguments, train_dataset=Words(4000), eval_dataset=Words(500), callbacks=[callback])
 before = sum(p.numel() for p in model.parameters())
 trainer.train()
+print(callback.ledger())
 print(trainer.evaluate()["eval_loss"])
 print(f"{before:,} -> {sum(p.numel() for p in model.parameters()):,} parameters")

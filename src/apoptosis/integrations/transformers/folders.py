@@ -1,0 +1,244 @@
+"""Folders that `save_pretrained` writes of a shrunk network: its widths beside its config, and how it is read again.
+
+Holds: the widths as a file, what config and model card say of them, `from_pretrained`. Elsewhere: widths as a value
+(checkpoint.widths), when a Trainer writes and reads folders (callback.py).
+
+`PreTrainedModel.save_pretrained` is wrapped, as it has no hook: for networks that never lost a channel it does what it
+did.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from apoptosis.checkpoint.tensors import tensors_of
+from apoptosis.checkpoint.widths import Widths, record_of, set_widths_
+from apoptosis.distributed.wrappers import unwrapped
+from apoptosis.errors import ArgumentError, CheckpointError
+from apoptosis.model.built import built_shapes, is_known
+from apoptosis.storage.files import replacing
+
+WIDTHS_FILE = "apoptosis_widths.json"
+_KEY = "apoptosis"  # of config.json
+_CARD = """
+## How to load this network
+
+Its layers lost channels while it was trained, and are narrower than `config.json` says. Plain `from_pretrained` refuses
+its weights; with `ignore_mismatched_sizes=True` it would silently put random weights in the place of trained ones.
+
+```python
+from apoptosis.integrations.transformers import from_pretrained  # pip install torch-apoptosis
+from transformers import {name}
+
+model = from_pretrained({name}, "this folder")
+```
+"""
+
+
+def widths_now(model: nn.Module) -> Widths:
+    """Return the widths that a network has now, with those that it was built with where they are known."""
+    model = unwrapped(model)
+    return record_of(model, {}, _built(model))
+
+
+def has_shrunk(model: nn.Module) -> bool:
+    """Whether a network lost channels or took over widths in this process."""
+    model = unwrapped(model)
+    tensors = tensors_of(model)
+    now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return any(shape != now.get(name, shape) for name, shape in _built(model).items()) or _is_emptied(model)
+
+
+def _built(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    if not is_known(model):
+        return {}
+    return built_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()})
+
+
+def _is_emptied(model: nn.Module) -> bool:
+    return is_known(model) and bool(record_of(model, {}, {})["emptied"])
+
+
+def write_widths(model: nn.Module, folder: str | Path) -> None:
+    """Write the widths that a network has now beside its weights; an old file is replaced whole."""
+    with replacing(Path(folder) / WIDTHS_FILE) as partial:
+        Path(partial).write_text(json.dumps(widths_now(model)), encoding="utf-8")
+
+
+def read_widths(folder: str | Path) -> Widths | None:
+    """Return the widths in a folder, None where it has no such file.
+
+    Raises: CheckpointError: the file is no JSON.
+    """
+    path = Path(folder) / WIDTHS_FILE
+    if not path.is_file():
+        return None
+    try:
+        return cast(Widths, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is damaged: {error}.") from error
+
+
+# ---------------------------------------------------------------- writing
+
+
+def wrap_saving() -> None:
+    """Let `PreTrainedModel.save_pretrained` write the widths of networks that lost channels; called again, nothing."""
+    original = PreTrainedModel.save_pretrained
+    if not hasattr(original, "writes_widths"):
+        PreTrainedModel.save_pretrained = _with_widths(original)  # type: ignore[method-assign]
+
+
+def _with_widths(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        if not has_shrunk(self):
+            return original(self, *args, **options)
+        given = signature.bind(self, *args, **options).arguments
+        with _config_says(self):
+            result = original(self, *args, **options)
+        if given.get("is_main_process", True):
+            write_widths(self, given["save_directory"])
+            add_to_card(self, given["save_directory"])
+        return result
+
+    save_pretrained.writes_widths = True  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+@contextmanager
+def _config_says(model: PreTrainedModel) -> Iterator[None]:
+    """Let config.json say that its widths are not those of the network; the config itself stays as it is."""
+    config = model.config
+    before = vars(config).pop(_KEY, None)
+    if not is_plain(model):
+        name = type(model).__name__
+        setattr(
+            config,
+            _KEY,
+            {
+                "widths": WIDTHS_FILE,
+                "note": "Layers are narrower than this config says. Plain from_pretrained refuses the weights, and "
+                "with ignore_mismatched_sizes=True silently puts random ones in their place.",
+                "load": f"apoptosis.integrations.transformers.from_pretrained({name}, folder)",
+            },
+        )
+    try:
+        yield
+    finally:
+        vars(config).pop(_KEY, None)
+        if before is not None:
+            setattr(config, _KEY, before)
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether the config of a network builds it as it is: then plain `from_pretrained` reads its folder."""
+    try:
+        with torch.device("meta"):
+            built = type(model)(deepcopy(model.config))
+    except Exception:  # noqa: BLE001 - any model code; what cannot be built from its config is not plain
+        return False
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    return shapes == {name: tuple(tensor.shape) for name, tensor in tensors_of(built).items()} and not _odd(model)
+
+
+def _odd(model: nn.Module) -> bool:
+    """Whether modules compute otherwise than their classes say: norms and branches that something was taken from."""
+    names = {type(module).__module__.split(".")[0] for module in model.modules()}
+    return "apoptosis" in names
+
+
+def add_to_card(model: nn.Module, folder: str | Path) -> None:
+    """Say in the model card how the folder is loaded, unless it says so or plain `from_pretrained` loads it."""
+    path = Path(folder) / "README.md"
+    if isinstance(model, PreTrainedModel) and not is_plain(model):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if "apoptosis.integrations" not in text:
+            path.write_text(text + _CARD.format(name=type(model).__name__), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def from_pretrained(kind: Any, folder: str | Path, **options: Any) -> Any:
+    """Read a folder, or a repository of the hub, that `save_pretrained` wrote of a shrunk network.
+
+    Args:
+        kind: a class of transformers: `AutoModelForSequenceClassification`, `BertModel`, ...
+        folder: what `kind.from_pretrained` takes; without widths in it, it is read as ever.
+        options: what else `kind.from_pretrained` takes (dtype, device_map, revision, ...), but for
+            `ignore_mismatched_sizes`: nothing that does not fit is passed over.
+
+    Returns: the network, in evaluation mode.
+
+    Raises: ArgumentError: kind is no class with `from_pretrained`, or ignore_mismatched_sizes is given.
+        CheckpointError: the widths are damaged, or of another network.
+    """
+    if not callable(getattr(kind, "from_pretrained", None)):
+        raise ArgumentError(f"from_pretrained takes a class of transformers first, such as BertModel, not {kind!r}.")
+    if options.get("ignore_mismatched_sizes"):
+        raise ArgumentError("ignore_mismatched_sizes=True would load random weights; widths are read off the folder.")
+    found = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+    where = {name: options[name] for name in found if name in options}
+    path = cached_file(folder, WIDTHS_FILE, **where, **dict.fromkeys(_QUIET, False))
+    if path is None:
+        return kind.from_pretrained(folder, **options)
+    widths = read_widths(Path(path).parent)
+    if widths is None:
+        raise CheckpointError(f"'{path}' is gone.")
+    config = options.get("config")
+    if config is None:
+        code = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
+        config = AutoConfig.from_pretrained(folder, **where, **code)
+    wide = _class_of(kind, config)
+    model = _narrowed(wide, widths).from_pretrained(folder, **options)
+    for loaded in model if isinstance(model, tuple) else (model,):  # with output_loading_info there are two
+        if isinstance(loaded, nn.Module):
+            loaded.__class__ = wide
+            vars(loaded.config).pop(_KEY, None)
+    return model
+
+
+_QUIET = (
+    "_raise_exceptions_for_gated_repo",
+    "_raise_exceptions_for_missing_entries",
+    "_raise_exceptions_for_connection_errors",
+)
+
+
+def _class_of(kind: Any, config: Any) -> Any:
+    """Return the class that an Auto class makes of a config; other classes are what they are."""
+    mapping = getattr(kind, "_model_mapping", None)
+    if mapping is None:
+        return kind
+    if type(config) not in mapping:
+        raise ArgumentError(f"{kind.__name__} has no class for a {type(config).__name__}: name the class itself.")
+    found = mapping[type(config)]
+    if not isinstance(found, tuple | list):
+        return found
+    wanted = set(getattr(config, "architectures", None) or ())
+    return next((one for one in found if one.__name__ in wanted), found[0])
+
+
+def _narrowed(wide: Any, widths: Mapping[str, Any]) -> Any:
+    """Return a class that builds the network narrow, so that transformers' own reading finds every tensor to fit."""
+
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        wide.__init__(self, *args, **options)
+        set_widths_(self, widths)
+
+    return type(wide.__name__, (wide,), {"__init__": __init__, "__module__": wide.__module__})
