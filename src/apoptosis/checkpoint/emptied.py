@@ -17,7 +17,7 @@ from apoptosis.distributed.sharded import has_shards
 from apoptosis.errors import ArgumentError, CheckpointError, ShapeError
 from apoptosis.modules.emptied import stand_in_of
 from apoptosis.records import StandIn, StandInKind
-from apoptosis.surgery.branches import exchange_all, made_biases, release
+from apoptosis.surgery.branches import exchange_all, made_biases, note_order, release
 from apoptosis.surgery.undo_log import UndoLog
 
 _FIELDS = {"kind": str, "axis": int, "anchor": tuple, "extras": int, "holder": str, "after": tuple, "dense": bool}
@@ -116,6 +116,8 @@ def empty_for_load(
     if not left:
         return
     before: dict[str, Tensor] = dict(model.named_parameters())
+    for optimizer in optimizers:
+        note_order(optimizer, model)
     try:
         made = made_biases(log, model, left)
         exchange_all(log, model, left, [new for _, new in made])

@@ -26,7 +26,7 @@ from apoptosis.storage.plain_json import check_depth, parse
 
 FORMAT = "torch-apoptosis"
 _LARGEST = 2**62
-_DAMAGES = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
+DAMAGES = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RecursionError)
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -42,7 +42,7 @@ def loading(path: str | os.PathLike[str]) -> Iterator[None]:
             f"checkpoint '{path}' cannot be loaded: it is no safetensors file, or it is damaged or cut off: "
             f"{reason(error)}"
         ) from error
-    except _DAMAGES as error:
+    except DAMAGES as error:
         raise CheckpointError(
             f"checkpoint '{path}' is damaged: its manifest lacks or misstates {reason(error)[:200]}."
         ) from error

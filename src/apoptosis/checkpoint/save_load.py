@@ -208,7 +208,8 @@ def apply_checkpoint(
             stand_ins = read_emptied(emptied)
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
             if is_wider(model, {**stored, "emptied": emptied}, shapes) and may_widen(model):
-                widen(journal, model, several(optimizer), _orders(manifest))
+                known = several(optimizer) if manifest["optimizers"] else ()  # else they are refused below
+                widen(journal, model, known, _orders(manifest))
             empty_for_load(journal, model, several(optimizer), stand_ins, manifest["optimizers"] or ())
             values = check_tensors(model, {**stored, "emptied": emptied}, tensors)
             attributes = check_attributes(model, unpack(stored["attributes"], tensors), values)

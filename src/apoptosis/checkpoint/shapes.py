@@ -165,6 +165,10 @@ def _of_vocabulary(name: str, module: nn.Module, new: Mapping[int, tuple[int, ..
         return {}
     if is_attention(module):
         _refuse(name, module, "num_heads")
+    for leaf in sorted(module._non_persistent_buffers_set):
+        buffer = module._buffers.get(leaf)
+        if buffer is not None and changed.keys() & set(buffer.shape):
+            _refuse(name, module, f"buffer {leaf}, which no state_dict holds,")
     own = vocabulary_of(module)
     heads = {
         key: value for key, value in own.items() if 1 < value < min(changed) and any(c % value == 0 for c in changed)
@@ -181,7 +185,8 @@ def _of_vocabulary(name: str, module: nn.Module, new: Mapping[int, tuple[int, ..
 
 
 def _refuse(name: str, module: nn.Module, attribute: str) -> NoReturn:
+    value = f" ({getattr(module, attribute)})" if hasattr(module, attribute) else ""
     raise CheckpointError(
-        f"'{name}' ({type(module).__name__}) has lost channels, and shapes do not tell what its {attribute} "
-        f"({getattr(module, attribute, '')}) has become. {_KEEP}"
+        f"'{name}' ({type(module).__name__}) has lost channels, and shapes do not tell what its {attribute}{value} has "
+        f"become. {_KEEP}"
     )

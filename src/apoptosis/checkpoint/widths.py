@@ -15,20 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from apoptosis.checkpoint.arguments import Optimizers, check_given, several
 from apoptosis.checkpoint.attributes import check_attributes
 from apoptosis.checkpoint.emptied import empty_for_load, pack_emptied, read_emptied
-from apoptosis.checkpoint.manifest import check_schema, check_shape
+from apoptosis.checkpoint.manifest import DAMAGES, check_schema, check_shape
 from apoptosis.checkpoint.shapes import attributes_for, shapes_for
 from apoptosis.checkpoint.tensors import PREFIX, check_names, is_wider, non_persistent, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
 from apoptosis.distributed.sharded import has_shards
 from apoptosis.distributed.wrappers import rebuild_wrappers, unwrapped, wrappers_of
-from apoptosis.errors import CheckpointError
+from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.interrupts import restoring
 from apoptosis.model.built import built_shapes, note_built
 from apoptosis.model.passes import check_not_inference
+from apoptosis.storage.files import reason
 from apoptosis.surgery.attributes import attributes_of
 from apoptosis.surgery.undo_log import UndoLog
 from apoptosis.surgery.widening import drop_state, may_widen, resized, widen
@@ -47,7 +49,7 @@ _SCHEMA = {
     "attributes": {"*": dict},
     "emptied": {"*": dict},
     "buffers": {"*": dict},
-    "tensors": {"*": {"dtype": str, "values": list}},
+    "tensors": {"*": dict},
 }
 
 
@@ -93,10 +95,15 @@ def _record(
         "emptied": pack(dict(emptied), "emptied", inside),
         "buffers": pack(dict(buffers), "buffers", inside),  # no state_dict holds these
         "tensors": {
-            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": pack(_values(tensor), name, {})}
             for name, tensor in inside.items()
         },
     }
+
+
+def _values(tensor: Tensor) -> Any:
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).tolist()
 
 
 def widths_of(state_dict: Mapping[str, Any], model: nn.Module) -> Widths:
@@ -142,7 +149,8 @@ def set_widths_(model: nn.Module, widths: Mapping[str, Any], optimizer: Optimize
     again once values are loaded. Parameters keep their identity, so an optimizer made before stays valid.
 
     Args:
-        model: as built, or as it has shrunk in this process; wider than the record or narrower.
+        model: as built, or as it has shrunk in this process; wider than the record or narrower. An AveragedModel of it,
+            too.
         widths: `apo.widths`, as it is or read from JSON, or what `widths_of` returned.
         optimizer: one or several; what they know of parameters whose shapes change is dropped, parameters of branches
             that go or come leave or join. Their state comes from their own load_state_dict.
@@ -164,16 +172,19 @@ def set_widths_(model: nn.Module, widths: Mapping[str, Any], optimizer: Optimize
         raise CheckpointError("set_widths_: the model's parameters are spread over processes. Call it before.")
     check_not_inference(model, "set_widths_")
     record, inside = check_record(widths)
+    model = model.module if isinstance(model, AveragedModel) else model
     wrappers, inner, optimizers = wrappers_of(model), unwrapped(model), several(optimizer)
-    log, todo = UndoLog(), [True]
+    log, todo, written = UndoLog(), [True], list[bool]()
     now = {name: tuple(tensor.shape) for name, tensor in tensors_of(inner).items()}
     built = built_shapes(inner, now)
 
     def undo() -> None:
         if todo:
+            written.extend([True] * bool(log))  # wrappers on other ranks are as before: where nothing was, these stay
             log.undo()
             note_built(inner, built)
-            rebuild_wrappers(wrappers, inner, optimizers)
+            if written:
+                rebuild_wrappers(wrappers, inner, optimizers)
             todo.clear()
 
     with restoring(undo):
@@ -181,6 +192,10 @@ def set_widths_(model: nn.Module, widths: Mapping[str, Any], optimizer: Optimize
             _take_over(log, inner, record, inside, optimizers)
         except CheckpointError as error:
             raise CheckpointError(f"the widths cannot be set: {error}") from error
+        except ArgumentError:  # a ValueError, too
+            raise
+        except DAMAGES as error:
+            raise CheckpointError(f"the widths are damaged: they lack or misstate {reason(error)[:200]}.") from error
         torch.clear_autocast_cache()
         if log:
             rebuild_wrappers(wrappers, inner, optimizers)
@@ -201,11 +216,13 @@ def _take_over(
     pairs = check_names(model, stored, shapes)
     values = [(tensor, _value(tensor, record["shapes"][name], buffers.get(name))) for name, tensor in pairs]
     attributes = check_attributes(model, unpack(record["attributes"], inside), values)
+    known = {id(tensor) for name, tensor in pairs if name in buffers}  # of other channels, perhaps, at the same shape
     for tensor, value in values:
         if value.shape != tensor.shape:
             log.set_tensor(tensor, value)
-            for optimizer in optimizers:
-                drop_state(log, tensor, (optimizer,))
+            drop_state(log, tensor, optimizers)
+        elif id(tensor) in known and not torch.equal(value, tensor):
+            log.set_tensor(tensor, value)
     for module, name, attribute in attributes:
         log.set_attribute(module, name, attribute)
     now = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
@@ -215,7 +232,12 @@ def _take_over(
 
 
 def _value(tensor: Tensor, shape: list[int], known: Tensor | None) -> Tensor:
-    return resized(tensor, shape) if known is None or list(known.shape) != shape else known.to(tensor)
+    """Return a tensor's content in another shape. known: that of a buffer that no state_dict holds."""
+    if known is None:
+        return resized(tensor, shape)
+    if list(known.shape) != shape or known.is_complex() != tensor.is_complex():
+        raise CheckpointError("they are damaged: a buffer has another shape than they say.")
+    return known.to(tensor)
 
 
 def check_record(widths: object) -> tuple[Widths, dict[str, Tensor]]:
@@ -233,16 +255,24 @@ def check_record(widths: object) -> tuple[Widths, dict[str, Tensor]]:
         raise CheckpointError(
             f"the widths have format version {str(version)[:40]}; this release reads up to {VERSION}. Update it."
         )
-    record = json.loads(json.dumps(dict(widths)))  # a copy of plain values
+    try:
+        record = json.loads(json.dumps(dict(widths)))  # a copy of plain values
+    except DAMAGES as error:
+        raise CheckpointError(f"the widths are damaged: they are no plain JSON ({reason(error)[:200]}).") from error
     check_schema(record, _SCHEMA)
     for place in ("shapes", "full"):
         for name, shape in record[place].items():
             check_shape(shape, f"{place}.{name}")
-    inside = {}
-    for name, entry in record["tensors"].items():
-        dtype = getattr(torch, entry["dtype"], None)
-        try:
-            inside[name] = torch.tensor(entry["values"], dtype=dtype if isinstance(dtype, torch.dtype) else None)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"the widths are damaged: '{name[:80]}' is no tensor.") from error
-    return record, inside
+    return record, {name: _tensor(name, entry) for name, entry in record["tensors"].items()}
+
+
+def _tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
+    """Read a tensor of a record. Raises: CheckpointError: it is none."""
+    try:
+        dtype = getattr(torch, entry["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(entry["dtype"])
+        values = torch.tensor(unpack(entry["values"], {}), dtype=torch.float64 if dtype.is_complex else None)
+        return (torch.view_as_complex(values) if dtype.is_complex else values).to(dtype)
+    except (*DAMAGES, RuntimeError, CheckpointError) as error:
+        raise CheckpointError(f"the widths are damaged: '{name[:80]}' is no tensor.") from error

@@ -32,7 +32,10 @@ from apoptosis.surgery import check_averaged_models
 from apoptosis.surgery.branch_trials import try_branches
 from apoptosis.surgery.target import Target, with_known, without_branches
 
-_FOLLOW_LATER = "Load the run's checkpoint first, and then register averaged copies, or load their own files before."
+_FOLLOW_LATER = (
+    "Load the run's checkpoint first, and then register averaged copies, or load their own files before (set_widths_ "
+    "gives them the widths of that time)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,10 @@ Constants are views of one bias, expanded: nothing is computed, and no memory is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,9 @@ class Outline:
 
     shell: a copy without anything in it. parameters, buffers: on the meta device, but for buffers that a state_dict
     leaves out. children: the modules inside. others: attributes that a stand-in overwrites.
+
+    Copies and pickles of a model leave it out: what else is needed to widen a model is known in this process alone, and
+    what is inside may be nothing that can be pickled.
     """
 
     shell: nn.Module
@@ -169,9 +173,21 @@ class Outline:
     children: dict[str, Outline | None]
     others: dict[str, Any]
 
+    def __reduce__(self) -> Any:
+        """Become None in pickles and copies."""
+        return type(None), ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Stands in an attribute of a module for a parameter of it. weak: where a weak reference stood."""
+
+    name: str
+    weak: bool = False
+
 
 def outline_of(module: nn.Module, overwritten: Iterable[str] = (), made: Sequence[nn.Parameter] = ()) -> Outline:
-    """Return the outline of a module.
+    """Return the outline of a module; of one that has lost something before, as it was then.
 
     Args: overwritten: names of attributes that change. made: parameters that it has got just now, and had not before.
 
@@ -180,22 +196,73 @@ def outline_of(module: nn.Module, overwritten: Iterable[str] = (), made: Sequenc
         >>> found.children["0"].parameters["weight"].shape, found.children["0"].parameters["weight"].device.type
         (torch.Size([3, 2]), 'meta')
     """
-    shell = nn.Module.__new__(type(module))
-    vars(shell).update(
-        {k: dict(v) if k.endswith(("_hooks", "_hooks_with_kwargs")) else v for k, v in vars(module).items()}
-    )
-    vars(shell).update(_parameters={}, _buffers={}, _modules={})
+    own = [name for name in overwritten if name in vars(module) and name != MARK and not name.startswith("stand_in_")]
+    others = {name: vars(module)[name] for name in own}
+    if isinstance(known := vars(module).get(OUTLINE), Outline):
+        return replace(known, others=others | known.others) if overwritten else known
+    shell = empty_copy_of(module)
+    vars(shell).update({name: value for name, value in held_of(module).items() if name not in others})
     kept = module._non_persistent_buffers_set
     buffers = {n: t if n in kept or t is None else t.to("meta") for n, t in module._buffers.items()}
     parameters = {
         n: None if p is None or any(p is q for q in made) else _on_meta(p) for n, p in module._parameters.items()
     }
-    children = {
-        n: None if inner is None else vars(inner).get(OUTLINE) or outline_of(inner, (), made)
-        for n, inner in module._modules.items()
-    }
-    others = {name: vars(module)[name] for name in overwritten if name in vars(module)}
+    children = {n: None if inner is None else outline_of(inner, (), made) for n, inner in module._modules.items()}
     return Outline(shell=shell, parameters=parameters, buffers=buffers, children=children, others=others)
+
+
+def empty_copy_of(module: nn.Module) -> nn.Module:
+    """Return a module of its own with what a module holds beside tensors and modules, hooks included."""
+    new = nn.Module.__new__(type(module))  # copy.copy would ask __getstate__, which may refuse
+    hooks = {k: type(v)(v) for k, v in vars(module).items() if k.endswith(("_hooks", "_hooks_with_kwargs"))}
+    vars(new).update({**vars(module), **hooks, "_parameters": {}, "_buffers": {}, "_modules": {}})
+    return new
+
+
+def held_of(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes that hold parameters of the module a second time (of a recurrent layer, say) without them.
+
+    Example:
+        >>> held_of(nn.RNN(2, 3, bias=False))["_flat_weights"]
+        [Held(name='weight_ih_l0', weak=False), Held(name='weight_hh_l0', weak=False)]
+    """
+    names = {id(p): name for name, p in module._parameters.items() if p is not None}
+
+    def without(value: Any) -> Any:
+        weak = isinstance(value, ref)
+        name = names.get(id(value() if weak else value))
+        return value if name is None else Held(name, weak)
+
+    found = {}
+    for key, value in vars(module).items() if names else ():
+        if key in ("_parameters", "_buffers", "_modules"):
+            continue
+        new = _mapped(value, without)
+        if new is not value:
+            found[key] = new
+    return found
+
+
+def filled(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of `held_of` with the module's parameters in them."""
+
+    def with_own(value: Any) -> Any:
+        p = module._parameters.get(value.name) if isinstance(value, Held) else None
+        return value if not isinstance(value, Held) else ref(p) if value.weak and p is not None else p
+
+    every = {key: (value, _mapped(value, with_own)) for key, value in vars(module).items()}
+    return {key: new for key, (value, new) in every.items() if new is not value}
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value, or a plain list, tuple or dictionary of values, changed; the same object where nothing is."""
+    if type(value) is dict:
+        new: Any = {key: change(item) for key, item in value.items()}
+        return new if any(new[key] is not value[key] for key in value) else value
+    if type(value) in (list, tuple):
+        new = [change(item) for item in value]
+        return type(value)(new) if any(a is not b for a, b in zip(new, value, strict=True)) else value
+    return change(value)
 
 
 def _on_meta(p: nn.Parameter) -> nn.Parameter:

@@ -10,19 +10,22 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apoptosis.errors import ArgumentError
-from apoptosis.modules.emptied import OUTLINE, attributes_of_stand_in, class_of, outline_of
+from apoptosis.modules.emptied import OUTLINE, attributes_of_stand_in, class_of, held_of, outline_of
 from apoptosis.records import Branch, LinearSite, OffsetFold, Reduction, StandIn, Structure
 from apoptosis.surgery.averaged_models import Tensors, copy_of, named_tensors
 from apoptosis.surgery.builder import unique_columns
 from apoptosis.surgery.nested_optimizers import layers
 from apoptosis.surgery.undo_log import UndoLog
 from apoptosis.surgery.values import offset_delta
+
+_ORDERS: WeakKeyDictionary[Optimizer, WeakKeyDictionary[nn.Module, list[list[str]]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -175,6 +178,8 @@ def _exchange(
     log.set_attribute(module, OUTLINE, outline_of(module, changed, made))
     if cls is not None:
         paths = [stand_in.holder, *stand_in.after] if stand_in.kind == "branch" else []
+        for name, value in held_of(module).items():  # or what goes would stay in memory
+            log.set_attribute(module, name, value)
         _strip(log, module, paths, bias=stand_in.kind == "constant")
     for name, value in changed.items():
         log.set_attribute(module, name, value)
@@ -241,7 +246,7 @@ def release(
         optimizer: that may hold them.
         gone: the parameters that go, with their state.
         made: (a parameter that goes, the new one that joins its group) each.
-        order: by id of a parameter, its place, by which those of a group are sorted.
+        order: by id of a parameter, its place, by which those of a group that have one are sorted.
     """
     away = {id(p) for p in gone}
     lists: dict[int, list[Any]] = {}
@@ -252,8 +257,33 @@ def release(
             log.replace_items(each.state, {p: state for p, state in each.state.items() if id(p) not in away})
     for members in lists.values():
         held = {id(p) for p in members}
-        new = [p for p in members if id(p) not in away] + [new for old, new in made if id(old) in held]
-        if order is not None and all(id(p) in order for p in new):
-            new.sort(key=lambda p: order[id(p)])
+        new = []
+        for p in members:  # what is made takes the place of what goes: optimizers' state_dicts go by places
+            new += ([] if id(p) in away else [p]) + [q for old, q in made if old is p and id(q) not in held]
+        if order is not None:
+            known = iter(sorted((p for p in new if id(p) in order), key=lambda p: order[id(p)]))
+            new = [next(known) if id(p) in order else p for p in new]
         if len(new) != len(members) or any(a is not b for a, b in zip(new, members, strict=True)):
             log.call(partial(_fill, members), list(members), new)
+
+
+def note_order(optimizer: Optimizer, model: nn.Module) -> None:
+    """Note the names of the model's parameters in an optimizer's groups; those that went before keep their places."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    now = [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
+    here = {name for group in now for name in group}
+    for old, new in zip(known_order(optimizer, model), now, strict=False):
+        place = 0
+        for name in old:
+            if name in new:
+                place = new.index(name) + 1
+            elif name not in here:
+                new.insert(place, name)
+                place += 1
+    _ORDERS.setdefault(optimizer, WeakKeyDictionary())[model] = now
+
+
+def known_order(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters in every group, those included that went with branches; [] if unknown."""
+    known = _ORDERS.get(optimizer)
+    return [] if known is None else known.get(model, [])

@@ -29,7 +29,7 @@ from apoptosis.modules.norms import NormEdit
 from apoptosis.records import IntArray, Kept, Structure, TensorEdit
 from apoptosis.surgery.attributes import attribute_changes, check_recurrence, tensors_with_rows
 from apoptosis.surgery.averaged_models import Tensors, check_averaged_models, copy_of, named_tensors
-from apoptosis.surgery.branches import EmptyEdit, empty_branch, empty_copy, release
+from apoptosis.surgery.branches import EmptyEdit, empty_branch, empty_copy, note_order, release
 from apoptosis.surgery.dry_run import check_optimizers
 from apoptosis.surgery.norms import norm_changes
 from apoptosis.surgery.numbers import number_changes
@@ -76,7 +76,11 @@ class Transaction:
         self._targets = [model, *(copy_of(averaged) for averaged in averaged_models)]
         self._tensors_only = {i for i, averaged in enumerate(averaged_models, 1) if isinstance(averaged, Tensors)}
         check_averaged_models(averaged_models, model)
-        built_shapes(model, {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
+        for i, target in enumerate(self._targets):
+            if i not in self._tensors_only:
+                built_shapes(target, {name: tuple(tensor.shape) for name, tensor in named_tensors(target).items()})
+        for optimizer in optimizers:
+            note_order(optimizer, model)
         self._undo_log = UndoLog()
         self._open = True
 
