@@ -26,7 +26,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,docs,families,transformers,accelerate,mpi,onnx,baselines]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,dev,docs,families,lightning,transformers,accelerate,mpi,onnx,baselines]"
 	touch $@
 
 demo: $(STAMP)
