@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,9 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys, registr
     names = names_that_readers_have()
     if page.name == "from-torch-pruning.md":
         pytest.importorskip("torch_pruning", reason="the page puts it beside this library")
+    if page.name == "lightning.md":
+        warnings.simplefilter("ignore")  # the library's own, of torch and of its settings; pytest puts filters back
+        pytest.importorskip("lightning", reason="the page is about it")
     for number, code in enumerate(blocks(page, "python"), start=1):
         exec(compile(code, f"{page.name}, python block {number}", "exec"), names)
     if page.name == "README.md":
