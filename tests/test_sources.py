@@ -25,6 +25,7 @@ MORE = {
     "tools.report": {"matplotlib", "jinja2"},
     "tools.launch": {"mpi4py"},
     "shipping": {"onnx", "onnxruntime"},
+    "integrations.lightning": {"lightning", "pytorch_lightning"},
     "integrations.transformers": {"transformers"},
 }
 
