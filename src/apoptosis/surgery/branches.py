@@ -272,14 +272,14 @@ def note_order(optimizer: Optimizer, model: nn.Module) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     now = [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
     here = {name for group in now for name in group}
-    for old, new in zip(known_order(optimizer, model), now, strict=False):
-        place = 0
+    for i, (old, new) in enumerate(zip(known_order(optimizer, model), now, strict=False)):
+        own, last, behind = set(new), "", dict[str, list[str]]()
         for name in old:
-            if name in new:
-                place = new.index(name) + 1
+            if name in own:
+                last = name
             elif name not in here:
-                new.insert(place, name)
-                place += 1
+                behind.setdefault(last, []).append(name)
+        now[i] = [name for other in ("", *new) for name in (other, *behind.get(other, ())) if name]
     _ORDERS.setdefault(optimizer, WeakKeyDictionary())[model] = now
 
 
