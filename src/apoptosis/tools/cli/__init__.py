@@ -1,4 +1,4 @@
-"""The command `apoptosis`: train, compare, inspect, plan, report.
+"""The command `apoptosis`: train, compare, inspect, plan, report, ship.
 
 Holds: the entry point, which needs none of the optional packages, and what it says where torch cannot be loaded.
 Elsewhere: any command.

@@ -23,6 +23,7 @@ from apoptosis.tools.cli.inspect import inspect
 from apoptosis.tools.cli.plan import plan
 from apoptosis.tools.cli.rank_errors import Failure, reports_alone
 from apoptosis.tools.cli.report import report
+from apoptosis.tools.cli.ship import ship
 from apoptosis.tools.cli.train import train
 
 BAD_INPUT, INTERRUPTED, UNREAD = 2, 130, 141
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (train, compare, inspect, plan, report):
+for _command in (train, compare, inspect, plan, report, ship):
     app.command()(_command)
 
 

@@ -82,7 +82,7 @@ def plan(
 
 def _dry_run(typed: Mapping[str, Any], checkpoint: Path, json_file: Path | None) -> None:
     """Shrink the network of a checkpoint in memory, and print what that does."""
-    path, config = _find(checkpoint)
+    path, config = find_checkpoint(checkpoint)
     config = RunConfig.checked(**{**config.model_dump(), **typed})
     data, place = prepare(config)
     model = make_network(config, data, place)
@@ -122,7 +122,7 @@ def _tolerance(config: RunConfig) -> float | None:
     return get_criterion(config.criterion).tolerance if config.tolerance is None else config.tolerance
 
 
-def _find(given: Path) -> tuple[Path, RunConfig]:
+def find_checkpoint(given: Path) -> tuple[Path, RunConfig]:
     """Find the checkpoint and the configuration of a run folder, or of a file in one."""
     if not given.exists():
         raise ArgumentError(f"'{given}' does not exist: give a run folder, or a checkpoint file in one.")
