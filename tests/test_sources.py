@@ -26,6 +26,7 @@ MORE = {
     "tools.launch": {"mpi4py"},
     "shipping": {"onnx", "onnxruntime"},
     "integrations.lightning": {"lightning", "pytorch_lightning"},
+    "integrations.accelerate": {"accelerate"},
     "integrations.transformers": {"transformers"},
 }
 

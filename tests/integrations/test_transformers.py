@@ -1,5 +1,6 @@
 """transformers' real Trainer: resume, best model, accumulation, bf16, folders of save_pretrained, refusals."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from apoptosis.errors import ArgumentError, CheckpointError  # noqa: E402
-from apoptosis.integrations.transformers import ApoptosisTrainerCallback, from_pretrained  # noqa: E402
+from apoptosis import shrink_  # noqa: E402
+from apoptosis.errors import ApoptosisError, ArgumentError, CheckpointError  # noqa: E402
+from apoptosis.integrations.transformers import ApoptosisTrainerCallback, from_pretrained, save_plain  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -180,3 +182,47 @@ def test_what_cannot_be_is_refused_by_name(trained: Any, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="without ApoptosisTrainerCallback"):
         trainer(tmp_path, model, callback=shrinking()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert max(widths(model)) < 64
+
+
+def test_a_network_with_one_width_for_all_layers_is_read_without_this_library(trained: Any, tmp_path: Path) -> None:
+    """Feed-forward layers of two widths become one; heads that lost channels are refused, as no config says them."""
+    words, config = {"input_ids": Words().words[:16]}, copy.deepcopy(build().config)
+    config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for layer, kept in zip(model.bert.encoder.layer, (40, 24), strict=True):  # channels that do nothing
+            layer.intermediate.dense.weight[kept:] = 0
+            layer.intermediate.dense.bias[kept:] = 0
+    before = model(**words).logits
+    event = shrink_(model, words, [words], tolerance=0, exclude=("*attention*", "*pooler*"))
+    assert sorted(after for _, after in event.groups.values()) == [24, 40]
+    assert save_plain(model, tmp_path / "plain", words) == {"intermediate_size": 40}
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert loaded.config.intermediate_size == 40
+    assert widths(loaded) == [40, 40]
+    assert torch.allclose(loaded(**words).logits, before, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(ApoptosisError, match=r"outputs differ by .*attention"):
+        save_plain(trained[1], tmp_path / "heads", words)
+    assert not (tmp_path / "heads").exists()
+
+
+def test_adapters_of_peft_train_resume_and_merge_on_the_base_that_others_have(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="the extra 'families' is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    options = {"save_strategy": "steps", "save_steps": 10}
+    made = trainer(tmp_path, peft.get_peft_model(build(), config), callback=ApoptosisTrainerCallback(), **options)
+    with pytest.warns(UserWarning, match="requires no gradient"):
+        made.train()
+    again = trainer(tmp_path, peft.get_peft_model(build(), config), callback=ApoptosisTrainerCallback(), **options)
+    with pytest.warns(UserWarning, match="requires no gradient"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    loaded = peft.PeftModel.from_pretrained(build(), tmp_path / "checkpoint-20").eval()
+    unmerged = loaded(Words().words[:4]).logits
+    merged = loaded.merge_and_unload()
+    assert torch.allclose(merged(Words().words[:4]).logits, unmerged, atol=1e-6)
+    with pytest.raises(ArgumentError, match="frozen='cut' with adapters of peft"):
+        trainer(tmp_path, peft.get_peft_model(build(), config), callback=shrinking(frozen="cut")).train()

@@ -31,6 +31,7 @@ from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import ApoptosisError, ArgumentError, CheckpointError
 from apoptosis.integrations.transformers import folders
+from apoptosis.integrations.widths_file import WIDTHS_FILE, has_shrunk, read_widths, write_widths
 
 RUN_FILE = "apoptosis_run.safetensors"
 _ROWS = 8  # examples of the first batch that captures run on
@@ -266,7 +267,7 @@ def _saving(trainer: Any, original: Callable[..., Any], output_dir: Any = None, 
     callback, folder = _callback(trainer), Path(output_dir or trainer.args.output_dir)
     if callback is not None:  # before the weights: a folder that lacks them is never taken for a checkpoint
         folder.mkdir(parents=True, exist_ok=True)
-        folders.write_widths(trainer.model, folder)
+        write_widths(trainer.model, folder)
         if not trainer.args.save_only_model and trainer.is_in_train:
             callback._write_run(folder)
     return original(trainer, output_dir, *args, **options)
@@ -274,18 +275,18 @@ def _saving(trainer: Any, original: Callable[..., Any], output_dir: Any = None, 
 
 def _card(trainer: Any, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
     result = original(trainer, *args, **options)
-    if folders.has_shrunk(trainer.model) and trainer.is_world_process_zero():
+    if has_shrunk(trainer.model) and trainer.is_world_process_zero():
         folders.add_to_card(unwrapped(trainer.model), trainer.args.output_dir)
     return result
 
 
 def _take_widths(trainer: Any, folder: Path) -> None:
     """Give the network the widths of a checkpoint folder, before its weights are loaded."""
-    widths = folders.read_widths(folder)
+    widths = read_widths(folder)
     if widths is None:
-        if folders.has_shrunk(trainer.model):
+        if has_shrunk(trainer.model):
             raise CheckpointError(
-                f"'{folder}' has no {folders.WIDTHS_FILE}, and the network has lost channels since: it is a checkpoint "
+                f"'{folder}' has no {WIDTHS_FILE}, and the network has lost channels since: it is a checkpoint "
                 "that was written without ApoptosisTrainerCallback. Load it into a network that was built anew."
             )
         return

@@ -1,7 +1,7 @@
 """Folders that `save_pretrained` writes of a shrunk network: its widths beside its config, and how it is read again.
 
-Holds: the widths as a file, what config and model card say of them, `from_pretrained`. Elsewhere: widths as a value
-(checkpoint.widths), when a Trainer writes and reads folders (callback.py).
+Holds: what config and model card say of widths, `from_pretrained`. Elsewhere: widths as a file (widths_file.py), when a
+Trainer writes and reads folders (callback.py).
 
 `PreTrainedModel.save_pretrained` is wrapped, as it has no hook: for networks that never lost a channel it does what it
 did.
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +23,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from apoptosis.checkpoint.tensors import tensors_of
-from apoptosis.checkpoint.widths import Widths, record_of, set_widths_
-from apoptosis.distributed.wrappers import unwrapped
+from apoptosis.checkpoint.widths import set_widths_
 from apoptosis.errors import ArgumentError, CheckpointError
-from apoptosis.model.built import built_shapes, is_known
-from apoptosis.storage.files import replacing
+from apoptosis.integrations.widths_file import WIDTHS_FILE, has_shrunk, read_widths, write_widths
 
-WIDTHS_FILE = "apoptosis_widths.json"
 _KEY = "apoptosis"  # of config.json
 _CARD = """
 ## How to load this network
@@ -45,50 +41,6 @@ from transformers import {name}
 model = from_pretrained({name}, "this folder")
 ```
 """
-
-
-def widths_now(model: nn.Module) -> Widths:
-    """Return the widths that a network has now, with those that it was built with where they are known."""
-    model = unwrapped(model)
-    return record_of(model, {}, _built(model))
-
-
-def has_shrunk(model: nn.Module) -> bool:
-    """Whether a network lost channels or took over widths in this process."""
-    model = unwrapped(model)
-    tensors = tensors_of(model)
-    now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return any(shape != now.get(name, shape) for name, shape in _built(model).items()) or _is_emptied(model)
-
-
-def _built(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    if not is_known(model):
-        return {}
-    return built_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()})
-
-
-def _is_emptied(model: nn.Module) -> bool:
-    return is_known(model) and bool(record_of(model, {}, {})["emptied"])
-
-
-def write_widths(model: nn.Module, folder: str | Path) -> None:
-    """Write the widths that a network has now beside its weights; an old file is replaced whole."""
-    with replacing(Path(folder) / WIDTHS_FILE) as partial:
-        Path(partial).write_text(json.dumps(widths_now(model)), encoding="utf-8")
-
-
-def read_widths(folder: str | Path) -> Widths | None:
-    """Return the widths in a folder, None where it has no such file.
-
-    Raises: CheckpointError: the file is no JSON.
-    """
-    path = Path(folder) / WIDTHS_FILE
-    if not path.is_file():
-        return None
-    try:
-        return cast(Widths, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"'{path}' is damaged: {error}.") from error
 
 
 # ---------------------------------------------------------------- writing
