@@ -207,6 +207,64 @@ def test_wrong_input_is_one_line(tmp_path: Any) -> None:
         trainer(tmp_path, ApoptosisCallback()).fit(net(), words)
 
 
+def test_a_second_fit_goes_on_with_the_run(whole: dict[str, Any], tmp_path: Any) -> None:
+    model, callback = net(), ApoptosisCallback(total_steps=32, **OPTIONS)
+    run = trainer(tmp_path, callback, max_epochs=2)
+    run.fit(model, loader(), loader())
+    assert callback.apo._memory.step == 16
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    again, other = net(), ApoptosisCallback(total_steps=32, **OPTIONS)
+    later = trainer(tmp_path, other)
+    later.fit(again, loader(), loader(), ckpt_path=tmp_path / "after.ckpt", weights_only=False)
+    assert 16 < other.apo._memory.step == later.global_step
+    assert other.apo.ledger().events == whole["callback"].apo.ledger().events
+    run.fit_loop.max_epochs = 4
+    run.fit(model, loader(), loader())
+    assert callback.apo._memory.step == run.global_step == 32  # Lightning makes new optimizers: not the same bits
+    assert callback.apo.ledger().events == whole["callback"].apo.ledger().events
+    assert model.net[0].out_features == whole["model"].net[0].out_features
+
+
+def test_checkpoints_of_weights_alone_know_their_widths(whole: dict[str, Any], tmp_path: Any) -> None:
+    model = net()
+    run = trainer(tmp_path, ApoptosisCallback(**OPTIONS))
+    run.fit(model, loader(), loader())
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert same(weights(Net.load_from_checkpoint(tmp_path / "weights.ckpt")), weights(model))
+    other = trainer(tmp_path)  # without the callback
+    other.validate(model, loader(), verbose=False)
+    other.save_checkpoint(tmp_path / "again.ckpt", weights_only=True)
+    assert same(weights(Net.load_from_checkpoint(tmp_path / "again.ckpt")), weights(model))
+
+
+class Fails(Net):
+    def training_step(self, batch: Any, number: int) -> torch.Tensor:
+        if self.global_step == 9:
+            assert any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+            raise ValueError("no luck")
+        return super().training_step(batch, number)
+
+
+def test_an_error_leaves_no_hooks(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = Fails()
+    with pytest.raises(ValueError, match="no luck"):
+        trainer(tmp_path, ApoptosisCallback(**OPTIONS)).fit(model, loader(), loader())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_goal_that_is_reached_is_no_goal_of_the_narrow_network(tmp_path: Any) -> None:
+    goal = {**OPTIONS, "target": {"macs": 0.1}}
+    model, callback = net(), ApoptosisCallback(**goal)
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, callback, kept, enable_checkpointing=True).fit(model, loader(), loader())
+    assert model.net[0].out_features < 6
+    again = net()
+    run = trainer(tmp_path, ApoptosisCallback(**goal))
+    run.fit(again, loader(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", weights_only=False)
+    assert same(weights(again), weights(model))
+
+
 TWO_PROCESSES = """
     import sys, torch, warnings
     warnings.simplefilter("ignore")

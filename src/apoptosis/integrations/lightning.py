@@ -11,27 +11,33 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apoptosis.checkpoint.widths import set_widths_
+from apoptosis.checkpoint.tensors import tensors_of
+from apoptosis.checkpoint.widths import record_of, set_widths_
 from apoptosis.decide.ledger import Ledger
 from apoptosis.display.loggers import scalars
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import ArgumentError
 from apoptosis.integrations.resuming import at_full_width
+from apoptosis.model.built import built_shapes
 
-try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-except ModuleNotFoundError:  # the same library under its other name
-    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:  # the same library under its other name
+    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    from lightning.pytorch import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 KEY = "apoptosis"
 """Key of a checkpoint under which the widths are."""
 _MARK = "_sets_widths_of_apoptosis"
+_INSIDE = "_apoptosis_module"  # attribute of a LightningModule: name of the module inside that shrank
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _OWN = ("model", "optimizer", "example_input", "log", "probe", "total_steps")
 _ROWS = 8  # examples that captures run on
 _LABELS = frozenset(("label", "labels", "target", "targets", "y"))
@@ -84,6 +90,8 @@ class ApoptosisCallback(Callback):
         self._probe, self._probe_rows, self._log, self._options = probe, probe_rows, log, options
         self._held_out: list[tuple[Any, Any]] = []
         self._pending: Mapping[str, Any] | None = None  # state of the run that a checkpoint holds
+        self._held: Mapping[str, Any] | None = None  # state of the run that the last fit ended with
+        self._trained: weakref.ref[Any] | None = None  # the module of that run
         self._steps, self._example = 0, None
         self._records: list[dict[str, Any]] = []
 
@@ -129,13 +137,10 @@ class ApoptosisCallback(Callback):
                 logger.log_metrics(scalars(record), step=trainer.global_step)
         self._records.clear()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the widths into a checkpoint."""
-        if self.apo is not None:
-            checkpoint[KEY] = {"module": self._name or "", "widths": self.apo.widths}
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run, which goes into checkpoints that hold more than weights."""
+        if self._held is not None:  # after a fit, whose run is closed now
+            return dict(self._held)
         return {} if self.apo is None else {"run": self.apo.state_dict(), "example": self._example}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -143,8 +148,14 @@ class ApoptosisCallback(Callback):
         self._pending = state_dict if "run" in state_dict else None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take all hooks off."""
+        """Take all hooks off; a further fit of the same Trainer goes on with the run."""
         if stage == "fit" and self.apo is not None:
+            self._held, self._trained = self.state_dict(), weakref.ref(pl_module)
+            self.apo.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take all hooks off: there is no teardown after an error."""
+        if self.apo is not None:
             self.apo.close()
 
     # ------------------------------------------------------------------ the run
@@ -155,8 +166,12 @@ class ApoptosisCallback(Callback):
         if total is None:
             estimated = trainer.estimated_stepping_batches
             total = int(estimated) if estimated != float("inf") else None
+        pending = self._goes_on(trainer, pl_module)
+        if pending is None and total is not None and self._total is None:
+            total = max(
+                1, total - trainer.global_step
+            )  # of a checkpoint that holds no run: a new one over what is left
         arguments = {"total_steps": total, "probe": self._examples(), "log": self._keep, **self._options}
-        pending, self._pending = self._pending, None
         self._example = _first_rows(self._inputs(batch)) if pending is None else _moved(pending["example"], pl_module)
         if pending is None:
             self.apo = Apoptosis(model, trainer.optimizers, self._example, **arguments)
@@ -166,12 +181,25 @@ class ApoptosisCallback(Callback):
             apo.load_state_dict(pending["run"])
             self.apo = apo
         self._steps = trainer.global_step
+        vars(pl_module)[_INSIDE] = self._name or ""
         for averaged in _averages(trainer, self._name):
             self.apo.follow(averaged)
+
+    def _goes_on(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Any] | None:
+        """Return the state to go on with: of a checkpoint, or of the last fit of the same Trainer and module."""
+        pending, held, trained = self._pending, self._held, self._trained
+        self._pending = self._held = self._trained = None
+        same = trained is not None and trained() is pl_module and trainer.global_step == self._steps > 0
+        return pending if pending is not None else held if same else None
 
     def _model(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         """Return the module that shrinks, in its wrapper for several processes."""
         wrapped = trainer.strategy.model
+        if type(trainer.strategy).__name__ in _SHARDED:
+            raise ArgumentError(
+                f"ApoptosisCallback: {type(trainer.strategy).__name__} spreads parameters over processes, which this "
+                "callback does not support. Use strategy='ddp', or a loop of your own with fully_shard."
+            )
         if self._name is not None:
             if wrapped is not pl_module:
                 raise ArgumentError(
@@ -211,25 +239,37 @@ class ApoptosisCallback(Callback):
 
 
 def follow_checkpoints(cls: type[LightningModule]) -> None:
-    """Have a class of LightningModules take the widths of a checkpoint before its weights; once for each class.
+    """Have a class of LightningModules keep its widths in checkpoints, and take them before weights; once for each.
 
-    Args: cls: whose `on_load_checkpoint` is wrapped; what it does itself comes after.
+    Its `on_save_checkpoint` is called for checkpoints of weights alone, too, where no callback is.
+
+    Args: cls: whose `on_save_checkpoint` and `on_load_checkpoint` are wrapped; what they do themselves stays.
     """
-    original = cls.on_load_checkpoint
-    if getattr(original, _MARK, False):
+    saves, loads = cls.on_save_checkpoint, cls.on_load_checkpoint
+    if getattr(loads, _MARK, False):
         return
 
-    @functools.wraps(original)
+    @functools.wraps(saves)
+    def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        saves(self, checkpoint)
+        name = vars(self).get(_INSIDE)
+        if name is not None:
+            inside = self.get_submodule(name)
+            now = {n: tuple(tensor.shape) for n, tensor in tensors_of(inside).items()}
+            checkpoint[KEY] = {"module": name, "widths": record_of(inside, {}, built_shapes(inside, now))}
+
+    @functools.wraps(loads)
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         found = checkpoint.get(KEY)
         if found is not None:
-            trainer = self._trainer if getattr(self, "_trainer", None) is not None else None
+            trainer = getattr(self, "_trainer", None)
             for module in (self, *([] if trainer is None else _averaged_modules(trainer))):
                 set_widths_(module.get_submodule(found["module"]), found["widths"])
-        original(self, checkpoint)
+            vars(self)[_INSIDE] = found["module"]
+        loads(self, checkpoint)
 
     setattr(on_load_checkpoint, _MARK, True)
-    cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+    cls.on_save_checkpoint, cls.on_load_checkpoint = on_save_checkpoint, on_load_checkpoint  # type: ignore[method-assign]
 
 
 def load_from_checkpoint(cls: type[_Module], path: Any, **options: Any) -> _Module:

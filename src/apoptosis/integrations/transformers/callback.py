@@ -30,6 +30,7 @@ from apoptosis.display.loggers import scalars
 from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import ApoptosisError, ArgumentError, CheckpointError
+from apoptosis.integrations.resuming import at_full_width
 from apoptosis.integrations.transformers import folders
 from apoptosis.integrations.widths_file import WIDTHS_FILE, has_shrunk, read_widths, write_widths
 
@@ -174,7 +175,9 @@ class ApoptosisTrainerCallback(TrainerCallback):
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"'{path}' holds no run of ApoptosisTrainerCallback: {error!r}.") from error
         self._example = _moved(example, self._attached().args.device) if self._given is None else self._given
-        self._begin()
+        trainer = self._attached()
+        with at_full_width(trainer.model_wrapped, [_plain(trainer.optimizer)]):  # from where a goal counts
+            self._begin()
         if self.apo is not None:
             self.apo.load_state_dict(state)
 
