@@ -22,6 +22,7 @@ WITHOUT_REMEDY = {Code.SHARED_WIDTH, Code.SHARED_NUMBER, Code.BROKEN, Code.EXCLU
 FOREIGN = {
     "graph/trace/failures.py",  # what torch says of a failed forward pass
     "interrupts.py",  # allocators of torch and of other libraries
+    "shipping/programs.py",  # onnxruntime, which puts its code in front
     "tools/cli/__init__.py",  # the loader of shared libraries
     "tools/cli/app.py",  # allocators of other libraries
     "tools/cli/options.py",  # what the user typed

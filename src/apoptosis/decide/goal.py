@@ -94,15 +94,15 @@ def read_goal(target: Any, total_steps: int | None = 1) -> Goal | None:
     return Goal(measure=measure, share=float(share))
 
 
-def is_goal(text: str) -> bool:
+def is_goal(given: str) -> bool:
     """Whether a text has the form of a size to reach, sensible or not.
 
     Example:
         >>> is_goal("2x"), is_goal("macs=0.5"), is_goal("price")
         (True, True, False)
     """
-    name, sign, _ = text.partition("=")
-    return name.strip() in MEASURES if sign else not math.isnan(_number(text.strip().lower().removesuffix("x")))
+    name, sign, _ = given.partition("=")
+    return name.strip() in MEASURES if sign else not math.isnan(_number(given.strip().lower().removesuffix("x")))
 
 
 def _number(text: str) -> float:

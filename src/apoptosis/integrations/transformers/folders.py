@@ -118,9 +118,9 @@ def add_to_card(model: nn.Module, folder: str | Path) -> None:
     """Say in the model card how the folder is loaded, unless it says so or plain `from_pretrained` loads it."""
     path = Path(folder) / "README.md"
     if isinstance(model, PreTrainedModel) and not is_plain(model):
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if "apoptosis.integrations" not in text:
-            path.write_text(text + _CARD.format(name=type(model).__name__), encoding="utf-8")
+        card = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if "apoptosis.integrations" not in card:
+            path.write_text(card + _CARD.format(name=type(model).__name__), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- reading

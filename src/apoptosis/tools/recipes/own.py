@@ -24,14 +24,14 @@ from apoptosis.storage.plain_json import parse
 _OTHERS = ("<", *(os.path.dirname(str(module.__file__)) + os.sep for module in (os, torch, apoptosis)))
 
 
-def is_factory(text: str) -> bool:
+def is_factory(given: str) -> bool:
     """Whether a text has the form package.module:factory.
 
     Example:
         >>> is_factory("my.nets:build"), is_factory("digits"), is_factory("runs/first"), is_factory("C:/runs")
         (True, False, False, False)
     """
-    module, _, name = text.partition(":")
+    module, _, name = given.partition(":")
     return all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
 
 
