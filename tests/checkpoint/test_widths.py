@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from apoptosis import Apoptosis, load, save, set_widths_, widths_of
+from apoptosis.checkpoint.widths import check_record, record_of
 from apoptosis.errors import ArgumentError, CheckpointError
 from branches.networks import NETWORKS
 from branches.test_branches import built, emptied, proposals, run, train
@@ -36,6 +37,14 @@ def shrunk_run(steps: int = 40) -> tuple[nn.Module, torch.optim.Optimizer, Apopt
         apo.step()
     kept.append({"model": copy.deepcopy(net.state_dict()), "widths": apo.widths})
     return net, optimizer, apo, kept
+
+
+def test_numbers_of_a_record_are_exact() -> None:
+    third = torch.full((2,), 1 / 3, dtype=torch.float64)
+    values = {"a": {"dtype": "float64", "values": third.tolist()}, "b": {"dtype": "int64", "values": [2**60 + 1]}}
+    _, tensors = check_record({**record_of(mlp(), {}, {}), "tensors": values})
+    assert torch.equal(tensors["a"], third)
+    assert tensors["b"].tolist() == [2**60 + 1]
 
 
 def test_a_run_says_its_widths_and_another_copy_takes_them() -> None:

@@ -120,9 +120,11 @@ def test_a_checkpoint_from_before_removals_is_not_called_another_network(runs, t
     state = apo.state_dict()
     assert runs.train(net, optimizer, apo, first=2)
     with pytest.raises(CheckpointError, match=r"saved before channels went.*'0.weight'.*full width"):
-        load(tmp_path / "early", net, optimizer, apo)
+        load(tmp_path / "early", copy.deepcopy(net))  # of which nothing is known but what it is
     with pytest.raises(CheckpointError, match="of other widths: '0' had 32 channels and has"):
         apo.load_state_dict(state)
+    load(tmp_path / "early", net, optimizer, apo)  # what shrank in this process becomes wide again
+    assert net[0].out_features == 32
     with pytest.raises(CheckpointError, match="another network"):
         load(tmp_path / "early", runs.mlp(40))
 

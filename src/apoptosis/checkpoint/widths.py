@@ -272,7 +272,8 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
         dtype = getattr(torch, entry["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise TypeError(entry["dtype"])
-        values = torch.tensor(unpack(entry["values"], {}), dtype=torch.float64 if dtype.is_complex else None)
+        wide = torch.float64 if dtype.is_floating_point or dtype.is_complex else dtype  # as JSON has numbers
+        values = torch.tensor(unpack(entry["values"], {}), dtype=wide, device="cpu")
         return (torch.view_as_complex(values) if dtype.is_complex else values).to(dtype)
     except (*DAMAGES, RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"the widths are damaged: '{name[:80]}' is no tensor.") from error

@@ -82,8 +82,8 @@ def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
         >>> resized(torch.ones(2, 2), (1, 3))
         tensor([[1., 1., 0.]])
     """
-    options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
-    new = torch.empty(tuple(shape), memory_format=memory_format(tensor), **options).zero_()
+    layout, dtype, device = memory_format(tensor), tensor.dtype, tensor.device
+    new = torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=layout).zero_()
     part = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
     new[part] = tensor.detach()[part]
     return new

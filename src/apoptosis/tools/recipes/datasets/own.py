@@ -243,7 +243,7 @@ def _by_part(name: str, made: Any) -> dict[str, Any]:
         return known
     if isinstance(made, tuple | list) and 2 <= len(made) <= 3:
         if len(made) == 2 and all(isinstance(one, Tensor | np.ndarray) for one in made):
-            tensors = [torch.as_tensor(one) for one in made]
+            tensors = [one if isinstance(one, Tensor) else torch.from_numpy(np.ascontiguousarray(one)) for one in made]
             if len(tensors[0]) != len(tensors[1]):
                 raise DataError(f"{name} returns {len(tensors[0])} inputs and {len(tensors[1])} labels.")
             return {"train": TensorDataset(*tensors)}
