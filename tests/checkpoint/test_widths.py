@@ -21,20 +21,35 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3))
 
 
-def shrunk_run(steps: int = 40) -> tuple[nn.Module, torch.optim.Optimizer, Apoptosis, list[dict[str, Any]]]:
-    """A run that shrinks twice or more; returned with (state_dict, widths) from before the first step and after it."""
+def begun(steps: int = 40) -> tuple[nn.Module, torch.optim.Optimizer, Apoptosis]:
     torch.manual_seed(0)
     net = mlp()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    x = torch.randn(256, 6)
-    apo = Apoptosis(net, optimizer, x, total_steps=steps, target={"macs": 0.5}, align=1, calibration=0.0)
-    kept = [{"model": copy.deepcopy(net.state_dict()), "widths": apo.widths}]
+    options: dict[str, Any] = {"target": {"macs": 0.5}, "align": 1, "calibration": 0.0}
+    return net, optimizer, Apoptosis(net, optimizer, data(), total_steps=steps, **options)
+
+
+def data() -> torch.Tensor:
+    return torch.randn(256, 6, generator=torch.Generator().manual_seed(0))
+
+
+def train_on(net: nn.Module, optimizer: torch.optim.Optimizer, apo: Apoptosis, steps: int) -> list[float]:
+    x, losses = data(), []
     for _ in range(steps):
         loss = nn.functional.mse_loss(net(x), x[:, :3])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         apo.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def shrunk_run(steps: int = 40) -> tuple[nn.Module, torch.optim.Optimizer, Apoptosis, list[dict[str, Any]]]:
+    """A run that shrinks twice or more; returned with (state_dict, widths) from before the first step and after it."""
+    net, optimizer, apo = begun(steps)
+    kept = [{"model": copy.deepcopy(net.state_dict()), "widths": apo.widths}]
+    train_on(net, optimizer, apo, steps)
     kept.append({"model": copy.deepcopy(net.state_dict()), "widths": apo.widths})
     return net, optimizer, apo, kept
 
@@ -92,32 +107,17 @@ def test_widths_come_off_the_shapes_of_a_state_dict() -> None:
 
 
 def test_load_takes_an_earlier_and_wider_checkpoint_of_the_same_run(tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    net, x = mlp(), torch.randn(256, 6)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    apo = Apoptosis(net, optimizer, x, total_steps=40, target={"macs": 0.5}, align=1, calibration=0.0)
-
-    def train_on(steps: int) -> list[float]:
-        losses = []
-        for _ in range(steps):
-            loss = nn.functional.mse_loss(net(x), x[:, :3])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            apo.step()
-            losses.append(float(loss.detach()))
-        return losses
-
-    train_on(1)
+    net, optimizer, apo = begun()
+    train_on(net, optimizer, apo, 1)
     save(tmp_path / "early", net, optimizer, apo)
-    first = train_on(39), apo.widths
+    first = train_on(net, optimizer, apo, 39), apo.widths
     assert apo.ledger().events
     save(tmp_path / "late", net, optimizer, apo)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     load(tmp_path / "early", net, optimizer, apo)
     assert net[0].weight.shape == (32, 6)
     assert not apo.ledger().events
-    second = train_on(39), apo.widths
+    second = train_on(net, optimizer, apo, 39), apo.widths
     assert first == second
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     load(tmp_path / "early", net, optimizer, apo)

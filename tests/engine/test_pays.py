@@ -108,7 +108,10 @@ def test_a_look_takes_what_cannot_be_compared_for_nothing_and_never_fails():
     assert 2 < float(look.close()["|256"]) <= 4
     look = Look(net, [""])
     weights = {name: p.detach() for name, p in net.named_parameters()}
-    loss = lambda w, x: torch.func.functional_call(net, w, (x,)).sum()  # noqa: E731
+
+    def loss(w, x):
+        return torch.func.functional_call(net, w, (x,)).sum()
+
     torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, torch.randn(32, 1, 4))
     assert look.close() == {}
     assert growth({"a": float("inf"), "b": 2.0}, {"a": 2.0, "b": float("nan")}, doublings=1.0) == 1.0
@@ -142,10 +145,14 @@ def test_a_tolerance_overrules_what_was_too_dear_when_a_run_is_resumed(monkeypat
         assert (again.decision.at_step is None) == (not options)
 
 
+def rising(step):
+    """Directions that the inputs spread over."""
+    return 1 if step < 80 else 12
+
+
 def test_nothing_goes_while_features_form():
     """The inputs spread over more and more directions: nothing is removed, and it says why; a tolerance overrules."""
     net = autoencoder()
-    rising = lambda step: 1 if step < 80 else 12  # noqa: E731
     optimizer, apo = start(net)
     train(net, optimizer, apo, range(170), rising)
     assert first_look(TOTAL) < 80 < policy.warmup_steps(TOTAL)

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging  # noqa: E402 - behind the skip
+from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402 - behind the skip
 
-from apoptosis.errors import ArgumentError  # noqa: E402
-from apoptosis.integrations.lightning import ApoptosisCallback, load_from_checkpoint  # noqa: E402
+from apoptosis.errors import ArgumentError  # noqa: E402 - behind the skip
+from apoptosis.integrations.lightning import ApoptosisCallback, load_from_checkpoint  # noqa: E402 - behind the skip
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of loaders and settings of these small runs
 OPTIONS: dict[str, Any] = {"target": {"macs": 0.5}, "align": 1, "calibration": 0.0}
 
 
@@ -93,6 +94,9 @@ def test_the_network_shrinks_and_the_run_is_told(whole: dict[str, Any]) -> None:
     assert callback.apo._settings.total_steps == 32
     logged = whole["trainer"].callback_metrics
     assert logged["apoptosis/parameters"] == sum(p.numel() for p in model.parameters())
+    assert logged["apoptosis/macs"] == sum(
+        layer.weight.numel() for layer in (model.net[0], model.net[2])
+    )  # per example
     text = (next(whole["folder"].rglob("metrics.csv"))).read_text()
     assert "event/parameters_after" in text
     assert "apoptosis/macs" in text
@@ -193,6 +197,10 @@ def test_a_budget_is_measured_on_examples_of_the_sanity_check(tmp_path: Any) -> 
         trainer(tmp_path, ApoptosisCallback(budget=0.5, **OPTIONS)).fit(net(), loader())
 
 
+class FSDPStrategy(SingleDeviceStrategy):
+    """Of the name of one that needs several devices."""
+
+
 class Silent(Net):
     forward = pl.LightningModule.forward
 
@@ -202,6 +210,11 @@ def test_wrong_input_is_one_line(tmp_path: Any) -> None:
         ApoptosisCallback(targe="2x")
     with pytest.raises(ArgumentError, match=r"Silent has no forward.*module= \('net'\)"):
         trainer(tmp_path, ApoptosisCallback()).fit(Silent(), loader())
+    sharded = trainer(
+        tmp_path, ApoptosisCallback(), strategy=FSDPStrategy(device="cpu"), accelerator="auto", devices="auto"
+    )
+    with pytest.raises(ArgumentError, match="FSDPStrategy spreads parameters"):
+        sharded.fit(net(), loader())
     words = DataLoader([{"y": torch.zeros(2)}, {"y": torch.zeros(2)}], collate_fn=lambda batch: "words")
     with pytest.raises(ArgumentError, match="a batch is a str"):
         trainer(tmp_path, ApoptosisCallback()).fit(net(), words)
@@ -248,9 +261,14 @@ class Fails(Net):
 def test_an_error_leaves_no_hooks(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = Fails()
+    run = trainer(tmp_path, ApoptosisCallback(**OPTIONS))
     with pytest.raises(ValueError, match="no luck"):
-        trainer(tmp_path, ApoptosisCallback(**OPTIONS)).fit(model, loader(), loader())
+        run.fit(model, loader(), loader())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    run.save_checkpoint(tmp_path / "last.ckpt")  # the run in it is not a closed one
+    again, callback = net(), ApoptosisCallback(**OPTIONS)
+    trainer(tmp_path, callback).fit(again, loader(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    assert callback.apo.ledger().events
 
 
 def test_a_goal_that_is_reached_is_no_goal_of_the_narrow_network(tmp_path: Any) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 transformers = pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
 
-from transformers import (  # noqa: E402
+from transformers import (  # noqa: E402 - behind the skip
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -19,9 +19,9 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from apoptosis import shrink_  # noqa: E402
-from apoptosis.errors import ApoptosisError, ArgumentError, CheckpointError  # noqa: E402
-from apoptosis.integrations.transformers import ApoptosisTrainerCallback, from_pretrained, save_plain  # noqa: E402
+from apoptosis import shrink_  # noqa: E402 - behind the skip
+from apoptosis.errors import ApoptosisError, ArgumentError, CheckpointError  # noqa: E402 - behind the skip
+from apoptosis.integrations.transformers import ApoptosisTrainerCallback, from_pretrained, save_plain  # noqa: E402 - behind the skip
 
 transformers.utils.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -20,13 +20,22 @@ from apoptosis.checkpoint.emptied import empty_for_load, pack_emptied, read_empt
 from apoptosis.checkpoint.file import read_file, write_file
 from apoptosis.checkpoint.manifest import Shapes, check_manifest, check_saved, loading
 from apoptosis.checkpoint.optimizer_state import LoadedOptimizer, check_state_shapes, pack_optimizer, unpack_optimizer
-from apoptosis.checkpoint.tensors import PREFIX, check_names, check_tensors, is_wider, non_persistent, tensors_of
+from apoptosis.checkpoint.tensors import (
+    PREFIX,
+    check_names,
+    check_tensors,
+    is_wider,
+    non_persistent,
+    shapes_of,
+    tensors_of,
+)
 from apoptosis.checkpoint.tree import pack, unpack
+from apoptosis.checkpoint.widths import full_shapes
 from apoptosis.distributed.sharded import has_shards, reshard
 from apoptosis.distributed.wrappers import layouts_of, rebuild_wrappers, unwrapped, wrappers_of
 from apoptosis.errors import CheckpointError
 from apoptosis.interrupts import restoring
-from apoptosis.model.built import built_shapes, is_known, note_built
+from apoptosis.model.built import built_shapes, note_built
 from apoptosis.model.passes import check_not_inference
 from apoptosis.modules.norms import is_shrunk
 from apoptosis.surgery.attributes import attributes_of
@@ -95,6 +104,8 @@ def packed(
     own = tensors_of(model)
     for name, tensor in own.items():
         pack(tensor, f"{PREFIX}{name}", tensors)
+    known = getattr(apo, "full_shapes", None)
+    full = full_shapes(model) if known is None else known
     try:
         attributes = {name: attributes_of(module) for name, module in model.named_modules()}
         manifest = {
@@ -107,7 +118,7 @@ def packed(
                     for name, module in _with_extra_state(model).items()
                 },
                 "emptied": pack(pack_emptied(model), "emptied", tensors),
-                "full": {name: list(shape) for name, shape in _full(model, apo).items()},
+                "full": {name: list(shape) for name, shape in full.items()},
             },
             "optimizers": None
             if optimizer is None
@@ -119,17 +130,6 @@ def packed(
         raise CheckpointError("what is to be saved is nested too deeply, or holds itself.") from error
     check_saved(manifest)
     return tensors, manifest
-
-
-def _full(model: nn.Module, apo: Resumable | None) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes that the model was built with: those the run knows, else those it had when it first shrank.
-
-    Where it never shrank in this process nothing is known: it may have been built narrow, or cut by other means.
-    """
-    known: Mapping[str, tuple[int, ...]] | None = getattr(apo, "full_shapes", None)
-    if known is None and is_known(model):
-        return built_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()})
-    return known or {}
 
 
 def load(
@@ -192,8 +192,7 @@ def apply_checkpoint(
     layouts = layouts_of(wrappers)
     reshard(model)
     journal, todo, stored = UndoLog(), [True], manifest["model"]
-    before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-    built = built_shapes(model, before)
+    built = built_shapes(model, shapes_of(model))
 
     def undo() -> None:
         if todo:

@@ -32,6 +32,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of `tensors_of`."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+
+
 def non_persistent(model: nn.Module) -> set[str]:
     """Return the names of buffers that a state_dict leaves out."""
     return {

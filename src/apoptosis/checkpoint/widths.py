@@ -22,13 +22,13 @@ from apoptosis.checkpoint.attributes import check_attributes
 from apoptosis.checkpoint.emptied import empty_for_load, pack_emptied, read_emptied
 from apoptosis.checkpoint.manifest import DAMAGES, check_schema, check_shape
 from apoptosis.checkpoint.shapes import attributes_for, shapes_for
-from apoptosis.checkpoint.tensors import PREFIX, check_names, is_wider, non_persistent, tensors_of
+from apoptosis.checkpoint.tensors import PREFIX, check_names, is_wider, non_persistent, shapes_of, tensors_of
 from apoptosis.checkpoint.tree import pack, unpack
 from apoptosis.distributed.sharded import has_shards
 from apoptosis.distributed.wrappers import rebuild_wrappers, unwrapped, wrappers_of
 from apoptosis.errors import ArgumentError, CheckpointError
 from apoptosis.interrupts import restoring
-from apoptosis.model.built import built_shapes, note_built
+from apoptosis.model.built import built_shapes, is_known, note_built
 from apoptosis.model.passes import check_not_inference
 from apoptosis.storage.files import reason
 from apoptosis.surgery.attributes import attributes_of
@@ -53,6 +53,33 @@ _SCHEMA = {
 }
 
 
+def current_widths(model: nn.Module) -> Widths:
+    """Return the widths that a model has now, with the shapes that it was built with where they are known.
+
+    Args: model: with or without its wrappers.
+    """
+    model = unwrapped(model)
+    return record_of(model, {}, full_shapes(model))
+
+
+def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a model was built with.
+
+    Where it never shrank in this process nothing is known: it may have been built narrow, or cut by other means.
+    """
+    return built_shapes(model, shapes_of(model)) if is_known(model) else {}
+
+
+def has_shrunk(model: nn.Module) -> bool:
+    """Whether a model lost channels or branches, or took over such widths, in this process.
+
+    Args: model: with or without its wrappers.
+    """
+    model = unwrapped(model)
+    now, full = shapes_of(model), full_shapes(model)
+    return bool(full) and (any(full[name] != shape for name, shape in now.items()) or bool(pack_emptied(model)))
+
+
 def record_of(model: nn.Module, groups: Mapping[str, int], full: Mapping[str, tuple[int, ...]]) -> Widths:
     """Return the widths that a model has now.
 
@@ -66,7 +93,7 @@ def record_of(model: nn.Module, groups: Mapping[str, int], full: Mapping[str, tu
     model = unwrapped(model)
     tensors = tensors_of(model)
     own = {name: found for name, module in model.named_modules() if (found := attributes_of(module))}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = shapes_of(model)
     cut = {
         name: tensors[name] for name in non_persistent(model) if shapes.get(name) != full.get(name, shapes.get(name))
     }
@@ -136,8 +163,7 @@ def widths_of(state_dict: Mapping[str, Any], model: nn.Module) -> Widths:
         try:
             shapes = shapes_for(model, {name: v for name, v in state_dict.items() if isinstance(v, Tensor)})
             attributes = attributes_for(model, shapes)
-            full = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-            return _record(model, shapes, attributes, full=full, groups={}, emptied={}, buffers={})
+            return _record(model, shapes, attributes, full=shapes_of(model), groups={}, emptied={}, buffers={})
         finally:
             log.undo()
 
@@ -175,8 +201,7 @@ def set_widths_(model: nn.Module, widths: Mapping[str, Any], optimizer: Optimize
     model = model.module if isinstance(model, AveragedModel) else model
     wrappers, inner, optimizers = wrappers_of(model), unwrapped(model), several(optimizer)
     log, todo, written = UndoLog(), [True], list[bool]()
-    now = {name: tuple(tensor.shape) for name, tensor in tensors_of(inner).items()}
-    built = built_shapes(inner, now)
+    built = built_shapes(inner, shapes_of(inner))
 
     def undo() -> None:
         if todo:
@@ -225,10 +250,8 @@ def _take_over(
             log.set_tensor(tensor, value)
     for module, name, attribute in attributes:
         log.set_attribute(module, name, attribute)
-    now = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-    note_built(
-        model, {name: tuple(record["full"].get(name, built)) for name, built in built_shapes(model, now).items()}
-    )
+    built = built_shapes(model, shapes_of(model))
+    note_built(model, {name: tuple(record["full"].get(name, shape)) for name, shape in built.items()})
 
 
 def _value(tensor: Tensor, shape: list[int], known: Tensor | None) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from apoptosis.model.dispatch import DispatchMode
 from apoptosis.model.passes import internal_passes
 from apoptosis.planner.costs import open_axes
 from apoptosis.records import Structure
@@ -155,12 +155,11 @@ def recorded(model: nn.Module, call: Call, structure: Structure) -> Recorded:
     return found
 
 
-# torch's class has no types, hence both ignores here.
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(DispatchMode):
     """Writes down contractions with weights."""
 
     def __init__(self, found: Recorded, tensors: Mapping[str, Tensor], axes: Mapping[str, set[int]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._found, self._axes = found, axes
         self._names = {t.untyped_storage()._cdata: name for name, t in tensors.items()}
         self._tensors = tensors

@@ -128,7 +128,10 @@ class Sensitivity:
         return total / number if math.isfinite(total) else math.inf
 
     def _own_shift(self, trial: Trial, before: Sequence[Any]) -> tuple[float, str]:
-        transaction, narrowed = Transaction(self.target.model), [r for r in trial.reductions if not is_empty(r)]
+        transaction, narrowed = (
+            Transaction(self.target.model, trial=True),
+            [r for r in trial.reductions if not is_empty(r)],
+        )
         with restoring(transaction.close):
             try:
                 if narrowed:

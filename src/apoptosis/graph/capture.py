@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from apoptosis.errors import CaptureError, OutOfMemoryError, RankError
@@ -36,17 +35,17 @@ from apoptosis.graph.trace.partial_ops import note_work
 from apoptosis.graph.trace.result import TraceResult
 from apoptosis.graph.trace.tracer import FRAME_MARKS, Tracer
 from apoptosis.interrupts import hooks_on_all_modules, is_out_of_memory, restoring
+from apoptosis.model.dispatch import DispatchMode
 from apoptosis.model.passes import internal_passes
 from apoptosis.modules.emptied import is_stand_in
 from apoptosis.records import Seen
 
 
-# torch's class has no types, hence both ignores here.
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(DispatchMode):
     """Hands every operator, once executed, to the tracer."""
 
     def __init__(self, tracer: Tracer, constants: Constants | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._tracer = tracer
         self._constants = constants
 

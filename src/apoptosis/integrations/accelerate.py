@@ -11,11 +11,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from apoptosis.checkpoint.widths import set_widths_
+from apoptosis.checkpoint.widths import has_shrunk, set_widths_
 from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import ArgumentError, CheckpointError
-from apoptosis.integrations.widths_file import WIDTHS_FILE, has_shrunk, read_widths, write_widths
+from apoptosis.integrations.widths_file import WIDTHS_FILE, read_widths, write_widths
 
 
 def register(accelerator: Accelerator, apo: Apoptosis) -> None:

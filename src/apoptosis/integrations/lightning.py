@@ -10,28 +10,26 @@ ask is `on_load_checkpoint` of the module, so that is wrapped, once for each cla
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apoptosis.checkpoint.tensors import tensors_of
-from apoptosis.checkpoint.widths import record_of, set_widths_
+from apoptosis.checkpoint.widths import current_widths, set_widths_
 from apoptosis.decide.ledger import Ledger
 from apoptosis.display.loggers import scalars
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import ArgumentError
-from apoptosis.integrations.resuming import at_full_width
-from apoptosis.model.built import built_shapes
+from apoptosis.integrations.common import at_full_width, check_options, first_rows, moved
+from apoptosis.surgery.averaged_models import copy_of
 
-if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:  # the same library under its other name
-    from pytorch_lightning import Callback, LightningModule, Trainer
+if not TYPE_CHECKING and "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:
+    from pytorch_lightning import Callback, LightningModule, Trainer  # the same library under its other name
 else:
-    from lightning.pytorch import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 KEY = "apoptosis"
 """Key of a checkpoint under which the widths are."""
@@ -39,7 +37,6 @@ _MARK = "_sets_widths_of_apoptosis"
 _INSIDE = "_apoptosis_module"  # attribute of a LightningModule: name of the module inside that shrank
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _OWN = ("model", "optimizer", "example_input", "log", "probe", "total_steps")
-_ROWS = 8  # examples that captures run on
 _LABELS = frozenset(("label", "labels", "target", "targets", "y"))
 _Module = TypeVar("_Module", bound=LightningModule)
 
@@ -81,10 +78,7 @@ class ApoptosisCallback(Callback):
         log: Callable[[dict[str, Any]], None] | None = None,
         **options: Any,
     ) -> None:
-        known = [name for name in inspect.signature(Apoptosis).parameters if name not in _OWN]
-        for name in options:
-            if name not in known:
-                raise ArgumentError(f"ApoptosisCallback has no option {name!r}; it has {', '.join(known)}.")
+        check_options("ApoptosisCallback", options, _OWN)
         self.apo: Apoptosis | None = None
         self._total, self._name, self._inputs = total_steps, module, inputs or batch_inputs
         self._probe, self._probe_rows, self._log, self._options = probe, probe_rows, log, options
@@ -94,6 +88,7 @@ class ApoptosisCallback(Callback):
         self._trained: weakref.ref[Any] | None = None  # the module of that run
         self._steps, self._example = 0, None
         self._records: list[dict[str, Any]] = []
+        self._sizes: dict[str, float] = {}  # as they are logged
 
     @property
     def ledger(self) -> Ledger | None:
@@ -128,10 +123,9 @@ class ApoptosisCallback(Callback):
         if self.apo is None or trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        self.apo.step()
-        structure = self.apo.structure
-        parameters = sum(p.numel() for p in self.apo.model.parameters())
-        pl_module.log_dict({f"{KEY}/parameters": float(parameters), f"{KEY}/macs": float(structure.macs)})
+        if self.apo.step() is not None:
+            self._see_sizes(self.apo)
+        pl_module.log_dict(self._sizes)
         for record in self._records:
             for logger in trainer.loggers:
                 logger.log_metrics(scalars(record), step=trainer.global_step)
@@ -149,16 +143,24 @@ class ApoptosisCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take all hooks off; a further fit of the same Trainer goes on with the run."""
-        if stage == "fit" and self.apo is not None:
-            self._held, self._trained = self.state_dict(), weakref.ref(pl_module)
-            self.apo.close()
+        if stage == "fit":
+            self._end()
+            self._trained = weakref.ref(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take all hooks off: there is no teardown after an error."""
-        if self.apo is not None:
-            self.apo.close()
+        """Take all hooks off: there is no teardown after an error. Checkpoints that follow hold the run as it was."""
+        self._end()
 
     # ------------------------------------------------------------------ the run
+
+    def _end(self) -> None:
+        if self.apo is not None and self._held is None:
+            self._held = self.state_dict()  # a closed run never acts again
+            self.apo.close()
+
+    def _see_sizes(self, apo: Apoptosis) -> None:
+        ledger = apo.ledger()
+        self._sizes = {f"{KEY}/parameters": float(ledger.parameters[1]), f"{KEY}/macs": float(ledger.macs[1])}
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         model = self._model(trainer, pl_module)
@@ -168,19 +170,20 @@ class ApoptosisCallback(Callback):
             total = int(estimated) if estimated != float("inf") else None
         pending = self._goes_on(trainer, pl_module)
         if pending is None and total is not None and self._total is None:
-            total = max(
-                1, total - trainer.global_step
-            )  # of a checkpoint that holds no run: a new one over what is left
+            # of a checkpoint that holds no run: a new one over what is left
+            total = max(1, total - trainer.global_step)
         arguments = {"total_steps": total, "probe": self._examples(), "log": self._keep, **self._options}
-        self._example = _first_rows(self._inputs(batch)) if pending is None else _moved(pending["example"], pl_module)
         if pending is None:
+            self._example = first_rows(self._inputs(batch))
             self.apo = Apoptosis(model, trainer.optimizers, self._example, **arguments)
         else:
+            self._example = moved(pending["example"], pl_module.device)
             with at_full_width(model, trainer.optimizers):
                 apo = Apoptosis(model, trainer.optimizers, self._example, **arguments)
             apo.load_state_dict(pending["run"])
             self.apo = apo
         self._steps = trainer.global_step
+        self._see_sizes(self.apo)
         vars(pl_module)[_INSIDE] = self._name or ""
         for averaged in _averages(trainer, self._name):
             self.apo.follow(averaged)
@@ -254,9 +257,7 @@ def follow_checkpoints(cls: type[LightningModule]) -> None:
         saves(self, checkpoint)
         name = vars(self).get(_INSIDE)
         if name is not None:
-            inside = self.get_submodule(name)
-            now = {n: tuple(tensor.shape) for n, tensor in tensors_of(inside).items()}
-            checkpoint[KEY] = {"module": name, "widths": record_of(inside, {}, built_shapes(inside, now))}
+            checkpoint[KEY] = {"module": name, "widths": current_widths(self.get_submodule(name))}
 
     @functools.wraps(loads)
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
@@ -269,7 +270,8 @@ def follow_checkpoints(cls: type[LightningModule]) -> None:
         loads(self, checkpoint)
 
     setattr(on_load_checkpoint, _MARK, True)
-    cls.on_save_checkpoint, cls.on_load_checkpoint = on_save_checkpoint, on_load_checkpoint  # type: ignore[method-assign]
+    for name, function in {"on_save_checkpoint": on_save_checkpoint, "on_load_checkpoint": on_load_checkpoint}.items():
+        setattr(cls, name, function)
 
 
 def load_from_checkpoint(cls: type[_Module], path: Any, **options: Any) -> _Module:
@@ -286,9 +288,8 @@ def load_from_checkpoint(cls: type[_Module], path: Any, **options: Any) -> _Modu
 
 def _averaged_modules(trainer: Trainer) -> list[nn.Module]:
     """Return the copies of the LightningModule that averaging callbacks hold."""
-    models = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    found = [model for model in models if isinstance(model, nn.Module)]
-    return [model if isinstance(model, LightningModule) else model.module for model in found]  # type: ignore[misc]
+    models = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
+    return [copy_of(model) for model in models if isinstance(model, nn.Module)]
 
 
 def _averages(trainer: Trainer, name: str | None) -> list[nn.Module]:
@@ -316,19 +317,6 @@ def batch_inputs(batch: Any) -> Any:
     if isinstance(batch, tuple | list) and batch:
         return batch_inputs(batch[0])
     raise ArgumentError(f"ApoptosisCallback: a batch is a {type(batch).__name__}. Give inputs=, which reads the input.")
-
-
-def _first_rows(inputs: Any) -> Any:
-    """Return the first examples of a batch's input, in memory of their own: checkpoints hold them."""
-    if isinstance(inputs, Mapping):
-        return {name: _first_rows(value) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_first_rows(value) for value in inputs)
-    return inputs[:_ROWS].detach().clone() if isinstance(inputs, Tensor) and inputs.dim() else inputs
-
-
-def _moved(inputs: Any, module: LightningModule) -> Any:
-    return module.transfer_batch_to_device(inputs, module.device, 0)
 
 
 def _labels(batch: Any) -> Any:

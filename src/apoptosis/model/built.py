@@ -105,8 +105,8 @@ def _note_ties(model: nn.Module) -> None:
 
 
 def _is_plain(value: object) -> bool:
-    if type(value) in (tuple, list):
-        return all(type(entry) is int for entry in value)  # type: ignore[attr-defined]
+    if isinstance(value, tuple | list):
+        return type(value) in (tuple, list) and all(type(entry) is int for entry in value)
     return type(value) in (int, float, bool)
 
 

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from apoptosis.model.dispatch import DispatchMode
 
 LIMIT = 20_000  # objects that are looked into; the nearest to the modules come first
 DEPTH = 5  # plain objects within one another that are looked into
@@ -209,15 +210,14 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-# torch's class has no types, hence both ignores here.
-class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Written(DispatchMode):
     """Keeps a copy of what lies in some memory before an operator writes to it.
 
     Args: storages: by address, the memory to be kept.
     """
 
     def __init__(self, storages: Mapping[int, Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._storages = storages
         self._kept: dict[int, tuple[Any, Any]] = {}
         self._writes: dict[Any, tuple[tuple[int, str], ...]] = {}

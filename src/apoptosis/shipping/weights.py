@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from apoptosis.checkpoint.tensors import tensors_of
-from apoptosis.checkpoint.widths import record_of
-from apoptosis.model.built import built_shapes, is_known
+from apoptosis.checkpoint.widths import current_widths
 from apoptosis.shipping.records import WEIGHTS, WIDTHS, ShippedFile
 
 
@@ -54,7 +52,5 @@ def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
 def write_widths(model: nn.Module, folder: Path) -> ShippedFile:
     """Write the widths, as `set_widths_` takes them."""
     path = folder / WIDTHS
-    now = {name: tuple(x.shape) for name, x in tensors_of(model).items()}
-    record = record_of(model, {}, built_shapes(model, now) if is_known(model) else {})
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(current_widths(model), indent=1) + "\n")
     return ShippedFile(name=WIDTHS, bytes=path.stat().st_size)

@@ -75,7 +75,7 @@ def _fault(target: Target, structure: Structure, branches: Sequence[Branch]) -> 
     """Return what goes wrong when branches are emptied, "" for nothing; everything is put back."""
     weights = {s.key: (s.weight, s.dim) for group in structure.groups for s in group.sites}
     edits = [EmptyEdit(branch=b, weight=weights[b.site][0], dim=weights[b.site][1]) for b in branches]
-    transaction = Transaction(target.model)
+    transaction = Transaction(target.model, trial=True)
     with restoring(transaction.close):
         try:
             transaction.empty(edits)

@@ -126,7 +126,7 @@ class _Rehearsal:
         if not reductions:
             return None
         target = self._target
-        transaction = Transaction(target.model)
+        transaction = Transaction(target.model, trial=True)
         with restoring(transaction.close):
             try:
                 edits = build_edits(structure, reductions)

@@ -52,6 +52,7 @@ class Transaction:
         model: the model. optimizers: those that hold its parameters; state of other models is left alone.
         averaged_models: averaged copies (`AveragedModel`, or modules with the model's tensor names), which get the same
             folds and slices on their own values.
+        trial: whether it will be rolled back in any case, so that nothing has to be known of what there was.
 
     Raises:
         UnsupportedOptimizerError: see `check_optimizers`. ArgumentError: see `check_averaged_models`.
@@ -68,7 +69,12 @@ class Transaction:
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer] = (), averaged_models: Sequence[nn.Module] = ()
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer] = (),
+        averaged_models: Sequence[nn.Module] = (),
+        *,
+        trial: bool = False,
     ) -> None:
         check_optimizers(optimizers, model)
         self._optimizers = tuple(optimizers)
@@ -76,13 +82,18 @@ class Transaction:
         self._targets = [model, *(copy_of(averaged) for averaged in averaged_models)]
         self._tensors_only = {i for i, averaged in enumerate(averaged_models, 1) if isinstance(averaged, Tensors)}
         check_averaged_models(averaged_models, model)
+        if not trial:
+            self._note()
+        self._undo_log = UndoLog()
+        self._open = True
+
+    def _note(self) -> None:
+        """Note what the model and its copies are before they lose anything, for checkpoints from then."""
         for i, target in enumerate(self._targets):
             if i not in self._tensors_only:
                 built_shapes(target, {name: tuple(tensor.shape) for name, tensor in named_tensors(target).items()})
-        for optimizer in optimizers:
-            note_order(optimizer, model)
-        self._undo_log = UndoLog()
-        self._open = True
+        for optimizer in self._optimizers:
+            note_order(optimizer, self._targets[0])
 
     def __enter__(self) -> Self:
         return self

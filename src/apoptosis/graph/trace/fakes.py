@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from apoptosis.model.dispatch import DispatchMode
 from apoptosis.model.module_state import storage_of
 
 LARGE = 1 << 22
@@ -68,12 +68,11 @@ class Constants:
         return storage is not None and storage._cdata in self._stale
 
 
-# torch's class has no types, hence both ignores here.
-class _Building(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Building(DispatchMode):
     """Lets what a factory computes from constants have numbers."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._constants = Constants()
 
     def __torch_dispatch__(

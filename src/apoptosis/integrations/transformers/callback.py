@@ -11,31 +11,28 @@ made; for Trainers without this callback they do what they did.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from apoptosis.checkpoint.file import read_file, write_file
 from apoptosis.checkpoint.tree import pack, unpack
-from apoptosis.checkpoint.widths import set_widths_
+from apoptosis.checkpoint.widths import has_shrunk, set_widths_
 from apoptosis.decide.ledger import Ledger
 from apoptosis.display.loggers import scalars
 from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.engine import Apoptosis
 from apoptosis.errors import ApoptosisError, ArgumentError, CheckpointError
-from apoptosis.integrations.resuming import at_full_width
+from apoptosis.integrations.common import at_full_width, check_options, first_rows, moved
 from apoptosis.integrations.transformers import folders
-from apoptosis.integrations.widths_file import WIDTHS_FILE, has_shrunk, read_widths, write_widths
+from apoptosis.integrations.widths_file import WIDTHS_FILE, read_widths, write_widths
 
 RUN_FILE = "apoptosis_run.safetensors"
-_ROWS = 8  # examples of the first batch that captures run on
 _logger = logging.getLogger(__name__)
 _OWN = ("model", "optimizer", "example_input", "log")
 _MARK = "_wrapped_by_apoptosis"
@@ -69,10 +66,7 @@ class ApoptosisTrainerCallback(TrainerCallback):
     def __init__(
         self, *, example_input: Any = None, log: Callable[[dict[str, Any]], None] | None = None, **options: Any
     ) -> None:
-        known = [name for name in inspect.signature(Apoptosis).parameters if name not in _OWN]
-        for name in options:
-            if name not in known:
-                raise ArgumentError(f"ApoptosisTrainerCallback has no option {name!r}; it has {', '.join(known)}.")
+        check_options("ApoptosisTrainerCallback", options, _OWN)
         _wrap_trainer()
         folders.wrap_saving()
         self.apo: Apoptosis | None = None
@@ -146,7 +140,7 @@ class ApoptosisTrainerCallback(TrainerCallback):
 
     def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._example is None:
-            self._example = _first_rows(kwargs if not args else args if not kwargs else None)
+            self._example = first_rows(kwargs if not args else args if not kwargs else None)
             if self._example is None:
                 raise ArgumentError(
                     "the model gets positional and keyword arguments at once: give "
@@ -174,7 +168,7 @@ class ApoptosisTrainerCallback(TrainerCallback):
             example, state = held["example"], held["state"]
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"'{path}' holds no run of ApoptosisTrainerCallback: {error!r}.") from error
-        self._example = _moved(example, self._attached().args.device) if self._given is None else self._given
+        self._example = moved(example, self._attached().args.device) if self._given is None else self._given
         trainer = self._attached()
         with at_full_width(trainer.model_wrapped, [_plain(trainer.optimizer)]):  # from where a goal counts
             self._begin()
@@ -279,7 +273,8 @@ def _saving(trainer: Any, original: Callable[..., Any], output_dir: Any = None, 
 def _card(trainer: Any, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
     result = original(trainer, *args, **options)
     if has_shrunk(trainer.model) and trainer.is_world_process_zero():
-        folders.add_to_card(unwrapped(trainer.model), trainer.args.output_dir)
+        model = unwrapped(trainer.model)
+        folders.add_to_card(model, trainer.args.output_dir, plain=folders.is_plain(model))
     return result
 
 
@@ -308,29 +303,3 @@ def _plain(optimizer: Any) -> Any:
 
 def _is_adapted(model: Any) -> bool:
     return any(kind.__module__.startswith("peft.") for kind in type(model).__mro__)
-
-
-def _first_rows(given: Any) -> Any:
-    """Return a batch with its first examples alone, where all of its tensors have as many; detached copies."""
-    if given is None:
-        return None
-    tensors: list[Tensor] = []
-    _map(given, tensors.append)
-    sizes = {tensor.shape[0] for tensor in tensors if tensor.dim()}
-    rows = _ROWS if len(sizes) == 1 else None
-    return _map(given, lambda tensor: (tensor if not tensor.dim() else tensor[:rows]).detach().clone())
-
-
-def _moved(given: Any, device: torch.device | str) -> Any:
-    return _map(given, lambda tensor: tensor.to(device))
-
-
-def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return nested lists, tuples and dictionaries with a function of each tensor in its place."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict) or hasattr(value, "keys"):
-        return {key: _map(value[key], function) for key in value.keys()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map(entry, function) for entry in value) if type(value) in (list, tuple) else value
-    return value

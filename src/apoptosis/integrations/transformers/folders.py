@@ -22,12 +22,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from apoptosis.checkpoint.tensors import tensors_of
-from apoptosis.checkpoint.widths import set_widths_
+from apoptosis.checkpoint.tensors import shapes_of
+from apoptosis.checkpoint.widths import has_shrunk, set_widths_
 from apoptosis.errors import ArgumentError, CheckpointError
-from apoptosis.integrations.widths_file import WIDTHS_FILE, has_shrunk, read_widths, write_widths
+from apoptosis.integrations.widths_file import WIDTHS_FILE, read_widths, write_widths
 
 _KEY = "apoptosis"  # of config.json
+_MARK = "_writes_widths_of_apoptosis"
 _CARD = """
 ## How to load this network
 
@@ -48,9 +49,10 @@ model = from_pretrained({name}, "this folder")
 
 def wrap_saving() -> None:
     """Let `PreTrainedModel.save_pretrained` write the widths of networks that lost channels; called again, nothing."""
-    original = PreTrainedModel.save_pretrained
-    if not hasattr(original, "writes_widths"):
-        PreTrainedModel.save_pretrained = _with_widths(original)  # type: ignore[method-assign]
+    name = "save_pretrained"
+    original = getattr(PreTrainedModel, name)
+    if not hasattr(original, _MARK):
+        setattr(PreTrainedModel, name, _with_widths(original))
 
 
 def _with_widths(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,24 +62,27 @@ def _with_widths(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: PreTrainedModel, *args: Any, **options: Any) -> Any:
         if not has_shrunk(self):
             return original(self, *args, **options)
-        given = signature.bind(self, *args, **options).arguments
-        with _config_says(self):
+        given, plain = signature.bind(self, *args, **options).arguments, is_plain(self)
+        with _config_says(self, plain=plain):
             result = original(self, *args, **options)
         if given.get("is_main_process", True):
             write_widths(self, given["save_directory"])
-            add_to_card(self, given["save_directory"])
+            add_to_card(self, given["save_directory"], plain=plain)
         return result
 
-    save_pretrained.writes_widths = True  # type: ignore[attr-defined]
+    setattr(save_pretrained, _MARK, True)
     return save_pretrained
 
 
 @contextmanager
-def _config_says(model: PreTrainedModel) -> Iterator[None]:
-    """Let config.json say that its widths are not those of the network; the config itself stays as it is."""
+def _config_says(model: PreTrainedModel, *, plain: bool) -> Iterator[None]:
+    """Let config.json say that its widths are not those of the network; the config itself stays as it is.
+
+    Args: plain: whether they are, see `is_plain`.
+    """
     config = model.config
     before = vars(config).pop(_KEY, None)
-    if not is_plain(model):
+    if not plain:
         name = type(model).__name__
         setattr(
             config,
@@ -97,15 +102,19 @@ def _config_says(model: PreTrainedModel) -> Iterator[None]:
             setattr(config, _KEY, before)
 
 
-def is_plain(model: PreTrainedModel) -> bool:
+def is_plain(model: nn.Module) -> bool:
     """Whether the config of a network builds it as it is: then plain `from_pretrained` reads its folder."""
+    built = built_by(model, model.config) if isinstance(model, PreTrainedModel) else None
+    return built is not None and shapes_of(model) == shapes_of(built) and not _odd(model)
+
+
+def built_by(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
+    """Return the network of the model's class that a config builds, without data; None where it builds nothing."""
     try:
         with torch.device("meta"):
-            built = type(model)(deepcopy(model.config))
-    except Exception:  # noqa: BLE001 - any model code; what cannot be built from its config is not plain
-        return False
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-    return shapes == {name: tuple(tensor.shape) for name, tensor in tensors_of(built).items()} and not _odd(model)
+            return type(model)(deepcopy(config))
+    except Exception:  # noqa: BLE001 - code of any model, for numbers that may not go together
+        return None
 
 
 def _odd(model: nn.Module) -> bool:
@@ -114,10 +123,13 @@ def _odd(model: nn.Module) -> bool:
     return "apoptosis" in names
 
 
-def add_to_card(model: nn.Module, folder: str | Path) -> None:
-    """Say in the model card how the folder is loaded, unless it says so or plain `from_pretrained` loads it."""
+def add_to_card(model: nn.Module, folder: str | Path, *, plain: bool) -> None:
+    """Say in the model card how the folder is loaded, unless it says so.
+
+    Args: plain: whether plain `from_pretrained` loads it, see `is_plain`: nothing is said then.
+    """
     path = Path(folder) / "README.md"
-    if isinstance(model, PreTrainedModel) and not is_plain(model):
+    if isinstance(model, PreTrainedModel) and not plain:
         card = path.read_text(encoding="utf-8") if path.is_file() else ""
         if "apoptosis.integrations" not in card:
             path.write_text(card + _CARD.format(name=type(model).__name__), encoding="utf-8")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from apoptosis.distributed.wrappers import unwrapped
 from apoptosis.errors import ApoptosisError, ArgumentError
+from apoptosis.integrations.transformers.folders import built_by
 from apoptosis.model.evaluate import as_call
 from apoptosis.surgery.widening import resized
 
@@ -43,9 +44,10 @@ def save_plain(model: PreTrainedModel, folder: str | Path, example_input: Any, *
     Raises: ArgumentError: model is no PreTrainedModel. ApoptosisError: no such config computes the same; nothing was
         written.
     """
-    model = unwrapped(model)  # type: ignore[assignment]
-    if not isinstance(model, PreTrainedModel):
-        raise ArgumentError(f"save_plain takes a model of transformers, not a {type(model).__name__}.")
+    inner: object = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise ArgumentError(f"save_plain takes a model of transformers, not a {type(inner).__name__}.")
+    model = inner
     now = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     config, changed = _narrowest(model, now)
     wide: Any = type(model)(config)
@@ -84,12 +86,8 @@ def _fits(now: Shapes, shapes: Shapes) -> bool:
 
 def _shapes(model: PreTrainedModel, config: Any) -> Shapes:
     """Return the shapes that a config builds, {} where it builds nothing."""
-    try:
-        with torch.device("meta"):
-            built = type(model)(deepcopy(config))
-    except Exception:  # noqa: BLE001 - numbers that do not go together, in code of any model
-        return {}
-    return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    built = built_by(model, config)
+    return {} if built is None else {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
 
 
 def _check_names(model: PreTrainedModel, now: Shapes, values: Mapping[str, Tensor]) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apoptosis.errors import ArgumentError
+from apoptosis.model.dispatch import DispatchMode
 
 LARGE_BYTES = 2**24  # tensors below are not asked about
 SPARE = 0.9  # of the memory that is left may be taken
@@ -50,12 +50,11 @@ def available_memory() -> int | None:
         return None
 
 
-# torch's class has no types, hence both ignores here.
-class _Metered(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Metered(DispatchMode):
     """Asks before every large tensor is made from nothing; those computed from others are about as large."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
