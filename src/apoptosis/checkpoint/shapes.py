@@ -13,15 +13,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from apoptosis.checkpoint.tensors import fits, non_persistent, tensors_of
-from apoptosis.errors import CheckpointError
+from apoptosis.errors import CheckpointError, ShapeError
 from apoptosis.modules.attention import is_attention
 from apoptosis.modules.norms import SHRUNK, eps_name, response_of
-from apoptosis.surgery.attributes import attributes_of, groups_name, rows_of, tensors_with_rows
+from apoptosis.surgery.attributes import attribute_changes, attributes_of, groups_name, tensors_with_rows
 from apoptosis.surgery.splits import vocabulary_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -95,51 +96,42 @@ def attributes_for(model: nn.Module, shapes: Shapes) -> dict[str, dict[str, Any]
         own = attributes_of(module)
         if math.prod(own.get("unflattened_size", ())) in changed:  # which layer it stands behind is not known here
             _refuse(name, module, "unflattened_size")
-        own |= _of_rows(name, module, own, new)
+        own |= _of_rows(name, module, new)
         own |= _of_vocabulary(name, module, new)
         if own:
             found[name] = own
     return found
 
 
-def _of_rows(
-    name: str, module: nn.Module, own: Mapping[str, Any], new: Mapping[int, tuple[int, ...]]
-) -> dict[str, Any]:
+def _of_rows(name: str, module: nn.Module, new: Mapping[int, tuple[int, ...]]) -> dict[str, Any]:
     """Return the attributes that follow one tensor's shape."""
     tensors = {leaf: t for leaf, t in tensors_with_rows(module).items() if new.get(id(t), t.shape) != tuple(t.shape)}
     if not tensors:
         return {}
-    groups = _groups(name, module, new)
-    found: dict[str, Any] = {} if groups is None else {str(groups_name(module)): groups}
+    _check_groups(name, module, new)
     _check_norm(name, module)
-    for row in rows_of(module):
-        tensor = tensors.get(row.tensor)
-        if tensor is None or row.dim >= tensor.ndim:
-            continue
-        before, after, value = tensor.shape[row.dim], new[id(tensor)][row.dim], own[row.attribute]
-        if row.times_groups:
-            found[row.attribute] = after * (groups or 1)
-        elif isinstance(value, tuple):
-            held = found.get(row.attribute, value)
-            found[row.attribute] = (*held[: row.dim], after, *held[row.dim + 1 :])
-        elif value * after % before:
-            _refuse(name, module, row.attribute)
-        else:
-            found[row.attribute] = value * after // before
+    found: dict[str, Any] = {}
+    for leaf, tensor in tensors.items():
+        sizes = enumerate(zip(tensor.shape, new[id(tensor)], strict=True))
+        keep = {dim: torch.arange(after, device="cpu") for dim, (before, after) in sizes if after != before}
+        try:
+            found |= attribute_changes(module, leaf, keep, tuple(tensor.shape))
+        except ShapeError as error:
+            raise CheckpointError(f"'{name}' has lost channels: {error} {_KEEP}") from error
     return found
 
 
-def _groups(name: str, module: nn.Module, new: Mapping[int, tuple[int, ...]]) -> int | None:
-    """Return the number of groups of a module that has lost channels, None where it has but one."""
+def _check_groups(name: str, module: nn.Module, new: Mapping[int, tuple[int, ...]]) -> None:
+    """Refuse modules that have lost channels of several groups, but for convolutions of one input channel each."""
     attribute = groups_name(module)
     if attribute is None or getattr(module, attribute) == 1:
-        return None
+        return
     weight = module._parameters.get("weight")
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd) and weight is not None:
         before, after = tuple(weight.shape), new[id(weight)]
-        each = before[0] // module.groups
-        if before[1] == after[1] == 1 and module.groups == module.in_channels and after[0] % each == 0:
-            return int(after[0] // each)  # one input channel per group
+        whole = after[0] % (before[0] // module.groups) == 0
+        if before[1] == after[1] == 1 and module.groups == module.in_channels and whole:
+            return
     _refuse(name, module, attribute)
 
 
